@@ -1,0 +1,383 @@
+"""Every setting of a run: its name, its default, its meaning and its checks.
+
+A config file in `configs/` defines `get_config() -> Config`; the command line overrides any field by
+its dotted name (`--training.steps 500`). Importing this module does not import jax.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from nextllm_jax.errors import InputError
+
+LayerKind = Literal["global", "local", "global_nope"]
+DType = Literal["float32", "bfloat16"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A Llama-style decoder."""
+
+    vocab_size: int = 8192
+    """Rows of the embedding; at least the tokenizer's size, more is padding."""
+    num_layers: int = 8
+    """Decoder blocks."""
+    embed_dim: int = 256
+    """Width of the residual stream."""
+    mlp_dim: int = 688
+    """Width inside SwiGLU."""
+    num_heads: int = 8
+    """Query heads."""
+    num_kv_heads: int = 4
+    """Key and value heads; divides num_heads (equal: MHA, 1: MQA)."""
+    head_dim: int = 32
+    """Width of a head, free of embed_dim / num_heads; even, for RoPE."""
+    context_length: int = 2048
+    """Most positions that prompt and new tokens may fill together."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    rope_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    """How the rotary frequencies are stretched beyond the original context."""
+    rope_scaling_factor: float = 1.0
+    """Ratio of the new to the original context (linear, llama3, yarn)."""
+    rope_original_context_length: int = 8192
+    """Context that the frequencies were trained for (llama3, yarn)."""
+    rope_low_freq_factor: float = 1.0
+    """Wavelengths above original context / this are fully stretched (llama3)."""
+    rope_high_freq_factor: float = 4.0
+    """Wavelengths below original context / this are left alone (llama3)."""
+    rope_beta_fast: float = 32.0
+    """Rotations in the original context above which a frequency is left alone (yarn)."""
+    rope_beta_slow: float = 1.0
+    """Rotations in the original context below which a frequency is fully stretched (yarn)."""
+    rope_attention_factor: float | None = None
+    """Factor on the rotary cosines and sines (yarn); none: 0.1 ln(factor) + 1."""
+    layer_pattern: tuple[LayerKind, ...] = ("global",)
+    """Kinds of layer, repeated over the depth: global, local (sliding window), global_nope (no RoPE)."""
+    sliding_window: int = 1024
+    """Positions that a local layer sees, its own included."""
+    norm_eps: float = 1e-5
+    """Epsilon of RMSNorm."""
+    qk_norm: bool = False
+    """RMSNorm over each query and key head before RoPE."""
+    attention_bias: bool = False
+    """Bias on the query, key and value projections."""
+    tie_embeddings: bool = True
+    """One matrix for the embedding and the output head."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; the projections back into the residual stream get
+    init_std / sqrt(2 num_layers)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the matmuls; auto: bfloat16 on TPU and GPU, the measured faster of the two on CPU."""
+    param_dtype: DType = "float32"
+    """Type in which parameters are kept."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but the matmul results, or whole layers."""
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads",
+                 "head_dim", "context_length", "sliding_window", "rope_original_context_length")  # fmt: skip
+        for name in sizes:
+            _require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.num_kv_heads {self.num_kv_heads} does not divide model.num_heads {self.num_heads}",
+        )
+        _require(self.head_dim % 2 == 0, f"model.head_dim is {self.head_dim}; RoPE needs an even one")
+        _require(len(self.layer_pattern) > 0, "model.layer_pattern is empty; ('global',) is the plain Llama")
+        _require(
+            self.rope_scaling == "none" or self.rope_scaling_factor >= 1,
+            f"model.rope_scaling_factor is {self.rope_scaling_factor}; "
+            f"rope_scaling '{self.rope_scaling}' needs at least 1",
+        )
+        _require(
+            self.rope_low_freq_factor < self.rope_high_freq_factor,
+            f"model.rope_low_freq_factor {self.rope_low_freq_factor} is not below "
+            f"model.rope_high_freq_factor {self.rope_high_freq_factor}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, how it is tokenized, and how it is cut into windows."""
+
+    corpus: str = "stdlib"
+    """stdlib (Python's own standard library source), a file, a directory or a glob of text, .jsonl(.gz) or
+    .parquet, or hf:NAME for a Hugging Face dataset (name or local directory)."""
+    text_field: str = "text"
+    """Field of jsonl, parquet and Hugging Face rows that holds the text."""
+    hf_config: str | None = None
+    """Configuration name of a Hugging Face dataset, such as sample-10BT."""
+    hf_split: str = "train"
+    """Split of a Hugging Face dataset."""
+    tokenizer: str = "train"
+    """train (a byte-level BPE of the corpus), gpt2, cl100k_base, o200k_base, or the path of a .tiktoken ranks
+    file or of a saved tokenizer directory."""
+    tokenizer_vocab_size: int = 8192
+    """Size of the tokenizer that 'train' makes, special tokens included."""
+    path: str | None = None
+    """Directory of the prepared shards; none: data/<corpus>-<tokenizer>-<hash of these settings>."""
+    sequence_length: int = 256
+    """Tokens in a training window."""
+    validation_fraction: float = 0.05
+    """Share of the documents held out, chosen by a hash of the document's name or text."""
+    tokens_per_shard: int = 50_000_000
+    """Most tokens in one shard file."""
+    num_processes: int = 0
+    """Processes that tokenize; 0: one per core."""
+
+    def __post_init__(self) -> None:
+        _require(self.sequence_length > 0, f"data.sequence_length is {self.sequence_length}; it must be positive")
+        _require(
+            0 < self.validation_fraction < 1,
+            f"data.validation_fraction is {self.validation_fraction}; it must lie between 0 and 1",
+        )
+        _require(
+            self.tokenizer_vocab_size >= 258,
+            f"data.tokenizer_vocab_size is {self.tokenizer_vocab_size}; the 256 bytes and the special tokens "
+            "need at least 258",
+        )
+        _require(
+            self.tokens_per_shard >= 1024, f"data.tokens_per_shard is {self.tokens_per_shard}; at least 1024 is needed"
+        )
+        _require(self.num_processes >= 0, f"data.num_processes is {self.num_processes}; it cannot be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Global-norm clipping, AdamW and a learning-rate schedule."""
+
+    learning_rate: float = 3e-3
+    """Peak learning rate."""
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    """What follows the warmup: cosine decay, stable then linear decay, linear decay, or nothing."""
+    warmup_steps: int = 100
+    """Steps of linear warmup; the first step already has learning_rate / warmup_steps."""
+    schedule_steps: int | None = None
+    """Length of the schedule, warmup included; none: training.steps. State it to extend a run later."""
+    decay_steps_fraction: float = 0.2
+    """Share of the schedule that the wsd decay takes."""
+    final_learning_rate_fraction: float = 0.1
+    """Learning rate at the end of a decay, as a share of the peak."""
+    b1: float = 0.9
+    """Decay of AdamW's first moment."""
+    b2: float = 0.95
+    """Decay of AdamW's second moment."""
+    eps: float = 1e-8
+    """Epsilon of AdamW."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; norms and biases are never decayed."""
+    decay_embeddings: bool = False
+    """Decay the embedding and the output head too."""
+    clip_norm: float = 1.0
+    """Greatest global norm of the accumulated gradient."""
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}; it must be positive")
+        _require(self.clip_norm > 0, f"optimizer.clip_norm is {self.clip_norm}; it must be positive")
+        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps is {self.warmup_steps}; it cannot be negative")
+        for name in ("decay_steps_fraction", "final_learning_rate_fraction"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"optimizer.{name} is {value}; it must lie between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long, how large a batch, and how often to look."""
+
+    steps: int = 5000
+    """Global batches to train on, skipped ones included."""
+    global_batch_size: int = 16
+    """Sequences in one optimizer step, over all devices and microbatches."""
+    accumulation_steps: int = 1
+    """Microbatches that a global batch is cut into, to save memory."""
+    log_every_steps: int = 10
+    """Steps between lines of metrics.jsonl."""
+    evaluate_every_steps: int = 500
+    """Steps between evaluations of the whole validation set; also one at the end."""
+    evaluation_batch_size: int = 32
+    """Sequences in one batch of an evaluation; the result does not depend on it."""
+    max_skipped_steps: int = 10
+    """Steps in a row with a non-finite loss or gradient after which training gives up."""
+    sample_prompts: tuple[str, ...] = ("def ", "import ", "class ")
+    """Prompts that samples.txt continues at every evaluation."""
+    sample_tokens: int = 96
+    """New tokens for each of those prompts; 0: no samples."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch_size", "accumulation_steps", "log_every_steps", "evaluate_every_steps",
+                     "evaluation_batch_size", "max_skipped_steps"):  # fmt: skip
+            _require(getattr(self, name) > 0, f"training.{name} is {getattr(self, name)}; it must be positive")
+        _require(self.sample_tokens >= 0, f"training.sample_tokens is {self.sample_tokens}; it cannot be negative")
+        _require(
+            self.global_batch_size % self.accumulation_steps == 0,
+            f"training.accumulation_steps {self.accumulation_steps} does not divide "
+            f"training.global_batch_size {self.global_batch_size}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the next token is drawn from the logits."""
+
+    temperature: float = 0.8
+    """Divides the logits; 0 is greedy and ignores the other settings but the repetition penalty."""
+    top_k: int = 50
+    """Keep the k most likely tokens; 0: all."""
+    top_p: float = 0.95
+    """Keep the fewest tokens whose probabilities reach this sum; 1: all."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this share of the most likely one; 0: none."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens already in prompt or text; 1: off."""
+
+    def __post_init__(self) -> None:
+        _require(self.temperature >= 0, f"temperature is {self.temperature}; it cannot be negative")
+        _require(self.top_k >= 0, f"top_k is {self.top_k}; it cannot be negative")
+        _require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be over 0 and at most 1")
+        _require(0 <= self.min_p <= 1, f"min_p is {self.min_p}; it must lie between 0 and 1")
+        _require(self.repetition_penalty > 0, f"repetition_penalty is {self.repetition_penalty}; it must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the run is saved; the latest and the best checkpoint are kept."""
+
+    every_steps: int = 500
+    """Steps between saves; every new best and the end are saved too."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps > 0, f"checkpoint.every_steps is {self.every_steps}; it must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each mesh axis; one axis may be -1 and takes what is left."""
+
+    data: int = -1
+    """Data parallelism: the batch is divided, parameters are copied."""
+    fsdp: int = 1
+    """Fully sharded data parallelism: batch, parameters and optimizer state are divided."""
+    sequence: int = 1
+    """Context parallelism: each sequence is divided."""
+    tensor: int = 1
+    """Tensor parallelism: heads, mlp and vocabulary are divided."""
+
+    def sizes(self, num_devices: int) -> tuple[int, int, int, int]:
+        """(data, fsdp, sequence, tensor) with -1 resolved; their product is num_devices."""
+        sizes = [self.data, self.fsdp, self.sequence, self.tensor]
+        named = f"mesh data {self.data}, fsdp {self.fsdp}, sequence {self.sequence}, tensor {self.tensor}"
+        fixed = math.prod(size for size in sizes if size != -1)
+        if -1 in sizes and num_devices % fixed == 0:
+            sizes[sizes.index(-1)] = num_devices // fixed
+        _require(
+            math.prod(sizes) == num_devices,
+            f"{named} does not use {num_devices} devices exactly; change an axis, or set one to -1",
+        )
+        return (sizes[0], sizes[1], sizes[2], sizes[3])
+
+    def __post_init__(self) -> None:
+        sizes = {name: getattr(self, name) for name in ("data", "fsdp", "sequence", "tensor")}
+        for name, size in sizes.items():
+            _require(size == -1 or size > 0, f"mesh.{name} is {size}; it must be positive, or -1 for what is left")
+        _require(list(sizes.values()).count(-1) <= 1, "only one mesh axis may be -1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One complete run."""
+
+    workdir: str | None = None
+    """Run directory; none: runs/<name of the config file>."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of the data."""
+    platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
+    """Platform that must be there; auto: the best that jax finds."""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.data.sequence_length <= self.model.context_length,
+            f"data.sequence_length {self.data.sequence_length} is over "
+            f"model.context_length {self.model.context_length}",
+        )
+        _require(
+            self.data.tokenizer != "train" or self.data.tokenizer_vocab_size <= self.model.vocab_size,
+            f"data.tokenizer_vocab_size {self.data.tokenizer_vocab_size} is over "
+            f"model.vocab_size {self.model.vocab_size}",
+        )
+
+    def to_json(self) -> str:
+        """The whole config as indented JSON, read back by `from_json`."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def from_dict(cls: type[Any], values: dict[str, Any], where: str) -> Any:
+    """A config dataclass from plain values; `where` names the source in errors.
+
+    Raises InputError for an unknown field or a bad value.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    _require(not unknown, f"{where} has fields that {cls.__name__} does not know: {', '.join(unknown)}")
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        nested = fields[name].default_factory
+        if isinstance(value, dict) and dataclasses.is_dataclass(nested):
+            arguments[name] = from_dict(nested, value, f"{where}: {name}")  # pyright: ignore[reportArgumentType]
+        else:
+            arguments[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**arguments)
+
+
+def from_json(text: str, where: str) -> Config:
+    """The Config that `Config.to_json` wrote; `where` names the file in errors."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where} is not JSON ({error}); it should be a config that a run wrote") from error
+    return from_dict(Config, values, where)
+
+
+def load_config_file(path: str) -> Config:
+    """The Config of a python file's `get_config()`, with its workdir named after the file.
+
+    Raises InputError if the file is missing, fails to run, or does not define `get_config`.
+    """
+    file = Path(path)
+    _require(file.is_file(), f"config file {path} does not exist; the shipped ones are in configs/, such as tiny.py")
+    spec = importlib.util.spec_from_file_location(f"nextllm_config_{file.stem}", file)
+    _require(spec is not None and spec.loader is not None, f"config file {path} must be a python file (.py)")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except InputError as error:
+        raise InputError(f"config file {path}: {error}") from error
+    except Exception as error:
+        raise InputError(
+            f"config file {path} fails with {type(error).__name__}: {error}; it must define get_config() -> Config"
+        ) from error
+    _require(isinstance(config, Config), f"config file {path}: get_config() must return a Config, not {type(config)}")
+    return config if config.workdir else dataclasses.replace(config, workdir=f"runs/{file.stem}")
+
+
+def fingerprint(*configs: Any) -> str:
+    """Eight hex digits that change when any field of the given config dataclasses does."""
+    text = json.dumps([dataclasses.asdict(config) for config in configs], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
