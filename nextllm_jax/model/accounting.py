@@ -1,0 +1,46 @@
+"""What a model costs, by arithmetic alone: parameters, FLOPs and cache bytes."""
+
+from nextllm_jax.config import ModelConfig
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Parameters of the model, padded vocabulary included; a tied embedding counts once."""
+    embed, heads, kv_heads, head = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+    attention = embed * head * (2 * heads + 2 * kv_heads)
+    attention += head * (heads + 2 * kv_heads) if config.attention_bias else 0
+    attention += 2 * head if config.qk_norm else 0
+    layer = attention + 3 * embed * config.mlp_dim + 2 * embed
+    tables = 1 if config.tie_embeddings else 2
+    return tables * config.vocab_size * embed + config.num_layers * layer + embed
+
+
+def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """Training FLOPs per token: 6 per weight that multiplies (2 forward, 4 backward) plus attention.
+
+    The embedding lookup multiplies nothing; the head does. Attention counts the causal half of the
+    scores: 12 N H S / 2 per layer and token (2 products, forward and backward), fewer in local layers.
+    Source: the accounting of Chowdhery et al. 2022 (PaLM, appendix B), with causality.
+    """
+    norms = config.embed_dim * (2 * config.num_layers + 1)
+    norms += 2 * config.head_dim * config.num_layers if config.qk_norm else 0
+    biases = config.num_layers * config.head_dim * (config.num_heads + 2 * config.num_kv_heads)
+    weights = parameter_count(config) - norms - (biases if config.attention_bias else 0)
+    weights -= 0 if config.tie_embeddings else config.vocab_size * config.embed_dim
+    pattern = config.layer_pattern
+    visible = 0.0
+    for layer in range(config.num_layers):
+        local = pattern[layer % len(pattern)] == "local"
+        visible += _mean_visible(sequence_length, config.sliding_window if local else sequence_length)
+    return 6.0 * weights + 12.0 * config.num_heads * config.head_dim * visible
+
+
+def _mean_visible(sequence_length: int, window: int) -> float:
+    """Mean number of positions that a query sees, itself included."""
+    window = min(window, sequence_length)
+    return window - window * (window - 1) / (2 * sequence_length)
+
+
+def kv_cache_bytes(config: ModelConfig, *, batch_size: int, length: int, bytes_per_value: int) -> int:
+    """Bytes of a KV cache for `batch_size` rows of `length` positions."""
+    values = 2 * config.num_layers * batch_size * length * config.num_kv_heads * config.head_dim
+    return values * bytes_per_value

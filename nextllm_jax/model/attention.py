@@ -1,0 +1,76 @@
+"""Grouped query attention (Ainslie et al. 2023, arXiv:2305.13245), with and without a cache."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nextllm_jax.config import LayerKind, ModelConfig
+from nextllm_jax.model.kv_cache import KVCache
+from nextllm_jax.model.layers import Linear, RMSNorm, residual_init_std
+from nextllm_jax.ops.attention import cached_attention, causal_attention
+from nextllm_jax.ops.rope import apply_rope
+from nextllm_jax.sharding import constrain
+
+
+class Attention(nn.Module):
+    """Causal attention of one layer; `kind` decides its window and whether it has RoPE."""
+
+    config: ModelConfig
+    kind: LayerKind
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None,
+        cache: KVCache | None,
+        layer: jax.Array | int,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Return the output [B, T, D] and the cache with this layer's keys and values written."""
+        config = self.config
+        q_BTNH = self._project("q", config.num_heads, "heads", x_BTD)
+        k_BTKH = self._project("k", config.num_kv_heads, "kv_heads", x_BTD)
+        v_BTKH = self._project("v", config.num_kv_heads, "kv_heads", x_BTD)
+        if config.qk_norm:
+            q_BTNH = RMSNorm(config.norm_eps, jnp.dtype(config.param_dtype), name="q_norm")(q_BTNH)
+            k_BTKH = RMSNorm(config.norm_eps, jnp.dtype(config.param_dtype), name="k_norm")(k_BTKH)
+        if self.kind != "global_nope":
+            q_BTNH = apply_rope(q_BTNH, *rope)
+            k_BTKH = apply_rope(k_BTKH, *rope)
+        window = config.sliding_window if self.kind == "local" else None
+        with jax.named_scope("attention"):
+            if cache is None:
+                out_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=segment_ids_BT, window=window)
+            else:
+                cache = cache.write(layer, k_BTKH, v_BTKH, positions_BT)
+                out_BTNH = cached_attention(q_BTNH, *cache.view(layer), positions_BT=positions_BT, window=window)
+        out_BTNH = constrain(out_BTNH, "batch", "seq", "heads", "head_dim")
+        output = Linear(
+            "BTNH,NHD->BTD",
+            (config.num_heads, config.head_dim, config.embed_dim),
+            ("heads", "head_dim", "embed"),
+            residual_init_std(config),
+            self.dtype,
+            jnp.dtype(config.param_dtype),
+            name="o",
+        )
+        return output(out_BTNH), cache
+
+    def _project(self, name: str, num_heads: int, axis: str, x_BTD: jax.Array) -> jax.Array:
+        config = self.config
+        projected = Linear(
+            "BTD,DNH->BTNH",
+            (config.embed_dim, num_heads, config.head_dim),
+            ("embed", axis, "head_dim"),
+            config.init_std,
+            self.dtype,
+            jnp.dtype(config.param_dtype),
+            bias_axes=(axis, "head_dim") if config.attention_bias else (),
+            name=name,
+        )(x_BTD)
+        return constrain(projected, "batch", "seq", axis, "head_dim")

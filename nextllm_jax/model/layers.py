@@ -1,0 +1,112 @@
+"""The layers a decoder is made of: RMSNorm, Linear, Embed and SwiGLU.
+
+Parameters are kept in `param_dtype` and cast to `dtype` where they are used; norms compute in float32.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nextllm_jax.config import ModelConfig
+from nextllm_jax.sharding import constrain
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    eps: float
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the normed array, computed in float32, in the type of `x`."""
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (normed * scale).astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """An einsum with one kernel, whose shape, logical axes and equation are spelled out."""
+
+    equation: str
+    kernel_shape: tuple[int, ...]
+    kernel_axes: tuple[str, ...]
+    init_std: float
+    dtype: Any
+    param_dtype: Any
+    bias_axes: tuple[str, ...] = ()
+    """Trailing kernel axes that get a bias; none: no bias."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return `einsum(equation, x, kernel) + bias` in `dtype`."""
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), self.kernel_axes)
+        kernel = self.param("kernel", init, self.kernel_shape, self.param_dtype)
+        y = jnp.einsum(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
+        if not self.bias_axes:
+            return y
+        bias_init = nn.with_logical_partitioning(nn.initializers.zeros, self.bias_axes)
+        bias = self.param("bias", bias_init, self.kernel_shape[-len(self.bias_axes) :], self.param_dtype)
+        return y + bias.astype(self.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+
+
+class Embed(nn.Module):
+    """A [V, D] matrix, read by row on the way in and multiplied with on the way out."""
+
+    vocab_size: int
+    embed_dim: int
+    init_std: float
+    dtype: Any
+    param_dtype: Any
+
+    def setup(self) -> None:
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), ("vocab", "embed"))
+        self.embedding = self.param("embedding", init, (self.vocab_size, self.embed_dim), self.param_dtype)
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """Return the rows of the tokens, [B, T, D] in `dtype`."""
+        # Rows are gathered whole: a table divided over embed would be looked up on devices that divide the batch.
+        table_VD = constrain(self.embedding, "vocab", "activation_embed")
+        return jnp.take(table_VD, tokens_BT, axis=0).astype(self.dtype)
+
+    def attend(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Return logits, float32 [B, T, V]."""
+        return jnp.einsum(
+            "BTD,VD->BTV",
+            hidden_BTD.astype(self.dtype),
+            self.embedding.astype(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+
+    config: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Return [B, T, D]."""
+        config = self.config
+        embed, mlp = config.embed_dim, config.mlp_dim
+        types = {"dtype": self.dtype, "param_dtype": jnp.dtype(config.param_dtype)}
+        into = {"kernel_shape": (embed, mlp), "kernel_axes": ("embed", "mlp"), "init_std": config.init_std, **types}
+        gate_BTF = Linear("BTD,DF->BTF", **into, name="gate")(x_BTD)
+        up_BTF = Linear("BTD,DF->BTF", **into, name="up")(x_BTD)
+        inner_BTF = constrain(nn.silu(gate_BTF) * up_BTF, "batch", "seq", "mlp")
+        return Linear(
+            "BTF,FD->BTD", (mlp, embed), ("mlp", "embed"), residual_init_std(config), **types, name="down"
+        )(inner_BTF)
+
+
+def residual_init_std(config: ModelConfig) -> float:
+    """Initial standard deviation of projections into the residual stream, so that its variance does not
+    grow with depth (Radford et al. 2019, GPT-2)."""
+    return config.init_std / math.sqrt(2 * config.num_layers)

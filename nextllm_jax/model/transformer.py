@@ -1,0 +1,193 @@
+"""The decoder: embedding, a scan over periods of the layer pattern, final norm, and the head apart.
+
+The head is apart so that a chunked loss never builds the logits of a whole batch. Decoding is not a
+mode: prefill, a single-token step and training are one call, with a cache or without.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nextllm_jax.config import LayerKind, ModelConfig
+from nextllm_jax.errors import InputError
+from nextllm_jax.model.attention import Attention
+from nextllm_jax.model.kv_cache import KVCache
+from nextllm_jax.model.layers import Embed, RMSNorm, SwiGLU
+from nextllm_jax.ops import rope
+from nextllm_jax.sharding import constrain
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Block(nn.Module):
+    """One pre-norm decoder layer: attention and SwiGLU, each added to the residual stream."""
+
+    config: ModelConfig
+    kind: LayerKind
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        rope_cos_sin: tuple[jax.Array, jax.Array],
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None,
+        cache: KVCache | None,
+        layer: jax.Array | int,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Return the residual stream [B, T, D] and the cache after this layer."""
+        config, param_dtype = self.config, jnp.dtype(self.config.param_dtype)
+        x_BTD = constrain(x_BTD, "batch", "seq", "activation_embed")
+        normed = RMSNorm(config.norm_eps, param_dtype, name="attention_norm")(x_BTD)
+        attended, cache = Attention(config, self.kind, self.dtype, name="attention")(
+            normed, rope_cos_sin, positions_BT, segment_ids_BT, cache, layer
+        )
+        x_BTD = x_BTD + attended
+        normed = RMSNorm(config.norm_eps, param_dtype, name="mlp_norm")(x_BTD)
+        with jax.named_scope("mlp"):
+            x_BTD = x_BTD + SwiGLU(config, self.dtype, name="mlp")(normed)
+        return constrain(x_BTD, "batch", "seq", "activation_embed"), cache
+
+
+class Period(nn.Module):
+    """One period of the layer pattern, the body of the scan over depth."""
+
+    config: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[jax.Array, KVCache | None],
+        period: jax.Array,
+        rope_cos_sin: tuple[jax.Array, jax.Array],
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None,
+    ) -> tuple[tuple[jax.Array, KVCache | None], None]:
+        """Return the carry (residual stream, cache) after this period's layers."""
+        x_BTD, cache = carry
+        pattern = self.config.layer_pattern
+        # Inside a scan nothing can be merged with the recomputation, so the guard against it is left out.
+        block = _remat(self.config, prevent_cse=False)
+        for i, kind in enumerate(pattern):
+            layer = period * len(pattern) + i
+            x_BTD, cache = block(self.config, kind, self.dtype, name=f"block_{i}")(
+                x_BTD, rope_cos_sin, positions_BT, segment_ids_BT, cache, layer
+            )
+        return (x_BTD, cache), None
+
+
+class Transformer(nn.Module):
+    """Llama-style decoder (Touvron et al. 2023, arXiv:2302.13971); `dtype` is the type of the matmuls."""
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        config, param_dtype = self.config, jnp.dtype(self.config.param_dtype)
+        embed = (config.vocab_size, config.embed_dim, config.init_std, self.dtype, param_dtype)
+        num_periods, num_rest = divmod(config.num_layers, len(config.layer_pattern))
+        self.embed = Embed(*embed)
+        if num_periods:
+            self.layers = nn.scan(
+                Period,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                length=num_periods,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(config, self.dtype)
+        block = _remat(config, prevent_cse=True)
+        self.remainder = [block(config, kind, self.dtype) for kind in config.layer_pattern[:num_rest]]
+        self.final_norm = RMSNorm(config.norm_eps, param_dtype)
+        if not config.tie_embeddings:
+            self.lm_head = Embed(*embed)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Return hidden states [B, T, D] after the final norm, and the cache with these tokens written.
+
+        Without a cache attention is causal by index and stays within segments of equal `segment_ids_BT`
+        (0 is padding); positions (int32) drive RoPE only. With a cache, positions also say into which
+        slots the tokens go; those of a row are contiguous, and rows may start at different ones.
+
+        Raises ValueError for segment ids together with a cache.
+        """
+        if cache is not None and segment_ids_BT is not None:
+            raise ValueError("a cache holds one document per row; pass segment_ids or a cache, not both")
+        config = self.config
+        x_BTD = constrain(self.embed(tokens_BT), "batch", "seq", "activation_embed")
+        context = (rope_cos_sin(config, positions_BT), positions_BT, segment_ids_BT)
+        num_periods = config.num_layers // len(config.layer_pattern)
+        if num_periods:
+            (x_BTD, cache), _ = self.layers((x_BTD, cache), jnp.arange(num_periods), *context)
+        for i, block in enumerate(self.remainder):
+            x_BTD, cache = block(x_BTD, *context, cache, num_periods * len(config.layer_pattern) + i)
+        hidden_BTD = self.final_norm(x_BTD)
+        if self.is_initializing():
+            self.logits(hidden_BTD)  # creates the parameters of an untied head
+        return hidden_BTD, cache
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Return float32 logits [B, T, V], padded vocabulary included."""
+        head = self.embed if self.config.tie_embeddings else self.lm_head
+        return head.attend(hidden_BTD)
+
+
+def _remat(config: ModelConfig, *, prevent_cse: bool) -> type[Block]:
+    if config.remat == "none":
+        return Block
+    return nn.remat(Block, prevent_cse=prevent_cse, policy=REMAT_POLICIES[config.remat])
+
+
+def rope_cos_sin(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The rotary cosines and sines, float32 [B, T, H/2], with the config's scaling."""
+    freqs = rope.frequencies(config.head_dim, config.rope_theta)
+    attention_factor = 1.0
+    if config.rope_scaling == "linear":
+        freqs = rope.scale_linear(freqs, config.rope_scaling_factor)
+    elif config.rope_scaling == "llama3":
+        freqs = rope.scale_llama3(
+            freqs,
+            config.rope_scaling_factor,
+            original_context_length=config.rope_original_context_length,
+            low_freq_factor=config.rope_low_freq_factor,
+            high_freq_factor=config.rope_high_freq_factor,
+        )
+    elif config.rope_scaling == "yarn":
+        attention_factor = config.rope_attention_factor or rope.yarn_attention_factor(config.rope_scaling_factor)
+        freqs = rope.scale_yarn(
+            freqs,
+            config.rope_scaling_factor,
+            theta=config.rope_theta,
+            original_context_length=config.rope_original_context_length,
+            beta_fast=config.rope_beta_fast,
+            beta_slow=config.rope_beta_slow,
+        )
+    return rope.cos_sin(positions_BT, freqs, attention_factor)
+
+
+def head_embedding(config: ModelConfig, params: Any) -> jax.Array:
+    """The matrix [V, D] that turns hidden states into logits: the embedding itself if tied."""
+    return params["embed" if config.tie_embeddings else "lm_head"]["embedding"]
+
+
+def resolve_dtype(name: str, platform: str) -> np.dtype:
+    """The type of the matmuls on a jax platform ("cpu", "gpu", "tpu") for a config's `model.dtype`."""
+    if name == "auto":
+        name = "float32" if platform == "cpu" else "bfloat16"
+    if name not in ("float32", "bfloat16"):
+        raise InputError(f"model.dtype is {name}; it must be auto, float32 or bfloat16")
+    return jnp.dtype(name)

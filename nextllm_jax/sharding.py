@@ -1,0 +1,106 @@
+"""The device mesh, and the one table that says which mesh axes a logical axis is divided over.
+
+Logical axis names are written once at each parameter's initializer; `RULES` translates them. The
+translation is strict: an unknown name, two logical axes that claim one mesh axis, and a size that its
+mesh axes do not divide are errors, where Flax would quietly copy the array to every device.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from nextllm_jax.config import MeshConfig
+from nextllm_jax.errors import InputError
+
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
+
+RULES: dict[str, tuple[str, ...]] = {
+    # activations
+    "batch": ("data", "fsdp"),
+    "seq": ("sequence",),
+    "activation_embed": (),
+    # parameters; heads, kv_heads, mlp and vocab divide activations in the same way
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "norm": (),
+    "layers": (),
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of all given devices (default: all there are) with the axes of MESH_AXES, all Auto.
+
+    Raises InputError if the axis sizes do not use the devices exactly.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = config.sizes(len(devices))
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def spec(names: Sequence[str | None]) -> PartitionSpec:
+    """The PartitionSpec of an array whose dimensions have these logical names (None: not divided).
+
+    Raises ValueError for a name that RULES lacks and for two names that claim one mesh axis.
+    """
+    entries: list[str | tuple[str, ...] | None] = []
+    claimed: dict[str, str] = {}
+    for name in names:
+        if name is not None and name not in RULES:
+            raise ValueError(f"logical axis '{name}' is unknown; sharding.RULES has {', '.join(RULES)}")
+        axes = RULES[name] if name is not None else ()
+        for axis in axes:
+            if axis in claimed:
+                raise ValueError(f"logical axes '{claimed[axis]}' and '{name}' of {tuple(names)} both claim '{axis}'")
+            claimed[axis] = str(name)
+        entries.append(None if not axes else axes[0] if len(axes) == 1 else axes)
+    return PartitionSpec(*entries)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """`x`, laid out on the mesh in force (`jax.set_mesh`) by its logical axes; unchanged without a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(names))
+
+
+def sharding(mesh: Mesh, *names: str | None) -> NamedSharding:
+    """The NamedSharding of an array with these logical axes on `mesh`."""
+    return NamedSharding(mesh, spec(names))
+
+
+def _is_boxed(leaf: Any) -> bool:
+    return isinstance(leaf, nn.Partitioned)
+
+
+def tree_shardings(mesh: Mesh, abstract_tree: Any) -> Any:
+    """A NamedSharding for each leaf of a tree of abstract arrays, boxed ones by their logical names.
+
+    Leaves without a box (counters and the like) are copied to every device. The result has the
+    structure of the unboxed tree.
+
+    Raises InputError if a dimension is not divisible by its mesh axes.
+    """
+
+    def leaf_sharding(path: Any, leaf: Any) -> NamedSharding:
+        if not _is_boxed(leaf):
+            return NamedSharding(mesh, PartitionSpec())
+        result = sharding(mesh, *leaf.names)
+        for size, name in zip(leaf.value.shape, leaf.names, strict=True):
+            axes = RULES[name] if name is not None else ()
+            parts = math.prod(mesh.shape[axis] for axis in axes)
+            if size % parts:
+                raise InputError(
+                    f"{jax.tree_util.keystr(path, simple=True, separator='/')}: its '{name}' axis of size {size} "
+                    f"cannot be divided over {parts} devices (mesh.{' x mesh.'.join(axes)})"
+                )
+        return result
+
+    return jax.tree_util.tree_map_with_path(leaf_sharding, abstract_tree, is_leaf=_is_boxed)

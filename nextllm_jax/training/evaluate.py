@@ -1,0 +1,38 @@
+"""Loss, perplexity and bits per byte over a whole, fixed set."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from nextllm_jax.data.packing import Batch
+
+
+class Evaluation(NamedTuple):
+    """A set's score; independent of batch size and device count."""
+
+    loss: float
+    """Mean negative log likelihood per scored token, in nats."""
+    perplexity: float
+    """exp(loss)."""
+    bits_per_byte: float
+    """Summed negative log likelihood in bits over the UTF-8 bytes of the text."""
+    num_tokens: int
+    """Scored tokens."""
+
+
+def evaluate(
+    eval_step: Callable[[Any, Batch], tuple[jax.Array, jax.Array]],
+    params: Any,
+    batches: Iterable[Batch],
+    num_bytes: int,
+) -> Evaluation:
+    """The score of `params` over all batches, whose text has `num_bytes` bytes; sums in float64 on the host."""
+    results = [eval_step(params, batch) for batch in batches]
+    nll = float(np.sum([np.asarray(nll, np.float64) for nll, _ in results]))
+    num_tokens = int(np.sum([np.asarray(count) for _, count in results]))
+    loss = nll / num_tokens
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return Evaluation(loss, perplexity, nll / math.log(2) / num_bytes, num_tokens)

@@ -1,0 +1,66 @@
+"""The optimizer: a learning-rate schedule, global-norm clipping and AdamW with a decay mask."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nextllm_jax.config import OptimizerConfig
+from nextllm_jax.errors import InputError
+
+
+def schedule(config: OptimizerConfig, training_steps: int) -> optax.Schedule:
+    """The learning rate as a function of the step, warmup first.
+
+    The first step has `learning_rate / warmup_steps`, so that none is wasted on a rate of zero, and the
+    last step of the schedule has the final rate.
+
+    Raises InputError if the warmup does not fit into the schedule.
+    """
+    steps = config.schedule_steps or training_steps
+    if config.warmup_steps >= steps:
+        raise InputError(
+            f"optimizer.warmup_steps {config.warmup_steps} is not below the schedule's {steps} steps "
+            "(optimizer.schedule_steps, or training.steps)"
+        )
+    peak = config.learning_rate
+    final = peak * config.final_learning_rate_fraction
+    after_warmup = steps - config.warmup_steps
+    decay = max(after_warmup - 1, 1)
+    if config.schedule == "cosine":
+        main = optax.cosine_decay_schedule(peak, decay, alpha=config.final_learning_rate_fraction)
+    elif config.schedule == "linear":
+        main = optax.linear_schedule(peak, final, decay)
+    elif config.schedule == "wsd":
+        decay = max(round(steps * config.decay_steps_fraction), 1)
+        main = optax.linear_schedule(peak, final, decay, transition_begin=max(after_warmup - 1 - decay, 0))
+    else:
+        main = optax.constant_schedule(peak)
+    if not config.warmup_steps:
+        return main
+    warmup = optax.linear_schedule(peak / config.warmup_steps, peak, max(config.warmup_steps - 1, 1))
+    return optax.join_schedules([warmup, main], [config.warmup_steps])
+
+
+def decay_mask(config: OptimizerConfig, params: Any) -> Any:
+    """True for each parameter that weight decay shrinks: kernels, and embeddings by choice."""
+
+    def decays(path: Any, _: Any) -> bool:
+        # Boxed parameters add a step of their own below the last name.
+        name = [step.key for step in path if isinstance(step, jax.tree_util.DictKey)][-1]
+        return name == "kernel" or (name == "embedding" and config.decay_embeddings)
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Clipping and AdamW at a learning rate of 1: the train step scales the update by the schedule.
+
+    The schedule reads the step that counts skipped updates too, which optax's own count does not know.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=jnp.float32),
+        optax.add_decayed_weights(config.weight_decay, mask=lambda params: decay_mask(config, params)),
+    )
