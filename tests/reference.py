@@ -1,0 +1,134 @@
+"""A Llama in plain numpy, float64, written from the papers: the oracle of the equivalence tests.
+
+One loop over layers, one over heads, whole attention matrices, no cache, nothing shared with the package but the
+parameter tree and the config's field names.
+"""
+
+from typing import Any
+
+import numpy as np
+
+
+def rms_norm(x: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:
+    """x over its root mean square on the last axis, times scale (Zhang and Sennrich, 2019)."""
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * scale
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    """x times its logistic sigmoid."""
+    return x / (1 + np.exp(-x))
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    """Probabilities over the last axis; -inf gets exactly none."""
+    weights = np.exp(x - x.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def rope_frequencies(config: Any) -> tuple[np.ndarray, float]:
+    """Radians a position for each pair of a head [head_dim / 2], and the factor on cosine and sine.
+
+    Su et al. 2021; `linear`: Chen et al. 2023; `llama3`: the Llama 3.1 release; `yarn`: Peng et al. 2023, section 3.2,
+    with the ramp's ends rounded outwards to whole pairs as in the authors' code.
+    """
+    pairs = np.arange(config.head_dim // 2)
+    frequency = config.rope_theta ** (-2 * pairs / config.head_dim)
+    factor = config.rope_scaling_factor
+    rotations = config.rope_original_context_length * frequency / (2 * np.pi)  # in the original context
+    if config.rope_scaling == "none":
+        return frequency, 1.0
+    if config.rope_scaling == "linear":
+        return frequency / factor, 1.0
+    if config.rope_scaling == "llama3":
+        low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+        keep = np.clip((rotations - low) / (high - low), 0, 1)
+        return keep * frequency + (1 - keep) * frequency / factor, 1.0
+
+    def pair_that_rotates(times: float) -> float:
+        original = config.rope_original_context_length
+        return config.head_dim * np.log(original / (times * 2 * np.pi)) / (2 * np.log(config.rope_theta))
+
+    first = max(np.floor(pair_that_rotates(config.rope_beta_fast)), 0)
+    last = min(np.ceil(pair_that_rotates(config.rope_beta_slow)), config.head_dim - 1)
+    keep = 1 - np.clip((pairs - first) / (last - first), 0, 1)
+    attention_factor = config.rope_attention_factor or 0.1 * np.log(factor) + 1
+    return keep * frequency + (1 - keep) * frequency / factor, attention_factor
+
+
+def rotate(x_BTNH: np.ndarray, positions_BT: np.ndarray, config: Any) -> np.ndarray:
+    """x with the pairs (i, i + H/2) of each head turned by position times frequency."""
+    frequency, attention_factor = rope_frequencies(config)
+    angle_BTNH = positions_BT[:, :, None, None] * frequency
+    cos, sin = np.cos(angle_BTNH) * attention_factor, np.sin(angle_BTNH) * attention_factor
+    first, second = np.split(x_BTNH, 2, axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def visible(kind: str, segment_ids_BT: np.ndarray, config: Any) -> np.ndarray:
+    """Which keys each query of a layer of this kind sees, bool [B, T, T]."""
+    index = np.arange(segment_ids_BT.shape[1])
+    distance = index[:, None] - index[None, :]
+    mask = distance >= 0
+    if kind == "local":
+        mask = mask & (distance < config.sliding_window)
+    return mask[None] & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
+
+
+def attention(block: Any, x_BTD: np.ndarray, kind: str, positions_BT: np.ndarray, mask_BTT: np.ndarray, config: Any):
+    """Grouped query attention (Ainslie et al. 2023), one query head at a time: [B, T, D]."""
+    heads = {name: np.einsum("btd,dnh->btnh", x_BTD, block[name]["kernel"]) for name in "qkv"}
+    if config.attention_bias:
+        heads = {name: value + block[name]["bias"] for name, value in heads.items()}
+    for name in "qk":
+        if config.qk_norm:
+            heads[name] = rms_norm(heads[name], block[f"{name}_norm"]["scale"], config.norm_eps)
+        if kind != "global_nope":
+            heads[name] = rotate(heads[name], positions_BT, config)
+    out_BTD = np.zeros_like(x_BTD)
+    for n in range(config.num_heads):
+        k = n // (config.num_heads // config.num_kv_heads)
+        scores_BTT = heads["q"][:, :, n] @ heads["k"][:, :, k].swapaxes(1, 2) / np.sqrt(config.head_dim)
+        probabilities_BTT = softmax(np.where(mask_BTT, scores_BTT, -np.inf))
+        out_BTD += probabilities_BTT @ heads["v"][:, :, k] @ block["o"]["kernel"][n]
+    return out_BTD
+
+
+def unstack(params: Any, config: Any) -> list[Any]:
+    """The blocks' parameters, one tree a layer, in order of depth, from the stack over periods of the pattern."""
+    size = len(config.layer_pattern)
+
+    def pick(tree: Any, period: int) -> Any:
+        return {name: pick(leaf, period) for name, leaf in tree.items()} if isinstance(tree, dict) else tree[period]
+
+    whole = config.num_layers // size * size
+    stacked = [pick(params["layers"][f"block_{layer % size}"], layer // size) for layer in range(whole)]
+    return stacked + [params[f"remainder_{i}"] for i in range(config.num_layers - whole)]
+
+
+def forward(params: Any, config: Any, tokens_BT: Any, segment_ids_BT: Any = None, positions_BT: Any = None):
+    """Logits, float64 [B, T, V]; positions default to 0..T-1, segment ids to one document."""
+    params = to_float64(params)
+    tokens_BT = np.asarray(tokens_BT)
+    segments = np.ones_like(tokens_BT) if segment_ids_BT is None else np.asarray(segment_ids_BT)
+    indices = np.broadcast_to(np.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    positions = indices if positions_BT is None else np.asarray(positions_BT)
+    embedding = params["embed"]["embedding"]
+    x_BTD = embedding[tokens_BT]
+    for layer, block in enumerate(unstack(params, config)):
+        kind = config.layer_pattern[layer % len(config.layer_pattern)]
+        h_BTD = rms_norm(x_BTD, block["attention_norm"]["scale"], config.norm_eps)
+        mask_BTT = visible(kind, segments, config)
+        x_BTD = x_BTD + attention(block["attention"], h_BTD, kind, positions, mask_BTT, config)
+        h_BTD = rms_norm(x_BTD, block["mlp_norm"]["scale"], config.norm_eps)
+        mlp = {name: projection["kernel"] for name, projection in block["mlp"].items()}
+        x_BTD = x_BTD + (silu(h_BTD @ mlp["gate"]) * (h_BTD @ mlp["up"])) @ mlp["down"]
+    x_BTD = rms_norm(x_BTD, params["final_norm"]["scale"], config.norm_eps)
+    head = embedding if config.tie_embeddings else params["lm_head"]["embedding"]
+    return x_BTD @ head.T
+
+
+def to_float64(tree: Any) -> Any:
+    """The same tree of plain dicts with float64 numpy leaves."""
+    if hasattr(tree, "items"):
+        return {name: to_float64(leaf) for name, leaf in tree.items()}
+    return np.asarray(tree, np.float64)
