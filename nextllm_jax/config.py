@@ -361,8 +361,8 @@ def load_config_file(path: str) -> Config:
     file = Path(path)
     _require(file.is_file(), f"config file {path} does not exist; the shipped ones are in configs/, such as tiny.py")
     spec = importlib.util.spec_from_file_location(f"nextllm_config_{file.stem}", file)
-    _require(spec is not None and spec.loader is not None, f"config file {path} must be a python file (.py)")
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise InputError(f"config file {path} must be a python file (.py)")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

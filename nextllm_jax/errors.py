@@ -1,8 +1,15 @@
-"""The one exception that means "the user can fix this"."""
+"""The exceptions that the command line turns into one sentence and an exit code."""
 
 
 class InputError(Exception):
     """Bad input: one sentence that names the file or the field, and the fix.
 
     The command line prints the message without a traceback and exits 2.
+    """
+
+
+class RunFailed(Exception):
+    """A run that cannot go on: one sentence that says why and what stands.
+
+    The command line prints the message without a traceback and exits 1.
     """

@@ -101,9 +101,9 @@ class SwiGLU(nn.Module):
         gate_BTF = Linear("BTD,DF->BTF", **into, name="gate")(x_BTD)
         up_BTF = Linear("BTD,DF->BTF", **into, name="up")(x_BTD)
         inner_BTF = constrain(nn.silu(gate_BTF) * up_BTF, "batch", "seq", "mlp")
-        return Linear(
-            "BTF,FD->BTD", (mlp, embed), ("mlp", "embed"), residual_init_std(config), **types, name="down"
-        )(inner_BTF)
+        return Linear("BTF,FD->BTD", (mlp, embed), ("mlp", "embed"), residual_init_std(config), **types, name="down")(
+            inner_BTF
+        )
 
 
 def residual_init_std(config: ModelConfig) -> float:

@@ -32,9 +32,7 @@ def _initial_state(model: Transformer, optimizer: optax.GradientTransformation, 
     tokens_BT = jnp.zeros((1, 1), jnp.int32)
     params = model.init(jax.random.key(seed), tokens_BT, tokens_BT)["params"]
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(
-        step=zero, skipped=zero, skipped_in_a_row=zero, params=params, opt_state=optimizer.init(params)
-    )
+    return TrainState(step=zero, skipped=zero, skipped_in_a_row=zero, params=params, opt_state=optimizer.init(params))
 
 
 def abstract_state(model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -51,9 +51,7 @@ def _gradients(model: Transformer, params: Any, batch: Batch, accumulation_steps
 
     # Microbatch i takes rows i, i + A, ...: so every device keeps the rows that it already holds.
     microbatches = jax.tree.map(
-        lambda x: constrain(
-            jnp.swapaxes(x.reshape(-1, accumulation_steps, *x.shape[1:]), 0, 1), None, "batch", "seq"
-        ),
+        lambda x: constrain(jnp.swapaxes(x.reshape(-1, accumulation_steps, *x.shape[1:]), 0, 1), None, "batch", "seq"),
         batch,
     )
     zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))

@@ -1,0 +1,26 @@
+"""The first real run: 8 layers, 256 wide, on the standard library's source.
+
+python train.py --config configs/small.py
+"""
+
+from nextllm_jax.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+
+
+def get_config() -> Config:
+    """8.9M parameters, 5,000 steps of 4,096 tokens: two hours on two CPU cores, minutes on an accelerator."""
+    return Config(
+        model=ModelConfig(
+            vocab_size=8192,
+            num_layers=8,
+            embed_dim=256,
+            mlp_dim=688,
+            num_heads=8,
+            num_kv_heads=4,
+            head_dim=32,
+            context_length=1024,
+        ),
+        data=DataConfig(tokenizer_vocab_size=8192, sequence_length=256),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=200),
+        training=TrainingConfig(steps=5000, global_batch_size=16, evaluate_every_steps=500),
+        checkpoint=CheckpointConfig(every_steps=500),
+    )

@@ -1,0 +1,27 @@
+"""A laptop CPU learns something visible in about 3 minutes, preparing and compiling included.
+
+python train.py --config configs/tiny.py
+python sample.py --checkpoint runs/tiny --prompt "def "
+"""
+
+from nextllm_jax.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+
+
+def get_config() -> Config:
+    """About a million parameters on the standard library's source, with a tokenizer trained on it."""
+    return Config(
+        model=ModelConfig(
+            vocab_size=2048,
+            num_layers=4,
+            embed_dim=128,
+            mlp_dim=384,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=32,
+            context_length=512,
+        ),
+        data=DataConfig(tokenizer_vocab_size=2048, sequence_length=256),
+        optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=40, final_learning_rate_fraction=0.02),
+        training=TrainingConfig(steps=400, global_batch_size=16, log_every_steps=10, evaluate_every_steps=200),
+        checkpoint=CheckpointConfig(every_steps=200),
+    )

@@ -1,0 +1,171 @@
+"""The `nextllm` command: `nextllm train` and `nextllm prepare`.
+
+Nothing here imports jax until a command needs it, so that errors and `--help` come at once, and data is
+prepared before devices are touched.
+"""
+
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import tyro
+
+from nextllm_jax import process
+from nextllm_jax.config import Config, DataConfig, ModelConfig, load_config_file
+from nextllm_jax.errors import InputError, RunFailed
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 75
+
+
+def run_main(command: Callable[[list[str]], int]) -> NoReturn:
+    """Run a command on the command line's arguments and exit with its code.
+
+    The user's mistakes end in one sentence and exit code 2, failures of the machine (a full disk) in one
+    sentence and 1, Ctrl-C in 130; anything else is a bug and keeps its traceback.
+    """
+    try:
+        code = command(sys.argv[1:])
+        sys.stdout.flush()
+    except InputError as error:
+        code = _complain(str(error), EXIT_BAD_INPUT)
+    except RunFailed as error:
+        code = _complain(str(error), EXIT_FAILED)
+    except BrokenPipeError:
+        # The reader of a pipe has left; say nothing, and keep Python from flushing into it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_FAILED
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        code = _complain(f"{error.strerror or error}{where}", EXIT_FAILED)
+    except KeyboardInterrupt:
+        code = _complain("interrupted", 130)
+    sys.exit(code)
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainArguments:
+    """Train a model; the same command continues an interrupted run."""
+
+    config: str
+    """Python file that defines get_config() -> Config, such as configs/small.py."""
+    overwrite: bool = False
+    """Start anew in a run directory that holds a run; the old run's files are removed."""
+    run: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
+
+
+def _default_run(argv: list[str]) -> Config:
+    """The Config of the file that --config names, for `tyro` to override; the plain one without --config."""
+    for i, argument in enumerate(argv):
+        if argument == "--config" and i + 1 < len(argv):
+            return load_config_file(argv[i + 1])
+        if argument.startswith("--config="):
+            return load_config_file(argument.removeprefix("--config="))
+    return Config()
+
+
+def train_command(argv: list[str]) -> int:
+    """Prepare the data if it is not there, then train; the exit code."""
+    arguments = tyro.cli(
+        TrainArguments,
+        args=argv,
+        default=TrainArguments(config=tyro.MISSING, run=_default_run(argv)),
+        description=f"{TrainArguments.__doc__}\n\n{process.describe()}",
+    )
+    process.restart_with_settings()
+    _prepare_if_missing(arguments.run.data)
+    _use_compilation_cache()
+
+    from nextllm_jax.training.loop import train
+
+    outcome = train(arguments.run, overwrite=arguments.overwrite, sample_text=_sample_text)
+    return EXIT_INTERRUPTED if outcome == "interrupted" else 0
+
+
+def _prepare_if_missing(config: DataConfig) -> None:
+    from nextllm_jax.data.prepare import default_data_path, prepare
+
+    path = default_data_path(config)
+    if not (path / "index.json").exists():
+        print(f"preparing {config.corpus} in {path}", file=sys.stderr)
+        prepare(config, path)
+
+
+def _use_compilation_cache() -> None:
+    """Keep compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache directory."""
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        home = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "nextllm_jax" / "compiled"))
+
+
+def _sample_text(
+    config: ModelConfig, dtype: Any, params: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int
+) -> list[tuple[str, str]]:
+    """What `train` writes to samples.txt: one continuation of each prompt."""
+    from nextllm_jax.llm import LLM, cast_matrices
+
+    llm = LLM(config, cast_matrices(params, dtype), tokenizer, dtype)
+    fitting = min(max_new_tokens, config.context_length // 2)
+    return [(sample.prompt, sample.text) for sample in llm.generate(prompts, max_new_tokens=fitting)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrepareArguments:
+    """Turn a corpus into tokenized shards that training reads."""
+
+    config: str | None = None
+    """Config file whose data settings are the defaults of the options below."""
+    output: str | None = None
+    """Directory to write; none: data.path, or data/<corpus>-<tokenizer>-<hash>."""
+    overwrite: bool = False
+    """Replace prepared data that is already there."""
+    data: Annotated[DataConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=DataConfig)
+
+
+def prepare_command(argv: list[str]) -> int:
+    """Prepare data; the exit code."""
+    from nextllm_jax.data.prepare import default_data_path, prepare
+
+    default = PrepareArguments(data=_default_run(argv).data)
+    arguments = tyro.cli(PrepareArguments, args=argv, prog="nextllm prepare", default=default)
+    path = Path(arguments.output) if arguments.output else default_data_path(arguments.data)
+    prepare(arguments.data, path, overwrite=arguments.overwrite)
+    print(path)
+    return 0
+
+
+COMMANDS = {"train": train_command, "prepare": prepare_command}
+
+
+def nextllm_command(argv: list[str]) -> int:
+    """Dispatch to one of COMMANDS by the first argument; the exit code."""
+    name = argv[0] if argv else "--help"
+    if name in ("-h", "--help"):
+        print("usage: nextllm COMMAND [OPTIONS]\n")
+        for command in COMMANDS:
+            print(f"  nextllm {command} --help")
+        return 0
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(COMMANDS)}"
+        raise InputError(f"nextllm has no command '{name}'{hint}")
+    return COMMANDS[name](argv[1:])
+
+
+def main() -> NoReturn:
+    """Run the `nextllm` command."""
+    run_main(nextllm_command)
+
+
+if __name__ == "__main__":
+    main()

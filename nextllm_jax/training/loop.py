@@ -1,0 +1,340 @@
+"""`train(config)`: the story of a run, top to bottom."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from nextllm_jax import hardware
+from nextllm_jax.checkpoint import Checkpoints
+from nextllm_jax.config import Config, ModelConfig
+from nextllm_jax.data.loader import TrainLoader, validation_batches
+from nextllm_jax.data.packing import Batch
+from nextllm_jax.data.prepare import default_data_path
+from nextllm_jax.data.shards import Dataset
+from nextllm_jax.errors import InputError, RunFailed
+from nextllm_jax.model.accounting import flops_per_token, parameter_count
+from nextllm_jax.model.transformer import Transformer, resolve_dtype
+from nextllm_jax.sharding import make_mesh, sharding
+from nextllm_jax.tokenizer.tokenizer import Tokenizer
+from nextllm_jax.training.evaluate import evaluate
+from nextllm_jax.training.metrics import TrainMeter
+from nextllm_jax.training.optimizer import make_optimizer, schedule
+from nextllm_jax.training.run_directory import open_run
+from nextllm_jax.training.signals import StopRequest
+from nextllm_jax.training.state import TrainState, abstract_state, create_state, shardings_of
+from nextllm_jax.training.step import StepMetrics, make_eval_step, make_train_step
+from nextllm_jax.training.writers import Writers
+
+Outcome = Literal["finished", "interrupted"]
+
+SampleText = Callable[[ModelConfig, np.dtype, Any, Tokenizer, Sequence[str], int], list[tuple[str, str]]]
+"""(config, dtype, params, tokenizer, prompts, max_new_tokens) -> [(prompt, text), ...]."""
+
+
+class _Stopped(Exception):
+    """A stop was requested during an evaluation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What is compiled once: the model and its steps, and the layout of the state."""
+
+    model: Transformer
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+    eval_step: Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+    abstract_state: TrainState
+    create_state: Callable[[], TrainState]
+
+
+def build_program(config: Config, mesh: Mesh) -> Program:
+    """The steps of a config on a mesh; nothing is compiled or computed yet."""
+    model = Transformer(config.model, resolve_dtype(config.model.dtype, jax.default_backend()))
+    optimizer = make_optimizer(config.optimizer)
+    abstract = abstract_state(model, optimizer, mesh)
+    train_step = make_train_step(
+        model,
+        optimizer,
+        schedule(config.optimizer, config.training.steps),
+        shardings_of(abstract),
+        accumulation_steps=config.training.accumulation_steps,
+    )
+    return Program(
+        model=model,
+        train_step=train_step,
+        eval_step=make_eval_step(model),
+        abstract_state=abstract,
+        create_state=lambda: create_state(model, optimizer, mesh, config.seed),
+    )
+
+
+def _check_platform(config: Config) -> None:
+    found = jax.default_backend()
+    if config.platform not in ("auto", found):
+        raise InputError(f"platform is {config.platform}, but jax found {found}; install jax for it, or set --platform")
+    if config.model.dtype == "float32":
+        # TPUs and recent GPUs multiply float32 in fewer bits unless asked.
+        jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def _check_fits(config: Config, dataset: Dataset, mesh: Mesh) -> None:
+    if dataset.vocab_size > config.model.vocab_size:
+        raise InputError(
+            f"the data's tokenizer has {dataset.vocab_size} tokens but model.vocab_size is "
+            f"{config.model.vocab_size}; set --model.vocab-size {dataset.vocab_size} or more"
+        )
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = {
+        "training.global_batch_size / accumulation_steps": config.training.global_batch_size
+        // config.training.accumulation_steps,
+        "training.evaluation_batch_size": config.training.evaluation_batch_size,
+    }
+    for name, size in rows.items():
+        if size % parts:
+            raise InputError(f"{name} is {size}, which mesh.data x mesh.fsdp = {parts} does not divide")
+    if config.data.sequence_length % mesh.shape["sequence"]:
+        raise InputError(
+            f"data.sequence_length {config.data.sequence_length} is not divisible by "
+            f"mesh.sequence {mesh.shape['sequence']}"
+        )
+
+
+def _restore_or_create(program: Program, checkpoints: Checkpoints, config: Config) -> tuple[TrainState, dict[str, Any]]:
+    """The latest checkpoint's state and record, or a new state and an empty record."""
+    step = checkpoints.latest_step()
+    if step is None:
+        return program.create_state(), {}
+    if step > config.training.steps:
+        raise InputError(f"the run is at step {step} already, beyond training.steps {config.training.steps}")
+    rest = checkpoints.restore(step, "rest", program.abstract_state.replace(params=None))
+    params = checkpoints.restore(step, "params", program.abstract_state.params)
+    return rest.replace(params=params), checkpoints.record(step)
+
+
+def _describe(config: Config, program: Program, mesh: Mesh, dataset: Dataset) -> str:
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    return (
+        f"{parameter_count(config.model):,} parameters, {np.dtype(program.model.dtype).name} matmuls, "
+        f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}{f' ({axes})' if axes else ''}; "
+        f"{dataset.split('train').num_tokens:,} training tokens"
+    )
+
+
+def train(config: Config, *, overwrite: bool = False, sample_text: SampleText | None = None) -> Outcome:
+    """Train as configured, from the latest checkpoint if the run directory holds one.
+
+    `sample_text` makes the texts of samples.txt; every process calls it, since it computes on the mesh.
+
+    Raises InputError for what the user can fix, and RunFailed if too many steps in a row are not finite.
+    """
+    _check_platform(config)
+    mesh = make_mesh(config.mesh)
+    dataset = Dataset.open(default_data_path(config.data))
+    _check_fits(config, dataset, mesh)
+    if config.workdir is None:
+        raise InputError("workdir is not set; it names the run directory")
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        stack.enter_context(jax.set_mesh(mesh))
+        run = stack.enter_context(open_run(config.workdir, config, overwrite=overwrite))
+        checkpoints = stack.enter_context(Checkpoints(run.path / "checkpoints"))
+        tokenizer = dataset.tokenizer()
+        tokenizer.save(run.path / "tokenizer")
+        program = build_program(config, mesh)
+        state, record = _restore_or_create(program, checkpoints, config)
+        first_step = int(state.step)
+        writers = stack.enter_context(
+            contextlib.closing(
+                Writers(
+                    run.path,
+                    total_steps=config.training.steps,
+                    initial_step=first_step,
+                    enabled=jax.process_index() == 0,
+                )
+            )
+        )
+        writers.message(_describe(config, program, mesh, dataset))
+        if first_step:
+            writers.message(f"continuing from step {first_step} of {run.path}")
+        session = Session(config, program, mesh, dataset, tokenizer, checkpoints, writers, stop, sample_text)
+        return _steps(session, state, record)
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """The parts of a run that its steps work with."""
+
+    config: Config
+    program: Program
+    mesh: Mesh
+    dataset: Dataset
+    tokenizer: Tokenizer
+    checkpoints: Checkpoints
+    writers: Writers
+    stop: StopRequest
+    sample_text: SampleText | None
+
+    def due(self, every: int, step: int) -> bool:
+        """True at every `every` steps and at the end."""
+        return step > 0 and (step % every == 0 or step == self.config.training.steps)
+
+
+def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outcome:
+    """Train from `state` to the end or to a request to stop.
+
+    What is due at a step (evaluation, saving, stopping) is done before the next one is taken, so that a
+    continued run does first what an interruption kept it from doing.
+    """
+    config, writers, stop = session.config, session.writers, session.stop
+    step = int(state.step)
+    evaluated = record.get("evaluated", False)
+    loader = _make_loader(session, record)
+    batches = loader.batches(step)
+    meter = _make_meter(session, record)
+    last: StepMetrics | None = None
+    while True:
+        loss = None
+        if session.due(config.training.evaluate_every_steps, step) and not evaluated:
+            meter.pause()
+            loss = _evaluate(session, state, step, meter)
+            evaluated = loss is not None
+        if stop.name or loss is not None or session.due(config.checkpoint.every_steps, step):
+            meter.pause()
+            facts = {"evaluated": evaluated, "data": loader.position(step), **meter.totals()}
+            _save_if_needed(session, state, step, loss, facts)
+        if evaluated and step == config.training.steps:
+            return _finish(session, step, last)
+        if stop.name:
+            session.checkpoints.wait()
+            writers.message(f"{stop.name}: saved step {step} and stopped; run the same command again to continue")
+            return "interrupted"
+        started = time.perf_counter()
+        state, metrics = session.program.train_step(state, next(batches))
+        step, evaluated = step + 1, False
+        meter.add(metrics)
+        if last is None:
+            meter.resume()  # waits: the first step is the one that compiles
+            writers.message(f"compiled the train step and took the first in {time.perf_counter() - started:.1f} s")
+        else:
+            _check_finite(session, step - 1, last)  # the step before: this one is still under way
+            meter.resume()
+        last = metrics
+        if session.due(config.training.log_every_steps, step):
+            writers.train(meter.read(step))
+
+
+def _make_loader(session: Session, record: dict[str, Any]) -> TrainLoader:
+    config = session.config
+    loader = TrainLoader(
+        session.dataset.split("train"),
+        sequence_length=config.data.sequence_length,
+        global_batch_size=config.training.global_batch_size,
+        seed=config.seed,
+        sharding=sharding(session.mesh, "batch", "seq"),
+    )
+    if record:
+        loader.check(record["data"])
+    return loader
+
+
+def _make_meter(session: Session, record: dict[str, Any]) -> TrainMeter:
+    devices = session.mesh.devices
+    chip = hardware.chip(devices.flat[0].device_kind)
+    return TrainMeter(
+        flops_per_token=flops_per_token(session.config.model, session.config.data.sequence_length),
+        peak_flops=chip.peak_flops_bf16 * devices.size if chip else None,
+        tokens_seen=record.get("tokens_seen", 0),
+        elapsed_seconds=record.get("elapsed_seconds", 0.0),
+    )
+
+
+def _until_stopped(batches: Iterable[Batch], stop: StopRequest) -> Iterator[Batch]:
+    for batch in batches:
+        if stop.name:
+            raise _Stopped
+        yield batch
+
+
+def _evaluate(session: Session, state: TrainState, step: int, meter: TrainMeter) -> float | None:
+    """The validation loss, reported together with samples; None if a stop was requested meanwhile."""
+    config, split = session.config, session.dataset.split("validation")
+    batches = validation_batches(
+        split,
+        sequence_length=config.data.sequence_length,
+        batch_size=config.training.evaluation_batch_size,
+        sharding=sharding(session.mesh, "batch", "seq"),
+    )
+    try:
+        result = evaluate(
+            session.program.eval_step, state.params, _until_stopped(batches, session.stop), split.num_bytes
+        )
+    except _Stopped:
+        return None
+    session.writers.validation(
+        {
+            "step": step,
+            "loss": result.loss,
+            "perplexity": result.perplexity,
+            "bits_per_byte": result.bits_per_byte,
+            **meter.totals(),
+        }
+    )
+    if session.sample_text and config.training.sample_tokens:
+        texts = session.sample_text(
+            config.model,
+            session.program.model.dtype,
+            state.params,
+            session.tokenizer,
+            config.training.sample_prompts,
+            config.training.sample_tokens,
+        )
+        session.writers.samples(step, texts)
+    return result.loss
+
+
+def _save_if_needed(session: Session, state: TrainState, step: int, loss: float | None, facts: dict[str, Any]) -> None:
+    """Save a new best, and whatever is due; a step that is saved already only gets its validation loss."""
+    checkpoints = session.checkpoints
+    checkpoints.wait()
+    if step in checkpoints.steps():
+        if loss is not None:
+            checkpoints.add_validation_loss(step, loss, facts)
+        return
+    best = checkpoints.best_step()
+    improves = loss is not None and (best is None or loss < (checkpoints.validation_loss(best) or math.inf))
+    if improves or session.stop.name or session.due(session.config.checkpoint.every_steps, step):
+        items = {"params": state.params, "rest": state.replace(params=None)}
+        checkpoints.save(step, items, facts, validation_loss=loss)
+
+
+def _check_finite(session: Session, step: int, metrics: StepMetrics) -> None:
+    """Report a skipped step; raise RunFailed after too many in a row."""
+    if not metrics.skipped:
+        return
+    in_a_row, limit = int(metrics.skipped_in_a_row), session.config.training.max_skipped_steps
+    session.writers.message(f"step {step}: loss or gradient is not finite; its update is skipped ({in_a_row} in a row)")
+    if in_a_row >= limit:
+        latest = session.checkpoints.latest_step()
+        stands = f"the checkpoint of step {latest} stands" if latest is not None else "there is no checkpoint yet"
+        raise RunFailed(
+            f"loss or gradient was not finite in {in_a_row} steps in a row (training.max_skipped_steps), the last "
+            f"one step {step}; {stands}; lower optimizer.learning_rate, or look at the data"
+        )
+
+
+def _finish(session: Session, step: int, last: StepMetrics | None) -> Outcome:
+    checkpoints = session.checkpoints
+    checkpoints.wait()
+    if last is None:
+        session.writers.message(f"the run is finished at step {step}; raise --training.steps to go on")
+    else:
+        _check_finite(session, step, last)
+        best = checkpoints.best_step()
+        session.writers.message(f"finished at step {step}; the best checkpoint is step {best}")
+    return "finished"
