@@ -1,0 +1,63 @@
+"""What accelerators can do at most, by the name that jax gives a device."""
+
+from typing import NamedTuple
+
+
+class Chip(NamedTuple):
+    """Published limits of one jax device."""
+
+    peak_flops_bf16: float
+    """Dense bfloat16 matmul FLOP/s, no sparsity."""
+    hbm_bytes: int
+    """Device memory."""
+    hbm_bandwidth: float
+    """Bytes per second between device memory and the cores."""
+
+
+def _chip(teraflops: float, gibibytes: int, gigabytes_per_second: float) -> Chip:
+    return Chip(teraflops * 1e12, gibibytes * 2**30, gigabytes_per_second * 1e9)
+
+
+# Vendors' data sheets. A jax device is a whole chip, but for TPU v2, v3 and 7x, whose chips are two devices each.
+_CHIPS = {
+    "TPU v2": _chip(22.5, 8, 350),
+    "TPU v3": _chip(61.5, 16, 450),
+    "TPU v4": _chip(275, 32, 1228),
+    "TPU v5 lite": _chip(197, 16, 819),  # v5e
+    "TPU v5e": _chip(197, 16, 819),
+    "TPU v5": _chip(459, 95, 2765),  # v5p
+    "TPU v5p": _chip(459, 95, 2765),
+    "TPU v6 lite": _chip(918, 32, 1640),  # v6e, Trillium
+    "TPU v6e": _chip(918, 32, 1640),
+    "TPU7x": _chip(1153.5, 96, 3690),  # Ironwood
+    "NVIDIA A10": _chip(125, 24, 600),
+    "NVIDIA A10G": _chip(70, 24, 600),
+    "NVIDIA A100-PCIE-40GB": _chip(312, 40, 1555),
+    "NVIDIA A100-SXM4-40GB": _chip(312, 40, 1555),
+    "NVIDIA A100 80GB PCIe": _chip(312, 80, 1935),
+    "NVIDIA A100-SXM4-80GB": _chip(312, 80, 2039),
+    "NVIDIA H100 PCIe": _chip(756, 80, 2000),
+    "NVIDIA H100 NVL": _chip(835, 94, 3900),
+    "NVIDIA H100 80GB HBM3": _chip(989, 80, 3350),
+    "NVIDIA H200": _chip(989, 141, 4800),
+    "NVIDIA H200 NVL": _chip(835, 141, 4800),
+    "NVIDIA GH200 120GB": _chip(989, 96, 4000),
+    "NVIDIA GH200 480GB": _chip(989, 96, 4000),
+    "NVIDIA B200": _chip(2250, 180, 8000),
+    "NVIDIA GB200": _chip(2500, 186, 8000),
+    "NVIDIA L4": _chip(121, 24, 300),
+    "NVIDIA L40S": _chip(362, 48, 864),
+    "NVIDIA RTX A6000": _chip(155, 48, 768),
+    "NVIDIA RTX 6000 Ada Generation": _chip(364, 48, 960),
+    "NVIDIA GeForce RTX 3090": _chip(71, 24, 936),
+    "NVIDIA GeForce RTX 4090": _chip(165, 24, 1008),
+    "NVIDIA GeForce RTX 5090": _chip(210, 32, 1792),
+}
+
+
+def chip(device_kind: str) -> Chip | None:
+    """The limits of `jax.Device.device_kind`, or None for a device that is not in the table (a CPU, a MIG slice).
+
+    The name must match whole: a guess from a part of it would give a wrong MFU with nothing to show for it.
+    """
+    return _CHIPS.get(device_kind)

@@ -1,0 +1,131 @@
+"""What a run reports about itself: token-weighted loss, throughput and MFU."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from nextllm_jax.training.step import StepMetrics
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss) of a mean negative log likelihood in nats; inf where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf if not math.isnan(loss) else math.nan
+
+
+class TrainMeter:
+    """Sums over train steps, kept on the device until they are read.
+
+    The clock starts paused. Steps added while it is paused (the one that compiles) count for everything but
+    the throughput; so do not evaluation, saving, or whatever else happens between `pause` and `resume`.
+
+    `flops_per_token`: forward and backward, of one loss-bearing token. `peak_flops`: of all devices together,
+    or None where the chip is unknown, and then there is no MFU. `tokens_seen` and `elapsed_seconds` are what
+    an earlier part of the same run came to.
+    """
+
+    def __init__(
+        self,
+        *,
+        flops_per_token: float,
+        peak_flops: float | None,
+        tokens_seen: int = 0,
+        elapsed_seconds: float = 0.0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._flops_per_token = flops_per_token
+        self._peak_flops = peak_flops
+        self._clock = clock
+        self._began = clock() - elapsed_seconds
+        self._running_since: float | None = None
+        self._pending: list[tuple[StepMetrics, bool]] = []
+        self._tokens_seen = tokens_seen
+        self.skipped = 0
+        """Steps skipped so far, of those that were read."""
+        self.longest_skipped_row = 0
+        """Most steps skipped in a row so far, of those that were read."""
+        self._start_window()
+
+    def _start_window(self) -> None:
+        self._nll_sum = 0.0
+        self._num_tokens = 0
+        self._timed_tokens = 0
+        self._timed_seconds = 0.0
+        self._last: StepMetrics | None = None
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Wall time of the run, pauses included and earlier parts too."""
+        return self._clock() - self._began
+
+    @property
+    def tokens_seen(self) -> int:
+        """Loss-bearing tokens of all steps added so far, skipped ones included; waits for the last step."""
+        self._drain()
+        return self._tokens_seen
+
+    def add(self, metrics: StepMetrics) -> None:
+        """Take a step's device scalars, without waiting for them."""
+        self._pending.append((metrics, self._running_since is not None))
+
+    def resume(self) -> None:
+        """Start the clock, once the steps added before are done."""
+        self._drain()
+        self._running_since = self._clock()
+
+    def pause(self) -> None:
+        """Stop the clock, once the steps added before are done. Pausing twice is pausing once."""
+        self._drain()
+        if self._running_since is not None:
+            self._timed_seconds += self._clock() - self._running_since
+            self._running_since = None
+
+    def _drain(self) -> None:
+        """Wait for the pending steps and add them up on the host, in float64 and exact integers."""
+        steps = jax.device_get([metrics for metrics, _ in self._pending])
+        for metrics, (_, timed) in zip(steps, self._pending, strict=True):
+            num_tokens = int(metrics.num_tokens)
+            self._tokens_seen += num_tokens
+            self._timed_tokens += num_tokens if timed else 0
+            self._last = metrics
+            self.longest_skipped_row = max(self.longest_skipped_row, int(metrics.skipped_in_a_row))
+            if metrics.skipped:
+                self.skipped += 1
+            else:
+                self._nll_sum += float(metrics.nll_sum)
+                self._num_tokens += num_tokens
+        self._pending = []
+
+    def read(self, step: int) -> dict[str, Any]:
+        """The record of the steps since the last read, with the names that `metrics.jsonl` has.
+
+        `loss` is the mean over the loss-bearing tokens of the steps that were not skipped (NaN if all were);
+        `learning_rate` and `grad_norm` are the last step's. `tokens_per_second` is None if no step was timed.
+        Waits for the last step.
+        """
+        self._drain()
+        if self._running_since is not None:
+            now = self._clock()
+            self._timed_seconds += now - self._running_since
+            self._running_since = now
+        loss = self._nll_sum / self._num_tokens if self._num_tokens else math.nan
+        timed = self._timed_tokens > 0 and self._timed_seconds > 0
+        tokens_per_second = self._timed_tokens / self._timed_seconds if timed else None
+        mfu = None
+        if tokens_per_second is not None and self._peak_flops is not None:
+            mfu = tokens_per_second * self._flops_per_token / self._peak_flops
+        record = {
+            "step": step,
+            "loss": loss,
+            "perplexity": perplexity(loss),
+            "learning_rate": float(self._last.learning_rate) if self._last else None,
+            "grad_norm": float(self._last.grad_norm) if self._last else None,
+            "tokens_per_second": tokens_per_second,
+            "mfu": mfu,
+            "tokens_seen": self._tokens_seen,
+            "elapsed_seconds": self.elapsed_seconds,
+        }
+        self._start_window()
+        return record
