@@ -1,0 +1,134 @@
+"""Batches on devices: for training in an endless shuffled order, for validation once in stored order."""
+
+import collections
+import hashlib
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from nextllm_jax.data.packing import Batch, num_windows, read_batch
+from nextllm_jax.data.shards import Split
+from nextllm_jax.errors import InputError
+
+_READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+_BATCHES_ON_DEVICE = 2
+
+
+class TrainLoader:
+    """An endless supply of training batches, each a function of (data id, seed, step) alone.
+
+    Every epoch is a new order of all windows. Each process reads only the rows that its devices hold.
+    `sharding` is that of [B, T] arrays. Raises InputError if the split is shorter than one window, or if the
+    sharding does not divide the batch.
+    """
+
+    def __init__(
+        self, split: Split, *, sequence_length: int, global_batch_size: int, seed: int, sharding: jax.sharding.Sharding
+    ):
+        windows = num_windows(split.num_tokens, sequence_length, partial=False)
+        if windows == 0:
+            raise InputError(
+                f"data.sequence_length {sequence_length} is too long for the {split.name} split of "
+                f"{split.num_tokens} tokens, which must hold one more; shorten it or bring more text"
+            )
+        self._split = split
+        self._seed = seed
+        self._shape = (global_batch_size, sequence_length)
+        self._sharding = sharding
+        self._rows = _local_rows(sharding, self._shape)
+        digest = hashlib.sha256(f"{split.data_id}:{seed}".encode()).digest()
+        order_seed = int.from_bytes(digest[:4], "big")
+        self._order = grain.MapDataset.range(windows).shuffle(seed=order_seed).repeat()
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        """The batches of `start_step`, `start_step` + 1, ... as global jax arrays; starting costs the same anywhere."""
+        return _on_device(self.host_batches(start_step), self._rows, self._shape, self._sharding)
+
+    def host_batches(self, start_step: int) -> Iterator[Batch]:
+        """The same batches as numpy arrays, of this process's rows only, read ahead by threads."""
+        steps = grain.MapDataset.range(start_step, sys.maxsize)
+        iterator = iter(steps.map(self._read).to_iter_dataset(_READ_OPTIONS))
+        try:
+            yield from iterator
+        finally:
+            iterator.close()
+
+    def position(self, step: int) -> dict[str, Any]:
+        """What a checkpoint records so that training goes on at `step` with the same order; plain JSON values."""
+        batch_size, sequence_length = self._shape
+        return {
+            "data_id": self._split.data_id,
+            "seed": self._seed,
+            "step": step,
+            "sequence_length": sequence_length,
+            "global_batch_size": batch_size,
+        }
+
+    def start_step(self, position: dict[str, Any]) -> int:
+        """The step at which a recorded position goes on. Raises InputError if it is of another order of tokens."""
+        step = int(position["step"])
+        for name, expected in self.position(step).items():
+            if position.get(name) != expected:
+                raise InputError(
+                    f"the checkpoint was trained with {name} {position.get(name)}, this run has {expected}, so the "
+                    "order of the data cannot go on; restore the setting, or start a new run with init_from"
+                )
+        return step
+
+    def _read(self, step: int) -> Batch:
+        batch_size, sequence_length = self._shape
+        windows = [self._order[step * batch_size + int(row)] for row in self._rows]
+        return read_batch(self._split, np.array(windows), sequence_length)
+
+
+def validation_batches(
+    split: Split, *, sequence_length: int, batch_size: int, sharding: jax.sharding.Sharding
+) -> Iterator[Batch]:
+    """The whole split once, in stored order, as global jax arrays; each target is unmasked in one batch at most.
+
+    The last window and the last batch are padded with the mask False. Raises InputError like TrainLoader.
+    """
+    if split.num_tokens < 2:
+        raise InputError(f"the {split.name} split has {split.num_tokens} tokens; bring more text")
+    shape = (batch_size, sequence_length)
+    rows = _local_rows(sharding, shape)
+    starts = range(0, num_windows(split.num_tokens, sequence_length, partial=True), batch_size)
+    return _on_device((read_batch(split, start + rows, sequence_length) for start in starts), rows, shape, sharding)
+
+
+def _local_rows(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> np.ndarray:
+    """The rows of a [B, T] array that this process's devices hold, sorted."""
+    try:
+        indices = sharding.addressable_devices_indices_map(shape).values()
+    except ValueError as error:
+        raise InputError(
+            f"a batch of {shape[0]} sequences of {shape[1]} tokens cannot be divided by the mesh ({sharding}); "
+            "change training.global_batch_size, training.evaluation_batch_size or mesh"
+        ) from error
+    rows = {row for index in indices if index is not None for row in range(*index[0].indices(shape[0]))}
+    return np.array(sorted(rows))
+
+
+def _on_device(
+    batches: Iterable[Batch], rows: np.ndarray, shape: tuple[int, int], sharding: jax.sharding.Sharding
+) -> Iterator[Batch]:
+    """Global arrays made of this process's rows, a few batches ahead, so that transfers overlap with compute."""
+
+    def to_global(local: np.ndarray) -> jax.Array:
+        def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            wanted = np.arange(*index[0].indices(shape[0]))
+            return local[np.searchsorted(rows, wanted)][:, index[1]]
+
+        return jax.make_array_from_callback(shape, sharding, piece)
+
+    ready: collections.deque[Batch] = collections.deque()
+    for batch in batches:
+        ready.append(Batch(*map(to_global, batch)))
+        if len(ready) > _BATCHES_ON_DEVICE:
+            yield ready.popleft()
+    yield from ready

@@ -1,0 +1,356 @@
+"""A corpus to token shards: in parallel, restartable, and all or nothing.
+
+Documents are grouped into parts of a fixed amount of text, each tokenized by one process into a file named
+after its content. Parts are then joined in order, so that the result does not depend on the number of
+processes. All this happens in `<output>.partial`, which becomes the output by a rename at the very end; a run
+that was stopped continues from the parts that are there. Nothing here imports jax.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import functools
+import hashlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import platform
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from nextllm_jax.config import DataConfig
+from nextllm_jax.data.corpora import Document, document_hash, read_documents, validation_limit
+from nextllm_jax.data.shards import (
+    FORMAT,
+    SPLITS,
+    Dataset,
+    SplitName,
+    TokenizedDocuments,
+    token_dtype,
+    write_index,
+    write_split,
+)
+from nextllm_jax.errors import InputError
+from nextllm_jax.tokenizer.bpe import train_tokenizer
+from nextllm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
+
+PART_CHARACTERS = 1_000_000
+TOKENIZER_SAMPLE_CHARACTERS = 100_000_000
+"""A tokenizer is trained on the first training documents, up to this much text."""
+
+
+class Part(NamedTuple):
+    """Consecutive documents, which of them are held out, and the file that their tokens go to."""
+
+    texts: list[str]
+    held_out: list[bool]
+    path: Path
+
+
+class PartReport(NamedTuple):
+    """What tokenizing a part took."""
+
+    process: int
+    num_tokens: int
+    seconds: float
+
+
+def data_settings(config: DataConfig) -> dict[str, Any]:
+    """The settings that change the prepared data, and the Python version where its source is the corpus."""
+    settings = dataclasses.asdict(config)
+    for name in ("path", "sequence_length", "num_processes"):
+        del settings[name]
+    if config.tokenizer != "train":
+        del settings["vocab_size"]
+    if config.corpus == "stdlib":
+        settings["python"] = platform.python_version()
+    return {"format": FORMAT, **settings}
+
+
+def default_data_path(config: DataConfig) -> Path:
+    """`config.path`, or `data/<corpus>-<tokenizer>-<hash of the settings that change the data>`."""
+    if config.path:
+        return Path(config.path)
+    digest = hashlib.sha256(json.dumps(data_settings(config), sort_keys=True).encode()).hexdigest()[:8]
+    trained = f"bpe{config.vocab_size}"
+    names = [config.corpus.removeprefix("hf:"), trained if config.tokenizer == "train" else config.tokenizer]
+    corpus, tokenizer = (re.sub(r"[^A-Za-z0-9_.]+", "_", Path(name).name).strip("_.") for name in names)
+    return Path("data") / f"{corpus}-{tokenizer}-{digest}"
+
+
+def prepare(config: DataConfig, output: Path, *, overwrite: bool = False) -> None:
+    """Write the corpus as token shards into `output`, which appears only when it is complete.
+
+    Does nothing if `output` was made with these settings already. Runs again after an interruption continue,
+    and end in the same bytes; so does any number of processes. Prints tokens/s of each process.
+
+    A script that calls this needs `if __name__ == "__main__":`, since worker processes are spawned.
+    Raises InputError if `output` holds something else (`overwrite` replaces prepared data only), if another
+    process prepares it, if the corpus or the tokenizer cannot be read, or if the disk is full.
+    """
+    output = Path(output)
+    settings = data_settings(config)
+    partial = output.with_name(f"{output.name}.partial")
+    if not overwrite and _read_settings(output) == settings and (output / "index.json").is_file():
+        print(f"{output} is prepared already")
+        return
+    _check_replaceable(output, overwrite)
+    try:
+        with _claimed(partial, output):
+            _start_or_continue(partial, settings)
+            if not (partial / "index.json").is_file():
+                _write_dataset(config, partial)
+            _check_replaceable(output, overwrite)
+            _publish(partial, output)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(f"the disk of {output} is full; free space and run again, finished parts are kept") from error
+    _print_counts(output)
+
+
+def _write_dataset(config: DataConfig, partial: Path) -> None:
+    limit = validation_limit(read_documents(config), config.validation_fraction)
+    tokenizer = _make_tokenizer(config, limit, partial / "tokenizer")
+    part_paths = _tokenize_corpus(config, limit, partial, tokenizer.vocab_size)
+    splits = {
+        name: write_split(
+            partial,
+            name,
+            (_load_part(path, name) for path in part_paths),
+            vocab_size=tokenizer.vocab_size,
+            tokens_per_shard=config.tokens_per_shard,
+        )
+        for name in SPLITS
+    }
+    write_index(partial, tokenizer, splits)
+
+
+def _make_tokenizer(config: DataConfig, limit: int, directory: Path) -> Tokenizer:
+    """The tokenizer of the config, saved in `directory`; one trained by an interrupted run is taken up."""
+    if (directory / "encoding.json").is_file():
+        return Tokenizer.load(directory)
+    if config.tokenizer == "train":
+        print(f"training a tokenizer of {config.vocab_size:,} tokens on the corpus", flush=True)
+        texts = _sample_training_texts(read_documents(config), limit)
+        tokenizer = train_tokenizer(texts, config.vocab_size)
+    else:
+        tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer.save(directory)
+    return tokenizer
+
+
+def _sample_training_texts(documents: Iterable[Document], limit: int) -> Iterator[str]:
+    left = TOKENIZER_SAMPLE_CHARACTERS
+    for document in documents:
+        if left <= 0:
+            return
+        if document_hash(document) > limit:
+            yield document.text[:left]
+            left -= len(document.text)
+
+
+def _tokenize_corpus(config: DataConfig, limit: int, partial: Path, vocab_size: int) -> list[Path]:
+    """Tokenize every part that is not there yet; returns the paths of all parts, in order."""
+    (partial / "parts").mkdir(exist_ok=True)
+    paths: list[Path] = []
+
+    def missing_parts() -> Iterator[Part]:
+        for part in _cut_into_parts(read_documents(config), limit, partial / "parts"):
+            paths.append(part.path)
+            if not zipfile.is_zipfile(part.path):
+                yield part
+
+    work = functools.partial(_tokenize_part, tokenizer_directory=partial / "tokenizer", vocab_size=vocab_size)
+    tokens: collections.Counter[int] = collections.Counter()
+    seconds: collections.defaultdict[int, float] = collections.defaultdict(float)
+    with tqdm(desc="tokenizing", unit=" tokens", unit_scale=True, mininterval=_bar_interval()) as bar:
+        for report in _map_in_processes(work, missing_parts(), config.num_processes or os.cpu_count() or 1):
+            tokens[report.process] += report.num_tokens
+            seconds[report.process] += report.seconds
+            bar.update(report.num_tokens)
+    for number, process in enumerate(tokens, 1):
+        print(f"process {number}: {tokens[process]:,} tokens, {tokens[process] / seconds[process]:,.0f} tokens/s")
+    return paths
+
+
+def _cut_into_parts(documents: Iterable[Document], limit: int, directory: Path) -> Iterator[Part]:
+    texts: list[str] = []
+    held_out: list[bool] = []
+    size = 0
+    for document in documents:
+        texts.append(document.text)
+        held_out.append(document_hash(document) <= limit)
+        size += len(document.text)
+        if size >= PART_CHARACTERS:
+            yield _name_part(texts, held_out, directory)
+            texts, held_out, size = [], [], 0
+    if texts:
+        yield _name_part(texts, held_out, directory)
+
+
+def _name_part(texts: list[str], held_out: list[bool], directory: Path) -> Part:
+    content = hashlib.sha256(bytes(held_out))
+    for text in texts:
+        encoded = text.encode()
+        content.update(b"%d:" % len(encoded))
+        content.update(encoded)
+    return Part(texts, held_out, directory / f"{content.hexdigest()[:32]}.npz")
+
+
+def _tokenize_part(part: Part, *, tokenizer_directory: Path, vocab_size: int) -> PartReport:
+    """Tokenize a part into its file, an array for each split. Runs in a worker process."""
+    tokenizer = _load_tokenizer_once(tokenizer_directory)
+    started = time.perf_counter()
+    arrays: dict[str, np.ndarray] = {}
+    for name in SPLITS:
+        pairs = zip(part.texts, part.held_out, strict=True)
+        texts = [text for text, held_out in pairs if held_out == (name == "validation")]
+        documents = [np.array(tokenizer.encode_document(text), token_dtype(vocab_size)) for text in texts]
+        arrays[f"{name}_tokens"] = np.concatenate([np.empty(0, token_dtype(vocab_size)), *documents])
+        arrays[f"{name}_lengths"] = np.array([len(tokens) for tokens in documents], np.int64)
+        arrays[f"{name}_bytes"] = np.array(sum(len(text.encode()) for text in texts))
+    temporary = part.path.with_suffix(f".{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+    temporary.replace(part.path)
+    num_tokens = sum(len(arrays[f"{name}_tokens"]) for name in SPLITS)
+    return PartReport(os.getpid(), num_tokens, time.perf_counter() - started)
+
+
+@functools.cache
+def _load_tokenizer_once(directory: Path) -> Tokenizer:
+    return Tokenizer.load(directory)
+
+
+def _load_part(path: Path, name: SplitName) -> TokenizedDocuments:
+    with np.load(path) as arrays:
+        return TokenizedDocuments(arrays[f"{name}_tokens"], arrays[f"{name}_lengths"], int(arrays[f"{name}_bytes"]))
+
+
+def _map_in_processes(
+    work: Callable[[Part], PartReport], parts: Iterable[Part], num_processes: int
+) -> Iterator[PartReport]:
+    """`work` of each part, as they finish, with few parts in memory at a time."""
+    if num_processes == 1:
+        yield from map(work, parts)
+        return
+    context = multiprocessing.get_context("spawn")
+    waiting: collections.deque[Future[PartReport]] = collections.deque()
+    with ProcessPoolExecutor(num_processes, context, initializer=_start_worker) as executor:
+        try:
+            for part in parts:
+                waiting.append(executor.submit(work, part))
+                if len(waiting) > 2 * num_processes:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise InputError(
+                "a tokenizing process was killed, perhaps for want of memory; run again with a smaller "
+                "data.num_processes, finished parts are kept"
+            ) from error
+        finally:
+            executor.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and end with it: a worker of a killed parent would wait for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _read_settings(directory: Path) -> Any:
+    """What settings.json of a prepared directory says, or None."""
+    try:
+        return json.loads((directory / "settings.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _check_replaceable(output: Path, overwrite: bool) -> None:
+    """InputError unless `output` is free, or holds prepared data that may be overwritten."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not (output / "index.json").is_file():
+        raise InputError(f"{output} exists and is not prepared data; name another directory")
+    if not overwrite:
+        raise InputError(f"{output} was prepared with other settings; name another directory, or pass --overwrite")
+
+
+@contextlib.contextmanager
+def _claimed(partial: Path, output: Path) -> Iterator[None]:
+    """Hold a lock on the partial directory, made if need be. Raises InputError if another process holds it."""
+    partial.mkdir(parents=True, exist_ok=True)
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        # Some network file systems have no locks; there the lock is best effort.
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(f"another process is preparing {output}; wait for it") from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def _start_or_continue(partial: Path, settings: dict[str, Any]) -> None:
+    """Keep what a run with the same settings left in `partial`, or empty it."""
+    if _read_settings(partial) == settings:
+        print(f"continuing the interrupted preparation in {partial}", flush=True)
+        return
+    found = [entry for entry in partial.iterdir() if entry.name != "settings.json"]
+    if found and not (partial / "settings.json").is_file():
+        raise InputError(f"{partial} is needed for preparing but holds other files; move them away")
+    for entry in found:
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    (partial / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _publish(partial: Path, output: Path) -> None:
+    """Turn the finished partial directory into the output; older data is removed only after that."""
+    shutil.rmtree(partial / "parts", ignore_errors=True)
+    old = output.with_name(f"{output.name}.old")
+    if (output / "index.json").is_file():
+        shutil.rmtree(old, ignore_errors=True)
+        output.rename(old)
+    partial.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _bar_interval() -> float:
+    """Seconds between redraws: often on a terminal, seldom in a log."""
+    return 0.2 if sys.stderr.isatty() else 10.0
+
+
+def _print_counts(output: Path) -> None:
+    dataset = Dataset.open(output, checksums=False)
+    counts = ", ".join(
+        f"{dataset.split(name).num_tokens:,} {name} tokens in {dataset.split(name).num_documents:,} documents"
+        for name in SPLITS
+    )
+    print(f"prepared {output}: {counts}", flush=True)
