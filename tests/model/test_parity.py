@@ -60,26 +60,10 @@ def make_config(case: str) -> ModelConfig:
     return ModelConfig(**SMALL | (CASES | PATTERNS)[case])
 
 
-def random_params(config: ModelConfig, seed: int = 0) -> Any:
-    """Parameters in which nothing is zero or one, scaled so that activations and logits are of order 1."""
+def random_params(config: ModelConfig) -> Any:
     tokens_BT = jnp.zeros((1, 1), jnp.int32)
-    shapes = jax.eval_shape(lambda: nn.meta.unbox(Transformer(config).init(jax.random.key(0), tokens_BT, tokens_BT)))
-    rng = np.random.default_rng(seed)
-
-    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        names = [entry.key for entry in path]
-        values = rng.standard_normal(leaf.shape)
-        if names[-1] == "kernel":
-            stacked = int("layers" in names)
-            contracted = leaf.shape[stacked : stacked + 2 if names[-2] == "o" else stacked + 1]
-            values /= np.sqrt(np.prod(contracted))
-        elif names[-1] == "embedding":
-            values /= np.sqrt(config.embed_dim)
-        else:
-            values = 0.2 * values + (1 if names[-1] == "scale" else 0)
-        return jnp.asarray(values, jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes["params"])
+    init = functools.partial(Transformer(config).init, jax.random.key(0), tokens_BT, tokens_BT)
+    return reference.random_params(nn.meta.unbox(jax.eval_shape(init))["params"])
 
 
 def random_tokens(config: ModelConfig, batch: int, time: int, seed: int = 1) -> np.ndarray:
