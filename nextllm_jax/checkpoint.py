@@ -18,7 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from nextllm_jax.errors import InputError
+from nextllm_jax.errors import InputError, RunFailed
 
 # Item of a checkpoint and the file that orbax's JSON handler writes for it.
 _MANIFEST = "manifest"
@@ -58,6 +58,10 @@ def _cause(error: BaseException) -> str:
         return error.strerror
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
+
+
+def _finite(loss: float | None) -> float | None:
+    return float(loss) if loss is not None and math.isfinite(loss) else None
 
 
 def _not_a_background_traceback(record: logging.LogRecord) -> bool:
@@ -187,16 +191,14 @@ class Checkpoints:
         """Start saving a step; returns when the arrays may be donated, before they are on disk.
 
         `items` are named trees of arrays, `record` is JSON. First waits for the save before, and raises
-        InputError if that failed. A loss that is not finite never makes a best. Raises ValueError for a step
+        RunFailed if that failed. A loss that is not finite never makes a best. Raises ValueError for a step
         that is already saved: replacing it would leave a moment without it.
         """
         self.wait()
         if self._is_complete(step):
             raise ValueError(f"step {step} is already saved in {self._directory}")
-        if validation_loss is not None:
-            validation_loss = float(validation_loss) if math.isfinite(validation_loss) else None
         manifest = {
-            "validation_loss": validation_loss,
+            "validation_loss": _finite(validation_loss),
             "items": {name: _leaves(tree) for name, tree in items.items()},
             "record": record,
         }
@@ -220,7 +222,7 @@ class Checkpoints:
     def wait(self) -> None:
         """Return once the step being saved is committed, then delete all but the latest and the best.
 
-        Raises InputError if it could not be saved; the checkpoints before it stand.
+        Raises RunFailed if it could not be saved; the checkpoints before it stand.
         """
         if self._checkpointer is None or self._saving is None:
             return
@@ -229,12 +231,29 @@ class Checkpoints:
             self._checkpointer.wait_until_finished()
         except Exception as error:  # tensorstore and asyncio raise many kinds for a full disk
             self._failed(step, error)
+        self._delete_superseded()
+
+    def add_validation_loss(self, step: int, validation_loss: float, record: dict[str, Any]) -> None:
+        """Give a step that is saved already its validation loss and a new record, in one atomic change.
+
+        Raises InputError without such a step, and RunFailed if it cannot be written; the old record stands.
+        """
+        self.wait()
+        manifest = self._manifest(self.resolve(step))
+        manifest |= {"validation_loss": _finite(validation_loss), "record": record}
+        path = self._path(step) / _MANIFEST_FILE
         if jax.process_index() == 0:
-            keep = {self.latest_step(), self.best_step()}
-            for old in self.steps():
-                if old not in keep:
-                    self._delete(old)
-        ocp.utils.sync_global_processes(f"deleted_before_{step}")
+            try:
+                new = path.with_name("new")
+                new.write_text(json.dumps(manifest))
+                new.replace(path)
+            except OSError as error:
+                raise RunFailed(
+                    f"{path} cannot be written ({_cause(error)}); make room or mend the directory, "
+                    "and run the same command again"
+                ) from error
+        ocp.utils.sync_global_processes(f"added_validation_loss_{step}")
+        self._delete_superseded()
 
     def close(self) -> None:
         """Wait for the step being saved, as `wait` does, and let go of orbax's threads."""
@@ -256,15 +275,24 @@ class Checkpoints:
         return aside
 
     def _failed(self, step: int, error: Exception) -> None:
-        """Free what the failed save took and raise an InputError."""
+        """Free what the failed save took and raise RunFailed."""
         self._saving = None
         self._remove_unfinished()
         latest = self.latest_step()
-        raise InputError(
+        raise RunFailed(
             f"step {step} could not be saved in {self._directory} ({_cause(error)}); "
             + (f"step {latest} stands" if latest is not None else "there is no earlier checkpoint")
             + "; make room or mend the directory, and run the same command again"
         ) from error
+
+    def _delete_superseded(self) -> None:
+        """Delete all but the latest and the best."""
+        if jax.process_index() == 0:
+            keep = {self.latest_step(), self.best_step()}
+            for step in self.steps():
+                if step not in keep:
+                    self._delete(step)
+        ocp.utils.sync_global_processes("deleted_superseded")
 
     def _remove_unfinished(self) -> None:
         """Remove what interrupted saves and deletions left."""

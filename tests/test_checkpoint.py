@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from nextllm_jax.checkpoint import Checkpoints
-from nextllm_jax.errors import InputError
+from nextllm_jax.errors import InputError, RunFailed
 
 
 def tree(value: float = 1.0, size: int = 8):
@@ -245,7 +245,7 @@ def test_failed_save_is_raised_and_the_checkpoint_before_it_stands(tmp_path, cap
         try:
             noise = jax.random.normal(jax.random.key(0), (1_000_000,))
             checkpoints.save(2, {"params": {"x": noise}}, {}, validation_loss=0.5)
-            with pytest.raises(InputError, match=r"could not be saved in .* \(File too large\); step 1 stands; make"):
+            with pytest.raises(RunFailed, match=r"could not be saved in .* \(File too large\); step 1 stands; make"):
                 checkpoints.wait()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -258,7 +258,7 @@ def test_failed_save_is_raised_and_the_checkpoint_before_it_stands(tmp_path, cap
 
 def test_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"step 1 could not be saved in .*there is no earlier checkpoint"):
+    with pytest.raises(RunFailed, match=r"step 1 could not be saved in .*there is no earlier checkpoint"):
         save(Checkpoints(tmp_path / "file" / "checkpoints"), 1)
 
 
@@ -304,3 +304,20 @@ def test_step_deleted_while_it_is_looked_at(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "steps", lambda: [1, 2])
     checkpoints._delete(1)
     assert checkpoints.best_step() == 2
+
+
+def test_validation_loss_may_come_after_the_save(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, 2.0)
+        save(checkpoints, 2)
+        assert checkpoints.steps() == [1, 2]
+        checkpoints.add_validation_loss(2, math.nan, {"evaluated": True})
+        assert checkpoints.best_step() == 1
+        checkpoints.add_validation_loss(2, 1.0, {"evaluated": "again"})
+        assert checkpoints.steps() == [2]  # the old best is superseded
+        with pytest.raises(InputError, match="has no checkpoint '3'"):
+            checkpoints.add_validation_loss(3, 1.0, {})
+    again = Checkpoints(tmp_path)
+    assert (again.best_step(), again.validation_loss(2)) == (2, 1.0)
+    assert again.record(2) == {"evaluated": "again"}
+    again.restore(2, "params", abstract(tree()))

@@ -12,7 +12,7 @@ from nextllm_jax.training.step import StepMetrics
 
 def perplexity(loss: float) -> float:
     """exp(loss) of a mean negative log likelihood in nats; inf where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf if not math.isnan(loss) else math.nan
+    return math.inf if loss > 700 else math.exp(loss)
 
 
 class TrainMeter:
@@ -42,10 +42,6 @@ class TrainMeter:
         self._running_since: float | None = None
         self._pending: list[tuple[StepMetrics, bool]] = []
         self._tokens_seen = tokens_seen
-        self.skipped = 0
-        """Steps skipped so far, of those that were read."""
-        self.longest_skipped_row = 0
-        """Most steps skipped in a row so far, of those that were read."""
         self._start_window()
 
     def _start_window(self) -> None:
@@ -55,25 +51,24 @@ class TrainMeter:
         self._timed_seconds = 0.0
         self._last: StepMetrics | None = None
 
-    @property
-    def elapsed_seconds(self) -> float:
-        """Wall time of the run, pauses included and earlier parts too."""
-        return self._clock() - self._began
+    def totals(self) -> dict[str, Any]:
+        """What the run came to so far, to be kept with a checkpoint; waits for the last step.
 
-    @property
-    def tokens_seen(self) -> int:
-        """Loss-bearing tokens of all steps added so far, skipped ones included; waits for the last step."""
+        `tokens_seen`: loss-bearing tokens of all steps, skipped ones included. `elapsed_seconds`: wall time,
+        pauses included.
+        """
         self._drain()
-        return self._tokens_seen
+        return {"tokens_seen": self._tokens_seen, "elapsed_seconds": self._clock() - self._began}
 
     def add(self, metrics: StepMetrics) -> None:
         """Take a step's device scalars, without waiting for them."""
         self._pending.append((metrics, self._running_since is not None))
 
     def resume(self) -> None:
-        """Start the clock, once the steps added before are done."""
-        self._drain()
-        self._running_since = self._clock()
+        """Start the clock, once the steps added before are done. Waits for nothing if it runs already."""
+        if self._running_since is None:
+            self._drain()
+            self._running_since = self._clock()
 
     def pause(self) -> None:
         """Stop the clock, once the steps added before are done. Pausing twice is pausing once."""
@@ -90,10 +85,7 @@ class TrainMeter:
             self._tokens_seen += num_tokens
             self._timed_tokens += num_tokens if timed else 0
             self._last = metrics
-            self.longest_skipped_row = max(self.longest_skipped_row, int(metrics.skipped_in_a_row))
-            if metrics.skipped:
-                self.skipped += 1
-            else:
+            if not metrics.skipped:
                 self._nll_sum += float(metrics.nll_sum)
                 self._num_tokens += num_tokens
         self._pending = []
@@ -124,8 +116,7 @@ class TrainMeter:
             "grad_norm": float(self._last.grad_norm) if self._last else None,
             "tokens_per_second": tokens_per_second,
             "mfu": mfu,
-            "tokens_seen": self._tokens_seen,
-            "elapsed_seconds": self.elapsed_seconds,
+            **self.totals(),
         }
         self._start_window()
         return record

@@ -1,0 +1,205 @@
+"""The directory of a run: who may use it, and that nothing in it is lost by mistake."""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from etils import epath
+from jax.experimental import multihost_utils
+
+from nextllm_jax.config import Config, from_json
+from nextllm_jax.errors import InputError, RunFailed
+
+CONFIG = "config.json"
+_LOCK = ".lock"
+_OVERWRITTEN = "overwritten"
+# What a run writes. config.json is the last: as long as it is there, a directory is known for a run.
+_FILES = ("metrics.jsonl", "loss.png", "samples.txt", "tensorboard", "tokenizer", "checkpoints", CONFIG)
+# Fields that may change when a run goes on: they change neither the parameters nor the tokens. Where the data
+# lies may change too; that it is the same data is checked against the checkpoint.
+_FREE_FIELDS = {"model": ("dtype", "remat"), "data": ("path", "num_processes", "tokens_per_shard")}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDirectory:
+    """An open run."""
+
+    path: epath.Path
+    set_aside: epath.Path | None = None
+    """Where the files of an overwritten run went."""
+
+
+@contextlib.contextmanager
+def open_run(workdir: epath.PathLike, config: Config, *, overwrite: bool = False) -> Iterator[RunDirectory]:
+    """The run in `workdir`, new or continued, locked against a second training until the context ends.
+
+    Writes the config to config.json; a continued run gets the new one (more steps, say). With `overwrite`
+    the files of the run that is there go to overwritten/<n>; whatever else lies in the directory stays.
+    Every process calls it; process 0 does the work and the others wait for it. No lock on gs:// and the like,
+    nor on file systems that have none.
+
+    Raises InputError for a directory that is not a run and not empty, a run of another model or of other data,
+    a run that another process trains, and a directory that cannot be written.
+    """
+    path = epath.Path(workdir)
+    if jax.process_index() != 0:
+        multihost_utils.sync_global_devices("open_run")
+        yield RunDirectory(path)
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            _require_run_or_empty(path)
+            path.mkdir(parents=True, exist_ok=True)
+            if "://" not in str(path):
+                stack.enter_context(_lock(path))
+            set_aside = _take_over(path, config, overwrite)
+        except OSError as error:
+            raise InputError(
+                f"run directory {path} cannot be used ({error.strerror or error}); "
+                "choose another --workdir, or make it writable"
+            ) from error
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("open_run")
+        yield RunDirectory(path, set_aside)
+
+
+def write_atomically(path: epath.Path, content: bytes) -> None:
+    """Replace a file by `content`, whole or not at all. Raises RunFailed if it cannot be written."""
+    new = path.parent / f".{path.name}.new"
+    with writing(path):
+        new.write_bytes(content)
+        new.replace(path)
+
+
+@contextlib.contextmanager
+def writing(path: epath.Path) -> Iterator[None]:
+    """A context in which a failure to write `path` (a full disk) becomes one sentence, as RunFailed."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(
+            f"{path} cannot be written ({error.strerror or error}); make room or mend permissions, "
+            "and run the same command again to continue from the latest checkpoint"
+        ) from error
+
+
+def _require_run_or_empty(path: epath.Path) -> None:
+    """Raise InputError if there is something in `path` that is not a run."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise InputError(f"{path} is a file; --workdir must name a directory")
+    ours = {_LOCK, _OVERWRITTEN, f".{CONFIG}.new"}
+    foreign = sorted(item.name for item in path.iterdir() if item.name not in ours)
+    if not foreign:
+        return
+    if CONFIG not in foreign:
+        raise InputError(
+            f"{path} is not empty and not a run (it holds {', '.join(foreign[:3])}{', ...' if foreign[3:] else ''}); "
+            "choose another --workdir"
+        )
+    _read_config(path)
+
+
+def _read_config(path: epath.Path) -> Config:
+    """The config of the run in `path`; InputError if config.json is not one, such as another program's."""
+    try:
+        text = (path / CONFIG).read_text()
+        values = json.loads(text)
+        if isinstance(values, dict) and all(
+            isinstance(values.get(part), dict) for part in ("model", "data", "training")
+        ):
+            return from_json(text, str(path / CONFIG))
+        cause = f"{path / CONFIG} is not a config that a run wrote"
+    except ValueError as error:
+        cause = f"{path / CONFIG} is not JSON: {error}"
+    except InputError as error:
+        cause = str(error)
+    raise InputError(f"{path} is not empty and not a run ({cause}); choose another --workdir")
+
+
+def _take_over(path: epath.Path, config: Config, overwrite: bool) -> epath.Path | None:
+    """Make the directory the run of `config`; where an overwritten run's files went."""
+    set_aside = None
+    if (path / CONFIG).exists():
+        if overwrite:
+            set_aside = _set_aside(path)
+        else:
+            _require_same_run(path, _read_config(path), config)
+    write_atomically(path / CONFIG, config.to_json().encode())
+    return set_aside
+
+
+def _require_same_run(path: epath.Path, old: Config, new: Config) -> None:
+    """Raise InputError, listing the fields, if `new` is another model or other data than the run in `path`."""
+    changes = []
+    for part, free in _FREE_FIELDS.items():
+        before: dict[str, Any] = dataclasses.asdict(getattr(old, part))
+        after: dict[str, Any] = dataclasses.asdict(getattr(new, part))
+        for name in before:
+            if name not in free and before[name] != after[name]:
+                changes.append(f"{part}.{name} {before[name]} -> {after[name]}")
+    if changes:
+        raise InputError(
+            f"{path} holds a run with another config: {', '.join(changes)}; "
+            "choose another --workdir, or --overwrite to set the old run aside"
+        )
+
+
+def _set_aside(path: epath.Path) -> epath.Path:
+    """Move the files of the run in `path` to the first free overwritten/<n>, and nothing else."""
+    number = 1
+    while (path / _OVERWRITTEN / str(number)).exists():
+        number += 1
+    target = path / _OVERWRITTEN / str(number)
+    target.mkdir(parents=True)
+    for name in _FILES:
+        if (path / name).exists():
+            (path / name).rename(target / name)
+    return target
+
+
+@contextlib.contextmanager
+def _lock(path: epath.Path) -> Iterator[None]:
+    """Hold the directory's lock, which the system lets go of when the process ends, however it ends.
+
+    Raises InputError, naming the holder, if another process has it.
+    """
+    descriptor = os.open(os.fspath(path / _LOCK), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"{path} is being trained by {_holder(descriptor)}; stop that, or choose another --workdir"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                raise
+            yield  # a network file system without locks
+            return
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        yield
+    finally:
+        # Not only closed: a forked child may hold the descriptor still.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        holder = json.loads(os.pread(descriptor, 1000, 0))
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+    except (ValueError, KeyError):
+        return "another process"

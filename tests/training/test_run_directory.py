@@ -1,0 +1,236 @@
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from etils import epath
+
+from nextllm_jax.config import Config, DataConfig, ModelConfig, TrainingConfig, from_json
+from nextllm_jax.errors import InputError, RunFailed
+from nextllm_jax.training import run_directory
+from nextllm_jax.training.run_directory import open_run, write_atomically
+
+CONFIG = Config(workdir="w")
+
+
+def files(directory):
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def replace(**parts):
+    return dataclasses.replace(CONFIG, **parts)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run that has written something, in a directory where somebody else keeps notes."""
+    workdir = tmp_path / "runs" / "small"
+    with open_run(workdir, CONFIG):
+        (workdir / "checkpoints" / "5").mkdir(parents=True)
+        (workdir / "checkpoints" / "5" / "weights").write_text("weights")
+        (workdir / "metrics.jsonl").write_text("{}\n")
+        (workdir / "notes.txt").write_text("mine")
+    return workdir
+
+
+def test_new_run(tmp_path):
+    for workdir in (tmp_path / "a" / "b", tmp_path / "empty"):
+        if workdir.name == "empty":
+            workdir.mkdir()
+        with open_run(str(workdir), CONFIG) as run:
+            assert run.path == epath.Path(workdir)
+            assert run.set_aside is None
+        assert from_json((workdir / "config.json").read_text(), "here") == CONFIG
+
+
+def test_a_start_that_got_no_further_than_the_lock_is_still_empty(tmp_path):
+    (tmp_path / ".lock").write_text("")
+    (tmp_path / ".config.json.new").write_text("{")
+    with open_run(tmp_path, CONFIG):
+        pass
+    assert list(files(tmp_path)) == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        replace(training=TrainingConfig(steps=9000)),
+        replace(model=ModelConfig(dtype="float32", remat="full")),
+        replace(data=DataConfig(path="elsewhere", num_processes=1, tokens_per_shard=2048)),
+        replace(seed=1, workdir="other"),
+    ],
+)
+def test_run_continues(run, config):
+    before = files(run)
+    with open_run(run, config) as opened:
+        assert opened.set_aside is None
+    assert from_json((run / "config.json").read_text(), "here") == config
+    assert files(run) | {"config.json": b""} == before | {"config.json": b""}
+
+
+@pytest.mark.parametrize(
+    ("config", "change"),
+    [
+        (replace(model=ModelConfig(num_layers=4)), "model.num_layers 8 -> 4"),
+        (
+            replace(model=ModelConfig(layer_pattern=("global", "local"))),
+            r"model.layer_pattern .* -> \('global', 'local'\)",
+        ),
+        (replace(data=DataConfig(tokenizer="gpt2")), "data.tokenizer train -> gpt2"),
+        (replace(data=DataConfig(corpus="books/")), "data.corpus stdlib -> books/"),
+        (replace(data=DataConfig(sequence_length=128)), "data.sequence_length 256 -> 128"),
+        (
+            replace(model=ModelConfig(embed_dim=64, tie_embeddings=False)),
+            "model.embed_dim 256 -> 64, model.tie_embeddings True -> False",
+        ),
+    ],
+)
+def test_another_config_is_refused_with_the_fields(run, config, change):
+    before = files(run)
+    with pytest.raises(InputError, match=f"{change}; choose another --workdir, or --overwrite"), open_run(run, config):
+        pass
+    assert files(run) == before
+
+
+def test_overwrite_moves_the_files_of_the_run_and_nothing_else(run):
+    other = replace(model=ModelConfig(num_layers=4))
+    before = files(run)
+    for number, config in ((1, other), (2, CONFIG)):
+        with open_run(run, config, overwrite=True) as opened:
+            assert opened.set_aside == epath.Path(run / "overwritten" / str(number))
+            assert not (run / "checkpoints").exists()
+        assert from_json((run / "config.json").read_text(), "here") == config
+    old = {name: content for name, content in before.items() if name != "notes.txt"}
+    assert files(run / "overwritten" / "1") == old
+    assert (run / "notes.txt").read_text() == "mine"
+
+
+def test_overwrite_of_nothing_is_a_new_run(tmp_path):
+    with open_run(tmp_path / "new", CONFIG, overwrite=True) as run:
+        assert run.set_aside is None
+
+
+def test_overwrite_cut_short_can_be_repeated(run, monkeypatch):
+    before = files(run)
+    rename, count = epath.Path.rename, 0
+
+    def interrupted(self, target):
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    path_class = type(epath.Path(run))
+    monkeypatch.setattr(path_class, "rename", interrupted, raising=False)
+    with pytest.raises(InputError, match=r"cannot be used \(Input/output error\)"):
+        open_run(run, CONFIG, overwrite=True).__enter__()
+    monkeypatch.undo()
+    with open_run(run, CONFIG, overwrite=True):
+        pass
+    kept = files(run / "overwritten" / "1") | files(run / "overwritten" / "2")
+    assert kept == {name: content for name, content in before.items() if name != "notes.txt"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("thesis.tex", b"all of it"),
+        (".git", b""),
+        ("metrics.jsonl", b"{}"),
+        ("config.json", b'{"architectures": ["LlamaForCausalLM"], "hidden_size": 64}'),
+        ("config.json", b"not json"),
+        ("config.json", b"\xff\xfe"),
+        ("config.json", b"[]"),
+        ("config.json", b"{}"),
+        ("config.json", b'{"model": "resnet"}'),
+    ],
+)
+def test_a_directory_that_is_not_a_run_is_left_alone(tmp_path, name, content, overwrite):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match="is not empty and not"), open_run(tmp_path, CONFIG, overwrite=overwrite):
+        pass
+    assert files(tmp_path) == {name: content}
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_second_training_is_refused_and_names_the_first(run):
+    with open_run(run, CONFIG):
+        holder = f"process {os.getpid()} on {socket.gethostname()} since"
+        for overwrite in (False, True):
+            with pytest.raises(InputError, match=holder), open_run(run, CONFIG, overwrite=overwrite):
+                pass
+        assert (run / "checkpoints").exists()
+    with open_run(run, CONFIG):
+        pass
+
+
+def test_lock_ends_with_its_process(run):
+    script = textwrap.dedent(
+        """
+        import sys
+        from nextllm_jax.config import Config
+        from nextllm_jax.training.run_directory import open_run
+
+        with open_run(sys.argv[1], Config(workdir="w")):
+            print("locked", flush=True)
+            sys.stdin.read()
+        """
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        with pytest.raises(InputError, match=f"process {process.pid} on"), open_run(run, CONFIG):
+            pass
+        process.kill()
+        process.wait()
+        with open_run(run, CONFIG):
+            pass
+
+
+def test_lock_is_let_go_when_training_fails(run):
+    with contextlib.suppress(RuntimeError), open_run(run, CONFIG):
+        raise RuntimeError
+    with open_run(run, CONFIG):
+        pass
+
+
+def test_file_system_without_locks_is_used_without(run, monkeypatch):
+    monkeypatch.setattr(run_directory.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(95, "not supported")))
+    with open_run(run, CONFIG):
+        pass
+
+
+def test_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file is a file; --workdir must name a directory"):
+        open_run(tmp_path / "file", CONFIG).__enter__()
+    with pytest.raises(InputError, match=r"cannot be used \(Not a directory\); choose another --workdir"):
+        open_run(tmp_path / "file" / "run", CONFIG).__enter__()
+
+
+def test_write_atomically_keeps_the_old_file_if_it_fails(tmp_path):
+    path = epath.Path(tmp_path / "config.json")
+    write_atomically(path, b"old")
+    (tmp_path / ".config.json.new").mkdir()
+    with pytest.raises(RunFailed, match=r"config.json cannot be written \(Is a directory\); make room"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_config_json_is_readable(tmp_path):
+    with open_run(tmp_path, CONFIG):
+        assert json.loads((tmp_path / "config.json").read_text())["model"]["num_layers"] == 8
