@@ -19,7 +19,7 @@ def get_config() -> Config:
             head_dim=32,
             context_length=1024,
         ),
-        data=DataConfig(tokenizer_vocab_size=8192, sequence_length=256),
+        data=DataConfig(vocab_size=8192, sequence_length=256),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=200),
         training=TrainingConfig(steps=5000, global_batch_size=16, evaluate_every_steps=500),
         checkpoint=CheckpointConfig(every_steps=500),

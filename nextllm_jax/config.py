@@ -122,7 +122,7 @@ class DataConfig:
     tokenizer: str = "train"
     """train (a byte-level BPE of the corpus), gpt2, cl100k_base, o200k_base, or the path of a .tiktoken ranks
     file or of a saved tokenizer directory."""
-    tokenizer_vocab_size: int = 8192
+    vocab_size: int = 8192
     """Size of the tokenizer that 'train' makes, special tokens included."""
     path: str | None = None
     """Directory of the prepared shards; none: data/<corpus>-<tokenizer>-<hash of these settings>."""
@@ -142,8 +142,8 @@ class DataConfig:
             f"data.validation_fraction is {self.validation_fraction}; it must lie between 0 and 1",
         )
         _require(
-            self.tokenizer_vocab_size >= 258,
-            f"data.tokenizer_vocab_size is {self.tokenizer_vocab_size}; the 256 bytes and the special tokens "
+            self.vocab_size >= 258,
+            f"data.vocab_size is {self.vocab_size}; the 256 bytes and the special tokens "
             "need at least 258",
         )
         _require(
@@ -316,8 +316,8 @@ class Config:
             f"model.context_length {self.model.context_length}",
         )
         _require(
-            self.data.tokenizer != "train" or self.data.tokenizer_vocab_size <= self.model.vocab_size,
-            f"data.tokenizer_vocab_size {self.data.tokenizer_vocab_size} is over "
+            self.data.tokenizer != "train" or self.data.vocab_size <= self.model.vocab_size,
+            f"data.vocab_size {self.data.vocab_size} is over "
             f"model.vocab_size {self.model.vocab_size}",
         )
 

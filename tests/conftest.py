@@ -1,10 +1,107 @@
-"""Eight simulated devices, and strictness: rank promotion is an error everywhere."""
+"""Eight simulated devices, strict rank promotion, and one trained run that many tests share."""
 
 import os
+import random
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+_OUTER_XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = _OUTER_XLA_FLAGS + " --xla_force_host_platform_device_count=8"
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ROOT = Path(__file__).parent.parent
+
+
+class Door:
+    """Runs the project's scripts as a user does, in a directory of its own, on one simulated device."""
+
+    def __init__(self, directory: Path, cache: Path) -> None:
+        self.directory = directory
+        self._environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "XLA_FLAGS": _OUTER_XLA_FLAGS,
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    def start(self, *command, **environment) -> subprocess.Popen:
+        script, *arguments = command
+        program = ["-m", script] if script.startswith("nextllm_jax") else [str(ROOT / script)]
+        return subprocess.Popen(
+            [sys.executable, *program, *map(str, arguments)],
+            cwd=self.directory,
+            env={**self._environment, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *command, exit_code=0, **environment) -> subprocess.CompletedProcess:
+        process = self.start(*command, **environment)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == exit_code, f"exit {process.returncode}\n{out}\n{err}"
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+CONFIG_FILE = """
+from nextllm_jax.config import *
+
+def get_config():
+    return Config(
+        model=ModelConfig(vocab_size=320, num_layers=2, embed_dim=32, mlp_dim=64, num_heads=4, num_kv_heads=2,
+                          head_dim=8, context_length=128, dtype="float32"),
+        data=DataConfig(corpus="corpus", vocab_size=320, sequence_length=64, num_processes=1, validation_fraction=0.2),
+        optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=5),
+        training=TrainingConfig(steps=40, global_batch_size=8, log_every_steps=5, evaluate_every_steps=20,
+                                evaluation_batch_size=8, sample_tokens=8),
+        checkpoint=CheckpointConfig(every_steps=15),
+    )
+"""
+
+
+def write_corpus(directory: Path, *, documents: int = 40) -> None:
+    """Small text files of sentences from a fixed grammar: the same on every machine and Python version."""
+    rng = random.Random(0)
+    subjects, verbs, objects = (
+        ("the cat", "a dog", "my café", "Zoë"),
+        ("sees", "likes", "has"),
+        ("fish", "two über balls"),
+    )
+    directory.mkdir(parents=True)
+    for i in range(documents):
+        sentences = [
+            f"{rng.choice(subjects)} {rng.choice(verbs)} {rng.choice(objects)} {rng.randrange(100)}.\n"
+            for _ in range(rng.randrange(10, 60))
+        ]
+        (directory / f"{i:03}.txt").write_text("".join(sentences), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, compilation_cache) -> Door:
+    """A directory with `corpus/`, `config.py`, and `runs/config` trained to its end by train.py."""
+    directory = tmp_path_factory.mktemp("trained")
+    write_corpus(directory / "corpus")
+    (directory / "config.py").write_text(CONFIG_FILE)
+    door = Door(directory, compilation_cache)
+    door.log = door.run("train.py", "--config", "config.py")
+    return door
+
+
+@pytest.fixture
+def door(trained, tmp_path, compilation_cache) -> Door:
+    """A fresh directory with the same corpus, prepared data and config, and no run."""
+    for name in ("corpus", "data", "config.py"):
+        (tmp_path / name).symlink_to(trained.directory / name)
+    return Door(tmp_path, compilation_cache)

@@ -239,7 +239,7 @@ def _make_loader(session: Session, record: dict[str, Any]) -> TrainLoader:
         sharding=sharding(session.mesh, "batch", "seq"),
     )
     if record:
-        loader.check(record["data"])
+        loader.start_step(record["data"])
     return loader
 
 

@@ -79,7 +79,7 @@ def make_train_step(
         num_tokens = jnp.sum(batch.loss_mask_BT, dtype=jnp.int32)
         scale = 1.0 / jnp.maximum(num_tokens, 1).astype(jnp.float32)
         gradients = jax.tree.map(lambda g: g * scale, gradients)
-        grad_norm = optax.global_norm(gradients)
+        grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(total_nll) & jnp.isfinite(grad_norm)
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
 

@@ -1,0 +1,244 @@
+"""train.py, sample.py and nextllm as a user runs them."""
+
+import json
+import re
+import signal
+import time
+
+import numpy as np
+import pytest
+from orbax import checkpoint as ocp
+
+ISSUED_FIELDS = {"step", "split", "loss", "perplexity", "tokens_seen", "elapsed_seconds"}
+
+
+def metrics(directory, split):
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == split]
+
+
+def saved_arrays(run, step):
+    """Every array of a checkpoint, by path."""
+    checkpointer = ocp.PyTreeCheckpointer()
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        items = [checkpointer.restore(run / "checkpoints" / str(step) / name) for name in ("params", "rest")]
+    import jax
+
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(items)}
+
+
+def assert_same_end(one, other, step):
+    assert [line["loss"] for line in metrics(one, "train")] == [line["loss"] for line in metrics(other, "train")]
+    scores = [[(line["step"], line["loss"]) for line in metrics(run, "validation")] for run in (one, other)]
+    assert scores[0] == scores[1]
+    arrays, others = saved_arrays(one, step), saved_arrays(other, step)
+    assert arrays.keys() == others.keys()
+    for path in arrays:
+        np.testing.assert_array_equal(arrays[path], others[path], err_msg=path)
+    assert (one / "samples.txt").read_text() == (other / "samples.txt").read_text()
+
+
+def test_a_run_leaves_what_the_readme_promises(trained):
+    run = trained.directory / "runs" / "config"
+    for name in ("config.json", "metrics.jsonl", "loss.png", "samples.txt", "tensorboard", "tokenizer", "checkpoints"):
+        assert (run / name).exists(), name
+    train, validation = metrics(run, "train"), metrics(run, "validation")
+    assert [line["step"] for line in train] == list(range(5, 45, 5))
+    assert [line["step"] for line in validation] == [20, 40]
+    assert {"learning_rate", "grad_norm", "tokens_per_second", "mfu"} | ISSUED_FIELDS <= train[0].keys()
+    assert {"bits_per_byte"} | ISSUED_FIELDS <= validation[0].keys()
+    assert validation[-1]["loss"] < validation[0]["loss"] < np.log(320)
+    assert train[0]["mfu"] is None
+    assert sorted(path.name for path in (run / "checkpoints").iterdir() if path.name.isdigit()) == ["40"]
+    assert re.search(r"step\D+40\b.*ETA|finished at step 40", trained.log.stderr + trained.log.stdout)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(trained):
+    run = trained.directory / "runs" / "config"
+    before = (run / "metrics.jsonl").read_bytes()
+    again = trained.run("train.py", "--config", "config.py")
+    assert "finished at step 40" in again.stderr + again.stdout
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def interrupt(door, pattern, number, *arguments):
+    """Start training, send the signal once a line of output matches, and return exit code and output."""
+    process = door.start("train.py", "--config", "config.py", *arguments)
+    seen = ""
+    for line in process.stderr:
+        seen += line
+        if re.search(pattern, line):
+            process.send_signal(number)
+            break
+    out, err = process.communicate(timeout=120)
+    return process.returncode, seen + out + err
+
+
+@pytest.mark.parametrize(
+    ("number", "pattern"), [(signal.SIGINT, r"compiled the train step"), (signal.SIGTERM, r"step\D*25\b")]
+)
+def test_interrupted_and_continued_ends_where_an_uninterrupted_run_ends(trained, door, number, pattern):
+    code, output = interrupt(door, pattern, number)
+    assert code == 75, output
+    run = door.directory / "runs" / "config"
+    assert not (run / "checkpoints" / "40").exists()
+    assert any(path.name.isdigit() for path in (run / "checkpoints").iterdir())
+    door.run("train.py", "--config", "config.py")
+    assert_same_end(run, trained.directory / "runs" / "config", 40)
+
+
+def test_killed_and_continued_ends_where_an_uninterrupted_run_ends(trained, door):
+    code, output = interrupt(door, r"step\D*30\b", signal.SIGKILL)
+    assert code == -signal.SIGKILL, output
+    door.run("train.py", "--config", "config.py")
+    assert_same_end(door.directory / "runs" / "config", trained.directory / "runs" / "config", 40)
+
+
+def test_best_and_latest_both_survive(door):
+    """With a learning rate that diverges the best is early and the latest is the end."""
+    door.run("train.py", "--config", "config.py", "--training.evaluate-every-steps", "10", "--training.sample-tokens", "0",
+             "--optimizer.learning-rate", "0.5", "--optimizer.clip-norm", "100", "--optimizer.warmup-steps", "30")  # fmt: skip
+    run = door.directory / "runs" / "config"
+    losses = {line["step"]: line["loss"] for line in metrics(run, "validation")}
+    best = min(losses, key=losses.get)
+    assert best != 40, losses
+    kept = {int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()}
+    assert kept == {best, 40}
+
+
+def test_simulated_devices_give_the_same_losses(trained, door):
+    door.run("train.py", "--config", "config.py", "--mesh.fsdp", "2", "--mesh.tensor", "2", "--training.steps", "20",
+             "--optimizer.schedule-steps", "40", XLA_FLAGS="--xla_force_host_platform_device_count=8")  # fmt: skip
+    eight = metrics(door.directory / "runs" / "config", "train")
+    one = metrics(trained.directory / "runs" / "config", "train")[:4]
+    np.testing.assert_allclose([line["loss"] for line in eight], [line["loss"] for line in one], rtol=1e-4)
+
+
+def test_non_finite_steps_end_the_run_and_leave_the_checkpoint(door):
+    door.run("train.py", "--config", "config.py", "--training.steps", "20", "--optimizer.schedule-steps", "4000")
+    failed = door.run("train.py", "--config", "config.py", "--optimizer.schedule-steps", "4000", "--optimizer.learning-rate",
+                      "1e38", "--training.max-skipped-steps", "3", exit_code=1)  # fmt: skip
+    assert "was not finite in 3 steps in a row" in failed.stderr
+    assert "the checkpoint of step" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    door.run("sample.py", "--checkpoint", "runs/config", "--prompt", "the", "--max-new-tokens", "4")
+
+
+def test_sample_streams_text(trained):
+    text = trained.run(
+        "sample.py", "--checkpoint", "runs/config", "--prompt", "the cat", "--max-new-tokens", "16"
+    ).stdout
+    assert text.startswith("the cat") or "the cat" in text
+    assert len(text) > len("the cat") + 8
+
+
+def test_sample_json_rows_and_speeds(trained):
+    arguments = ("--prompt", "the cat", "--prompt", "a dog", "--num-samples", "2", "--max-new-tokens", "12", "--json")
+    out = trained.run("sample.py", "--checkpoint", "runs/config", *arguments).stdout
+    *rows, speeds = [json.loads(line) for line in out.splitlines()]
+    assert [row["prompt"] for row in rows] == ["the cat", "the cat", "a dog", "a dog"]
+    assert all(row.keys() == {"prompt", "text", "tokens", "finish_reason"} for row in rows)
+    assert rows[0]["text"] != rows[1]["text"]
+    assert speeds.keys() == {"prefill_tokens_per_second", "decode_tokens_per_second"}
+    alone = trained.run("sample.py", "--checkpoint", "runs/config", "--prompt", "a dog", *arguments[4:]).stdout
+    assert [json.loads(line) for line in alone.splitlines()][:2] == rows[2:]
+
+
+BAD_TRAIN = {
+    "missing config": (["--config", "nowhere.py"], "nowhere.py does not exist"),
+    "broken config": (["--config", "broken.py"], "broken.py fails with ZeroDivisionError"),
+    "unknown field": (["--config", "config.py", "--training.stepz", "3"], "--training.steps"),
+    "bad value": (["--config", "config.py", "--model.num-kv-heads", "3"], "3 does not divide model.num_heads 4"),
+    "vocabulary": (
+        ["--config", "config.py", "--model.vocab-size", "300"],
+        "data.vocab_size 320 is over model.vocab_size 300",
+    ),
+    "batch and mesh": (["--config", "config.py", "--mesh.data", "2"], "does not use 1 devices"),
+    "platform": (["--config", "config.py", "--platform", "tpu"], "platform is tpu, but jax found cpu"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TRAIN)
+def test_bad_input_to_train_is_one_sentence_and_exit_2(door, case):
+    (door.directory / "broken.py").write_text("1 / 0")
+    arguments, sentence = BAD_TRAIN[case]
+    failed = door.run("train.py", *arguments, exit_code=2)
+    assert re.search(sentence, failed.stderr + failed.stdout), failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert not (door.directory / "runs").exists()
+
+
+def test_another_model_in_a_used_run_directory_is_refused_and_overwrite_starts_anew(trained, door):
+    door.run("train.py", "--config", "config.py", "--training.steps", "20")
+    run = door.directory / "runs" / "config"
+    before = {
+        path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.suffix in (".json", ".jsonl")
+    }
+    failed = door.run("train.py", "--config", "config.py", "--model.mlp-dim", "48", exit_code=2)
+    assert "mlp_dim" in failed.stderr
+    assert "--overwrite" in failed.stderr
+    assert {path: path.read_bytes() for path in before} == before
+    door.run("train.py", "--config", "config.py", "--model.mlp-dim", "48", "--training.steps", "20", "--overwrite")
+    assert json.loads((run / "config.json").read_text())["model"]["mlp_dim"] == 48
+
+
+BAD_SAMPLE = {
+    "not a run": (["--checkpoint", "nowhere", "--prompt", "x"], "nowhere"),
+    "no such step": (["--checkpoint", "runs/config", "--step", "7", "--prompt", "x"], "no checkpoint '7'"),
+    "long prompt": (["--checkpoint", "runs/config", "--prompt", "cat " * 300], "context_length 128"),
+    "bad top-p": (["--checkpoint", "runs/config", "--prompt", "x", "--top-p", "2"], "top_p is 2"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SAMPLE)
+def test_bad_input_to_sample_is_one_sentence_and_exit_2(trained, case):
+    arguments, sentence = BAD_SAMPLE[case]
+    failed = trained.run("sample.py", *arguments, exit_code=2)
+    assert re.search(sentence, failed.stderr), failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_a_corrupt_shard_is_refused_by_name(trained, door):
+    import shutil
+
+    (door.directory / "data").unlink()
+    shutil.copytree(trained.directory / "data", door.directory / "data")
+    shard = next(path for path in (door.directory / "data").rglob("*.bin") if "train" in str(path))
+    shard.write_bytes(shard.read_bytes()[:-10])
+    failed = door.run("train.py", "--config", "config.py", exit_code=2)
+    assert shard.name in failed.stderr
+    assert not (door.directory / "runs").exists()
+
+
+def test_a_full_disk_fails_with_a_sentence(door):
+    """/dev/full stands in for a disk without room: the run directory's metrics file points to it."""
+    (door.directory / "runs" / "config").mkdir(parents=True)
+    (door.directory / "runs" / "config" / "metrics.jsonl").symlink_to("/dev/full")
+    process = door.start("train.py", "--config", "config.py")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode in (1, 2)
+    assert "Traceback" not in err
+
+
+def test_prepare_prints_tokens_per_second_and_refuses_to_replace(door):
+    made = door.run("nextllm_jax.cli", "prepare", "--corpus", "corpus", "--tokenizer", "train", "--vocab-size", "300",
+                    "--output", "prepared")  # fmt: skip
+    assert re.search(r"tokens/s", made.stderr + made.stdout)
+    index = (door.directory / "prepared" / "index.json").read_bytes()
+    door.run(
+        "nextllm_jax.cli", "prepare", "--corpus", "corpus", "--vocab-size", "310", "--output", "prepared", exit_code=2
+    )
+    assert (door.directory / "prepared" / "index.json").read_bytes() == index
+
+
+def test_help_explains(trained):
+    started = time.perf_counter()
+    out = trained.run("train.py", "--config", "config.py", "--help").stdout
+    assert "Query heads" in out
+    assert "GLIBC_TUNABLES" in out
+    assert time.perf_counter() - started < 60
+    assert "nextllm prepare" in trained.run("nextllm_jax.cli", "--help").stdout
+
+
+def test_a_misspelt_command_gets_a_suggestion(trained):
+    assert "did you mean prepare" in trained.run("nextllm_jax.cli", "prepar", exit_code=2).stderr

@@ -1,0 +1,77 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from nextllm_jax.config import OptimizerConfig
+from nextllm_jax.errors import InputError
+from nextllm_jax.training.optimizer import decay_mask, make_optimizer, schedule
+
+
+def rates(steps=100, **settings):
+    rate = schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=10, **settings), steps)
+    return np.array([rate(step) for step in range(steps)])
+
+
+def test_cosine_warms_up_from_the_first_step_and_ends_at_the_final_rate():
+    got = rates(final_learning_rate_fraction=0.1)
+    np.testing.assert_allclose(got[:10], np.arange(1, 11) / 10, rtol=1e-6)
+    progress = np.arange(90) / 89
+    np.testing.assert_allclose(got[10:], 0.1 + 0.9 * (1 + np.cos(np.pi * progress)) / 2, rtol=1e-5)
+
+
+def test_linear_constant_and_wsd():
+    np.testing.assert_allclose(rates(schedule="linear", final_learning_rate_fraction=0.0)[10:], 1 - np.arange(90) / 89,
+                               atol=1e-6)  # fmt: skip
+    np.testing.assert_allclose(rates(schedule="constant")[10:], 1.0)
+    wsd = rates(schedule="wsd", decay_steps_fraction=0.2, final_learning_rate_fraction=0.0)
+    np.testing.assert_allclose(wsd[10:80], 1.0)
+    assert np.all(np.diff(wsd[80:]) < 0)
+    assert wsd[-1] == pytest.approx(0, abs=1e-6)
+
+
+def test_schedule_steps_fixes_the_past_when_a_run_is_extended():
+    config = OptimizerConfig(warmup_steps=5, schedule_steps=50)
+    short, extended = schedule(config, 50), schedule(config, 80)
+    assert [float(short(s)) for s in range(50)] == [float(extended(s)) for s in range(50)]
+
+
+def test_warmup_longer_than_the_schedule_is_refused_with_both_numbers():
+    with pytest.raises(InputError, match="100 is not below the schedule's 60"):
+        schedule(OptimizerConfig(warmup_steps=100), 60)
+
+
+PARAMS = {
+    "embed": {"embedding": jnp.ones((4, 3))},
+    "mlp": {"kernel": jnp.full((3, 3), 2.0), "bias": jnp.ones(3)},
+    "norm": {"scale": jnp.ones(3)},
+}
+
+
+@pytest.mark.parametrize("decay_embeddings", [False, True])
+def test_decay_skips_norms_and_biases_and_embeddings_by_choice(decay_embeddings):
+    mask = decay_mask(OptimizerConfig(decay_embeddings=decay_embeddings), PARAMS)
+    assert mask == {
+        "embed": {"embedding": decay_embeddings},
+        "mlp": {"kernel": True, "bias": False},
+        "norm": {"scale": False},
+    }
+
+
+def test_updates_equal_optax_adamw_with_clipping():
+    config = OptimizerConfig(weight_decay=0.3, clip_norm=0.5)
+    ours = make_optimizer(config)
+    theirs = optax.chain(
+        optax.clip_by_global_norm(0.5),
+        optax.adamw(0.01, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.3, mask=lambda p: decay_mask(config, p)),
+    )
+    our_params = their_params = PARAMS
+    our_state, their_state = ours.init(our_params), theirs.init(their_params)
+    for step in range(3):
+        gradients = jax.tree.map(lambda p, step=step: jnp.sin(p * 3 + step), PARAMS)
+        updates, our_state = ours.update(gradients, our_state, our_params)
+        our_params = optax.apply_updates(our_params, jax.tree.map(lambda u: -0.01 * u, updates))
+        updates, their_state = theirs.update(gradients, their_state, their_params)
+        their_params = optax.apply_updates(their_params, updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), our_params, their_params)

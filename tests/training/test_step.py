@@ -1,0 +1,150 @@
+"""The train step against one device, one big batch, and plain optax; skipped updates."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from nextllm_jax.config import MeshConfig, ModelConfig, OptimizerConfig
+from nextllm_jax.data.packing import Batch
+from nextllm_jax.model.transformer import Transformer
+from nextllm_jax.sharding import make_mesh, sharding
+from nextllm_jax.training.optimizer import make_optimizer, schedule
+from nextllm_jax.training.state import create_state, shardings_of
+from nextllm_jax.training.step import make_eval_step, make_train_step
+
+CONFIG = ModelConfig(
+    vocab_size=64, num_layers=2, embed_dim=32, mlp_dim=64, num_heads=4, num_kv_heads=4, head_dim=8, context_length=16
+)
+OPTIMIZER = OptimizerConfig(learning_rate=0.01, warmup_steps=2)
+B, T = 8, 16
+
+
+def make_batch(seed=0):
+    """Packed documents of uneven lengths, with unequal numbers of loss-bearing tokens in the rows."""
+    rng = np.random.default_rng(seed)
+    tokens_BT1 = rng.integers(0, CONFIG.vocab_size, (B, T + 1)).astype(np.int32)
+    boundary_B = rng.integers(2, T, B)
+    index_T = np.arange(T)
+    second_BT = index_T[None] >= boundary_B[:, None]
+    mask_BT = (index_T[None] < rng.integers(3, T + 1, B)[:, None]) & (index_T[None] + 1 != boundary_B[:, None])
+    positions_BT = np.where(second_BT, index_T[None] - boundary_B[:, None], index_T[None])
+    return Batch(
+        tokens_BT=tokens_BT1[:, :-1],
+        targets_BT=tokens_BT1[:, 1:],
+        segment_ids_BT=1 + second_BT.astype(np.int32),
+        positions_BT=positions_BT.astype(np.int32),
+        loss_mask_BT=mask_BT,
+    )
+
+
+def run(mesh_config, *, steps=3, accumulation_steps=1, batches=None, config=CONFIG):
+    """Losses, last gradient norm and final parameters of a few steps on a mesh of simulated devices."""
+    sizes = [getattr(mesh_config, name) for name in ("data", "fsdp", "sequence", "tensor")]
+    mesh = make_mesh(mesh_config, jax.devices()[: int(np.prod(sizes))])
+    model = Transformer(config, jnp.float32)
+    optimizer = make_optimizer(OPTIMIZER)
+    with jax.set_mesh(mesh):
+        state = create_state(model, optimizer, mesh, seed=0)
+        step = make_train_step(
+            model, optimizer, schedule(OPTIMIZER, 10), shardings_of(state), accumulation_steps=accumulation_steps
+        )
+        losses, metrics = [], None
+        for i in range(steps):
+            batch = batches[i] if batches else make_batch(i)
+            state, metrics = step(state, jax.device_put(batch, sharding(mesh, "batch", "seq")))
+            losses.append(float(metrics.nll_sum) / int(metrics.num_tokens))
+    return losses, metrics, jax.device_get(state)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return run(MeshConfig(data=1))
+
+
+FACTORIZATIONS = [
+    (data, fsdp, 8 // data // fsdp) for data in (1, 2, 4, 8) for fsdp in (1, 2, 4, 8) if 8 % (data * fsdp) == 0
+]
+
+
+@pytest.mark.parametrize(("data", "fsdp", "tensor"), [f for f in FACTORIZATIONS if f[2] <= 4])
+def test_every_mesh_gives_the_losses_and_parameters_of_one_device(one_device, data, fsdp, tensor):
+    losses, metrics, state = run(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+    np.testing.assert_allclose(losses, one_device[0], rtol=2e-5)
+    np.testing.assert_allclose(metrics.grad_norm, one_device[1].grad_norm, rtol=2e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-4), state.params, one_device[2].params)
+
+
+def test_tensor_8_and_a_divided_sequence(one_device):
+    wide = dataclasses.replace(CONFIG, num_heads=8, num_kv_heads=8)
+    alone = run(MeshConfig(data=1), config=wide)
+    np.testing.assert_allclose(run(MeshConfig(data=1, tensor=8), config=wide)[0], alone[0], rtol=2e-5)
+    np.testing.assert_allclose(run(MeshConfig(data=2, sequence=2, tensor=2))[0], one_device[0], rtol=2e-5)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=1), MeshConfig(data=2, fsdp=2)])
+def test_accumulation_equals_the_big_batch_with_unequal_valid_tokens(one_device, mesh):
+    losses, metrics, state = run(mesh, accumulation_steps=2)
+    np.testing.assert_allclose(losses, one_device[0], rtol=2e-5)
+    np.testing.assert_allclose(metrics.grad_norm, one_device[1].grad_norm, rtol=2e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-4), state.params, one_device[2].params)
+
+
+def test_the_first_step_is_plain_adamw_on_the_mean_loss():
+    model, batch = Transformer(CONFIG, jnp.float32), make_batch()
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    params = jax.device_get(create_state(model, make_optimizer(OPTIMIZER), mesh, seed=0).params)
+
+    def mean_loss(params):
+        variables = {"params": params}
+        hidden, _ = model.apply(variables, batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
+        logits = model.apply(variables, hidden, method="logits")
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets_BT)
+        return jnp.sum(nll * batch.loss_mask_BT) / np.sum(batch.loss_mask_BT)
+
+    loss, gradients = jax.jit(jax.value_and_grad(mean_loss))(params)
+    optimizer = make_optimizer(OPTIMIZER)
+    updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
+    expected = optax.apply_updates(params, jax.tree.map(lambda u: -0.005 * u, updates))
+    losses, metrics, state = run(MeshConfig(data=1), steps=1)
+    assert losses[0] == pytest.approx(float(loss), rel=1e-5)
+    assert float(metrics.grad_norm) == pytest.approx(float(optax.tree.norm(gradients)), rel=1e-4)
+    assert float(metrics.learning_rate) == pytest.approx(0.005)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state.params, expected)
+
+
+def test_a_non_finite_step_updates_nothing_and_counts():
+    """A poisoned parameter makes the loss NaN; restoring it lets training go on."""
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    model, optimizer = Transformer(CONFIG, jnp.float32), make_optimizer(OPTIMIZER)
+    with jax.set_mesh(mesh):
+        state = create_state(model, optimizer, mesh, seed=0)
+        step = make_train_step(model, optimizer, schedule(OPTIMIZER, 10), shardings_of(state))
+        batch = jax.device_put(make_batch(), sharding(mesh, "batch", "seq"))
+        scale = jnp.copy(state.params["final_norm"]["scale"])
+        state.params["final_norm"]["scale"] = scale.at[0].set(jnp.nan)
+        before = jax.device_get(state)
+        state, metrics = step(state, batch)
+        assert bool(metrics.skipped)
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), before.params)
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.opt_state), before.opt_state)
+        state, metrics = step(state, batch)
+        assert (int(state.step), int(state.skipped), int(metrics.skipped_in_a_row)) == (2, 2, 2)
+        state.params["final_norm"]["scale"] = scale
+        state, metrics = step(state, batch)
+        assert not bool(metrics.skipped)
+        assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (3, 2, 0)
+
+
+def test_evaluation_step_sums_over_the_mask():
+    model, batch = Transformer(CONFIG, jnp.float32), make_batch()
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    params = create_state(model, make_optimizer(OPTIMIZER), mesh, seed=0).params
+    nll, count = make_eval_step(model)(params, batch)
+    nothing = batch._replace(loss_mask_BT=np.zeros_like(batch.loss_mask_BT))
+    assert int(count) == batch.loss_mask_BT.sum()
+    assert float(nll) / int(count) == pytest.approx(np.log(CONFIG.vocab_size), rel=0.05)
+    assert [float(x) for x in make_eval_step(model)(params, nothing)] == [0.0, 0]
