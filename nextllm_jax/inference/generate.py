@@ -1,0 +1,251 @@
+"""Rows of tokens from a model: one jitted prefill, and one jitted while loop called again until all rows are done.
+
+Prompts are padded to a few bucket lengths, so that many prompts mean few compilations. The loop's state (cache,
+last tokens, positions, flags) is donated: the cache is written in place and never copied.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from nextllm_jax.config import SamplingConfig
+from nextllm_jax.errors import InputError
+from nextllm_jax.inference.sampling import row_keys, sample
+from nextllm_jax.model.kv_cache import KVCache
+from nextllm_jax.model.transformer import Transformer
+from nextllm_jax.sharding import RULES
+
+CHUNK_TOKENS = 64
+"""Most tokens a row gets in one call of the loop."""
+
+
+@flax.struct.dataclass
+class State:
+    """What the loop carries. The last token of a row is not in the cache yet; done rows stand by."""
+
+    cache: KVCache
+    token_B: jax.Array
+    position_B: jax.Array
+    done_B: jax.Array
+    seen_BV: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Speeds:
+    """Tokens and seconds of prefill and decode, without compiling."""
+
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens a second, of all rows together; padding does not count."""
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """New tokens a second, of all rows together."""
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@functools.partial(jax.jit, static_argnames=("model", "cache_length", "track_seen"))
+def prefill(
+    model: Transformer, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, *, cache_length: int, track_seen: bool
+) -> State:
+    """The state after the prompts, which are padded on the right; rows of length 0 are done.
+
+    The last token of a prompt is read again by the first step of the loop, which so is the only place that makes
+    logits and draws from them.
+    """
+    B, T = tokens_BT.shape
+    positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+    cache = KVCache.create(model.config, batch_size=B, length=cache_length, dtype=model.dtype)
+    _, cache = model.apply({"params": params}, tokens_BT, positions_BT, cache=cache)
+    last_B = jnp.maximum(lengths_B - 1, 0)
+    seen_BV = None
+    if track_seen:
+        seen_BV = jnp.zeros((B, model.config.vocab_size), bool)
+        seen_BV = seen_BV.at[jnp.arange(B)[:, None], tokens_BT].max(positions_BT < lengths_B[:, None])
+    return State(
+        cache=cache,
+        token_B=jnp.take_along_axis(tokens_BT, last_B[:, None], axis=1)[:, 0],
+        position_B=last_B,
+        done_B=lengths_B == 0,
+        seen_BV=seen_BV,
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "sampling", "vocab_size", "chunk_tokens"), donate_argnames=("state",)
+)
+def decode(
+    model: Transformer,
+    params: Any,
+    state: State,
+    limit: jax.Array,
+    stopped_B: jax.Array,
+    seed: jax.Array,
+    sample_B: jax.Array,
+    stop_ids: jax.Array,
+    *,
+    sampling: SamplingConfig,
+    vocab_size: int,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> tuple[State, jax.Array]:
+    """The state (donated) after at most `limit` <= chunk_tokens more tokens a row, and the tokens, int32 [B, C].
+
+    A row ends with a stop id, or before the call if `stopped_B` says so; places that it does not fill hold -1.
+    """
+    B = state.token_B.shape[0]
+
+    def unfinished(carry: tuple[jax.Array, State, jax.Array]) -> jax.Array:
+        step, state, _ = carry
+        return (step < limit) & ~jnp.all(state.done_B)
+
+    def advance(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
+        step, state, tokens_BC = carry
+        hidden_B1D, cache = model.apply(
+            {"params": params}, state.token_B[:, None], state.position_B[:, None], cache=state.cache
+        )
+        with jax.named_scope("sample"):
+            logits_B1V = model.apply({"params": params}, hidden_B1D, method="logits")
+            position_B = state.position_B + 1
+            keys_B = row_keys(seed, sample_B, position_B)
+            token_B = sample(logits_B1V[:, 0], state.seen_BV, keys_B, sampling, vocab_size)
+        tokens_BC = tokens_BC.at[:, step].set(jnp.where(state.done_B, -1, token_B))
+        seen_BV = state.seen_BV
+        if seen_BV is not None:
+            seen_BV = seen_BV.at[jnp.arange(B), token_B].set(True)
+        done_B = state.done_B | jnp.any(token_B[:, None] == stop_ids[None], axis=1)
+        return step + 1, State(cache, token_B, position_B, done_B, seen_BV), tokens_BC
+
+    state = state.replace(done_B=state.done_B | stopped_B)
+    start = (jnp.zeros((), jnp.int32), state, jnp.full((B, chunk_tokens), -1, jnp.int32))
+    _, state, tokens_BC = jax.lax.while_loop(unfinished, advance, start)
+    return state, tokens_BC
+
+
+def bucket(size: int, least: int) -> int:
+    """The smallest of least x 1, 1.5, 2, 3, 4, 6, 8, ... that holds `size`; `least` is even, or 1."""
+    power = least
+    while power < size:
+        if 2 * size <= 3 * power:
+            return 3 * power // 2
+        power *= 2
+    return power
+
+
+class Generation:
+    """Rows of tokens in the making: `advance` until `done`. Row i continues prompts[i].
+
+    `samples[i]` is the index of row i among those of the same prompt; with `seed` and the position it decides
+    what is drawn. Works on one device, and on a mesh if the caller has set it (`jax.set_mesh`).
+
+    Raises InputError for a prompt that does not fit the model's context together with the new tokens.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        params: Any,
+        prompts: Sequence[Sequence[int]],
+        *,
+        samples: Sequence[int],
+        max_new_tokens: int,
+        sampling: SamplingConfig,
+        seed: int,
+        stop_ids: Sequence[int],
+        vocab_size: int,
+    ) -> None:
+        self.num_rows = len(prompts)
+        self._remaining = max_new_tokens
+        self._params = params
+        longest = _longest(prompts, max_new_tokens, model.config.context_length)
+        batch_size = _batch_size(self.num_rows)
+        length = min(bucket(longest, 16), model.config.context_length)
+        tokens_BT, lengths_B = np.zeros((batch_size, length), np.int32), np.zeros(batch_size, np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens_BT[row, : len(prompt)] = prompt
+            lengths_B[row] = len(prompt)
+        arguments = (model, params, tokens_BT, lengths_B)
+        cache_length = min(bucket(longest + max_new_tokens, 16), model.config.context_length)
+        static = {"cache_length": cache_length, "track_seen": sampling.repetition_penalty != 1}
+        prefill.lower(*arguments, **static).compile()  # kept for the call below, which the clock sees without it
+        started = time.perf_counter()
+        self._state = jax.block_until_ready(prefill(*arguments, **static))
+        self.speeds = Speeds(prefill_tokens=int(lengths_B.sum()), prefill_seconds=time.perf_counter() - started)
+        self._stopped_B = lengths_B == 0
+        self._draw_from = (np.uint32(seed % 2**32), np.resize(np.asarray(samples, np.int32), batch_size))
+        self._stop_ids = np.asarray(stop_ids, np.int32)
+        self._decode = functools.partial(decode, model, sampling=sampling, vocab_size=vocab_size)
+        self._run(0)  # no steps: compiles before the clock starts
+
+    @property
+    def done(self) -> bool:
+        """True if no row can get another token."""
+        return self._remaining == 0 or bool(self._stopped_B.all())
+
+    def stop(self, row: int) -> None:
+        """End a row before the next call of `advance`."""
+        self._stopped_B[row] = True
+
+    def advance(self, limit: int = CHUNK_TOKENS) -> list[list[int]]:
+        """At most `limit` new tokens of each row, with the stop id that ended it, if one did."""
+        limit = min(limit, CHUNK_TOKENS, self._remaining)
+        started = time.perf_counter()
+        tokens_BC = self._run(limit)
+        seconds = time.perf_counter() - started
+        rows = [[int(token) for token in row if token >= 0] for row in tokens_BC[: self.num_rows]]
+        self._remaining -= limit
+        speeds = self.speeds
+        self.speeds = dataclasses.replace(
+            speeds,
+            decode_tokens=speeds.decode_tokens + sum(map(len, rows)),
+            decode_seconds=speeds.decode_seconds + seconds,
+        )
+        return rows
+
+    def _run(self, limit: int) -> np.ndarray:
+        self._state, tokens_BC = self._decode(
+            self._params, self._state, np.int32(limit), self._stopped_B, *self._draw_from, self._stop_ids
+        )
+        self._stopped_B = self._stopped_B | _to_host(self._state.done_B)
+        return _to_host(tokens_BC)
+
+
+def _longest(prompts: Sequence[Sequence[int]], max_new_tokens: int, context_length: int) -> int:
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}; it must be positive")
+    lengths = [len(prompt) for prompt in prompts]
+    if min(lengths, default=0) == 0:
+        raise ValueError("there must be prompts, and each must hold at least the BOS token")
+    if max(lengths) + max_new_tokens > context_length:
+        raise InputError(
+            f"the prompt of {max(lengths)} tokens and max_new_tokens {max_new_tokens} are together over the model's "
+            f"context_length {context_length}; shorten the prompt or ask for fewer tokens"
+        )
+    return max(lengths)
+
+
+def _batch_size(num_rows: int) -> int:
+    """A bucket for the rows, which the mesh in force (if any) can divide over its batch axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    return parts * bucket(-(-num_rows // parts), 1)
+
+
+def _to_host(x: jax.Array) -> np.ndarray:
+    if x.is_fully_addressable:
+        return np.array(x)
+    return multihost_utils.process_allgather(x, tiled=True)

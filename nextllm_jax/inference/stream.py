@@ -1,0 +1,168 @@
+"""The host's side of sampling: tokens to text as they come, stop strings, and the finished samples."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from nextllm_jax.errors import InputError
+from nextllm_jax.inference.generate import CHUNK_TOKENS, Generation, Speeds
+from nextllm_jax.tokenizer.tokenizer import IncrementalDecoder, Tokenizer
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One finished continuation of a prompt."""
+
+    prompt: str
+    text: str
+    """What was generated, without the prompt and without the stop string or stop token."""
+    tokens: list[int]
+    """Every generated id, the one that ended the sample included."""
+    finish_reason: FinishReason
+    """stop: a stop token or stop string; length: max_new_tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A bit of new text of one row; the last piece of a row carries its finished sample."""
+
+    row: int
+    text: str
+    sample: Sample | None = None
+
+
+class StopFinder:
+    """Text up to the first stop string, let through as soon as it cannot be the start of one.
+
+    The stop string that is complete first decides, and of those complete at once the one that starts first; so
+    the result does not depend on how the text is cut into pushes.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        if not all(stops):
+            raise InputError("a stop string is empty; leave it out, or give the text to stop at")
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """The text that is now certain to come before any stop string."""
+        if self.found:
+            return ""
+        self._held += text
+        starts = ((self._held.find(stop), stop) for stop in self._stops)
+        matches = [(start + len(stop), start) for start, stop in starts if start >= 0]
+        if matches:
+            self.found = True
+            return self._release(min(matches)[1])
+        return self._release(len(self._held) - self._undecided())
+
+    def finish(self) -> str:
+        """The text still held back, once no more will come."""
+        return "" if self.found else self._release(len(self._held))
+
+    def _undecided(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        longest = min(len(self._held), max(map(len, self._stops), default=0))
+        ends = (length for length in range(longest, 0, -1) if self._begins_stop(self._held[-length:]))
+        return next(ends, 0)
+
+    def _begins_stop(self, text: str) -> bool:
+        return any(stop.startswith(text) for stop in self._stops)
+
+    def _release(self, length: int) -> str:
+        released, self._held = self._held[:length], self._held[length:]
+        return released
+
+
+class _Row:
+    """One row on its way from tokens to a Sample."""
+
+    def __init__(self, prompt: str, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self.prompt = prompt
+        self.tokens: list[int] = []
+        self.text = ""
+        self.finish_reason: FinishReason | None = None
+        self._decoder = IncrementalDecoder(tokenizer)
+        self._finder = StopFinder(stops)
+
+    def push(self, tokens: Sequence[int], stop_ids: Sequence[int], max_new_tokens: int) -> str:
+        """The new text; sets `finish_reason` if the row ends in these tokens."""
+        text = ""
+        for token in tokens:
+            self.tokens.append(token)
+            if token in stop_ids:
+                self.finish_reason = "stop"
+                break
+            text += self._finder.push(self._decoder.push([token]))
+            if self._finder.found:
+                self.finish_reason = "stop"
+                break
+        if self.finish_reason is None and len(self.tokens) == max_new_tokens:
+            self.finish_reason = "length"
+        if self.finish_reason is not None and not self._finder.found:
+            text += self._finder.push(self._decoder.finish()) + self._finder.finish()
+        self.text += text
+        return text
+
+    def sample(self) -> Sample | None:
+        if self.finish_reason is None:
+            return None
+        return Sample(self.prompt, self.text, self.tokens, self.finish_reason)
+
+
+class TextStream:
+    """The texts of a generation's rows as they are made: iterate once over its pieces.
+
+    Rows advance together, so their pieces alternate; `chunk_tokens` is how many tokens a row gets between two
+    looks at it. `speeds` says how fast it went so far.
+
+    Raises InputError for an empty stop string.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        tokenizer: Tokenizer,
+        prompts: Sequence[str],
+        *,
+        stop: Sequence[str],
+        stop_ids: Sequence[int],
+        max_new_tokens: int,
+        chunk_tokens: int = CHUNK_TOKENS,
+    ) -> None:
+        self._generation = generation
+        self._rows = [_Row(prompt, tokenizer, stop) for prompt in prompts]
+        self._ends = (tuple(stop_ids), max_new_tokens)
+        self._chunk_tokens = chunk_tokens
+
+    def __iter__(self) -> Iterator[Piece]:
+        while not self._generation.done:
+            for index, tokens in enumerate(self._generation.advance(self._chunk_tokens)):
+                row = self._rows[index]
+                if row.finish_reason is not None:
+                    continue
+                text = row.push(tokens, *self._ends)
+                sample = row.sample()
+                if sample is not None:
+                    self._generation.stop(index)
+                if text or sample is not None:
+                    yield Piece(index, text, sample)
+
+    def in_order(self) -> Iterator[Piece]:
+        """The same pieces row by row: those of the first row as they come, then what the second has by now, ..."""
+        waiting: list[list[Piece]] = [[] for _ in self._rows]
+        current = 0
+        for piece in self:
+            waiting[piece.row].append(piece)
+            while current < len(waiting) and waiting[current]:
+                first = waiting[current].pop(0)
+                yield first
+                current += first.sample is not None
+
+    @property
+    def speeds(self) -> Speeds:
+        """Tokens and seconds so far."""
+        return self._generation.speeds

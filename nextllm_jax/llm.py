@@ -1,0 +1,246 @@
+"""`load(path)` -> LLM: a trained model with its tokenizer, to sample from, score with and look into."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from nextllm_jax.checkpoint import Checkpoints
+from nextllm_jax.config import ModelConfig, SamplingConfig, from_json
+from nextllm_jax.errors import InputError
+from nextllm_jax.inference.generate import CHUNK_TOKENS, Generation, bucket
+from nextllm_jax.inference.stream import Sample, TextStream
+from nextllm_jax.model.transformer import Transformer, head_embedding, resolve_dtype
+from nextllm_jax.ops.cross_entropy import cross_entropy
+from nextllm_jax.tokenizer.tokenizer import Tokenizer
+
+MAX_NEW_TOKENS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How well a model predicts a text."""
+
+    nll: float
+    """Mean negative log-likelihood of the scored tokens, in nats."""
+    tokens: int
+    """Scored tokens: those of the text, and the end of the document."""
+    bits_per_byte: float
+    """Summed negative log-likelihood in bits, over the UTF-8 bytes of the text."""
+
+    @property
+    def perplexity(self) -> float:
+        """e to the mean negative log-likelihood."""
+        return math.exp(self.nll)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LLM:
+    """A model to use: its config, parameters and tokenizer; matmuls run in `dtype`."""
+
+    config: ModelConfig
+    params: Any
+    tokenizer: Tokenizer
+    dtype: np.dtype
+
+    @functools.cached_property
+    def model(self) -> Transformer:
+        """The module that the parameters belong to."""
+        return Transformer(dataclasses.replace(self.config, remat="none"), self.dtype)
+
+    def logits(self, tokens: Any) -> jax.Array:
+        """Logits, float32 [B, T, V], of a causal forward pass without cache over tokens, int [B, T].
+
+        V is `config.vocab_size`, which may exceed the tokenizer's.
+
+        Raises InputError for another shape, ids outside of V, or more tokens than the context.
+        """
+        tokens_BT = np.asarray(tokens)
+        if tokens_BT.ndim != 2 or tokens_BT.size == 0 or not np.issubdtype(tokens_BT.dtype, np.integer):
+            raise InputError(f"tokens must be integers [B, T]; got {tokens_BT.dtype} {list(tokens_BT.shape)}")
+        T = tokens_BT.shape[1]
+        if T > self.config.context_length:
+            raise InputError(f"{T} tokens are over the model's context_length {self.config.context_length}")
+        if tokens_BT.min() < 0 or tokens_BT.max() >= self.config.vocab_size:
+            raise InputError(f"token ids must lie in 0 to {self.config.vocab_size - 1}, the model's vocab_size less 1")
+        padding = min(bucket(T, 16), self.config.context_length) - T
+        return _logits(self.model, self.params, np.pad(tokens_BT.astype(np.int32), ((0, 0), (0, padding))))[:, :T]
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        temperature: float = SamplingConfig.temperature,
+        top_k: int = SamplingConfig.top_k,
+        top_p: float = SamplingConfig.top_p,
+        min_p: float = SamplingConfig.min_p,
+        repetition_penalty: float = SamplingConfig.repetition_penalty,
+        seed: int = 0,
+        num_samples: int = 1,
+        stop: str | Sequence[str] = (),
+    ) -> list[Sample]:
+        """`num_samples` continuations of each prompt, those of one prompt together. See SamplingConfig for the rest.
+
+        A sample ends before a stop string, at the end of the document, or after max_new_tokens. What is drawn
+        depends on the seed, the prompt and the sample's index alone, not on the other prompts.
+
+        Raises InputError for a prompt that does not fit the context with the new tokens, or a bad setting.
+        """
+        sampling = SamplingConfig(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        )
+        texts = self.stream(
+            prompts,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            num_samples=num_samples,
+            stop=stop,
+            chunk_tokens=CHUNK_TOKENS,
+        )
+        finished = {piece.row: piece.sample for piece in texts if piece.sample is not None}
+        return [finished[row] for row in sorted(finished)]
+
+    def stream(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        sampling: SamplingConfig | None = None,
+        seed: int = 0,
+        num_samples: int = 1,
+        stop: str | Sequence[str] = (),
+        chunk_tokens: int = 8,
+    ) -> TextStream:
+        """The pieces of text that `generate` would return at the end, as they are made, and how fast.
+
+        A piece's row is prompt index * num_samples + sample index. Raises InputError as `generate` does.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        stop = [stop] if isinstance(stop, str) else list(stop)
+        if not prompts:
+            raise InputError("there are no prompts; give at least one, the empty text if need be")
+        if num_samples < 1:
+            raise InputError(f"num_samples is {num_samples}; it must be positive")
+        rows = [prompt for prompt in prompts for _ in range(num_samples)]
+        ends = {"max_new_tokens": max_new_tokens, "stop_ids": [self.tokenizer.eos_id]}
+        encoded = [[self.tokenizer.bos_id, *self.tokenizer.encode(prompt)] for prompt in prompts]
+        generation = Generation(
+            self.model,
+            self.params,
+            [tokens for tokens in encoded for _ in range(num_samples)],
+            samples=[*range(num_samples)] * len(prompts),
+            sampling=sampling or SamplingConfig(),
+            seed=seed,
+            vocab_size=self.tokenizer.vocab_size,
+            **ends,
+        )
+        return TextStream(generation, self.tokenizer, rows, stop=stop, chunk_tokens=chunk_tokens, **ends)
+
+    def score(self, text: str, *, window: int | None = None, batch_size: int = 8) -> Score:
+        """How well the model predicts a document, in windows of `window` tokens (none: the context length).
+
+        The document is BOS + text + EOS. Windows lie side by side, each target is scored once, and a window sees
+        nothing of the one before; the result does not depend on batch_size.
+
+        Raises InputError for an empty text or a window over the context length.
+        """
+        context_length = self.config.context_length
+        window = context_length if window is None else window
+        if not text:
+            raise InputError("the text to score is empty; bits per byte need at least one byte")
+        if not 0 < window <= context_length:
+            raise InputError(f"window is {window}; it must lie in 1 to the model's context_length {context_length}")
+        document = self.tokenizer.encode_document(text)
+        tokens_WT, targets_WT, mask_WT = _windows(document, window, batch_size)
+        batches = [
+            _nll_sum(self.model, self.params, *(x[i : i + batch_size] for x in (tokens_WT, targets_WT, mask_WT)))
+            for i in range(0, len(tokens_WT), batch_size)
+        ]
+        nll_sum = math.fsum(map(float, batches))
+        count = len(document) - 1
+        return Score(nll_sum / count, count, nll_sum / math.log(2) / len(text.encode("utf-8", errors="replace")))
+
+
+def _windows(document: Sequence[int], window: int, batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, targets and mask, each [W, T]: windows at stride T, padded to whole ones and whole batches."""
+    count = len(document) - 1
+    T = min(bucket(count, 16), window)
+    num_windows = -(-count // T)
+    num_windows = num_windows if num_windows <= batch_size else -(-num_windows // batch_size) * batch_size
+    padded = np.zeros(num_windows * T + 1, np.int32)
+    padded[: count + 1] = document
+    mask = np.arange(num_windows * T) < count
+    return tuple(x.reshape(num_windows, T) for x in (padded[:-1], padded[1:], mask))  # pyright: ignore[reportReturnType]
+
+
+def _positions(tokens_BT: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def _logits(model: Transformer, params: Any, tokens_BT: jax.Array) -> jax.Array:
+    hidden_BTD, _ = model.apply({"params": params}, tokens_BT, _positions(tokens_BT))
+    return model.apply({"params": params}, hidden_BTD, method="logits")  # pyright: ignore[reportReturnType]
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def _nll_sum(
+    model: Transformer, params: Any, tokens_BT: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array
+) -> jax.Array:
+    hidden_BTD, _ = model.apply({"params": params}, tokens_BT, _positions(tokens_BT))
+    return cross_entropy(hidden_BTD, head_embedding(model.config, params), targets_BT, mask_BT)
+
+
+def load(path: str, *, step: str | int = "best", dtype: str | None = None) -> LLM:
+    """The model of a run directory at a step (a number, "best" or "latest"), on one device.
+
+    `dtype` is the type of the matmuls: "float32", "bfloat16", "auto" for what suits the platform, None for what
+    the run's config says. Matrices are cast to it once, here, norms stay as they were trained.
+
+    Raises InputError if path is not a run directory with a checkpoint of that step.
+    """
+    run = epath.Path(path)
+    config_file = run / "config.json"
+    if not config_file.exists():
+        raise InputError(
+            f"{path} is not a run directory; give the one that train.py wrote, such as runs/tiny, "
+            "with config.json, tokenizer and checkpoints in it"
+        )
+    config = from_json(config_file.read_text(), str(config_file)).model
+    compute_dtype = resolve_dtype(dtype or config.dtype, jax.default_backend())
+    tokenizer = Tokenizer.load(run / "tokenizer")
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        params = checkpoints.restore(checkpoints.resolve(step), "params", _abstract_params(config))
+    return LLM(config, cast_matrices(params, compute_dtype), tokenizer, compute_dtype)
+
+
+def _abstract_params(config: ModelConfig) -> Any:
+    """The shapes and types of a model's parameters, on the default device."""
+    tokens_BT = jnp.zeros((1, 1), jnp.int32)
+    variables = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens_BT, tokens_BT)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), nn.meta.unbox(variables)["params"]
+    )
+
+
+def cast_matrices(params: Any, dtype: np.dtype) -> Any:
+    """The parameters with all but the norms' scales in `dtype`, as the model would cast them at each use."""
+
+    def cast(path: Any, leaf: jax.Array) -> jax.Array:
+        return leaf if path[-1].key == "scale" else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)

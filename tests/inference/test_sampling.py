@@ -1,0 +1,130 @@
+"""Each transform against numpy, and the sampler against the distribution that it should draw from."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from nextllm_jax.config import SamplingConfig
+from nextllm_jax.inference import sampling
+
+sample = jax.jit(sampling.sample, static_argnames=("config", "vocab_size"))
+top_p = jax.jit(sampling.top_p)
+LOGITS = arrays(np.float32, (2, 12), elements=st.integers(-6, 6).map(lambda tenth: np.float32(tenth / 2)))
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    exponentials = np.exp(logits - logits.max())
+    return exponentials / exponentials.sum()
+
+
+def kept(logits: jax.Array) -> list[set[int]]:
+    return [set(np.flatnonzero(np.isfinite(row)).tolist()) for row in np.asarray(logits)]
+
+
+def keys(count: int, *, seed: int = 0) -> jax.Array:
+    return sampling.row_keys(jnp.uint32(seed), jnp.zeros(count, jnp.int32), jnp.arange(count, dtype=jnp.int32))
+
+
+@settings(max_examples=40, deadline=None)
+@given(LOGITS, st.sampled_from([0.013, 0.1, 0.37, 0.5003, 0.77, 0.9, 0.981]))
+def test_top_p_keeps_the_least_set(logits, p):
+    out = top_p(jnp.asarray(logits), p)
+    for row, got in zip(logits.astype(np.float64), kept(out), strict=True):
+        order = np.argsort(-row, kind="stable")
+        total = np.cumsum(softmax(row)[order])
+        count = int(np.argmax(total >= p)) + 1
+        if abs(total[count - 1] - p) > 1e-6 and (count < 2 or abs(total[count - 2] - p) > 1e-6):
+            assert got == set(order[:count].tolist())
+
+
+def test_top_p_takes_the_first_of_equal_tokens():
+    assert kept(top_p(jnp.zeros((1, 10)), 0.45)) == [{0, 1, 2, 3, 4}]
+
+
+def test_top_p_always_keeps_one():
+    assert kept(top_p(jnp.asarray([[0.0, 40.0, 1.0]]), 1e-6)) == [{1}]
+
+
+@settings(max_examples=20, deadline=None)
+@given(LOGITS, st.sampled_from([0.05, 0.2, 0.71, 1.0]))
+def test_min_p_is_a_share_of_the_most_likely(logits, p):
+    for row, got in zip(logits, kept(sampling.min_p(jnp.asarray(logits), p)), strict=True):
+        probabilities = softmax(row.astype(np.float64))
+        assert got == set(np.flatnonzero(probabilities >= p * probabilities.max() * (1 - 1e-6)).tolist())
+
+
+def test_top_k_keeps_the_most_likely_with_their_ids():
+    logits = jnp.asarray([[0.0, 3.0, 1.0, 2.0], [9.0, 7.0, 8.0, 0.0]])
+    values, ids = sampling.top_k(logits, 2)
+    np.testing.assert_array_equal(ids, [[1, 3], [0, 2]])
+    np.testing.assert_array_equal(values, [[3, 2], [9, 8]])
+    for k in (0, 4, 100):
+        values, ids = sampling.top_k(logits, k)
+        np.testing.assert_array_equal(values, logits)
+        np.testing.assert_array_equal(ids, [[0, 1, 2, 3]] * 2)
+
+
+def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
+    logits = np.array([[2.0, -2.0, 3.0, -3.0]], np.float32)
+    seen = np.array([[True, True, False, False]])
+    expected = np.where(seen, np.where(logits < 0, logits * 1.5, logits / 1.5), logits)
+    np.testing.assert_allclose(sampling.repetition_penalty(jnp.asarray(logits), jnp.asarray(seen), 1.5), expected)
+
+
+def test_temperature_scales_differences_and_does_not_overflow():
+    np.testing.assert_allclose(sampling.temperature(jnp.asarray([[1.0, 2.0, 4.0]]), 0.5), [[-6, -4, 0]])
+    out = np.asarray(sampling.temperature(jnp.asarray([[100.0, 99.0]]), 1e-30))
+    assert out[0, 0] == 0
+    assert not np.isnan(out).any()
+
+
+def test_draws_follow_the_probabilities():
+    logits = jnp.asarray([0.0, 1.0, 2.0, -jnp.inf])
+    count = 4000
+    ids = sampling.draw(
+        jnp.broadcast_to(logits[None], (count, 4)), jnp.broadcast_to(jnp.arange(4)[None], (count, 4)), keys(count)
+    )
+    shares = np.bincount(np.asarray(ids), minlength=4) / count
+    np.testing.assert_allclose(shares, softmax(np.asarray(logits)), atol=0.03)  # 4 standard deviations
+    assert shares[3] == 0
+
+
+def test_draw_does_not_depend_on_the_order_of_candidates():
+    logits = jax.random.normal(jax.random.key(1), (16, 50))
+    ids = jnp.broadcast_to(jnp.arange(50)[None], (16, 50))
+    order = np.random.default_rng(0).permutation(50)
+    np.testing.assert_array_equal(
+        sampling.draw(logits, ids, keys(16)), sampling.draw(logits[:, order], ids[:, order], keys(16))
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_padded_vocabulary_is_never_sampled(temperature):
+    logits = jnp.zeros((8, 40)).at[:, 30:].set(50.0)
+    config = SamplingConfig(temperature=temperature, top_k=0, top_p=1.0)
+    assert int(sample(logits, None, keys(8), config, 30).max()) < 30
+
+
+def test_sampler_composes_the_transforms():
+    logits = jax.random.normal(jax.random.key(2), (300, 20)) * 0.1 + jnp.arange(20.0)[None] / 4
+    greedy = sample(logits, None, keys(300), SamplingConfig(temperature=0), 20)
+    np.testing.assert_array_equal(greedy, jnp.argmax(logits, axis=-1))
+    narrow = [
+        SamplingConfig(temperature=1.0, top_k=1, top_p=1.0),
+        SamplingConfig(temperature=1.0, top_k=0, top_p=1e-4),
+        SamplingConfig(temperature=1.0, top_k=0, top_p=1.0, min_p=1.0),
+    ]
+    for config in narrow:
+        np.testing.assert_array_equal(sample(logits, None, keys(300), config, 20), greedy)
+    wide = sample(logits, None, keys(300), SamplingConfig(temperature=1.0, top_k=0, top_p=1.0), 20)
+    assert len(set(wide.tolist())) > 10
+    three = sample(logits, None, keys(300), SamplingConfig(temperature=50.0, top_k=3, top_p=1.0), 20)
+    allowed = np.argsort(-np.asarray(logits), axis=-1)[:, :3]
+    assert all(token in row for token, row in zip(three.tolist(), allowed.tolist(), strict=True))
+    seen = jnp.zeros((300, 20), bool).at[jnp.arange(300), greedy].set(True)
+    config = SamplingConfig(temperature=0, repetition_penalty=100.0)
+    assert not np.any(sample(logits, seen, keys(300), config, 20) == greedy)
