@@ -128,7 +128,7 @@ def prepare(config: DataConfig, output: Path, *, overwrite: bool = False) -> Non
 def _write_dataset(config: DataConfig, partial: Path) -> None:
     limit = validation_limit(read_documents(config), config.validation_fraction)
     tokenizer = _make_tokenizer(config, limit, partial / "tokenizer")
-    part_paths = _tokenize_corpus(config, limit, partial, tokenizer.vocab_size)
+    part_paths = _tokenize_corpus(config, limit, partial, tokenizer.hash)
     splits = {
         name: write_split(
             partial,
@@ -150,6 +150,8 @@ def _make_tokenizer(config: DataConfig, limit: int, directory: Path) -> Tokenize
         print(f"training a tokenizer of {config.vocab_size:,} tokens on the corpus", flush=True)
         texts = _sample_training_texts(read_documents(config), limit)
         tokenizer = train_tokenizer(texts, config.vocab_size)
+        if tokenizer.vocab_size < config.vocab_size:
+            print(f"the corpus has pairs enough for {tokenizer.vocab_size:,} tokens only", flush=True)
     else:
         tokenizer = load_tokenizer(config.tokenizer)
     tokenizer.save(directory)
@@ -166,7 +168,7 @@ def _sample_training_texts(documents: Iterable[Document], limit: int) -> Iterato
             left -= len(document.text)
 
 
-def _tokenize_corpus(config: DataConfig, limit: int, partial: Path, vocab_size: int) -> list[Path]:
+def _tokenize_corpus(config: DataConfig, limit: int, partial: Path, tokenizer_hash: str) -> list[Path]:
     """Tokenize every part that is not there yet; returns the paths of all parts, in order."""
     (partial / "parts").mkdir(exist_ok=True)
     paths: list[Path] = []
@@ -177,7 +179,7 @@ def _tokenize_corpus(config: DataConfig, limit: int, partial: Path, vocab_size: 
             if not zipfile.is_zipfile(part.path):
                 yield part
 
-    work = functools.partial(_tokenize_part, tokenizer_directory=partial / "tokenizer", vocab_size=vocab_size)
+    work = functools.partial(_tokenize_part, tokenizer_directory=partial / "tokenizer", tokenizer_hash=tokenizer_hash)
     tokens: collections.Counter[int] = collections.Counter()
     seconds: collections.defaultdict[int, float] = collections.defaultdict(float)
     with tqdm(desc="tokenizing", unit=" tokens", unit_scale=True, mininterval=_bar_interval()) as bar:
@@ -214,16 +216,17 @@ def _name_part(texts: list[str], held_out: list[bool], directory: Path) -> Part:
     return Part(texts, held_out, directory / f"{content.hexdigest()[:32]}.npz")
 
 
-def _tokenize_part(part: Part, *, tokenizer_directory: Path, vocab_size: int) -> PartReport:
+def _tokenize_part(part: Part, *, tokenizer_directory: Path, tokenizer_hash: str) -> PartReport:
     """Tokenize a part into its file, an array for each split. Runs in a worker process."""
-    tokenizer = _load_tokenizer_once(tokenizer_directory)
+    tokenizer = _load_tokenizer_once(tokenizer_directory, tokenizer_hash)
+    dtype = token_dtype(tokenizer.vocab_size)
     started = time.perf_counter()
     arrays: dict[str, np.ndarray] = {}
     for name in SPLITS:
         pairs = zip(part.texts, part.held_out, strict=True)
         texts = [text for text, held_out in pairs if held_out == (name == "validation")]
-        documents = [np.array(tokenizer.encode_document(text), token_dtype(vocab_size)) for text in texts]
-        arrays[f"{name}_tokens"] = np.concatenate([np.empty(0, token_dtype(vocab_size)), *documents])
+        documents = [np.array(tokenizer.encode_document(text), dtype) for text in texts]
+        arrays[f"{name}_tokens"] = np.concatenate([np.empty(0, dtype), *documents])
         arrays[f"{name}_lengths"] = np.array([len(tokens) for tokens in documents], np.int64)
         arrays[f"{name}_bytes"] = np.array(sum(len(text.encode()) for text in texts))
     temporary = part.path.with_suffix(f".{os.getpid()}.tmp")
@@ -234,9 +237,12 @@ def _tokenize_part(part: Part, *, tokenizer_directory: Path, vocab_size: int) ->
     return PartReport(os.getpid(), num_tokens, time.perf_counter() - started)
 
 
-@functools.cache
-def _load_tokenizer_once(directory: Path) -> Tokenizer:
-    return Tokenizer.load(directory)
+@functools.lru_cache(1)
+def _load_tokenizer_once(directory: Path, expected_hash: str) -> Tokenizer:
+    """The tokenizer in `directory`; the hash is part of the key, since a directory may come to hold another."""
+    tokenizer = Tokenizer.load(directory)
+    assert tokenizer.hash == expected_hash
+    return tokenizer
 
 
 def _load_part(path: Path, name: SplitName) -> TokenizedDocuments:

@@ -1,0 +1,279 @@
+"""Preparing is deterministic, restartable and all or nothing."""
+
+import base64
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nextllm_jax.config import DataConfig
+from nextllm_jax.data import prepare as prepare_module
+from nextllm_jax.data.corpora import document_hash, read_documents, validation_limit
+from nextllm_jax.data.prepare import default_data_path, prepare
+from nextllm_jax.data.shards import SPLITS, Dataset
+from nextllm_jax.errors import InputError
+from nextllm_jax.tokenizer.bpe import train_tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Forty files of a few hundred words, one process, a vocabulary of 300."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "texts").mkdir()
+    for number in range(40):
+        words = [f"wörd{value}" for value in rng.integers(0, 50, rng.integers(1, 300))]
+        (tmp_path / "texts" / f"{number:02}.txt").write_text(" ".join(words), encoding="utf-8")
+    return DataConfig(
+        corpus=str(tmp_path / "texts"), vocab_size=300, num_processes=1, validation_fraction=0.2, tokens_per_shard=3000
+    )
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Parts of about 5,000 characters, so that a small corpus has many."""
+    monkeypatch.setattr(prepare_module, "PART_CHARACTERS", 5000)
+
+
+def contents(directory):
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_the_shards_hold_the_documents(config, tmp_path, small_parts, capsys):
+    output = tmp_path / "out"
+    prepare(config, output)
+    dataset = Dataset.open(output)
+    tokenizer = dataset.tokenizer()
+    documents = list(read_documents(config))
+    limit = validation_limit(documents, config.validation_fraction)
+    for name in SPLITS:
+        expected = [d.text for d in documents if (document_hash(d) <= limit) == (name == "validation")]
+        split = dataset.split(name)
+        assert (split.num_documents, split.num_bytes) == (len(expected), sum(len(text.encode()) for text in expected))
+        for number, text in enumerate(expected):
+            start, stop = split.document_starts[number : number + 2]
+            assert split.tokens(start, stop).tolist() == tokenizer.encode_document(text)
+    training_texts = [d.text for d in documents if document_hash(d) > limit]
+    assert tokenizer.hash == train_tokenizer(training_texts, 300).hash, "the tokenizer learns from training text alone"
+    printed = capsys.readouterr().out
+    assert "process 1:" in printed
+    assert "tokens/s" in printed
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "texts"]
+
+
+def test_any_number_of_processes_gives_the_same_bytes(config, tmp_path, small_parts, capsys):
+    prepare(config, tmp_path / "one")
+    prepare(dataclasses.replace(config, num_processes=2), tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_a_failed_run_goes_on_from_its_parts(config, tmp_path, small_parts, monkeypatch):
+    prepare(config, tmp_path / "expected")
+    real = prepare_module._tokenize_part
+    done = []
+
+    def stops_at_the_third(part, **settings):
+        if len(done) == 2:
+            raise RuntimeError("stopped")
+        done.append(part.path.name)
+        return real(part, **settings)
+
+    monkeypatch.setattr(prepare_module, "_tokenize_part", stops_at_the_third)
+    with pytest.raises(RuntimeError, match="stopped"):
+        prepare(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    first = list(done)
+    # A part cut short by a power failure is made again.
+    (tmp_path / "out.partial" / "parts" / first[0]).write_bytes(b"PK")
+    done[:] = ["the count starts behind the stop"] * 3
+    prepare(config, tmp_path / "out")
+    assert first[0] in done
+    assert first[1] not in done
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+
+
+def test_a_run_that_failed_at_the_very_end_is_finished(config, tmp_path, monkeypatch):
+    prepare(config, tmp_path / "expected")
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "_publish", lambda *args: (_ for _ in ()).throw(RuntimeError("stopped")))
+        with pytest.raises(RuntimeError, match="stopped"):
+            prepare(config, tmp_path / "out")
+    prepare(config, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+
+
+KILLED_RUN = """
+import sys, time
+from pathlib import Path
+from nextllm_jax.config import DataConfig
+from nextllm_jax.data import prepare as module
+
+if __name__ == "__main__":
+    assert "jax" not in sys.modules, "preparing must not import jax"
+    module.PART_CHARACTERS = 5000
+    documents = module.read_documents
+    def slowly(config):
+        for number, document in enumerate(documents(config)):
+            time.sleep(0.1 if number > 20 else 0)
+            yield document
+    module.read_documents = slowly
+    config = DataConfig(corpus=sys.argv[1], vocab_size=300, num_processes=2, validation_fraction=0.2,
+                        tokens_per_shard=3000)
+    module.prepare(config, Path(sys.argv[2]))
+"""
+
+
+def test_a_killed_run_leaves_no_output_and_no_workers_and_goes_on(config, tmp_path, small_parts):
+    prepare(config, tmp_path / "expected")
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED_RUN)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    output = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, str(script), config.corpus, str(output)], env=environment)
+    parts = tmp_path / "out.partial" / "parts"
+    deadline = time.monotonic() + 60
+    while not list(parts.glob("*.npz")) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.02)
+    workers = children_of(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(parts.glob("*.npz"))
+    assert not output.exists()
+    while any(is_running(worker) for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not [worker for worker in workers if is_running(worker)]
+    prepare(config, output)
+    assert contents(output) == contents(tmp_path / "expected")
+
+
+def children_of(process):
+    return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def is_running(process):
+    return Path(f"/proc/{process}").exists()
+
+
+def test_preparing_again_does_nothing_and_other_settings_are_refused(config, tmp_path, capsys):
+    output = tmp_path / "out"
+    prepare(config, output)
+    before = contents(output)
+    stamp = (output / "index.json").stat().st_mtime_ns
+    prepare(config, output)
+    assert "prepared already" in capsys.readouterr().out
+    assert (output / "index.json").stat().st_mtime_ns == stamp
+    other = dataclasses.replace(config, vocab_size=290)
+    with pytest.raises(InputError, match="other settings"):
+        prepare(other, output)
+    assert contents(output) == before
+    prepare(other, output, overwrite=True)
+    assert Dataset.open(output).vocab_size == 290
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "texts"]
+
+
+def test_directories_with_other_files_are_left_alone(config, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    prepare(config, output)
+    for directory, message in [(tmp_path / "mine", "not prepared data"), (tmp_path / "new.partial", "other files")]:
+        directory.mkdir()
+        (directory / "thesis.txt").write_text("precious")
+        with pytest.raises(InputError, match=message):
+            prepare(config, directory.with_name(directory.name.removesuffix(".partial")), overwrite=True)
+        assert (directory / "thesis.txt").read_text() == "precious"
+
+
+def test_parts_of_other_settings_are_not_used(config, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "_publish", lambda *args: (_ for _ in ()).throw(RuntimeError("stopped")))
+        with pytest.raises(RuntimeError, match="stopped"):
+            prepare(config, tmp_path / "out")
+    prepare(dataclasses.replace(config, vocab_size=290), tmp_path / "out")
+    assert Dataset.open(tmp_path / "out").vocab_size == 290
+
+
+def test_two_preparations_of_one_output_are_refused(config, tmp_path):
+    output = tmp_path / "out"
+    held = prepare_module._claimed(tmp_path / "out.partial", output)
+    with held, pytest.raises(InputError, match="another process is preparing"):
+        prepare(config, output)
+    prepare(config, output)
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_what_is_done(config, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "write_split", full)
+        with pytest.raises(InputError, match=r"disk of .* is full"):
+            prepare(config, tmp_path / "out")
+    assert list((tmp_path / "out.partial" / "parts").glob("*.npz"))
+    prepare(config, tmp_path / "out")
+    Dataset.open(tmp_path / "out")
+
+
+def _dies(part, **settings):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_one_sentence(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "_tokenize_part", _dies)
+    with pytest.raises(InputError, match=r"smaller data.num_processes"):
+        prepare(dataclasses.replace(config, num_processes=2), tmp_path / "out")
+
+
+def test_a_corpus_of_one_document_is_refused(config, tmp_path):
+    (tmp_path / "one.txt").write_text("only one")
+    with pytest.raises(InputError, match="one document"):
+        prepare(dataclasses.replace(config, corpus=str(tmp_path / "one.txt")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_tokenizer_is_trained_on_a_bounded_sample(config, monkeypatch):
+    monkeypatch.setattr(prepare_module, "TOKENIZER_SAMPLE_CHARACTERS", 1000)
+    texts = list(prepare_module._sample_training_texts(read_documents(config), 0))
+    assert sum(map(len, texts)) == 1000
+
+
+def test_a_saved_tokenizer_is_used_and_large_vocabularies_take_four_bytes(config, tmp_path):
+    ranks = {bytes([value]): value for value in range(256)} | {b"w": 119, b"zz": 70_000}
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
+    (tmp_path / "big.tiktoken").write_text("".join(lines))
+    prepare(dataclasses.replace(config, tokenizer=str(tmp_path / "big.tiktoken")), tmp_path / "out")
+    dataset = Dataset.open(tmp_path / "out")
+    assert dataset.vocab_size == 70_003
+    assert dataset.split("train").tokens(0, 1).tolist() == [70_001]
+    assert dataset.split("train").tokens(0, 1).dtype == np.uint32
+
+
+def test_the_default_path_follows_the_settings_that_change_the_data():
+    plain = DataConfig()
+    path = default_data_path(plain)
+    assert path.parts[0] == "data"
+    assert path.name.startswith("stdlib-bpe8192-")
+    for same in ({"sequence_length": 128}, {"num_processes": 3}):
+        assert default_data_path(dataclasses.replace(plain, **same)) == path
+    for other in ({"validation_fraction": 0.1}, {"vocab_size": 4096}, {"tokens_per_shard": 2048}):
+        assert default_data_path(dataclasses.replace(plain, **other)) != path
+    assert default_data_path(DataConfig(path="elsewhere")) == Path("elsewhere")
+    named = default_data_path(DataConfig(corpus="hf:org/some-set", tokenizer="gpt2"))
+    assert named.name.startswith("some_set-gpt2-")
+    assert default_data_path(DataConfig(corpus="../my texts/")).name.startswith("my_texts-")
+
+
+def test_the_settings_are_kept_beside_the_data(config, tmp_path):
+    prepare(config, tmp_path / "out")
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings["corpus"] == config.corpus
+    assert settings["vocab_size"] == 300

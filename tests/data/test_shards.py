@@ -1,0 +1,129 @@
+"""Shards are read across file ends, and damage is refused by name."""
+
+import json
+
+import numpy as np
+import pytest
+
+from nextllm_jax.data.shards import SPLITS, Dataset, TokenizedDocuments, token_dtype, write_index, write_split
+from nextllm_jax.errors import InputError
+from nextllm_jax.tokenizer.bpe import train_tokenizer
+
+TOKENIZER = train_tokenizer(["some text to learn from, some more text"], 270)
+
+
+def write_dataset(directory, lengths=(5, 1, 30, 14), tokens_per_shard=16, tokenizer=TOKENIZER):
+    directory.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    parts = [TokenizedDocuments(rng.integers(0, 256, length), np.array([length]), length) for length in lengths]
+    splits = {
+        name: write_split(
+            directory, name, iter(parts), vocab_size=tokenizer.vocab_size, tokens_per_shard=tokens_per_shard
+        )
+        for name in SPLITS
+    }
+    tokenizer.save(directory / "tokenizer")
+    write_index(directory, tokenizer, splits)
+    return np.concatenate([part.tokens for part in parts])
+
+
+def test_every_range_is_read_across_shards(tmp_path):
+    stream = write_dataset(tmp_path)
+    split = Dataset.open(tmp_path).split("train")
+    assert len(list(tmp_path.glob("train-*.bin"))) == 4
+    assert (split.num_tokens, split.num_documents, split.num_bytes) == (50, 4, 50)
+    assert split.document_starts.tolist() == [0, 5, 6, 36, 50]
+    for start in range(51):
+        for stop in range(start, 51):
+            np.testing.assert_array_equal(split.tokens(start, stop), stream[start:stop])
+    with pytest.raises(IndexError):
+        split.tokens(40, 51)
+
+
+def test_shard_files_end_exactly_where_tokens_do(tmp_path):
+    stream = write_dataset(tmp_path, lengths=(16, 16))
+    assert [path.stat().st_size for path in sorted(tmp_path.glob("train-*.bin"))] == [32, 32]
+    np.testing.assert_array_equal(Dataset.open(tmp_path).split("train").tokens(0, 32), stream)
+
+
+def test_the_data_id_follows_the_tokens_and_the_tokenizer(tmp_path):
+    write_dataset(tmp_path / "a")
+    write_dataset(tmp_path / "b")
+    write_dataset(tmp_path / "c", lengths=(5, 1, 30, 15))
+    write_dataset(tmp_path / "d", tokenizer=train_tokenizer(["some other text"], 260))
+    ids = [Dataset.open(tmp_path / name).data_id for name in "abcd"]
+    assert ids[0] == ids[1]
+    assert len(set(ids)) == 3
+    assert Dataset.open(tmp_path / "a").split("train").data_id == ids[0]
+
+
+def test_the_type_on_disk_holds_the_vocabulary(tmp_path):
+    assert token_dtype(65536) == np.uint16
+    assert token_dtype(65537) == np.uint32
+    parts = [TokenizedDocuments(np.array([1, 70_000]), np.array([2]), 2)]
+    with pytest.raises(InputError, match="70000 is outside the vocabulary of 65536"):
+        write_split(tmp_path, "train", parts, vocab_size=65536, tokens_per_shard=10)
+    entry = write_split(tmp_path, "train", parts, vocab_size=70_001, tokens_per_shard=10)
+    assert entry["shards"][0]["size"] == 8
+
+
+def test_a_split_without_documents_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no document fell into the validation split"):
+        write_split(tmp_path, "validation", [], vocab_size=300, tokens_per_shard=10)
+
+
+@pytest.mark.parametrize("name", ["train-00001.bin", "validation-documents.npy"])
+def test_damaged_files_are_refused_by_name(tmp_path, name):
+    write_dataset(tmp_path)
+    path = tmp_path / name
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"{name} is damaged: its sha256"):
+        Dataset.open(tmp_path)
+    Dataset.open(tmp_path, checksums=False)
+    path.write_bytes(content[:-1])
+    with pytest.raises(InputError, match=f"{name} is damaged: .* bytes instead of"):
+        Dataset.open(tmp_path, checksums=False)
+    path.unlink()
+    with pytest.raises(InputError, match=f"{name} is missing"):
+        Dataset.open(tmp_path, checksums=False)
+
+
+def test_large_data_is_checked_by_size_unless_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr("nextllm_jax.data.shards._CHECKED_AT_OPEN_BYTES", 10)
+    write_dataset(tmp_path)
+    path = tmp_path / "train-00000.bin"
+    path.write_bytes(b"\0" * path.stat().st_size)
+    Dataset.open(tmp_path)
+    with pytest.raises(InputError, match="sha256"):
+        Dataset.open(tmp_path, checksums=True)
+
+
+def test_missing_unfinished_and_foreign_directories_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"holds no prepared data.*nextllm prepare"):
+        Dataset.open(tmp_path / "data")
+    (tmp_path / "data.partial").mkdir()
+    with pytest.raises(InputError, match="was not prepared to the end"):
+        Dataset.open(tmp_path / "data")
+    with pytest.raises(InputError, match="mounted disk"):
+        Dataset.open("gs://bucket/data")
+    write_dataset(tmp_path / "data")
+    index = json.loads((tmp_path / "data" / "index.json").read_text())
+    for broken, message in [({**index, "format": "other 2"}, "format 'other 2'"), ({**index, "splits": {}}, "damaged")]:
+        (tmp_path / "data" / "index.json").write_text(json.dumps(broken))
+        with pytest.raises(InputError, match=message):
+            Dataset.open(tmp_path / "data")
+    (tmp_path / "data" / "index.json").write_text("{")
+    with pytest.raises(InputError, match="damaged"):
+        Dataset.open(tmp_path / "data")
+
+
+def test_the_tokenizer_must_be_the_one_that_made_the_data(tmp_path):
+    write_dataset(tmp_path)
+    dataset = Dataset.open(tmp_path)
+    assert dataset.tokenizer().hash == dataset.tokenizer_hash == TOKENIZER.hash
+    assert dataset.vocab_size == TOKENIZER.vocab_size
+    train_tokenizer(["some other text"], 260).save(tmp_path / "tokenizer")
+    with pytest.raises(InputError, match="not the tokenizer that made this data"):
+        dataset.tokenizer()
