@@ -1,0 +1,262 @@
+"""What a run shows: progress, metrics.jsonl, TensorBoard, loss.png and samples.txt."""
+
+import datetime
+import io
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from etils import epath
+
+from nextllm_jax.training.run_directory import write_atomically, writing
+
+# The fields of a line of metrics.jsonl, in order; bits_per_byte is in the validation lines alone.
+_FIELDS = ("step", "split", "loss", "perplexity", "bits_per_byte", "learning_rate", "grad_norm",
+           "tokens_per_second", "mfu", "tokens_seen", "elapsed_seconds")  # fmt: skip
+_SAMPLES_HEADER = re.compile(rb"^===== step (\d+) =====$")
+_INDENT = "    "
+
+
+def _json_value(value: Any) -> Any:
+    """A plain value; None for NaN and infinity, which JSON does not have."""
+    if value is None or isinstance(value, (int, str)):
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _duration(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def _cut_metrics(path: epath.Path, last_step: int) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl up to and with `last_step` (none of them if that is 0), and cuts the others."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    records, lines = [], []
+    for line in content.splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+            keep = last_step > 0 and record["step"] <= last_step and line.endswith(b"\n")
+        except (ValueError, KeyError, TypeError):
+            continue  # half a line, of a process that was killed
+        if keep:
+            records.append(record)
+            lines.append(line)
+    kept = b"".join(lines)
+    if kept != content:
+        write_atomically(path, kept)
+    return records
+
+
+def _cut_samples(path: epath.Path, last_step: int) -> None:
+    """Cut the blocks of samples.txt beyond `last_step`, all of them if that is 0."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    kept, keep = [], last_step > 0
+    for line in content.split(b"\n"):
+        header = _SAMPLES_HEADER.match(line)
+        if header:
+            keep = 0 < int(header.group(1)) <= last_step
+        if keep:
+            kept.append(line)
+    if len(kept) < content.count(b"\n") + 1:
+        write_atomically(path, b"\n".join([*kept, b""]) if kept else b"")
+
+
+def draw_losses(train: list[tuple[int, float]], validation: list[tuple[int, float]]) -> bytes:
+    """A PNG with the two losses, as (step, loss), against the step."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if train:
+        axes.plot(*zip(*train, strict=True), color="#7aa6d6", linewidth=1.2, label="train")
+    if validation:
+        axes.plot(*zip(*validation, strict=True), color="#c0392b", linewidth=1.8, marker="o", label="validation")
+        step, loss = validation[-1]
+        axes.annotate(f"{loss:.3f}", (step, loss), xytext=(0, 8), textcoords="offset points", ha="right")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    if train or validation:
+        axes.legend()
+    png = io.BytesIO()
+    canvas.print_png(png)
+    return png.getvalue()
+
+
+class _TensorBoard:
+    """One event file, written at once.
+
+    tensorboardX's SummaryWriter writes from a thread behind a short queue; when that thread dies of a full
+    disk, training waits for the queue for ever. So this uses the file writer under it.
+    """
+
+    def __init__(self, directory: epath.Path, initial_step: int) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+        self._event, self._summary = Event, Summary
+        self._path = directory
+        with writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            # The name that the writer makes is the same for all writers of one second.
+            self._writer = EventsWriter(os.fspath(directory / "events"), f".{os.getpid()}.{time.monotonic_ns()}")
+        # TensorBoard hides what an earlier part of the run wrote beyond the step that it continues from.
+        start = SessionLog(status=SessionLog.START)
+        self._write(Event(step=initial_step + 1 if initial_step else 0, session_log=start))
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        scalars = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._write(self._event(step=step, wall_time=time.time(), summary=self._summary(value=scalars)))
+
+    def _write(self, event: Any) -> None:
+        with writing(self._path):
+            self._writer.write_event(event)
+            self._writer.flush()
+
+    def close(self) -> None:
+        with writing(self._path):
+            self._writer.close()
+
+
+class Writers:
+    """Everything that tells of a run, in its directory and on the terminal.
+
+    `initial_step`: what the files hold beyond it is cut, since a continued run writes it again. With
+    `enabled` False (every process but the first) nothing is read, written or printed. A full disk raises
+    RunFailed.
+    """
+
+    def __init__(
+        self, workdir: epath.PathLike, *, total_steps: int, initial_step: int = 0, enabled: bool = True
+    ) -> None:
+        self._path = epath.Path(workdir)
+        self._total_steps = total_steps
+        self._initial_step = initial_step
+        self._enabled = enabled
+        self._curves: dict[str, list[tuple[int, float]]] = {"train": [], "validation": []}
+        self._tensorboard: _TensorBoard | None = None
+        self._bar: Any = None
+        self._first_progress: tuple[float, int] = (time.monotonic(), initial_step)
+        if enabled:
+            for record in _cut_metrics(self._path / "metrics.jsonl", initial_step):
+                self._remember(record)
+            _cut_samples(self._path / "samples.txt", initial_step)
+
+    def _remember(self, record: dict[str, Any]) -> None:
+        if record.get("split") in self._curves and record.get("loss") is not None:
+            self._curves[record["split"]].append((record["step"], record["loss"]))
+
+    def train(self, record: dict[str, Any]) -> None:
+        """Write what `TrainMeter.read` gave, and show it as progress."""
+        self._record("train", record)
+        self.progress(record["step"], record["loss"], record.get("tokens_per_second"))
+
+    def validation(self, record: dict[str, Any]) -> None:
+        """Write an evaluation's record, report it, and redraw loss.png."""
+        self._record("validation", record)
+        if not self._enabled:
+            return
+        self.message(
+            f"step {record['step']}: validation loss {record['loss']:.4f}, "
+            f"perplexity {record['perplexity']:.2f}, {record['bits_per_byte']:.4f} bits per byte"
+        )
+        write_atomically(self._path / "loss.png", draw_losses(self._curves["train"], self._curves["validation"]))
+
+    def _record(self, split: str, record: dict[str, Any]) -> None:
+        """Append a line with every field of the split, null where the record has none."""
+        unknown = set(record) - set(_FIELDS)
+        if unknown:
+            raise ValueError(f"metrics.jsonl has no fields {sorted(unknown)}")
+        if not self._enabled:
+            return
+        fields = [name for name in _FIELDS if split == "validation" or name != "bits_per_byte"]
+        line = {name: _json_value((record | {"split": split}).get(name)) for name in fields}
+        self._append("metrics.jsonl", json.dumps(line, allow_nan=False) + "\n")
+        self._remember(line)
+        if self._tensorboard is None:
+            self._tensorboard = _TensorBoard(self._path / "tensorboard", self._initial_step)
+        values: dict[str, float] = {
+            f"{split}/{name}": value for name, value in line.items() if isinstance(value, (int, float))
+        }
+        del values[f"{split}/step"]
+        self._tensorboard.scalars(line["step"], values)
+
+    def samples(self, step: int, texts: Iterable[tuple[str, str]]) -> None:
+        """Append a block of (prompt, text) to samples.txt; each text is what follows its prompt, and indented."""
+        if not self._enabled:
+            return
+        blocks = [f"===== step {step} =====\n"]
+        for prompt, text in texts:
+            indented = (prompt + text).replace("\n", "\n" + _INDENT)
+            blocks.append(f"prompt: {prompt!r}\n{_INDENT}{indented}\n")
+        self._append("samples.txt", "\n".join(blocks) + "\n")
+
+    def _append(self, name: str, text: str) -> None:
+        path = self._path / name
+        with writing(path), path.open("ab") as file:
+            file.write(text.encode("utf-8", errors="replace"))
+
+    def progress(self, step: int, loss: float | None = None, tokens_per_second: float | None = None) -> None:
+        """Show how far the run is: a bar on a terminal, elsewhere a line for each call that has a loss."""
+        if not self._enabled:
+            return
+        words = [] if loss is None else [f"loss {loss:.4f}"]
+        words += [] if tokens_per_second is None else [f"{tokens_per_second:,.0f} tokens/s"]
+        if sys.stderr.isatty():
+            self._move_bar(step, words)
+        elif loss is not None:
+            print(", ".join([f"step {step}/{self._total_steps}", *words, f"ETA {self._eta(step)}"]), flush=True)
+
+    def _move_bar(self, step: int, words: list[str]) -> None:
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=self._total_steps,
+                initial=step,  # from here on, so that the time to the end does not count the compiler's
+                dynamic_ncols=True,
+                bar_format="step {n_fmt}/{total_fmt} |{bar}| {elapsed} ETA {remaining}{postfix}",
+            )
+        self._bar.update(step - self._bar.n)
+        if words:
+            self._bar.set_postfix_str(", ".join(words))
+
+    def _eta(self, step: int) -> str:
+        """Time to the end at the pace since the first line, which waited for the compiler."""
+        (began, first), now = self._first_progress, time.monotonic()
+        if first == self._initial_step:
+            self._first_progress = (now, step)
+        if step <= first:
+            return "?"
+        return _duration((now - began) / (step - first) * (self._total_steps - step))
+
+    def message(self, text: str) -> None:
+        """Print a line, above the bar if there is one."""
+        if not self._enabled:
+            return
+        if self._bar is None:
+            print(text, flush=True)
+        else:
+            self._bar.write(text, file=sys.stdout)
+
+    def close(self) -> None:
+        """Let go of the bar and of the event file."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
