@@ -51,6 +51,15 @@ class TrainMeter:
         self._timed_seconds = 0.0
         self._last: StepMetrics | None = None
 
+    def totals(self) -> dict[str, Any]:
+        """What the run came to so far, to be kept with a checkpoint; waits for the last step.
+
+        `tokens_seen`: loss-bearing tokens of all steps, skipped ones included. `elapsed_seconds`: wall time,
+        pauses included.
+        """
+        self._drain()
+        return {"tokens_seen": self._tokens_seen, "elapsed_seconds": self._clock() - self._began}
+
     def add(self, metrics: StepMetrics) -> None:
         """Take a step's device scalars, without waiting for them."""
         self._pending.append((metrics, self._running_since is not None))
