@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from nextllm_jax.cli import run_main
+from nextllm_jax.cli import run_main, use_compilation_cache
 from nextllm_jax.config import SamplingConfig
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def sample_command(argv: list[str]) -> int:
 
     from nextllm_jax.llm import load  # late, so that --help does not wait for jax
 
+    use_compilation_cache()
     prompts = arguments.prompt or ("",)
     stream = load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype).stream(
         prompts,

@@ -82,7 +82,7 @@ def train_command(argv: list[str]) -> int:
     )
     process.restart_with_settings()
     _prepare_if_missing(arguments.run.data)
-    _use_compilation_cache()
+    use_compilation_cache()
 
     from nextllm_jax.training.loop import train
 
@@ -99,7 +99,7 @@ def _prepare_if_missing(config: DataConfig) -> None:
         prepare(config, path)
 
 
-def _use_compilation_cache() -> None:
+def use_compilation_cache() -> None:
     """Keep compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache directory."""
     import jax
 

@@ -65,7 +65,7 @@ def interrupt(door, pattern, number, *arguments):
     """Start training, send the signal once a line of output matches, and return exit code and output."""
     process = door.start("train.py", "--config", "config.py", *arguments)
     seen = ""
-    for line in process.stderr:
+    for line in process.stdout:
         seen += line
         if re.search(pattern, line):
             process.send_signal(number)

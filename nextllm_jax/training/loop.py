@@ -225,6 +225,7 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
             _check_finite(session, step - 1, last)  # the step before: this one is still under way
             meter.resume()
         last = metrics
+        writers.progress(step)
         if session.due(config.training.log_every_steps, step):
             writers.train(meter.read(step))
 
