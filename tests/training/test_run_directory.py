@@ -122,7 +122,8 @@ def test_overwrite_of_nothing_is_a_new_run(tmp_path):
 
 def test_overwrite_cut_short_can_be_repeated(run, monkeypatch):
     before = files(run)
-    rename, count = epath.Path.rename, 0
+    path_class = type(epath.Path(run))
+    rename, count = path_class.rename, 0
 
     def interrupted(self, target):
         nonlocal count
@@ -131,8 +132,7 @@ def test_overwrite_cut_short_can_be_repeated(run, monkeypatch):
             raise OSError(5, "Input/output error")
         return rename(self, target)
 
-    path_class = type(epath.Path(run))
-    monkeypatch.setattr(path_class, "rename", interrupted, raising=False)
+    monkeypatch.setattr(path_class, "rename", interrupted)
     with pytest.raises(InputError, match=r"cannot be used \(Input/output error\)"):
         open_run(run, CONFIG, overwrite=True).__enter__()
     monkeypatch.undo()
