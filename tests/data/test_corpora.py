@@ -154,6 +154,7 @@ def test_huggingface_rows_are_streamed_with_the_settings(monkeypatch):
         read("hf:some/name", text_field="body")
 
 
+@pytest.mark.filterwarnings("ignore")  # of the datasets package and its own dependencies
 def test_huggingface_directories_saved_to_disk(tmp_path):
     datasets = pytest.importorskip("datasets", reason="the hf extra is not installed")
     table = datasets.Dataset.from_list(ROWS)

@@ -14,7 +14,7 @@ from nextllm_jax.tokenizer import tokenizer as tokenizer_module
 from nextllm_jax.tokenizer.bpe import train_tokenizer
 from nextllm_jax.tokenizer.tokenizer import KNOWN_ENCODINGS, IncrementalDecoder, Tokenizer, load_tokenizer
 
-TEXT = "def add(first, second):\n    return first + second\n\nźdźbło, 漢字 and 🎉 naïve café\n" * 20
+TEXT = "def add(first, second):\n    return first + second\n\nźdźbło trawy i kilka słów, 漢字 and 🎉 naïve café\n" * 20
 TOKENIZER = train_tokenizer([TEXT], 320)
 
 any_text = st.text(st.characters(), max_size=60)  # lone surrogates too
