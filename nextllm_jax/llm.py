@@ -37,7 +37,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """e to the mean negative log-likelihood."""
+        """The exponential of the mean negative log-likelihood."""
         return math.exp(self.nll)
 
 
@@ -65,12 +65,12 @@ class LLM:
         tokens_BT = np.asarray(tokens)
         if tokens_BT.ndim != 2 or tokens_BT.size == 0 or not np.issubdtype(tokens_BT.dtype, np.integer):
             raise InputError(f"tokens must be integers [B, T]; got {tokens_BT.dtype} {list(tokens_BT.shape)}")
-        T = tokens_BT.shape[1]
-        if T > self.config.context_length:
-            raise InputError(f"{T} tokens are over the model's context_length {self.config.context_length}")
+        T, context_length = tokens_BT.shape[1], self.config.context_length
+        if context_length < T:
+            raise InputError(f"{T} tokens are over the model's context_length {context_length}")
         if tokens_BT.min() < 0 or tokens_BT.max() >= self.config.vocab_size:
             raise InputError(f"token ids must lie in 0 to {self.config.vocab_size - 1}, the model's vocab_size less 1")
-        padding = min(bucket(T, 16), self.config.context_length) - T
+        padding = min(bucket(T, 16), context_length) - T
         return _logits(self.model, self.params, np.pad(tokens_BT.astype(np.int32), ((0, 0), (0, padding))))[:, :T]
 
     def generate(

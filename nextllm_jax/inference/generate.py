@@ -59,6 +59,12 @@ class Speeds:
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
+def _apply(
+    model: Transformer, params: Any, tokens_BT: jax.Array, positions_BT: jax.Array, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+    return model.apply({"params": params}, tokens_BT, positions_BT, cache=cache)  # pyright: ignore[reportReturnType]
+
+
 @functools.partial(jax.jit, static_argnames=("model", "cache_length", "track_seen"))
 def prefill(
     model: Transformer, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, *, cache_length: int, track_seen: bool
@@ -71,7 +77,7 @@ def prefill(
     B, T = tokens_BT.shape
     positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
     cache = KVCache.create(model.config, batch_size=B, length=cache_length, dtype=model.dtype)
-    _, cache = model.apply({"params": params}, tokens_BT, positions_BT, cache=cache)
+    _, cache = _apply(model, params, tokens_BT, positions_BT, cache)
     last_B = jnp.maximum(lengths_B - 1, 0)
     seen_BV = None
     if track_seen:
@@ -115,11 +121,9 @@ def decode(
 
     def advance(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
         step, state, tokens_BC = carry
-        hidden_B1D, cache = model.apply(
-            {"params": params}, state.token_B[:, None], state.position_B[:, None], cache=state.cache
-        )
+        hidden_B1D, cache = _apply(model, params, state.token_B[:, None], state.position_B[:, None], state.cache)
         with jax.named_scope("sample"):
-            logits_B1V = model.apply({"params": params}, hidden_B1D, method="logits")
+            logits_B1V: Any = model.apply({"params": params}, hidden_B1D, method="logits")
             position_B = state.position_B + 1
             keys_B = row_keys(seed, sample_B, position_B)
             token_B = sample(logits_B1V[:, 0], state.seen_BV, keys_B, sampling, vocab_size)
@@ -130,7 +134,7 @@ def decode(
         done_B = state.done_B | jnp.any(token_B[:, None] == stop_ids[None], axis=1)
         return step + 1, State(cache, token_B, position_B, done_B, seen_BV), tokens_BC
 
-    state = state.replace(done_B=state.done_B | stopped_B)
+    state = dataclasses.replace(state, done_B=state.done_B | stopped_B)
     start = (jnp.zeros((), jnp.int32), state, jnp.full((B, chunk_tokens), -1, jnp.int32))
     _, state, tokens_BC = jax.lax.while_loop(unfinished, advance, start)
     return state, tokens_BC

@@ -37,7 +37,8 @@ def top_k(logits_BV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     V = logits_BV.shape[-1]
     if k == 0 or k >= V:
         return logits_BV, jnp.broadcast_to(jnp.arange(V)[None], logits_BV.shape)
-    return tuple(jax.lax.top_k(logits_BV, k))
+    logits_BC, ids_BC = jax.lax.top_k(logits_BV, k)
+    return logits_BC, ids_BC
 
 
 def top_p(logits_BC: jax.Array, p: float) -> jax.Array:
@@ -49,16 +50,16 @@ def top_p(logits_BC: jax.Array, p: float) -> jax.Array:
     probability_BC = jax.nn.softmax(logits_BC, axis=-1)
     bits_BC = jax.lax.bitcast_convert_type(probability_BC, jnp.int32)
 
-    def mass_B1(kept_BC: jax.Array) -> jax.Array:
+    def mass(kept_BC: jax.Array) -> jax.Array:
         return jnp.sum(probability_BC, axis=-1, keepdims=True, where=kept_BC)
 
     def set_bit(i: jax.Array, least_B1: jax.Array) -> jax.Array:
         candidate_B1 = least_B1 | (jnp.int32(1) << (30 - i))
-        return jnp.where(mass_B1(bits_BC >= candidate_B1) >= p, candidate_B1, least_B1)
+        return jnp.where(mass(bits_BC >= candidate_B1) >= p, candidate_B1, least_B1)
 
     least_B1 = jax.lax.fori_loop(0, 31, set_bit, jnp.zeros_like(bits_BC[:, :1]))
     above_BC, equal_BC = bits_BC > least_B1, bits_BC == least_B1
-    missing_B1 = (p - mass_B1(above_BC)) / jax.lax.bitcast_convert_type(least_B1, jnp.float32)
+    missing_B1 = (p - mass(above_BC)) / jax.lax.bitcast_convert_type(least_B1, jnp.float32)
     keep_BC = above_BC | (equal_BC & (jnp.cumsum(equal_BC, axis=-1) <= jnp.ceil(missing_B1)))
     return jnp.where(keep_BC, logits_BC, -jnp.inf)
 

@@ -1,0 +1,190 @@
+"""The Python face: load a run directory, generate, stream, score, and refuse what cannot be."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nextllm_jax
+from nextllm_jax.checkpoint import Checkpoints
+from nextllm_jax.config import Config, DataConfig, ModelConfig
+from nextllm_jax.errors import InputError
+from nextllm_jax.llm import LLM, cast_matrices
+from nextllm_jax.model.transformer import Transformer
+from nextllm_jax.tokenizer.tokenizer import Tokenizer
+
+CONFIG = ModelConfig(
+    vocab_size=264,
+    num_layers=2,
+    embed_dim=32,
+    mlp_dim=64,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    context_length=48,
+    init_std=0.3,
+    tie_embeddings=False,
+    dtype="float32",
+)
+TOKENIZER = Tokenizer(
+    "bytes",
+    ranks={bytes([value]): value for value in range(256)},
+    pattern=r"[\s\S]",
+    special_tokens={"<|begin_of_text|>": 256, "<|end_of_text|>": 257},
+)
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    tokens_BT = jnp.zeros((1, 2), jnp.int32)
+    variables = jax.jit(Transformer(CONFIG).init)(jax.random.key(0), tokens_BT, tokens_BT)
+    return LLM(CONFIG, nn.meta.unbox(variables)["params"], TOKENIZER, np.dtype("float32"))
+
+
+@pytest.fixture(scope="module")
+def run_directory(llm, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("run")
+    config = Config(model=CONFIG, data=DataConfig(sequence_length=32, tokenizer="gpt2"))
+    (directory / "config.json").write_text(config.to_json())
+    TOKENIZER.save(directory / "tokenizer")
+    worse = jax.tree.map(lambda leaf: leaf * 0.5, llm.params)
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        checkpoints.save(3, {"params": llm.params}, {}, validation_loss=2.0)
+        checkpoints.save(5, {"params": worse}, {}, validation_loss=3.0)
+    return directory
+
+
+def equal(left, right) -> bool:
+    return jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), left, right))
+
+
+def test_load_takes_the_best_the_latest_or_a_step(llm, run_directory):
+    best = nextllm_jax.load(str(run_directory))
+    assert best.config == CONFIG
+    assert best.tokenizer.hash == TOKENIZER.hash
+    assert equal(best.params, llm.params)
+    assert equal(nextllm_jax.load(str(run_directory), step=3).params, llm.params)
+    assert not equal(nextllm_jax.load(str(run_directory), step="latest").params, llm.params)
+
+
+def test_load_says_what_is_missing(run_directory, tmp_path):
+    with pytest.raises(InputError, match="is not a run directory; give the one that"):
+        nextllm_jax.load(str(tmp_path / "nothing"))
+    with pytest.raises(InputError, match="no checkpoint '4'"):
+        nextllm_jax.load(str(run_directory), step=4)
+    with pytest.raises(InputError, match="float16"):
+        nextllm_jax.load(str(run_directory), dtype="float16")
+
+
+def test_bfloat16_casts_the_matrices_and_not_the_norms(llm, run_directory):
+    loaded = nextllm_jax.load(str(run_directory), dtype="bfloat16")
+    assert loaded.params["embed"]["embedding"].dtype == jnp.bfloat16
+    assert loaded.params["final_norm"]["scale"].dtype == jnp.float32
+    assert equal(loaded.params, cast_matrices(llm.params, jnp.dtype("bfloat16")))
+    # The cast at load is the cast that the model makes at each use.
+    tokens_BT = np.arange(20)[None]
+    uncast = dataclasses.replace(loaded, params=llm.params)
+    np.testing.assert_array_equal(loaded.logits(tokens_BT), uncast.logits(tokens_BT))
+
+
+def test_logits_are_causal_and_checked(llm):
+    tokens_BT = np.arange(40).reshape(2, 20)
+    logits_BTV = llm.logits(tokens_BT)
+    assert logits_BTV.shape == (2, 20, 264)
+    assert logits_BTV.dtype == jnp.float32
+    np.testing.assert_allclose(llm.logits(tokens_BT[:, :7].tolist()), logits_BTV[:, :7], atol=1e-5)
+    with pytest.raises(InputError, match="integers"):
+        llm.logits([1, 2, 3])
+    with pytest.raises(InputError, match="49 tokens are over"):
+        llm.logits(np.zeros((1, 49), int))
+    with pytest.raises(InputError, match="0 to 263"):
+        llm.logits([[264]])
+
+
+def test_generate_is_greedy_argmax_and_repeats_itself(llm):
+    [sample] = llm.generate("ab", max_new_tokens=6, temperature=0.0)
+    tokens = [256, *b"ab"]
+    for token in sample.tokens:
+        assert token == int(jnp.argmax(llm.logits([tokens])[0, -1, :258]))
+        tokens.append(token)
+    assert sample.prompt == "ab"
+    assert sample.finish_reason == "length"
+    assert sample.text == TOKENIZER.decode(sample.tokens)
+    first = llm.generate(["ab", ""], num_samples=2, max_new_tokens=6, seed=3)
+    assert [sample.prompt for sample in first] == ["ab", "ab", "", ""]
+    assert len({tuple(sample.tokens) for sample in first}) == 4
+    assert llm.generate(["ab", ""], num_samples=2, max_new_tokens=6, seed=3) == first
+    assert llm.generate(["ab"], num_samples=2, max_new_tokens=6, seed=3) == first[:2]
+
+
+def test_stop_strings_end_samples(llm):
+    options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 5}
+    [free] = llm.generate(["ab"], **options)
+    stop = free.text[4:6]
+    [stopped] = llm.generate(["ab"], stop=stop, **options)
+    assert stopped.text == free.text[: free.text.index(stop)]
+    assert stopped.finish_reason == "stop"
+    assert stopped.tokens == free.tokens[: len(stopped.tokens)]
+
+
+def test_stream_is_generate_in_pieces(llm):
+    stream = llm.stream(["ab", ""], max_new_tokens=12, chunk_tokens=2)
+    pieces = list(stream)
+    assert len(pieces) > 4
+    expected = llm.generate(["ab", ""], max_new_tokens=12)
+    for row, sample in enumerate(expected):
+        assert "".join(piece.text for piece in pieces if piece.row == row) == sample.text
+    assert [piece.sample for piece in pieces if piece.sample is not None] == expected
+    assert stream.speeds.decode_tokens == 24
+
+
+def test_bad_requests_are_refused(llm):
+    with pytest.raises(InputError, match="no prompts"):
+        llm.generate([])
+    with pytest.raises(InputError, match="num_samples is 0"):
+        llm.generate("a", num_samples=0)
+    with pytest.raises(InputError, match="temperature is -1"):
+        llm.generate("a", temperature=-1)
+    with pytest.raises(InputError, match="context_length 48"):
+        llm.generate("a" * 40, max_new_tokens=8)
+    with pytest.raises(InputError, match="stop string is empty"):
+        llm.generate("a", max_new_tokens=4, stop=[""])
+
+
+@pytest.mark.parametrize("length", [5, 48, 100])
+def test_score_is_the_mean_over_windows_of_the_document(llm, length):
+    text = ("é" + "the quick brown fox " * 10)[:length]
+    document = TOKENIZER.encode_document(text)
+    nll = 0.0
+    for start in range(0, len(document) - 1, 48):
+        window = document[start : start + 49]
+        log_probabilities = jax.nn.log_softmax(llm.logits([window[:-1]])[0])
+        nll -= float(sum(log_probabilities[i, target] for i, target in enumerate(window[1:])))
+    score = llm.score(text)
+    assert score.tokens == len(document) - 1 == len(text.encode()) + 1
+    assert score.nll == pytest.approx(nll / score.tokens, rel=1e-5)
+    assert score.bits_per_byte == pytest.approx(nll / math.log(2) / len(text.encode()), rel=1e-5)
+    assert score.perplexity == pytest.approx(math.exp(score.nll))
+
+
+def test_score_does_not_depend_on_the_batch(llm):
+    text = "some words in a row, " * 12
+    assert llm.score(text, window=16, batch_size=3).nll == pytest.approx(llm.score(text, window=16).nll, rel=1e-6)
+    with pytest.raises(InputError, match="empty"):
+        llm.score("")
+    with pytest.raises(InputError, match="window is 49"):
+        llm.score("text", window=49)
+
+
+def test_importing_the_package_and_its_config_does_not_import_jax():
+    code = "import sys, nextllm_jax, nextllm_jax.config; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert nextllm_jax.__version__
+    with pytest.raises(AttributeError, match="no attribute lod"):
+        nextllm_jax.lod  # noqa: B018
