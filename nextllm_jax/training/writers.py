@@ -154,6 +154,8 @@ class Writers:
             for record in _cut_metrics(self._path / "metrics.jsonl", initial_step):
                 self._remember(record)
             _cut_samples(self._path / "samples.txt", initial_step)
+            # Here and not at the first record: the import would count as time of a train step.
+            self._tensorboard = _TensorBoard(self._path / "tensorboard", initial_step)
 
     def _remember(self, record: dict[str, Any]) -> None:
         if record.get("split") in self._curves and record.get("loss") is not None:
@@ -180,14 +182,12 @@ class Writers:
         unknown = set(record) - set(_FIELDS)
         if unknown:
             raise ValueError(f"metrics.jsonl has no fields {sorted(unknown)}")
-        if not self._enabled:
+        if self._tensorboard is None:
             return
         fields = [name for name in _FIELDS if split == "validation" or name != "bits_per_byte"]
         line = {name: _json_value((record | {"split": split}).get(name)) for name in fields}
         self._append("metrics.jsonl", json.dumps(line, allow_nan=False) + "\n")
         self._remember(line)
-        if self._tensorboard is None:
-            self._tensorboard = _TensorBoard(self._path / "tensorboard", self._initial_step)
         values: dict[str, float] = {
             f"{split}/{name}": value for name, value in line.items() if isinstance(value, (int, float))
         }
