@@ -9,6 +9,8 @@ import hashlib
 import importlib.util
 import json
 import math
+import types
+import typing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +23,26 @@ DType = Literal["float32", "bfloat16"]
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise InputError(message)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's annotated type; an int is a float too, a bool is neither."""
+    kind, options = typing.get_origin(hint), typing.get_args(hint)
+    if kind is Literal:
+        return value in options
+    if kind is types.UnionType:
+        return any(_fits(value, option) for option in options)
+    if kind is tuple:
+        return isinstance(value, tuple) and all(_fits(item, options[0]) for item in value)
+    return isinstance(value, (int, float) if hint is float else hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _check_types(config: Any, section: str) -> None:
+    """Refuse values that annotations alone would let through, such as a misspelt choice."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+        _require(_fits(value, hint), f"{section}{name} is {value!r}; it must be {wanted}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,14 +106,13 @@ class ModelConfig:
     """What the backward pass recomputes: nothing, all but the matmul results, or whole layers."""
 
     def __post_init__(self) -> None:
+        _check_types(self, "model.")
         sizes = ("vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads",
                  "head_dim", "context_length", "sliding_window", "rope_original_context_length")  # fmt: skip
         for name in sizes:
             _require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
-        _require(
-            self.num_heads % self.num_kv_heads == 0,
-            f"model.num_kv_heads {self.num_kv_heads} does not divide model.num_heads {self.num_heads}",
-        )
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        _require(heads % kv_heads == 0, f"model.num_kv_heads {kv_heads} does not divide model.num_heads {heads}")
         _require(self.head_dim % 2 == 0, f"model.head_dim is {self.head_dim}; RoPE needs an even one")
         _require(len(self.layer_pattern) > 0, "model.layer_pattern is empty; ('global',) is the plain Llama")
         _require(
@@ -99,11 +120,8 @@ class ModelConfig:
             f"model.rope_scaling_factor is {self.rope_scaling_factor}; "
             f"rope_scaling '{self.rope_scaling}' needs at least 1",
         )
-        _require(
-            self.rope_low_freq_factor < self.rope_high_freq_factor,
-            f"model.rope_low_freq_factor {self.rope_low_freq_factor} is not below "
-            f"model.rope_high_freq_factor {self.rope_high_freq_factor}",
-        )
+        low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
+        _require(low < high, f"model.rope_low_freq_factor {low} is not below model.rope_high_freq_factor {high}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,19 +154,16 @@ class DataConfig:
     """Processes that tokenize; 0: one per core."""
 
     def __post_init__(self) -> None:
+        _check_types(self, "data.")
         _require(self.sequence_length > 0, f"data.sequence_length is {self.sequence_length}; it must be positive")
-        _require(
-            0 < self.validation_fraction < 1,
-            f"data.validation_fraction is {self.validation_fraction}; it must lie between 0 and 1",
-        )
+        fraction = self.validation_fraction
+        _require(0 < fraction < 1, f"data.validation_fraction is {fraction}; it must lie between 0 and 1")
         _require(
             self.vocab_size >= 258,
-            f"data.vocab_size is {self.vocab_size}; the 256 bytes and the special tokens "
-            "need at least 258",
+            f"data.vocab_size is {self.vocab_size}; the 256 bytes and the special tokens need at least 258",
         )
-        _require(
-            self.tokens_per_shard >= 1024, f"data.tokens_per_shard is {self.tokens_per_shard}; at least 1024 is needed"
-        )
+        shard = self.tokens_per_shard
+        _require(shard >= 1024, f"data.tokens_per_shard is {shard}; at least 1024 is needed")
         _require(self.num_processes >= 0, f"data.num_processes is {self.num_processes}; it cannot be negative")
 
 
@@ -182,6 +197,7 @@ class OptimizerConfig:
     """Greatest global norm of the accumulated gradient."""
 
     def __post_init__(self) -> None:
+        _check_types(self, "optimizer.")
         _require(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}; it must be positive")
         _require(self.clip_norm > 0, f"optimizer.clip_norm is {self.clip_norm}; it must be positive")
         _require(self.warmup_steps >= 0, f"optimizer.warmup_steps is {self.warmup_steps}; it cannot be negative")
@@ -214,14 +230,15 @@ class TrainingConfig:
     """New tokens for each of those prompts; 0: no samples."""
 
     def __post_init__(self) -> None:
+        _check_types(self, "training.")
         for name in ("steps", "global_batch_size", "accumulation_steps", "log_every_steps", "evaluate_every_steps",
                      "evaluation_batch_size", "max_skipped_steps"):  # fmt: skip
             _require(getattr(self, name) > 0, f"training.{name} is {getattr(self, name)}; it must be positive")
         _require(self.sample_tokens >= 0, f"training.sample_tokens is {self.sample_tokens}; it cannot be negative")
+        batch, parts = self.global_batch_size, self.accumulation_steps
         _require(
-            self.global_batch_size % self.accumulation_steps == 0,
-            f"training.accumulation_steps {self.accumulation_steps} does not divide "
-            f"training.global_batch_size {self.global_batch_size}",
+            batch % parts == 0,
+            f"training.accumulation_steps {parts} does not divide training.global_batch_size {batch}",
         )
 
 
@@ -241,6 +258,7 @@ class SamplingConfig:
     """Divides positive and multiplies negative logits of tokens already in prompt or text; 1: off."""
 
     def __post_init__(self) -> None:
+        _check_types(self, "")
         _require(self.temperature >= 0, f"temperature is {self.temperature}; it cannot be negative")
         _require(self.top_k >= 0, f"top_k is {self.top_k}; it cannot be negative")
         _require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be over 0 and at most 1")
@@ -256,6 +274,7 @@ class CheckpointConfig:
     """Steps between saves; every new best and the end are saved too."""
 
     def __post_init__(self) -> None:
+        _check_types(self, "checkpoint.")
         _require(self.every_steps > 0, f"checkpoint.every_steps is {self.every_steps}; it must be positive")
 
 
@@ -286,6 +305,7 @@ class MeshConfig:
         return (sizes[0], sizes[1], sizes[2], sizes[3])
 
     def __post_init__(self) -> None:
+        _check_types(self, "mesh.")
         sizes = {name: getattr(self, name) for name in ("data", "fsdp", "sequence", "tensor")}
         for name, size in sizes.items():
             _require(size == -1 or size > 0, f"mesh.{name} is {size}; it must be positive, or -1 for what is left")
@@ -310,16 +330,12 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
-        _require(
-            self.data.sequence_length <= self.model.context_length,
-            f"data.sequence_length {self.data.sequence_length} is over "
-            f"model.context_length {self.model.context_length}",
-        )
-        _require(
-            self.data.tokenizer != "train" or self.data.vocab_size <= self.model.vocab_size,
-            f"data.vocab_size {self.data.vocab_size} is over "
-            f"model.vocab_size {self.model.vocab_size}",
-        )
+        _check_types(self, "")
+        length, context = self.data.sequence_length, self.model.context_length
+        _require(length <= context, f"data.sequence_length {length} is over model.context_length {context}")
+        tokens, rows = self.data.vocab_size, self.model.vocab_size
+        fits = self.data.tokenizer != "train" or tokens <= rows
+        _require(fits, f"data.vocab_size {tokens} is over model.vocab_size {rows}")
 
     def to_json(self) -> str:
         """The whole config as indented JSON, read back by `from_json`."""
@@ -331,6 +347,7 @@ def from_dict(cls: type[Any], values: dict[str, Any], where: str) -> Any:
 
     Raises InputError for an unknown field or a bad value.
     """
+    _require(isinstance(values, dict), f"{where} must be an object of {cls.__name__}'s fields")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
     _require(not unknown, f"{where} has fields that {cls.__name__} does not know: {', '.join(unknown)}")

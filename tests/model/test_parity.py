@@ -16,7 +16,7 @@ from tests import reference
 TIME = 512
 TOLERANCE = 1e-4  # logits have standard deviation 1
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 97,
     "num_layers": 2,
     "embed_dim": 64,
@@ -76,7 +76,7 @@ def our_logits(config: ModelConfig, params: Any, tokens_BT: np.ndarray, segment_
         positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1], dtype=np.int32), tokens_BT.shape)
 
     @jax.jit
-    def logits(params: Any) -> jax.Array:
+    def logits(params: Any) -> Any:
         hidden_BTD, _ = model.apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT)
         return model.apply({"params": params}, hidden_BTD, method="logits")
 

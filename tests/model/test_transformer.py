@@ -19,7 +19,14 @@ from tests import reference
 
 TOLERANCE = 5e-6  # hidden states are of order 1
 
-TINY = {"vocab_size": 31, "embed_dim": 16, "mlp_dim": 24, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+TINY: dict[str, Any] = {
+    "vocab_size": 31,
+    "embed_dim": 16,
+    "mlp_dim": 24,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+}
 PATTERNS: dict[str, dict[str, Any]] = {
     "plain": {"num_layers": 2},
     "pattern_and_remainder": {
@@ -56,9 +63,11 @@ def random_params(config: ModelConfig) -> Any:
     return jax.tree.map(jnp.asarray, reference.random_params(nn.meta.unbox(boxed_params(config))))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def apply(model: Transformer, params: Any, *inputs: Any) -> tuple[jax.Array, KVCache | None]:
-    return model.apply({"params": params}, *inputs)
+def call(model: Transformer, params: Any, *inputs: Any, method: str | None = None) -> Any:
+    return model.apply({"params": params}, *inputs, method=method)
+
+
+apply = jax.jit(call, static_argnums=0)
 
 
 def hidden_states(model: Transformer, params: Any, *inputs: Any) -> np.ndarray:
@@ -72,7 +81,7 @@ def influence(config: ModelConfig, time: int, segment_ids_BT: np.ndarray | None 
 
     def summed(embedding: jax.Array, weights_D: jax.Array) -> jax.Array:
         replaced = params | {"embed": {"embedding": embedding}}
-        hidden_BTD, _ = model.apply({"params": replaced}, tokens_BT, positions_of(tokens_BT), segment_ids_BT)
+        hidden_BTD, _ = call(model, replaced, tokens_BT, positions_of(tokens_BT), segment_ids_BT)
         return hidden_BTD[0] @ weights_D
 
     weights_D = jax.random.normal(jax.random.key(1), (config.embed_dim,))
@@ -165,10 +174,8 @@ def test_a_decode_step_carries_the_cache_and_does_not_copy_it() -> None:
     cache = KVCache.create(config, batch_size=4, length=4096, dtype=jnp.float32)
     tokens_B1 = np.zeros((4, 1), np.int32)
 
-    def step(cache: KVCache) -> tuple[jax.Array, KVCache]:
-        return model.apply({"params": params}, tokens_B1, tokens_B1, cache=cache)
-
-    memory = jax.jit(step, donate_argnums=0).lower(cache).compile().memory_analysis()
+    step = jax.jit(lambda cache: call(model, params, tokens_B1, tokens_B1, None, cache), donate_argnums=0)
+    memory: Any = step.lower(cache).compile().memory_analysis()
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     assert memory.alias_size_in_bytes >= cache_bytes
     assert memory.temp_size_in_bytes < cache_bytes / 4
@@ -181,8 +188,8 @@ def gradient_program(remat: str) -> tuple[Any, Any]:
     tokens_BT = random_tokens(config, 4, 32)
 
     def loss(params: Any) -> jax.Array:
-        hidden_BTD, _ = model.apply({"params": params}, tokens_BT, positions_of(tokens_BT))
-        log_probs_BTV = jax.nn.log_softmax(model.apply({"params": params}, hidden_BTD, method="logits"))
+        hidden_BTD, _ = call(model, params, tokens_BT, positions_of(tokens_BT))
+        log_probs_BTV = jax.nn.log_softmax(call(model, params, hidden_BTD, method="logits"))
         return -jnp.take_along_axis(log_probs_BTV[:, :-1], tokens_BT[:, 1:, None], axis=-1).mean()
 
     return jax.jit(jax.value_and_grad(loss)).lower(params).compile(), params
@@ -207,14 +214,22 @@ def test_remat_saves_memory_and_changes_neither_loss_nor_gradients() -> None:
 def test_remat_holds_for_layers_outside_the_scan_too(remat: str) -> None:
     config = make_config(num_layers=1, layer_pattern=("global", "local"), remat=remat)
     model, params, tokens_BT = Transformer(config), boxed_params(config), random_tokens(config, 1, 4)
-    forward = jax.make_jaxpr(lambda params: model.apply({"params": params}, tokens_BT, tokens_BT)[0])
+    forward = jax.make_jaxpr(lambda params: call(model, params, tokens_BT, tokens_BT)[0])
     assert ("policy=" in str(forward(nn.meta.unbox(params)))) == (remat != "none")
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False, "attention_bias": True}])
 def test_every_parameter_names_the_logical_axis_of_each_dimension(changes: dict[str, Any]) -> None:
     config = make_config("pattern_and_remainder", **changes)
-    sizes = {"vocab": 31, "embed": 16, "mlp": 24, "heads": 4, "kv_heads": 2, "head_dim": 8, "layers": 2}
+    sizes: dict[str | None, int] = {
+        "vocab": 31,
+        "embed": 16,
+        "mlp": 24,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 8,
+        "layers": 2,
+    }
     leaves = jax.tree_util.tree_leaves_with_path(
         boxed_params(config), is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
     )
@@ -247,7 +262,7 @@ def test_bfloat16_compute_keeps_parameters_and_logits_in_float32() -> None:
     tokens_BT = random_tokens(config, 1, 8)
     hidden_BTD = hidden_states(model, params, tokens_BT, positions_of(tokens_BT))
     assert hidden_BTD.dtype == jnp.bfloat16
-    assert model.apply({"params": params}, hidden_BTD, method="logits").dtype == jnp.float32
+    assert call(model, params, hidden_BTD, method="logits").dtype == jnp.float32
     exact = hidden_states(Transformer(config), params, tokens_BT, positions_of(tokens_BT))
     error = np.abs(np.asarray(hidden_BTD, np.float32) - np.asarray(exact))
     assert 0 < error.max() < 0.05
@@ -261,7 +276,7 @@ def test_param_dtype_is_the_type_of_the_parameters() -> None:
 def test_norms_compute_in_float32() -> None:
     x = jax.random.normal(jax.random.key(0), (4, 256)).astype(jnp.bfloat16)
     scale = 1 + 0.1 * jax.random.normal(jax.random.key(1), (256,))
-    normed = RMSNorm(1e-5, jnp.float32).apply({"params": {"scale": scale}}, x)
+    normed: Any = RMSNorm(1e-5, jnp.float32).apply({"params": {"scale": scale}}, x)
     assert normed.dtype == jnp.bfloat16
     exact = np.asarray(x, np.float64)
     exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-5) * np.asarray(scale)[None]

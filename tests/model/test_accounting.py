@@ -1,0 +1,70 @@
+"""Arithmetic of parameters, FLOPs and cache bytes against the model itself."""
+
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nextllm_jax.config import ModelConfig
+from nextllm_jax.model.accounting import flops_per_token, kv_cache_bytes, parameter_count
+from nextllm_jax.model.kv_cache import KVCache
+from nextllm_jax.model.transformer import Transformer
+from tests import reference
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 40,
+    "num_layers": 2,
+    "embed_dim": 12,
+    "mlp_dim": 20,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 6,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "untied": {"tie_embeddings": False},
+    "mqa_with_bias_and_norm": {"num_kv_heads": 1, "attention_bias": True, "qk_norm": True},
+    "pattern": {"num_layers": 5, "layer_pattern": ("local", "local", "global_nope"), "sliding_window": 6},
+}
+
+
+def make_config(case: str) -> ModelConfig:
+    return ModelConfig(**SHAPE | CASES[case])
+
+
+def abstract_params(config: ModelConfig) -> Any:
+    tokens_BT = jnp.zeros((1, 1), jnp.int32)
+    init = functools.partial(Transformer(config).init, jax.random.key(0), tokens_BT, tokens_BT)
+    return nn.meta.unbox(jax.eval_shape(init))["params"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parameter_count_is_that_of_the_parameters(case: str) -> None:
+    config = make_config(case)
+    assert parameter_count(config) == sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_flops_are_six_per_multiplying_weight_and_twelve_per_visible_score(case: str) -> None:
+    config, time = make_config(case), 16
+    params = abstract_params(config)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    kernels = sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel")
+    head = math.prod(params["embed" if config.tie_embeddings else "lm_head"]["embedding"].shape)
+    pattern = [config.layer_pattern[layer % len(config.layer_pattern)] for layer in range(config.num_layers)]
+    one_document = np.ones((1, time), np.int32)
+    visible = sum(reference.visible(kind, one_document, config).sum() / time for kind in pattern)
+    expected = 6 * (kernels + head) + 12 * config.num_heads * config.head_dim * visible
+    assert flops_per_token(config, time) == pytest.approx(expected, rel=1e-12)
+
+
+def test_kv_cache_bytes_are_those_of_the_cache() -> None:
+    config = make_config("plain")
+    create = functools.partial(KVCache.create, config, batch_size=3, length=10, dtype=jnp.bfloat16)
+    expected = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(create)))
+    assert kv_cache_bytes(config, batch_size=3, length=10, bytes_per_value=2) == expected

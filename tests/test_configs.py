@@ -1,0 +1,188 @@
+"""The shipped configs, the checks of every field, and the way to JSON and back."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from nextllm_jax import config as configs
+from nextllm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from nextllm_jax.errors import InputError
+from nextllm_jax.model.accounting import parameter_count
+from nextllm_jax.model.transformer import Transformer
+from nextllm_jax.training.optimizer import schedule
+
+SHIPPED = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+NAMES = [file.stem for file in SHIPPED]
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=NAMES)
+def test_shipped_config_loads_and_survives_json(file: Path) -> None:
+    config = configs.load_config_file(str(file))
+    assert config.workdir == f"runs/{file.stem}"
+    assert configs.from_json(config.to_json(), "config.json") == config
+    assert float(schedule(config.optimizer, config.training.steps)(0)) > 0  # pyright: ignore[reportArgumentType]
+
+
+def test_all_promised_configs_are_shipped() -> None:
+    assert {"tiny", "small", "medium", "llama3_1b", "llama3_8b", "llama3_70b"} <= set(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [("llama3_1b", 1_235_814_400), ("llama3_8b", 8_030_261_248), ("llama3_70b", 70_553_706_496)],
+)
+def test_parameter_counts_of_llama_3(name: str, published: int) -> None:
+    """Meta's published shapes; these numbers never change."""
+    model = configs.load_config_file(str(SHIPPED[NAMES.index(name)])).model
+    tokens_BT = jnp.zeros((1, 1), jnp.int32)
+    params = jax.eval_shape(functools.partial(Transformer(model).init, jax.random.key(0), tokens_BT, tokens_BT))
+    assert sum(leaf.size for leaf in jax.tree.leaves(nn.meta.unbox(params))) == published
+    assert parameter_count(model) == published
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "words"),
+    [
+        (ModelConfig, {"num_heads": 6, "num_kv_heads": 4}, ["model.num_kv_heads 4", "model.num_heads 6"]),
+        (ModelConfig, {"num_layers": 0}, ["model.num_layers is 0"]),
+        (ModelConfig, {"head_dim": 33}, ["model.head_dim is 33", "even"]),
+        (ModelConfig, {"layer_pattern": ()}, ["model.layer_pattern is empty"]),
+        (ModelConfig, {"rope_scaling": "yarn", "rope_scaling_factor": 0.5}, ["model.rope_scaling_factor is 0.5", "1"]),
+        (
+            ModelConfig,
+            {"rope_low_freq_factor": 4.0, "rope_high_freq_factor": 1.0},
+            ["model.rope_low_freq_factor 4.0", "model.rope_high_freq_factor 1.0"],
+        ),
+        (DataConfig, {"sequence_length": 0}, ["data.sequence_length is 0"]),
+        (DataConfig, {"validation_fraction": 1.0}, ["data.validation_fraction is 1.0"]),
+        (OptimizerConfig, {"learning_rate": 0.0}, ["optimizer.learning_rate is 0.0"]),
+        (OptimizerConfig, {"clip_norm": -1.0}, ["optimizer.clip_norm is -1.0"]),
+        (OptimizerConfig, {"final_learning_rate_fraction": 2.0}, ["optimizer.final_learning_rate_fraction is 2.0"]),
+        (TrainingConfig, {"steps": 0}, ["training.steps is 0"]),
+        (
+            TrainingConfig,
+            {"global_batch_size": 10, "accumulation_steps": 4},
+            ["training.accumulation_steps 4", "training.global_batch_size 10"],
+        ),
+        (configs.SamplingConfig, {"top_p": 0.0}, ["top_p is 0.0"]),
+        (configs.SamplingConfig, {"temperature": -1.0}, ["temperature is -1.0"]),
+        (configs.CheckpointConfig, {"every_steps": 0}, ["checkpoint.every_steps is 0"]),
+        (MeshConfig, {"tensor": 0}, ["mesh.tensor is 0"]),
+        (MeshConfig, {"data": -1, "fsdp": -1}, ["only one mesh axis"]),
+        (
+            Config,
+            {"data": DataConfig(sequence_length=512), "model": ModelConfig(context_length=256)},
+            ["data.sequence_length 512", "model.context_length 256"],
+        ),
+        (
+            Config,
+            {"data": DataConfig(vocab_size=8192), "model": ModelConfig(vocab_size=4096)},
+            ["data.vocab_size 8192", "model.vocab_size 4096"],
+        ),
+    ],
+)
+def test_bad_values_are_refused_by_name(cls: type[Any], values: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        cls(**values)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "words"),
+    [
+        (ModelConfig, {"rope_scaling": "ntk"}, ["model.rope_scaling is 'ntk'", "yarn"]),
+        (ModelConfig, {"layer_pattern": ("global", "locl")}, ["model.layer_pattern", "'locl'", "local"]),
+        (ModelConfig, {"remat": "ful"}, ["model.remat is 'ful'", "full"]),
+        (ModelConfig, {"num_layers": 2.0}, ["model.num_layers is 2.0"]),
+        (ModelConfig, {"tie_embeddings": "yes"}, ["model.tie_embeddings is 'yes'"]),
+        (OptimizerConfig, {"schedule": "cosin"}, ["optimizer.schedule is 'cosin'", "cosine"]),
+        (TrainingConfig, {"steps": "many"}, ["training.steps is 'many'"]),
+        (Config, {"platform": "cuda"}, ["platform is 'cuda'", "gpu"]),
+        (Config, {"model": {"num_layers": 2}}, ["model is {'num_layers': 2}", "ModelConfig"]),
+    ],
+)
+def test_values_of_the_wrong_type_are_refused_by_name(cls: type[Any], values: Any, words: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        cls(**values)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_json_keeps_every_field() -> None:
+    config = Config(
+        workdir="runs/x",
+        model=ModelConfig(layer_pattern=("local", "global"), rope_attention_factor=0.5),
+        training=TrainingConfig(sample_prompts=("a", "b")),
+        mesh=MeshConfig(data=2, fsdp=4),
+    )
+    read = configs.from_json(config.to_json(), "config.json")
+    assert read == config
+    assert hash(read) == hash(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", ["runs/a/config.json", "not JSON"]),
+        ("[]", ["runs/a/config.json"]),
+        ('{"model": 3}', ["model is 3"]),
+        ('{"model": {"num_layer": 3}}', ["runs/a/config.json", "model", "num_layer"]),
+        ('{"model": {"num_layers": "3"}}', ["model.num_layers is '3'"]),
+    ],
+)
+def test_a_broken_config_json_is_named(text: str, words: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        configs.from_json(text, "runs/a/config.json")
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, ["does not exist", "configs/"]),
+        ("x = 1", ["get_config"]),
+        ("def get_config(): return 3", ["must return a Config"]),
+        ("raise RuntimeError('boom')", ["RuntimeError", "boom"]),
+        ("def get_config(:", ["SyntaxError"]),
+        (
+            "from nextllm_jax.config import *\ndef get_config(): return Config(model=ModelConfig(head_dim=3))",
+            ["model.head_dim is 3"],
+        ),
+        ("from nextllm_jax.config import *\ndef get_config(): return Config(sed=3)", ["sed"]),
+    ],
+)
+def test_a_bad_config_file_is_named(text: str | None, words: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(InputError) as caught:
+        configs.load_config_file(str(file))
+    for word in [str(file), *words]:
+        assert word in str(caught.value)
+
+
+def test_a_config_file_that_is_not_python_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("steps: 3")
+    with pytest.raises(InputError, match=r"mine\.yaml must be a python file"):
+        configs.load_config_file(str(tmp_path / "mine.yaml"))
+
+
+def test_a_workdir_of_the_config_is_kept(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("from nextllm_jax.config import *\ndef get_config(): return Config(workdir='elsewhere')")
+    assert configs.load_config_file(str(file)).workdir == "elsewhere"
+
+
+def test_fingerprint_changes_with_any_field() -> None:
+    plain = configs.fingerprint(ModelConfig(), DataConfig())
+    assert plain == configs.fingerprint(ModelConfig(), DataConfig())
+    assert plain != configs.fingerprint(dataclasses.replace(ModelConfig(), norm_eps=1e-6), DataConfig())
+    assert len(plain) == 8
