@@ -42,6 +42,7 @@ from nextllm_jax.data.shards import (
     Dataset,
     SplitName,
     TokenizedDocuments,
+    mounted_path,
     token_dtype,
     write_index,
     write_split,
@@ -104,7 +105,7 @@ def prepare(config: DataConfig, output: Path, *, overwrite: bool = False) -> Non
     Raises InputError if `output` holds something else (`overwrite` replaces prepared data only), if another
     process prepares it, if the corpus or the tokenizer cannot be read, or if the disk is full.
     """
-    output = Path(output)
+    output = mounted_path(output)
     settings = data_settings(config)
     partial = output.with_name(f"{output.name}.partial")
     if not overwrite and _read_settings(output) == settings and (output / "index.json").is_file():

@@ -13,8 +13,10 @@ Documents and shard files end independently of each other.
 """
 
 import hashlib
+import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -44,6 +46,14 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
+def mounted_path(path: str | os.PathLike[str]) -> Path:
+    """The path of prepared data. Raises InputError for an address such as gs://bucket/data."""
+    # Path("gs://bucket") is "gs:/bucket".
+    if re.match(r"[a-z][a-z0-9]+:/", str(path)):
+        raise InputError(f"data.path {path} is not on a mounted disk; mount or copy it, since shards are memory mapped")
+    return Path(path)
+
+
 def write_split(
     directory: Path, name: SplitName, parts: Iterable[TokenizedDocuments], *, vocab_size: int, tokens_per_shard: int
 ) -> dict[str, Any]:
@@ -71,7 +81,9 @@ def write_split(
             f"no document fell into the {name} split; bring more documents or change data.validation_fraction"
         )
     documents_file = f"{name}-documents.npy"
-    np.save(directory / documents_file, starts)
+    buffer = io.BytesIO()
+    np.save(buffer, starts)
+    (directory / documents_file).write_bytes(buffer.getvalue())
     return {
         "tokens": int(starts[-1]),
         "documents": len(starts) - 1,
@@ -93,7 +105,7 @@ def _write_shards(
         nonlocal buffered, num_buffered
         joined = np.concatenate(buffered)
         path = directory / f"{name}-{len(entries):05d}.bin"
-        joined[:count].tofile(path)
+        path.write_bytes(joined[:count].data)  # tofile would raise without an errno on a full disk
         entries.append(_file_entry(path))
         buffered, num_buffered = [joined[count:]], len(joined) - count
 
@@ -194,9 +206,7 @@ class Dataset:
 
 
 def _read_index(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any], str]:
-    if "://" in str(path):
-        raise InputError(f"data.path {path} is not on a mounted disk; mount or copy it, since shards are memory mapped")
-    directory = Path(path)
+    directory = mounted_path(path)
     file = directory / "index.json"
     if not file.is_file():
         started = directory.with_name(f"{directory.name}.partial").is_dir()

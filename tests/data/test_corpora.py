@@ -157,7 +157,8 @@ def test_huggingface_rows_are_streamed_with_the_settings(monkeypatch):
 @pytest.mark.filterwarnings("ignore")  # of the datasets package and its own dependencies
 def test_huggingface_directories_saved_to_disk(tmp_path):
     datasets = pytest.importorskip("datasets", reason="the hf extra is not installed")
-    table = datasets.Dataset.from_list(ROWS)
+    arrow = pytest.importorskip("pyarrow")
+    table = datasets.Dataset(arrow.Table.from_pylist(ROWS), fingerprint="0123456789abcdef")
     table.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "many")
     (tmp_path / "files").mkdir()

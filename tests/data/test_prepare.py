@@ -202,6 +202,11 @@ def test_parts_of_other_settings_are_not_used(config, tmp_path, monkeypatch):
     assert Dataset.open(tmp_path / "out").vocab_size == 290
 
 
+def test_an_address_is_refused(config):
+    with pytest.raises(InputError, match="mounted disk"):
+        prepare(config, default_data_path(dataclasses.replace(config, path="gs://bucket/data")))
+
+
 def test_two_preparations_of_one_output_are_refused(config, tmp_path):
     output = tmp_path / "out"
     held = prepare_module._claimed(tmp_path / "out.partial", output)

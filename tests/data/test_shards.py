@@ -1,6 +1,7 @@
 """Shards are read across file ends, and damage is refused by name."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,8 +107,9 @@ def test_missing_unfinished_and_foreign_directories_are_refused(tmp_path):
     (tmp_path / "data.partial").mkdir()
     with pytest.raises(InputError, match="was not prepared to the end"):
         Dataset.open(tmp_path / "data")
-    with pytest.raises(InputError, match="mounted disk"):
-        Dataset.open("gs://bucket/data")
+    for address in ("gs://bucket/data", Path("gs://bucket/data")):
+        with pytest.raises(InputError, match="mounted disk"):
+            Dataset.open(address)
     write_dataset(tmp_path / "data")
     index = json.loads((tmp_path / "data" / "index.json").read_text())
     for broken, message in [({**index, "format": "other 2"}, "format 'other 2'"), ({**index, "splits": {}}, "damaged")]:
