@@ -58,7 +58,7 @@ class TrainArguments:
     config: str
     """Python file that defines get_config() -> Config, such as configs/small.py."""
     overwrite: bool = False
-    """Start anew in a run directory that holds a run; the old run's files are removed."""
+    """Start anew in a run directory that holds a run; its files move to overwritten/ in it."""
     run: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
 
@@ -103,7 +103,7 @@ def use_compilation_cache() -> None:
     """Keep compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache directory."""
     import jax
 
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.values["jax_compilation_cache_dir"]:
         home = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "nextllm_jax" / "compiled"))
 

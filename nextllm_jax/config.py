@@ -348,6 +348,7 @@ def from_dict(cls: type[Any], values: dict[str, Any], where: str) -> Any:
     Raises InputError for an unknown field or a bad value.
     """
     _require(isinstance(values, dict), f"{where} must be an object of {cls.__name__}'s fields")
+    _require(isinstance(values, dict), f"{where} must hold a JSON object, the fields of {cls.__name__}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
     _require(not unknown, f"{where} has fields that {cls.__name__} does not know: {', '.join(unknown)}")

@@ -35,7 +35,7 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all given devices (default: all there are) with the axes of MESH_AXES, all Auto.
 
     Raises InputError if the axis sizes do not use the devices exactly.

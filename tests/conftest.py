@@ -10,8 +10,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 _OUTER_XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = _OUTER_XLA_FLAGS + " --xla_force_host_platform_device_count=8"
 
-import jax
-import pytest
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -31,7 +31,7 @@ class Door:
             "PYTHONUNBUFFERED": "1",
         }
 
-    def start(self, *command, **environment) -> subprocess.Popen:
+    def start(self, *command, preexec_fn=None, **environment) -> subprocess.Popen:
         script, *arguments = command
         program = ["-m", script] if script.startswith("nextllm_jax") else [str(ROOT / script)]
         return subprocess.Popen(
@@ -41,6 +41,7 @@ class Door:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=preexec_fn,
         )
 
     def run(self, *command, exit_code=0, **environment) -> subprocess.CompletedProcess:
@@ -59,7 +60,7 @@ def get_config():
                           head_dim=8, context_length=128, dtype="float32"),
         data=DataConfig(corpus="corpus", vocab_size=320, sequence_length=64, num_processes=1, validation_fraction=0.2),
         optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=5),
-        training=TrainingConfig(steps=40, global_batch_size=8, log_every_steps=5, evaluate_every_steps=20,
+        training=TrainingConfig(steps=40, global_batch_size=8, log_every_steps=1, evaluate_every_steps=20,
                                 evaluation_batch_size=8, sample_tokens=8),
         checkpoint=CheckpointConfig(every_steps=15),
     )

@@ -1,0 +1,1 @@
+"""From a corpus to batches on devices: corpora, shards, preparing, packing, loading."""

@@ -1,0 +1,1 @@
+"""From prompts to text: sampling, the generate loop, streaming."""

@@ -14,6 +14,13 @@ from nextllm_jax.config import ModelConfig
 from nextllm_jax.sharding import constrain
 
 
+def _parameter(
+    module: nn.Module, name: str, init: Any, axes: tuple[str, ...], shape: tuple[int, ...], dtype: Any
+) -> jax.Array:
+    """A parameter whose dimensions have the given logical axes."""
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)  # pyright: ignore[reportReturnType]
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * scale over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
@@ -23,8 +30,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return the normed array, computed in float32, in the type of `x`."""
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        scale = _parameter(self, "scale", nn.initializers.ones, ("norm",), (x.shape[-1],), self.param_dtype)
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
@@ -46,13 +52,13 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return `einsum(equation, x, kernel) + bias` in `dtype`."""
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), self.kernel_axes)
-        kernel = self.param("kernel", init, self.kernel_shape, self.param_dtype)
+        init = nn.initializers.normal(self.init_std)
+        kernel = _parameter(self, "kernel", init, self.kernel_axes, self.kernel_shape, self.param_dtype)
         y = jnp.einsum(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
         if not self.bias_axes:
             return y
-        bias_init = nn.with_logical_partitioning(nn.initializers.zeros, self.bias_axes)
-        bias = self.param("bias", bias_init, self.kernel_shape[-len(self.bias_axes) :], self.param_dtype)
+        bias_shape = self.kernel_shape[-len(self.bias_axes) :]
+        bias = _parameter(self, "bias", nn.initializers.zeros, self.bias_axes, bias_shape, self.param_dtype)
         return y + bias.astype(self.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
 
 
@@ -66,8 +72,8 @@ class Embed(nn.Module):
     param_dtype: Any
 
     def setup(self) -> None:
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), ("vocab", "embed"))
-        self.embedding = self.param("embedding", init, (self.vocab_size, self.embed_dim), self.param_dtype)
+        init, shape = nn.initializers.normal(self.init_std), (self.vocab_size, self.embed_dim)
+        self.embedding = _parameter(self, "embedding", init, ("vocab", "embed"), shape, self.param_dtype)
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """Return the rows of the tokens, [B, T, D] in `dtype`."""

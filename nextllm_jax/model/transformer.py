@@ -100,7 +100,7 @@ class Transformer(nn.Module):
                 Period,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=num_periods,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )(config, self.dtype)

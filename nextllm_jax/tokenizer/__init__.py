@@ -1,0 +1,1 @@
+"""Tokenizers, all of them tiktoken encodings, and the training of one."""

@@ -112,9 +112,9 @@ def _restore_or_create(program: Program, checkpoints: Checkpoints, config: Confi
         return program.create_state(), {}
     if step > config.training.steps:
         raise InputError(f"the run is at step {step} already, beyond training.steps {config.training.steps}")
-    rest = checkpoints.restore(step, "rest", program.abstract_state.replace(params=None))
+    rest = checkpoints.restore(step, "rest", dataclasses.replace(program.abstract_state, params=None))
     params = checkpoints.restore(step, "params", program.abstract_state.params)
-    return rest.replace(params=params), checkpoints.record(step)
+    return dataclasses.replace(rest, params=params), checkpoints.record(step)
 
 
 def _describe(config: Config, program: Program, mesh: Mesh, dataset: Dataset) -> str:
@@ -144,10 +144,13 @@ def train(config: Config, *, overwrite: bool = False, sample_text: SampleText | 
         stack.enter_context(jax.set_mesh(mesh))
         run = stack.enter_context(open_run(config.workdir, config, overwrite=overwrite))
         checkpoints = stack.enter_context(Checkpoints(run.path / "checkpoints"))
-        tokenizer = dataset.tokenizer()
-        tokenizer.save(run.path / "tokenizer")
+        if run.set_aside:
+            print(f"the run that was here is in {run.set_aside}")
         program = build_program(config, mesh)
         state, record = _restore_or_create(program, checkpoints, config)
+        loader = _make_loader(config, dataset, mesh, record)
+        tokenizer = dataset.tokenizer()
+        tokenizer.save(run.path / "tokenizer")  # only now: the loader has checked that this is the run's data
         first_step = int(state.step)
         writers = stack.enter_context(
             contextlib.closing(
@@ -162,7 +165,7 @@ def train(config: Config, *, overwrite: bool = False, sample_text: SampleText | 
         writers.message(_describe(config, program, mesh, dataset))
         if first_step:
             writers.message(f"continuing from step {first_step} of {run.path}")
-        session = Session(config, program, mesh, dataset, tokenizer, checkpoints, writers, stop, sample_text)
+        session = Session(config, program, mesh, dataset, loader, tokenizer, checkpoints, writers, stop, sample_text)
         return _steps(session, state, record)
 
 
@@ -174,6 +177,7 @@ class Session:
     program: Program
     mesh: Mesh
     dataset: Dataset
+    loader: TrainLoader
     tokenizer: Tokenizer
     checkpoints: Checkpoints
     writers: Writers
@@ -194,8 +198,7 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
     config, writers, stop = session.config, session.writers, session.stop
     step = int(state.step)
     evaluated = record.get("evaluated", False)
-    loader = _make_loader(session, record)
-    batches = loader.batches(step)
+    batches = session.loader.batches(step)
     meter = _make_meter(session, record)
     last: StepMetrics | None = None
     while True:
@@ -206,7 +209,7 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
             evaluated = loss is not None
         if stop.name or loss is not None or session.due(config.checkpoint.every_steps, step):
             meter.pause()
-            facts = {"evaluated": evaluated, "data": loader.position(step), **meter.totals()}
+            facts = {"evaluated": evaluated, "data": session.loader.position(step), **meter.totals()}
             _save_if_needed(session, state, step, loss, facts)
         if evaluated and step == config.training.steps:
             return _finish(session, step, last)
@@ -230,14 +233,14 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
             writers.train(meter.read(step))
 
 
-def _make_loader(session: Session, record: dict[str, Any]) -> TrainLoader:
-    config = session.config
+def _make_loader(config: Config, dataset: Dataset, mesh: Mesh, record: dict[str, Any]) -> TrainLoader:
+    """The training data, which must be that of the checkpoint's record if there is one."""
     loader = TrainLoader(
-        session.dataset.split("train"),
+        dataset.split("train"),
         sequence_length=config.data.sequence_length,
         global_batch_size=config.training.global_batch_size,
         seed=config.seed,
-        sharding=sharding(session.mesh, "batch", "seq"),
+        sharding=sharding(mesh, "batch", "seq"),
     )
     if record:
         loader.start_step(record["data"])
@@ -310,7 +313,7 @@ def _save_if_needed(session: Session, state: TrainState, step: int, loss: float 
     best = checkpoints.best_step()
     improves = loss is not None and (best is None or loss < (checkpoints.validation_loss(best) or math.inf))
     if improves or session.stop.name or session.due(session.config.checkpoint.every_steps, step):
-        items = {"params": state.params, "rest": state.replace(params=None)}
+        items = {"params": state.params, "rest": dataclasses.replace(state, params=None)}
         checkpoints.save(step, items, facts, validation_loss=loss)
 
 

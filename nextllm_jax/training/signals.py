@@ -2,7 +2,7 @@
 
 import signal
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -17,7 +17,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.name: str | None = None
         """Name of the signal that came; None: none."""
-        self._previous: dict[int, signal.Handlers | int | None] = {}
+        self._previous: dict[signal.Signals, Any] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
