@@ -97,7 +97,8 @@ def test_killed_and_continued_ends_where_an_uninterrupted_run_ends(trained, door
 def test_best_and_latest_both_survive(door):
     """With a learning rate that diverges the best is early and the latest is the end."""
     door.run("train.py", "--config", "config.py", "--training.evaluate-every-steps", "10",
-             "--training.sample-tokens", "0", "--optimizer.learning-rate", "20", "--optimizer.warmup-steps", "30")  # fmt: skip
+             "--training.sample-tokens", "0", "--optimizer.learning-rate", "20",
+             "--optimizer.warmup-steps", "30")  # fmt: skip
     run = door.directory / "runs" / "config"
     losses = {line["step"]: line["loss"] for line in metrics(run, "validation")}
     best = min(losses, key=losses.get)
@@ -117,7 +118,8 @@ def test_simulated_devices_give_the_same_losses(trained, door):
 def test_non_finite_steps_end_the_run_and_leave_the_checkpoint(door):
     door.run("train.py", "--config", "config.py", "--training.steps", "20", "--optimizer.schedule-steps", "4000")
     failed = door.run("train.py", "--config", "config.py", "--optimizer.schedule-steps", "4000",
-                      "--optimizer.learning-rate", "1e38", "--training.max-skipped-steps", "3", exit_code=1)  # fmt: skip
+                      "--optimizer.learning-rate", "1e38", "--training.max-skipped-steps", "3",
+                      exit_code=1)  # fmt: skip
     assert "was not finite in 3 steps in a row" in failed.stderr
     assert "the checkpoint of step" in failed.stderr
     assert "Traceback" not in failed.stderr
