@@ -178,7 +178,7 @@ def test_a_decode_step_carries_the_cache_and_does_not_copy_it() -> None:
     memory: Any = step.lower(cache).compile().memory_analysis()
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     assert memory.alias_size_in_bytes >= cache_bytes
-    assert memory.temp_size_in_bytes < cache_bytes / 4
+    assert memory.temp_size_in_bytes < cache_bytes / 8  # two of its 16 layers
 
 
 def gradient_program(remat: str) -> tuple[Any, Any]:
