@@ -34,7 +34,12 @@ SECTION_CHARACTERS = 131_072
 
 _ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".7z")
-_STDLIB_LEFT_OUT = frozenset({"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"})
+_STDLIB_LEFT_OUT = frozenset(
+    [
+        *("test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"),
+        *("encodings", "pydoc_data"),  # tables and English text that a program wrote, not source
+    ]
+)
 
 
 class Document(NamedTuple):
