@@ -115,11 +115,8 @@ class ModelConfig:
         _require(heads % kv_heads == 0, f"model.num_kv_heads {kv_heads} does not divide model.num_heads {heads}")
         _require(self.head_dim % 2 == 0, f"model.head_dim is {self.head_dim}; RoPE needs an even one")
         _require(len(self.layer_pattern) > 0, "model.layer_pattern is empty; ('global',) is the plain Llama")
-        _require(
-            self.rope_scaling == "none" or self.rope_scaling_factor >= 1,
-            f"model.rope_scaling_factor is {self.rope_scaling_factor}; "
-            f"rope_scaling '{self.rope_scaling}' needs at least 1",
-        )
+        factor, kind = self.rope_scaling_factor, self.rope_scaling
+        _require(kind == "none" or factor >= 1, f"model.rope_scaling_factor is {factor}; '{kind}' needs at least 1")
         low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
         _require(low < high, f"model.rope_low_freq_factor {low} is not below model.rope_high_freq_factor {high}")
 
@@ -158,10 +155,8 @@ class DataConfig:
         _require(self.sequence_length > 0, f"data.sequence_length is {self.sequence_length}; it must be positive")
         fraction = self.validation_fraction
         _require(0 < fraction < 1, f"data.validation_fraction is {fraction}; it must lie between 0 and 1")
-        _require(
-            self.vocab_size >= 258,
-            f"data.vocab_size is {self.vocab_size}; the 256 bytes and the special tokens need at least 258",
-        )
+        size = self.vocab_size
+        _require(size >= 258, f"data.vocab_size is {size}; the 256 bytes and the special tokens need at least 258")
         shard = self.tokens_per_shard
         _require(shard >= 1024, f"data.tokens_per_shard is {shard}; at least 1024 is needed")
         _require(self.num_processes >= 0, f"data.num_processes is {self.num_processes}; it cannot be negative")
@@ -347,7 +342,6 @@ def from_dict(cls: type[Any], values: dict[str, Any], where: str) -> Any:
 
     Raises InputError for an unknown field or a bad value.
     """
-    _require(isinstance(values, dict), f"{where} must be an object of {cls.__name__}'s fields")
     _require(isinstance(values, dict), f"{where} must hold a JSON object, the fields of {cls.__name__}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))

@@ -133,7 +133,8 @@ def test_parameters_and_moments_are_born_sharded() -> None:
 def test_initial_parameters_depend_on_the_seed_and_not_on_the_mesh() -> None:
     copied = make_state(MeshConfig()).params
     divided = make_state(MeshConfig(data=2, fsdp=2, tensor=2)).params
-    jax.tree.map(np.testing.assert_array_equal, copied, divided)
+    # Not to the last bit: how XLA vectorizes the normal distribution may depend on the shard's shape.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), copied, divided)
     other = make_state(MeshConfig(), seed=1).params
     assert not np.array_equal(copied["embed"]["embedding"], other["embed"]["embedding"])
 
