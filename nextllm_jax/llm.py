@@ -208,7 +208,8 @@ def load(path: str, *, step: str | int = "best", dtype: str | None = None) -> LL
     """The model of a run directory at a step (a number, "best" or "latest"), on one device.
 
     `dtype` is the type of the matmuls: "float32", "bfloat16", "auto" for what suits the platform, None for what
-    the run's config says. Matrices are cast to it once, here, norms stay as they were trained.
+    the run's config says. Matrices are cast to it once, here, norms stay as they were trained. float32 asks jax for
+    full matmul precision, for the whole process.
 
     Raises InputError if path is not a run directory with a checkpoint of that step.
     """
@@ -221,6 +222,9 @@ def load(path: str, *, step: str | int = "best", dtype: str | None = None) -> LL
         )
     config = from_json(config_file.read_text(), str(config_file)).model
     compute_dtype = resolve_dtype(dtype or config.dtype, jax.default_backend())
+    if compute_dtype == jnp.float32:
+        # TPUs and recent GPUs multiply float32 in fewer bits unless asked.
+        jax.config.update("jax_default_matmul_precision", "highest")
     tokenizer = Tokenizer.load(run / "tokenizer")
     with Checkpoints(run / "checkpoints") as checkpoints:
         params = checkpoints.restore(checkpoints.resolve(step), "params", _abstract_params(config))

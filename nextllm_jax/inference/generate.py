@@ -6,7 +6,6 @@ last tokens, positions, flags) is donated: the cache is written in place and nev
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +21,6 @@ from nextllm_jax.errors import InputError
 from nextllm_jax.inference.sampling import row_keys, sample
 from nextllm_jax.model.kv_cache import KVCache
 from nextllm_jax.model.transformer import Transformer
-from nextllm_jax.sharding import RULES
 
 CHUNK_TOKENS = 64
 """Most tokens a row gets in one call of the loop."""
@@ -176,7 +174,7 @@ class Generation:
         self._remaining = max_new_tokens
         self._params = params
         longest = _longest(prompts, max_new_tokens, model.config.context_length)
-        batch_size = _batch_size(self.num_rows)
+        batch_size = bucket(self.num_rows, 1)
         length = min(bucket(longest, 16), model.config.context_length)
         tokens_BT, lengths_B = np.zeros((batch_size, length), np.int32), np.zeros(batch_size, np.int32)
         for row, prompt in enumerate(prompts):
@@ -240,13 +238,6 @@ def _longest(prompts: Sequence[Sequence[int]], max_new_tokens: int, context_leng
             f"context_length {context_length}; shorten the prompt or ask for fewer tokens"
         )
     return max(lengths)
-
-
-def _batch_size(num_rows: int) -> int:
-    """A bucket for the rows, which the mesh in force (if any) can divide over its batch axes."""
-    mesh = jax.sharding.get_abstract_mesh()
-    parts = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["batch"])
-    return parts * bucket(-(-num_rows // parts), 1)
 
 
 def _to_host(x: jax.Array) -> np.ndarray:

@@ -205,14 +205,14 @@ def test_cache_is_donated_and_not_copied(params):
 
 
 def test_sharded_parameters_give_the_same_tokens(params):
-    expected = run(params, PROMPTS)
+    expected = run(params, PROMPTS)[:3]  # a number of rows that the mesh does not divide
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     tokens_BT = jnp.zeros((1, 2), jnp.int32)
     shardings = tree_shardings(mesh, jax.eval_shape(MODEL.init, jax.random.key(0), tokens_BT, tokens_BT))["params"]
     with jax.set_mesh(mesh):
         sharded = jax.device_put(params, shardings)
         before = programs(decode)
-        assert run(sharded, PROMPTS, limit=8) == expected
+        assert run(sharded, PROMPTS[:3], limit=8) == expected
         assert programs(decode) - before <= 2
 
 
