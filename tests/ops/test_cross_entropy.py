@@ -1,0 +1,127 @@
+"""The chunked loss against optax on whole logits: values, gradients, memory and collectives."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from nextllm_jax.ops.cross_entropy import cross_entropy
+
+
+def plain(hidden_BTD, head_VD, targets_BT, mask_BT):
+    logits = jnp.einsum("BTD,VD->BTV", hidden_BTD.astype(jnp.float32), head_VD.astype(jnp.float32))
+    return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, targets_BT) * mask_BT)
+
+
+def inputs(B=3, T=37, D=16, V=50, dtype=jnp.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    hidden = jnp.asarray(rng.normal(size=(B, T, D)), dtype)
+    head = jnp.asarray(rng.normal(size=(V, D)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, V, size=(B, T)), jnp.int32)
+    return hidden, head, targets, jnp.asarray(rng.random((B, T)) < 0.7)
+
+
+def value_and_gradients(loss, hidden, head, targets, mask):
+    """Of a mean, so that the cotangent of the sum is not 1."""
+    mean = lambda hidden, head: loss(hidden, head, targets, mask) / 7.0  # noqa: E731
+    value, gradients = jax.jit(jax.value_and_grad(mean, argnums=(0, 1)))(hidden, head)
+    return value, *gradients
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 30, 10_000])
+def test_values_and_gradients_equal_optax_for_any_chunk(chunk_tokens):
+    arguments = inputs()
+    chunked = lambda *args: cross_entropy(*args, chunk_tokens=chunk_tokens)  # noqa: E731
+    ours, expected = value_and_gradients(chunked, *arguments), value_and_gradients(plain, *arguments)
+    for mine, other in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(chunked)(*arguments) / 7.0, ours[0], rtol=1e-6)
+
+
+def test_bfloat16_normalizes_and_sums_the_head_gradient_in_float32():
+    hidden, head, targets, mask = inputs(T=200, V=300, dtype=jnp.bfloat16)
+    head = head.astype(jnp.bfloat16).astype(jnp.float32)
+    ours = value_and_gradients(cross_entropy, hidden, head, targets, mask)
+    expected = value_and_gradients(plain, hidden, head, targets, mask)
+    assert [x.dtype for x in ours] == [jnp.float32, jnp.bfloat16, jnp.float32]
+    np.testing.assert_allclose(ours[0], expected[0], rtol=1e-5)
+    for mine, other in zip(ours[1:], expected[1:], strict=True):
+        error = np.linalg.norm(np.asarray(mine, np.float32) - np.asarray(other, np.float32))
+        assert error < 4e-3 * np.linalg.norm(np.asarray(other, np.float32))
+
+
+def test_large_logits_stay_finite():
+    hidden, head, targets, mask = inputs()
+    ours = value_and_gradients(cross_entropy, hidden * 1e3, head, targets, mask)
+    expected = value_and_gradients(plain, hidden * 1e3, head, targets, mask)
+    for mine, other in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-3)
+
+
+def test_masked_tokens_leave_no_trace():
+    hidden, head, targets, mask = inputs()
+    mask = mask.at[1].set(False)
+    _, d_hidden, _ = ours = value_and_gradients(cross_entropy, hidden, head, targets, mask)
+    assert (d_hidden[~mask] == 0).all()
+    other = value_and_gradients(cross_entropy, hidden.at[1].set(5.0), head, targets.at[1].set(0), mask)
+    for mine, changed in zip(ours, other, strict=True):
+        np.testing.assert_array_equal(mine, changed)
+
+
+def test_memory_at_a_large_vocabulary_is_a_fraction_of_the_plain_loss():
+    B, T, D, V = 2, 1024, 64, 128_256
+    shapes = [jax.ShapeDtypeStruct(*x) for x in (((B, T, D), jnp.float32), ((V, D), jnp.float32))]
+    targets, mask = jnp.zeros((B, T), jnp.int32), jnp.ones((B, T), jnp.bool_)
+
+    def temporary_bytes(loss):
+        gradients = jax.grad(lambda hidden, head: loss(hidden, head, targets, mask), argnums=(0, 1))
+        memory = jax.jit(gradients).lower(*shapes).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
+
+    assert temporary_bytes(plain) > B * T * V * 4
+    assert temporary_bytes(cross_entropy) < 0.4 * B * T * V * 4
+
+
+def collectives(compiled) -> tuple[list[str], list[str]]:
+    """Result shapes of the collectives (outside, inside) loops of a compiled program."""
+    outside, inside = [], []
+    pattern = r"= (.*?) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+    for line in compiled.as_text().splitlines():
+        found = re.search(pattern, line)
+        if found:
+            (inside if "while" in line.split("op_name=")[-1] else outside).append(found[1])
+    return outside, inside
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
+def test_divided_over_devices_it_is_the_same_and_reduces_the_head_gradient_once(shape):
+    arguments = inputs(B=16, T=24, D=32, V=320)
+    expected = value_and_gradients(plain, *arguments)
+    mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    rows, head = PartitionSpec(("data", "fsdp")), PartitionSpec("tensor", "fsdp")
+    layout = [NamedSharding(mesh, spec) for spec in (rows, head, rows, rows)]
+
+    def mean(hidden, head, targets, mask):
+        return cross_entropy(hidden, head, targets, mask, chunk_tokens=32, batch_axes=("data", "fsdp")) / 7.0
+
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(x, sharding) for x, sharding in zip(arguments, layout, strict=True)]
+        step = jax.jit(jax.value_and_grad(mean, argnums=(0, 1)), out_shardings=(None, tuple(layout[:2])))
+        compiled = step.lower(*placed).compile()
+        value, gradients = compiled(*placed)
+        np.testing.assert_allclose(jax.jit(mean)(*placed), expected[0], rtol=1e-5)
+    for mine, other in zip((value, *gradients), expected, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-5)
+
+    _, fsdp, tensor = shape
+    outside, inside = collectives(compiled)
+    # Each chunk may sum over the divided vocabulary: maxima, sums, target logits and the gradient for hidden.
+    small = {"f32[32]{0}", "f32[32,32]{1,0}"}
+    assert {part for line in inside for part in re.findall(r"f32\[[\d,]*\]\{[\d,]*\}", line)} <= small
+    assert not (inside and tensor == 1)
+    assert sum(f"f32[{320 // tensor},32]" in line for line in outside) <= 1 + (fsdp > 1)
