@@ -10,7 +10,7 @@ import optax
 from nextllm_jax.data.packing import Batch
 from nextllm_jax.model.transformer import Transformer, head_embedding
 from nextllm_jax.ops.cross_entropy import cross_entropy
-from nextllm_jax.sharding import constrain
+from nextllm_jax.sharding import RULES, constrain
 from nextllm_jax.training.state import TrainState
 
 
@@ -36,7 +36,7 @@ def nll_sum(model: Transformer, params: Any, batch: Batch) -> jax.Array:
     hidden_BTD, _ = model.apply({"params": params}, batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
     head_VD = head_embedding(model.config, params).astype(model.dtype)
     with jax.named_scope("loss"):
-        return cross_entropy(hidden_BTD, head_VD, batch.targets_BT, batch.loss_mask_BT)
+        return cross_entropy(hidden_BTD, head_VD, batch.targets_BT, batch.loss_mask_BT, batch_axes=RULES["batch"])
 
 
 def _gradients(model: Transformer, params: Any, batch: Batch, accumulation_steps: int) -> tuple[jax.Array, Any]:
