@@ -33,9 +33,6 @@ def causal_attention(
     queries after another (Dao et al., FlashAttention, arXiv:2205.14135).
     """
     K = k_BTKH.shape[2]
-    if q_BTNH.shape[1] == 1:
-        # One position sees itself only. XLA's CPU backend fails on the products of this case in bfloat16.
-        return jnp.broadcast_to(v_BTKH[:, :, :, None], _group(q_BTNH, K).shape).reshape(q_BTNH.shape)
     return _attend(window, _group(q_BTNH, K), k_BTKH, v_BTKH, segment_ids_BT).reshape(q_BTNH.shape)
 
 
