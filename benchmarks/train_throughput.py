@@ -1,0 +1,188 @@
+"""Training tokens/s of our train step beside transformers' Llama in torch, on this machine's CPU.
+
+    python benchmarks/train_throughput.py [--rounds 5] [--steps 5]
+
+Both sides train the same model on the same shapes: float32 parameters, AdamW, clipping at 1, matmuls in float32 or
+bfloat16 (torch: autocast). Each measurement is a process of its own, since equal processes differ here by tens of
+percent; sides alternate within a round, and ratios are taken within a round. We run with the process settings that
+train.py makes for itself, torch both with its defaults and with ours. Needs `pip install 'nextllm_jax[parity]'`.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from nextllm_jax.config import Config, DataConfig, ModelConfig, TrainingConfig  # noqa: E402
+from nextllm_jax.process import TRAINING_ENVIRONMENT  # noqa: E402
+
+VOCAB, LAYERS, WIDTH, MLP, HEADS, KV_HEADS, HEAD = 8192, 8, 256, 688, 8, 4, 32
+WARMUP_STEPS = 2
+SIDES = ("ours", "torch", "torch with our settings")
+
+
+def make_our_step(dtype: str, batch_size: int, length: int) -> Callable[[], float]:
+    """A function that takes one step of the train step that train.py runs, and returns its loss."""
+    import jax
+    import jax.numpy as jnp
+
+    from nextllm_jax.data.packing import Batch
+    from nextllm_jax.sharding import make_mesh
+    from nextllm_jax.training.loop import build_program
+
+    model = ModelConfig(
+        vocab_size=VOCAB, num_layers=LAYERS, embed_dim=WIDTH, mlp_dim=MLP, num_heads=HEADS, num_kv_heads=KV_HEADS,
+        head_dim=HEAD, dtype="bfloat16" if dtype == "bfloat16" else "float32",
+    )  # fmt: skip
+    config = Config(
+        model=model, data=DataConfig(sequence_length=length), training=TrainingConfig(global_batch_size=batch_size)
+    )
+    mesh = make_mesh(config.mesh)
+    jax.set_mesh(mesh)
+    program = build_program(config, mesh)
+    state = program.create_state()
+    stream = jax.random.randint(jax.random.key(0), (batch_size, length + 1), 0, VOCAB, jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch_size, length))
+    batch = Batch(stream[:, :-1], stream[:, 1:], jnp.ones_like(positions), positions, positions >= 0)
+
+    def step() -> float:
+        nonlocal state
+        state, metrics = program.train_step(state, batch)
+        return float(metrics.nll_sum) / (batch_size * length)
+
+    return step
+
+
+def make_torch_step(dtype: str, batch_size: int, length: int) -> Callable[[], float]:
+    """A function that takes one step of transformers' Llama (SDPA attention, fused AdamW), and returns its loss."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=MLP, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HEAD, tie_word_embeddings=True,
+        use_cache=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    stream = torch.randint(0, VOCAB, (batch_size, length + 1))
+    tokens, targets = stream[:, :-1].contiguous(), stream[:, 1:].reshape(-1)
+
+    def step() -> float:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+            logits = model(input_ids=tokens).logits
+        loss = torch.nn.functional.cross_entropy(logits.float().view(-1, VOCAB), targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+def measure(side: str, dtype: str, arguments: argparse.Namespace) -> tuple[float, float]:
+    """Training tokens per second, and per second of processor time, of one side in this process.
+
+    The median step counts, and none of the warmup. The second figure stands when other programs take the cores.
+    """
+    make_step = make_our_step if side == "ours" else make_torch_step
+    step = make_step(dtype, arguments.batch_size, arguments.sequence_length)
+    for _ in range(WARMUP_STEPS):
+        step()
+    seconds, processor_seconds = [], []
+    for _ in range(arguments.steps):
+        started, processor_started = time.perf_counter(), time.process_time()
+        step()
+        seconds.append(time.perf_counter() - started)
+        processor_seconds.append(time.process_time() - processor_started)
+    tokens = arguments.batch_size * arguments.sequence_length
+    return tokens / statistics.median(seconds), tokens / statistics.median(processor_seconds)
+
+
+def measure_in_new_process(side: str, dtype: str) -> tuple[float, float]:
+    """`measure`, in a process with the side's settings."""
+    settings = {} if side == "torch" else TRAINING_ENVIRONMENT
+    environment = {name: value for name, value in os.environ.items() if name not in TRAINING_ENVIRONMENT}
+    environment |= {"JAX_PLATFORMS": "cpu", "TRANSFORMERS_VERBOSITY": "error", **settings}
+    command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--dtype", dtype]
+    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    measured = json.loads(result.stdout.splitlines()[-1])
+    return measured["tokens_per_second"], measured["tokens_per_processor_second"]
+
+
+def report(rounds: dict[tuple[str, str], list[tuple[float, float]]], dtypes: list[str]) -> None:
+    """Print the median of each side, and of the ratio to torch's faster settings within a round."""
+    print(f"\n{'side':<26}{'dtype':<10}{'tokens/s':>9}{'per proc. second':>18}  lowest to highest tokens/s")
+    for (side, dtype), measured in rounds.items():
+        speeds, processor_speeds = zip(*measured, strict=True)
+        print(
+            f"{side:<26}{dtype:<10}{statistics.median(speeds):>9,.0f}{statistics.median(processor_speeds):>18,.0f}  "
+            f"{min(speeds):,.0f} to {max(speeds):,.0f}"
+        )
+    for candidates in [*([dtype] for dtype in dtypes), dtypes]:
+        of_what = candidates[0] if len(candidates) == 1 else "fastest of each"
+        for column, unit in enumerate(("tokens/s", "tokens a processor second")):
+
+            def best(names: tuple[str, ...], candidates=candidates, column=column) -> list[float]:
+                """The speeds of the fastest of these sides and types, by median."""
+                chosen = [key for key in rounds if key[0] in names and key[1] in candidates]
+                speeds = [[measured[column] for measured in rounds[key]] for key in chosen]
+                return max(speeds, key=statistics.median, default=[])
+
+            ours, theirs = best(SIDES[:1]), best(SIDES[1:])
+            if theirs:
+                ratio = statistics.median(mine / other for mine, other in zip(ours, theirs, strict=True))
+                print(f"ours / torch, {of_what}, {unit}: {ratio:.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="processes for each side and type")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps in a process")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--side", choices=SIDES, help="measure this side in this process and print one JSON line")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="for --side")
+    arguments = parser.parse_args()
+    if arguments.side:
+        speed, processor_speed = measure(arguments.side, arguments.dtype, arguments)
+        print(json.dumps({"tokens_per_second": speed, "tokens_per_processor_second": processor_speed}))
+        return
+    with_torch = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+    sides = SIDES if with_torch else SIDES[:1]
+    if not with_torch:
+        print("torch or transformers is missing (pip install 'nextllm_jax[parity]'); measuring our side alone")
+    print(
+        f"{LAYERS} layers, width {WIDTH}, {HEADS}/{KV_HEADS} heads of {HEAD}, SwiGLU {MLP}, vocabulary {VOCAB}, "
+        f"{arguments.batch_size} x {arguments.sequence_length} tokens a step, {len(os.sched_getaffinity(0))} cores\n"
+        f"our settings: {', '.join(f'{name}={value}' for name, value in TRAINING_ENVIRONMENT.items())}"
+    )
+    rounds: dict[tuple[str, str], list[tuple[float, float]]] = {
+        (side, dtype): [] for dtype in arguments.dtypes for side in sides
+    }
+    for number in range(arguments.rounds):
+        for (side, dtype), measured in rounds.items():
+            measured.append(measure_in_new_process(side, dtype))
+            speed, processor_speed = measured[-1]
+            print(
+                f"{number + 1}: {side}, {dtype}: {speed:,.0f} tokens/s, {processor_speed:,.0f} per processor second",
+                flush=True,
+            )
+    report(rounds, arguments.dtypes)
+
+
+if __name__ == "__main__":
+    main()
