@@ -1,6 +1,6 @@
 """Peak temporary memory of the loss and its gradients at a 128,256-token vocabulary: chunked against plain.
 
-    python benchmarks/loss_memory.py [--batch-size 8] [--sequence-length 1024] [--embed-dim 2048]
+    python benchmarks/loss_memory.py [--batch-size 8] [--sequence-length 4096] [--embed-dim 2048]
 
 Compiles both without running them and reads XLA's own `memory_analysis()`.
 """
@@ -40,7 +40,7 @@ def temporary_bytes(loss, arguments: argparse.Namespace, dtype) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--sequence-length", type=int, default=1024)
+    parser.add_argument("--sequence-length", type=int, default=4096)
     parser.add_argument("--embed-dim", type=int, default=2048)
     parser.add_argument("--vocab-size", type=int, default=128_256)
     arguments = parser.parse_args()

@@ -19,13 +19,14 @@ def cross_entropy(
     targets_BT: jax.Array,
     mask_BT: jax.Array,
     *,
-    chunk_tokens: int = 512,
+    chunk_tokens: int = 2048,
     batch_axes: tuple[str, ...] = (),
 ) -> jax.Array:
     """Negative log-likelihood of the targets, in nats, summed over mask: a float32 scalar.
 
     The logits are hidden @ head.T, multiplied in hidden's dtype (head is cast to it), accumulated and normalized in
-    float32. About chunk_tokens x V of them exist at once on each device, cut along time. `batch_axes` names the axes
+    float32. About chunk_tokens x V of them exist at once on each device, cut along time; fewer save memory, but below
+    some 1,000 rows a TPU waits for the head and its gradient to pass through memory. `batch_axes` names the axes
     of the mesh in force (`jax.set_mesh`) over which B is divided: each device then sums its own part of the
     gradient for head, and the parts meet once, at the end.
 

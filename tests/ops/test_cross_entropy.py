@@ -1,5 +1,6 @@
 """The chunked loss against optax on whole logits: values, gradients, memory and collectives."""
 
+import functools
 import re
 
 import jax
@@ -84,7 +85,7 @@ def test_memory_at_a_large_vocabulary_is_a_fraction_of_the_plain_loss():
         return memory.temp_size_in_bytes
 
     assert temporary_bytes(plain) > B * T * V * 4
-    assert temporary_bytes(cross_entropy) < 0.4 * B * T * V * 4
+    assert temporary_bytes(functools.partial(cross_entropy, chunk_tokens=512)) < 0.4 * B * T * V * 4
 
 
 def collectives(compiled) -> tuple[list[str], list[str]]:
