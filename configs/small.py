@@ -7,7 +7,7 @@ from nextllm_jax.config import CheckpointConfig, Config, DataConfig, ModelConfig
 
 
 def get_config() -> Config:
-    """8.9M parameters, 5,000 steps of 4,096 tokens: two hours on two CPU cores, minutes on an accelerator."""
+    """7.9M parameters, 5,000 steps of 4,096 tokens: two hours on two CPU cores, minutes on an accelerator."""
     return Config(
         model=ModelConfig(
             vocab_size=8192,

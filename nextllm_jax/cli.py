@@ -6,6 +6,8 @@ prepared before devices are touched.
 
 import dataclasses
 import difflib
+import io
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +17,8 @@ from typing import Annotated, Any, NoReturn
 import tyro
 
 from nextllm_jax import process
-from nextllm_jax.config import Config, DataConfig, ModelConfig, load_config_file
+from nextllm_jax.config import Config, DataConfig, ModelConfig
+from nextllm_jax.config_files import load_config_file
 from nextllm_jax.errors import InputError, RunFailed
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 75
@@ -27,6 +30,8 @@ def run_main(command: Callable[[list[str]], int]) -> NoReturn:
     The user's mistakes end in one sentence and exit code 2, failures of the machine (a full disk) in one
     sentence and 1, Ctrl-C in 130; anything else is a bug and keeps its traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 must not end a sample
     try:
         code = command(sys.argv[1:])
         sys.stdout.flush()
@@ -64,12 +69,11 @@ class TrainArguments:
 
 def _default_run(argv: list[str]) -> Config:
     """The Config of the file that --config names, for `tyro` to override; the plain one without --config."""
-    for i, argument in enumerate(argv):
-        if argument == "--config" and i + 1 < len(argv):
-            return load_config_file(argv[i + 1])
-        if argument.startswith("--config="):
-            return load_config_file(argument.removeprefix("--config="))
-    return Config()
+    files = [value for name, value in itertools.pairwise(argv) if name == "--config"]
+    files += [argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")]
+    if len(files) > 1:
+        raise InputError(f"--config is given {len(files)} times; give one file, and change fields by their names")
+    return load_config_file(files[0]) if files else Config()
 
 
 def train_command(argv: list[str]) -> int:

@@ -1,17 +1,14 @@
 """Every setting of a run: its name, its default, its meaning and its checks.
 
-A config file in `configs/` defines `get_config() -> Config`; the command line overrides any field by
-its dotted name (`--training.steps 500`). Importing this module does not import jax.
+The command line overrides any field by its dotted name (`--training.steps 500`). Importing this module does
+not import jax.
 """
 
 import dataclasses
-import hashlib
-import importlib.util
 import json
 import math
 import types
 import typing
-from pathlib import Path
 from typing import Any, Literal
 
 from nextllm_jax.errors import InputError
@@ -43,6 +40,11 @@ def _check_types(config: Any, section: str) -> None:
         value = getattr(config, name)
         wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
         _require(_fits(value, hint), f"{section}{name} is {value!r}; it must be {wanted}")
+
+
+def _require_positive(config: Any, section: str, *names: str) -> None:
+    for name in names:
+        _require(getattr(config, name) > 0, f"{section}{name} is {getattr(config, name)}; it must be positive")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +101,7 @@ class ModelConfig:
     """Standard deviation of the initial weights; the projections back into the residual stream get
     init_std / sqrt(2 num_layers)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the matmuls; auto: bfloat16 on TPU and GPU, the measured faster of the two on CPU."""
+    """Type of the matmuls; auto: bfloat16, but float32 on a CPU without bfloat16 units."""
     param_dtype: DType = "float32"
     """Type in which parameters are kept."""
     remat: Literal["none", "dots", "full"] = "none"
@@ -107,12 +109,19 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_types(self, "model.")
-        sizes = ("vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads",
-                 "head_dim", "context_length", "sliding_window", "rope_original_context_length")  # fmt: skip
-        for name in sizes:
-            _require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
+        _require_positive(
+            self, "model.", "vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim",
+            "context_length", "sliding_window", "rope_original_context_length", "norm_eps", "init_std",
+        )  # fmt: skip
         heads, kv_heads = self.num_heads, self.num_kv_heads
         _require(heads % kv_heads == 0, f"model.num_kv_heads {kv_heads} does not divide model.num_heads {heads}")
+        _require(self.rope_theta > 1, f"model.rope_theta is {self.rope_theta}; it must be over 1")
+        factor = self.rope_attention_factor
+        _require(factor is None or factor > 0, f"model.rope_attention_factor is {factor}; it must be positive")
+        _require(
+            self.rope_beta_slow < self.rope_beta_fast,
+            f"model.rope_beta_slow {self.rope_beta_slow} is not below model.rope_beta_fast {self.rope_beta_fast}",
+        )
         _require(self.head_dim % 2 == 0, f"model.head_dim is {self.head_dim}; RoPE needs an even one")
         _require(len(self.layer_pattern) > 0, "model.layer_pattern is empty; ('global',) is the plain Llama")
         factor, kind = self.rope_scaling_factor, self.rope_scaling
@@ -152,7 +161,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_types(self, "data.")
-        _require(self.sequence_length > 0, f"data.sequence_length is {self.sequence_length}; it must be positive")
+        _require_positive(self, "data.", "sequence_length")
+        _require(bool(self.corpus), "data.corpus is empty; give stdlib, hf:NAME, or a file, directory or glob")
         fraction = self.validation_fraction
         _require(0 < fraction < 1, f"data.validation_fraction is {fraction}; it must lie between 0 and 1")
         size = self.vocab_size
@@ -193,12 +203,16 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _check_types(self, "optimizer.")
-        _require(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}; it must be positive")
-        _require(self.clip_norm > 0, f"optimizer.clip_norm is {self.clip_norm}; it must be positive")
-        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps is {self.warmup_steps}; it cannot be negative")
+        _require_positive(self, "optimizer.", "learning_rate", "clip_norm", "eps")
+        for name in ("warmup_steps", "weight_decay"):
+            value = getattr(self, name)
+            _require(value >= 0, f"optimizer.{name} is {value}; it cannot be negative")
         for name in ("decay_steps_fraction", "final_learning_rate_fraction"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"optimizer.{name} is {value}; it must lie between 0 and 1")
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optimizer.{name} is {value}; it must be at least 0 and below 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -216,19 +230,21 @@ class TrainingConfig:
     evaluate_every_steps: int = 500
     """Steps between evaluations of the whole validation set; also one at the end."""
     evaluation_batch_size: int = 32
-    """Sequences in one batch of an evaluation; the result does not depend on it."""
+    """Sequences in one batch of an evaluation, rounded up to what the mesh divides; the result does not depend
+    on it."""
     max_skipped_steps: int = 10
     """Steps in a row with a non-finite loss or gradient after which training gives up."""
     sample_prompts: tuple[str, ...] = ("def ", "import ", "class ")
-    """Prompts that samples.txt continues at every evaluation."""
+    """Prompts that samples.txt continues at every evaluation; none: no samples."""
     sample_tokens: int = 96
     """New tokens for each of those prompts; 0: no samples."""
 
     def __post_init__(self) -> None:
         _check_types(self, "training.")
-        for name in ("steps", "global_batch_size", "accumulation_steps", "log_every_steps", "evaluate_every_steps",
-                     "evaluation_batch_size", "max_skipped_steps"):  # fmt: skip
-            _require(getattr(self, name) > 0, f"training.{name} is {getattr(self, name)}; it must be positive")
+        _require_positive(
+            self, "training.", "steps", "global_batch_size", "accumulation_steps", "log_every_steps",
+            "evaluate_every_steps", "evaluation_batch_size", "max_skipped_steps",
+        )  # fmt: skip
         _require(self.sample_tokens >= 0, f"training.sample_tokens is {self.sample_tokens}; it cannot be negative")
         batch, parts = self.global_batch_size, self.accumulation_steps
         _require(
@@ -270,7 +286,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         _check_types(self, "checkpoint.")
-        _require(self.every_steps > 0, f"checkpoint.every_steps is {self.every_steps}; it must be positive")
+        _require_positive(self, "checkpoint.", "every_steps")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -326,6 +342,13 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_types(self, "")
+        _require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must lie between 0 and 2^32 - 1")
+        warmup, steps = self.optimizer.warmup_steps, self.optimizer.schedule_steps or self.training.steps
+        _require(
+            warmup < steps,
+            f"optimizer.warmup_steps {warmup} is not below the schedule's {steps} steps "
+            "(optimizer.schedule_steps, or training.steps)",
+        )
         length, context = self.data.sequence_length, self.model.context_length
         _require(length <= context, f"data.sequence_length {length} is over model.context_length {context}")
         tokens, rows = self.data.vocab_size, self.model.vocab_size
@@ -335,61 +358,3 @@ class Config:
     def to_json(self) -> str:
         """The whole config as indented JSON, read back by `from_json`."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-
-
-def from_dict(cls: type[Any], values: dict[str, Any], where: str) -> Any:
-    """A config dataclass from plain values; `where` names the source in errors.
-
-    Raises InputError for an unknown field or a bad value.
-    """
-    _require(isinstance(values, dict), f"{where} must hold a JSON object, the fields of {cls.__name__}")
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(fields))
-    _require(not unknown, f"{where} has fields that {cls.__name__} does not know: {', '.join(unknown)}")
-    arguments: dict[str, Any] = {}
-    for name, value in values.items():
-        nested = fields[name].default_factory
-        if isinstance(value, dict) and dataclasses.is_dataclass(nested):
-            arguments[name] = from_dict(nested, value, f"{where}: {name}")  # pyright: ignore[reportArgumentType]
-        else:
-            arguments[name] = tuple(value) if isinstance(value, list) else value
-    return cls(**arguments)
-
-
-def from_json(text: str, where: str) -> Config:
-    """The Config that `Config.to_json` wrote; `where` names the file in errors."""
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not JSON ({error}); it should be a config that a run wrote") from error
-    return from_dict(Config, values, where)
-
-
-def load_config_file(path: str) -> Config:
-    """The Config of a python file's `get_config()`, with its workdir named after the file.
-
-    Raises InputError if the file is missing, fails to run, or does not define `get_config`.
-    """
-    file = Path(path)
-    _require(file.is_file(), f"config file {path} does not exist; the shipped ones are in configs/, such as tiny.py")
-    spec = importlib.util.spec_from_file_location(f"nextllm_config_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise InputError(f"config file {path} must be a python file (.py)")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config()
-    except InputError as error:
-        raise InputError(f"config file {path}: {error}") from error
-    except Exception as error:
-        raise InputError(
-            f"config file {path} fails with {type(error).__name__}: {error}; it must define get_config() -> Config"
-        ) from error
-    _require(isinstance(config, Config), f"config file {path}: get_config() must return a Config, not {type(config)}")
-    return config if config.workdir else dataclasses.replace(config, workdir=f"runs/{file.stem}")
-
-
-def fingerprint(*configs: Any) -> str:
-    """Eight hex digits that change when any field of the given config dataclasses does."""
-    text = json.dumps([dataclasses.asdict(config) for config in configs], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]

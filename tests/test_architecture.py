@@ -23,6 +23,7 @@ LAYERS = [  # a module imports from the rows below its own
     ("interop",),
     ("checkpoint",),
     ("sharding",),
+    ("config_files",),
     ("config",),
     ("hardware", "ops", "process", "tokenizer"),
     ("errors",),
@@ -112,7 +113,7 @@ def test_reading_a_config_does_not_import_jax() -> None:
     program = """
 import sys
 from pathlib import Path
-from nextllm_jax.config import load_config_file
+from nextllm_jax.config_files import load_config_file
 for file in sorted(Path("configs").glob("*.py")):
     load_config_file(str(file))
 heavy = {"jax", "flax", "numpy", "torch"} & set(sys.modules)

@@ -10,6 +10,11 @@ import numpy as np
 from nextllm_jax.data.packing import Batch
 
 
+def perplexity(loss: float) -> float:
+    """exp(loss) of a mean negative log likelihood in nats; inf where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf if not math.isnan(loss) else math.nan
+
+
 class Evaluation(NamedTuple):
     """A set's score; independent of batch size and device count."""
 
@@ -34,5 +39,4 @@ def evaluate(
     nll = float(np.sum([np.asarray(nll, np.float64) for nll, _ in results]))
     num_tokens = int(np.sum([np.asarray(count) for _, count in results]))
     loss = nll / num_tokens
-    perplexity = math.exp(loss) if loss < 700 else math.inf
-    return Evaluation(loss, perplexity, nll / math.log(2) / num_bytes, num_tokens)
+    return Evaluation(loss, perplexity(loss), nll / math.log(2) / num_bytes, num_tokens)

@@ -75,34 +75,47 @@ def build_program(config: Config, mesh: Mesh) -> Program:
 
 
 def _check_platform(config: Config) -> None:
-    found = jax.default_backend()
+    try:
+        found = jax.default_backend()
+    except RuntimeError as error:
+        raise InputError(f"jax finds no device to run on ({str(error).splitlines()[0]}); see JAX_PLATFORMS") from error
     if config.platform not in ("auto", found):
-        raise InputError(f"platform is {config.platform}, but jax found {found}; install jax for it, or set --platform")
+        raise InputError(
+            f"platform is {config.platform}, but jax found {found}; install jax for it, set JAX_PLATFORMS, or "
+            "change --platform"
+        )
+    if jax.process_count() > 1:
+        raise InputError(f"{jax.process_count()} jax processes were started; training runs in one process today")
     if config.model.dtype == "float32":
         # TPUs and recent GPUs multiply float32 in fewer bits unless asked.
         jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def _check_fits(config: Config, dataset: Dataset, mesh: Mesh) -> None:
+    """Raise InputError, before anything is written, if data, model and mesh do not go together."""
     if dataset.vocab_size > config.model.vocab_size:
         raise InputError(
             f"the data's tokenizer has {dataset.vocab_size} tokens but model.vocab_size is "
             f"{config.model.vocab_size}; set --model.vocab-size {dataset.vocab_size} or more"
         )
+    rows = config.training.global_batch_size // config.training.accumulation_steps
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = {
-        "training.global_batch_size / accumulation_steps": config.training.global_batch_size
-        // config.training.accumulation_steps,
-        "training.evaluation_batch_size": config.training.evaluation_batch_size,
-    }
-    for name, size in rows.items():
-        if size % parts:
-            raise InputError(f"{name} is {size}, which mesh.data x mesh.fsdp = {parts} does not divide")
-    if config.data.sequence_length % mesh.shape["sequence"]:
+    if rows % parts:
         raise InputError(
-            f"data.sequence_length {config.data.sequence_length} is not divisible by "
-            f"mesh.sequence {mesh.shape['sequence']}"
+            f"training.global_batch_size / accumulation_steps is {rows}, which mesh.data x mesh.fsdp = {parts} "
+            "does not divide"
         )
+    length, parts = config.data.sequence_length, mesh.shape["sequence"]
+    if length % parts:
+        raise InputError(f"data.sequence_length {length} is not divisible by mesh.sequence {parts}")
+    tokenizer, training = dataset.tokenizer(), config.training
+    for prompt in training.sample_prompts if training.sample_tokens else ():
+        needed = 1 + len(tokenizer.encode(prompt)) + training.sample_tokens
+        if needed > config.model.context_length:
+            raise InputError(
+                f"training.sample_prompts has {prompt[:20]!r}..., which needs {needed} tokens with "
+                f"training.sample_tokens, over model.context_length {config.model.context_length}"
+            )
 
 
 def _restore_or_create(program: Program, checkpoints: Checkpoints, config: Config) -> tuple[TrainState, dict[str, Any]]:
@@ -133,40 +146,44 @@ def train(config: Config, *, overwrite: bool = False, sample_text: SampleText | 
 
     Raises InputError for what the user can fix, and RunFailed if too many steps in a row are not finite.
     """
+    if config.workdir is None or "://" in config.workdir:
+        raise InputError(f"workdir is {config.workdir}; it must name a local directory for the run")
     _check_platform(config)
     mesh = make_mesh(config.mesh)
     dataset = Dataset.open(default_data_path(config.data))
     _check_fits(config, dataset, mesh)
-    if config.workdir is None:
-        raise InputError("workdir is not set; it names the run directory")
+    program = build_program(config, mesh)
+    loader = TrainLoader(
+        dataset.split("train"),
+        sequence_length=config.data.sequence_length,
+        global_batch_size=config.training.global_batch_size,
+        seed=config.seed,
+        sharding=sharding(mesh, "batch", "seq"),
+    )
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         stack.enter_context(jax.set_mesh(mesh))
         run = stack.enter_context(open_run(config.workdir, config, overwrite=overwrite))
         checkpoints = stack.enter_context(Checkpoints(run.path / "checkpoints"))
-        if run.set_aside:
-            print(f"the run that was here is in {run.set_aside}")
-        program = build_program(config, mesh)
         state, record = _restore_or_create(program, checkpoints, config)
-        loader = _make_loader(config, dataset, mesh, record)
+        if record:
+            loader.start_step(record["data"])
         tokenizer = dataset.tokenizer()
-        tokenizer.save(run.path / "tokenizer")  # only now: the loader has checked that this is the run's data
-        first_step = int(state.step)
-        writers = stack.enter_context(
-            contextlib.closing(
-                Writers(
-                    run.path,
-                    total_steps=config.training.steps,
-                    initial_step=first_step,
-                    enabled=jax.process_index() == 0,
-                )
-            )
-        )
+        tokenizer.save(run.path / "tokenizer")  # only now: this is the run's data
+        run.accept(config)
+        step = int(state.step)
+        writers = Writers(run.path, total_steps=config.training.steps, initial_step=step)
+        stack.enter_context(contextlib.closing(writers))
+        if run.set_aside:
+            writers.message(f"the run that was here is in {run.set_aside}")
         writers.message(_describe(config, program, mesh, dataset))
-        if first_step:
-            writers.message(f"continuing from step {first_step} of {run.path}")
-        session = Session(config, program, mesh, dataset, loader, tokenizer, checkpoints, writers, stop, sample_text)
-        return _steps(session, state, record)
+        if step:
+            writers.message(f"continuing from step {step} of {run.path}")
+        return _steps(
+            Session(config, program, mesh, dataset, loader, tokenizer, checkpoints, writers, stop, sample_text),
+            state,
+            record,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,15 +224,16 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
             meter.pause()
             loss = _evaluate(session, state, step, meter)
             evaluated = loss is not None
-        if stop.name or loss is not None or session.due(config.checkpoint.every_steps, step):
+        signal = stop.name  # read once: it may come at any time, and then waits for the next round
+        if signal or loss is not None or session.due(config.checkpoint.every_steps, step):
             meter.pause()
             facts = {"evaluated": evaluated, "data": session.loader.position(step), **meter.totals()}
-            _save_if_needed(session, state, step, loss, facts)
+            _save_if_needed(session, state, step, loss, facts, stopping=signal is not None)
         if evaluated and step == config.training.steps:
-            return _finish(session, step, last)
-        if stop.name:
+            return _finish(session, state, last)
+        if signal:
             session.checkpoints.wait()
-            writers.message(f"{stop.name}: saved step {step} and stopped; run the same command again to continue")
+            writers.message(f"{signal}: saved step {step} and stopped; run the same command again to continue")
             return "interrupted"
         started = time.perf_counter()
         state, metrics = session.program.train_step(state, next(batches))
@@ -231,20 +249,6 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
         writers.progress(step)
         if session.due(config.training.log_every_steps, step):
             writers.train(meter.read(step))
-
-
-def _make_loader(config: Config, dataset: Dataset, mesh: Mesh, record: dict[str, Any]) -> TrainLoader:
-    """The training data, which must be that of the checkpoint's record if there is one."""
-    loader = TrainLoader(
-        dataset.split("train"),
-        sequence_length=config.data.sequence_length,
-        global_batch_size=config.training.global_batch_size,
-        seed=config.seed,
-        sharding=sharding(mesh, "batch", "seq"),
-    )
-    if record:
-        loader.start_step(record["data"])
-    return loader
 
 
 def _make_meter(session: Session, record: dict[str, Any]) -> TrainMeter:
@@ -268,10 +272,11 @@ def _until_stopped(batches: Iterable[Batch], stop: StopRequest) -> Iterator[Batc
 def _evaluate(session: Session, state: TrainState, step: int, meter: TrainMeter) -> float | None:
     """The validation loss, reported together with samples; None if a stop was requested meanwhile."""
     config, split = session.config, session.dataset.split("validation")
+    parts = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
     batches = validation_batches(
         split,
         sequence_length=config.data.sequence_length,
-        batch_size=config.training.evaluation_batch_size,
+        batch_size=-(-config.training.evaluation_batch_size // parts) * parts,
         sharding=sharding(session.mesh, "batch", "seq"),
     )
     try:
@@ -289,7 +294,7 @@ def _evaluate(session: Session, state: TrainState, step: int, meter: TrainMeter)
             **meter.totals(),
         }
     )
-    if session.sample_text and config.training.sample_tokens:
+    if session.sample_text and config.training.sample_tokens and config.training.sample_prompts:
         texts = session.sample_text(
             config.model,
             session.program.model.dtype,
@@ -302,7 +307,9 @@ def _evaluate(session: Session, state: TrainState, step: int, meter: TrainMeter)
     return result.loss
 
 
-def _save_if_needed(session: Session, state: TrainState, step: int, loss: float | None, facts: dict[str, Any]) -> None:
+def _save_if_needed(
+    session: Session, state: TrainState, step: int, loss: float | None, facts: dict[str, Any], *, stopping: bool
+) -> None:
     """Save a new best, and whatever is due; a step that is saved already only gets its validation loss."""
     checkpoints = session.checkpoints
     checkpoints.wait()
@@ -312,7 +319,7 @@ def _save_if_needed(session: Session, state: TrainState, step: int, loss: float 
         return
     best = checkpoints.best_step()
     improves = loss is not None and (best is None or loss < (checkpoints.validation_loss(best) or math.inf))
-    if improves or session.stop.name or session.due(session.config.checkpoint.every_steps, step):
+    if improves or stopping or session.due(session.config.checkpoint.every_steps, step):
         items = {"params": state.params, "rest": dataclasses.replace(state, params=None)}
         checkpoints.save(step, items, facts, validation_loss=loss)
 
@@ -332,13 +339,16 @@ def _check_finite(session: Session, step: int, metrics: StepMetrics) -> None:
         )
 
 
-def _finish(session: Session, step: int, last: StepMetrics | None) -> Outcome:
-    checkpoints = session.checkpoints
+def _finish(session: Session, state: TrainState, last: StepMetrics | None) -> Outcome:
+    checkpoints, step = session.checkpoints, int(state.step)
     checkpoints.wait()
     if last is None:
         session.writers.message(f"the run is finished at step {step}; raise --training.steps to go on")
-    else:
-        _check_finite(session, step, last)
-        best = checkpoints.best_step()
-        session.writers.message(f"finished at step {step}; the best checkpoint is step {best}")
+        return "finished"
+    _check_finite(session, step, last)
+    skipped = int(state.skipped)
+    session.writers.message(
+        f"finished at step {step}; the best checkpoint is step {checkpoints.best_step()}"
+        + (f"; {skipped} updates were skipped, not finite" if skipped else "")
+    )
     return "finished"

@@ -7,12 +7,8 @@ from typing import Any
 
 import jax
 
+from nextllm_jax.training.evaluate import perplexity
 from nextllm_jax.training.step import StepMetrics
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss) of a mean negative log likelihood in nats; inf where that overflows."""
-    return math.inf if loss > 700 else math.exp(loss)
 
 
 class TrainMeter:

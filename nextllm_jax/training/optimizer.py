@@ -7,23 +7,15 @@ import jax.numpy as jnp
 import optax
 
 from nextllm_jax.config import OptimizerConfig
-from nextllm_jax.errors import InputError
 
 
 def schedule(config: OptimizerConfig, training_steps: int) -> optax.Schedule:
     """The learning rate as a function of the step, warmup first.
 
     The first step has `learning_rate / warmup_steps`, so that none is wasted on a rate of zero, and the
-    last step of the schedule has the final rate.
-
-    Raises InputError if the warmup does not fit into the schedule.
+    last step of the schedule has the final rate. Config checks that the warmup is shorter than the schedule.
     """
     steps = config.schedule_steps or training_steps
-    if config.warmup_steps >= steps:
-        raise InputError(
-            f"optimizer.warmup_steps {config.warmup_steps} is not below the schedule's {steps} steps "
-            "(optimizer.schedule_steps, or training.steps)"
-        )
     peak = config.learning_rate
     final = peak * config.final_learning_rate_fraction
     after_warmup = steps - config.warmup_steps

@@ -15,7 +15,8 @@ import jax
 from etils import epath
 from jax.experimental import multihost_utils
 
-from nextllm_jax.config import Config, from_json
+from nextllm_jax.config import Config
+from nextllm_jax.config_files import from_json
 from nextllm_jax.errors import InputError, RunFailed
 
 CONFIG = "config.json"
@@ -36,12 +37,17 @@ class RunDirectory:
     set_aside: epath.Path | None = None
     """Where the files of an overwritten run went."""
 
+    def accept(self, config: Config) -> None:
+        """Make `config` the one in config.json, once a continued run has passed its checks."""
+        if jax.process_index() == 0:
+            write_atomically(self.path / CONFIG, config.to_json().encode())
+
 
 @contextlib.contextmanager
 def open_run(workdir: epath.PathLike, config: Config, *, overwrite: bool = False) -> Iterator[RunDirectory]:
     """The run in `workdir`, new or continued, locked against a second training until the context ends.
 
-    Writes the config to config.json; a continued run gets the new one (more steps, say). With `overwrite`
+    Writes the config to config.json of a new run; a continued run keeps its own until `accept`. With `overwrite`
     the files of the run that is there go to overwritten/<n>; whatever else lies in the directory stays.
     Every process calls it; process 0 does the work and the others wait for it. No lock on gs:// and the like,
     nor on file systems that have none.
@@ -130,10 +136,10 @@ def _take_over(path: epath.Path, config: Config, overwrite: bool) -> epath.Path 
     """Make the directory the run of `config`; where an overwritten run's files went."""
     set_aside = None
     if (path / CONFIG).exists():
-        if overwrite:
-            set_aside = _set_aside(path)
-        else:
+        if not overwrite:
             _require_same_run(path, _read_config(path), config)
+            return None
+        set_aside = _set_aside(path)
     write_atomically(path / CONFIG, config.to_json().encode())
     return set_aside
 

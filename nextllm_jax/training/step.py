@@ -45,16 +45,16 @@ def _gradients(model: Transformer, params: Any, batch: Batch, accumulation_steps
     if accumulation_steps == 1:
         return value_and_grad(params, batch)
 
-    def accumulate(carry: tuple[jax.Array, Any], microbatch: Batch) -> tuple[tuple[jax.Array, Any], None]:
+    def accumulate(sums: tuple[jax.Array, Any], microbatch: Batch) -> tuple[tuple[jax.Array, Any], None]:
         microbatch = jax.tree.map(lambda x: constrain(x, "batch", "seq"), microbatch)
-        return jax.tree.map(jnp.add, carry, value_and_grad(params, microbatch)), None
+        return jax.tree.map(lambda total, x: total + x, sums, value_and_grad(params, microbatch)), None
 
     # Microbatch i takes rows i, i + A, ...: so every device keeps the rows that it already holds.
     microbatches = jax.tree.map(
         lambda x: constrain(jnp.swapaxes(x.reshape(-1, accumulation_steps, *x.shape[1:]), 0, 1), None, "batch", "seq"),
         batch,
     )
-    zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+    zeros = (jnp.zeros((), jnp.float32), jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params))
     return jax.lax.scan(accumulate, zeros, microbatches)[0]
 
 

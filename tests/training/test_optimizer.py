@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from nextllm_jax.config import OptimizerConfig
+from nextllm_jax.config import Config, OptimizerConfig, TrainingConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.training.optimizer import decay_mask, make_optimizer, schedule
 
@@ -39,7 +39,7 @@ def test_schedule_steps_fixes_the_past_when_a_run_is_extended():
 
 def test_warmup_longer_than_the_schedule_is_refused_with_both_numbers():
     with pytest.raises(InputError, match="100 is not below the schedule's 60"):
-        schedule(OptimizerConfig(warmup_steps=100), 60)
+        Config(optimizer=OptimizerConfig(warmup_steps=100), training=TrainingConfig(steps=60))
 
 
 PARAMS = {

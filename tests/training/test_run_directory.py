@@ -10,7 +10,8 @@ import textwrap
 import pytest
 from etils import epath
 
-from nextllm_jax.config import Config, DataConfig, ModelConfig, TrainingConfig, from_json
+from nextllm_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
+from nextllm_jax.config_files import from_json
 from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.training import run_directory
 from nextllm_jax.training.run_directory import open_run, write_atomically

@@ -1,0 +1,98 @@
+"""Configs from files: python files that define `get_config() -> Config`, and the JSON that a run keeps.
+
+Importing this module does not import jax.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from nextllm_jax import config as definitions
+from nextllm_jax.config import Config
+from nextllm_jax.errors import InputError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def from_dict(cls: type[Any], values: dict[str, Any], where: str) -> Any:
+    """A config dataclass from plain values; `where` names the source in errors.
+
+    Raises InputError for an unknown field or a bad value.
+    """
+    _require(isinstance(values, dict), f"{where} must hold a JSON object, the fields of {cls.__name__}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name in values:
+        hint = _suggest(name, fields)
+        _require(name in fields, f"{where} has a field '{name}' that {cls.__name__} does not know{hint}")
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        nested = fields[name].default_factory
+        if isinstance(value, dict) and dataclasses.is_dataclass(nested):
+            arguments[name] = from_dict(nested, value, f"{where}: {name}")  # pyright: ignore[reportArgumentType]
+        else:
+            arguments[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**arguments)
+
+
+def from_json(text: str, where: str) -> Config:
+    """The Config that `Config.to_json` wrote; `where` names the file in errors."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where} is not JSON ({error}); it should be a config that a run wrote") from error
+    return from_dict(Config, values, where)
+
+
+def read_config(path: epath.PathLike) -> Config:
+    """The Config in a run's config.json. Raises InputError for a file that is not one."""
+    try:
+        text = epath.Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); it should be a config that a run wrote") from error
+    return from_json(text, str(path))
+
+
+def _hint(error: BaseException) -> str:
+    """What to do about an error in a config file: the nearest field for one that does not exist."""
+    unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    known = getattr(definitions, unknown[1], None) if unknown else None
+    if unknown and dataclasses.is_dataclass(known):
+        return _suggest(unknown[2], [field.name for field in dataclasses.fields(known)])
+    return "; it must define get_config() -> Config" if "get_config" in str(error) else ""
+
+
+def load_config_file(path: str) -> Config:
+    """The Config of a python file's `get_config()`, with its workdir named after the file.
+
+    Raises InputError if the file is missing, fails to run, or does not define `get_config`.
+    """
+    file = Path(path)
+    _require(file.is_file(), f"config file {path} does not exist; the shipped ones are in configs/, such as tiny.py")
+    spec = importlib.util.spec_from_file_location(f"nextllm_config_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise InputError(f"config file {path} must be a python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except InputError as error:
+        raise InputError(f"config file {path}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise InputError(f"config file {path} fails with {type(error).__name__}: {error}{_hint(error)}") from error
+    _require(isinstance(config, Config), f"config file {path}: get_config() must return a Config, not {type(config)}")
+    return config if config.workdir else dataclasses.replace(config, workdir=f"runs/{file.stem}")
