@@ -75,6 +75,8 @@ def test_run_continues(run, config):
     before = files(run)
     with open_run(run, config) as opened:
         assert opened.set_aside is None
+        assert files(run) == before  # until the run has passed its checks
+        opened.accept(config)
     assert from_json((run / "config.json").read_text(), "here") == config
     assert files(run) | {"config.json": b""} == before | {"config.json": b""}
 
