@@ -30,8 +30,9 @@ class SampleArguments:
     """Continuations of each prompt, each drawn in its own way."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text to stop before; may be given several times. The end of the document always stops."""
-    step: str = "best"
-    """Checkpoint to take: best (lowest validation loss), latest, or a step number."""
+    step: str | None = None
+    """Checkpoint to take: best (lowest validation loss), latest, or a step number; none: best, or latest while no
+    checkpoint has a validation loss."""
     dtype: Literal["auto", "float32", "bfloat16"] | None = None
     """Type of the matmuls; none: what the run's config says."""
     json: bool = False

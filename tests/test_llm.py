@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 import nextllm_jax
+import nextllm_jax.llm
 from nextllm_jax.checkpoint import Checkpoints
 from nextllm_jax.config import Config, DataConfig, ModelConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.llm import LLM, cast_matrices
-from nextllm_jax.model.transformer import Transformer
+from nextllm_jax.model.transformer import Transformer, unstack_layers
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 CONFIG = ModelConfig(
@@ -68,9 +69,33 @@ def test_load_takes_the_best_the_latest_or_a_step(llm, run_directory):
     best = nextllm_jax.load(str(run_directory))
     assert best.config == CONFIG
     assert best.tokenizer.hash == TOKENIZER.hash
-    assert equal(best.params, llm.params)
-    assert equal(nextllm_jax.load(str(run_directory), step=3).params, llm.params)
-    assert not equal(nextllm_jax.load(str(run_directory), step="latest").params, llm.params)
+    expected = unstack_layers(CONFIG, llm.params)
+    assert equal(best.params, expected)
+    assert equal(nextllm_jax.load(str(run_directory), step="best").params, expected)
+    assert equal(nextllm_jax.load(str(run_directory), step=3).params, expected)
+    assert not equal(nextllm_jax.load(str(run_directory), step="latest").params, expected)
+
+
+def test_without_any_validation_loss_load_takes_the_latest(llm, run_directory, tmp_path):
+    for name in ("config.json", "tokenizer"):
+        (tmp_path / name).symlink_to(run_directory / name)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(4, {"params": llm.params}, {}, validation_loss=None)
+    assert equal(nextllm_jax.load(str(tmp_path)).params, unstack_layers(CONFIG, llm.params))
+    with pytest.raises(InputError, match="has a validation loss; ask for latest"):
+        nextllm_jax.load(str(tmp_path), step="best")
+
+
+def test_layers_are_unrolled_up_to_a_depth_and_say_the_same(llm, run_directory, monkeypatch):
+    unrolled = nextllm_jax.load(str(run_directory))
+    monkeypatch.setattr(nextllm_jax.llm, "MAX_UNROLLED_LAYERS", CONFIG.num_layers - 1)
+    scanned = nextllm_jax.load(str(run_directory))
+    assert equal(scanned.params, llm.params)
+    assert unrolled.params.keys() > {"remainder_0", "remainder_1"}
+    samples = unrolled.generate(["ab", "c"], max_new_tokens=8)
+    assert samples == scanned.generate(["ab", "c"], max_new_tokens=8)
+    np.testing.assert_allclose(unrolled.logits([[1, 2, 3]]), scanned.logits([[1, 2, 3]]), atol=1e-5)
+    assert unrolled.score("some text").nll == pytest.approx(scanned.score("some text").nll, rel=1e-5)
 
 
 def test_load_says_what_is_missing(run_directory, tmp_path):
@@ -86,10 +111,10 @@ def test_bfloat16_casts_the_matrices_and_not_the_norms(llm, run_directory):
     loaded = nextllm_jax.load(str(run_directory), dtype="bfloat16")
     assert loaded.params["embed"]["embedding"].dtype == jnp.bfloat16
     assert loaded.params["final_norm"]["scale"].dtype == jnp.float32
-    assert equal(loaded.params, cast_matrices(llm.params, jnp.dtype("bfloat16")))
+    assert equal(loaded.params, unstack_layers(CONFIG, cast_matrices(llm.params, jnp.dtype("bfloat16"))))
     # The cast at load is the cast that the model makes at each use.
     tokens_BT = np.arange(20)[None]
-    uncast = dataclasses.replace(loaded, params=llm.params)
+    uncast = dataclasses.replace(loaded, params=unstack_layers(CONFIG, llm.params))
     np.testing.assert_array_equal(loaded.logits(tokens_BT), uncast.logits(tokens_BT))
 
 
@@ -144,7 +169,7 @@ def test_stream_is_generate_in_pieces(llm):
     assert stream.speeds.decode_tokens == 24
 
 
-def test_bad_requests_are_refused(llm):
+def test_bad_requests_are_refused(llm, monkeypatch):
     with pytest.raises(InputError, match="no prompts"):
         llm.generate([])
     with pytest.raises(InputError, match="num_samples is 0"):
@@ -153,6 +178,7 @@ def test_bad_requests_are_refused(llm):
         llm.generate("a", temperature=-1)
     with pytest.raises(InputError, match="context_length 48"):
         llm.generate("a" * 40, max_new_tokens=8)
+    monkeypatch.setattr(nextllm_jax.llm, "Generation", None)  # what follows must not reach the prefill
     with pytest.raises(InputError, match="stop string is empty"):
         llm.generate("a", max_new_tokens=4, stop=[""])
 

@@ -74,7 +74,9 @@ def prefill(
     """
     B, T = tokens_BT.shape
     positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-    cache = KVCache.create(model.config, batch_size=B, length=cache_length, dtype=model.dtype)
+    cache = KVCache.create(
+        model.config, batch_size=B, length=cache_length, dtype=model.dtype, scan_layers=model.scan_layers
+    )
     _, cache = _apply(model, params, tokens_BT, positions_BT, cache)
     last_B = jnp.maximum(lengths_B - 1, 0)
     seen_BV = None

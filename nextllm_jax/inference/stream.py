@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from nextllm_jax.errors import InputError
 from nextllm_jax.inference.generate import CHUNK_TOKENS, Generation, Speeds
 from nextllm_jax.tokenizer.tokenizer import IncrementalDecoder, Tokenizer
 
@@ -34,15 +33,13 @@ class Piece:
 
 
 class StopFinder:
-    """Text up to the first stop string, let through as soon as it cannot be the start of one.
+    """Text up to the first stop string (none is empty), let through as soon as it cannot be the start of one.
 
     The stop string that is complete first decides, and of those complete at once the one that starts first; so
     the result does not depend on how the text is cut into pushes.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        if not all(stops):
-            raise InputError("a stop string is empty; leave it out, or give the text to stop at")
         self._stops = tuple(stops)
         self._held = ""
         self.found = False
@@ -118,8 +115,6 @@ class TextStream:
 
     Rows advance together, so their pieces alternate; `chunk_tokens` is how many tokens a row gets between two
     looks at it. `speeds` says how fast it went so far.
-
-    Raises InputError for an empty stop string.
     """
 
     def __init__(

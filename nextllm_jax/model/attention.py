@@ -51,7 +51,8 @@ class Attention(nn.Module):
                 out_BTNH = cached_attention(q_BTNH, *cache.view(layer), positions_BT=positions_BT, window=window)
         out_BTNH = constrain(out_BTNH, "batch", "seq", "heads", "head_dim")
         output = Linear(
-            "BTNH,NHD->BTD",
+            # Not H: einsum contracts in alphabetical order, and H before N would transpose the kernel at every call.
+            "BTNh,NhD->BTD",
             (config.num_heads, config.head_dim, config.embed_dim),
             ("heads", "head_dim", "embed"),
             residual_init_std(config),

@@ -16,33 +16,50 @@ from nextllm_jax.config import ModelConfig
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of all layers, [L, B, S, K, H]."""
+    """Keys and values: one array [L, B, K, S, H] of all layers, or one [1, B, K, S, H] a layer.
 
-    k_LBSKH: jax.Array
-    v_LBSKH: jax.Array
+    A scan over layers needs the one; without a scan the many are read in place, where the one would be copied
+    layer by layer. Slots lie next to each other (S after K), so that attention's products take them as they lie.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
 
     @classmethod
-    def create(cls, config: ModelConfig, *, batch_size: int, length: int, dtype: Any) -> "KVCache":
-        """An empty cache for `batch_size` rows of at most `length` positions."""
-        shape = (config.num_layers, batch_size, length, config.num_kv_heads, config.head_dim)
-        return cls(k_LBSKH=jnp.zeros(shape, dtype), v_LBSKH=jnp.zeros(shape, dtype))
+    def create(
+        cls, config: ModelConfig, *, batch_size: int, length: int, dtype: Any, scan_layers: bool = True
+    ) -> "KVCache":
+        """An empty cache for `batch_size` rows of at most `length` positions; `scan_layers` as the Transformer's."""
+        parts, layers = (1, config.num_layers) if scan_layers else (config.num_layers, 1)
+        shape = (layers, batch_size, config.num_kv_heads, length, config.head_dim)
+        keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(parts)) for _ in range(2))
+        return cls(keys, values)
 
     @property
     def length(self) -> int:
         """Positions that a row can hold."""
-        return self.k_LBSKH.shape[2]
+        return self.keys[0].shape[3]
 
     def write(self, layer: jax.Array | int, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array) -> "KVCache":
         """The cache with a layer's new keys and values at their positions; positions past the end are dropped."""
-        rows_B1 = jnp.arange(k_BTKH.shape[0])[:, None]
-        where = (jnp.full_like(positions_BT, layer), jnp.broadcast_to(rows_B1, positions_BT.shape), positions_BT)
-        return KVCache(
-            k_LBSKH=self.k_LBSKH.at[where].set(k_BTKH.astype(self.k_LBSKH.dtype), mode="drop"),
-            v_LBSKH=self.v_LBSKH.at[where].set(v_BTKH.astype(self.v_LBSKH.dtype), mode="drop"),
-        )
+        part, index = self._place(layer)
+        rows_BT = jnp.broadcast_to(jnp.arange(k_BTKH.shape[0])[:, None], positions_BT.shape)
+
+        def written(arrays: tuple[jax.Array, ...], new_BTKH: jax.Array) -> tuple[jax.Array, ...]:
+            old_LBKSH = arrays[part]
+            place = old_LBKSH.at[jnp.full_like(positions_BT, index), rows_BT, :, positions_BT]
+            new_LBKSH = place.set(new_BTKH.astype(old_LBKSH.dtype), mode="drop")
+            return (*arrays[:part], new_LBKSH, *arrays[part + 1 :])
+
+        return KVCache(written(self.keys, k_BTKH), written(self.values, v_BTKH))
 
     def view(self, layer: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        """A layer's keys and values, each [B, S, K, H]."""
-        k_BSKH = jax.lax.dynamic_index_in_dim(self.k_LBSKH, layer, keepdims=False)
-        v_BSKH = jax.lax.dynamic_index_in_dim(self.v_LBSKH, layer, keepdims=False)
-        return k_BSKH, v_BSKH
+        """A layer's keys and values, each [B, K, S, H]."""
+        part, index = self._place(layer)
+        k_BKSH = jax.lax.dynamic_index_in_dim(self.keys[part], index, keepdims=False)
+        v_BKSH = jax.lax.dynamic_index_in_dim(self.values[part], index, keepdims=False)
+        return k_BKSH, v_BKSH
+
+    def _place(self, layer: Any) -> tuple[int, jax.Array | int]:
+        """Which array a layer is in, and its index there."""
+        return (0, layer) if len(self.keys) == 1 else (layer, 0)

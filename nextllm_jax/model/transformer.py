@@ -1,4 +1,8 @@
-"""The decoder: embedding, a scan over periods of the layer pattern, final norm, and the head apart.
+"""The decoder: embedding, the layers, final norm, and the head apart.
+
+Layers are a scan over periods of the layer pattern, which compiles one period whatever the depth; what the
+periods leave over follows block by block. Generation leaves all of them over (`scan_layers=False`), for a scan
+over stacked parameters copies each matrix out of its stack before a decode step can multiply with it.
 
 The head is apart so that a chunked loss never builds the logits of a whole batch. Decoding is not a
 mode: prefill, a single-token step and training are one call, with a cache or without.
@@ -85,15 +89,19 @@ class Period(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Llama-style decoder (Touvron et al. 2023, arXiv:2302.13971); `dtype` is the type of the matmuls."""
+    """Llama-style decoder (Touvron et al. 2023, arXiv:2302.13971); `dtype` is the type of the matmuls.
+
+    Without `scan_layers` it takes the parameters that `unstack_layers` makes.
+    """
 
     config: ModelConfig
     dtype: Any = jnp.float32
+    scan_layers: bool = True
 
     def setup(self) -> None:
         config, param_dtype = self.config, jnp.dtype(self.config.param_dtype)
         embed = (config.vocab_size, config.embed_dim, config.init_std, self.dtype, param_dtype)
-        num_periods, num_rest = divmod(config.num_layers, len(config.layer_pattern))
+        num_periods = self._num_periods()
         self.embed = Embed(*embed)
         if num_periods:
             self.layers = nn.scan(
@@ -105,7 +113,9 @@ class Transformer(nn.Module):
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )(config, self.dtype)
         block = _remat(config, prevent_cse=True)
-        self.remainder = [block(config, kind, self.dtype) for kind in config.layer_pattern[:num_rest]]
+        pattern = config.layer_pattern
+        num_rest = config.num_layers - num_periods * len(pattern)
+        self.remainder = [block(config, pattern[i % len(pattern)], self.dtype) for i in range(num_rest)]
         self.final_norm = RMSNorm(config.norm_eps, param_dtype)
         if not config.tie_embeddings:
             self.lm_head = Embed(*embed)
@@ -130,7 +140,7 @@ class Transformer(nn.Module):
         config = self.config
         x_BTD = constrain(self.embed(tokens_BT), "batch", "seq", "activation_embed")
         context = (rope_cos_sin(config, positions_BT), positions_BT, segment_ids_BT)
-        num_periods = config.num_layers // len(config.layer_pattern)
+        num_periods = self._num_periods()
         if num_periods:
             (x_BTD, cache), _ = self.layers((x_BTD, cache), jnp.arange(num_periods), *context)
         for i, block in enumerate(self.remainder):
@@ -144,6 +154,25 @@ class Transformer(nn.Module):
         """Return float32 logits [B, T, V], padded vocabulary included."""
         head = self.embed if self.config.tie_embeddings else self.lm_head
         return head.attend(hidden_BTD)
+
+    def _num_periods(self) -> int:
+        return self.config.num_layers // len(self.config.layer_pattern) if self.scan_layers else 0
+
+
+def unstack_layers(config: ModelConfig, params: Any) -> Any:
+    """The (unboxed) parameters for a Transformer without scan_layers: each layer's own, cut out of the stack.
+
+    A copy of the layers' parameters; drop the stacked ones to have the memory back.
+    """
+    params, size = dict(params), len(config.layer_pattern)
+    stacked = params.pop("layers", {})
+    num_scanned = config.num_layers // size * size
+    for i in range(config.num_layers - num_scanned):
+        params[f"remainder_{num_scanned + i}"] = params.pop(f"remainder_{i}")
+    for layer in range(num_scanned):
+        period, block = divmod(layer, size)
+        params[f"remainder_{layer}"] = jax.tree.map(lambda leaf, i=period: leaf[i], stacked[f"block_{block}"])
+    return params
 
 
 def _remat(config: ModelConfig, *, prevent_cse: bool) -> type[Block]:

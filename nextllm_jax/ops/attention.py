@@ -38,8 +38,8 @@ def causal_attention(
 
 def cached_attention(
     q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
     *,
     positions_BT: jax.Array,
     window: int | None = None,
@@ -49,13 +49,13 @@ def cached_attention(
     A query at position p sees slot s if s <= p and p - s < window (if given); what later slots hold does not matter
     as long as it is finite. Softmax is float32.
     """
-    q_BTKGH = _group(q_BTNH, k_BSKH.shape[2])
-    scores_BKGTS = _einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH) / math.sqrt(q_BTNH.shape[-1])
-    distance_BTS = positions_BT[:, :, None] - jnp.arange(k_BSKH.shape[1])[None, None, :]
+    q_BKGTH = jnp.einsum("BTKGH->BKGTH", _group(q_BTNH, k_BKSH.shape[1]))
+    scores_BKGTS = _einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH) / math.sqrt(q_BTNH.shape[-1])
+    distance_BTS = positions_BT[:, :, None] - jnp.arange(k_BKSH.shape[2])[None, None, :]
     visible_BTS = _visible(distance_BTS, window)
     weights_BKGTS = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], scores_BKGTS, _MASKED), axis=-1)
-    out_BTKGH = _einsum("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
-    return out_BTKGH.reshape(q_BTNH.shape).astype(q_BTNH.dtype)
+    out_BKGTH = _einsum("BKGTS,BKSH->BKGTH", weights_BKGTS.astype(v_BKSH.dtype), v_BKSH)
+    return jnp.einsum("BKGTH->BTKGH", out_BKGTH).reshape(q_BTNH.shape).astype(q_BTNH.dtype)
 
 
 def _group(x_BTNH: jax.Array, num_kv_heads: int) -> jax.Array:

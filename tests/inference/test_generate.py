@@ -13,7 +13,7 @@ from nextllm_jax.errors import InputError
 from nextllm_jax.inference import sampling as transforms
 from nextllm_jax.inference.generate import CHUNK_TOKENS, Generation, bucket, decode, prefill
 from nextllm_jax.model.kv_cache import KVCache
-from nextllm_jax.model.transformer import Transformer
+from nextllm_jax.model.transformer import Transformer, unstack_layers
 from nextllm_jax.sharding import make_mesh, tree_shardings
 
 VOCAB = 90  # of 96: the rest is padding
@@ -55,9 +55,9 @@ def full_forward(params, tokens_BT):
     return MODEL.apply({"params": params}, hidden_BTD, method="logits")
 
 
-def start(params, prompts, sampling=GREEDY, *, tokens=TOKENS, seed=0, samples=None, stop_ids=(NEVER,)):
+def start(params, prompts, sampling=GREEDY, *, model=MODEL, tokens=TOKENS, seed=0, samples=None, stop_ids=(NEVER,)):
     return Generation(
-        MODEL,
+        model,
         params,
         prompts,
         samples=samples or [0] * len(prompts),
@@ -196,12 +196,12 @@ def test_cache_is_donated_and_not_copied(params):
         sampling=WARM,
         vocab_size=VOCAB,
     ).compile()
-    cache_bytes = state.cache.k_LBSKH.nbytes + state.cache.v_LBSKH.nbytes
+    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache))
     memory: Any = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cache_bytes
     assert memory.temp_size_in_bytes < cache_bytes
     generation.advance(1)
-    assert state.cache.k_LBSKH.is_deleted()
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.cache))
 
 
 def test_sharded_parameters_give_the_same_tokens(params):
@@ -214,6 +214,14 @@ def test_sharded_parameters_give_the_same_tokens(params):
         before = programs(decode)
         assert run(sharded, PROMPTS[:3], limit=8) == expected
         assert programs(decode) - before <= 2
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "warm"])
+def test_unstacked_layers_give_the_same_tokens(params, sampling):
+    unrolled = Transformer(CONFIG, MODEL.dtype, scan_layers=False)
+    generation = start(unstack_layers(CONFIG, params), PROMPTS, sampling, model=unrolled)
+    assert len(generation._state.cache.keys) == CONFIG.num_layers  # one array a layer, to be read in place
+    assert generation.advance() == run(params, PROMPTS, sampling)
 
 
 def test_context_is_respected(params):

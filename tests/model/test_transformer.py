@@ -13,7 +13,7 @@ from nextllm_jax.config import ModelConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.kv_cache import KVCache
 from nextllm_jax.model.layers import RMSNorm
-from nextllm_jax.model.transformer import Transformer, resolve_dtype
+from nextllm_jax.model.transformer import Transformer, resolve_dtype, unstack_layers
 from nextllm_jax.sharding import RULES
 from tests import reference
 
@@ -160,6 +160,21 @@ def test_prefill_in_pieces_equals_prefill_at_once(pattern: str) -> None:
     np.testing.assert_allclose(np.concatenate(pieces, axis=1), expected, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_unstacked_layers_equal_the_scan_with_a_cache_and_without(pattern: str) -> None:
+    config = make_config(pattern)
+    params, tokens_BT = random_params(config), random_tokens(config, 2, 6)
+    unrolled, unstacked = Transformer(config, scan_layers=False), unstack_layers(config, params)
+    expected = hidden_states(Transformer(config), params, tokens_BT, positions_of(tokens_BT))
+    hidden_BTD = hidden_states(unrolled, unstacked, tokens_BT, positions_of(tokens_BT))
+    np.testing.assert_allclose(hidden_BTD, expected, atol=TOLERANCE)
+    cache = KVCache.create(config, batch_size=2, length=8, dtype=jnp.float32, scan_layers=False)
+    for piece in (slice(0, 5), slice(5, 6)):
+        positions_BT = positions_of(tokens_BT)[:, piece]
+        hidden_BTD, cache = apply(unrolled, unstacked, tokens_BT[:, piece], positions_BT, None, cache)
+        np.testing.assert_allclose(hidden_BTD, expected[:, piece], atol=TOLERANCE)
+
+
 def test_segment_ids_with_a_cache_are_refused() -> None:
     config = make_config()
     tokens_BT = random_tokens(config, 1, 4)
@@ -168,17 +183,32 @@ def test_segment_ids_with_a_cache_are_refused() -> None:
         apply(Transformer(config), random_params(config), tokens_BT, tokens_BT, tokens_BT, cache)
 
 
-def test_a_decode_step_carries_the_cache_and_does_not_copy_it() -> None:
-    config = make_config(num_layers=16)
-    model, params = Transformer(config), random_params(config)
-    cache = KVCache.create(config, batch_size=4, length=4096, dtype=jnp.float32)
-    tokens_B1 = np.zeros((4, 1), np.int32)
+def decode_step_memory(config: ModelConfig, batch: int, length: int, *, scan_layers: bool) -> tuple[Any, int]:
+    """What one step that is given its cache needs, and the bytes of the cache."""
+    model, params = Transformer(config, scan_layers=scan_layers), random_params(config)
+    if not scan_layers:
+        params = unstack_layers(config, params)
+    cache = KVCache.create(config, batch_size=batch, length=length, dtype=jnp.float32, scan_layers=scan_layers)
+    tokens_B1 = np.zeros((batch, 1), np.int32)
+    step = jax.jit(
+        lambda params, cache: call(model, params, tokens_B1, tokens_B1, None, cache), donate_argnames=("cache",)
+    )
+    memory = step.lower(params, cache).compile().memory_analysis()
+    return memory, sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
 
-    step = jax.jit(lambda cache: call(model, params, tokens_B1, tokens_B1, None, cache), donate_argnums=0)
-    memory: Any = step.lower(cache).compile().memory_analysis()
-    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+
+@pytest.mark.parametrize(("scan_layers", "fraction"), [(True, 1 / 8), (False, 1 / 32)])  # of a cache of 16 layers
+def test_a_decode_step_carries_the_cache_and_does_not_copy_it(scan_layers: bool, fraction: float) -> None:
+    memory, cache_bytes = decode_step_memory(make_config(num_layers=16), 4, 4096, scan_layers=scan_layers)
     assert memory.alias_size_in_bytes >= cache_bytes
-    assert memory.temp_size_in_bytes < cache_bytes / 8  # two of its 16 layers
+    assert memory.temp_size_in_bytes < fraction * cache_bytes
+
+
+def test_a_decode_step_copies_no_matrix_of_unstacked_layers() -> None:
+    config = make_config(embed_dim=128, head_dim=32, mlp_dim=128)
+    memory, _ = decode_step_memory(config, 1, 16, scan_layers=False)
+    smallest = 4 * 128 * config.num_kv_heads * config.head_dim
+    assert memory.temp_size_in_bytes < smallest
 
 
 def gradient_program(remat: str) -> tuple[Any, Any]:
