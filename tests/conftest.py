@@ -23,6 +23,7 @@ class Door:
 
     def __init__(self, directory: Path, cache: Path) -> None:
         self.directory = directory
+        self.log: subprocess.CompletedProcess | None = None
         self._environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
@@ -97,6 +98,8 @@ def trained(tmp_path_factory, compilation_cache) -> Door:
     (directory / "config.py").write_text(CONFIG_FILE)
     door = Door(directory, compilation_cache)
     door.log = door.run("train.py", "--config", "config.py")
+    (prepared,) = (directory / "data").iterdir()
+    (directory / "data" / "known").symlink_to(prepared.name)
     return door
 
 

@@ -5,7 +5,6 @@ import re
 import resource
 import shutil
 import signal
-import time
 
 import jax
 import numpy as np
@@ -155,6 +154,18 @@ BAD_TRAIN = {
         ["--config", "config.py", "--model.vocab-size", "300"],
         "data.vocab_size 320 is over model.vocab_size 300",
     ),
+    "vocabulary of the data": (
+        ["--config", "config.py", "--model.vocab-size", "300", "--data.vocab-size", "300", "--data.path", "data/known"],
+        "tokenizer has 320 tokens but model.vocab_size is 300",
+    ),
+    "sample prompts": (["--config", "config.py", "--training.sample-tokens", "126"], "over model.context_length 128"),
+    "rows and mesh": (
+        ["--config", "config.py", "--training.accumulation-steps", "8", "--training.global-batch-size", "12"],
+        "8 does not divide training.global_batch_size 12",
+    ),
+    "two configs": (["--config", "config.py", "--config", "config.py"], "--config is given 2 times"),
+    "no such platform": (["--config", "config.py"], "jax finds no device", {"JAX_PLATFORMS": "tpu"}),
+    "remote workdir": (["--config", "config.py", "--workdir", "gs://bucket/run"], "must name a local directory"),
     "batch and mesh": (["--config", "config.py", "--mesh.data", "2"], "does not use 1 devices"),
     "platform": (["--config", "config.py", "--platform", "tpu"], "platform is tpu, but jax found cpu"),
 }
@@ -163,11 +174,20 @@ BAD_TRAIN = {
 @pytest.mark.parametrize("case", BAD_TRAIN)
 def test_bad_input_to_train_is_one_sentence_and_exit_2(door, case):
     (door.directory / "broken.py").write_text("1 / 0")
-    arguments, sentence = BAD_TRAIN[case]
-    failed = door.run("train.py", *arguments, exit_code=2)
+    arguments, sentence, *environment = BAD_TRAIN[case]
+    failed = door.run("train.py", *arguments, exit_code=2, **(environment[0] if environment else {}))
     assert re.search(sentence, failed.stderr + failed.stdout), failed.stderr
     assert "Traceback" not in failed.stderr
     assert not (door.directory / "runs").exists()
+
+
+def test_a_refused_continuation_leaves_the_run_as_it_was(trained):
+    run = trained.directory / "runs" / "config"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for change in (["--seed", "7"], ["--training.steps", "9"], ["--overwrite", "--optimizer.warmup-steps", "99"]):
+        trained.run("train.py", "--config", "config.py", *change, exit_code=2)
+        after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+        assert after == {path: content for path, content in before.items() if path.name != ".lock"}, change
 
 
 def test_another_model_in_a_used_run_directory_is_refused_and_overwrite_starts_anew(trained, door):
@@ -202,7 +222,7 @@ def test_bad_input_to_sample_is_one_sentence_and_exit_2(trained, case):
 
 def test_a_corrupt_shard_is_refused_by_name(trained, door):
     (door.directory / "data").unlink()
-    shutil.copytree(trained.directory / "data", door.directory / "data")
+    shutil.copytree(trained.directory / "data", door.directory / "data", symlinks=True)
     shard = next(path for path in (door.directory / "data").rglob("*.bin") if "train" in str(path))
     shard.write_bytes(shard.read_bytes()[:-10])
     failed = door.run("train.py", "--config", "config.py", exit_code=2)
@@ -218,7 +238,7 @@ def test_a_full_disk_fails_with_a_sentence_and_the_checkpoint_stands(door):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))  # noqa: E731
     process = door.start("train.py", "--config", "config.py", "--training.sample-tokens", "0", preexec_fn=limit)
     out, err = process.communicate(timeout=120)
-    assert process.returncode in (1, 2), out + err
+    assert process.returncode == 1, out + err
     assert "Traceback" not in err
     assert "step 20 stands" in err
     assert {path: path.read_bytes() for path in before} == before
@@ -236,11 +256,9 @@ def test_prepare_prints_tokens_per_second_and_refuses_to_replace(door):
 
 
 def test_help_explains(trained):
-    started = time.perf_counter()
     out = trained.run("train.py", "--config", "config.py", "--help").stdout
     assert "Query heads" in out
     assert "GLIBC_TUNABLES" in out
-    assert time.perf_counter() - started < 60
     assert "nextllm prepare" in trained.run("nextllm_jax.cli", "--help").stdout
 
 
