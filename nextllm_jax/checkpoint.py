@@ -20,11 +20,23 @@ from etils import epath
 
 from nextllm_jax.errors import InputError, RunFailed
 
+# How tensorstore's errors begin when a file is not what was written, and what that means. Others (no permission, no
+# memory) say nothing about the file.
+_DAMAGE = {"DATA_LOSS": "damaged", "OUT_OF_RANGE": "cut short", "NOT_FOUND": "missing"}
+
 # Item of a checkpoint and the file that orbax's JSON handler writes for it.
 _MANIFEST = "manifest"
 _MANIFEST_FILE = f"{_MANIFEST}/metadata"
 _DELETED_FILE = f"{_MANIFEST}/deleted"
 _UNFINISHED = ".orbax-checkpoint-tmp"
+
+
+class DamagedCheckpoint(InputError):
+    """Files of `step` are missing or are not what was saved; `Checkpoints.set_aside(step)` gets it out of the way."""
+
+    def __init__(self, step: int, message: str) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 def _leaves(tree: Any) -> dict[str, list[Any]]:
@@ -49,15 +61,34 @@ def _mismatch(saved: dict[str, list[Any]], wanted: dict[str, list[Any]]) -> str 
     return None
 
 
+def _is_damage(error: BaseException) -> bool:
+    """True if an error of reading says that files are not what was saved, not only that they are out of reach."""
+    missing_or_broken = FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError
+    return isinstance(error, missing_or_broken) or str(error).partition(":")[0] in _DAMAGE
+
+
 def _cause(error: BaseException) -> str:
     """An exception in a few words."""
     code = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore buries it in a paragraph
     if code:
         return os.strerror(int(code.group(1)))
+    status = str(error).partition(":")[0]
+    if status in _DAMAGE:
+        return f"a file is {_DAMAGE[status]}"
+    if isinstance(error, json.JSONDecodeError):
+        return "a file is not JSON"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return lines[0][:100] if lines else type(error).__name__
+
+
+def _is_manifest(content: Any) -> bool:
+    """True for a manifest as `Checkpoints.save` writes it."""
+    if not isinstance(content, dict) or "validation_loss" not in content:
+        return False
+    loss_fits = isinstance(content["validation_loss"], int | float | None)
+    return loss_fits and all(isinstance(content.get(name), dict) for name in ("items", "record"))
 
 
 def _finite(loss: float | None) -> float | None:
@@ -104,12 +135,20 @@ class Checkpoints:
     def _manifest(self, step: int) -> dict[str, Any]:
         path = self._path(step) / _MANIFEST_FILE
         try:
-            return json.loads(path.read_text())
+            manifest = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise InputError(
-                f"checkpoint file {path} cannot be read ({_cause(error)}); move {path.parent.parent} away "
-                "to go on from another step"
-            ) from error
+            raise self._unreadable(step, f"{_MANIFEST_FILE}: {_cause(error)}", _is_damage(error)) from error
+        if not _is_manifest(manifest):
+            raise self._unreadable(step, f"{_MANIFEST_FILE} is not what a run writes", True)
+        return manifest
+
+    def _unreadable(self, step: int, cause: str, damaged: bool) -> InputError:
+        """The exception for a step whose files cannot be read."""
+        others = [str(other) for other in self.steps() if other != step]
+        fix = f"use another step of: {', '.join(others)}" if others else "there is no other step"
+        if damaged:
+            return DamagedCheckpoint(step, f"checkpoint {self._path(step)} is damaged ({cause}); {fix}")
+        return InputError(f"checkpoint {self._path(step)} cannot be read ({cause}); {fix}")
 
     def steps(self) -> list[int]:
         """The complete steps, in order. An unfinished save is none of them."""
@@ -166,8 +205,8 @@ class Checkpoints:
         """The tree saved at `step` under `name`, on the devices that `abstract` says.
 
         `abstract` has the tree's structure, with a ShapeDtypeStruct with a sharding at each leaf. Raises
-        InputError, naming the leaf, if structure, dtype or shape are not what was saved, and if files are
-        missing or cut short (a flipped bit is not noticed).
+        InputError, naming the leaf, if structure, dtype or shape are not what was saved, and DamagedCheckpoint
+        if files are missing or cut short (a flipped bit is not noticed).
         """
         step = self.resolve(step)
         saved = self._manifest(step)["items"]
@@ -182,10 +221,7 @@ class Checkpoints:
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
                 return checkpointer.restore(self._path(step) / name, args=ocp.args.StandardRestore(abstract))
         except (OSError, ValueError, KeyError) as error:
-            raise InputError(
-                f"checkpoint {self._path(step)} cannot be read ({_cause(error)}); use another step of: "
-                f"{', '.join(map(str, self.steps()))}"
-            ) from error
+            raise self._unreadable(step, f"{name}: {_cause(error)}", _is_damage(error)) from error
 
     def save(self, step: int, items: dict[str, Any], record: dict[str, Any], *, validation_loss: float | None) -> None:
         """Start saving a step; returns when the arrays may be donated, before they are on disk.

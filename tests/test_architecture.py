@@ -32,7 +32,7 @@ FOLDERS = {  # inside a folder a file imports from those to its left
     "ops": ("rope", "cross_entropy", "quantized", "splash", "attention"),
     "model": ("layers", "kv_cache", "attention", "transformer", "quantize", "accounting"),
     "tokenizer": ("tokenizer", "bpe", "chat"),
-    "data": ("corpora", "shards", "prepare", "packing", "loader"),
+    "data": ("corpora", "shards", "data_directory", "prepare", "packing", "loader"),
     "training": ("optimizer", "state", "step", "evaluate", "metrics", "run_directory", "writers", "signals", "loop"),
     "inference": ("sampling", "generate", "stream"),
     "interop": ("names", "huggingface", "gguf"),

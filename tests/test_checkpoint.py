@@ -1,7 +1,9 @@
+import itertools
 import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from nextllm_jax.checkpoint import Checkpoints
+from nextllm_jax.checkpoint import Checkpoints, DamagedCheckpoint
 from nextllm_jax.errors import InputError, RunFailed
 
 
@@ -221,20 +224,82 @@ def test_a_tree_that_does_not_fit_names_the_leaf(tmp_path, change, message):
             checkpoints.restore(1, "rest", abstract(tree()))
 
 
+def damage(path, how):
+    if how == "gone":
+        path.unlink()
+    elif how == "junk":
+        path.write_bytes(b"\1junk" * 20)
+    else:
+        os.truncate(path, path.stat().st_size // 2)
+
+
 # Orbax gives up at the first unreadable array and closes its event loop under the others.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_damaged_files_are_a_sentence(tmp_path):
+@pytest.mark.parametrize(
+    ("files", "how"),
+    [
+        *itertools.product(["d/*", "manifest.ocdbt", "*/*"], ["cut short", "gone", "junk"]),
+        *itertools.product(["_METADATA", "array_metadatas/*"], ["cut short", "junk"]),  # orbax does without them
+    ],
+)
+def test_damaged_files_are_a_sentence(tmp_path, files, how):
     with Checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 1, 1.0)
         save(checkpoints, 2, 2.0)
-    for path in (tmp_path / "1" / "params").rglob("*"):
-        if path.is_file() and path.parent.name == "d":
-            os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(InputError, match=r"/1 cannot be read .*use another step of: 1, 2"):
+    for path in (tmp_path / "1" / "params").glob(files):
+        if path.is_file():
+            damage(path, how)
+    with pytest.raises(
+        DamagedCheckpoint, match=r"/1 is damaged \(params: [^:]{1,60}\); use another step of: 2$"
+    ) as caught:
         checkpoints.restore(1, "params", abstract(tree()))
-    (tmp_path / "2" / "manifest" / "metadata").write_text("{")
-    with pytest.raises(InputError, match=r"2/manifest/metadata cannot be read"):
-        checkpoints.record(2)
+    assert caught.value.step == 1
+    checkpoints.set_aside(caught.value.step)
+    assert checkpoints.steps() == [2]
+    checkpoints.restore(2, "params", abstract(tree()))
+
+
+def test_an_item_that_is_gone_is_damage(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, 1.0)
+    shutil.rmtree(tmp_path / "1" / "params")
+    with pytest.raises(DamagedCheckpoint, match=r"/1 is damaged \(params: .*\); there is no other step$"):
+        checkpoints.restore(1, "params", abstract(tree()))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{", b"", b"\xff", b"{}", b"[]", b"null", b'{"validation_loss": 1.0}',
+        b'{"validation_loss": "low", "items": {}, "record": {}}',
+        b'{"validation_loss": 1.0, "items": [], "record": {}}',
+    ],
+)  # fmt: skip
+def test_a_manifest_that_is_none_is_damage(tmp_path, content):
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, 1.0)
+        save(checkpoints, 2, 2.0)
+    (tmp_path / "2" / "manifest" / "metadata").write_bytes(content)
+    for look in (
+        lambda: checkpoints.record(2),
+        lambda: checkpoints.best_step(),
+        lambda: checkpoints.restore(2, "params", abstract(tree())),
+    ):
+        with pytest.raises(DamagedCheckpoint, match=r"/2 is damaged \(manifest/metadata.*use another step of: 1$"):
+            look()
+    checkpoints.set_aside(2)
+    assert checkpoints.best_step() == checkpoints.latest_step() == 1
+
+
+def test_files_out_of_reach_are_not_damage(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, 1.0)
+    errors = [PermissionError(13, "Permission denied"), ValueError("UNAVAILABLE: no answer")]
+    for error in errors:
+        monkeypatch.setattr(ocp.Checkpointer, "restore", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+        with pytest.raises(InputError, match=r"/1 cannot be read \(params: .*\); there is no other step") as caught:
+            checkpoints.restore(1, "params", abstract(tree()))
+        assert not isinstance(caught.value, DamagedCheckpoint)
 
 
 def test_failed_save_is_raised_and_the_checkpoint_before_it_stands(tmp_path, caplog):

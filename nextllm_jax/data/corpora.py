@@ -11,6 +11,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
@@ -145,6 +146,18 @@ def find_files(corpus: str) -> list[tuple[str, Path]]:
     return sorted((path.relative_to(root).as_posix(), path) for path in found)
 
 
+def listing_hash(corpus: str) -> str | None:
+    """Changes when a file of a corpus is added, removed or written to; None for stdlib and hf:NAME.
+
+    It looks at names, sizes and times, not at the content. Raises InputError like `find_files`.
+    """
+    if corpus == "stdlib" or corpus.startswith("hf:"):
+        return None
+    stats = ((name, path.stat()) for name, path in find_files(corpus))
+    listing = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
+
+
 def _is_wanted(path: Path, root: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
     suffix_fits = path.suffix.lower() in TEXT_SUFFIXES or path.name.endswith(_ROW_SUFFIXES)
@@ -195,8 +208,11 @@ def _parquet_rows(path: Path, field: str) -> Iterator[Document]:
 
 
 def _huggingface_documents(config: DataConfig) -> Iterator[Document]:
-    datasets = _import_extra("datasets", "hf", f"data.corpus {config.corpus}")
     name = config.corpus.removeprefix("hf:")
+    is_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)
+    if not is_name and not os.path.isdir(name):
+        raise InputError(f"data.corpus {config.corpus}: '{name}' is no directory, nor NAME or OWNER/NAME; check it")
+    datasets = _import_extra("datasets", "hf", f"data.corpus {config.corpus}")
     try:
         if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
             rows = datasets.load_from_disk(name)

@@ -16,6 +16,12 @@ from nextllm_jax.errors import InputError
 
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 _BATCHES_ON_DEVICE = 2
+_FIELDS_OF_THE_ORDER = {
+    "seed": "seed",
+    "sequence_length": "data.sequence_length",
+    "global_batch_size": "training.global_batch_size",
+}
+_NEW_RUN = "or start a new run: another --workdir, or --overwrite"
 
 
 class TrainLoader:
@@ -68,16 +74,20 @@ class TrainLoader:
             "global_batch_size": batch_size,
         }
 
-    def start_step(self, position: dict[str, Any]) -> int:
-        """The step at which a recorded position goes on. Raises InputError if it is of another order of tokens."""
-        step = int(position["step"])
-        for name, expected in self.position(step).items():
-            if position.get(name) != expected:
+    def check_position(self, position: dict[str, Any]) -> None:
+        """Raise InputError, naming the field to restore, if a recorded position is of another order of tokens."""
+        split, expected = self._split, self.position(0)
+        if position.get("data_id") != expected["data_id"]:
+            raise InputError(
+                f"the checkpoint was trained on other data than {split.directory} holds; set data.path to the data of "
+                f"the checkpoint, {_NEW_RUN}"
+            )
+        for name, field in _FIELDS_OF_THE_ORDER.items():
+            if position.get(name) != expected[name]:
                 raise InputError(
-                    f"the checkpoint was trained with {name} {position.get(name)}, this run has {expected}, so the "
-                    "order of the data cannot go on; restore the setting, or start a new run with init_from"
+                    f"{field} is {expected[name]}, but the checkpoint was trained with {position.get(name)}, so the "
+                    f"order of the data cannot go on; restore it, {_NEW_RUN}"
                 )
-        return step
 
     def _read(self, step: int) -> Batch:
         batch_size, sequence_length = self._shape

@@ -7,10 +7,8 @@ that was stopped continues from the parts that are there. Nothing here imports j
 """
 
 import collections
-import contextlib
 import dataclasses
 import errno
-import fcntl
 import functools
 import hashlib
 import json
@@ -35,7 +33,15 @@ import numpy as np
 from tqdm import tqdm
 
 from nextllm_jax.config import DataConfig
-from nextllm_jax.data.corpora import Document, document_hash, read_documents, validation_limit
+from nextllm_jax.data.corpora import Document, document_hash, listing_hash, read_documents, validation_limit
+from nextllm_jax.data.data_directory import (
+    check_replaceable,
+    claimed,
+    is_prepared,
+    publish,
+    read_settings,
+    start_or_continue,
+)
 from nextllm_jax.data.shards import (
     FORMAT,
     SPLITS,
@@ -95,6 +101,52 @@ def default_data_path(config: DataConfig) -> Path:
     return Path("data") / f"{corpus}-{tokenizer}-{digest}"
 
 
+def ensure_prepared(config: DataConfig) -> Path:
+    """The directory of the data that a config trains on, which is prepared first if `config.path` is None.
+
+    Data that `config.path` names is used as it is; a line on standard error says what it is where the config
+    says otherwise, and where the files of a corpus changed since. Raises InputError if nothing is prepared there.
+    """
+    path = mounted_path(default_data_path(config))
+    if not is_prepared(path):
+        if config.path:
+            raise InputError(
+                f"data.path {path} holds no prepared data; check the path, or make it: nextllm prepare --output {path}"
+            )
+        print(f"preparing {config.corpus} in {path}", file=sys.stderr)
+        prepare(config, path)
+        return path
+    found, wanted = read_settings(path), data_settings(config)
+    del wanted["format"], wanted["tokens_per_shard"]
+    differing = [f"{name} {value}" for name, value in wanted.items() if found.get(name) != value]
+    if differing:
+        print(f"{_describe(path, found)}; the config says {', '.join(differing)}", file=sys.stderr)
+    elif _files_changed(config, found):
+        print(
+            f"warning: the files of data.corpus {config.corpus} changed after {path} was prepared, which is used as "
+            "it is; nextllm prepare --overwrite prepares it again",
+            file=sys.stderr,
+        )
+    return path
+
+
+def _describe(path: Path, settings: dict[str, Any]) -> str:
+    dataset = Dataset.open(path, checksums=False)
+    corpus, tokenizer = (settings.get(name, "unknown") for name in ("corpus", "tokenizer"))
+    return (
+        f"using {path} as it is: corpus {corpus}, tokenizer {tokenizer} of {dataset.vocab_size:,} tokens, "
+        f"{dataset.split('train').num_tokens:,} training tokens"
+    )
+
+
+def _files_changed(config: DataConfig, settings: dict[str, Any]) -> bool:
+    """True if data prepared with these settings is of other files than are there now; False if they are gone."""
+    try:
+        return listing_hash(config.corpus) != settings.get("files")
+    except InputError:
+        return False
+
+
 def prepare(config: DataConfig, output: Path, *, overwrite: bool = False) -> None:
     """Write the corpus as token shards into `output`, which appears only when it is complete.
 
@@ -102,23 +154,33 @@ def prepare(config: DataConfig, output: Path, *, overwrite: bool = False) -> Non
     and end in the same bytes; so does any number of processes. Prints tokens/s of each process.
 
     A script that calls this needs `if __name__ == "__main__":`, since worker processes are spawned.
-    Raises InputError if `output` holds something else (`overwrite` replaces prepared data only), if another
-    process prepares it, if the corpus or the tokenizer cannot be read, or if the disk is full.
+    Raises InputError if `output` holds something else or was made of files that have changed (`overwrite` replaces
+    prepared data only), if another process prepares it, if the corpus or the tokenizer cannot be read, or if the
+    disk is full.
     """
     output = mounted_path(output)
     settings = data_settings(config)
     partial = output.with_name(f"{output.name}.partial")
-    if not overwrite and _read_settings(output) == settings and (output / "index.json").is_file():
+    found = read_settings(output)
+    if not overwrite and is_prepared(output) and settings.items() <= found.items():
+        if _files_changed(config, found):
+            raise InputError(
+                f"the files of data.corpus {config.corpus} changed after {output} was prepared; "
+                "pass --overwrite to prepare it again, or name another directory"
+            )
         print(f"{output} is prepared already")
         return
-    _check_replaceable(output, overwrite)
+    check_replaceable(output, overwrite)
+    settings["files"] = listing_hash(config.corpus)
     try:
-        with _claimed(partial, output):
-            _start_or_continue(partial, settings)
-            if not (partial / "index.json").is_file():
+        with claimed(partial, output):
+            start_or_continue(partial, settings)
+            if not is_prepared(partial):
                 _write_dataset(config, partial)
-            _check_replaceable(output, overwrite)
-            _publish(partial, output)
+            if (partial / "parts").exists():
+                shutil.rmtree(partial / "parts")
+            check_replaceable(output, overwrite)
+            publish(partial, output)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -288,65 +350,6 @@ def _start_worker() -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def _read_settings(directory: Path) -> Any:
-    """What settings.json of a prepared directory says, or None."""
-    try:
-        return json.loads((directory / "settings.json").read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _check_replaceable(output: Path, overwrite: bool) -> None:
-    """InputError unless `output` is free, or holds prepared data that may be overwritten."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not (output / "index.json").is_file():
-        raise InputError(f"{output} exists and is not prepared data; name another directory")
-    if not overwrite:
-        raise InputError(f"{output} was prepared with other settings; name another directory, or pass --overwrite")
-
-
-@contextlib.contextmanager
-def _claimed(partial: Path, output: Path) -> Iterator[None]:
-    """Hold a lock on the partial directory, made if need be. Raises InputError if another process holds it."""
-    partial.mkdir(parents=True, exist_ok=True)
-    handle = os.open(partial, os.O_RDONLY)
-    try:
-        # Some network file systems have no locks; there the lock is best effort.
-        with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(f"another process is preparing {output}; wait for it") from error
-        yield
-    finally:
-        os.close(handle)
-
-
-def _start_or_continue(partial: Path, settings: dict[str, Any]) -> None:
-    """Keep what a run with the same settings left in `partial`, or empty it."""
-    if _read_settings(partial) == settings:
-        print(f"continuing the interrupted preparation in {partial}", flush=True)
-        return
-    found = [entry for entry in partial.iterdir() if entry.name != "settings.json"]
-    if found and not (partial / "settings.json").is_file():
-        raise InputError(f"{partial} is needed for preparing but holds other files; move them away")
-    for entry in found:
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    (partial / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def _publish(partial: Path, output: Path) -> None:
-    """Turn the finished partial directory into the output; older data is removed only after that."""
-    shutil.rmtree(partial / "parts", ignore_errors=True)
-    old = output.with_name(f"{output.name}.old")
-    if (output / "index.json").is_file():
-        shutil.rmtree(old, ignore_errors=True)
-        output.rename(old)
-    partial.rename(output)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _bar_interval() -> float:

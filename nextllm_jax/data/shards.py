@@ -26,7 +26,7 @@ import numpy as np
 from nextllm_jax.errors import InputError
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
-FORMAT = "nextllm_jax tokens 1"
+FORMAT = "nextllm_jax tokens 2"
 SPLITS = ("train", "validation")
 SplitName = Literal["train", "validation"]
 
@@ -59,11 +59,14 @@ def write_split(
 ) -> dict[str, Any]:
     """Write a split's shards and document index; returns its entry in index.json.
 
+    `tokens_sha256` in it is that of all the tokens, however they are cut into shards.
+
     Raises InputError for an id that the vocabulary does not hold, and for a split without documents.
     """
     dtype = token_dtype(vocab_size)
     lengths: list[np.ndarray] = []
     num_bytes = 0
+    digest = hashlib.sha256()
 
     def checked_tokens() -> Iterator[np.ndarray]:
         nonlocal num_bytes
@@ -72,7 +75,9 @@ def write_split(
                 raise InputError(f"token id {int(part.tokens.max())} is outside the vocabulary of {vocab_size}")
             lengths.append(part.lengths)
             num_bytes += part.num_bytes
-            yield part.tokens.astype(dtype)
+            tokens = part.tokens.astype(dtype)
+            digest.update(tokens.data)
+            yield tokens
 
     shards = _write_shards(directory, name, checked_tokens(), tokens_per_shard)
     starts = np.concatenate([[0], *lengths]).cumsum(dtype="<i8")
@@ -88,6 +93,7 @@ def write_split(
         "tokens": int(starts[-1]),
         "documents": len(starts) - 1,
         "bytes": num_bytes,
+        "tokens_sha256": digest.hexdigest(),
         "shards": shards,
         "document_index": _file_entry(directory / documents_file),
     }
@@ -136,10 +142,11 @@ class Split:
     """One split as a stream of tokens with random access; safe to read from several threads.
 
     `document_starts` is int64 [num_documents + 1]: where each document starts, then `num_tokens`.
-    `num_bytes` counts the UTF-8 bytes of the texts. `data_id` is that of the dataset.
+    `num_bytes` counts the UTF-8 bytes of the texts. `directory` and `data_id` are those of the dataset.
     """
 
     def __init__(self, directory: Path, name: SplitName, entry: dict[str, Any], dtype: np.dtype[Any], data_id: str):
+        self.directory = directory
         self.name = name
         self.data_id = data_id
         self.num_tokens: int = entry["tokens"]
@@ -163,15 +170,18 @@ class Split:
 
 
 class Dataset:
-    """A prepared directory. `data_id` is a hash of its index and so of every token in it."""
+    """A prepared directory.
 
-    def __init__(self, path: Path, index: dict[str, Any], data_id: str):
+    `data_id` is a hash of the tokenizer, of every token and of where documents start, not of how shards are cut.
+    """
+
+    def __init__(self, path: Path, index: dict[str, Any]):
         self.path = path
-        self.data_id = data_id
+        self.data_id = _data_id(index)
         self.vocab_size: int = index["tokenizer"]["vocab_size"]
         self.tokenizer_hash: str = index["tokenizer"]["hash"]
         self._splits = {
-            name: Split(path, name, index["splits"][name], np.dtype(index["dtype"]).newbyteorder("<"), data_id)
+            name: Split(path, name, index["splits"][name], np.dtype(index["dtype"]).newbyteorder("<"), self.data_id)
             for name in SPLITS
         }
 
@@ -182,16 +192,16 @@ class Dataset:
         None: by sha256 if the files are under 256 MiB together. Raises InputError if the dataset is missing,
         unfinished or damaged, naming the file. It must lie on a mounted disk.
         """
-        directory, index, data_id = _read_index(path)
+        directory, index = _read_index(path)
         try:
             splits = [index["splits"][name] for name in SPLITS]
             entries = [entry for split in splits for entry in [*split["shards"], split["document_index"]]]
             if checksums is None:
                 checksums = sum(entry["size"] for entry in entries) <= _CHECKED_AT_OPEN_BYTES
             _check_files(directory, entries, checksums=checksums)
-            return cls(directory, index, data_id)
+            return cls(directory, index)
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{directory / 'index.json'} is damaged ({error!r}); prepare the data again") from error
+            raise _damaged_index(directory, repr(error)) from error
 
     def split(self, name: SplitName) -> Split:
         """The split "train" or "validation"."""
@@ -201,26 +211,37 @@ class Dataset:
         """The tokenizer that the data was made with. Raises InputError if it is missing, damaged or another."""
         tokenizer = Tokenizer.load(self.path / "tokenizer")
         if tokenizer.hash != self.tokenizer_hash:
-            raise InputError(f"{self.path / 'tokenizer'} is not the tokenizer that made this data; prepare it again")
+            raise InputError(
+                f"{self.path / 'tokenizer'} is not the one that made this data; prepare it again with --overwrite"
+            )
         return tokenizer
 
 
-def _read_index(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any], str]:
+def _read_index(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     directory = mounted_path(path)
     file = directory / "index.json"
     if not file.is_file():
         started = directory.with_name(f"{directory.name}.partial").is_dir()
         state = "was not prepared to the end" if started else "holds no prepared data"
         raise InputError(f"{directory} {state}: there is no index.json; run nextllm prepare")
-    content = file.read_bytes()
     try:
-        index = json.loads(content)
+        index = json.loads(file.read_bytes())
         version = index["format"]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} is damaged ({error!r}); prepare the data again") from error
+        raise _damaged_index(directory, repr(error)) from error
     if version != FORMAT:
-        raise InputError(f"{file} has format '{version}', not '{FORMAT}'; prepare the data again")
-    return directory, index, hashlib.sha256(content).hexdigest()[:16]
+        raise InputError(f"{file} has format '{version}', not '{FORMAT}'; prepare the data again with --overwrite")
+    return directory, index
+
+
+def _damaged_index(directory: Path, cause: str) -> InputError:
+    return InputError(f"{directory / 'index.json'} is damaged ({cause}); remove {directory} and prepare the data again")
+
+
+def _data_id(index: dict[str, Any]) -> str:
+    splits = [index["splits"][name] for name in SPLITS]
+    hashes = [[split["tokens_sha256"], split["document_index"]["sha256"]] for split in splits]
+    return hashlib.sha256(json.dumps([index["tokenizer"]["hash"], hashes]).encode()).hexdigest()[:16]
 
 
 def _file_entry(path: Path) -> dict[str, Any]:
@@ -232,11 +253,15 @@ def _check_files(directory: Path, entries: list[dict[str, Any]], *, checksums: b
         path = directory / entry["file"]
         size = path.stat().st_size if path.is_file() else None
         if size is None:
-            raise InputError(f"{path} is missing; prepare the data again")
+            raise InputError(f"{path} is missing; prepare the data again with --overwrite")
         if size != entry["size"]:
-            raise InputError(f"{path} is damaged: {size} bytes instead of {entry['size']}; prepare the data again")
+            raise InputError(
+                f"{path} is damaged: {size} bytes instead of {entry['size']}; prepare it again with --overwrite"
+            )
         if checksums and _sha256(path) != entry["sha256"]:
-            raise InputError(f"{path} is damaged: its sha256 is not the one in index.json; prepare the data again")
+            raise InputError(
+                f"{path} is damaged: its sha256 is not the one in index.json; prepare it again with --overwrite"
+            )
 
 
 def _sha256(path: Path) -> str:

@@ -74,6 +74,7 @@ KNOWN_ENCODINGS = {
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 _LONGEST_BLANK = 100_000
+_BRING_AGAIN = "bring an intact copy, or save the tokenizer again"
 
 
 class Tokenizer:
@@ -102,8 +103,7 @@ class Tokenizer:
         self._bytes_of = {rank: token for token, rank in ranks.items()}
         self._bytes_of |= {rank: token.encode() for token, rank in special_tokens.items()}
         self.vocab_size = max(self._bytes_of) + 1
-        described = json.dumps([pattern, special_tokens], sort_keys=True).encode()
-        self.hash = hashlib.sha256(described + self._ranks_text).hexdigest()[:16]
+        self.hash = _hash(pattern, special_tokens, self._ranks_text)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, which is always ordinary text: "<|endoftext|>" in it is not special.
@@ -139,29 +139,33 @@ class Tokenizer:
             "special_tokens": self.special_tokens,
             "ranks_file": ranks_file,
             "ranks_sha256": digest,
+            "hash": self.hash,
         }
         _write(folder / ranks_file, self._ranks_text)
         _write(folder / "encoding.json", (json.dumps(description, indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> "Tokenizer":
-        """The tokenizer that `save` wrote. Raises InputError if a file is missing or damaged."""
+        """The tokenizer that `save` wrote. Raises InputError, naming the file, if one is missing or damaged."""
         file = epath.Path(directory) / "encoding.json"
         try:
             description = json.loads(file.read_text())
             ranks_path = file.parent / description["ranks_file"]
             text = ranks_path.read_bytes()
-            damaged = hashlib.sha256(text).hexdigest() != description["ranks_sha256"]
-            name, pattern = description["name"], description["pattern"]
-            special_tokens = description["special_tokens"]
+            if hashlib.sha256(text).hexdigest() != description["ranks_sha256"]:
+                raise InputError(f"{ranks_path} is damaged: its sha256 is not the one in {file}; {_BRING_AGAIN}")
+            pattern, special_tokens = description["pattern"], description["special_tokens"]
+            found = _hash(pattern, special_tokens, text)
+            if description.get("hash", found) != found:
+                raise InputError(f"{file} is damaged: pattern or special tokens were changed; {_BRING_AGAIN}")
+            ranks = _parse_ranks(text, str(ranks_path))
+            return cls(str(description["name"]), ranks=ranks, pattern=pattern, special_tokens=special_tokens)
         except FileNotFoundError as error:
             raise InputError(f"{directory} holds no saved tokenizer: {error.filename or file} is missing") from error
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{file} is damaged ({error!r}); save the tokenizer again") from error
-        if damaged:
-            raise InputError(f"{ranks_path} is damaged: its sha256 is not the one in {file}; save the tokenizer again")
-        ranks = _parse_ranks(text, str(ranks_path))
-        return cls(name, ranks=ranks, pattern=pattern, special_tokens=special_tokens)
+        except OSError as error:
+            raise InputError(f"the tokenizer in {directory} cannot be read ({error.strerror or error})") from error
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise InputError(f"{file} is damaged ({error!r}); {_BRING_AGAIN}") from error
 
 
 class IncrementalDecoder:
@@ -257,6 +261,11 @@ def _cut_blanks(text: str) -> list[str]:
     for run in re.finditer(r"\s+", text):
         cuts.extend(range(run.start() + _LONGEST_BLANK, run.end(), _LONGEST_BLANK))
     return [text[start:stop] for start, stop in itertools.pairwise([*cuts, len(text)])]
+
+
+def _hash(pattern: str, special_tokens: dict[str, int], ranks_text: bytes) -> str:
+    described = json.dumps([pattern, special_tokens], sort_keys=True).encode()
+    return hashlib.sha256(described + ranks_text).hexdigest()[:16]
 
 
 def _write(path: epath.Path, content: bytes) -> None:

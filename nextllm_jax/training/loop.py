@@ -167,7 +167,7 @@ def train(config: Config, *, overwrite: bool = False, sample_text: SampleText | 
         checkpoints = stack.enter_context(Checkpoints(run.path / "checkpoints"))
         state, record = _restore_or_create(program, checkpoints, config)
         if record:
-            loader.start_step(record["data"])
+            loader.check_position(record["data"])
         tokenizer = dataset.tokenizer()
         tokenizer.save(run.path / "tokenizer")  # only now: this is the run's data
         run.accept(config)

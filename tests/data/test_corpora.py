@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import sys
 import types
 
@@ -9,7 +10,7 @@ import pytest
 
 from nextllm_jax.config import DataConfig
 from nextllm_jax.data import corpora
-from nextllm_jax.data.corpora import Document, document_hash, find_files, read_documents, validation_limit
+from nextllm_jax.data.corpora import Document, document_hash, find_files, listing_hash, read_documents, validation_limit
 from nextllm_jax.errors import InputError
 
 ROWS = [{"text": "first\nrow", "id": 1}, {"text": "zweite Zeile ü", "id": 2}, {"text": "", "id": 3}]
@@ -25,7 +26,9 @@ def test_the_standard_library_without_tests_and_empty_files():
     assert len(names) > 300
     assert names == sorted(set(names))
     assert {"argparse.py", "json/decoder.py"} <= set(names)
-    assert not [name for name in names if {"test", "tests", "site-packages", "encodings", "pydoc_data"} & set(name.split("/"))]
+    assert not [
+        name for name in names if {"test", "tests", "site-packages", "encodings", "pydoc_data"} & set(name.split("/"))
+    ]
     assert all(document.text for document in documents)
     held_out = sum(document_hash(document) <= 0.05 * 2**64 for document in documents)
     assert 0.02 < held_out / len(documents) < 0.08
@@ -204,3 +207,30 @@ def test_the_validation_limit_holds_out_at_least_one_document():
         validation_limit(few[:1], 0.5)
     with pytest.raises(InputError, match="no text"):
         validation_limit([], 0.5)
+
+
+@pytest.mark.parametrize("name", ["", "./nowhere", "/nowhere/at/all", "~/texts", "a/b/c", "two words"])
+def test_a_huggingface_name_that_is_no_name_and_no_directory_is_refused(name):
+    with pytest.raises(InputError, match=rf"data.corpus hf:{name}: '{name}' is no directory, nor NAME or OWNER/NAME"):
+        read(f"hf:{name}")
+
+
+def test_the_listing_changes_with_the_files(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+        os.utime(tmp_path / name, ns=(0, 10**9))
+    hashes = [listing_hash(str(tmp_path)), listing_hash(str(tmp_path))]
+    assert hashes[0] == hashes[1]
+    os.utime(tmp_path / "b.txt", ns=(0, 10**9 + 1))
+    hashes.append(listing_hash(str(tmp_path)))
+    (tmp_path / "b.txt").write_text("longer")
+    os.utime(tmp_path / "b.txt", ns=(0, 10**9 + 1))
+    hashes.append(listing_hash(str(tmp_path)))
+    (tmp_path / "b.txt").rename(tmp_path / "c.txt")
+    hashes.append(listing_hash(str(tmp_path)))
+    (tmp_path / "picture.png").write_text("not part of the corpus")
+    assert listing_hash(str(tmp_path)) == hashes[-1]
+    assert len(set(hashes)) == 4
+    assert listing_hash("stdlib") is listing_hash("hf:some/name") is None
+    with pytest.raises(InputError, match="holds no text"):
+        listing_hash(str(tmp_path / "nowhere"))

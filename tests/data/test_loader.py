@@ -128,10 +128,22 @@ def test_a_position_is_plain_json_and_goes_on_only_with_the_same_order(dataset):
     assert position == {
         "data_id": dataset.data_id, "seed": 0, "step": 12, "sequence_length": T, "global_batch_size": B
     }  # fmt: skip
-    assert loader.start_step(position) == 12
-    for name, value in {"data_id": "other", "seed": 1, "sequence_length": 16, "global_batch_size": 16}.items():
-        with pytest.raises(InputError, match=f"trained with {name} {value}"):
-            loader.start_step({**position, name: value})
+    for step in (12, 13):
+        loader.check_position({**position, "step": step})
+    fields = {
+        "seed": "seed",
+        "sequence_length": "data.sequence_length",
+        "global_batch_size": "training.global_batch_size",
+    }
+    for name, field in fields.items():
+        with pytest.raises(
+            InputError, match=rf"^{field} is \d+, but .* trained with 77, .*another --workdir, or --over"
+        ):
+            loader.check_position({**position, name: 77})
+    with pytest.raises(InputError, match=rf"other data than {dataset.path} holds; set data.path .*another --workdir"):
+        loader.check_position({**position, "data_id": "other"})
+    with pytest.raises(InputError, match="other data"):
+        loader.check_position({})
 
 
 def test_validation_reads_everything_once_for_every_batch_size(dataset):

@@ -17,7 +17,8 @@ import pytest
 from nextllm_jax.config import DataConfig
 from nextllm_jax.data import prepare as prepare_module
 from nextllm_jax.data.corpora import document_hash, read_documents, validation_limit
-from nextllm_jax.data.prepare import default_data_path, prepare
+from nextllm_jax.data.data_directory import claimed
+from nextllm_jax.data.prepare import default_data_path, ensure_prepared, prepare
 from nextllm_jax.data.shards import SPLITS, Dataset
 from nextllm_jax.errors import InputError
 from nextllm_jax.tokenizer.bpe import train_tokenizer
@@ -104,7 +105,7 @@ def test_a_failed_run_goes_on_from_its_parts(config, tmp_path, small_parts, monk
 def test_a_run_that_failed_at_the_very_end_is_finished(config, tmp_path, monkeypatch):
     prepare(config, tmp_path / "expected")
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "_publish", lambda *args: (_ for _ in ()).throw(RuntimeError("stopped")))
+        patch.setattr(prepare_module, "publish", lambda *args: (_ for _ in ()).throw(RuntimeError("stopped")))
         with pytest.raises(RuntimeError, match="stopped"):
             prepare(config, tmp_path / "out")
     prepare(config, tmp_path / "out")
@@ -195,7 +196,7 @@ def test_directories_with_other_files_are_left_alone(config, tmp_path):
 
 def test_parts_of_other_settings_are_not_used(config, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "_publish", lambda *args: (_ for _ in ()).throw(RuntimeError("stopped")))
+        patch.setattr(prepare_module, "publish", lambda *args: (_ for _ in ()).throw(RuntimeError("stopped")))
         with pytest.raises(RuntimeError, match="stopped"):
             prepare(config, tmp_path / "out")
     prepare(dataclasses.replace(config, vocab_size=290), tmp_path / "out")
@@ -209,7 +210,7 @@ def test_an_address_is_refused(config):
 
 def test_two_preparations_of_one_output_are_refused(config, tmp_path):
     output = tmp_path / "out"
-    held = prepare_module._claimed(tmp_path / "out.partial", output)
+    held = claimed(tmp_path / "out.partial", output)
     with held, pytest.raises(InputError, match="another process is preparing"):
         prepare(config, output)
     prepare(config, output)
@@ -282,3 +283,88 @@ def test_the_settings_are_kept_beside_the_data(config, tmp_path):
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
     assert settings["corpus"] == config.corpus
     assert settings["vocab_size"] == 300
+
+
+def test_files_that_changed_are_told_of(config, tmp_path, capsys):
+    texts, output = Path(config.corpus), tmp_path / "out"
+    used = dataclasses.replace(config, path=str(output))
+    prepare(config, output)
+    before = contents(output)
+    (texts / "new.txt").write_text("one more document")
+    with pytest.raises(InputError, match=r"files of data.corpus .* changed after .*--overwrite"):
+        prepare(config, output)
+    capsys.readouterr()
+    assert ensure_prepared(used) == output
+    assert "warning: the files of data.corpus" in capsys.readouterr().err
+    assert contents(output) == before
+    prepare(config, output, overwrite=True)
+    assert (
+        Dataset.open(output).split("train").num_documents + Dataset.open(output).split("validation").num_documents == 41
+    )
+    prepare(config, output)
+    capsys.readouterr()
+    ensure_prepared(used)
+    assert capsys.readouterr().err == ""
+    for path in texts.iterdir():
+        path.unlink()
+    prepare(config, output)
+    ensure_prepared(used)
+    assert "prepared already" in capsys.readouterr().out, "prepared data needs its corpus no more"
+
+
+def test_an_interrupted_run_starts_over_if_its_files_changed(config, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "publish", lambda *args: (_ for _ in ()).throw(RuntimeError("stopped")))
+        with pytest.raises(RuntimeError, match="stopped"):
+            prepare(config, tmp_path / "out")
+    (Path(config.corpus) / "00.txt").write_text("edited since")
+    prepare(config, tmp_path / "out")
+    prepare(config, tmp_path / "expected")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+
+
+def test_a_missing_corpus_leaves_nothing(config, tmp_path):
+    with pytest.raises(InputError, match="holds no text"):
+        prepare(dataclasses.replace(config, corpus=str(tmp_path / "nowhere")), tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_data_that_is_not_there_is_prepared_in_its_default_place_only(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"data.path typo holds no prepared data.*nextllm prepare --output typo"):
+        ensure_prepared(dataclasses.replace(config, path="typo"))
+    assert not list(tmp_path.glob("typo*"))
+    path = ensure_prepared(config)
+    assert path == default_data_path(config)
+    Dataset.open(path)
+    stamp = (path / "index.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert ensure_prepared(config) == path
+    assert (path / "index.json").stat().st_mtime_ns == stamp
+    printed = capsys.readouterr()
+    assert printed.out + printed.err == ""
+
+
+def test_data_that_the_user_names_is_used_as_it_is_and_described(config, tmp_path, capsys):
+    output = tmp_path / "out"
+    prepare(config, output)
+    before = contents(output)
+    named = dataclasses.replace(config, path=str(output))
+    capsys.readouterr()
+    for same in (named, dataclasses.replace(named, tokens_per_shard=2048, sequence_length=8)):
+        assert ensure_prepared(same) == output
+        assert capsys.readouterr().err == ""
+    assert ensure_prepared(dataclasses.replace(named, corpus="stdlib", tokenizer="gpt2")) == output
+    line = capsys.readouterr().err
+    assert f"using {output} as it is: corpus {config.corpus}, tokenizer train of 300 tokens" in line
+    assert "the config says corpus stdlib, tokenizer gpt2" in line
+    assert line.count("\n") == 1
+    assert contents(output) == before
+
+
+def test_how_shards_are_cut_does_not_change_the_data_id(config, tmp_path):
+    prepare(config, tmp_path / "a")
+    prepare(dataclasses.replace(config, tokens_per_shard=1024), tmp_path / "b")
+    a, b = Dataset.open(tmp_path / "a"), Dataset.open(tmp_path / "b")
+    assert len(list((tmp_path / "b").glob("*.bin"))) > len(list((tmp_path / "a").glob("*.bin")))
+    assert a.data_id == b.data_id

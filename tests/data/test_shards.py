@@ -13,10 +13,11 @@ from nextllm_jax.tokenizer.bpe import train_tokenizer
 TOKENIZER = train_tokenizer(["some text to learn from, some more text"], 270)
 
 
-def write_dataset(directory, lengths=(5, 1, 30, 14), tokens_per_shard=16, tokenizer=TOKENIZER):
+def write_dataset(directory, lengths=(5, 1, 30, 14), tokens_per_shard=16, tokenizer=TOKENIZER, seed=0):
     directory.mkdir(exist_ok=True)
-    rng = np.random.default_rng(0)
-    parts = [TokenizedDocuments(rng.integers(0, 256, length), np.array([length]), length) for length in lengths]
+    tokens = np.random.default_rng(seed).integers(0, 256, sum(lengths))
+    texts = np.split(tokens, np.cumsum(lengths)[:-1])
+    parts = [TokenizedDocuments(text, np.array([len(text)]), len(text)) for text in texts]
     splits = {
         name: write_split(
             directory, name, iter(parts), vocab_size=tokenizer.vocab_size, tokens_per_shard=tokens_per_shard
@@ -52,9 +53,12 @@ def test_the_data_id_follows_the_tokens_and_the_tokenizer(tmp_path):
     write_dataset(tmp_path / "b")
     write_dataset(tmp_path / "c", lengths=(5, 1, 30, 15))
     write_dataset(tmp_path / "d", tokenizer=train_tokenizer(["some other text"], 260))
-    ids = [Dataset.open(tmp_path / name).data_id for name in "abcd"]
-    assert ids[0] == ids[1]
-    assert len(set(ids)) == 3
+    write_dataset(tmp_path / "e", tokens_per_shard=7)
+    write_dataset(tmp_path / "f", lengths=(5, 1, 30, 14), seed=1)
+    write_dataset(tmp_path / "g", lengths=(6, 30, 14))
+    ids = [Dataset.open(tmp_path / name).data_id for name in "abcdefg"]
+    assert ids[0] == ids[1] == ids[4], "neither the place nor how shards are cut is part of it"
+    assert len(set(ids)) == 5
     assert Dataset.open(tmp_path / "a").split("train").data_id == ids[0]
 
 
@@ -117,7 +121,7 @@ def test_missing_unfinished_and_foreign_directories_are_refused(tmp_path):
         with pytest.raises(InputError, match=message):
             Dataset.open(tmp_path / "data")
     (tmp_path / "data" / "index.json").write_text("{")
-    with pytest.raises(InputError, match="damaged"):
+    with pytest.raises(InputError, match=r"index.json is damaged .*remove .*data and prepare the data again"):
         Dataset.open(tmp_path / "data")
 
 
@@ -127,5 +131,5 @@ def test_the_tokenizer_must_be_the_one_that_made_the_data(tmp_path):
     assert dataset.tokenizer().hash == dataset.tokenizer_hash == TOKENIZER.hash
     assert dataset.vocab_size == TOKENIZER.vocab_size
     train_tokenizer(["some other text"], 260).save(tmp_path / "tokenizer")
-    with pytest.raises(InputError, match="not the tokenizer that made this data"):
+    with pytest.raises(InputError, match="tokenizer is not the one that made this data"):
         dataset.tokenizer()

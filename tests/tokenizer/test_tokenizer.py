@@ -1,6 +1,7 @@
 """Round trips, incremental decoding, saved tokenizers, and what is refused."""
 
 import base64
+import json
 import os
 
 import pytest
@@ -212,3 +213,46 @@ def test_the_real_encoding_equals_tiktokens(name):
     assert loaded.encode(TEXT) == direct.encode_ordinary(TEXT)
     assert loaded.decode(loaded.encode(TEXT)) == TEXT
     assert loaded.vocab_size == direct.n_vocab
+
+
+BROKEN = {
+    "a pattern that does not compile": {"pattern": "("},
+    "no special tokens": {"special_tokens": {}},
+    "a list of special tokens": {"special_tokens": []},
+    "a negative id": {"special_tokens": {"<|endoftext|>": -1}},
+    "an id that is no number": {"special_tokens": {"<|endoftext|>": "x"}},
+    "a ranks file that is none": {"ranks_file": 3},
+}
+CHANGES = BROKEN | {"another pattern": {"pattern": "."}, "another hash": {"hash": "0" * 16}}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_changed_description_is_refused_by_name(tmp_path, change):
+    TOKENIZER.save(tmp_path)
+    file = tmp_path / "encoding.json"
+    description = json.loads(file.read_text())
+    file.write_text(json.dumps(description | change))
+    with pytest.raises(InputError, match=r"encoding.json is damaged"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("change", BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_description_without_a_hash_is_refused_by_name(tmp_path, change):
+    TOKENIZER.save(tmp_path)
+    file = tmp_path / "encoding.json"
+    description = json.loads(file.read_text())
+    del description["hash"]
+    file.write_text(json.dumps(description))
+    assert Tokenizer.load(tmp_path).hash == TOKENIZER.hash
+    file.write_text(json.dumps(description | change))
+    with pytest.raises(InputError, match=r"encoding.json is damaged"):
+        Tokenizer.load(tmp_path)
+
+
+def test_what_is_not_a_saved_tokenizer_is_refused(tmp_path):
+    for content in (b"[]", b"{}", b"\xff\xfe", b"3"):
+        (tmp_path / "encoding.json").write_bytes(content)
+        with pytest.raises(InputError, match=r"encoding.json is damaged"):
+            Tokenizer.load(tmp_path)
+    with pytest.raises(InputError, match=r"encoding.json cannot be read \(Not a directory\)"):
+        Tokenizer.load(tmp_path / "encoding.json")

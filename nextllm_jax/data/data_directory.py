@@ -1,0 +1,113 @@
+"""The directory of prepared data: who may write it, and that nothing else in it is lost."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nextllm_jax.data.shards import FORMAT, SPLITS
+from nextllm_jax.errors import InputError
+
+_SETTINGS = "settings.json"
+_INDEX = "index.json"
+_ANY_FORMAT = FORMAT.rstrip("0123456789")
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """What settings.json in `directory` says; empty if it is missing or none of ours."""
+    return _read_ours(directory / _SETTINGS)
+
+
+def is_prepared(directory: Path) -> bool:
+    """True if `directory` holds prepared data, whole, by the look of it."""
+    return (directory / _INDEX).is_file()
+
+
+def check_replaceable(output: Path, overwrite: bool) -> None:
+    """InputError unless `output` is free, or holds prepared data and nothing else, and may be overwritten."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    index = _read_ours(output / _INDEX)
+    if not index:
+        raise InputError(f"{output} exists and is not prepared data; name another directory")
+    names = _names_of_files(index)
+    foreign = sorted({path.relative_to(output).as_posix() for path in output.rglob("*")} - names)
+    foreign = [name for name in foreign if not name.startswith("tokenizer/ranks-")]
+    if foreign:
+        raise InputError(
+            f"{output} holds more than prepared data ({foreign[0]}{', ...' if foreign[1:] else ''}); "
+            "move that away, or name another directory"
+        )
+    if not overwrite:
+        raise InputError(f"{output} was prepared with other settings; name another directory, or pass --overwrite")
+
+
+@contextlib.contextmanager
+def claimed(partial: Path, output: Path) -> Iterator[None]:
+    """Hold a lock on the partial directory, made if need be. Raises InputError if another process holds it."""
+    partial.mkdir(parents=True, exist_ok=True)
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        # Some network file systems have no locks; there the lock is best effort.
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(f"another process is preparing {output}; wait for it") from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def start_or_continue(partial: Path, settings: dict[str, Any]) -> None:
+    """Keep what a run with the same settings left in `partial`, or empty it.
+
+    Raises InputError if files lie there that no such run wrote.
+    """
+    found = read_settings(partial)
+    if found == settings:
+        print(f"continuing the interrupted preparation in {partial}", flush=True)
+        return
+    temporary = partial / f"{_SETTINGS}.tmp"
+    entries = [entry for entry in partial.iterdir() if entry != temporary]
+    if entries and not found:
+        raise InputError(f"{partial} is needed for preparing but holds other files; move them away")
+    for entry in sorted(entries, key=lambda entry: entry.name == _SETTINGS):  # the settings last: they say it is ours
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    temporary.write_text(json.dumps(settings, indent=2) + "\n")
+    temporary.replace(partial / _SETTINGS)
+
+
+def publish(partial: Path, output: Path) -> None:
+    """Turn the finished partial directory into the output; older data is removed only after that."""
+    if not is_prepared(output):
+        partial.rename(output)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f"{output.name}.replaced-", dir=output.parent))
+    output.rename(aside / output.name)
+    partial.rename(output)
+    shutil.rmtree(aside)
+
+
+def _read_ours(file: Path) -> dict[str, Any]:
+    """The JSON object in a file that preparing wrote, by any version of the format; empty for anything else."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    ours = isinstance(content, dict) and str(content.get("format")).startswith(_ANY_FORMAT)
+    return content if ours else {}
+
+
+def _names_of_files(index: dict[str, Any]) -> set[str]:
+    """What lies in a prepared directory, but for the ranks of its tokenizer."""
+    names = {_INDEX, _SETTINGS, "tokenizer", "tokenizer/encoding.json"}
+    with contextlib.suppress(KeyError, TypeError):  # a damaged index names less
+        splits = [index["splits"][name] for name in SPLITS]
+        names |= {entry["file"] for split in splits for entry in [*split["shards"], split["document_index"]]}
+    return names
