@@ -85,22 +85,19 @@ def train_command(argv: list[str]) -> int:
         description=f"{TrainArguments.__doc__}\n\n{process.describe()}",
     )
     process.restart_with_settings()
-    _prepare_if_missing(arguments.run.data)
+
+    from nextllm_jax.data.prepare import ensure_prepared
+
+    try:
+        ensure_prepared(arguments.run.data)
+    except KeyboardInterrupt:
+        return _complain("interrupted while preparing data; the same command continues", EXIT_INTERRUPTED)
     use_compilation_cache()
 
     from nextllm_jax.training.loop import train
 
     outcome = train(arguments.run, overwrite=arguments.overwrite, sample_text=_sample_text)
     return EXIT_INTERRUPTED if outcome == "interrupted" else 0
-
-
-def _prepare_if_missing(config: DataConfig) -> None:
-    from nextllm_jax.data.prepare import default_data_path, prepare
-
-    path = default_data_path(config)
-    if not (path / "index.json").exists():
-        print(f"preparing {config.corpus} in {path}", file=sys.stderr)
-        prepare(config, path)
 
 
 def use_compilation_cache() -> None:

@@ -244,6 +244,27 @@ def test_a_full_disk_fails_with_a_sentence_and_the_checkpoint_stands(door):
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_ends_the_same(trained, door):
+    """The latest step is cut short; training goes on from the best one, step 20."""
+    code, output = interrupt(door, r"step\D*30\b", signal.SIGTERM)
+    assert code == 75, output
+    run = door.directory / "runs" / "config"
+    best, latest = sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+    assert best == 20
+    files = (run / "checkpoints" / str(latest) / "params").rglob("*")
+    largest = max(files, key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    again = door.run("train.py", "--config", "config.py")
+    assert f"{latest}.damaged" in again.stdout
+    assert "continuing from step 20" in again.stdout
+    assert_same_end(run, trained.directory / "runs" / "config", 40)
+
+
+def test_a_misspelt_data_path_is_refused(door):
+    failed = door.run("train.py", "--config", "config.py", "--data.path", "data/knwon", exit_code=2)
+    assert "data/knwon holds no prepared data" in failed.stderr
+
+
 def test_prepare_prints_tokens_per_second_and_refuses_to_replace(door):
     made = door.run("nextllm_jax.cli", "prepare", "--corpus", "corpus", "--tokenizer", "train", "--vocab-size", "300",
                     "--output", "prepared")  # fmt: skip

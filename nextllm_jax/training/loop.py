@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nextllm_jax import hardware
-from nextllm_jax.checkpoint import Checkpoints
+from nextllm_jax.checkpoint import Checkpoints, DamagedCheckpoint
 from nextllm_jax.config import Config, ModelConfig
 from nextllm_jax.data.loader import TrainLoader, validation_batches
 from nextllm_jax.data.packing import Batch
@@ -119,15 +119,22 @@ def _check_fits(config: Config, dataset: Dataset, mesh: Mesh) -> None:
 
 
 def _restore_or_create(program: Program, checkpoints: Checkpoints, config: Config) -> tuple[TrainState, dict[str, Any]]:
-    """The latest checkpoint's state and record, or a new state and an empty record."""
-    step = checkpoints.latest_step()
-    if step is None:
-        return program.create_state(), {}
-    if step > config.training.steps:
-        raise InputError(f"the run is at step {step} already, beyond training.steps {config.training.steps}")
-    rest = checkpoints.restore(step, "rest", dataclasses.replace(program.abstract_state, params=None))
-    params = checkpoints.restore(step, "params", program.abstract_state.params)
-    return dataclasses.replace(rest, params=params), checkpoints.record(step)
+    """The latest readable checkpoint's state and record, or a new state and an empty record.
+
+    A damaged checkpoint is set aside with a message; otherwise its step could not be saved again.
+    """
+    while (step := checkpoints.latest_step()) is not None:
+        if step > config.training.steps:
+            raise InputError(f"the run is at step {step} already, beyond training.steps {config.training.steps}")
+        rest = dataclasses.replace(program.abstract_state, params=None)
+        try:
+            state = checkpoints.restore(step, "rest", rest)
+            params = checkpoints.restore(step, "params", program.abstract_state.params)
+            return dataclasses.replace(state, params=params), checkpoints.record(step)
+        except DamagedCheckpoint as error:
+            print(f"WARNING: {error}", flush=True)
+            print(f"WARNING: it is now {checkpoints.set_aside(error.step)}; going on without it", flush=True)
+    return program.create_state(), {}
 
 
 def _describe(config: Config, program: Program, mesh: Mesh, dataset: Dataset) -> str:
