@@ -67,6 +67,13 @@ def _is_damage(error: BaseException) -> bool:
     return isinstance(error, missing_or_broken) or str(error).partition(":")[0] in _DAMAGE
 
 
+def _innermost(error: BaseException) -> BaseException:
+    """The exception that an exception was raised from, at the bottom."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def _cause(error: BaseException) -> str:
     """An exception in a few words."""
     code = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore buries it in a paragraph
@@ -220,8 +227,9 @@ class Checkpoints:
         try:
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
                 return checkpointer.restore(self._path(step) / name, args=ocp.args.StandardRestore(abstract))
-        except (OSError, ValueError, KeyError) as error:
-            raise self._unreadable(step, f"{name}: {_cause(error)}", _is_damage(error)) from error
+        except Exception as error:  # orbax wraps what tensorstore raises in kinds of its own
+            inner = _innermost(error)
+            raise self._unreadable(step, f"{name}: {_cause(inner)}", _is_damage(inner)) from error
 
     def save(self, step: int, items: dict[str, Any], record: dict[str, Any], *, validation_loss: float | None) -> None:
         """Start saving a step; returns when the arrays may be donated, before they are on disk.
