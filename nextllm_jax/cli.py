@@ -110,14 +110,17 @@ def use_compilation_cache() -> None:
 
 
 def _sample_text(
-    config: ModelConfig, dtype: Any, params: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int
+    config: ModelConfig, params: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int
 ) -> list[tuple[str, str]]:
     """What `train` writes to samples.txt: one continuation of each prompt."""
-    from nextllm_jax.llm import LLM, cast_matrices
+    import jax
 
+    from nextllm_jax.llm import LLM, cast_matrices
+    from nextllm_jax.model.transformer import resolve_dtype
+
+    dtype = resolve_dtype(config.dtype, jax.default_backend())
     llm = LLM(config, cast_matrices(params, dtype), tokenizer, dtype)
-    fitting = min(max_new_tokens, config.context_length // 2)
-    return [(sample.prompt, sample.text) for sample in llm.generate(prompts, max_new_tokens=fitting)]
+    return [(sample.prompt, sample.text) for sample in llm.generate(prompts, max_new_tokens=max_new_tokens)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

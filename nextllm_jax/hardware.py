@@ -61,3 +61,13 @@ def chip(device_kind: str) -> Chip | None:
     The name must match whole: a guess from a part of it would give a wrong MFU with nothing to show for it.
     """
     return _CHIPS.get(device_kind)
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this machine's processor multiplies bfloat16 natively; False where Linux does not say."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = file.read()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -14,11 +14,17 @@ from etils import epath
 
 from nextllm_jax.checkpoint import Checkpoints
 from nextllm_jax.config import ModelConfig, SamplingConfig
-from nextllm_jax.config_files import from_json
+from nextllm_jax.config_files import read_config
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.generate import CHUNK_TOKENS, Generation, bucket
 from nextllm_jax.inference.stream import Sample, TextStream
-from nextllm_jax.model.transformer import Transformer, head_embedding, resolve_dtype, unstack_layers
+from nextllm_jax.model.transformer import (
+    Transformer,
+    head_embedding,
+    resolve_dtype,
+    set_matmul_precision,
+    unstack_layers,
+)
 from nextllm_jax.ops.cross_entropy import cross_entropy
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -43,7 +49,7 @@ class Score:
     @property
     def perplexity(self) -> float:
         """The exponential of the mean negative log-likelihood."""
-        return math.exp(self.nll)
+        return math.exp(self.nll) if self.nll < 700 else math.inf
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -233,11 +239,9 @@ def load(path: str, *, step: str | int | None = None, dtype: str | None = None) 
             f"{path} is not a run directory; give the one that train.py wrote, such as runs/tiny, "
             "with config.json, tokenizer and checkpoints in it"
         )
-    config = from_json(config_file.read_text(), str(config_file)).model
+    config = read_config(config_file).model
     compute_dtype = resolve_dtype(dtype or config.dtype, jax.default_backend())
-    if compute_dtype == jnp.float32:
-        # TPUs and recent GPUs multiply float32 in fewer bits unless asked.
-        jax.config.update("jax_default_matmul_precision", "highest")
+    set_matmul_precision(compute_dtype)
     tokenizer = Tokenizer.load(run / "tokenizer")
     with Checkpoints(run / "checkpoints") as checkpoints:
         if step is None:

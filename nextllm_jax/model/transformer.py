@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nextllm_jax import hardware
 from nextllm_jax.config import LayerKind, ModelConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.attention import Attention
@@ -196,7 +197,9 @@ def rope_cos_sin(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Arra
             high_freq_factor=config.rope_high_freq_factor,
         )
     elif config.rope_scaling == "yarn":
-        attention_factor = config.rope_attention_factor or rope.yarn_attention_factor(config.rope_scaling_factor)
+        attention_factor = config.rope_attention_factor
+        if attention_factor is None:
+            attention_factor = rope.yarn_attention_factor(config.rope_scaling_factor)
         freqs = rope.scale_yarn(
             freqs,
             config.rope_scaling_factor,
@@ -213,10 +216,21 @@ def head_embedding(config: ModelConfig, params: Any) -> jax.Array:
     return params["embed" if config.tie_embeddings else "lm_head"]["embedding"]
 
 
-def resolve_dtype(name: str, platform: str) -> np.dtype:
-    """The type of the matmuls on a jax platform ("cpu", "gpu", "tpu") for a config's `model.dtype`."""
+def resolve_dtype(name: str, platform: str, *, training: bool = False) -> np.dtype:
+    """The type of the matmuls on a jax platform ("cpu", "gpu", "tpu") for a config's `model.dtype`.
+
+    On a CPU with bfloat16 units "auto" is bfloat16 for training alone: a product with a single row, as in
+    decoding, reads its matrix several times slower in bfloat16 there than in float32.
+    """
     if name == "auto":
-        name = "float32" if platform == "cpu" else "bfloat16"
+        fast = platform != "cpu" or (training and hardware.cpu_has_bfloat16())
+        name = "bfloat16" if fast else "float32"
     if name not in ("float32", "bfloat16"):
         raise InputError(f"model.dtype is {name}; it must be auto, float32 or bfloat16")
     return jnp.dtype(name)
+
+
+def set_matmul_precision(dtype: np.dtype) -> None:
+    """Ask jax for full products if they are float32: TPUs and recent GPUs multiply in fewer bits by default."""
+    if dtype == jnp.float32:
+        jax.config.update("jax_default_matmul_precision", "highest")

@@ -20,7 +20,7 @@ from nextllm_jax.data.prepare import default_data_path
 from nextllm_jax.data.shards import Dataset
 from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.model.accounting import flops_per_token, parameter_count
-from nextllm_jax.model.transformer import Transformer, resolve_dtype
+from nextllm_jax.model.transformer import Transformer, resolve_dtype, set_matmul_precision
 from nextllm_jax.sharding import make_mesh, sharding
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 from nextllm_jax.training.evaluate import evaluate
@@ -34,8 +34,8 @@ from nextllm_jax.training.writers import Writers
 
 Outcome = Literal["finished", "interrupted"]
 
-SampleText = Callable[[ModelConfig, np.dtype, Any, Tokenizer, Sequence[str], int], list[tuple[str, str]]]
-"""(config, dtype, params, tokenizer, prompts, max_new_tokens) -> [(prompt, text), ...]."""
+SampleText = Callable[[ModelConfig, Any, Tokenizer, Sequence[str], int], list[tuple[str, str]]]
+"""(config, params, tokenizer, prompts, max_new_tokens) -> [(prompt, text), ...]."""
 
 
 class _Stopped(Exception):
@@ -55,7 +55,8 @@ class Program:
 
 def build_program(config: Config, mesh: Mesh) -> Program:
     """The steps of a config on a mesh; nothing is compiled or computed yet."""
-    model = Transformer(config.model, resolve_dtype(config.model.dtype, jax.default_backend()))
+    dtype = resolve_dtype(config.model.dtype, jax.default_backend(), training=True)
+    model = Transformer(config.model, dtype)
     optimizer = make_optimizer(config.optimizer)
     abstract = abstract_state(model, optimizer, mesh)
     train_step = make_train_step(
@@ -86,9 +87,6 @@ def _check_platform(config: Config) -> None:
         )
     if jax.process_count() > 1:
         raise InputError(f"{jax.process_count()} jax processes were started; training runs in one process today")
-    if config.model.dtype == "float32":
-        # TPUs and recent GPUs multiply float32 in fewer bits unless asked.
-        jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def _check_fits(config: Config, dataset: Dataset, mesh: Mesh) -> None:
@@ -160,6 +158,7 @@ def train(config: Config, *, overwrite: bool = False, sample_text: SampleText | 
     dataset = Dataset.open(default_data_path(config.data))
     _check_fits(config, dataset, mesh)
     program = build_program(config, mesh)
+    set_matmul_precision(program.model.dtype)
     loader = TrainLoader(
         dataset.split("train"),
         sequence_length=config.data.sequence_length,
@@ -304,7 +303,6 @@ def _evaluate(session: Session, state: TrainState, step: int, meter: TrainMeter)
     if session.sample_text and config.training.sample_tokens and config.training.sample_prompts:
         texts = session.sample_text(
             config.model,
-            session.program.model.dtype,
             state.params,
             session.tokenizer,
             config.training.sample_prompts,

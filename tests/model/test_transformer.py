@@ -327,6 +327,12 @@ def test_dtype_is_resolved_by_platform(name: str, platform: str, expected: str) 
     assert resolve_dtype(name, platform) == jnp.dtype(expected)
 
 
+@pytest.mark.parametrize(("has_units", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_training_on_a_cpu_follows_its_units(has_units: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nextllm_jax.hardware.cpu_has_bfloat16", lambda: has_units)
+    assert resolve_dtype("auto", "cpu", training=True) == jnp.dtype(expected)
+
+
 def test_an_unknown_dtype_is_refused() -> None:
     with pytest.raises(InputError, match=r"model\.dtype is float16"):
         resolve_dtype("float16", "cpu")
