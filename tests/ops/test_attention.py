@@ -35,6 +35,11 @@ def segments(B, T, seed=0):
     return jnp.asarray(np.sort(np.random.default_rng(seed).integers(1, 5, size=(B, T)), axis=1))
 
 
+def as_cached(x_BSKH):
+    """[B, K, S, H], as the cache has it."""
+    return jnp.swapaxes(x_BSKH, 1, 2)
+
+
 def value_and_gradients(attend, q, k, v, d_out):
     def both(q, k, v, d_out):
         out, backward = jax.vjp(attend, q, k, v)
@@ -125,7 +130,7 @@ def test_cached_attention_equals_the_reference_at_any_offset(N, K, window):
     expected = jnp.take_along_axis(whole, positions_BT[:, :, None, None], axis=1)
     for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 0.05)):
         attend = jax.jit(lambda q, k, v: cached_attention(q, k, v, positions_BT=positions_BT, window=window))
-        out = attend(*(x.astype(dtype) for x in (q_BTNH, k, v)))
+        out = attend(*(x.astype(dtype) for x in (q_BTNH, as_cached(k), as_cached(v))))
         assert out.dtype == dtype
         np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=tolerance)
 
@@ -135,7 +140,7 @@ def test_cached_attention_equals_the_reference_at_any_offset(N, K, window):
 def test_one_cached_query_ignores_what_later_slots_hold(B, dtype):
     q, k, v, _ = inputs(B=B, T=40, dtype=dtype)
     positions_BT = jnp.full((B, 1), 9)
-    attend = jax.jit(lambda k, v: cached_attention(q[:, :1], k, v, positions_BT=positions_BT))
+    attend = jax.jit(lambda k, v: cached_attention(q[:, :1], as_cached(k), as_cached(v), positions_BT=positions_BT))
     out, junk = attend(k, v), attend(k.at[:, 10:].set(99), v.at[:, 10:].set(99))
     np.testing.assert_array_equal(out.astype(jnp.float32), junk.astype(jnp.float32))
     seen = np.broadcast_to(np.arange(40) <= 9, (B, 1, 40))
