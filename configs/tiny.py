@@ -21,7 +21,7 @@ def get_config() -> Config:
             context_length=512,
         ),
         data=DataConfig(vocab_size=2048, sequence_length=256),
-        optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=40, final_learning_rate_fraction=0.02),
-        training=TrainingConfig(steps=400, global_batch_size=16, log_every_steps=10, evaluate_every_steps=200),
-        checkpoint=CheckpointConfig(every_steps=200),
+        optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=50, final_learning_rate_fraction=0.02),
+        training=TrainingConfig(steps=700, global_batch_size=8, log_every_steps=20, evaluate_every_steps=350),
+        checkpoint=CheckpointConfig(every_steps=350),
     )
