@@ -7,11 +7,14 @@ retention is ours: orbax's CheckpointManager ranks steps by metrics kept elsewhe
 directory with a number for a name as a step.
 """
 
+import functools
 import json
 import logging
 import math
 import os
 import re
+import sys
+import types
 from typing import Any
 
 import jax
@@ -103,8 +106,34 @@ def _finite(loss: float | None) -> float | None:
 
 
 def _not_a_background_traceback(record: logging.LogRecord) -> bool:
-    """False for the tracebacks that orbax's threads log: the exception itself comes out of `wait`."""
-    return not (record.exc_info and "orbax" in record.pathname)
+    """False for what orbax's threads and tasks log of an exception, which itself comes out of `wait` or `restore`."""
+    of_a_task = record.name == "asyncio" and "orbax" in record.getMessage()
+    return not (of_a_task or (record.exc_info and "orbax" in record.pathname))
+
+
+@functools.cache
+def _silence_tracebacks_of_orbax() -> None:
+    """Keep quiet, in this process, about what follows a failure to read or write one array.
+
+    Orbax gives up at the first and closes its event loop; each array still under way then ends in a traceback of its
+    own from a thread of tensorstore, which asyncio's first frame gives away.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_not_a_background_traceback)
+    print_uncaught, print_unraisable = sys.excepthook, sys.unraisablehook
+
+    def follows(trace: types.TracebackType | None) -> bool:
+        return trace is not None and trace.tb_frame.f_code.co_name == "call_soon_threadsafe"
+
+    def uncaught(kind: Any, error: BaseException, trace: types.TracebackType | None) -> None:
+        if not follows(trace):
+            print_uncaught(kind, error, trace)
+
+    def unraisable(what: Any) -> None:
+        if not follows(what.exc_traceback):
+            print_unraisable(what)
+
+    sys.excepthook, sys.unraisablehook = uncaught, unraisable
 
 
 class Checkpoints:
@@ -224,6 +253,7 @@ class Checkpoints:
             raise InputError(
                 f"checkpoint {self._path(step)} does not fit, {name}: {mismatch}; use the config that it was saved with"
             )
+        _silence_tracebacks_of_orbax()
         try:
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
                 return checkpointer.restore(self._path(step) / name, args=ocp.args.StandardRestore(abstract))
@@ -251,7 +281,7 @@ class Checkpoints:
             if self._checkpointer is None:
                 self._directory.mkdir(parents=True, exist_ok=True)
                 self._remove_unfinished()
-                logging.getLogger("absl").addFilter(_not_a_background_traceback)
+                _silence_tracebacks_of_orbax()
                 self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
             self._saving = step
             # force: the half-deleted directory of that name that a killed process may have left is removed.

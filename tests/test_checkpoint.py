@@ -331,6 +331,31 @@ def test_failed_save_is_raised_and_the_checkpoint_before_it_stands(tmp_path, cap
     assert checkpoints.steps() == [3]
 
 
+def test_a_full_disk_is_nothing_but_a_sentence(tmp_path):
+    """Arrays that were under way when the first one failed say nothing, but other threads' errors are shown."""
+    script = textwrap.dedent(
+        """
+        import resource, sys, threading
+        import jax
+        from nextllm_jax.checkpoint import Checkpoints
+        from nextllm_jax.errors import RunFailed
+
+        arrays = {str(i): jax.random.normal(jax.random.key(i), (20_000,)) for i in range(12)}
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+        try:
+            with Checkpoints(sys.argv[1]) as checkpoints:
+                checkpoints.save(1, {"params": arrays, "rest": arrays}, {}, validation_loss=None)
+        except RunFailed as error:
+            print(error)
+        raise RuntimeError("another error")
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert "step 1 could not be saved" in done.stdout
+    assert done.stderr.count("Traceback") == 1, done.stderr
+    assert done.stderr.endswith("RuntimeError: another error\n")
+
+
 def test_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFailed, match=r"step 1 could not be saved in .*there is no earlier checkpoint"):
