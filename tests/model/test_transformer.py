@@ -17,7 +17,7 @@ from nextllm_jax.model.transformer import Transformer, resolve_dtype, unstack_la
 from nextllm_jax.sharding import RULES
 from tests import reference
 
-TOLERANCE = 5e-6  # hidden states are of order 1
+TOLERANCE = 2e-5  # hidden states are of order 1
 
 TINY: dict[str, Any] = {
     "vocab_size": 31,
