@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-_OUTER_XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = _OUTER_XLA_FLAGS + " --xla_force_host_platform_device_count=8"
+_EIGHT_DEVICES = " --xla_force_host_platform_device_count=8"
+# A test worker inherits the flag from the process that started it.
+_OUTER_XLA_FLAGS = os.environ.get("XLA_FLAGS", "").replace(_EIGHT_DEVICES, "")
+os.environ["XLA_FLAGS"] = _OUTER_XLA_FLAGS + _EIGHT_DEVICES
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
