@@ -1,4 +1,4 @@
-"""A Llama-style language model trainer and sampler in JAX and Flax, from a laptop to a TPU pod."""
+"""A Llama-style language model trainer and sampler in JAX and Flax, from a laptop to an accelerator host."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -7,6 +7,7 @@ retention is ours: orbax's CheckpointManager ranks steps by metrics kept elsewhe
 directory with a number for a name as a step.
 """
 
+import contextlib
 import functools
 import json
 import logging
@@ -351,7 +352,9 @@ class Checkpoints:
     def _failed(self, step: int, error: Exception) -> None:
         """Free what the failed save took and raise RunFailed."""
         self._saving = None
-        self._remove_unfinished()
+        # A thread of orbax may still be writing there; what it leaves goes before the next save.
+        with contextlib.suppress(OSError):
+            self._remove_unfinished()
         latest = self.latest_step()
         raise RunFailed(
             f"step {step} could not be saved in {self._directory} ({_cause(error)}); "
