@@ -34,17 +34,18 @@ class Door:
             "PYTHONUNBUFFERED": "1",
         }
 
-    def start(self, *command, preexec_fn=None, **environment) -> subprocess.Popen:
+    def start(self, *command, most_kib=None, **environment) -> subprocess.Popen:
         script, *arguments = command
         program = ["-m", script] if script.startswith("nextllm_jax") else [str(ROOT / script)]
+        # A limit on file sizes, set by a shell: a function run after a fork would warn beside jax's threads.
+        limit = ["bash", "-c", f'ulimit -f {most_kib}; exec "$@"', "bash"] if most_kib else []
         return subprocess.Popen(
-            [sys.executable, *program, *map(str, arguments)],
+            [*limit, sys.executable, *program, *map(str, arguments)],
             cwd=self.directory,
             env={**self._environment, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=preexec_fn,
         )
 
     def run(self, *command, exit_code=0, **environment) -> subprocess.CompletedProcess:

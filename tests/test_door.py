@@ -2,7 +2,6 @@
 
 import json
 import re
-import resource
 import shutil
 import signal
 
@@ -235,8 +234,7 @@ def test_a_full_disk_fails_with_a_sentence_and_the_checkpoint_stands(door):
     door.run("train.py", "--config", "config.py", "--training.steps", "20", "--optimizer.schedule-steps", "40")
     checkpoints = door.directory / "runs" / "config" / "checkpoints"
     before = {path: path.read_bytes() for path in checkpoints.rglob("*") if path.is_file()}
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))  # noqa: E731
-    process = door.start("train.py", "--config", "config.py", "--training.sample-tokens", "0", preexec_fn=limit)
+    process = door.start("train.py", "--config", "config.py", "--training.sample-tokens", "0", most_kib=40)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1, out + err
     assert "Traceback" not in err
