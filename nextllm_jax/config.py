@@ -233,7 +233,11 @@ class TrainingConfig:
     """Sequences in one batch of an evaluation, rounded up to what the mesh divides; the result does not depend
     on it."""
     max_skipped_steps: int = 10
-    """Steps in a row with a non-finite loss or gradient after which training gives up."""
+    """Skipped steps in a row (loss, gradient or update not finite, or a spike) after which training gives up."""
+    spike_factor: float = 0.0
+    """Skip steps whose loss is over this times the median loss of the last steps that were taken; 0: never."""
+    spike_window_steps: int = 100
+    """Steps that this median is over; before so many were taken, none counts as a spike."""
     sample_prompts: tuple[str, ...] = ("def ", "import ", "class ")
     """Prompts that samples.txt continues at every evaluation; none: no samples."""
     sample_tokens: int = 96
@@ -243,8 +247,10 @@ class TrainingConfig:
         _check_types(self, "training.")
         _require_positive(
             self, "training.", "steps", "global_batch_size", "accumulation_steps", "log_every_steps",
-            "evaluate_every_steps", "evaluation_batch_size", "max_skipped_steps",
+            "evaluate_every_steps", "evaluation_batch_size", "max_skipped_steps", "spike_window_steps",
         )  # fmt: skip
+        factor = self.spike_factor
+        _require(factor == 0 or factor > 1, f"training.spike_factor is {factor}; it must be over 1, or 0 for never")
         _require(self.sample_tokens >= 0, f"training.sample_tokens is {self.sample_tokens}; it cannot be negative")
         batch, parts = self.global_batch_size, self.accumulation_steps
         _require(

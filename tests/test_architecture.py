@@ -33,7 +33,8 @@ FOLDERS = {  # inside a folder a file imports from those to its left
     "model": ("layers", "kv_cache", "attention", "transformer", "quantize", "accounting"),
     "tokenizer": ("tokenizer", "bpe", "chat"),
     "data": ("corpora", "shards", "data_directory", "prepare", "packing", "loader"),
-    "training": ("optimizer", "state", "step", "evaluate", "metrics", "run_directory", "writers", "signals", "loop"),
+    "training": ("optimizer", "state", "layer_norms", "step", "evaluate", "metrics", "run_directory", "writers", "signals",
+                 "flight_recorder", "loop", "diagnosis", "replay"),
     "inference": ("sampling", "generate", "stream"),
     "interop": ("names", "huggingface", "gguf"),
 }

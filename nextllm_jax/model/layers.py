@@ -32,7 +32,9 @@ class RMSNorm(nn.Module):
         """Return the normed array, computed in float32, in the type of `x`."""
         scale = _parameter(self, "scale", nn.initializers.ones, ("norm",), (x.shape[-1],), self.param_dtype)
         x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        self.sow("intermediates", "mean_square", mean_square)  # dropped unless the caller asks for intermediates
+        normed = x32 * jax.lax.rsqrt(mean_square + self.eps)
         scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
         return (normed * scale).astype(x.dtype)
 
