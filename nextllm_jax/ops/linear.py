@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def linear(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`einsum(equation, x, kernel)` in the operands' common dtype.
 
@@ -14,7 +13,7 @@ def linear(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
     has. Derived automatically, the kernel's gradient is made transposed and turned over afterwards, which takes a CPU
     twice as long as making it as it is kept.
     """
-    return _einsum(equation, x, kernel)
+    return _linear(equation, x, kernel)
 
 
 def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -39,4 +38,5 @@ def _backward(equation: str, residuals: tuple[jax.Array, jax.Array], d_y: jax.Ar
     )
 
 
-linear.defvjp(_forward, _backward)
+_linear = jax.custom_vjp(_einsum, nondiff_argnums=(0,))
+_linear.defvjp(_forward, _backward)
