@@ -203,7 +203,9 @@ def damaged_files(
 
     mine = sound[share[0] :: share[1]]
     with concurrent.futures.ThreadPoolExecutor(readers) as pool:
-        for name, problem in zip(mine, pool.map(problem_of_content, mine), strict=True):
+        # One reader is this thread: while the interpreter ends, a save that is under way could start no other.
+        problems = map(problem_of_content, mine) if readers == 1 else pool.map(problem_of_content, mine)
+        for name, problem in zip(mine, problems, strict=True):
             if problem:
                 yield DamagedFile(name, problem)
 
