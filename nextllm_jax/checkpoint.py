@@ -13,8 +13,8 @@ directory with a number for a name as a step.
 import concurrent.futures
 import contextlib
 import errno
-import logging
 import math
+import sys
 from typing import Any, NoReturn
 
 import jax
@@ -27,8 +27,6 @@ from nextllm_jax import checkpoint_files, orbax_errors
 from nextllm_jax.errors import InputError, RunFailed
 
 _TEXT_BYTES = 1000  # of a sentence that processes exchange
-
-_logger = logging.getLogger(__name__)
 
 
 class DamagedCheckpoint(InputError):
@@ -114,7 +112,7 @@ class Checkpoints:
         # Other processes may not be here: finish the own part of the save, and nothing that all must do.
         step, saved = self._saving or (0, None)
         if saved and (failure := saved.exception()):
-            _logger.error("error: %s", self._sentence(step, failure))  # and `error` goes on
+            print(f"error: {self._sentence(step, failure)}", file=sys.stderr, flush=True)  # and `error` goes on
         self._saving = None
         self._let_go()
 
@@ -148,7 +146,7 @@ class Checkpoints:
                 # Unless the run that is training deleted it just now.
                 if self._path(step).exists() and step not in self._warned and jax.process_index() == 0:
                     self._warned.add(step)
-                    _logger.warning("WARNING: %s", error)
+                    print(f"WARNING: {error}", file=sys.stderr, flush=True)
         return losses
 
     def validation_loss(self, step: int) -> float | None:

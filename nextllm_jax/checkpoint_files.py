@@ -63,6 +63,11 @@ def is_leftover(path: epath.Path) -> bool:
     return _LEFTOVER.fullmatch(path.name) is not None
 
 
+def is_set_aside(path: epath.Path) -> bool:
+    """True for what `move_aside` renamed."""
+    return path.name.endswith(DAMAGED) and path.name.removesuffix(DAMAGED).isdecimal()
+
+
 def remove_leftovers(directory: epath.Path) -> None:
     """Remove what interrupted saves and deletions left."""
     for path in list(directory.iterdir()):

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
@@ -52,11 +51,6 @@ class StepReport:
         return f"{self.path}: {self.state} ({why[self.state]})"
 
 
-def _is_ours(path: epath.Path) -> bool:
-    known = checkpoint_files.is_step(path) or checkpoint_files.is_leftover(path)
-    return known or path.name.endswith(checkpoint_files.DAMAGED)
-
-
 def find_steps(path: epath.PathLike) -> list[epath.Path]:
     """The directories to check of a run, of a directory of checkpoints, or the one of a step, in order.
 
@@ -67,11 +61,12 @@ def find_steps(path: epath.PathLike) -> list[epath.Path]:
         return [path]
     of_a_run = [path / name for name in ("checkpoints", "config.json") if (path / name).exists()]
     directory = path / "checkpoints" if of_a_run else path
-    entries = [entry for entry in directory.iterdir() if entry.is_dir()] if directory.is_dir() else []
-    ours = [entry for entry in entries if _is_ours(entry)]
+    kinds = checkpoint_files.is_step, checkpoint_files.is_leftover, checkpoint_files.is_set_aside
+    entries = list(directory.iterdir()) if directory.is_dir() else []
+    ours = [entry for entry in entries if entry.is_dir() and any(is_kind(entry) for is_kind in kinds)]
     if not (ours or of_a_run or (path.name == "checkpoints" and path.is_dir())):
         raise InputError(f"{path} is no run; give a run directory such as runs/tiny, its checkpoints, or one of them")
-    return sorted(ours, key=lambda entry: (int(re.match(r"\d*", entry.name)[0] or 0), entry.name))  # pyright: ignore[reportOptionalSubscript]
+    return sorted(ours, key=lambda entry: (int(entry.name.partition(".")[0]), entry.name))
 
 
 def count_bytes(paths: Iterable[epath.Path]) -> int:
@@ -88,7 +83,7 @@ def check_steps(paths: Iterable[epath.Path], progress: checkpoint_files.Progress
     for path in paths:
         if checkpoint_files.is_leftover(path):
             yield StepReport(path, "unfinished")
-        elif path.name.endswith(checkpoint_files.DAMAGED):
+        elif checkpoint_files.is_set_aside(path):
             yield StepReport(path, "set aside")
         elif (report := _check_step(path, progress)) and path.exists():
             yield report

@@ -1,6 +1,5 @@
 """No damage to a file of a checkpoint goes unseen, whoever looks: restoring, retention, `nextllm verify`."""
 
-import logging
 import random
 import shutil
 
@@ -135,7 +134,7 @@ def test_no_byte_of_a_manifest_can_change(directory):
         Checkpoints(directory).record(1)
 
 
-def test_a_damaged_best_neither_ends_a_run_nor_is_deleted(directory, caplog):
+def test_a_damaged_best_neither_ends_a_run_nor_is_deleted(directory, capsys):
     """The best is not the latest, so nobody restores it: retention meets it first."""
     flip(directory / "1" / "manifest.json")
     with Checkpoints(directory) as checkpoints:
@@ -144,9 +143,10 @@ def test_a_damaged_best_neither_ends_a_run_nor_is_deleted(directory, caplog):
         checkpoints.add_validation_loss(4, 5.0, {})
         assert checkpoints.best_step() == 2
     assert names(directory) == ["1", "2", "4"]  # what step 1 is worth is unknown, so it stays
-    (record,) = caplog.records
-    assert record.levelno == logging.WARNING
-    assert f"{directory / '1'} is damaged (manifest.json is not what was written)" in record.getMessage()
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith(
+        f"WARNING: checkpoint {directory / '1'} is damaged (manifest.json is not what was written); use another step of"
+    )
 
 
 def test_the_best_is_not_guessed(directory):

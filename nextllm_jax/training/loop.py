@@ -137,7 +137,8 @@ def _restore_or_create(program: Program, checkpoints: Checkpoints, config: Confi
                     f"{error}; leave out --checkpoint.strict to set it aside and go on from the one before it"
                 ) from error
             print(f"WARNING: {error}", flush=True)
-            print(f"WARNING: it is now {checkpoints.set_aside(error.step)}; going on without it", flush=True)
+            aside, left = checkpoints.set_aside(error.step), checkpoints.latest_step()
+            print(f"WARNING: it is now {aside}; going on from step {left or 0}", flush=True)
     return program.create_state(), {}
 
 
