@@ -298,7 +298,7 @@ class Checkpoints:
     def wait(self) -> None:
         """Return once the step being saved is whole and verified, then delete what is not to be kept.
 
-        Raises RunFailed if it could not be saved; the checkpoints before it stand.
+        Raises RunFailed if it could not be saved, or an older one not deleted; the checkpoints before it stand.
         """
         if self._saving is None:
             return
@@ -380,5 +380,6 @@ class Checkpoints:
                 every = self._keep_every_steps
                 kept = step in keep or (every and step and step % every == 0)
                 if not kept and not (self._path(step) / checkpoint_files.PINNED).exists():
-                    checkpoint_files.delete(self._path(step))
+                    with orbax_errors.writing(self._path(step)):
+                        checkpoint_files.delete(self._path(step))
         ocp.utils.sync_global_processes("deleted_superseded")

@@ -159,7 +159,7 @@ def test_deletion_cut_short_leaves_nothing_that_looks_complete(tmp_path, monkeyp
     with Checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 1)
         monkeypatch.setattr(type(checkpoints._path(1)), "rmtree", lambda *_: (_ for _ in ()).throw(OSError("killed")))
-        with pytest.raises(OSError, match="killed"):
+        with pytest.raises(RunFailed, match=r"/1 cannot be written \(killed\); make room"):
             save(checkpoints, 2)
         monkeypatch.undo()
     assert names(tmp_path) == ["1.deleted", "2"]
