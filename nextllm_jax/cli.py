@@ -1,4 +1,4 @@
-"""The `nextllm` command: `nextllm train` and `nextllm prepare`.
+"""The `nextllm` command: `nextllm train`, `nextllm prepare` and `nextllm verify`.
 
 Nothing here imports jax until a command needs it, so that errors and `--help` come at once, and data is
 prepared before devices are touched.
@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import io
 import itertools
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -148,7 +149,37 @@ def prepare_command(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"train": train_command, "prepare": prepare_command}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VerifyArguments:
+    """Check every byte of a run's checkpoints; exit 0 if all are whole, 1 if a file is damaged, 2 if it is no run."""
+
+    path: tyro.conf.Positional[str]
+    """Run directory, its checkpoints directory, or the directory of one step."""
+    json: bool = False
+    """Print one JSON object a checkpoint."""
+
+
+def verify_command(argv: list[str]) -> int:
+    """Print the state of each checkpoint of a run; the exit code."""
+    arguments = tyro.cli(VerifyArguments, args=argv, prog="nextllm verify")
+
+    from tqdm import tqdm
+
+    from nextllm_jax import verify
+
+    steps = verify.find_steps(arguments.path)
+    if not steps:
+        print(f"{arguments.path} holds no checkpoint yet", file=sys.stderr)
+    damaged = False
+    with tqdm(total=verify.count_bytes(steps), unit="B", unit_scale=True, leave=False, delay=1, disable=None) as bar:
+        for report in verify.check_steps(steps, bar.update):
+            with bar.external_write_mode():
+                print(json.dumps(report.to_json()) if arguments.json else report, flush=True)
+            damaged |= report.state == "damaged"
+    return EXIT_FAILED if damaged else 0
+
+
+COMMANDS = {"train": train_command, "prepare": prepare_command, "verify": verify_command}
 
 
 def nextllm_command(argv: list[str]) -> int:

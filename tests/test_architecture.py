@@ -17,11 +17,12 @@ LAYERS = [  # a module imports from the rows below its own
     ("cli",),
     ("server",),
     ("",),  # nextllm_jax/__init__.py
-    ("llm", "plan"),
+    ("llm", "plan", "verify"),
     ("training", "inference"),
     ("data", "model"),
     ("interop",),
     ("checkpoint",),
+    ("checkpoint_files", "orbax_errors"),
     ("sharding",),
     ("config_files",),
     ("config",),

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from nextllm_jax import hardware
@@ -119,7 +120,8 @@ def _check_fits(config: Config, dataset: Dataset, mesh: Mesh) -> None:
 def _restore_or_create(program: Program, checkpoints: Checkpoints, config: Config) -> tuple[TrainState, dict[str, Any]]:
     """The latest readable checkpoint's state and record, or a new state and an empty record.
 
-    A damaged checkpoint is set aside with a message; otherwise its step could not be saved again.
+    A damaged checkpoint is set aside with a message; otherwise its step could not be saved again. Raises
+    InputError instead if checkpoint.strict is set.
     """
     while (step := checkpoints.latest_step()) is not None:
         if step > config.training.steps:
@@ -130,9 +132,24 @@ def _restore_or_create(program: Program, checkpoints: Checkpoints, config: Confi
             params = checkpoints.restore(step, "params", program.abstract_state.params)
             return dataclasses.replace(state, params=params), checkpoints.record(step)
         except DamagedCheckpoint as error:
+            if config.checkpoint.strict:
+                raise InputError(
+                    f"{error}; leave out --checkpoint.strict to set it aside and go on from the one before it"
+                ) from error
             print(f"WARNING: {error}", flush=True)
-            print(f"WARNING: it is now {checkpoints.set_aside(error.step)}; going on without it", flush=True)
+            aside, left = checkpoints.set_aside(error.step), checkpoints.latest_step()
+            print(f"WARNING: it is now {aside}; going on from step {left or 0}", flush=True)
     return program.create_state(), {}
+
+
+def _checkpoints(directory: epath.Path, config: Config, dataset: Dataset) -> Checkpoints:
+    data_id = dataset.split("train").data_id
+    return Checkpoints(
+        directory,
+        keep_last=config.checkpoint.keep_last,
+        keep_every_steps=config.checkpoint.keep_every_steps,
+        run={"config": dataclasses.asdict(config), "tokenizer": dataset.tokenizer_hash, "data": data_id},
+    )
 
 
 def _describe(config: Config, program: Program, mesh: Mesh, dataset: Dataset) -> str:
@@ -170,7 +187,7 @@ def train(config: Config, *, overwrite: bool = False, sample_text: SampleText | 
         stop = stack.enter_context(StopRequest())
         stack.enter_context(jax.set_mesh(mesh))
         run = stack.enter_context(open_run(config.workdir, config, overwrite=overwrite))
-        checkpoints = stack.enter_context(Checkpoints(run.path / "checkpoints"))
+        checkpoints = stack.enter_context(_checkpoints(run.path / "checkpoints", config, dataset))
         state, record = _restore_or_create(program, checkpoints, config)
         if record:
             loader.check_position(record["data"])
@@ -231,10 +248,11 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
             loss = _evaluate(session, state, step, meter)
             evaluated = loss is not None
         signal = stop.name  # read once: it may come at any time, and then waits for the next round
-        if signal or loss is not None or session.due(config.checkpoint.every_steps, step):
+        due = signal is not None or session.due(config.checkpoint.every_steps, step)
+        if due or loss is not None:
             meter.pause()
             facts = {"evaluated": evaluated, "data": session.loader.position(step), **meter.totals()}
-            _save_if_needed(session, state, step, loss, facts, stopping=signal is not None)
+            _save(session, state, step, loss, facts, due=due)
         if evaluated and step == config.training.steps:
             return _finish(session, state, last)
         if signal:
@@ -245,6 +263,7 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
         state, metrics = session.program.train_step(state, next(batches))
         step, evaluated = step + 1, False
         meter.add(metrics)
+        session.checkpoints.check()
         if last is None:
             meter.resume()  # waits: the first step is the one that compiles
             writers.message(f"compiled the train step and took the first in {time.perf_counter() - started:.1f} s")
@@ -312,10 +331,10 @@ def _evaluate(session: Session, state: TrainState, step: int, meter: TrainMeter)
     return result.loss
 
 
-def _save_if_needed(
-    session: Session, state: TrainState, step: int, loss: float | None, facts: dict[str, Any], *, stopping: bool
+def _save(
+    session: Session, state: TrainState, step: int, loss: float | None, facts: dict[str, Any], *, due: bool
 ) -> None:
-    """Save a new best, and whatever is due; a step that is saved already only gets its validation loss."""
+    """Save a step that is due or a new best; a step that is saved already only gets its validation loss."""
     checkpoints = session.checkpoints
     checkpoints.wait()
     if step in checkpoints.steps():
@@ -324,7 +343,7 @@ def _save_if_needed(
         return
     best = checkpoints.best_step()
     improves = loss is not None and (best is None or loss < (checkpoints.validation_loss(best) or math.inf))
-    if improves or stopping or session.due(session.config.checkpoint.every_steps, step):
+    if due or improves:
         items = {"params": state.params, "rest": dataclasses.replace(state, params=None)}
         checkpoints.save(step, items, facts, validation_loss=loss)
 
