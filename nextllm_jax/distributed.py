@@ -47,6 +47,7 @@ class Group:
         self._place = Place("", 1, 0)
         self._changed = threading.Condition(threading.RLock())
         self._lines: dict[int, Line] = {}  # of process 0: to all others; of others: to process 0
+        self._jax_started = False
         self._ended = False
         self._failure: Exception | None = None
         self._rounds = 0
@@ -79,8 +80,11 @@ class Group:
         place = find_place(self._config)
         if place is None:
             return
-        meeting = Meeting(place, self._config)
-        lines = meeting.lines_to_others() if place.process_id == 0 else {0: meeting.line_to_process_0()}
+        meeting, lines = Meeting(place, self._config), {}
+        try:
+            lines = meeting.lines_to_others() if place.process_id == 0 else {0: meeting.line_to_process_0()}
+        finally:
+            meeting.close(keep=lines.values())
         with self._changed:
             self._place, self._lines = place, lines
         threading.Thread(target=self._read_lines, daemon=True).start()
@@ -101,10 +105,10 @@ class Group:
             else:
                 self._lines[0].send(message)
 
-    def gather(self, value: Any, waiting_for: str = "the others") -> list[Any]:
+    def gather(self, value: Any, waiting_for: str = "the others", *, last: bool = False) -> list[Any]:
         """The values of all processes, by process id. All must call it; it waits as long as they are alive.
 
-        Raises what another process failed with, if one did.
+        After the `last` one a connection that closes means nothing. Raises what another process failed with, if one did.
         """
         self._rounds += 1
         results: list[list[Any]] = []
@@ -112,6 +116,7 @@ class Group:
         def arrived(_: int, values: list[Any]) -> None:
             with self._changed:
                 results.append(values)
+                self._ended = last
                 self._changed.notify_all()
 
         self.on(kind := f"gather {self._rounds}", arrived)
@@ -121,9 +126,10 @@ class Group:
             while not self._changed.wait_for(lambda: results or self._failure, timeout=patience):
                 report(f"process {self.process_id} waits for {waiting_for}")
                 patience = _REMINDER_SECONDS
-            if not results:
-                assert self._failure is not None
-                raise self._failure
+        del self._handlers[kind]
+        if not results:
+            assert self._failure is not None
+            raise self._failure
         return results[0]
 
     def check_same(self, facts: dict[str, str]) -> None:
@@ -153,16 +159,15 @@ class Group:
             heartbeat_timeout_seconds=self._config.heartbeat_timeout_seconds,
             shutdown_timeout_seconds=self._config.heartbeat_timeout_seconds,
         )
+        self._jax_started = True
 
     def end(self) -> None:
-        """Part, once all are here: from now on a connection that closes means nothing."""
-        if self.num_processes == 1:
-            return
-        import jax
+        """Part, once all are here."""
+        self.gather(None, last=True)
+        if self._jax_started:
+            import jax
 
-        self.gather(None)
-        self._ended = True
-        jax.distributed.shutdown()
+            jax.distributed.shutdown()
 
     def report(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         """Tell the others of the exception that leaves a context, or raise instead what another process failed with.
@@ -182,7 +187,8 @@ class Group:
     def _fail(self, error: BaseException) -> None:
         """Tell the others what this process fails with, and make sure that it ends."""
         code = EXIT_BAD_INPUT if isinstance(error, InputError) else EXIT_FAILED
-        sentence = str(error) if isinstance(error, InputError | RunFailed) else f"{type(error).__name__}: {error}"
+        known = isinstance(error, InputError | RunFailed)
+        sentence = str(error) if known else f"{type(error).__name__} ({' '.join(str(error).split())[:200]})"
         with self._changed:
             if self._ended:
                 return
@@ -237,33 +243,29 @@ class Group:
         self._end_within(LAST_SECONDS, sentence, code)
 
     def _lost(self, process: int) -> None:
-        """End this process, since another one is gone without a word."""
+        """End this process at once, since another one is gone without a word."""
         if self._failure or self._ended:
             return
-        sentence = (
-            f"process {process} died (killed, out of memory, or its machine is gone), so process {self.process_id} "
-            "ends; the latest checkpoint stands: run the same command in all processes again"
-        )
-        self._failure = RunFailed(sentence)
         if self.process_id == 0:
-            self._relay({"kind": "lost", "process": 0, "value": process})
-        self._end_within(0, sentence, EXIT_FAILED)
+            for line in self._lines.values():
+                line.send({"kind": "lost", "process": 0, "value": process})
+        self._exit(
+            f"process {process} died (killed, out of memory, or its machine is gone), so process {self.process_id} "
+            "ends; the latest checkpoint stands: run the same command in all processes again",
+            EXIT_FAILED,
+        )
 
     def _end_within(self, seconds: float, sentence: str, code: int) -> None:
         """Exit with a sentence, if this process has not ended by itself by then."""
-
-        def end() -> None:
-            if threading.main_thread().is_alive():
-                os.write(2, f"error: {sentence}\n".encode())
-            self._exit_now(code)
-
         # Not by jax's own exit, which waits for the processes that are still at work.
-        atexit.register(self._exit_now, code)
-        timer = threading.Timer(seconds, end)
+        atexit.register(self._exit, None, code)
+        timer = threading.Timer(seconds, self._exit, [sentence, code])
         timer.daemon = True
         timer.start()
 
-    def _exit_now(self, code: int) -> None:
+    def _exit(self, sentence: str | None, code: int) -> None:
+        if sentence and threading.main_thread().is_alive():
+            os.write(2, f"error: {sentence}\n".encode())  # past Python's buffers, whose locks a thread may hold
         self.linger()
         os._exit(code)
 

@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 import warnings
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from nextllm_jax.errors import InputError, RunFailed
@@ -84,7 +85,7 @@ def _ask_cluster(given: tuple[Any, ...]) -> tuple[Any, ...]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "Kubernetes without its package", in every pod
-            return ClusterEnv.auto_detect_unset_distributed_params(*given, None, None, 60)
+            return ClusterEnv.auto_detect_unset_distributed_params(given[0], given[1], given[2], None, None, 60)
     except Exception as error:
         raise InputError(
             f"what the cluster says of its processes cannot be read ({' '.join(str(error).split())[:200]}); give the "
@@ -148,6 +149,13 @@ class Meeting:
         self._deadline = time.monotonic() + self._timeout
         self._next_report = time.monotonic() + _REPORT_SECONDS
         self._joined: dict[int, Line] = {}
+        self._opened: list[Line] = []
+
+    def close(self, keep: Collection[Line] = ()) -> None:
+        """Close all connections but those in `keep`."""
+        for line in self._opened:
+            if line not in keep:
+                line.close()
 
     def lines_to_others(self) -> dict[int, Line]:
         """Process 0: the connections to all others, once all have come.
@@ -170,9 +178,6 @@ class Meeting:
                 selector.register(listener, selectors.EVENT_READ)
                 while len(self._joined) < self._place.num_processes - 1:
                     self._accept_and_greet(selector, listener)
-                strangers = [key.data for key in selector.get_map().values() if key.data not in self._joined.values()]
-                for line in filter(None, strangers):
-                    line.close()
         except (InputError, RunFailed) as error:
             self._tell_joined(_failure(error))
             raise
@@ -183,7 +188,7 @@ class Meeting:
         for key, _ in selector.select(timeout=_REPORT_SECONDS / 3):
             if key.fileobj is listener:
                 connection, _ = listener.accept()
-                selector.register(connection, selectors.EVENT_READ, Line(connection, self._heartbeat))
+                selector.register(connection, selectors.EVENT_READ, self._open(connection))
                 continue
             line: Line = key.data
             messages = line.receive()
@@ -196,6 +201,10 @@ class Meeting:
                 if message["kind"] == _HELLO:
                     self._greet(line, message["value"])
         self._report_who_is_missing()
+
+    def _open(self, connection: socket.socket) -> Line:
+        self._opened.append(Line(connection, self._heartbeat))
+        return self._opened[-1]
 
     def _greet(self, line: Line, hello: dict[str, Any]) -> None:
         process, count = hello["process"], self._place.num_processes
@@ -259,6 +268,7 @@ class Meeting:
             for message in messages:
                 value = message["value"]
                 if message["kind"] == "met":
+                    line.process = 0
                     return True
                 if message["kind"] == "failed":
                     raise (InputError if value[1] else RunFailed)(value[0])
@@ -268,8 +278,7 @@ class Meeting:
         host, _, port = self._place.address.rpartition(":")
         while True:
             try:
-                connection = socket.create_connection((host.strip("[]"), int(port)), timeout=_REPORT_SECONDS)
-                return Line(connection, self._heartbeat)
+                return self._open(socket.create_connection((host.strip("[]"), int(port)), timeout=_REPORT_SECONDS))
             except OSError as error:
                 self._give_up_in_time(error.strerror or str(error))
             if time.monotonic() >= self._next_report:

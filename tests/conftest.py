@@ -26,7 +26,7 @@ class Door:
     def __init__(self, directory: Path, cache: Path) -> None:
         self.directory = directory
         self.log: subprocess.CompletedProcess | None = None
-        self._environment = {
+        self.environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "XLA_FLAGS": _OUTER_XLA_FLAGS,
@@ -42,7 +42,7 @@ class Door:
         return subprocess.Popen(
             [*limit, sys.executable, *program, *map(str, arguments)],
             cwd=self.directory,
-            env={**self._environment, **environment},
+            env={**self.environment, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

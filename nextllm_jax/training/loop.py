@@ -129,8 +129,9 @@ def _restore_or_create(program: Program, checkpoints: Checkpoints, config: Confi
             params = checkpoints.restore(step, "params", program.abstract_state.params)
             return dataclasses.replace(state, params=params), checkpoints.record(step)
         except DamagedCheckpoint as error:
-            print(f"WARNING: {error}", flush=True)
-            print(f"WARNING: it is now {checkpoints.set_aside(error.step)}; going on without it", flush=True)
+            aside = checkpoints.set_aside(error.step)
+            if jax.process_index() == 0:
+                print(f"WARNING: {error}\nWARNING: it is now {aside}; going on without it", flush=True)
     return program.create_state(), {}
 
 
