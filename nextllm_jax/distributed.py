@@ -108,7 +108,7 @@ class Group:
     def gather(self, value: Any, waiting_for: str = "the others", *, last: bool = False) -> list[Any]:
         """The values of all processes, by process id. All must call it; it waits as long as they are alive.
 
-        After the `last` one a connection that closes means nothing. Raises what another process failed with, if one did.
+        After the `last` one a connection that closes means nothing. Raises what another process failed with.
         """
         self._rounds += 1
         results: list[list[Any]] = []

@@ -1,6 +1,7 @@
 """Several processes of train.py that train together on this machine, as a test starts, signals and watches them."""
 
 import contextlib
+import json
 import re
 import socket
 import subprocess
@@ -8,9 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
 from tests.conftest import ROOT, Door
 
 PATIENCE_SECONDS = 240
+RUN = "runs/config"
 
 
 def free_port() -> int:
@@ -99,3 +103,22 @@ def saved_steps(run: Path) -> list[int]:
     return (
         sorted(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()) if checkpoints.exists() else []
     )
+
+
+def devices(count: int) -> str:
+    """XLA_FLAGS for so many simulated devices."""
+    return f"--xla_force_host_platform_device_count={count}"
+
+
+def losses(directory, split):
+    lines = [json.loads(line) for line in (directory / RUN / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if line["split"] == split}
+
+
+def assert_same_losses(directory, other, *, rtol=2e-5, but_validation_of=()):
+    """Each line of metrics.jsonl once, with the losses of the other run; some ends of parts were evaluated too."""
+    for split in ("train", "validation"):
+        ours, theirs = losses(directory, split), losses(other, split)
+        ours = {step: loss for step, loss in ours.items() if split == "train" or step not in but_validation_of}
+        assert list(ours) == list(theirs)
+        np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=rtol)
