@@ -20,9 +20,10 @@ import tyro
 from nextllm_jax import process
 from nextllm_jax.config import Config, DataConfig, ModelConfig
 from nextllm_jax.config_files import load_config_file
-from nextllm_jax.errors import InputError, RunFailed
-
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 75
+from nextllm_jax.distributed import Group, facts_of
+from nextllm_jax.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, InputError, RunFailed
+from nextllm_jax.rendezvous import DistributedConfig
+from nextllm_jax.training.signals import StopRequest
 
 
 def run_main(command: Callable[[list[str]], int]) -> NoReturn:
@@ -65,6 +66,7 @@ class TrainArguments:
     """Python file that defines get_config() -> Config, such as configs/small.py."""
     overwrite: bool = False
     """Start anew in a run directory that holds a run; its files move to overwritten/ in it."""
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     run: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
 
@@ -87,18 +89,31 @@ def train_command(argv: list[str]) -> int:
     )
     process.restart_with_settings()
 
+    group = Group(arguments.distributed)
+    with StopRequest(group, may_exit=True) as stop, group:
+        _start(arguments, group, stop)
+
+        from nextllm_jax.training.loop import train
+
+        outcome = train(arguments.run, overwrite=arguments.overwrite, sample_text=_sample_text, group=group, stop=stop)
+        group.end()
+    return EXIT_INTERRUPTED if outcome == "interrupted" else 0
+
+
+def _start(arguments: TrainArguments, group: Group, stop: StopRequest) -> None:
+    """Meet the other processes, if there are any, and have the data prepared; then connect jax."""
     from nextllm_jax.data.prepare import ensure_prepared
 
-    try:
+    stop.nothing_to_lose("waiting for the other processes")
+    group.meet()
+    group.check_same({"--overwrite": str(arguments.overwrite), **facts_of(arguments.run)})
+    stop.nothing_to_lose("preparing data")
+    if group.process_id == 0:
         ensure_prepared(arguments.run.data)
-    except KeyboardInterrupt:
-        return _complain("interrupted while preparing data; the same command continues", EXIT_INTERRUPTED)
+    group.gather(None, "process 0 to prepare the data")
+    stop.nothing_to_lose("starting")
     use_compilation_cache()
-
-    from nextllm_jax.training.loop import train
-
-    outcome = train(arguments.run, overwrite=arguments.overwrite, sample_text=_sample_text)
-    return EXIT_INTERRUPTED if outcome == "interrupted" else 0
+    group.start_jax()
 
 
 def use_compilation_cache() -> None:

@@ -27,7 +27,7 @@ class Door:
         self.directory = directory
         self._cache = cache
         self.log: subprocess.CompletedProcess | None = None
-        self._environment = {
+        self.environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "XLA_FLAGS": _OUTER_XLA_FLAGS,
@@ -49,7 +49,7 @@ class Door:
         return subprocess.Popen(
             [*limit, sys.executable, *program, *map(str, arguments)],
             cwd=self.directory,
-            env={**self._environment, **environment},
+            env={**self.environment, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

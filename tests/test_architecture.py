@@ -26,7 +26,8 @@ LAYERS = [  # a module imports from the rows below its own
     ("sharding",),
     ("config_files",),
     ("config",),
-    ("hardware", "ops", "process", "tokenizer"),
+    ("distributed",),
+    ("hardware", "ops", "process", "rendezvous", "tokenizer"),
     ("errors",),
 ]
 FOLDERS = {  # inside a folder a file imports from those to its left

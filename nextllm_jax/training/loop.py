@@ -19,6 +19,7 @@ from nextllm_jax.data.loader import TrainLoader, validation_batches
 from nextllm_jax.data.packing import Batch
 from nextllm_jax.data.prepare import default_data_path
 from nextllm_jax.data.shards import Dataset
+from nextllm_jax.distributed import Group
 from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.model.accounting import flops_per_token, parameter_count
 from nextllm_jax.model.transformer import Transformer, resolve_dtype, set_matmul_precision
@@ -86,8 +87,6 @@ def _check_platform(config: Config) -> None:
             f"platform is {config.platform}, but jax found {found}; install jax for it, set JAX_PLATFORMS, or "
             "change --platform"
         )
-    if jax.process_count() > 1:
-        raise InputError(f"{jax.process_count()} jax processes were started; training runs in one process today")
 
 
 def _check_fits(config: Config, dataset: Dataset, mesh: Mesh) -> None:
@@ -136,9 +135,9 @@ def _restore_or_create(program: Program, checkpoints: Checkpoints, config: Confi
                 raise InputError(
                     f"{error}; leave out --checkpoint.strict to set it aside and go on from the one before it"
                 ) from error
-            print(f"WARNING: {error}", flush=True)
             aside, left = checkpoints.set_aside(error.step), checkpoints.latest_step()
-            print(f"WARNING: it is now {aside}; going on from step {left or 0}", flush=True)
+            if jax.process_index() == 0:
+                print(f"WARNING: {error}\nWARNING: it is now {aside}; going on from step {left or 0}", flush=True)
     return program.create_state(), {}
 
 
@@ -161,10 +160,18 @@ def _describe(config: Config, program: Program, mesh: Mesh, dataset: Dataset) ->
     )
 
 
-def train(config: Config, *, overwrite: bool = False, sample_text: SampleText | None = None) -> Outcome:
+def train(
+    config: Config,
+    *,
+    overwrite: bool = False,
+    sample_text: SampleText | None = None,
+    group: Group | None = None,
+    stop: StopRequest | None = None,
+) -> Outcome:
     """Train as configured, from the latest checkpoint if the run directory holds one.
 
-    `sample_text` makes the texts of samples.txt; every process calls it, since it computes on the mesh.
+    `sample_text` makes the texts of samples.txt; every process calls it, since it computes on the mesh. `group` are
+    the processes that train together (none: this one alone), `stop` a request to stop that is in force already.
 
     Raises InputError for what the user can fix, and RunFailed if too many steps in a row are not finite.
     """
@@ -183,19 +190,24 @@ def train(config: Config, *, overwrite: bool = False, sample_text: SampleText | 
         seed=config.seed,
         sharding=sharding(mesh, "batch", "seq"),
     )
+    group = group or Group()
+    group.check_same({f"the data in {dataset.path} with id": dataset.data_id})
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopRequest())
+        stop = stop or stack.enter_context(StopRequest(group))
         stack.enter_context(jax.set_mesh(mesh))
-        run = stack.enter_context(open_run(config.workdir, config, overwrite=overwrite))
+        run = stack.enter_context(open_run(config.workdir, config, overwrite=overwrite, group=group))
         checkpoints = stack.enter_context(_checkpoints(run.path / "checkpoints", config, dataset))
+        stack.push(group.report)  # before the checkpoints close, which can wait for the others
         state, record = _restore_or_create(program, checkpoints, config)
         if record:
             loader.check_position(record["data"])
         tokenizer = dataset.tokenizer()
-        tokenizer.save(run.path / "tokenizer")  # only now: this is the run's data
+        if group.process_id == 0:
+            tokenizer.save(run.path / "tokenizer")  # only now: this is the run's data
         run.accept(config)
         step = int(state.step)
-        writers = Writers(run.path, total_steps=config.training.steps, initial_step=step)
+        enabled = group.process_id == 0
+        writers = Writers(run.path, total_steps=config.training.steps, initial_step=step, enabled=enabled)
         stack.enter_context(contextlib.closing(writers))
         if run.set_aside:
             writers.message(f"the run that was here is in {run.set_aside}")
@@ -238,6 +250,7 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
     config, writers, stop = session.config, session.writers, session.stop
     step = int(state.step)
     evaluated = record.get("evaluated", False)
+    stop.something_to_lose()
     batches = session.loader.batches(step)
     meter = _make_meter(session, record)
     last: StepMetrics | None = None
@@ -247,7 +260,7 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
             meter.pause()
             loss = _evaluate(session, state, step, meter)
             evaluated = loss is not None
-        signal = stop.name  # read once: it may come at any time, and then waits for the next round
+        signal = stop.reached()
         due = signal is not None or session.due(config.checkpoint.every_steps, step)
         if due or loss is not None:
             meter.pause()
@@ -260,12 +273,16 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
             writers.message(f"{signal}: saved step {step} and stopped; run the same command again to continue")
             return "interrupted"
         started = time.perf_counter()
+        if last is None:
+            session.checkpoints.wait()
+            stop.nothing_to_lose("compiling the train step and taking the first")
         state, metrics = session.program.train_step(state, next(batches))
         step, evaluated = step + 1, False
         meter.add(metrics)
         session.checkpoints.check()
         if last is None:
             meter.resume()  # waits: the first step is the one that compiles
+            stop.something_to_lose()
             writers.message(f"compiled the train step and took the first in {time.perf_counter() - started:.1f} s")
         else:
             _check_finite(session, step - 1, last)  # the step before: this one is still under way
@@ -289,7 +306,7 @@ def _make_meter(session: Session, record: dict[str, Any]) -> TrainMeter:
 
 def _until_stopped(batches: Iterable[Batch], stop: StopRequest) -> Iterator[Batch]:
     for batch in batches:
-        if stop.name:
+        if stop.reached():
             raise _Stopped
         yield batch
 
