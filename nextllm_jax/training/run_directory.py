@@ -23,7 +23,7 @@ CONFIG = "config.json"
 _LOCK = ".lock"
 _OVERWRITTEN = "overwritten"
 # What a run writes. config.json is the last: as long as it is there, a directory is known for a run.
-_FILES = ("metrics.jsonl", "loss.png", "samples.txt", "tensorboard", "tokenizer", "checkpoints", CONFIG)
+_FILES = ("metrics.jsonl", "loss.png", "samples.txt", "tensorboard", "tokenizer", "flight", "checkpoints", CONFIG)
 # Fields that may change when a run goes on: they change neither the parameters nor the tokens. Where the data
 # lies may change too; that it is the same data is checked against the checkpoint.
 _FREE_FIELDS = {"model": ("dtype", "remat"), "data": ("path", "num_processes", "tokens_per_shard")}

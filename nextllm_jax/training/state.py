@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from nextllm_jax.errors import InputError
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.sharding import tree_shardings
 
@@ -31,6 +32,23 @@ class TrainState:
     recent_losses: jax.Array | None = None
     """float32 [W]: losses of the last W steps that were taken, oldest first, NaN where there were fewer; None if
     spikes are not skipped. Not saved with the arrays but in a checkpoint's record, so that W may change."""
+
+
+def require_finite(state: TrainState, where: str) -> None:
+    """Raise InputError, naming the first one, if parameters or optimizer state have values that are not finite.
+
+    No step would find out: all of them would be skipped. `where` is the run directory.
+    """
+    arrays = {"params": state.params, "opt_state": state.opt_state}
+    flags = jax.device_get(jax.jit(lambda tree: jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree))(arrays))
+    for path, finite in jax.tree_util.tree_leaves_with_path(flags):
+        if not finite:
+            name, step = jax.tree_util.keystr(path, simple=True, separator="/"), int(state.step)
+            raise InputError(
+                f"{name} of checkpoint {step} in {where} is not finite; move that checkpoint away to go on from another"
+                if step
+                else f"{name} is not finite before the first step; lower model.init_std, which must fit into float32"
+            )
 
 
 def with_recent_losses(state: TrainState, losses: Sequence[float], window_steps: int, mesh: Mesh) -> TrainState:

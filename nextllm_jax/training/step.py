@@ -80,9 +80,7 @@ def _nll_and_mean_squares(model: Transformer, params: Any, batch: Batch) -> tupl
 
 def _sums(model: Transformer, params: Any, batch: Batch, accumulation_steps: int) -> Any:
     """((summed nll, summed mean squares), summed gradient) of the batch's microbatches, which share one buffer."""
-    value_and_grad = jax.value_and_grad(
-        lambda p, microbatch: _nll_and_mean_squares(model, p, microbatch), has_aux=True
-    )
+    value_and_grad = jax.value_and_grad(lambda p, microbatch: _nll_and_mean_squares(model, p, microbatch), has_aux=True)
     if accumulation_steps == 1:
         return value_and_grad(params, batch)
 
