@@ -43,7 +43,7 @@ class Diagnosis:
     """What was found, and in which windows."""
 
     direction: Literal["forward", "backward", "sum", "update"] | None
-    """The pass that is first not finite: of a microbatch, the sum of all microbatches, the update; None: all is finite."""
+    """What is first not finite: a pass of a microbatch, the sum of all microbatches, the update; None: nothing."""
     place: str | None
     """The first place that is not finite, such as "layer 3 mlp down"."""
     overflow: bool
@@ -177,7 +177,7 @@ def diagnose(config: Config, dtype: Any, state: TrainState, batch: Batch, shardi
     passes = jax.jit(lambda params, batch: _passes(model_config, model, params, batch))
     parts = config.training.accumulation_steps
     row_losses = np.zeros(len(batch.tokens_BT))
-    found: dict[Literal["forward", "backward"], tuple[str, bool]] = {}
+    found: dict[str, tuple[str, bool]] = {}
     for part in range(parts):
         rows = slice(part, None, parts)  # as the train step cuts it
         microbatch = Batch(*(array[rows] for array in batch))
@@ -187,9 +187,10 @@ def diagnose(config: Config, dtype: Any, state: TrainState, batch: Batch, shardi
             if (first := _first(seen)) is not None:
                 found.setdefault(direction, first)
     losses = tuple(row_losses.tolist())
-    for direction in ("forward", "backward"):
-        if direction in found:
-            return Diagnosis(direction, *found[direction], losses)
+    if "forward" in found:
+        return Diagnosis("forward", *found["forward"], losses)
+    if "backward" in found:
+        return Diagnosis("backward", *found["backward"], losses)
     whole = jax.jit(lambda state, batch: _sum_and_update(config, Transformer(config.model, dtype), state, batch))
     summed, after = jax.device_get(whole(state, jax.device_put(batch, sharding)))
     if (first := _first(summed)) is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
+import jaxlib.version
 import numpy as np
 
 from nextllm_jax.checkpoint import Checkpoints
@@ -67,7 +67,7 @@ def measured(config: Config, metrics: StepMetrics) -> dict[str, Any]:
 def machine(mesh: jax.sharding.Mesh, dtype: np.dtype) -> dict[str, Any]:
     """What the bits of a step depend on beside the config: a replay elsewhere may round differently."""
     return {
-        "versions": {**versions(), "jaxlib": jaxlib.__version__},
+        "versions": {**versions(), "jaxlib": jaxlib.version.__version__},
         "devices": f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}",
         "mesh": {name: int(size) for name, size in mesh.shape.items()},
         "dtype": dtype.name,
