@@ -5,6 +5,7 @@ arrives, from the loss backwards: a place is named if its own parameters' gradie
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -12,6 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from nextllm_jax.config import Config, ModelConfig
 from nextllm_jax.data.packing import Batch
@@ -35,7 +37,7 @@ class _Seen:
     finite: jax.Array
     """bool: every value is."""
     squares_finite: jax.Array
-    """bool: their mean square is too, in float32, or is not computed."""
+    """bool: so are the squares that are computed of them, if any are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +72,18 @@ class Diagnosis:
         }[self.direction]
 
 
-def _seen(name: str, *arrays: jax.Array, squared: bool = False) -> _Seen:
-    finite = jnp.stack([jnp.all(jnp.isfinite(array)) for array in arrays])
-    squares = [jnp.mean(jnp.square(array.astype(jnp.float32))) for array in arrays] if squared else [jnp.zeros(())]
-    return _Seen(name=name, finite=jnp.all(finite), squares_finite=jnp.all(jnp.isfinite(jnp.stack(squares))))
+def _all_finite(*arrays: jax.Array) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(array)) for array in arrays]))
+
+
+def _seen(name: str, *arrays: jax.Array, squares: jax.Array | float = 0.0) -> _Seen:
+    return _Seen(name=name, finite=_all_finite(*arrays), squares_finite=_all_finite(jnp.asarray(squares)))
+
+
+def _seen_input(config: ModelConfig, module: nn.Module, x: jax.Array) -> _Seen:
+    """What flows into a module; a norm computes its mean squares."""
+    squares = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1) if isinstance(module, RMSNorm) else 0.0
+    return _seen(_inputs_name(config, module.path), x, squares=squares)
 
 
 def _name(path: tuple[str, ...]) -> str:
@@ -104,8 +114,10 @@ def _at(tree: Any, path: tuple[str, ...]) -> list[jax.Array]:
     return jax.tree.leaves(tree)
 
 
-def _passes(config: ModelConfig, model: Transformer, params: Any, batch: Batch) -> tuple[Any, Any, jax.Array]:
+@functools.partial(jax.jit, static_argnums=0)
+def _passes(model: Transformer, params: Any, batch: Batch) -> tuple[Any, Any, jax.Array]:
     """What the forward and the backward pass of a microbatch see, in their orders, and the summed loss of each row."""
+    config = model.config
     paths: list[tuple[str, ...]] = []
 
     def nll(params: Any, head_VD: jax.Array) -> tuple[jax.Array, Any]:
@@ -117,8 +129,7 @@ def _passes(config: ModelConfig, model: Transformer, params: Any, batch: Batch) 
             module = context.module
             if context.method_name == "__call__" and isinstance(module, Embed | Linear | RMSNorm):
                 if not isinstance(module, Embed):
-                    squared = isinstance(module, RMSNorm)
-                    seen.append(_seen(_inputs_name(config, module.path), *args, squared=squared))
+                    seen.append(_seen_input(config, module, args[0]))
                 seen.append(_seen(_name(module.path), result))
                 paths.append(module.path)
             return result
@@ -146,6 +157,7 @@ def _first(seen: list[_Seen]) -> tuple[str, bool] | None:
     return next(((place.name, bool(place.finite)) for place in bad), None)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _sum_and_update(config: Config, model: Transformer, state: TrainState, batch: Batch) -> tuple[Any, Any]:
     """What the gradient of the global batch sees, and the parameters after an update with it."""
     optimizer = make_optimizer(config.optimizer)
@@ -154,7 +166,9 @@ def _sum_and_update(config: Config, model: Transformer, state: TrainState, batch
     params, _ = updated(optimizer, learning_rate, gradients, state)
     trees = [unstack_layers(config.model, tree) for tree in (gradients, params)]
     summed, after = (_modules(config.model, tree) for tree in trees)
-    backward = [_seen(name, *leaves, squared=True) for name, leaves in reversed(summed)]
+    backward = [_seen(name, *leaves, squares=optax.tree.norm(leaves)) for name, leaves in reversed(summed)]
+    leaves = jax.tree.leaves(gradients)
+    backward.append(_seen("norm over all gradients", *leaves, squares=optax.tree.norm(leaves)))
     return backward, [_seen(name, *leaves) for name, leaves in after]
 
 
@@ -172,16 +186,16 @@ def diagnose(config: Config, dtype: Any, state: TrainState, batch: Batch, shardi
     `sharding` is that of [B, T] arrays; call it under `jax.set_mesh`. Parameters take twice their memory meanwhile.
     """
     # Without remat, which would trace the layers where their arrays cannot be looked at.
-    model_config = dataclasses.replace(config.model, remat="none")
-    model = Transformer(model_config, dtype, scan_layers=False)
-    passes = jax.jit(lambda params, batch: _passes(model_config, model, params, batch))
+    model = Transformer(dataclasses.replace(config.model, remat="none"), dtype, scan_layers=False)
     parts = config.training.accumulation_steps
     row_losses = np.zeros(len(batch.tokens_BT))
     found: dict[str, tuple[str, bool]] = {}
     for part in range(parts):
         rows = slice(part, None, parts)  # as the train step cuts it
         microbatch = Batch(*(array[rows] for array in batch))
-        forward, backward, row_nll_B = jax.device_get(passes(state.params, jax.device_put(microbatch, sharding)))
+        forward, backward, row_nll_B = jax.device_get(
+            _passes(model, state.params, jax.device_put(microbatch, sharding))
+        )
         row_losses[rows] = row_nll_B / np.maximum(microbatch.loss_mask_BT.sum(1), 1)
         for direction, seen in (("forward", forward), ("backward", backward)):
             if (first := _first(seen)) is not None:
@@ -191,8 +205,8 @@ def diagnose(config: Config, dtype: Any, state: TrainState, batch: Batch, shardi
         return Diagnosis("forward", *found["forward"], losses)
     if "backward" in found:
         return Diagnosis("backward", *found["backward"], losses)
-    whole = jax.jit(lambda state, batch: _sum_and_update(config, Transformer(config.model, dtype), state, batch))
-    summed, after = jax.device_get(whole(state, jax.device_put(batch, sharding)))
+    whole = _sum_and_update(config, Transformer(config.model, dtype), state, jax.device_put(batch, sharding))
+    summed, after = jax.device_get(whole)
     if (first := _first(summed)) is not None:
         return Diagnosis("sum", *first, losses)
     if (first := _first(after)) is not None:

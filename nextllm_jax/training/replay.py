@@ -75,6 +75,8 @@ class Bundle:
         for name, kind in _FIELDS.items():
             if not isinstance(content.get(name), kind):
                 raise InputError(f"{path / BUNDLE} is damaged: '{name}' is not what a run writes there")
+        if (content["checkpoint"] or 0) >= content["step"]:
+            raise InputError(f"{path / BUNDLE} is damaged: 'checkpoint' is not before 'step'")
         return cls(path, content, from_dict(Config, content["config"], str(path / BUNDLE)), windows, batch)
 
 
@@ -170,8 +172,10 @@ def replay(path: Path, *, data: str | None = None) -> Replay:
     set_matmul_precision(program.model.dtype)
     loader = make_loader(config, dataset, mesh)
     with jax.set_mesh(mesh):
-        state = _start(bundle, program, loader)
+        checkpoints = _find_checkpoint(bundle, loader)
         _check_batch(bundle, loader, dataset)
+        start = bundle.content["checkpoint"]
+        state = program.restore_state(checkpoints, start)[0] if checkpoints else program.create_state()
         state, metrics = _run(bundle, program, loader, state)
         found = measured(config, metrics)
         diagnosis = None
@@ -202,22 +206,23 @@ def _open_data(bundle: Bundle, data: str | None) -> Dataset:
     return dataset
 
 
-def _start(bundle: Bundle, program: Program, loader: TrainLoader) -> TrainState:
-    """The state that a replay begins with; the loader is put where it was then."""
+def _find_checkpoint(bundle: Bundle, loader: TrainLoader) -> Checkpoints | None:
+    """The checkpoints of the bundle's run, with the one to start from; None: start at step 0.
+
+    Raises InputError if it is not there, or was trained on another order of the data than the loader's.
+    """
     step = bundle.content["checkpoint"]
     if step is None:
-        return program.create_state()
-    run = bundle.path.absolute().parent.parent
-    directory = run / "checkpoints"
+        return None
+    directory = bundle.path.absolute().parent.parent / "checkpoints"
     checkpoints = Checkpoints(directory)
     if step not in checkpoints.steps():
         raise InputError(
             f"checkpoint {step}, which {bundle.path} starts from, is not in {directory}; a bundle must stay in its "
             f"run's {DIRECTORY}/, and its checkpoint in the run"
         )
-    state, record = program.restore_state(checkpoints, step)
-    loader.check_position(record["data"])
-    return state
+    loader.check_position(checkpoints.record(step)["data"])
+    return checkpoints
 
 
 def _check_batch(bundle: Bundle, loader: TrainLoader, dataset: Dataset) -> None:
