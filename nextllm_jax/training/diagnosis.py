@@ -63,12 +63,12 @@ class Diagnosis:
         """One sentence."""
         if self.direction is None:
             return "every activation, gradient and parameter is finite"
-        state = "is finite but too large to be squared" if self.overflow else "is not finite"
+        state = "has values too large to be squared in float32" if self.overflow else "is not finite"
         return {
-            "forward": f"forward, the first that {state}: {self.place}",
-            "backward": f"the forward pass is finite; going backward, the first gradient that {state}: {self.place}",
-            "sum": f"each microbatch is finite; of their sum, going backward, the first that {state}: {self.place}",
-            "update": f"loss and gradient are finite; the first parameter that {state} after the update: {self.place}",
+            "forward": f"forward, the first that {state} is {self.place}",
+            "backward": f"the forward pass is finite; going backward, the first gradient that {state} is {self.place}'s",
+            "sum": f"each microbatch is finite; of their mean gradient, the first that {state} is {self.place}'s",
+            "update": f"loss and gradient are finite; the first parameter that {state} after the update is {self.place}'s",
         }[self.direction]
 
 

@@ -178,8 +178,9 @@ def make_train_step(
             skipped_in_a_row=skipped_in_a_row,
             reason=reason,
             loss_limit=loss_limit,
-            gradient_norms=layer_norms.gradient_norms(model.config, gradients),
-            activation_rms=jnp.sqrt(mean_squares),
+            # On every device, so that each process can read them.
+            gradient_norms=constrain(layer_norms.gradient_norms(model.config, gradients), None),
+            activation_rms=constrain(jnp.sqrt(mean_squares), None),
         )
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, None))
