@@ -235,9 +235,9 @@ class TrainingConfig:
     max_skipped_steps: int = 10
     """Skipped steps in a row (loss, gradient or update not finite, or a spike) after which training gives up."""
     spike_factor: float = 0.0
-    """Skip steps whose loss is over this times the median loss of the last steps that were taken; 0: never."""
+    """Skip steps whose loss is over this times the median of the last losses, such as 1.5; 0: never."""
     spike_window_steps: int = 100
-    """Steps that this median is over; before so many were taken, none counts as a spike."""
+    """Losses that this median is over, those of skipped steps included; before there are so many, none is a spike."""
     sample_prompts: tuple[str, ...] = ("def ", "import ", "class ")
     """Prompts that samples.txt continues at every evaluation; none: no samples."""
     sample_tokens: int = 96

@@ -66,9 +66,9 @@ class Diagnosis:
         state = "has values too large to be squared in float32" if self.overflow else "is not finite"
         return {
             "forward": f"forward, the first that {state} is {self.place}",
-            "backward": f"the forward pass is finite; going backward, the first gradient that {state} is {self.place}'s",
+            "backward": f"forward all is finite; backward, the first gradient that {state} is {self.place}'s",
             "sum": f"each microbatch is finite; of their mean gradient, the first that {state} is {self.place}'s",
-            "update": f"loss and gradient are finite; the first parameter that {state} after the update is {self.place}'s",
+            "update": f"gradients are finite; updated, the first parameter that {state} is {self.place}'s",
         }[self.direction]
 
 

@@ -30,8 +30,8 @@ class TrainState:
     params: Any
     opt_state: Any
     recent_losses: jax.Array | None = None
-    """float32 [W]: losses of the last W steps that were taken, oldest first, NaN where there were fewer; None if
-    spikes are not skipped. Not saved with the arrays but in a checkpoint's record, so that W may change."""
+    """float32 [W]: the last W finite losses, oldest first, NaN where there were fewer; None if spikes are not skipped.
+    Not saved with the arrays but in a checkpoint's record, so that W may change."""
 
 
 def require_finite(state: TrainState, where: str) -> None:

@@ -159,7 +159,7 @@ def make_train_step(
             lambda new, old: jnp.where(taken, new, old), (params, opt_state), (state.params, state.opt_state)
         )
         if losses is not None:
-            losses = jnp.where(taken, jnp.append(losses[1:], loss), losses)
+            losses = jnp.where(jnp.isfinite(loss), jnp.append(losses[1:], loss), losses)
         skipped_in_a_row = jnp.where(taken, 0, state.skipped_in_a_row + 1)
         new_state = TrainState(
             step=state.step + 1,
