@@ -283,7 +283,7 @@ class CheckpointConfig:
 
     every_steps: int = 500
     """Steps between saves; every new best and the end are saved too."""
-    keep_last: int = 1
+    keep_last: int = 2
     """Latest checkpoints that are kept. With 2 there is one to go back to if the latest is damaged later."""
     keep_every_steps: int = 0
     """Keep every checkpoint whose step is a multiple of this; 0: none."""

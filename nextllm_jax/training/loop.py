@@ -120,7 +120,7 @@ def _restore_or_create(program: Program, checkpoints: Checkpoints, config: Confi
     """The latest readable checkpoint's state and record, or a new state and an empty record.
 
     A damaged checkpoint is set aside with a message; otherwise its step could not be saved again. Raises
-    InputError instead if checkpoint.strict is set.
+    InputError instead if checkpoint.strict is set, or if there is none before it to go on from.
     """
     while (step := checkpoints.latest_step()) is not None:
         if step > config.training.steps:
@@ -131,13 +131,16 @@ def _restore_or_create(program: Program, checkpoints: Checkpoints, config: Confi
             params = checkpoints.restore(step, "params", program.abstract_state.params)
             return dataclasses.replace(state, params=params), checkpoints.record(step)
         except DamagedCheckpoint as error:
+            if checkpoints.steps()[0] == error.step:
+                raise InputError(f"{error}; bring the file back, or start anew with --overwrite") from error
             if config.checkpoint.strict:
                 raise InputError(
                     f"{error}; leave out --checkpoint.strict to set it aside and go on from the one before it"
                 ) from error
-            aside, left = checkpoints.set_aside(error.step), checkpoints.latest_step()
+            aside = checkpoints.set_aside(error.step)
             if jax.process_index() == 0:
-                print(f"WARNING: {error}\nWARNING: it is now {aside}; going on from step {left or 0}", flush=True)
+                left = checkpoints.latest_step()
+                print(f"WARNING: {error}\nWARNING: it is now {aside}; going on from step {left}", flush=True)
     return program.create_state(), {}
 
 
