@@ -64,6 +64,9 @@ class TrainArguments:
     """Python file that defines get_config() -> Config, such as configs/small.py."""
     overwrite: bool = False
     """Start anew in a run directory that holds a run; its files move to overwritten/ in it."""
+    allow_change: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Field in which a continued run may differ from what it was, such as optimizer.learning_rate; may be given
+    several times."""
     run: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
 
@@ -87,7 +90,12 @@ def train_command(argv: list[str]) -> int:
     process.restart_with_settings()
 
     from nextllm_jax.data.prepare import ensure_prepared
+    from nextllm_jax.training.resume_guard import allowed_fields, local_workdir, require_resumable
 
+    workdir = local_workdir(arguments.run)
+    allowed_fields(arguments.allow_change)
+    if not arguments.overwrite:
+        require_resumable(workdir, arguments.run, arguments.allow_change)
     try:
         ensure_prepared(arguments.run.data)
     except KeyboardInterrupt:
@@ -96,7 +104,12 @@ def train_command(argv: list[str]) -> int:
 
     from nextllm_jax.training.loop import train
 
-    outcome = train(arguments.run, overwrite=arguments.overwrite, sample_text=_sample_text)
+    outcome = train(
+        arguments.run,
+        overwrite=arguments.overwrite,
+        allow_change=arguments.allow_change,
+        sample_text=_sample_text,
+    )
     return EXIT_INTERRUPTED if outcome == "interrupted" else 0
 
 

@@ -33,7 +33,10 @@ FOLDERS = {  # inside a folder a file imports from those to its left
     "model": ("layers", "kv_cache", "attention", "transformer", "quantize", "accounting"),
     "tokenizer": ("tokenizer", "bpe", "chat"),
     "data": ("corpora", "shards", "data_directory", "prepare", "packing", "loader"),
-    "training": ("optimizer", "state", "step", "evaluate", "metrics", "run_directory", "writers", "signals", "loop"),
+    "training": (
+        *("optimizer", "state", "step", "evaluate", "metrics", "resume_guard", "run_directory", "writers", "signals"),
+        "loop",
+    ),
     "inference": ("sampling", "generate", "stream"),
     "interop": ("names", "huggingface", "gguf"),
 }

@@ -81,7 +81,7 @@ class PartReport(NamedTuple):
 def data_settings(config: DataConfig) -> dict[str, Any]:
     """The settings that change the prepared data, and the Python version where its source is the corpus."""
     settings = dataclasses.asdict(config)
-    for name in ("path", "sequence_length", "num_processes"):
+    for name in ("path", "verify", "sequence_length", "num_processes"):
         del settings[name]
     if config.tokenizer != "train":
         del settings["vocab_size"]
@@ -131,7 +131,7 @@ def ensure_prepared(config: DataConfig) -> Path:
 
 
 def _describe(path: Path, settings: dict[str, Any]) -> str:
-    dataset = Dataset.open(path, checksums=False)
+    dataset = Dataset.open(path, verify="sizes")
     corpus, tokenizer = (settings.get(name, "unknown") for name in ("corpus", "tokenizer"))
     return (
         f"using {path} as it is: corpus {corpus}, tokenizer {tokenizer} of {dataset.vocab_size:,} tokens, "
@@ -358,7 +358,7 @@ def _bar_interval() -> float:
 
 
 def _print_counts(output: Path) -> None:
-    dataset = Dataset.open(output, checksums=False)
+    dataset = Dataset.open(output, verify="sizes")
     counts = ", ".join(
         f"{dataset.split(name).num_tokens:,} {name} tokens in {dataset.split(name).num_documents:,} documents"
         for name in SPLITS

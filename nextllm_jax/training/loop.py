@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -26,6 +26,7 @@ from nextllm_jax.tokenizer.tokenizer import Tokenizer
 from nextllm_jax.training.evaluate import evaluate
 from nextllm_jax.training.metrics import TrainMeter
 from nextllm_jax.training.optimizer import make_optimizer, schedule
+from nextllm_jax.training.resume_guard import local_workdir, require_same_data
 from nextllm_jax.training.run_directory import open_run
 from nextllm_jax.training.signals import StopRequest
 from nextllm_jax.training.state import TrainState, abstract_state, create_state, shardings_of
@@ -75,7 +76,8 @@ def build_program(config: Config, mesh: Mesh) -> Program:
     )
 
 
-def _check_platform(config: Config) -> None:
+def check_platform(config: Config) -> None:
+    """Raise InputError if jax finds no device, or another platform than the config's."""
     try:
         found = jax.default_backend()
     except RuntimeError as error:
@@ -89,7 +91,7 @@ def _check_platform(config: Config) -> None:
         raise InputError(f"{jax.process_count()} jax processes were started; training runs in one process today")
 
 
-def _check_fits(config: Config, dataset: Dataset, mesh: Mesh) -> None:
+def check_fits(config: Config, dataset: Dataset, tokenizer: Tokenizer, mesh: Mesh) -> None:
     """Raise InputError, before anything is written, if data, model and mesh do not go together."""
     if dataset.vocab_size > config.model.vocab_size:
         raise InputError(
@@ -106,7 +108,7 @@ def _check_fits(config: Config, dataset: Dataset, mesh: Mesh) -> None:
     length, parts = config.data.sequence_length, mesh.shape["sequence"]
     if length % parts:
         raise InputError(f"data.sequence_length {length} is not divisible by mesh.sequence {parts}")
-    tokenizer, training = dataset.tokenizer(), config.training
+    training = config.training
     for prompt in training.sample_prompts if training.sample_tokens else ():
         needed = 1 + len(tokenizer.encode(prompt)) + training.sample_tokens
         if needed > config.model.context_length:
@@ -144,37 +146,49 @@ def _describe(config: Config, program: Program, mesh: Mesh, dataset: Dataset) ->
     )
 
 
-def train(config: Config, *, overwrite: bool = False, sample_text: SampleText | None = None) -> Outcome:
-    """Train as configured, from the latest checkpoint if the run directory holds one.
-
-    `sample_text` makes the texts of samples.txt; every process calls it, since it computes on the mesh.
-
-    Raises InputError for what the user can fix, and RunFailed if too many steps in a row are not finite.
-    """
-    if config.workdir is None or "://" in config.workdir:
-        raise InputError(f"workdir is {config.workdir}; it must name a local directory for the run")
-    _check_platform(config)
-    mesh = make_mesh(config.mesh)
-    dataset = Dataset.open(default_data_path(config.data))
-    _check_fits(config, dataset, mesh)
-    program = build_program(config, mesh)
-    set_matmul_precision(program.model.dtype)
-    loader = TrainLoader(
+def make_loader(config: Config, dataset: Dataset, mesh: Mesh) -> TrainLoader:
+    """The training batches of a config on a mesh. Raises InputError if data, batch and mesh do not go together."""
+    return TrainLoader(
         dataset.split("train"),
         sequence_length=config.data.sequence_length,
         global_batch_size=config.training.global_batch_size,
         seed=config.seed,
         sharding=sharding(mesh, "batch", "seq"),
     )
+
+
+def train(
+    config: Config,
+    *,
+    overwrite: bool = False,
+    allow_change: Collection[str] = (),
+    sample_text: SampleText | None = None,
+) -> Outcome:
+    """Train as configured, from the latest checkpoint if the run directory holds one.
+
+    `allow_change` names the fields, dotted, in which a continued run may differ from what it was. `sample_text`
+    makes the texts of samples.txt; every process calls it, since it computes on the mesh.
+
+    Raises InputError for what the user can fix, and RunFailed if too many steps in a row are not finite.
+    """
+    workdir = local_workdir(config)
+    check_platform(config)
+    mesh = make_mesh(config.mesh)
+    dataset = Dataset.open(default_data_path(config.data), verify=config.data.verify)
+    tokenizer = dataset.tokenizer()
+    check_fits(config, dataset, tokenizer, mesh)
+    program = build_program(config, mesh)
+    set_matmul_precision(program.model.dtype)
+    loader = make_loader(config, dataset, mesh)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         stack.enter_context(jax.set_mesh(mesh))
-        run = stack.enter_context(open_run(config.workdir, config, overwrite=overwrite))
+        run = stack.enter_context(open_run(workdir, config, overwrite=overwrite, allow_change=allow_change))
         checkpoints = stack.enter_context(Checkpoints(run.path / "checkpoints"))
         state, record = _restore_or_create(program, checkpoints, config)
         if record:
-            loader.check_position(record["data"])
-        tokenizer = dataset.tokenizer()
+            require_same_data(record["data"], loader.position(0), dataset.path, allow_change)
+            loader.resume(record["data"])
         tokenizer.save(run.path / "tokenizer")  # only now: this is the run's data
         run.accept(config)
         step = int(state.step)
@@ -185,6 +199,8 @@ def train(config: Config, *, overwrite: bool = False, sample_text: SampleText | 
         writers.message(_describe(config, program, mesh, dataset))
         if step:
             writers.message(f"continuing from step {step} of {run.path}")
+        for change in run.changes:
+            writers.message(f"changed: {change}")
         return _steps(
             Session(config, program, mesh, dataset, loader, tokenizer, checkpoints, writers, stop, sample_text),
             state,
@@ -348,7 +364,11 @@ def _finish(session: Session, state: TrainState, last: StepMetrics | None) -> Ou
     checkpoints, step = session.checkpoints, int(state.step)
     checkpoints.wait()
     if last is None:
-        session.writers.message(f"the run is finished at step {step}; raise --training.steps to go on")
+        length = session.config.optimizer.schedule_steps or step
+        session.writers.message(
+            f"the run is finished at step {step}; to go on raise --training.steps, with "
+            f"--optimizer.schedule-steps {length} to keep the schedule"
+        )
         return "finished"
     _check_finite(session, step, last)
     skipped = int(state.skipped)
