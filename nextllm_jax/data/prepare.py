@@ -40,6 +40,7 @@ from nextllm_jax.data.data_directory import (
     is_prepared,
     publish,
     read_settings,
+    remove_replaced,
     start_or_continue,
 )
 from nextllm_jax.data.shards import (
@@ -168,6 +169,7 @@ def prepare(config: DataConfig, output: Path, *, overwrite: bool = False) -> Non
                 f"the files of data.corpus {config.corpus} changed after {output} was prepared; "
                 "pass --overwrite to prepare it again, or name another directory"
             )
+        remove_replaced(output)
         print(f"{output} is prepared already")
         return
     check_replaceable(output, overwrite)
@@ -239,7 +241,7 @@ def _tokenize_corpus(config: DataConfig, limit: int, partial: Path, tokenizer_ha
     def missing_parts() -> Iterator[Part]:
         for part in _cut_into_parts(read_documents(config), limit, partial / "parts"):
             paths.append(part.path)
-            if not zipfile.is_zipfile(part.path):
+            if not _is_whole(part.path):
                 yield part
 
     work = functools.partial(_tokenize_part, tokenizer_directory=partial / "tokenizer", tokenizer_hash=tokenizer_hash)
@@ -306,6 +308,15 @@ def _load_tokenizer_once(directory: Path, expected_hash: str) -> Tokenizer:
     tokenizer = Tokenizer.load(directory)
     assert tokenizer.hash == expected_hash
     return tokenizer
+
+
+def _is_whole(part: Path) -> bool:
+    """Whether a part is there and is what was written, by the checksums in it."""
+    try:
+        with zipfile.ZipFile(part) as file:
+            return file.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def _load_part(path: Path, name: SplitName) -> TokenizedDocuments:
