@@ -29,7 +29,7 @@ LAYERS = [  # a module imports from the rows below its own
     ("errors",),
 ]
 FOLDERS = {  # inside a folder a file imports from those to its left
-    "ops": ("rope", "cross_entropy", "quantized", "splash", "attention"),
+    "ops": ("rope", "linear", "cross_entropy", "quantized", "splash", "attention"),
     "model": ("layers", "kv_cache", "attention", "transformer", "quantize", "accounting"),
     "tokenizer": ("tokenizer", "bpe", "chat"),
     "data": ("corpora", "shards", "data_directory", "prepare", "packing", "loader"),
