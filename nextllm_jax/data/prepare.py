@@ -102,32 +102,49 @@ def default_data_path(config: DataConfig) -> Path:
     return Path("data") / f"{corpus}-{tokenizer}-{digest}"
 
 
+def find_prepared(config: DataConfig) -> Path | None:
+    """The directory of the data that a config trains on; None if they are to be prepared first.
+
+    Raises InputError if nothing is prepared where `config.path` says.
+    """
+    path = mounted_path(default_data_path(config))
+    if is_prepared(path):
+        return path
+    if config.path:
+        raise InputError(
+            f"data.path {path} holds no prepared data; check the path, or make it: nextllm prepare --output {path}"
+        )
+    return None
+
+
+def remark(config: DataConfig, path: Path) -> str | None:
+    """What to say of prepared data that are not what the config says, or whose corpus changed since."""
+    found, wanted = read_settings(path), data_settings(config)
+    del wanted["format"], wanted["tokens_per_shard"]
+    differing = [f"{name} {value}" for name, value in wanted.items() if found.get(name) != value]
+    if differing:
+        return f"{_describe(path, found)}; the config says {', '.join(differing)}"
+    if _files_changed(config, found):
+        return (
+            f"warning: the files of data.corpus {config.corpus} changed after {path} was prepared, which is used as "
+            "it is; nextllm prepare --overwrite prepares it again"
+        )
+    return None
+
+
 def ensure_prepared(config: DataConfig) -> Path:
     """The directory of the data that a config trains on, which is prepared first if `config.path` is None.
 
     Data that `config.path` names is used as it is; a line on standard error says what it is where the config
     says otherwise, and where the files of a corpus changed since. Raises InputError if nothing is prepared there.
     """
-    path = mounted_path(default_data_path(config))
-    if not is_prepared(path):
-        if config.path:
-            raise InputError(
-                f"data.path {path} holds no prepared data; check the path, or make it: nextllm prepare --output {path}"
-            )
+    path = find_prepared(config)
+    if path is None:
+        path = default_data_path(config)
         print(f"preparing {config.corpus} in {path}", file=sys.stderr)
         prepare(config, path)
-        return path
-    found, wanted = read_settings(path), data_settings(config)
-    del wanted["format"], wanted["tokens_per_shard"]
-    differing = [f"{name} {value}" for name, value in wanted.items() if found.get(name) != value]
-    if differing:
-        print(f"{_describe(path, found)}; the config says {', '.join(differing)}", file=sys.stderr)
-    elif _files_changed(config, found):
-        print(
-            f"warning: the files of data.corpus {config.corpus} changed after {path} was prepared, which is used as "
-            "it is; nextllm prepare --overwrite prepares it again",
-            file=sys.stderr,
-        )
+    elif said := remark(config, path):
+        print(said, file=sys.stderr)
     return path
 
 

@@ -91,12 +91,12 @@ def check_platform(config: Config) -> None:
         raise InputError(f"{jax.process_count()} jax processes were started; training runs in one process today")
 
 
-def check_fits(config: Config, dataset: Dataset, tokenizer: Tokenizer, mesh: Mesh) -> None:
+def check_fits(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> None:
     """Raise InputError, before anything is written, if data, model and mesh do not go together."""
-    if dataset.vocab_size > config.model.vocab_size:
+    if tokenizer.vocab_size > config.model.vocab_size:
         raise InputError(
-            f"the data's tokenizer has {dataset.vocab_size} tokens but model.vocab_size is "
-            f"{config.model.vocab_size}; set --model.vocab-size {dataset.vocab_size} or more"
+            f"the data's tokenizer has {tokenizer.vocab_size} tokens but model.vocab_size is "
+            f"{config.model.vocab_size}; set --model.vocab-size {tokenizer.vocab_size} or more"
         )
     rows = config.training.global_batch_size // config.training.accumulation_steps
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -118,14 +118,19 @@ def check_fits(config: Config, dataset: Dataset, tokenizer: Tokenizer, mesh: Mes
             )
 
 
+def check_not_beyond(config: Config, step: int) -> None:
+    """Raise InputError if a run at `step` has passed its end."""
+    if step > config.training.steps:
+        raise InputError(f"the run is at step {step} already, beyond training.steps {config.training.steps}")
+
+
 def _restore_or_create(program: Program, checkpoints: Checkpoints, config: Config) -> tuple[TrainState, dict[str, Any]]:
     """The latest readable checkpoint's state and record, or a new state and an empty record.
 
     A damaged checkpoint is set aside with a message; otherwise its step could not be saved again.
     """
     while (step := checkpoints.latest_step()) is not None:
-        if step > config.training.steps:
-            raise InputError(f"the run is at step {step} already, beyond training.steps {config.training.steps}")
+        check_not_beyond(config, step)
         rest = dataclasses.replace(program.abstract_state, params=None)
         try:
             state = checkpoints.restore(step, "rest", rest)
@@ -176,7 +181,7 @@ def train(
     mesh = make_mesh(config.mesh)
     dataset = Dataset.open(default_data_path(config.data), verify=config.data.verify)
     tokenizer = dataset.tokenizer()
-    check_fits(config, dataset, tokenizer, mesh)
+    check_fits(config, tokenizer, mesh)
     program = build_program(config, mesh)
     set_matmul_precision(program.model.dtype)
     loader = make_loader(config, dataset, mesh)

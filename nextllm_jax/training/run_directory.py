@@ -61,7 +61,7 @@ def open_run(
         return
     with contextlib.ExitStack() as stack:
         try:
-            _require_run_or_empty(path)
+            require_run_or_empty(path)
             path.mkdir(parents=True, exist_ok=True)
             if "://" not in str(path):
                 stack.enter_context(_lock(path))
@@ -96,7 +96,7 @@ def writing(path: epath.Path) -> Iterator[None]:
         ) from error
 
 
-def _require_run_or_empty(path: epath.Path) -> None:
+def require_run_or_empty(path: epath.Path) -> None:
     """Raise InputError if there is something in `path` that is not a run."""
     if not path.exists():
         return
@@ -166,6 +166,23 @@ def _lock(path: epath.Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
+
+
+def holder_of(path: epath.PathLike) -> str | None:
+    """Who trains in the run directory `path` now; None for nobody, and where there are no locks."""
+    try:
+        descriptor = os.open(os.fspath(epath.Path(path) / _LOCK), os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _holder(descriptor)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)  # which lets go of the lock too
+    return None
 
 
 def _holder(descriptor: int) -> str:
