@@ -1,4 +1,4 @@
-"""The `nextllm` command: `nextllm train` and `nextllm prepare`.
+"""The `nextllm` command: `nextllm train`, `nextllm prepare` and `nextllm verify`.
 
 Nothing here imports jax until a command needs it, so that errors and `--help` come at once, and data is
 prepared before devices are touched.
@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import io
 import itertools
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -19,9 +20,10 @@ import tyro
 from nextllm_jax import process
 from nextllm_jax.config import Config, DataConfig, ModelConfig
 from nextllm_jax.config_files import load_config_file
-from nextllm_jax.errors import InputError, RunFailed
-
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 75
+from nextllm_jax.distributed import Group, facts_of
+from nextllm_jax.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, InputError, RunFailed
+from nextllm_jax.rendezvous import DistributedConfig
+from nextllm_jax.training.signals import StopRequest
 
 
 def run_main(command: Callable[[list[str]], int]) -> NoReturn:
@@ -67,6 +69,7 @@ class TrainArguments:
     allow_change: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Field in which a continued run may differ from what it was, such as optimizer.learning_rate; may be given
     several times."""
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     run: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
 
@@ -89,28 +92,43 @@ def train_command(argv: list[str]) -> int:
     )
     process.restart_with_settings()
 
+    group = Group(arguments.distributed)
+    with StopRequest(group, may_exit=True) as stop, group:
+        _start(arguments, group, stop)
+
+        from nextllm_jax.training.loop import train
+
+        outcome = train(
+            arguments.run,
+            overwrite=arguments.overwrite,
+            allow_change=arguments.allow_change,
+            sample_text=_sample_text,
+            group=group,
+            stop=stop,
+        )
+        group.end()
+    return EXIT_INTERRUPTED if outcome == "interrupted" else 0
+
+
+def _start(arguments: TrainArguments, group: Group, stop: StopRequest) -> None:
+    """Meet the other processes, if there are any, and have the data prepared; then connect jax."""
     from nextllm_jax.data.prepare import ensure_prepared
     from nextllm_jax.training.resume_guard import allowed_fields, local_workdir, require_resumable
 
-    workdir = local_workdir(arguments.run)
-    allowed_fields(arguments.allow_change)
-    if not arguments.overwrite:
-        require_resumable(workdir, arguments.run, arguments.allow_change)
-    try:
+    stop.nothing_to_lose("waiting for the other processes")
+    workdir, consent = local_workdir(arguments.run), allowed_fields(arguments.allow_change)
+    group.meet()
+    choices = {"--overwrite": str(arguments.overwrite), "--allow-change": ", ".join(sorted(consent))}
+    group.check_same({**choices, **facts_of(arguments.run)})
+    stop.nothing_to_lose("preparing data")
+    if group.process_id == 0:
+        if not arguments.overwrite:
+            require_resumable(workdir, arguments.run, consent)
         ensure_prepared(arguments.run.data)
-    except KeyboardInterrupt:
-        return _complain("interrupted while preparing data; the same command continues", EXIT_INTERRUPTED)
+    group.gather(None, "process 0 to prepare the data")
+    stop.nothing_to_lose("starting")
     use_compilation_cache()
-
-    from nextllm_jax.training.loop import train
-
-    outcome = train(
-        arguments.run,
-        overwrite=arguments.overwrite,
-        allow_change=arguments.allow_change,
-        sample_text=_sample_text,
-    )
-    return EXIT_INTERRUPTED if outcome == "interrupted" else 0
+    group.start_jax()
 
 
 def use_compilation_cache() -> None:
@@ -161,7 +179,37 @@ def prepare_command(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"train": train_command, "prepare": prepare_command}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VerifyArguments:
+    """Check every byte of a run's checkpoints; exit 0 if all are whole, 1 if a file is damaged, 2 if it is no run."""
+
+    path: tyro.conf.Positional[str]
+    """Run directory, its checkpoints directory, or the directory of one step."""
+    json: bool = False
+    """Print one JSON object a checkpoint."""
+
+
+def verify_command(argv: list[str]) -> int:
+    """Print the state of each checkpoint of a run; the exit code."""
+    arguments = tyro.cli(VerifyArguments, args=argv, prog="nextllm verify")
+
+    from tqdm import tqdm
+
+    from nextllm_jax import verify
+
+    steps = verify.find_steps(arguments.path)
+    if not steps:
+        print(f"{arguments.path} holds no checkpoint yet", file=sys.stderr)
+    damaged = False
+    with tqdm(total=verify.count_bytes(steps), unit="B", unit_scale=True, leave=False, delay=1, disable=None) as bar:
+        for report in verify.check_steps(steps, bar.update):
+            with bar.external_write_mode():
+                print(json.dumps(report.to_json()) if arguments.json else report, flush=True)
+            damaged |= report.state == "damaged"
+    return EXIT_FAILED if damaged else 0
+
+
+COMMANDS = {"train": train_command, "prepare": prepare_command, "verify": verify_command}
 
 
 def nextllm_command(argv: list[str]) -> int:

@@ -17,15 +17,17 @@ LAYERS = [  # a module imports from the rows below its own
     ("cli",),
     ("server",),
     ("",),  # nextllm_jax/__init__.py
-    ("llm", "plan"),
+    ("llm", "plan", "verify"),
     ("training", "inference"),
     ("data", "model"),
     ("interop",),
     ("checkpoint",),
+    ("checkpoint_files", "orbax_errors"),
     ("sharding",),
     ("config_files",),
     ("config",),
-    ("hardware", "ops", "process", "tokenizer"),
+    ("distributed",),
+    ("hardware", "ops", "process", "rendezvous", "tokenizer"),
     ("errors",),
 ]
 FOLDERS = {  # inside a folder a file imports from those to its left
@@ -34,8 +36,8 @@ FOLDERS = {  # inside a folder a file imports from those to its left
     "tokenizer": ("tokenizer", "bpe", "chat"),
     "data": ("corpora", "shards", "data_directory", "prepare", "packing", "loader"),
     "training": (
-        *("optimizer", "state", "step", "evaluate", "metrics", "resume_guard", "run_directory", "writers", "signals"),
-        "loop",
+        *("optimizer", "state", "step", "evaluate", "metrics", "checks", "resume_guard", "run_directory", "writers"),
+        *("signals", "loop"),
     ),
     "inference": ("sampling", "generate", "stream"),
     "interop": ("names", "huggingface", "gguf"),

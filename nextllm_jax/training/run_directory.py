@@ -12,9 +12,9 @@ from collections.abc import Collection, Iterator, Sequence
 
 import jax
 from etils import epath
-from jax.experimental import multihost_utils
 
 from nextllm_jax.config import Config
+from nextllm_jax.distributed import Group
 from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.training.resume_guard import CONFIG, Change, read_run, require_resumable
 
@@ -42,21 +42,31 @@ class RunDirectory:
 
 @contextlib.contextmanager
 def open_run(
-    workdir: epath.PathLike, config: Config, *, overwrite: bool = False, allow_change: Collection[str] = ()
+    workdir: epath.PathLike,
+    config: Config,
+    *,
+    overwrite: bool = False,
+    allow_change: Collection[str] = (),
+    group: Group | None = None,
 ) -> Iterator[RunDirectory]:
     """The run in `workdir`, new or continued, locked against a second training until the context ends.
 
     Writes the config to config.json of a new run; a continued run keeps its own until `accept`. With `overwrite`
     the files of the run that is there go to overwritten/<n>; whatever else lies in the directory stays.
-    Every process calls it; process 0 does the work and the others wait for it. No lock on gs:// and the like,
-    nor on file systems that have none.
+    Every process of `group` calls it; process 0 does the work and the others wait for it. No lock on gs:// and the
+    like, nor on file systems that have none.
 
     Raises InputError for a directory that is not a run and not empty, a run of another config (but for fields that
     may differ, `allow_change` among them), a run that another process trains, and a directory that cannot be written.
     """
-    path = epath.Path(workdir)
-    if jax.process_index() != 0:
-        multihost_utils.sync_global_devices("open_run")
+    path, group = epath.Path(workdir), group or Group()
+    if group.process_id != 0:
+        group.gather(None)
+        if not (path / CONFIG).exists():
+            raise InputError(
+                f"process {group.process_id} does not see {path / CONFIG}, which process 0 wrote; --workdir must name "
+                "a directory that all processes share"
+            )
         yield RunDirectory(path)
         return
     with contextlib.ExitStack() as stack:
@@ -71,8 +81,7 @@ def open_run(
                 f"run directory {path} cannot be used ({error.strerror or error}); "
                 "choose another --workdir, or make it writable"
             ) from error
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("open_run")
+        group.gather(None)
         yield run
 
 
