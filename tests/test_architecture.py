@@ -17,7 +17,8 @@ LAYERS = [  # a module imports from the rows below its own
     ("cli",),
     ("server",),
     ("",),  # nextllm_jax/__init__.py
-    ("llm", "plan", "verify"),
+    ("doctor", "resume_proof"),
+    ("llm", "plan", "verify", "machine"),
     ("training", "inference"),
     ("data", "model"),
     ("interop",),

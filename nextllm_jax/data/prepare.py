@@ -50,6 +50,7 @@ from nextllm_jax.data.shards import (
     SplitName,
     TokenizedDocuments,
     mounted_path,
+    partial_path,
     token_dtype,
     write_index,
     write_split,
@@ -178,7 +179,7 @@ def prepare(config: DataConfig, output: Path, *, overwrite: bool = False) -> Non
     """
     output = mounted_path(output)
     settings = data_settings(config)
-    partial = output.with_name(f"{output.name}.partial")
+    partial = partial_path(output)
     found = read_settings(output)
     if not overwrite and is_prepared(output) and settings.items() <= found.items():
         if _files_changed(config, found):

@@ -62,6 +62,11 @@ def mounted_path(path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
+def partial_path(output: Path) -> Path:
+    """Where data are prepared that become `output` when they are complete."""
+    return output.with_name(f"{output.name}.partial")
+
+
 def write_split(
     directory: Path, name: SplitName, parts: Iterable[TokenizedDocuments], *, vocab_size: int, tokens_per_shard: int
 ) -> dict[str, Any]:
@@ -243,7 +248,7 @@ def _read_index(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     directory = mounted_path(path)
     file = directory / "index.json"
     if not file.is_file():
-        started = directory.with_name(f"{directory.name}.partial").is_dir()
+        started = partial_path(directory).is_dir()
         state = "was not prepared to the end" if started else "holds no prepared data"
         raise InputError(f"{directory} {state}: there is no index.json; run nextllm prepare")
     try:

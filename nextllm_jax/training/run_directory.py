@@ -105,8 +105,9 @@ def writing(path: epath.Path) -> Iterator[None]:
         ) from error
 
 
-def require_run_or_empty(path: epath.Path) -> None:
-    """Raise InputError if there is something in `path` that is not a run."""
+def require_run_or_empty(workdir: epath.PathLike) -> None:
+    """Raise InputError if there is something in `workdir` that is not a run."""
+    path = epath.Path(workdir)
     if not path.exists():
         return
     if not path.is_dir():
