@@ -79,10 +79,12 @@ def diagnose(
     """The findings for a start of `train.py` with this config and these options. `show` gets each as it comes."""
     report, clocks = Report(show), (time.time(), time.monotonic())
     report.add("versions", *machine.versions())
+    workdir, resumable = None, False
     with report.check("run"):
         workdir = Path(local_workdir(config))
         for change in [] if overwrite else require_resumable(workdir, config, allow_change):
             report.add("run", f"changed: {change}", "warning")
+        resumable = True
     prepared, tokenizer, data_bytes = None, None, 0
     with report.check("data"):
         prepared = find_prepared(config.data)
@@ -104,17 +106,17 @@ def diagnose(
             _report_data(report, config, dataset, tokenizer)
     if mesh is not None:
         _check_program(report, config, mesh, dataset, tokenizer)
-    step = None
-    with report.check("run"):
-        step = _check_run(report, config, overwrite)
-        if step is not None and dataset is not None and mesh is not None:
-            _check_same_data(config, step, dataset, mesh, allow_change)
+    if resumable:
+        with report.check("run"):
+            step = _check_run(report, config, overwrite)
+            if step is not None and dataset is not None and mesh is not None:
+                _check_same_data(config, step, dataset, mesh, allow_change)
     if mesh is not None:
         report.add("memory", *machine.memory(config, mesh))
-    if config.workdir:
+    if workdir is not None:
         with report.check("disk"):
             report.add("disk", *machine.disk(config, data_bytes=data_bytes))
-            report.add("clock", *machine.clock(Path(config.workdir), clocks))
+            report.add("clock", *machine.clock(workdir, clocks))
     return report.findings
 
 
@@ -184,8 +186,9 @@ def _report_devices(report: Report, mesh: Mesh) -> None:
 
 def _report_data(report: Report, config: Config, dataset: Dataset, tokenizer: Tokenizer) -> None:
     counts = ", ".join(f"{dataset.split(name).num_tokens:,} {name}" for name in ("train", "validation"))
-    checked = "every byte checked" if config.data.verify == "full" else "a sample of its blocks checked"
-    report.add("data", f"{dataset.path}: {counts} tokens, {checked}, id {dataset.data_id}")
+    report.add(
+        "data", f"{dataset.path}: {counts} tokens, id {dataset.data_id}, undamaged (verify {config.data.verify})"
+    )
     report.add("tokenizer", f"{tokenizer.name}, {tokenizer.vocab_size:,} tokens, the one that made the data")
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -71,10 +72,11 @@ def prove(config: Config, *, steps: int, say: Callable[[str], None]) -> list[Com
         say(f"training {steps} steps")
         _train(directory, straight)
         say(f"training {steps} steps again, with kill -9 in the middle")
-        step = _train(directory, broken, kill_after=max(2 * steps // 5, config.checkpoint.every_steps + 1))
+        step = _last_step(_train(directory, broken, kill_after=max(2 * steps // 5, config.checkpoint.every_steps + 1)))
         saved = Checkpoints(broken / "checkpoints").latest_step()
         say(f"killed at step {step}; the last checkpoint is step {saved}; running it again")
-        _train(directory, broken)
+        if f"continuing from step {saved} of" not in _train(directory, broken):
+            raise RunFailed(f"the training did not continue from its checkpoint of step {saved}")
         return compare(config, straight, broken)
 
 
@@ -92,36 +94,42 @@ def _shortened(config: Config, steps: int, data: Path) -> Config:
     )
 
 
-def _train(directory: Path, workdir: Path, *, kill_after: int | None = None) -> int:
-    """Run `nextllm train` to its end, or until it has passed step `kill_after` and saved something; the last step seen.
+def _train(directory: Path, workdir: Path, *, kill_after: int | None = None) -> str:
+    """What `nextllm train` printed, run to its end, or killed once it has passed step `kill_after` and saved something.
 
     Raises RunFailed if it ends by itself in any other way.
     """
     root = Path(__file__).resolve().parent.parent
     paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
-    process = subprocess.Popen(
+    output = ""
+    with subprocess.Popen(
         [sys.executable, "-m", "nextllm_jax.cli", "train", "--config", directory / "proof.py", "--workdir", workdir],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-    )
-    lines, step = [], 0
-    try:
+    ) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line)
-            step = int(found[1]) if (found := re.match(r"step (\d+)/", line)) else step
-            if kill_after is not None and step >= kill_after and Checkpoints(workdir / "checkpoints").steps():
-                process.kill()
-                break
-    finally:
-        if kill_after is None and process.poll() is None and sys.exc_info()[0] is not None:
+        try:
+            for line in process.stdout:
+                output += line
+                passed = kill_after is not None and _last_step(line) >= kill_after
+                if passed and Checkpoints(workdir / "checkpoints").steps():
+                    process.kill()
+        except BaseException:  # Ctrl-C too: no training stays behind
             process.kill()
-        code = process.wait()
-    if code != (0 if kill_after is None else -9):
-        raise RunFailed(f"the training in {workdir} ended with exit code {code}: {''.join(lines[-3:]).strip()}")
-    return step
+            raise
+    if kill_after is not None and process.returncode == 0:
+        raise RunFailed("the training ended before it had saved anything to be killed after; raise --steps")
+    if process.returncode != (0 if kill_after is None else -signal.SIGKILL):
+        last = "".join(output.splitlines(keepends=True)[-3:]).strip()
+        raise RunFailed(f"the training in {workdir} ended with exit code {process.returncode}: {last}")
+    return output
+
+
+def _last_step(output: str) -> int:
+    """The last step that training reported, 0 for none."""
+    return max(map(int, re.findall(r"^step (\d+)/", output, re.MULTILINE)), default=0)
 
 
 def compare(config: Config, straight: Path, broken: Path) -> list[Comparison]:
