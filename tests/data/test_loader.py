@@ -1,6 +1,7 @@
 """The order of batches is a function of (data id, seed, step) alone."""
 
 import itertools
+import shutil
 import threading
 from typing import Any
 
@@ -185,6 +186,14 @@ def test_bad_sizes_are_refused(dataset):
         make_loader(dataset, global_batch_size=7)
     with pytest.raises(InputError, match="cannot be divided by the mesh"):
         list(validation_batches(dataset.split("validation"), sequence_length=T, batch_size=3, sharding=make_sharding()))
+
+
+def test_an_id_outside_the_vocabulary_ends_the_loop_with_the_name_of_the_file(dataset, tmp_path):
+    copy = Dataset.open(shutil.copytree(dataset.path, tmp_path / "copy"))
+    with open(copy.path / "train-00002.bin", "r+b") as file:  # after it was opened and checked
+        file.write(b"\xff\xff")
+    with pytest.raises(InputError, match=r"train-00002.bin holds the token id 65535, outside of the vocabulary of 258"):
+        take(make_loader(copy).batches(0), 6)
 
 
 def test_reading_ahead_ends_with_the_loop(dataset):
