@@ -1,15 +1,19 @@
 """Versions, sizes and clocks, each of which can be found wanting."""
 
 import importlib.metadata
+import math
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from nextllm_jax import hardware, machine
 from nextllm_jax.config import CheckpointConfig, Config, MeshConfig, ModelConfig, OptimizerConfig
+from nextllm_jax.config_files import load_config_file
 from nextllm_jax.model.accounting import train_state_bytes
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.sharding import make_mesh
@@ -41,6 +45,42 @@ def test_the_bytes_of_the_state_are_those_of_the_arrays(param_dtype):
     arrays = jax.tree.leaves((state.params, state.opt_state))
     counter = 4  # optax's own
     assert train_state_bytes(config) == sum(leaf.size * leaf.dtype.itemsize for leaf in arrays) - counter
+
+
+class Accelerator:
+    """What jax says of a device that this machine does not have."""
+
+    platform, device_kind = "gpu", "NVIDIA H100 80GB HBM3"
+
+    def __init__(self, stats):
+        self.stats = stats
+
+    def memory_stats(self):
+        return self.stats
+
+
+def accelerators(stats, **shape):
+    devices = np.array([Accelerator(stats) for _ in range(math.prod(shape.values()))])
+    return SimpleNamespace(shape={"data": 1, "fsdp": 1, "tensor": 1} | shape, devices=devices, local_devices=devices)
+
+
+@pytest.mark.parametrize(
+    ("stats", "fsdp", "host", "status", "words"),
+    [
+        (None, 1, None, "PROBLEM", "take 119.7 GiB a device; the NVIDIA H100 80GB HBM3 has 80.0 GiB: a smaller"),
+        (None, 8, None, "ok", "take 15.0 GiB a device; the NVIDIA H100 80GB HBM3 has 80.0 GiB"),
+        ({"bytes_limit": 20 * 2**30}, 8, None, "warning", "has 20.0 GiB, which leaves little for activations"),
+        ({"bytes_limit": 10 * 2**30}, 8, None, "PROBLEM", "has 10.0 GiB"),
+        (None, 8, 2**30, "warning", "a save copies 89.7 GiB to the host, which has 1.0 GiB free"),
+    ],
+)
+def test_the_memory_of_accelerators(monkeypatch, stats, fsdp, host, status, words):
+    """Llama 3 8B: parameters, gradients and two moments of 4 bytes each."""
+    monkeypatch.setattr(hardware, "available_host_memory", lambda: host)
+    config = load_config_file(str(Path(__file__).parent.parent / "configs" / "llama3_8b.py"))
+    said, found = machine.memory(config, accelerators(stats, fsdp=fsdp))
+    assert words in said
+    assert found == status, said
 
 
 def test_available_memory_is_known_here():
