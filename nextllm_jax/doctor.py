@@ -137,7 +137,7 @@ def _check_program(
 
 
 def _report_preparation(report: Report, config: Config, prepared: Path | None) -> None:
-    """Say what data are there, or would be made; raise InputError for a corpus that cannot be found."""
+    """Say what data is there, or would be made; raise InputError for a corpus that cannot be found."""
     corpus = config.data.corpus
     if prepared is not None:
         said = remark(config.data, prepared)
@@ -193,7 +193,7 @@ def _report_data(report: Report, config: Config, dataset: Dataset, tokenizer: To
 
 
 def _check_batches(report: Report, config: Config, dataset: Dataset, mesh: Mesh) -> None:
-    """Raise InputError, as training would, if the data do not fill a window or the mesh does not divide a batch."""
+    """Raise InputError, as training would, if the data does not fill a window or the mesh does not divide a batch."""
     make_loader(config, dataset, mesh)
     length, batch = config.data.sequence_length, config.training.global_batch_size
     windows = num_windows(dataset.split("train").num_tokens, length, partial=False)
@@ -241,7 +241,7 @@ def _check_run(report: Report, config: Config, overwrite: bool) -> int | None:
 
 
 def _check_same_data(config: Config, step: int, dataset: Dataset, mesh: Mesh, allow_change: Collection[str]) -> None:
-    """Raise InputError if the data are not those of the checkpoint that a run would continue from."""
+    """Raise InputError if the data is not that of the checkpoint that a run would continue from."""
     record = Checkpoints(Path(local_workdir(config)) / "checkpoints").record(step)
     position = make_loader(config, dataset, mesh).position(0)
     require_same_data(record["data"], position, dataset.path, allow_change)

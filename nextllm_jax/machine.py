@@ -100,7 +100,7 @@ def disk(config: Config, *, data_bytes: int) -> tuple[str, Status]:
     what = f"up to {kept} checkpoints of {_size(each)} are kept, {there} are there"
     free_for_data = shutil.disk_usage(_existing(Path("data"))).free if data_bytes else free
     if data_bytes:
-        what += f", the data take up to {_size(data_bytes)}"
+        what += f", the data takes up to {_size(data_bytes)}"
     said = f"{what}; {_size(free)} are free at {workdir}"
     if needed > free or data_bytes > free_for_data:
         return f"{said}: make room, keep fewer checkpoints, or choose another --workdir", "PROBLEM"

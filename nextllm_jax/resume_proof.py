@@ -58,7 +58,7 @@ class Comparison:
 def prove(config: Config, *, steps: int, say: Callable[[str], None]) -> list[Comparison]:
     """Train `config` for `steps` steps twice, once with a kill in the middle, and compare the ends.
 
-    `say` is told of the progress. The data are prepared where `train.py` would, if need be; all else happens in a
+    `say` is told of the progress. The data is prepared where `train.py` would, if need be; all else happens in a
     temporary directory. Raises InputError for too few steps, and RunFailed if a training fails by itself.
     """
     if steps < FEWEST_STEPS:

@@ -23,7 +23,7 @@ def contents(directory):
 
 @pytest.fixture
 def config(door, monkeypatch):
-    """The config of the shared run, whose data are prepared, in a directory without a run."""
+    """The config of the shared run, whose data is prepared, in a directory without a run."""
     monkeypatch.chdir(door.directory)
     return load_config_file("config.py")
 

@@ -86,7 +86,7 @@ def start_or_continue(partial: Path, settings: dict[str, Any]) -> None:
 def publish(partial: Path, output: Path) -> None:
     """Turn the finished partial directory into the output.
 
-    Older data travel in it and go last, so that a process killed at any time leaves one or the other whole.
+    Older data travels in it and goes last, so that a process killed at any time leaves one or the other whole.
     """
     if is_prepared(output):
         output.rename(partial / _REPLACED)

@@ -104,7 +104,7 @@ def default_data_path(config: DataConfig) -> Path:
 
 
 def find_prepared(config: DataConfig) -> Path | None:
-    """The directory of the data that a config trains on; None if they are to be prepared first.
+    """The directory of the data that a config trains on; None if it is to be prepared first.
 
     Raises InputError if nothing is prepared where `config.path` says.
     """
@@ -119,7 +119,7 @@ def find_prepared(config: DataConfig) -> Path | None:
 
 
 def remark(config: DataConfig, path: Path) -> str | None:
-    """What to say of prepared data that are not what the config says, or whose corpus changed since."""
+    """What to say of prepared data that is not what the config says, or whose corpus changed since."""
     found, wanted = read_settings(path), data_settings(config)
     del wanted["format"], wanted["tokens_per_shard"]
     differing = [f"{name} {value}" for name, value in wanted.items() if found.get(name) != value]

@@ -63,7 +63,7 @@ def mounted_path(path: str | os.PathLike[str]) -> Path:
 
 
 def partial_path(output: Path) -> Path:
-    """Where data are prepared that become `output` when they are complete."""
+    """Where data is prepared that becomes `output` when it is complete."""
     return output.with_name(f"{output.name}.partial")
 
 

@@ -18,7 +18,7 @@ CONFIG = "config.json"
 _NEW_RUN = "start a new run: another --workdir, or --overwrite to set the old run aside"
 
 # Free to change: where a run is, how it is computed (to rounding) and how it is watched. A whole section, or a field.
-# data.path is free as long as the data there are the same, which `require_same_data` sees.
+# data.path is free as long as the data there is the same, which `require_same_data` sees.
 _FREE = frozenset(
     [
         *("workdir", "platform", "mesh", "checkpoint", "model.dtype", "model.remat"),
@@ -43,10 +43,10 @@ _FLEXIBLE_MODEL = frozenset(
 _OTHER_DATA = "the next step begins other data, in an order of its own, and validation losses cease to compare"
 _OTHER_TOKENIZER = "consent helps only if it is another name of the same tokenizer"
 _MEANING = {
-    "seed": "the data begin again in another order, the weights stay",
+    "seed": "the data begins again in another order, the weights stay",
     "model.init_std": "the weights are made already, so that it has no effect",
-    "data.sequence_length": "the data begin again, cut into other windows in another order",
-    "training.global_batch_size": "the data go on where they are, with more or fewer windows a step",
+    "data.sequence_length": "the data begins again, cut into other windows in another order",
+    "training.global_batch_size": "the data goes on where it is, with more or fewer windows a step",
     "data.corpus": _OTHER_DATA,
     "data.text_field": _OTHER_DATA,
     "data.hf_config": _OTHER_DATA,
@@ -180,14 +180,14 @@ def read_run(workdir: epath.PathLike) -> Config:
 def require_same_data(
     recorded: dict[str, Any], found: dict[str, Any], where: epath.PathLike, allow_change: Collection[str]
 ) -> None:
-    """Raise InputError if the data in `where` are not those that a checkpoint was trained on.
+    """Raise InputError if the data in `where` is not that which a checkpoint was trained on.
 
     `recorded` and `found` are positions in the data, of the checkpoint and of the loader; see TrainLoader. Other
     data of the same tokenizer may follow where `allow_change` names data.path or another field that chooses data.
     """
     if recorded.get("tokenizer_hash", found["tokenizer_hash"]) != found["tokenizer_hash"]:
         raise InputError(
-            f"the data in {where} have another tokenizer than the run, whose embedding belongs to the ids of its own; "
+            f"the data in {where} has another tokenizer than the run, whose embedding belongs to the ids of its own; "
             f"set data.path to data of that tokenizer, or {_NEW_RUN}"
         )
     if recorded.get("data_id") != found["data_id"] and not _NAMES_OF_OTHER_DATA & allowed_fields(allow_change):

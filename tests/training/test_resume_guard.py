@@ -116,7 +116,7 @@ def test_the_refusal_is_a_diff_with_what_to_do(run):
     assert str(caught.value).splitlines() == [
         f"{run} holds a run with another config, and stays as it is:",
         "  model.num_layers 8 -> 16 (never: the saved arrays do not fit)",
-        "  training.global_batch_size 16 -> 32 (the data go on where they are, with more or fewer windows a step)",
+        "  training.global_batch_size 16 -> 32 (the data goes on where it is, with more or fewer windows a step)",
         "start a new run: another --workdir, or --overwrite to set the old run aside",
     ]
     config = changed("seed", "optimizer.learning_rate")
