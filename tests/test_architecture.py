@@ -17,7 +17,8 @@ LAYERS = [  # a module imports from the rows below its own
     ("cli",),
     ("server",),
     ("",),  # nextllm_jax/__init__.py
-    ("llm", "plan", "verify"),
+    ("doctor", "resume_proof"),
+    ("llm", "plan", "verify", "machine"),
     ("training", "inference"),
     ("data", "model"),
     ("interop",),
@@ -35,7 +36,10 @@ FOLDERS = {  # inside a folder a file imports from those to its left
     "model": ("layers", "kv_cache", "attention", "transformer", "quantize", "accounting"),
     "tokenizer": ("tokenizer", "bpe", "chat"),
     "data": ("corpora", "shards", "data_directory", "prepare", "packing", "loader"),
-    "training": ("optimizer", "state", "step", "evaluate", "metrics", "run_directory", "writers", "signals", "loop"),
+    "training": (
+        *("optimizer", "state", "step", "evaluate", "metrics", "checks", "resume_guard", "run_directory", "writers"),
+        *("signals", "loop"),
+    ),
     "inference": ("sampling", "generate", "stream"),
     "interop": ("names", "huggingface", "gguf"),
 }
