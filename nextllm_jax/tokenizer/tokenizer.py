@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -71,6 +72,7 @@ KNOWN_ENCODINGS = {
     ),
 }
 
+_PUBLISHED = "https://openaipublic.blob.core.windows.net/"
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 _LONGEST_BLANK = 100_000
@@ -205,6 +207,17 @@ def load_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
     )
 
 
+def files_to_fetch(name: str) -> list[str]:
+    """The addresses from which tiktoken would fetch a named encoding, empty if it has them in its cache."""
+    known = KNOWN_ENCODINGS[name]
+    names = ["gpt-2/encodings/main/vocab.bpe", "gpt-2/encodings/main/encoder.json"]
+    addresses = [_PUBLISHED + file for file in (names if name == "gpt2" else [f"encodings/{known.file}"])]
+    default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
+    kept = [os.path.join(cache, hashlib.sha1(address.encode()).hexdigest()) for address in addresses]
+    return [address for address, file in zip(addresses, kept, strict=True) if not (cache and os.path.isfile(file))]
+
+
 def trained_special_tokens(num_ranks: int) -> dict[str, int]:
     """The special tokens put behind ranks that come without any: begin and end of text."""
     return {BOS: num_ranks, EOS: num_ranks + 1}
@@ -217,7 +230,7 @@ def _load_named(name: str) -> Tokenizer:
     except Exception as error:
         raise InputError(
             f"tokenizer {name} is not in tiktoken's cache and cannot be fetched ({type(error).__name__}); bring "
-            f"https://openaipublic.blob.core.windows.net/encodings/{known.file} and pass its path as --data.tokenizer"
+            f"{_PUBLISHED}encodings/{known.file} and pass its path as --data.tokenizer"
         ) from error
     return Tokenizer(name, ranks=ranks, pattern=known.pattern, special_tokens=known.special_tokens)
 

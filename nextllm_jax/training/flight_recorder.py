@@ -64,7 +64,7 @@ def measured(config: Config, metrics: StepMetrics) -> dict[str, Any]:
     }
 
 
-def machine(mesh: jax.sharding.Mesh, dtype: np.dtype) -> dict[str, Any]:
+def environment(mesh: jax.sharding.Mesh, dtype: np.dtype) -> dict[str, Any]:
     """What the bits of a step depend on beside the config: a replay elsewhere may round differently."""
     return {
         "versions": {**versions(), "jaxlib": jaxlib.version.__version__},
@@ -77,7 +77,7 @@ def machine(mesh: jax.sharding.Mesh, dtype: np.dtype) -> dict[str, Any]:
 class FlightRecorder:
     """Looks at each step of a run once, reports a skipped one, and writes bundles to `run`/flight.
 
-    All processes make the same calls; process 0 writes. `about` is `machine`'s. At most MAX_BUNDLES lie in a run.
+    All processes make the same calls; process 0 writes. `about` is `environment`'s. At most MAX_BUNDLES lie in a run.
     """
 
     def __init__(

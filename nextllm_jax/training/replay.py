@@ -24,9 +24,10 @@ from nextllm_jax.data.shards import Dataset
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.transformer import set_matmul_precision
 from nextllm_jax.sharding import make_mesh, sharding
+from nextllm_jax.training.checks import check_platform
 from nextllm_jax.training.diagnosis import Diagnosis, diagnose
-from nextllm_jax.training.flight_recorder import BATCH, BUNDLE, DIRECTORY, FORMAT, json_number, machine, measured
-from nextllm_jax.training.loop import check_platform, make_loader
+from nextllm_jax.training.flight_recorder import BATCH, BUNDLE, DIRECTORY, FORMAT, environment, json_number, measured
+from nextllm_jax.training.loop import make_loader
 from nextllm_jax.training.program import Program, build_program
 from nextllm_jax.training.state import TrainState
 from nextllm_jax.training.step import StepMetrics
@@ -182,7 +183,7 @@ def replay(path: Path, *, data: str | None = None) -> Replay:
         if found["reason"] != "none":  # the step was skipped, so its parameters are still there
             before = dataclasses.replace(state, step=state.step - 1)
             diagnosis = diagnose(config, program.model.dtype, before, bundle.batch, sharding(mesh, "batch", "seq"))
-    here = machine(mesh, program.model.dtype)
+    here = environment(mesh, program.model.dtype)
     return Replay(bundle, found, _differences(bundle.content, here), diagnosis)
 
 
@@ -209,7 +210,7 @@ def _open_data(bundle: Bundle, data: str | None) -> Dataset:
 def _find_checkpoint(bundle: Bundle, loader: TrainLoader) -> Checkpoints | None:
     """The checkpoints of the bundle's run, with the one to start from; None: start at step 0.
 
-    Raises InputError if it is not there, or was trained on another order of the data than the loader's.
+    The loader goes on from where that checkpoint was. Raises InputError if it is not there.
     """
     step = bundle.content["checkpoint"]
     if step is None:
@@ -221,7 +222,7 @@ def _find_checkpoint(bundle: Bundle, loader: TrainLoader) -> Checkpoints | None:
             f"checkpoint {step}, which {bundle.path} starts from, is not in {directory}; a bundle must stay in its "
             f"run's {DIRECTORY}/, and its checkpoint in the run"
         )
-    loader.check_position(checkpoints.record(step)["data"])
+    loader.resume(checkpoints.record(step)["data"])
     return checkpoints
 
 

@@ -208,7 +208,7 @@ UNUSABLE = {
     "a later checkpoint": (lambda content: {"checkpoint": 3}, "'checkpoint' is not before 'step'"),
     "other data": (lambda content: {"data_id": "0" * 16}, "holds other data"),
     "another seed": (lambda content: {"config": content["config"] | {"seed": 1}, "checkpoint": None}, "another batch"),
-    "the seed of another run": (lambda content: {"config": content["config"] | {"seed": 1}}, "seed"),
+    "the seed of another run": (lambda content: {"config": content["config"] | {"seed": 1}}, "another batch"),
     "another model": (
         lambda content: {"config": content["config"] | {"model": content["config"]["model"] | {"mlp_dim": 48}}},
         "does not fit",
