@@ -1,4 +1,4 @@
-"""The `nextllm` command: `nextllm train` and `nextllm prepare`.
+"""The `nextllm` command and its subcommands, see COMMANDS.
 
 Nothing here imports jax until a command needs it, so that errors and `--help` come at once, and data is
 prepared before devices are touched.
@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import io
 import itertools
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -148,7 +149,60 @@ def prepare_command(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"train": train_command, "prepare": prepare_command}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizeArguments:
+    """Show the ids and pieces of a text."""
+
+    text: tyro.conf.Positional[str | None] = None
+    """Text to tokenize; none: --file, or standard input."""
+    tokenizer: str
+    """A run directory, prepared data, a Hugging Face directory, a tokenizer.json, a .gguf or .tiktoken file, or gpt2,
+    cl100k_base or o200k_base."""
+    file: str | None = None
+    """File to tokenize."""
+    special: bool = False
+    """Take special tokens that the text spells out (<|endoftext|>) as special; they are ordinary text otherwise."""
+    json: bool = False
+    """Print one JSON object: ids, and pieces with \\x.. for bytes that are no whole character."""
+
+
+def tokenize_command(argv: list[str]) -> int:
+    """Print what a tokenizer makes of a text; the exit code."""
+    from nextllm_jax.tokenizer.published import load_tokenizer
+
+    arguments = tyro.cli(TokenizeArguments, args=argv, prog="nextllm tokenize", description=TokenizeArguments.__doc__)
+    if arguments.text is not None and arguments.file is not None:
+        raise InputError("both a text and --file are given; give one of them")
+    text = arguments.text if arguments.text is not None else _read_text(arguments.file)
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    ids = tokenizer.encode(text, recognize="all" if arguments.special else "added")
+    pieces = [tokenizer.decode_bytes([token]) for token in ids]
+    if arguments.json:
+        print(json.dumps({"ids": ids, "pieces": [piece.decode("utf-8", "backslashreplace") for piece in pieces]}))
+        return 0
+    for token, piece in zip(ids, pieces, strict=True):
+        try:
+            print(f"{token:>8}  {json.dumps(piece.decode(), ensure_ascii=False)}")
+        except UnicodeDecodeError:
+            print(f"{token:>8}  {piece}")
+    num_bytes = len(text.encode(errors="replace"))
+    print(f"{len(ids):,} tokens, {num_bytes:,} bytes, {num_bytes / max(len(ids), 1):.2f} bytes a token")
+    return 0
+
+
+def _read_text(path: str | None) -> str:
+    """The text of a file, of standard input for None; invalid UTF-8 becomes U+FFFD."""
+    if path is None:
+        if sys.stdin.isatty():
+            raise InputError("there is no text; give it as an argument, by --file, or through a pipe")
+        return sys.stdin.buffer.read().decode(errors="replace")
+    try:
+        return Path(path).read_bytes().decode(errors="replace")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); give a text file") from error
+
+
+COMMANDS = {"train": train_command, "prepare": prepare_command, "tokenize": tokenize_command}
 
 
 def nextllm_command(argv: list[str]) -> int:

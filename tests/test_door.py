@@ -283,3 +283,36 @@ def test_help_explains(trained):
 
 def test_a_misspelt_command_gets_a_suggestion(trained):
     assert "did you mean prepare" in trained.run("nextllm_jax.cli", "prepar", exit_code=2).stderr
+
+
+def test_tokenize_shows_ids_and_pieces(trained):
+    command = ("nextllm_jax.cli", "tokenize", "--tokenizer", "runs/config")
+    shown = json.loads(trained.run(*command, "the cat sees 42 über<|end_of_text|>", "--json").stdout)
+    assert "".join(shown["pieces"]) == "the cat sees 42 über<|end_of_text|>"
+    assert len(shown["ids"]) == len(shown["pieces"]) < len("the cat sees 42 über<|end_of_text|>")
+    (trained.directory / "text.txt").write_text("a dog\n")
+    lines = trained.run(*command, "--file", "text.txt").stdout.splitlines()
+    assert re.fullmatch(r"\d tokens, 6 bytes, \d\.\d\d bytes a token", lines[-1])
+    assert '"a' in lines[0]
+    special = trained.run(*command, "<|end_of_text|>", "--special", "--json").stdout
+    assert json.loads(special) == {"ids": [319], "pieces": ["<|end_of_text|>"]}
+
+
+BAD_TOKENIZE = {
+    "no tokenizer": (["--tokenizer", "nowhere", "x"], "tokenizer nowhere is not gpt2"),
+    "no file": (["--tokenizer", "runs/config", "--file", "nowhere.txt"], "nowhere.txt cannot be read"),
+    "two texts": (["--tokenizer", "runs/config", "x", "--file", "text.txt"], "both a text and --file"),
+    "empty directory": (["--tokenizer", "corpus", "x"], "corpus/tokenizer holds no saved tokenizer"),
+    "damaged GGUF": (["--tokenizer", "broken.gguf", "x"], "broken.gguf cannot be read as GGUF"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TOKENIZE)
+def test_bad_input_to_tokenize_is_one_sentence_and_exit_2(trained, case):
+    if case == "damaged GGUF":
+        pytest.importorskip("gguf", reason="pip install '.[interop]'")
+        (trained.directory / "broken.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + b"\xff" * 40)
+    arguments, sentence = BAD_TOKENIZE[case]
+    failed = trained.run("nextllm_jax.cli", "tokenize", *arguments, exit_code=2)
+    assert sentence in failed.stderr
+    assert "Traceback" not in failed.stderr

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 from nextllm_jax.errors import InputError
@@ -81,6 +82,18 @@ def from_gguf(metadata: dict[str, Any]) -> Tokenizer:
         )
     except KeyError as error:
         raise InputError(f"the GGUF metadata lacks {error.args[0]}; bring a file with its vocabulary") from error
+
+
+def read_metadata(file: Path) -> dict[str, Any]:
+    """The metadata of a GGUF file, arrays as lists. Raises InputError if it cannot be read, or without `gguf`."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise InputError(f"{file} needs the gguf package; pip install 'nextllm_jax[interop]'") from error
+    try:
+        return {key: field.contents() for key, field in gguf.GGUFReader(file).fields.items()}
+    except Exception as error:  # the package checks little: a damaged file ends in any exception
+        raise InputError(f"{file} cannot be read as GGUF ({error}); bring an intact copy") from error
 
 
 def to_gguf(tokenizer: Tokenizer) -> dict[str, Any]:

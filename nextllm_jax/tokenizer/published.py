@@ -8,6 +8,7 @@ from tiktoken_ext import openai_public
 
 from nextllm_jax.errors import InputError
 from nextllm_jax.tokenizer.backends import ByteBPE, format_ranks, missing_bytes, parse_ranks, sha256
+from nextllm_jax.tokenizer.gguf import from_gguf, read_metadata
 from nextllm_jax.tokenizer.huggingface import load_huggingface
 from nextllm_jax.tokenizer.patterns import GPT2_PATTERN, GPT4_PATTERN, O200K_PATTERN
 from nextllm_jax.tokenizer.tokenizer import Tokenizer, trained_special_tokens
@@ -51,8 +52,8 @@ KNOWN_ENCODINGS = {
 
 
 def load_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer that `spec` names: gpt2, cl100k_base, o200k_base, a ranks file, a saved directory, or a Hugging
-    Face directory or tokenizer.json.
+    """The tokenizer that `spec` names: gpt2, cl100k_base, o200k_base, a ranks file, a saved directory (or the run or
+    data directory that it is in), a Hugging Face directory or tokenizer.json, or a GGUF file.
 
     Only a named encoding that tiktoken has not cached uses the network. Raises InputError.
     """
@@ -62,12 +63,14 @@ def load_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
     if path.name == "tokenizer.json" or any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         return load_huggingface(path)
     if path.is_dir():
-        return Tokenizer.load(path)
+        return Tokenizer.load(path if (path / "encoding.json").exists() else path / "tokenizer")
+    if path.suffix == ".gguf" and path.is_file():
+        return from_gguf(read_metadata(path))
     if path.is_file():
         return _load_ranks_file(path)
     raise InputError(
-        f"data.tokenizer {spec} is not {', '.join(KNOWN_ENCODINGS)} and there is no such file or directory; "
-        "give a .tiktoken ranks file, the directory of a saved tokenizer, or a tokenizer.json"
+        f"tokenizer {spec} is not {', '.join(KNOWN_ENCODINGS)} and there is no such file or directory; give a "
+        ".tiktoken ranks file, a directory with a saved or Hugging Face tokenizer, a tokenizer.json or a .gguf file"
     )
 
 
