@@ -173,7 +173,7 @@ def tokenize_command(argv: list[str]) -> int:
     arguments = tyro.cli(TokenizeArguments, args=argv, prog="nextllm tokenize", description=TokenizeArguments.__doc__)
     if arguments.text is not None and arguments.file is not None:
         raise InputError("both a text and --file are given; give one of them")
-    text = arguments.text if arguments.text is not None else _read_text(arguments.file)
+    text = arguments.text if arguments.text is not None else read_text(arguments.file)
     tokenizer = load_tokenizer(arguments.tokenizer)
     ids = tokenizer.encode(text, recognize="all" if arguments.special else "added")
     pieces = [tokenizer.decode_bytes([token]) for token in ids]
@@ -190,7 +190,7 @@ def tokenize_command(argv: list[str]) -> int:
     return 0
 
 
-def _read_text(path: str | None) -> str:
+def read_text(path: str | None) -> str:
     """The text of a file, of standard input for None; invalid UTF-8 becomes U+FFFD."""
     if path is None:
         if sys.stdin.isatty():

@@ -316,3 +316,52 @@ def test_bad_input_to_tokenize_is_one_sentence_and_exit_2(trained, case):
     failed = trained.run("nextllm_jax.cli", "tokenize", *arguments, exit_code=2)
     assert sentence in failed.stderr
     assert "Traceback" not in failed.stderr
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+)
+CHAT = ("sample.py", "--checkpoint", "runs/config", "--chat", "--chat-template", "chat.jinja", "--temperature", "0",
+        "--max-new-tokens", "12")  # fmt: skip
+
+
+@pytest.fixture
+def chatting(trained):
+    pytest.importorskip("jinja2", reason="pip install '.[interop]'")
+    (trained.directory / "chat.jinja").write_text(CHAT_TEMPLATE)
+    return trained
+
+
+def test_chat_answers_a_prompt_once(chatting):
+    answer = chatting.run(*CHAT, "--prompt", "the cat").stdout
+    rows = [json.loads(line) for line in chatting.run(*CHAT, "--prompt", "the cat", "--json").stdout.splitlines()]
+    assert [row["text"] + "\n" for row in rows] == [answer]
+    assert rows[0]["prompt"] == "the cat"
+
+
+def test_chat_converses_through_a_pipe(chatting):
+    typed = "the cat\n\na dog\n/reset\nthe cat\n" + "long " * 100 + "\n/exit\nnot read\n"
+    talked = chatting.run(*CHAT, "--json", typed=typed, exit_code=1)
+    rows = [json.loads(line) for line in talked.stdout.splitlines()]
+    assert [row["prompt"] for row in rows] == ["the cat", "a dog", "the cat"]
+    assert rows[0] == rows[2]
+    assert "leaves no room for an answer in the model's context of 128" in talked.stderr
+    assert "Traceback" not in talked.stderr
+
+
+BAD_CHAT = {
+    "no template": (["--chat", "--prompt", "x"], "has no chat template; pass --chat-template FILE"),
+    "no file": (["--chat", "--chat-template", "nowhere", "--prompt", "x"], "nowhere cannot be read"),
+    "template of evil": (["--chat", "--chat-template", "evil.jinja", "--prompt", "x"], "reaches for what it may not"),
+    "no chat": (["--system", "x", "--prompt", "x"], "--system and --chat-template are for a chat"),
+    "samples": (["--chat", "--num-samples", "2", "--prompt", "x"], "a chat answers once"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CHAT)
+def test_bad_input_to_a_chat_is_one_sentence_and_exit_2(chatting, case):
+    (chatting.directory / "evil.jinja").write_text("{{ ''.__class__.__mro__ }}")
+    arguments, sentence = BAD_CHAT[case]
+    failed = chatting.run("sample.py", "--checkpoint", "runs/config", *arguments, exit_code=2)
+    assert sentence in failed.stderr
+    assert "Traceback" not in failed.stderr
