@@ -11,15 +11,15 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
 from nextllm_jax import process
 from nextllm_jax.config import Config, DataConfig, ModelConfig
-from nextllm_jax.config_files import load_config_file
+from nextllm_jax.config_files import load_config_file, read_config
 from nextllm_jax.errors import InputError, RunFailed
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 75
@@ -202,7 +202,82 @@ def read_text(path: str | None) -> str:
         raise InputError(f"{path} cannot be read ({error.strerror}); give a text file") from error
 
 
-COMMANDS = {"train": train_command, "prepare": prepare_command, "tokenize": tokenize_command}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateArguments:
+    """Score a model on a text, or on the validation split of prepared data as training does."""
+
+    checkpoint: str
+    """Run directory that train.py wrote, Hugging Face directory or GGUF file."""
+    text: str | None = None
+    """File to score as one document, in windows that do not see each other."""
+    data: str | None = None
+    """Directory of prepared data, made with the model's tokenizer."""
+    step: str | None = None
+    """Checkpoint to take: best, latest, or a step number; none: best, or latest while none has a validation loss."""
+    window: int | None = None
+    """Tokens in a window; none: the model's context for a text, the run's data.sequence_length for data."""
+    batch_size: int = 8
+    """Windows that are scored together; the result does not depend on it."""
+    dtype: Literal["auto", "float32", "bfloat16"] | None = None
+    """Type of the matmuls; none: what the run's config says."""
+    json: bool = False
+    """Print one JSON object: tokens, nll, perplexity, bits_per_byte."""
+
+
+def evaluate_command(argv: list[str]) -> int:
+    """Print a model's score; the exit code."""
+    arguments = tyro.cli(EvaluateArguments, args=argv, prog="nextllm evaluate", description=EvaluateArguments.__doc__)
+    if (arguments.text is None) == (arguments.data is None):
+        raise InputError("there must be one thing to score; give either --text FILE or --data DIR")
+    text = None if arguments.text is None else read_text(arguments.text)
+
+    from tqdm import tqdm
+
+    from nextllm_jax.evaluation import score_data
+    from nextllm_jax.llm import load
+
+    def progress(batches: Iterable[Any], total: int) -> Iterable[Any]:
+        return tqdm(batches, total=total, unit="batch", disable=None, leave=False)
+
+    use_compilation_cache()
+    llm = load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype)
+    if text is not None:
+        score = llm.score(text, window=arguments.window, batch_size=arguments.batch_size, progress=progress)
+    else:
+        assert arguments.data is not None
+        window = arguments.window or trained_window(arguments.checkpoint) or llm.config.context_length
+        score = score_data(
+            llm,
+            arguments.data,
+            window=window,
+            batch_size=arguments.batch_size,
+            dtype=arguments.dtype,
+            progress=progress,
+        )
+    result = {
+        "tokens": score.tokens,
+        "nll": score.nll,
+        "perplexity": score.perplexity,
+        "bits_per_byte": score.bits_per_byte,
+    }
+    line = f"{score.tokens:,} tokens, nll {score.nll:.4f}, perplexity {score.perplexity:.2f}, {score.bits_per_byte:.4f}"
+    print(json.dumps(result) if arguments.json else f"{line} bits per byte")
+    return 0
+
+
+def trained_window(checkpoint: str) -> int | None:
+    """The length of the windows that a run was trained on, None for what is no run."""
+    config = Path(checkpoint) / "config.json"
+    is_run = config.exists() and (Path(checkpoint) / "checkpoints").is_dir()
+    return read_config(config).data.sequence_length if is_run else None
+
+
+COMMANDS = {
+    "train": train_command,
+    "prepare": prepare_command,
+    "tokenize": tokenize_command,
+    "evaluate": evaluate_command,
+}
 
 
 def nextllm_command(argv: list[str]) -> int:

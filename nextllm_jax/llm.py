@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -167,13 +167,21 @@ class LLM:
         )
         return TextStream(generation, self.tokenizer, rows, stop=stop, chunk_tokens=chunk_tokens, **ends)
 
-    def score(self, text: str, *, window: int | None = None, batch_size: int = 8) -> Score:
+    def score(
+        self,
+        text: str,
+        *,
+        window: int | None = None,
+        batch_size: int = 8,
+        progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda batches, total: batches,
+    ) -> Score:
         """How well the model predicts a document, in windows of `window` tokens (none: the context length).
 
         The document is BOS + text + EOS. Windows lie side by side, each target is scored once, and a window sees
-        nothing of the one before; the result does not depend on batch_size.
+        nothing of the one before; the result does not depend on batch_size. `progress` wraps the batches, of which
+        there are `total`.
 
-        Raises InputError for an empty text or a window over the context length.
+        Raises InputError for an empty text, a window over the context length or a batch size that is not positive.
         """
         context_length = self.config.context_length
         window = context_length if window is None else window
@@ -181,13 +189,15 @@ class LLM:
             raise InputError("the text to score is empty; bits per byte need at least one byte")
         if not 0 < window <= context_length:
             raise InputError(f"window is {window}; it must lie in 1 to the model's context_length {context_length}")
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; it must be positive")
         document = self.tokenizer.encode_document(text)
-        tokens_WT, targets_WT, mask_WT = _windows(document, window, batch_size)
-        batches = [
-            _nll_sum(self.model, self.params, *(x[i : i + batch_size] for x in (tokens_WT, targets_WT, mask_WT)))
-            for i in range(0, len(tokens_WT), batch_size)
-        ]
-        nll_sum = math.fsum(map(float, batches))
+        windows = _windows(document, window, batch_size)
+        starts = range(0, len(windows[0]), batch_size)
+        nll_sum = math.fsum(
+            float(_nll_sum(self.model, self.params, *(x_WT[i : i + batch_size] for x_WT in windows)))
+            for i in progress(starts, len(starts))
+        )
         count = len(document) - 1
         return Score(nll_sum / count, count, nll_sum / math.log(2) / len(text.encode("utf-8", errors="replace")))
 

@@ -17,7 +17,7 @@ LAYERS = [  # a module imports from the rows below its own
     ("cli",),
     ("server",),
     ("",),  # nextllm_jax/__init__.py
-    ("conversation",),
+    ("conversation", "evaluation"),
     ("llm", "plan"),
     ("training", "inference"),
     ("data", "model"),

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from orbax import checkpoint as ocp
 
+import nextllm_jax
+
 ISSUED_FIELDS = {"step", "split", "loss", "perplexity", "tokens_seen", "elapsed_seconds"}
 
 
@@ -363,5 +365,47 @@ def test_bad_input_to_a_chat_is_one_sentence_and_exit_2(chatting, case):
     (chatting.directory / "evil.jinja").write_text("{{ ''.__class__.__mro__ }}")
     arguments, sentence = BAD_CHAT[case]
     failed = chatting.run("sample.py", "--checkpoint", "runs/config", *arguments, exit_code=2)
+    assert sentence in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_evaluate_scores_the_data_as_training_did(trained):
+    command = ("nextllm_jax.cli", "evaluate", "--checkpoint", "runs/config", "--data", "data/known", "--json")
+    score = json.loads(trained.run(*command).stdout)
+    logged = metrics(trained.directory / "runs" / "config", "validation")[-1]
+    assert score.keys() == {"tokens", "nll", "perplexity", "bits_per_byte"}
+    for name, value in (("nll", logged["loss"]), *((name, logged[name]) for name in ("perplexity", "bits_per_byte"))):
+        assert score[name] == pytest.approx(value, rel=1e-6)
+    other = json.loads(trained.run(*command, "--batch-size", "3").stdout)
+    assert other == pytest.approx(score, rel=1e-6)
+    assert json.loads(trained.run(*command, "--window", "32").stdout)["nll"] > score["nll"]
+
+
+def test_evaluate_scores_a_text_as_the_python_face_does(trained):
+    text = (trained.directory / "corpus" / "003.txt").read_text()
+    command = ("nextllm_jax.cli", "evaluate", "--checkpoint", "runs/config", "--text", "corpus/003.txt")
+    score = json.loads(trained.run(*command, "--json", "--dtype", "float32").stdout)
+    expected = nextllm_jax.load(str(trained.directory / "runs" / "config"), dtype="float32").score(text)
+    assert score["tokens"] == expected.tokens
+    assert score["nll"] == pytest.approx(expected.nll, rel=1e-5)
+    assert score["bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-5)
+    line = trained.run(*command, "--step", "latest").stdout
+    assert re.fullmatch(r"[\d,]+ tokens, nll \d\.\d{4}, perplexity [\d.]+, \d\.\d{4} bits per byte\n", line)
+
+
+BAD_EVALUATE = {
+    "nothing": ([], "give either --text FILE or --data DIR"),
+    "both": (["--text", "config.py", "--data", "data/known"], "give either --text FILE or --data DIR"),
+    "no text": (["--text", "nowhere.txt"], "nowhere.txt cannot be read"),
+    "no data": (["--data", "corpus"], "corpus holds no prepared data"),
+    "window": (["--data", "data/known", "--window", "129"], "window is 129"),
+    "batch": (["--text", "config.py", "--batch-size", "0"], "batch_size is 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_EVALUATE)
+def test_bad_input_to_evaluate_is_one_sentence_and_exit_2(trained, case):
+    arguments, sentence = BAD_EVALUATE[case]
+    failed = trained.run("nextllm_jax.cli", "evaluate", "--checkpoint", "runs/config", *arguments, exit_code=2)
     assert sentence in failed.stderr
     assert "Traceback" not in failed.stderr
