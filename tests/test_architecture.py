@@ -14,6 +14,7 @@ PACKAGE = "nextllm_jax"
 
 LAYERS = [  # a module imports from the rows below its own
     ("train", "sample"),
+    ("harness",),
     ("cli",),
     ("server",),
     ("",),  # nextllm_jax/__init__.py
