@@ -219,7 +219,15 @@ def _nll_sum(
     model: Transformer, params: Any, tokens_BT: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array
 ) -> jax.Array:
     hidden_BTD, _ = model.apply({"params": params}, tokens_BT, _positions(tokens_BT))
-    return cross_entropy(hidden_BTD, head_embedding(model.config, params), targets_BT, mask_BT)
+    config = model.config
+    return cross_entropy(
+        hidden_BTD,
+        head_embedding(config, params),
+        targets_BT,
+        mask_BT,
+        logit_divisor=config.logit_divisor,
+        soft_cap=config.logit_soft_cap,
+    )
 
 
 def load(path: str, *, step: str | int | None = None, dtype: str | None = None) -> LLM:

@@ -25,6 +25,8 @@ LAYERS = [  # a module imports from the rows below its own
     ("sharding",),
     ("config_files",),
     ("config",),
+    ("config_model",),
+    ("config_checks",),
     ("hardware", "ops", "process", "tokenizer"),
     ("errors",),
 ]
