@@ -17,7 +17,7 @@ LAYERS = [  # a module imports from the rows below its own
     ("cli",),
     ("server",),
     ("",),  # nextllm_jax/__init__.py
-    ("llm", "plan"),
+    ("llm", "plan", "convert"),
     ("training", "inference"),
     ("data", "model"),
     ("interop",),
@@ -37,7 +37,18 @@ FOLDERS = {  # inside a folder a file imports from those to its left
     "data": ("corpora", "shards", "data_directory", "prepare", "packing", "loader"),
     "training": ("optimizer", "state", "step", "evaluate", "metrics", "run_directory", "writers", "signals", "loop"),
     "inference": ("sampling", "generate", "stream"),
-    "interop": ("names", "huggingface", "gguf"),
+    "interop": (
+        "names",
+        "streaming",
+        "keys",
+        "families",
+        "huggingface_rope",
+        "huggingface_config",
+        "huggingface",
+        "gguf_config",
+        "gguf",
+        "foreign",
+    ),
 }
 RANK = {part: len(LAYERS) - row for row, parts in enumerate(LAYERS) for part in parts}
 

@@ -176,6 +176,13 @@ class Transformer(nn.Module):
         return self.config.num_layers // len(self.config.layer_pattern) if self.scan_layers else 0
 
 
+def abstract_params(config: ModelConfig, *, scan_layers: bool = True) -> Any:
+    """The shapes, types and logical axes of a model's parameters, in Flax's boxes, without a byte of them."""
+    tokens_BT = jnp.zeros((1, 1), jnp.int32)
+    init = Transformer(config, scan_layers=scan_layers).init
+    return jax.eval_shape(init, jax.random.key(0), tokens_BT, tokens_BT)["params"]
+
+
 def unstack_layers(config: ModelConfig, params: Any) -> Any:
     """The (unboxed) parameters for a Transformer without scan_layers: each layer's own, cut out of the stack.
 
