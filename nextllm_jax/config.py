@@ -30,7 +30,7 @@ class DataConfig:
     """Split of a Hugging Face dataset."""
     tokenizer: str = "train"
     """train (a byte-level BPE of the corpus), gpt2, cl100k_base, o200k_base, or the path of a .tiktoken ranks
-    file or of a saved tokenizer directory."""
+    file, of a saved tokenizer directory, or of a Hugging Face directory or tokenizer.json."""
     vocab_size: int = 8192
     """Size of the tokenizer that 'train' makes, special tokens included."""
     path: str | None = None

@@ -108,7 +108,7 @@ class LLM:
     ) -> list[Sample]:
         """`num_samples` continuations of each prompt, those of one prompt together. See SamplingConfig for the rest.
 
-        A sample ends before a stop string, at the end of the document, or after max_new_tokens. What is drawn
+        A sample ends before a stop string, at one of the tokenizer's stop_ids, or after max_new_tokens. What is drawn
         depends on the seed, the prompt and the sample's index alone, not on the other prompts.
 
         Raises InputError for a prompt that does not fit the context with the new tokens, or a bad setting.
@@ -156,8 +156,8 @@ class LLM:
         if not all(stop):
             raise InputError("a stop string is empty; leave it out, or give the text to stop at")
         rows = [prompt for prompt in prompts for _ in range(num_samples)]
-        ends = {"max_new_tokens": max_new_tokens, "stop_ids": [self.tokenizer.eos_id]}
-        encoded = [[self.tokenizer.bos_id, *self.tokenizer.encode(prompt)] for prompt in prompts]
+        ends = {"max_new_tokens": max_new_tokens, "stop_ids": self.tokenizer.stop_ids}
+        encoded = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
         generation = Generation(
             self.model,
             self.params,
