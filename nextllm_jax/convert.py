@@ -88,7 +88,11 @@ def export_model(
         from nextllm_jax.tokenizer.huggingface import save_huggingface
 
         with _appearing(Path(output)) as directory:
-            ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": _one_or_all(tokenizer.stop_ids)}
+            ids = {
+                "bos_token_id": tokenizer.bos_id,
+                "eos_token_id": _one_or_all(tokenizer.stop_ids),
+                "pad_token_id": tokenizer.pad_id,
+            }
             huggingface.export(config, params, directory, shard_bytes=shard_bytes, token_ids=ids, **options)
             save_huggingface(tokenizer, directory)
     except ModuleNotFoundError as error:

@@ -135,32 +135,36 @@ def export(
         for tensor, shape in tensor_shapes(parts).items()
     }
     writer = gguf.GGUFWriter(file, name)
-    for key, value in {**values, **metadata}.items():
-        if key != "general.architecture":
-            _add(writer, key, value)
-    writer.add_file_type(file_type)
-    for tensor, array in factors.items():
-        shapes = {tensor: array.shape, **shapes}
-    for tensor, shape in shapes.items():
-        kind = _type_of(shape, matrix_type)
-        nbytes = int(np.prod(quants.quant_shape_to_byte_shape(shape, kind)))
-        writer.add_tensor_info(tensor, shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for tensor in shapes:
-        if tensor in factors:
-            writer.write_tensor_data(factors[tensor].astype(np.float32))
-    for tensor, array in tensors_of(parts, params, rows=vocab_size):
-        array = np.asarray(array, np.float32)
-        if _is_permuted(architecture, tensor):
-            order = np.empty(len(array), int)
-            order[_permuted_rows(np.arange(len(array)), config.head_dim)] = np.arange(len(array))
-            array = array[order]
-        if tensor.endswith("norm.weight"):
-            array = array + np.float32(architecture.norm_offset)
-        writer.write_tensor_data(_quantized(tensor, np.ascontiguousarray(array), _type_of(array.shape, matrix_type)))
-    writer.close()
+    try:
+        for key, value in {**values, **metadata}.items():
+            if key != "general.architecture":
+                _add(writer, key, value)
+        writer.add_file_type(file_type)
+        for tensor, shape in {**{tensor: array.shape for tensor, array in factors.items()}, **shapes}.items():
+            kind = _type_of(shape, matrix_type)
+            nbytes = int(np.prod(quants.quant_shape_to_byte_shape(shape, kind)))
+            writer.add_tensor_info(tensor, shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for array in factors.values():
+            writer.write_tensor_data(array.astype(np.float32))
+        for tensor, array in tensors_of(parts, params, rows=vocab_size):
+            array = _in_order(tensor, np.asarray(array, np.float32), architecture, config.head_dim)
+            writer.write_tensor_data(_quantized(tensor, array, _type_of(array.shape, matrix_type)))
+    finally:
+        writer.close()
+
+
+def _in_order(tensor: str, array: np.ndarray, architecture: Architecture, head_dim: int) -> np.ndarray:
+    """A tensor of Hugging Face's layout as an architecture's files have it."""
+    if _is_permuted(architecture, tensor):
+        order = np.empty(len(array), int)
+        order[_permuted_rows(np.arange(len(array)), head_dim)] = np.arange(len(array))
+        array = array[order]
+    if tensor.endswith("norm.weight"):
+        array = array + np.float32(architecture.norm_offset)
+    return np.ascontiguousarray(array)
 
 
 def _is_table(tensor: str) -> bool:

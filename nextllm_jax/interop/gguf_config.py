@@ -235,7 +235,7 @@ def write_gguf_config(
     model_type = {"mistral": "llama"}.get(model_type or "", model_type)  # one architecture, as long as it has no window
     wanted, differences = canonical(config), {}
     for name, architecture in ARCHITECTURES.items():
-        if model_type not in (None, architecture.model_type):
+        if model_type != architecture.model_type and (model_type is not None or _is_unusual(config, name)):
             continue
         metadata, factors = _metadata(config, name), _factors(config, name)
         try:
@@ -259,6 +259,14 @@ def write_gguf_config(
     raise InputError(
         f"GGUF cannot say this model: {nearest} comes closest but not with {', '.join(differences[nearest])}"
     )
+
+
+def _is_unusual(config: ModelConfig, name: str) -> bool:
+    """Whether an architecture can say a model, but not all of its readers understand it so.
+
+    llama.cpp leaves phi3's window out; transformers knows biases of llama on all projections or on none.
+    """
+    return name == "phi3" or (name == "llama" and config.attention_bias != config.attention_output_bias)
 
 
 def _same(left: Any, right: Any) -> bool:

@@ -14,6 +14,7 @@ from nextllm_jax.errors import InputError
 from nextllm_jax.interop.families import ACTIVATIONS, COMMON, DEFAULTS, FAMILIES, FIXED, HARMLESS, SIZES, Family
 from nextllm_jax.interop.huggingface_rope import read_rope, write_rope
 from nextllm_jax.interop.keys import Keys
+from nextllm_jax.ops import rope
 
 
 def read_model_config(values: Any, where: str) -> ModelConfig:
@@ -172,17 +173,21 @@ def write_model_config(config: ModelConfig, *, model_type: str | None = None) ->
     differences: dict[str, list[str]] = {}
     for candidate in (model_type,) if model_type else FAMILIES:
         values = _values(config, candidate)
-        found = canonical(read_model_config(values, candidate))
+        try:
+            found = canonical(read_model_config(values, "its config.json"))
+        except InputError as error:
+            differences[candidate] = [str(error)]
+            continue
         differences[candidate] = [
-            field.name
+            f"model.{field.name} {getattr(config, field.name)}"
             for field in dataclasses.fields(ModelConfig)
             if getattr(found, field.name) != getattr(wanted, field.name)
         ]
         if not differences[candidate]:
             return values
     nearest = min(differences, key=lambda candidate: len(differences[candidate]))
-    fields = ", ".join(f"model.{name} {getattr(config, name)}" for name in differences[nearest])
-    raise InputError(f"no Hugging Face model_type can say this model; {nearest} comes closest but not with {fields}")
+    reasons = ", ".join(differences[nearest])
+    raise InputError(f"no Hugging Face model_type can say this model; {nearest} comes closest but not with {reasons}")
 
 
 def layer_kinds(config: ModelConfig) -> list[LayerKind]:
@@ -198,10 +203,15 @@ def canonical(config: ModelConfig) -> ModelConfig:
     """
     kinds, plain = layer_kinds(config), ModelConfig()
     scale = config.attention_scale or 1 / math.sqrt(config.head_dim)
+    attention_factor = config.rope_attention_factor or {
+        "yarn": rope.yarn_attention_factor(config.rope_scaling_factor),
+        "longrope": rope.longrope_attention_factor(config.rope_scaling_factor, config.rope_original_context_length),
+    }.get(config.rope_scaling, 1.0)
     fields: dict[str, Any] = {
         "layer_pattern": shortest_pattern(kinds),
         "attention_scale": float(f"{scale:.9g}"),
         "embedding_scale": float(f"{config.embedding_scale:.9g}"),
+        "rope_attention_factor": float(f"{attention_factor:.9g}"),
         "rotary_dim": None if config.rotary_dim == config.head_dim else config.rotary_dim,
         **{name: getattr(plain, name) for name in ("dtype", "param_dtype", "remat")},
     }
@@ -224,7 +234,7 @@ def canonical(config: ModelConfig) -> ModelConfig:
     }[config.rope_scaling]  # fmt: skip
     scaling = {name for field in dataclasses.fields(ModelConfig) if (name := field.name).startswith("rope_")}
     ignored += scaling - {"rope_theta", "rope_local_theta", "rope_scaling", *used}
-    return dataclasses.replace(config, **fields, **{name: getattr(plain, name) for name in ignored})
+    return dataclasses.replace(config, **fields | {name: getattr(plain, name) for name in ignored})
 
 
 def _values(config: ModelConfig, model_type: str) -> dict[str, Any]:
