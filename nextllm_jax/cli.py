@@ -1,4 +1,4 @@
-"""The `nextllm` command: `nextllm train` and `nextllm prepare`.
+"""The `nextllm` command: `train`, `prepare` and `verify`; `import` and `export` are in convert_cli.
 
 Nothing here imports jax until a command needs it, so that errors and `--help` come at once, and data is
 prepared before devices are touched.
@@ -8,20 +8,23 @@ import dataclasses
 import difflib
 import io
 import itertools
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import tyro
 
 from nextllm_jax import process
 from nextllm_jax.config import Config, DataConfig, ModelConfig
 from nextllm_jax.config_files import load_config_file
-from nextllm_jax.errors import InputError, RunFailed
-
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 75
+from nextllm_jax.convert_cli import export_command, import_command
+from nextllm_jax.distributed import Group, facts_of
+from nextllm_jax.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, InputError, RunFailed
+from nextllm_jax.rendezvous import DistributedConfig
+from nextllm_jax.training.signals import StopRequest
 
 
 def run_main(command: Callable[[list[str]], int]) -> NoReturn:
@@ -64,6 +67,7 @@ class TrainArguments:
     """Python file that defines get_config() -> Config, such as configs/small.py."""
     overwrite: bool = False
     """Start anew in a run directory that holds a run; its files move to overwritten/ in it."""
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     run: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
 
@@ -86,18 +90,31 @@ def train_command(argv: list[str]) -> int:
     )
     process.restart_with_settings()
 
+    group = Group(arguments.distributed)
+    with StopRequest(group, may_exit=True) as stop, group:
+        _start(arguments, group, stop)
+
+        from nextllm_jax.training.loop import train
+
+        outcome = train(arguments.run, overwrite=arguments.overwrite, sample_text=_sample_text, group=group, stop=stop)
+        group.end()
+    return EXIT_INTERRUPTED if outcome == "interrupted" else 0
+
+
+def _start(arguments: TrainArguments, group: Group, stop: StopRequest) -> None:
+    """Meet the other processes, if there are any, and have the data prepared; then connect jax."""
     from nextllm_jax.data.prepare import ensure_prepared
 
-    try:
+    stop.nothing_to_lose("waiting for the other processes")
+    group.meet()
+    group.check_same({"--overwrite": str(arguments.overwrite), **facts_of(arguments.run)})
+    stop.nothing_to_lose("preparing data")
+    if group.process_id == 0:
         ensure_prepared(arguments.run.data)
-    except KeyboardInterrupt:
-        return _complain("interrupted while preparing data; the same command continues", EXIT_INTERRUPTED)
+    group.gather(None, "process 0 to prepare the data")
+    stop.nothing_to_lose("starting")
     use_compilation_cache()
-
-    from nextllm_jax.training.loop import train
-
-    outcome = train(arguments.run, overwrite=arguments.overwrite, sample_text=_sample_text)
-    return EXIT_INTERRUPTED if outcome == "interrupted" else 0
+    group.start_jax()
 
 
 def use_compilation_cache() -> None:
@@ -149,81 +166,39 @@ def prepare_command(argv: list[str]) -> int:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImportArguments:
-    """Turn a Hugging Face directory or a GGUF file into a run directory, which sampling and training take."""
+class VerifyArguments:
+    """Check every byte of a run's checkpoints; exit 0 if all are whole, 1 if a file is damaged, 2 if it is no run."""
 
-    source: tyro.conf.Positional[str]
-    """Hugging Face directory (config.json, safetensors, tokenizer.json), or GGUF file."""
-    output: str
-    """Run directory to write: config.json, tokenizer, and the weights as checkpoint 0."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type in which the parameters are kept."""
-    context_length: int | None = None
-    """Limit on the positions of the model; none: its own."""
+    path: tyro.conf.Positional[str]
+    """Run directory, its checkpoints directory, or the directory of one step."""
+    json: bool = False
+    """Print one JSON object a checkpoint."""
 
 
-def import_command(argv: list[str]) -> int:
-    """Import a model; the exit code."""
-    arguments = tyro.cli(ImportArguments, args=argv, prog="nextllm import", description=ImportArguments.__doc__)
+def verify_command(argv: list[str]) -> int:
+    """Print the state of each checkpoint of a run; the exit code."""
+    arguments = tyro.cli(VerifyArguments, args=argv, prog="nextllm verify")
 
-    from nextllm_jax.convert import import_model
+    from tqdm import tqdm
 
-    import_model(
-        arguments.source,
-        arguments.output,
-        dtype=arguments.dtype,
-        context_length=arguments.context_length,
-    )
-    print(arguments.output)
-    return 0
+    from nextllm_jax import verify
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportArguments:
-    """Write a model for transformers, vLLM and llama.cpp."""
-
-    checkpoint: str
-    """Run directory; a Hugging Face directory or a GGUF file is converted too."""
-    output: str
-    """Directory (huggingface) or file (gguf) to write."""
-    format: Literal["huggingface", "gguf"] = "huggingface"
-    """A directory with config.json, safetensors and tokenizer.json, or one GGUF file."""
-    dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = "float32"
-    """Type of the matrices; float16 and q8_0 in GGUF alone."""
-    step: str | None = None
-    """Checkpoint to take: best, latest, or a step number; none: best, or latest while none has a validation loss."""
-    model_type: str | None = None
-    """Family to write, such as llama; none: what the model was imported as, or else the first that fits."""
-    shard_gigabytes: float = 5.0
-    """Most in one safetensors file."""
-
-
-def export_command(argv: list[str]) -> int:
-    """Export a model; the exit code."""
-    arguments = tyro.cli(ExportArguments, args=argv, prog="nextllm export", description=ExportArguments.__doc__)
-    if arguments.format == "huggingface" and arguments.dtype not in ("float32", "bfloat16"):
-        raise InputError(f"dtype {arguments.dtype} is for --format gguf; huggingface takes float32 and bfloat16")
-    if arguments.shard_gigabytes <= 0:
-        raise InputError(f"shard_gigabytes is {arguments.shard_gigabytes}; it must be positive")
-
-    from nextllm_jax.convert import export_model
-
-    export_model(
-        arguments.checkpoint,
-        arguments.output,
-        file_format=arguments.format,
-        dtype=arguments.dtype,
-        step=arguments.step,
-        model_type=arguments.model_type,
-        shard_bytes=int(arguments.shard_gigabytes * 1e9),
-    )
-    print(arguments.output)
-    return 0
+    steps = verify.find_steps(arguments.path)
+    if not steps:
+        print(f"{arguments.path} holds no checkpoint yet", file=sys.stderr)
+    damaged = False
+    with tqdm(total=verify.count_bytes(steps), unit="B", unit_scale=True, leave=False, delay=1, disable=None) as bar:
+        for report in verify.check_steps(steps, bar.update):
+            with bar.external_write_mode():
+                print(json.dumps(report.to_json()) if arguments.json else report, flush=True)
+            damaged |= report.state == "damaged"
+    return EXIT_FAILED if damaged else 0
 
 
 COMMANDS = {
     "train": train_command,
     "prepare": prepare_command,
+    "verify": verify_command,
     "import": import_command,
     "export": export_command,
 }

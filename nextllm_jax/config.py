@@ -164,14 +164,22 @@ class SamplingConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When the run is saved; the latest and the best checkpoint are kept."""
+    """When the run is saved, and what is kept; the best checkpoint always is."""
 
     every_steps: int = 500
     """Steps between saves; every new best and the end are saved too."""
+    keep_last: int = 1
+    """Latest checkpoints that are kept. With 2 there is one to go back to if the latest is damaged later."""
+    keep_every_steps: int = 0
+    """Keep every checkpoint whose step is a multiple of this; 0: none."""
+    strict: bool = False
+    """Refuse to continue from a damaged checkpoint; otherwise it is set aside and the one before it is used."""
 
     def __post_init__(self) -> None:
         _check_types(self, "checkpoint.")
-        _require_positive(self, "checkpoint.", "every_steps")
+        _require_positive(self, "checkpoint.", "every_steps", "keep_last")
+        every = self.keep_every_steps
+        _require(every >= 0, f"checkpoint.keep_every_steps is {every}; it cannot be negative")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,21 +17,24 @@ LAYERS = [  # a module imports from the rows below its own
     ("cli",),
     ("server",),
     ("",),  # nextllm_jax/__init__.py
-    ("llm", "plan", "convert"),
+    ("convert_cli",),
+    ("llm", "plan", "verify", "convert"),
     ("training", "inference"),
     ("data", "model"),
     ("interop",),
     ("checkpoint",),
+    ("checkpoint_files", "orbax_errors"),
     ("sharding",),
     ("config_files",),
     ("config",),
     ("config_model",),
     ("config_checks",),
-    ("hardware", "ops", "process", "tokenizer"),
+    ("distributed",),
+    ("hardware", "ops", "process", "rendezvous", "tokenizer"),
     ("errors",),
 ]
 FOLDERS = {  # inside a folder a file imports from those to its left
-    "ops": ("rope", "cross_entropy", "quantized", "splash", "attention"),
+    "ops": ("rope", "linear", "cross_entropy", "quantized", "splash", "attention"),
     "model": ("layers", "kv_cache", "attention", "transformer", "quantize", "accounting"),
     "tokenizer": (
         "backends",

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from nextllm_jax.config import ModelConfig
+from nextllm_jax.ops.linear import linear
 from nextllm_jax.sharding import constrain
 
 
@@ -56,7 +57,7 @@ class Linear(nn.Module):
         """Return `einsum(equation, x, kernel) + bias` in `dtype`."""
         init = nn.initializers.normal(self.init_std)
         kernel = _parameter(self, "kernel", init, self.kernel_axes, self.kernel_shape, self.param_dtype)
-        y = jnp.einsum(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
+        y = linear(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
         if not self.bias_axes:
             return y
         bias_shape = self.kernel_shape[-len(self.bias_axes) :]
