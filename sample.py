@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from nextllm_jax.cli import EXIT_FAILED, read_text, run_main, use_compilation_cache
+from nextllm_jax.cli import run_main
 from nextllm_jax.config import SamplingConfig
-from nextllm_jax.errors import InputError
+from nextllm_jax.errors import EXIT_FAILED, InputError
+from nextllm_jax.process import use_compilation_cache
+from nextllm_jax.text_cli import read_text
 
 if TYPE_CHECKING:
     from nextllm_jax.conversation import Conversation
@@ -24,7 +26,7 @@ class SampleArguments:
     """Continue prompts with a trained model; the text streams as it is made."""
 
     checkpoint: str
-    """Run directory that train.py wrote, such as runs/tiny."""
+    """Run directory that train.py wrote, such as runs/tiny, a Hugging Face directory, or a GGUF file."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text to continue; may be given several times. None: the start of a document."""
     chat: bool = False

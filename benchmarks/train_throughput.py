@@ -1,11 +1,12 @@
-"""Training tokens/s of our train step beside transformers' Llama in torch, on this machine's CPU.
+"""Training tokens/s of our train step beside transformers' Llama and litgpt's in torch, on this machine's CPU.
 
     python benchmarks/train_throughput.py [--rounds 5] [--steps 5]
 
 Both sides train the same model on the same shapes: float32 parameters, AdamW, clipping at 1, matmuls in float32 or
 bfloat16 (torch: autocast). Each measurement is a process of its own, since equal processes differ here by tens of
 percent; sides alternate within a round, and ratios are taken within a round. We run with the process settings that
-train.py makes for itself, torch both with its defaults and with ours. Needs `pip install 'nextllm_jax[parity]'`.
+train.py makes for itself, transformers both with torch's defaults and with ours. Needs `pip install
+'nextllm_jax[parity]'`; litgpt is measured too where it is installed (`pip install litgpt`).
 """
 
 import argparse
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -27,7 +29,7 @@ from nextllm_jax.process import TRAINING_ENVIRONMENT  # noqa: E402
 
 VOCAB, LAYERS, WIDTH, MLP, HEADS, KV_HEADS, HEAD = 8192, 8, 256, 688, 8, 4, 32
 WARMUP_STEPS = 2
-SIDES = ("ours", "torch", "torch with our settings")
+SIDES = ("ours", "torch", "torch with our settings", "litgpt")
 
 
 def make_our_step(dtype: str, batch_size: int, length: int) -> Callable[[], float]:
@@ -62,26 +64,48 @@ def make_our_step(dtype: str, batch_size: int, length: int) -> Callable[[], floa
     return step
 
 
-def make_torch_step(dtype: str, batch_size: int, length: int) -> Callable[[], float]:
+def make_transformers_step(dtype: str, batch_size: int, length: int) -> Callable[[], float]:
     """A function that takes one step of transformers' Llama (SDPA attention, fused AdamW), and returns its loss."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=MLP, num_hidden_layers=LAYERS,
         num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HEAD, tie_word_embeddings=True,
         use_cache=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config).train()
+    return make_torch_step(model, lambda tokens: model(input_ids=tokens).logits, dtype, batch_size, length)
+
+
+def make_litgpt_step(dtype: str, batch_size: int, length: int) -> Callable[[], float]:
+    """A function that takes one step of litgpt's Llama, and returns its loss."""
+    import litgpt  # pyright: ignore[reportMissingImports]
+
+    config = litgpt.Config(
+        padded_vocab_size=VOCAB, vocab_size=VOCAB, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_query_groups=KV_HEADS,
+        head_size=HEAD, intermediate_size=MLP, mlp_class_name="LLaMAMLP", norm_class_name="RMSNorm", bias=False,
+        parallel_residual=False, rotary_percentage=1.0, block_size=length,
+    )  # fmt: skip
+    model = litgpt.GPT(config)
+    model.transformer.wte.weight = model.lm_head.weight
+    return make_torch_step(model, model, dtype, batch_size, length)
+
+
+def make_torch_step(
+    model: Any, logits_of: Callable[[Any], Any], dtype: str, batch_size: int, length: int
+) -> Callable[[], float]:
+    """A function that takes one step of a torch model, and returns its loss."""
+    import torch
+
+    torch.manual_seed(0)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     stream = torch.randint(0, VOCAB, (batch_size, length + 1))
     tokens, targets = stream[:, :-1].contiguous(), stream[:, 1:].reshape(-1)
 
     def step() -> float:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-            logits = model(input_ids=tokens).logits
+            logits = logits_of(tokens)
         loss = torch.nn.functional.cross_entropy(logits.float().view(-1, VOCAB), targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -97,7 +121,8 @@ def measure(side: str, dtype: str, arguments: argparse.Namespace) -> tuple[float
 
     The median step counts, and none of the warmup. The second figure stands when other programs take the cores.
     """
-    make_step = make_our_step if side == "ours" else make_torch_step
+    makers = {"ours": make_our_step, "litgpt": make_litgpt_step}
+    make_step = makers.get(side, make_transformers_step)
     step = make_step(dtype, arguments.batch_size, arguments.sequence_length)
     for _ in range(WARMUP_STEPS):
         step()
@@ -113,7 +138,7 @@ def measure(side: str, dtype: str, arguments: argparse.Namespace) -> tuple[float
 
 def measure_in_new_process(side: str, dtype: str) -> tuple[float, float]:
     """`measure`, in a process with the side's settings."""
-    settings = {} if side == "torch" else TRAINING_ENVIRONMENT
+    settings = TRAINING_ENVIRONMENT if side in ("ours", "torch with our settings") else {}
     environment = {name: value for name, value in os.environ.items() if name not in TRAINING_ENVIRONMENT}
     environment |= {"JAX_PLATFORMS": "cpu", "TRANSFORMERS_VERBOSITY": "error", **settings}
     command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--dtype", dtype]
@@ -161,10 +186,10 @@ def main() -> None:
         speed, processor_speed = measure(arguments.side, arguments.dtype, arguments)
         print(json.dumps({"tokens_per_second": speed, "tokens_per_processor_second": processor_speed}))
         return
-    with_torch = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
-    sides = SIDES if with_torch else SIDES[:1]
-    if not with_torch:
-        print("torch or transformers is missing (pip install 'nextllm_jax[parity]'); measuring our side alone")
+    missing = {name for name in ("torch", "transformers", "litgpt") if not importlib.util.find_spec(name)}
+    sides = SIDES[:1] if missing & {"torch", "transformers"} else SIDES[:3] if missing else SIDES
+    if missing:
+        print(f"without {', '.join(sorted(missing))}, which is not installed (see --help), {len(sides)} sides remain")
     print(
         f"{LAYERS} layers, width {WIDTH}, {HEADS}/{KV_HEADS} heads of {HEAD}, SwiGLU {MLP}, vocabulary {VOCAB}, "
         f"{arguments.batch_size} x {arguments.sequence_length} tokens a step, {len(os.sched_getaffinity(0))} cores\n"

@@ -1,38 +1,32 @@
-"""Checkpoints of a run: the latest and the best, written in the background by orbax.
+"""Checkpoints of a run: the latest, the best and what else is to be kept, written in the background.
 
-Each step is one directory that orbax writes under another name and renames when it is whole (on object
-stores: marks when it is whole). In it lies a manifest with the step's validation loss, so which step is the
-latest and which the best always follows from the steps that are there; nothing else records it. That is why
-retention is ours: orbax's CheckpointManager ranks steps by metrics kept elsewhere, and counts an empty
+Orbax writes the arrays of a step under another name. Then, in a thread, the files are hashed as they lie on disk, a
+manifest with the hashes and the step's validation loss is written last, everything is read back, and the directory is
+renamed to the step (see checkpoint_files.py); only after that are older steps deleted. Restoring checks each byte
+first: orbax alone restores a flipped bit without a word.
+
+Which step is the latest and which the best always follows from the steps that are there; nothing else records it.
+That is why retention is ours: orbax's CheckpointManager ranks steps by metrics kept elsewhere, and counts an empty
 directory with a number for a name as a step.
 """
 
+import concurrent.futures
 import contextlib
-import functools
-import json
-import logging
+import errno
 import math
-import os
-import re
 import sys
-import types
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
+from nextllm_jax import checkpoint_files, orbax_errors
 from nextllm_jax.errors import InputError, RunFailed
 
-# How tensorstore's errors begin when a file is not what was written, and what that means. Others (no permission, no
-# memory) say nothing about the file.
-_DAMAGE = {"DATA_LOSS": "damaged", "OUT_OF_RANGE": "cut short", "NOT_FOUND": "missing"}
-
-# Item of a checkpoint and the file that orbax's JSON handler writes for it.
-_MANIFEST = "manifest"
-_MANIFEST_FILE = f"{_MANIFEST}/metadata"
-_DELETED_FILE = f"{_MANIFEST}/deleted"
-_UNFINISHED = ".orbax-checkpoint-tmp"
+_TEXT_BYTES = 1000  # of a sentence that processes exchange
 
 
 class DamagedCheckpoint(InputError):
@@ -65,149 +59,95 @@ def _mismatch(saved: dict[str, list[Any]], wanted: dict[str, list[Any]]) -> str 
     return None
 
 
-def _is_damage(error: BaseException) -> bool:
-    """True if an error of reading says that files are not what was saved, not only that they are out of reach."""
-    missing_or_broken = FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError
-    return isinstance(error, missing_or_broken) or str(error).partition(":")[0] in _DAMAGE
-
-
-def _innermost(error: BaseException) -> BaseException:
-    """The exception that an exception was raised from, at the bottom."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _cause(error: BaseException) -> str:
-    """An exception in a few words."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore buries it in a paragraph
-    if code:
-        return os.strerror(int(code.group(1)))
-    status = str(error).partition(":")[0]
-    if status in _DAMAGE:
-        return f"a file is {_DAMAGE[status]}"
-    if isinstance(error, json.JSONDecodeError):
-        return "a file is not JSON"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    lines = str(error).strip().splitlines()
-    return lines[0][:100] if lines else type(error).__name__
-
-
-def _is_manifest(content: Any) -> bool:
-    """True for a manifest as `Checkpoints.save` writes it."""
-    if not isinstance(content, dict) or "validation_loss" not in content:
-        return False
-    loss_fits = isinstance(content["validation_loss"], int | float | None)
-    return loss_fits and all(isinstance(content.get(name), dict) for name in ("items", "record"))
-
-
 def _finite(loss: float | None) -> float | None:
     return float(loss) if loss is not None and math.isfinite(loss) else None
 
 
-def _not_a_background_traceback(record: logging.LogRecord) -> bool:
-    """False for what orbax's threads and tasks log of an exception, which itself comes out of `wait` or `restore`."""
-    of_a_task = record.name == "asyncio" and "orbax" in record.getMessage()
-    return not (of_a_task or (record.exc_info and "orbax" in record.pathname))
+def _best(losses: dict[int, float | None]) -> int | None:
+    """The step with the lowest loss, the earlier of equals; None without any."""
+    return min(((loss, step) for step, loss in losses.items() if loss is not None), default=(None, None))[1]
 
 
-@functools.cache
-def _silence_tracebacks_of_orbax() -> None:
-    """Keep quiet, in this process, about what follows a failure to read or write one array.
-
-    Orbax gives up at the first and closes its event loop; each array still under way then ends in a traceback of its
-    own from a thread of tensorstore, which asyncio's first frame gives away.
-    """
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_not_a_background_traceback)
-    print_uncaught, print_unraisable = sys.excepthook, sys.unraisablehook
-
-    def follows(trace: types.TracebackType | None) -> bool:
-        return trace is not None and trace.tb_frame.f_code.co_name == "call_soon_threadsafe"
-
-    def uncaught(kind: Any, error: BaseException, trace: types.TracebackType | None) -> None:
-        if not follows(trace):
-            print_uncaught(kind, error, trace)
-
-    def unraisable(what: Any) -> None:
-        if not follows(what.exc_traceback):
-            print_unraisable(what)
-
-    sys.excepthook, sys.unraisablehook = uncaught, unraisable
+def _first_found(text: str) -> str:
+    """The first text that is not empty among those of all processes, on each of them."""
+    if jax.process_count() == 1:
+        return text
+    mine = np.frombuffer(text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0"), np.uint8)
+    texts = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in multihost_utils.process_allgather(mine)]
+    return next(filter(None, texts), "")
 
 
 class Checkpoints:
-    """The complete checkpoints in a directory, and the way to add one.
+    """The checkpoints in a directory, and the way to add one.
 
     Making one reads and writes nothing, so that a run can be looked at while it trains. With several
     processes each one makes the same calls in the same order, on storage that they share.
+
+    The latest `keep_last`, the best, every one at a multiple of `keep_every_steps` (0: none) and the pinned are kept.
+    `run` is JSON about the run that goes into each manifest, for people to read.
     """
 
-    def __init__(self, directory: epath.PathLike) -> None:
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        *,
+        keep_last: int = 1,
+        keep_every_steps: int = 0,
+        run: dict[str, Any] | None = None,
+    ) -> None:
         self._directory = epath.Path(directory).absolute() if "://" not in str(directory) else epath.Path(directory)
+        self._keep_last, self._keep_every_steps, self._run = keep_last, keep_every_steps, run or {}
         self._checkpointer: ocp.AsyncCheckpointer | None = None
-        self._saving: int | None = None
+        self._background: concurrent.futures.ThreadPoolExecutor | None = None
+        self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
+        self._warned: set[int] = set()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            self.close()
+            return
+        # Other processes may not be here: finish the own part of the save, and nothing that all must do.
+        step, saved = self._saving or (0, None)
+        if saved and (failure := saved.exception()):
+            print(f"error: {self._sentence(step, failure)}", file=sys.stderr, flush=True)  # and `error` goes on
+        self._saving = None
+        self._let_go()
 
     def _path(self, step: int) -> epath.Path:
         return self._directory / str(step)
 
-    def _is_complete(self, step: int) -> bool:
-        path = self._path(step)
-        return (path / _MANIFEST_FILE).exists() and ocp.utils.is_checkpoint_finalized(path)
-
-    def _numbered(self) -> list[int]:
-        """Every step that has a directory, whole or not."""
+    def steps(self) -> list[int]:
+        """The saved steps, in order, whole or damaged. An unfinished save is none of them."""
         if not self._directory.is_dir():
             return []
-        names = [path.name for path in self._directory.iterdir() if path.is_dir()]
-        return sorted(int(name) for name in names if name.isascii() and name.isdigit() and str(int(name)) == name)
-
-    def _manifest(self, step: int) -> dict[str, Any]:
-        path = self._path(step) / _MANIFEST_FILE
-        try:
-            manifest = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise self._unreadable(step, f"{_MANIFEST_FILE}: {_cause(error)}", _is_damage(error)) from error
-        if not _is_manifest(manifest):
-            raise self._unreadable(step, f"{_MANIFEST_FILE} is not what a run writes", True)
-        return manifest
-
-    def _unreadable(self, step: int, cause: str, damaged: bool) -> InputError:
-        """The exception for a step whose files cannot be read."""
-        others = [str(other) for other in self.steps() if other != step]
-        fix = f"use another step of: {', '.join(others)}" if others else "there is no other step"
-        if damaged:
-            return DamagedCheckpoint(step, f"checkpoint {self._path(step)} is damaged ({cause}); {fix}")
-        return InputError(f"checkpoint {self._path(step)} cannot be read ({cause}); {fix}")
-
-    def steps(self) -> list[int]:
-        """The complete steps, in order. An unfinished save is none of them."""
-        return [step for step in self._numbered() if self._is_complete(step)]
+        return sorted(int(path.name) for path in self._directory.iterdir() if checkpoint_files.is_step(path))
 
     def latest_step(self) -> int | None:
-        """The highest complete step."""
+        """The highest step."""
         return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
-        """The complete step with the lowest finite validation loss (the earlier of equals), None without any."""
-        ranked = []
+        """The step with the lowest finite validation loss (the earlier of equals), None without any.
+
+        A step whose manifest cannot be read is left out, with a warning.
+        """
+        return _best(self._losses())
+
+    def _losses(self) -> dict[int, float | None]:
+        """The validation loss of each step with a readable manifest, in the order of the steps."""
+        losses = {}
         for step in self.steps():
             try:
-                loss = self.validation_loss(step)
-            except InputError:
-                if self._is_complete(step):
-                    raise
-                continue  # the run that is training deleted it just now
-            if loss is not None:
-                ranked.append((loss, step))
-        return min(ranked)[1] if ranked else None
+                losses[step] = self.validation_loss(step)
+            except InputError as error:
+                # Unless the run that is training deleted it just now.
+                if self._path(step).exists() and step not in self._warned and jax.process_index() == 0:
+                    self._warned.add(step)
+                    print(f"WARNING: {error}", file=sys.stderr, flush=True)
+        return losses
 
     def validation_loss(self, step: int) -> float | None:
         """The validation loss that a step was saved with; None if there was none or it was not finite."""
@@ -217,10 +157,26 @@ class Checkpoints:
         """The JSON record that a step was saved with."""
         return self._manifest(step)["record"]
 
-    def resolve(self, step: str | int) -> int:
-        """The complete step that "latest", "best" or a number means.
+    def _manifest(self, step: int) -> dict[str, Any]:
+        try:
+            return checkpoint_files.read_manifest(self._path(step))
+        except checkpoint_files.DamagedFile as damage:
+            raise DamagedCheckpoint(step, self._unusable(step, f"is damaged ({damage})")) from damage
+        except OSError as error:
+            cause = f"cannot be read ({checkpoint_files.MANIFEST}: {orbax_errors.cause(error)})"
+            raise InputError(self._unusable(step, cause)) from error
 
-        Raises InputError, naming the directory and the steps in it, where there is no such step.
+    def _unusable(self, step: int, why: str) -> str:
+        """The sentence about a step that cannot be used."""
+        others = [str(other) for other in self.steps() if other != step]
+        fix = f"use another step of: {', '.join(others)}" if others else "there is no other step"
+        return f"checkpoint {self._path(step)} {why}; {fix}"
+
+    def resolve(self, step: str | int) -> int:
+        """The step that "latest", "best" or a number means.
+
+        Raises InputError, naming the directory and the steps in it, where there is no such step, and
+        DamagedCheckpoint where the best cannot be told, since the manifest of a step is damaged.
         """
         steps = self.steps()
         if not steps:
@@ -229,7 +185,10 @@ class Checkpoints:
         if step == "latest":
             return steps[-1]
         if step == "best":
-            best = self.best_step()
+            losses = self._losses()
+            for unknown in sorted(set(self.steps()) - losses.keys()):
+                self._manifest(unknown)
+            best = _best(losses)
             if best is None:
                 raise InputError(f"no checkpoint in {self._directory} has a validation loss; ask for latest ({there})")
             return best
@@ -242,11 +201,12 @@ class Checkpoints:
         """The tree saved at `step` under `name`, on the devices that `abstract` says.
 
         `abstract` has the tree's structure, with a ShapeDtypeStruct with a sharding at each leaf. Raises
-        InputError, naming the leaf, if structure, dtype or shape are not what was saved, and DamagedCheckpoint
-        if files are missing or cut short (a flipped bit is not noticed).
+        InputError, naming the leaf, if structure, dtype or shape are not what was saved, and DamagedCheckpoint,
+        naming the file, before anything is restored, if a byte of the item's files is not what was saved.
         """
         step = self.resolve(step)
-        saved = self._manifest(step)["items"]
+        manifest = self._manifest(step)
+        saved = manifest["items"]
         if name not in saved:
             raise InputError(f"checkpoint {self._path(step)} has no {name}; it has {', '.join(saved)}")
         mismatch = _mismatch(saved[name], _leaves(abstract))
@@ -254,13 +214,24 @@ class Checkpoints:
             raise InputError(
                 f"checkpoint {self._path(step)} does not fit, {name}: {mismatch}; use the config that it was saved with"
             )
-        _silence_tracebacks_of_orbax()
+        orbax_errors.silence_tracebacks()
         try:
+            self._verify(step, name, manifest)
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
                 return checkpointer.restore(self._path(step) / name, args=ocp.args.StandardRestore(abstract))
+        except DamagedCheckpoint:
+            raise
         except Exception as error:  # orbax wraps what tensorstore raises in kinds of its own
-            inner = _innermost(error)
-            raise self._unreadable(step, f"{name}: {_cause(inner)}", _is_damage(inner)) from error
+            cause = f"cannot be read ({name}: {orbax_errors.cause(error)})"
+            raise InputError(self._unusable(step, cause)) from error
+
+    def _verify(self, step: int, name: str, manifest: dict[str, Any]) -> None:
+        """Raise DamagedCheckpoint, on every process, if a file of an item is damaged; each process reads a share."""
+        share = jax.process_index(), jax.process_count()
+        damages = checkpoint_files.damaged_files(self._path(step), manifest, item=name, share=share)
+        found = _first_found(str(next(damages, "")))
+        if found:
+            raise DamagedCheckpoint(step, self._unusable(step, f"is damaged ({found})"))
 
     def save(self, step: int, items: dict[str, Any], record: dict[str, Any], *, validation_loss: float | None) -> None:
         """Start saving a step; returns when the arrays may be donated, before they are on disk.
@@ -270,41 +241,71 @@ class Checkpoints:
         that is already saved: replacing it would leave a moment without it.
         """
         self.wait()
-        if self._is_complete(step):
+        if step in self.steps():
             raise ValueError(f"step {step} is already saved in {self._directory}")
         manifest = {
+            "step": step,
             "validation_loss": _finite(validation_loss),
             "items": {name: _leaves(tree) for name, tree in items.items()},
             "record": record,
+            "run": self._run,
+            "versions": checkpoint_files.versions(),
         }
         trees = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        unfinished = self._directory / f"{step}{checkpoint_files.UNFINISHED}"
         try:
-            if self._checkpointer is None:
-                self._directory.mkdir(parents=True, exist_ok=True)
-                self._remove_unfinished()
-                _silence_tracebacks_of_orbax()
-                self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-            self._saving = step
-            # force: the half-deleted directory of that name that a killed process may have left is removed.
-            self._checkpointer.save(
-                self._path(step),
-                args=ocp.args.Composite(**trees, **{_MANIFEST: ocp.args.JsonSave(manifest)}),
-                force=True,
-            )
+            checkpointer, background = self._open()
+            checkpointer.save(unfinished, args=ocp.args.Composite(**trees), force=True)
         except OSError as error:
             self._failed(step, error)
+        self._saving = step, background.submit(self._commit, step, checkpointer, unfinished, manifest)
+
+    def _open(self) -> tuple[ocp.AsyncCheckpointer, concurrent.futures.ThreadPoolExecutor]:
+        """What saves need, made at the first. Raises FileNotFoundError if the directory went since then."""
+        if self._checkpointer is None or self._background is None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                checkpoint_files.remove_leftovers(self._directory)
+            orbax_errors.silence_tracebacks()
+            self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+            self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        elif not self._directory.is_dir():  # orbax would make it anew, and the run lose its earlier steps unseen
+            raise FileNotFoundError(errno.ENOENT, "the directory is gone")
+        return self._checkpointer, self._background
+
+    def _commit(
+        self, step: int, checkpointer: ocp.AsyncCheckpointer, unfinished: epath.Path, manifest: dict[str, Any]
+    ) -> None:
+        """Once all processes have written a step: seal it, read it back, and give it its name. Runs in a thread."""
+        checkpointer.wait_until_finished()
+        if jax.process_index() != 0:
+            return
+        checkpoint_files.seal(unfinished, manifest)
+        read_back = checkpoint_files.read_manifest(unfinished)
+        damage = next(checkpoint_files.damaged_files(unfinished, read_back, readers=1), None)
+        if damage:
+            raise damage
+        if self._path(step).exists():
+            checkpoint_files.move_aside(self._path(step))
+        unfinished.rename(self._path(step))
+        checkpoint_files.sync_directory(self._directory)
+
+    def check(self) -> None:
+        """Raise RunFailed if the step being saved has failed already; returns at once."""
+        if self._saving and self._saving[1].done() and self._saving[1].exception():
+            self.wait()
 
     def wait(self) -> None:
-        """Return once the step being saved is committed, then delete all but the latest and the best.
+        """Return once the step being saved is whole and verified, then delete what is not to be kept.
 
-        Raises RunFailed if it could not be saved; the checkpoints before it stand.
+        Raises RunFailed if it could not be saved, or an older one not deleted; the checkpoints before it stand.
         """
-        if self._checkpointer is None or self._saving is None:
+        if self._saving is None:
             return
-        step, self._saving = self._saving, None
-        try:
-            self._checkpointer.wait_until_finished()
-        except Exception as error:  # tensorstore and asyncio raise many kinds for a full disk
+        step, saved = self._saving
+        error = saved.exception()  # tensorstore and asyncio raise many kinds for a full disk
+        self._saving = None
+        if error:
             self._failed(step, error)
         self._delete_superseded()
 
@@ -316,81 +317,69 @@ class Checkpoints:
         self.wait()
         manifest = self._manifest(self.resolve(step))
         manifest |= {"validation_loss": _finite(validation_loss), "record": record}
-        path = self._path(step) / _MANIFEST_FILE
         if jax.process_index() == 0:
-            try:
-                new = path.with_name("new")
-                new.write_text(json.dumps(manifest))
-                new.replace(path)
-            except OSError as error:
-                raise RunFailed(
-                    f"{path} cannot be written ({_cause(error)}); make room or mend the directory, "
-                    "and run the same command again"
-                ) from error
+            with orbax_errors.writing(self._path(step) / checkpoint_files.MANIFEST):
+                checkpoint_files.write_manifest(self._path(step), manifest)
         ocp.utils.sync_global_processes(f"added_validation_loss_{step}")
         self._delete_superseded()
 
+    def pin(self, step: int) -> None:
+        """Keep a saved step for good; removing the file `pinned` from its directory undoes that.
+
+        Raises InputError without such a step, and RunFailed if the file cannot be written.
+        """
+        step = self.resolve(step)
+        if jax.process_index() == 0:
+            with orbax_errors.writing(self._path(step) / checkpoint_files.PINNED):
+                (self._path(step) / checkpoint_files.PINNED).touch()
+        ocp.utils.sync_global_processes(f"pinned_{step}")
+
     def close(self) -> None:
-        """Wait for the step being saved, as `wait` does, and let go of orbax's threads."""
+        """Wait for the step being saved, as `wait` does, and let go of the threads."""
         try:
             self.wait()
         finally:
-            if self._checkpointer is not None:
-                self._checkpointer.close()
-                self._checkpointer = None
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._checkpointer is not None and self._background is not None:
+            self._background.shutdown()
+            self._checkpointer.close()
+            self._checkpointer = self._background = None
 
     def set_aside(self, step: int) -> epath.Path:
         """Rename a damaged step to <step>.damaged, so that it counts no more; returns the new path."""
-        aside = self._directory / f"{step}.damaged"
+        aside = self._path(step).with_suffix(checkpoint_files.DAMAGED)
         if jax.process_index() == 0:
-            if aside.exists():
-                aside.rmtree()
-            self._path(step).rename(aside)
+            checkpoint_files.move_aside(self._path(step))
         ocp.utils.sync_global_processes(f"set_aside_{step}")
         return aside
 
-    def _failed(self, step: int, error: Exception) -> None:
+    def _failed(self, step: int, error: BaseException) -> NoReturn:
         """Free what the failed save took and raise RunFailed."""
-        self._saving = None
         # A thread of orbax may still be writing there; what it leaves goes before the next save.
-        with contextlib.suppress(OSError):
-            self._remove_unfinished()
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):
+                checkpoint_files.remove_leftovers(self._directory)
+        raise RunFailed(self._sentence(step, error)) from error
+
+    def _sentence(self, step: int, error: BaseException) -> str:
         latest = self.latest_step()
-        raise RunFailed(
-            f"step {step} could not be saved in {self._directory} ({_cause(error)}); "
+        return (
+            f"step {step} could not be saved in {self._directory} ({orbax_errors.cause(error)}); "
             + (f"step {latest} stands" if latest is not None else "there is no earlier checkpoint")
             + "; make room or mend the directory, and run the same command again"
-        ) from error
+        )
 
     def _delete_superseded(self) -> None:
-        """Delete all but the latest and the best."""
+        """Delete what retention does not keep. A step that cannot be read is not deleted: it may be the best."""
         if jax.process_index() == 0:
-            keep = {self.latest_step(), self.best_step()}
-            for step in self.steps():
-                if step not in keep:
-                    self._delete(step)
+            losses = self._losses()
+            keep = {*list(losses)[-self._keep_last :], _best(losses)}
+            for step in losses:
+                every = self._keep_every_steps
+                kept = step in keep or (every and step and step % every == 0)
+                if not kept and not (self._path(step) / checkpoint_files.PINNED).exists():
+                    with orbax_errors.writing(self._path(step)):
+                        checkpoint_files.delete(self._path(step))
         ocp.utils.sync_global_processes("deleted_superseded")
-
-    def _remove_unfinished(self) -> None:
-        """Remove what interrupted saves and deletions left."""
-        if jax.process_index() != 0 or not self._directory.is_dir():
-            return
-        for path in list(self._directory.iterdir()):
-            if _UNFINISHED in path.name:
-                path.rmtree()
-        for step in self._numbered():
-            if (self._path(step) / _DELETED_FILE).exists():
-                self._delete(step)
-
-    def _delete(self, step: int) -> None:
-        """Delete a step, so that a deletion cut short counts no more and is finished later.
-
-        The manifest goes first, into a mark, and the mark goes last.
-        """
-        path = self._path(step)
-        if (path / _MANIFEST_FILE).exists():
-            (path / _MANIFEST_FILE).rename(path / _DELETED_FILE)
-        for item in list(path.iterdir()):
-            if item.is_dir() and item.name != _MANIFEST:
-                item.rmtree()
-        path.rmtree()

@@ -1,4 +1,4 @@
-"""The `nextllm` command and its subcommands, see COMMANDS.
+"""The `nextllm` command: `train`, `prepare` and `verify`; the others are in convert_cli and text_cli.
 
 Nothing here imports jax until a command needs it, so that errors and `--help` come at once, and data is
 prepared before devices are touched.
@@ -11,18 +11,22 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import tyro
 
 from nextllm_jax import process
 from nextllm_jax.config import Config, DataConfig, ModelConfig
-from nextllm_jax.config_files import load_config_file, read_config
-from nextllm_jax.errors import InputError, RunFailed
-
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 75
+from nextllm_jax.config_files import load_config_file
+from nextllm_jax.convert_cli import export_command, import_command
+from nextllm_jax.distributed import Group, facts_of
+from nextllm_jax.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, InputError, RunFailed
+from nextllm_jax.process import use_compilation_cache
+from nextllm_jax.rendezvous import DistributedConfig
+from nextllm_jax.text_cli import evaluate_command, tokenize_command
+from nextllm_jax.training.signals import StopRequest
 
 
 def run_main(command: Callable[[list[str]], int]) -> NoReturn:
@@ -65,6 +69,7 @@ class TrainArguments:
     """Python file that defines get_config() -> Config, such as configs/small.py."""
     overwrite: bool = False
     """Start anew in a run directory that holds a run; its files move to overwritten/ in it."""
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     run: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
 
@@ -87,27 +92,31 @@ def train_command(argv: list[str]) -> int:
     )
     process.restart_with_settings()
 
-    from nextllm_jax.data.prepare import ensure_prepared
+    group = Group(arguments.distributed)
+    with StopRequest(group, may_exit=True) as stop, group:
+        _start(arguments, group, stop)
 
-    try:
-        ensure_prepared(arguments.run.data)
-    except KeyboardInterrupt:
-        return _complain("interrupted while preparing data; the same command continues", EXIT_INTERRUPTED)
-    use_compilation_cache()
+        from nextllm_jax.training.loop import train
 
-    from nextllm_jax.training.loop import train
-
-    outcome = train(arguments.run, overwrite=arguments.overwrite, sample_text=_sample_text)
+        outcome = train(arguments.run, overwrite=arguments.overwrite, sample_text=_sample_text, group=group, stop=stop)
+        group.end()
     return EXIT_INTERRUPTED if outcome == "interrupted" else 0
 
 
-def use_compilation_cache() -> None:
-    """Keep compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache directory."""
-    import jax
+def _start(arguments: TrainArguments, group: Group, stop: StopRequest) -> None:
+    """Meet the other processes, if there are any, and have the data prepared; then connect jax."""
+    from nextllm_jax.data.prepare import ensure_prepared
 
-    if not jax.config.values["jax_compilation_cache_dir"]:
-        home = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
-        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "nextllm_jax" / "compiled"))
+    stop.nothing_to_lose("waiting for the other processes")
+    group.meet()
+    group.check_same({"--overwrite": str(arguments.overwrite), **facts_of(arguments.run)})
+    stop.nothing_to_lose("preparing data")
+    if group.process_id == 0:
+        ensure_prepared(arguments.run.data)
+    group.gather(None, "process 0 to prepare the data")
+    stop.nothing_to_lose("starting")
+    use_compilation_cache()
+    group.start_jax()
 
 
 def _sample_text(
@@ -150,131 +159,41 @@ def prepare_command(argv: list[str]) -> int:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenizeArguments:
-    """Show the ids and pieces of a text."""
+class VerifyArguments:
+    """Check every byte of a run's checkpoints; exit 0 if all are whole, 1 if a file is damaged, 2 if it is no run."""
 
-    text: tyro.conf.Positional[str | None] = None
-    """Text to tokenize; none: --file, or standard input."""
-    tokenizer: str
-    """A run directory, prepared data, a Hugging Face directory, a tokenizer.json, a .gguf or .tiktoken file, or gpt2,
-    cl100k_base or o200k_base."""
-    file: str | None = None
-    """File to tokenize."""
-    special: bool = False
-    """Take special tokens that the text spells out (<|endoftext|>) as special; they are ordinary text otherwise."""
+    path: tyro.conf.Positional[str]
+    """Run directory, its checkpoints directory, or the directory of one step."""
     json: bool = False
-    """Print one JSON object: ids, and pieces with \\x.. for bytes that are no whole character."""
+    """Print one JSON object a checkpoint."""
 
 
-def tokenize_command(argv: list[str]) -> int:
-    """Print what a tokenizer makes of a text; the exit code."""
-    from nextllm_jax.tokenizer.published import load_tokenizer
-
-    arguments = tyro.cli(TokenizeArguments, args=argv, prog="nextllm tokenize", description=TokenizeArguments.__doc__)
-    if arguments.text is not None and arguments.file is not None:
-        raise InputError("both a text and --file are given; give one of them")
-    text = arguments.text if arguments.text is not None else read_text(arguments.file)
-    tokenizer = load_tokenizer(arguments.tokenizer)
-    ids = tokenizer.encode(text, recognize="all" if arguments.special else "added")
-    pieces = [tokenizer.decode_bytes([token]) for token in ids]
-    if arguments.json:
-        print(json.dumps({"ids": ids, "pieces": [piece.decode("utf-8", "backslashreplace") for piece in pieces]}))
-        return 0
-    for token, piece in zip(ids, pieces, strict=True):
-        try:
-            print(f"{token:>8}  {json.dumps(piece.decode(), ensure_ascii=False)}")
-        except UnicodeDecodeError:
-            print(f"{token:>8}  {piece}")
-    num_bytes = len(text.encode(errors="replace"))
-    print(f"{len(ids):,} tokens, {num_bytes:,} bytes, {num_bytes / max(len(ids), 1):.2f} bytes a token")
-    return 0
-
-
-def read_text(path: str | None) -> str:
-    """The text of a file, of standard input for None; invalid UTF-8 becomes U+FFFD."""
-    if path is None:
-        if sys.stdin.isatty():
-            raise InputError("there is no text; give it as an argument, by --file, or through a pipe")
-        return sys.stdin.buffer.read().decode(errors="replace")
-    try:
-        return Path(path).read_bytes().decode(errors="replace")
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); give a text file") from error
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateArguments:
-    """Score a model on a text, or on the validation split of prepared data as training does."""
-
-    checkpoint: str
-    """Run directory that train.py wrote, Hugging Face directory or GGUF file."""
-    text: str | None = None
-    """File to score as one document, in windows that do not see each other."""
-    data: str | None = None
-    """Directory of prepared data, made with the model's tokenizer."""
-    step: str | None = None
-    """Checkpoint to take: best, latest, or a step number; none: best, or latest while none has a validation loss."""
-    window: int | None = None
-    """Tokens in a window; none: the model's context for a text, the run's data.sequence_length for data."""
-    batch_size: int = 8
-    """Windows that are scored together; the result does not depend on it."""
-    dtype: Literal["auto", "float32", "bfloat16"] | None = None
-    """Type of the matmuls; none: what the run's config says."""
-    json: bool = False
-    """Print one JSON object: tokens, nll, perplexity, bits_per_byte."""
-
-
-def evaluate_command(argv: list[str]) -> int:
-    """Print a model's score; the exit code."""
-    arguments = tyro.cli(EvaluateArguments, args=argv, prog="nextllm evaluate", description=EvaluateArguments.__doc__)
-    if (arguments.text is None) == (arguments.data is None):
-        raise InputError("there must be one thing to score; give either --text FILE or --data DIR")
-    text = None if arguments.text is None else read_text(arguments.text)
+def verify_command(argv: list[str]) -> int:
+    """Print the state of each checkpoint of a run; the exit code."""
+    arguments = tyro.cli(VerifyArguments, args=argv, prog="nextllm verify")
 
     from tqdm import tqdm
 
-    from nextllm_jax.evaluation import score_data
-    from nextllm_jax.llm import load
+    from nextllm_jax import verify
 
-    def progress(batches: Iterable[Any], total: int) -> Iterable[Any]:
-        return tqdm(batches, total=total, unit="batch", disable=None, leave=False)
-
-    use_compilation_cache()
-    llm = load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype)
-    if text is not None:
-        score = llm.score(text, window=arguments.window, batch_size=arguments.batch_size, progress=progress)
-    else:
-        assert arguments.data is not None
-        window = arguments.window or trained_window(arguments.checkpoint) or llm.config.context_length
-        score = score_data(
-            llm,
-            arguments.data,
-            window=window,
-            batch_size=arguments.batch_size,
-            dtype=arguments.dtype,
-            progress=progress,
-        )
-    result = {
-        "tokens": score.tokens,
-        "nll": score.nll,
-        "perplexity": score.perplexity,
-        "bits_per_byte": score.bits_per_byte,
-    }
-    line = f"{score.tokens:,} tokens, nll {score.nll:.4f}, perplexity {score.perplexity:.2f}, {score.bits_per_byte:.4f}"
-    print(json.dumps(result) if arguments.json else f"{line} bits per byte")
-    return 0
-
-
-def trained_window(checkpoint: str) -> int | None:
-    """The length of the windows that a run was trained on, None for what is no run."""
-    config = Path(checkpoint) / "config.json"
-    is_run = config.exists() and (Path(checkpoint) / "checkpoints").is_dir()
-    return read_config(config).data.sequence_length if is_run else None
+    steps = verify.find_steps(arguments.path)
+    if not steps:
+        print(f"{arguments.path} holds no checkpoint yet", file=sys.stderr)
+    damaged = False
+    with tqdm(total=verify.count_bytes(steps), unit="B", unit_scale=True, leave=False, delay=1, disable=None) as bar:
+        for report in verify.check_steps(steps, bar.update):
+            with bar.external_write_mode():
+                print(json.dumps(report.to_json()) if arguments.json else report, flush=True)
+            damaged |= report.state == "damaged"
+    return EXIT_FAILED if damaged else 0
 
 
 COMMANDS = {
     "train": train_command,
     "prepare": prepare_command,
+    "verify": verify_command,
+    "import": import_command,
+    "export": export_command,
     "tokenize": tokenize_command,
     "evaluate": evaluate_command,
 }

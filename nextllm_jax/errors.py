@@ -1,4 +1,6 @@
-"""The exceptions that the command line turns into one sentence and an exit code."""
+"""The exceptions that the command line turns into one sentence and an exit code, and the codes."""
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 75
 
 
 class InputError(Exception):

@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nextllm_jax.cli import run_main, use_compilation_cache
+from nextllm_jax.cli import run_main
 from nextllm_jax.config import SamplingConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.generate import Generation, bucket
 from nextllm_jax.inference.stream import TextStream
 from nextllm_jax.llm import LLM, load
 from nextllm_jax.model.transformer import Transformer
+from nextllm_jax.process import use_compilation_cache
 from nextllm_jax.tokenizer.chat import ChatTemplate
 
 try:

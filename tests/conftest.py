@@ -25,14 +25,21 @@ class Door:
 
     def __init__(self, directory: Path, cache: Path) -> None:
         self.directory = directory
+        self._cache = cache
         self.log: subprocess.CompletedProcess | None = None
-        self._environment = {
+        self.environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "XLA_FLAGS": _OUTER_XLA_FLAGS,
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "PYTHONUNBUFFERED": "1",
         }
+
+    def beside(self, directory: Path) -> "Door":
+        """A fresh directory with the same corpus, prepared data and config, and no run."""
+        for name in ("corpus", "data", "config.py"):
+            (directory / name).symlink_to(self.directory / name)
+        return Door(directory, self._cache)
 
     def start(self, *command, most_kib=None, stdin=None, **environment) -> subprocess.Popen:
         script, *arguments = command
@@ -42,7 +49,7 @@ class Door:
         return subprocess.Popen(
             [*limit, sys.executable, *program, *map(str, arguments)],
             cwd=self.directory,
-            env={**self._environment, **environment},
+            env={**self.environment, **environment},
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -108,8 +115,6 @@ def trained(tmp_path_factory, compilation_cache) -> Door:
 
 
 @pytest.fixture
-def door(trained, tmp_path, compilation_cache) -> Door:
+def door(trained, tmp_path) -> Door:
     """A fresh directory with the same corpus, prepared data and config, and no run."""
-    for name in ("corpus", "data", "config.py"):
-        (tmp_path / name).symlink_to(trained.directory / name)
-    return Door(tmp_path, compilation_cache)
+    return trained.beside(tmp_path)

@@ -18,20 +18,25 @@ LAYERS = [  # a module imports from the rows below its own
     ("cli",),
     ("server",),
     ("",),  # nextllm_jax/__init__.py
+    ("convert_cli", "text_cli"),
     ("conversation", "evaluation"),
-    ("llm", "plan"),
+    ("llm", "plan", "verify", "convert"),
     ("training", "inference"),
     ("data", "model"),
     ("interop",),
     ("checkpoint",),
+    ("checkpoint_files", "orbax_errors"),
     ("sharding",),
     ("config_files",),
     ("config",),
-    ("hardware", "ops", "process", "tokenizer"),
+    ("config_model",),
+    ("config_checks",),
+    ("distributed",),
+    ("hardware", "ops", "process", "rendezvous", "tokenizer"),
     ("errors",),
 ]
 FOLDERS = {  # inside a folder a file imports from those to its left
-    "ops": ("rope", "cross_entropy", "quantized", "splash", "attention"),
+    "ops": ("rope", "linear", "cross_entropy", "quantized", "splash", "attention"),
     "model": ("layers", "kv_cache", "attention", "transformer", "quantize", "accounting"),
     "tokenizer": (
         "backends",
@@ -48,7 +53,18 @@ FOLDERS = {  # inside a folder a file imports from those to its left
     "data": ("corpora", "shards", "data_directory", "prepare", "packing", "loader"),
     "training": ("optimizer", "state", "step", "evaluate", "metrics", "run_directory", "writers", "signals", "loop"),
     "inference": ("sampling", "generate", "stream"),
-    "interop": ("names", "huggingface", "gguf"),
+    "interop": (
+        "names",
+        "streaming",
+        "keys",
+        "families",
+        "huggingface_rope",
+        "huggingface_config",
+        "huggingface",
+        "gguf_config",
+        "gguf",
+        "foreign",
+    ),
 }
 RANK = {part: len(LAYERS) - row for row, parts in enumerate(LAYERS) for part in parts}
 

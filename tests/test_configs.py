@@ -86,6 +86,8 @@ def test_parameter_counts_of_llama_3(name: str, published: int) -> None:
         (DataConfig, {"corpus": ""}, ["data.corpus is empty"]),
         (Config, {"seed": 2**32}, ["seed is 4294967296"]),
         (CheckpointConfig, {"every_steps": 0}, ["checkpoint.every_steps is 0"]),
+        (CheckpointConfig, {"keep_last": 0}, ["checkpoint.keep_last is 0"]),
+        (CheckpointConfig, {"keep_every_steps": -1}, ["checkpoint.keep_every_steps is -1"]),
         (MeshConfig, {"tensor": 0}, ["mesh.tensor is 0"]),
         (MeshConfig, {"data": -1, "fsdp": -1}, ["only one mesh axis"]),
         (

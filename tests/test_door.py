@@ -5,37 +5,13 @@ import re
 import shutil
 import signal
 
-import jax
 import numpy as np
 import pytest
-from orbax import checkpoint as ocp
 
 import nextllm_jax
+from tests.runs import assert_same_end, interrupt, metrics
 
 ISSUED_FIELDS = {"step", "split", "loss", "perplexity", "tokens_seen", "elapsed_seconds"}
-
-
-def metrics(directory, split):
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["split"] == split]
-
-
-def saved_arrays(run, step):
-    """Every array of a checkpoint, by path."""
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        items = [checkpointer.restore(run / "checkpoints" / str(step) / name) for name in ("params", "rest")]
-    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(items)}
-
-
-def assert_same_end(one, other, step):
-    assert [line["loss"] for line in metrics(one, "train")] == [line["loss"] for line in metrics(other, "train")]
-    scores = [[(line["step"], line["loss"]) for line in metrics(run, "validation")] for run in (one, other)]
-    assert scores[0] == scores[1]
-    arrays, others = saved_arrays(one, step), saved_arrays(other, step)
-    assert arrays.keys() == others.keys()
-    for path in arrays:
-        np.testing.assert_array_equal(arrays[path], others[path], err_msg=path)
-    assert (one / "samples.txt").read_text() == (other / "samples.txt").read_text()
 
 
 def test_a_run_leaves_what_the_readme_promises(trained):
@@ -59,19 +35,6 @@ def test_a_finished_run_says_so_and_changes_nothing(trained):
     again = trained.run("train.py", "--config", "config.py")
     assert "finished at step 40" in again.stderr + again.stdout
     assert (run / "metrics.jsonl").read_bytes() == before
-
-
-def interrupt(door, pattern, number, *arguments):
-    """Start training, send the signal once a line of output matches, and return exit code and output."""
-    process = door.start("train.py", "--config", "config.py", *arguments)
-    seen = ""
-    for line in process.stdout:
-        seen += line
-        if re.search(pattern, line):
-            process.send_signal(number)
-            break
-    out, err = process.communicate(timeout=120)
-    return process.returncode, seen + out + err
 
 
 @pytest.mark.parametrize(

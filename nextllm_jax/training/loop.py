@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from nextllm_jax import hardware
@@ -18,6 +19,7 @@ from nextllm_jax.data.loader import TrainLoader, validation_batches
 from nextllm_jax.data.packing import Batch
 from nextllm_jax.data.prepare import default_data_path
 from nextllm_jax.data.shards import Dataset
+from nextllm_jax.distributed import Group
 from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.model.accounting import flops_per_token, parameter_count
 from nextllm_jax.model.transformer import Transformer, resolve_dtype, set_matmul_precision
@@ -85,8 +87,6 @@ def _check_platform(config: Config) -> None:
             f"platform is {config.platform}, but jax found {found}; install jax for it, set JAX_PLATFORMS, or "
             "change --platform"
         )
-    if jax.process_count() > 1:
-        raise InputError(f"{jax.process_count()} jax processes were started; training runs in one process today")
 
 
 def _check_fits(config: Config, dataset: Dataset, mesh: Mesh) -> None:
@@ -119,7 +119,8 @@ def _check_fits(config: Config, dataset: Dataset, mesh: Mesh) -> None:
 def _restore_or_create(program: Program, checkpoints: Checkpoints, config: Config) -> tuple[TrainState, dict[str, Any]]:
     """The latest readable checkpoint's state and record, or a new state and an empty record.
 
-    A damaged checkpoint is set aside with a message; otherwise its step could not be saved again.
+    A damaged checkpoint is set aside with a message; otherwise its step could not be saved again. Raises
+    InputError instead if checkpoint.strict is set.
     """
     while (step := checkpoints.latest_step()) is not None:
         if step > config.training.steps:
@@ -130,9 +131,24 @@ def _restore_or_create(program: Program, checkpoints: Checkpoints, config: Confi
             params = checkpoints.restore(step, "params", program.abstract_state.params)
             return dataclasses.replace(state, params=params), checkpoints.record(step)
         except DamagedCheckpoint as error:
-            print(f"WARNING: {error}", flush=True)
-            print(f"WARNING: it is now {checkpoints.set_aside(error.step)}; going on without it", flush=True)
+            if config.checkpoint.strict:
+                raise InputError(
+                    f"{error}; leave out --checkpoint.strict to set it aside and go on from the one before it"
+                ) from error
+            aside, left = checkpoints.set_aside(error.step), checkpoints.latest_step()
+            if jax.process_index() == 0:
+                print(f"WARNING: {error}\nWARNING: it is now {aside}; going on from step {left or 0}", flush=True)
     return program.create_state(), {}
+
+
+def _checkpoints(directory: epath.Path, config: Config, dataset: Dataset) -> Checkpoints:
+    data_id = dataset.split("train").data_id
+    return Checkpoints(
+        directory,
+        keep_last=config.checkpoint.keep_last,
+        keep_every_steps=config.checkpoint.keep_every_steps,
+        run={"config": dataclasses.asdict(config), "tokenizer": dataset.tokenizer_hash, "data": data_id},
+    )
 
 
 def _describe(config: Config, program: Program, mesh: Mesh, dataset: Dataset) -> str:
@@ -144,10 +160,18 @@ def _describe(config: Config, program: Program, mesh: Mesh, dataset: Dataset) ->
     )
 
 
-def train(config: Config, *, overwrite: bool = False, sample_text: SampleText | None = None) -> Outcome:
+def train(
+    config: Config,
+    *,
+    overwrite: bool = False,
+    sample_text: SampleText | None = None,
+    group: Group | None = None,
+    stop: StopRequest | None = None,
+) -> Outcome:
     """Train as configured, from the latest checkpoint if the run directory holds one.
 
-    `sample_text` makes the texts of samples.txt; every process calls it, since it computes on the mesh.
+    `sample_text` makes the texts of samples.txt; every process calls it, since it computes on the mesh. `group` are
+    the processes that train together (none: this one alone), `stop` a request to stop that is in force already.
 
     Raises InputError for what the user can fix, and RunFailed if too many steps in a row are not finite.
     """
@@ -166,19 +190,24 @@ def train(config: Config, *, overwrite: bool = False, sample_text: SampleText | 
         seed=config.seed,
         sharding=sharding(mesh, "batch", "seq"),
     )
+    group = group or Group()
+    group.check_same({f"the data in {dataset.path} with id": dataset.data_id})
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopRequest())
+        stop = stop or stack.enter_context(StopRequest(group))
         stack.enter_context(jax.set_mesh(mesh))
-        run = stack.enter_context(open_run(config.workdir, config, overwrite=overwrite))
-        checkpoints = stack.enter_context(Checkpoints(run.path / "checkpoints"))
+        run = stack.enter_context(open_run(config.workdir, config, overwrite=overwrite, group=group))
+        checkpoints = stack.enter_context(_checkpoints(run.path / "checkpoints", config, dataset))
+        stack.push(group.report)  # before the checkpoints close, which can wait for the others
         state, record = _restore_or_create(program, checkpoints, config)
         if record:
             loader.check_position(record["data"])
         tokenizer = dataset.tokenizer()
-        tokenizer.save(run.path / "tokenizer")  # only now: this is the run's data
+        if group.process_id == 0:
+            tokenizer.save(run.path / "tokenizer")  # only now: this is the run's data
         run.accept(config)
         step = int(state.step)
-        writers = Writers(run.path, total_steps=config.training.steps, initial_step=step)
+        enabled = group.process_id == 0
+        writers = Writers(run.path, total_steps=config.training.steps, initial_step=step, enabled=enabled)
         stack.enter_context(contextlib.closing(writers))
         if run.set_aside:
             writers.message(f"the run that was here is in {run.set_aside}")
@@ -221,6 +250,7 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
     config, writers, stop = session.config, session.writers, session.stop
     step = int(state.step)
     evaluated = record.get("evaluated", False)
+    stop.something_to_lose()
     batches = session.loader.batches(step)
     meter = _make_meter(session, record)
     last: StepMetrics | None = None
@@ -230,11 +260,12 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
             meter.pause()
             loss = _evaluate(session, state, step, meter)
             evaluated = loss is not None
-        signal = stop.name  # read once: it may come at any time, and then waits for the next round
-        if signal or loss is not None or session.due(config.checkpoint.every_steps, step):
+        signal = stop.reached()
+        due = signal is not None or session.due(config.checkpoint.every_steps, step)
+        if due or loss is not None:
             meter.pause()
             facts = {"evaluated": evaluated, "data": session.loader.position(step), **meter.totals()}
-            _save_if_needed(session, state, step, loss, facts, stopping=signal is not None)
+            _save(session, state, step, loss, facts, due=due)
         if evaluated and step == config.training.steps:
             return _finish(session, state, last)
         if signal:
@@ -242,11 +273,16 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
             writers.message(f"{signal}: saved step {step} and stopped; run the same command again to continue")
             return "interrupted"
         started = time.perf_counter()
+        if last is None:
+            session.checkpoints.wait()
+            stop.nothing_to_lose("compiling the train step and taking the first")
         state, metrics = session.program.train_step(state, next(batches))
         step, evaluated = step + 1, False
         meter.add(metrics)
+        session.checkpoints.check()
         if last is None:
             meter.resume()  # waits: the first step is the one that compiles
+            stop.something_to_lose()
             writers.message(f"compiled the train step and took the first in {time.perf_counter() - started:.1f} s")
         else:
             _check_finite(session, step - 1, last)  # the step before: this one is still under way
@@ -270,7 +306,7 @@ def _make_meter(session: Session, record: dict[str, Any]) -> TrainMeter:
 
 def _until_stopped(batches: Iterable[Batch], stop: StopRequest) -> Iterator[Batch]:
     for batch in batches:
-        if stop.name:
+        if stop.reached():
             raise _Stopped
         yield batch
 
@@ -312,10 +348,10 @@ def _evaluate(session: Session, state: TrainState, step: int, meter: TrainMeter)
     return result.loss
 
 
-def _save_if_needed(
-    session: Session, state: TrainState, step: int, loss: float | None, facts: dict[str, Any], *, stopping: bool
+def _save(
+    session: Session, state: TrainState, step: int, loss: float | None, facts: dict[str, Any], *, due: bool
 ) -> None:
-    """Save a new best, and whatever is due; a step that is saved already only gets its validation loss."""
+    """Save a step that is due or a new best; a step that is saved already only gets its validation loss."""
     checkpoints = session.checkpoints
     checkpoints.wait()
     if step in checkpoints.steps():
@@ -324,7 +360,7 @@ def _save_if_needed(
         return
     best = checkpoints.best_step()
     improves = loss is not None and (best is None or loss < (checkpoints.validation_loss(best) or math.inf))
-    if improves or stopping or session.due(session.config.checkpoint.every_steps, step):
+    if due or improves:
         items = {"params": state.params, "rest": dataclasses.replace(state, params=None)}
         checkpoints.save(step, items, facts, validation_loss=loss)
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import jax
 from etils import epath
-from jax.experimental import multihost_utils
 
 from nextllm_jax.config import Config
 from nextllm_jax.config_files import from_json
+from nextllm_jax.distributed import Group
 from nextllm_jax.errors import InputError, RunFailed
 
 CONFIG = "config.json"
@@ -44,20 +44,27 @@ class RunDirectory:
 
 
 @contextlib.contextmanager
-def open_run(workdir: epath.PathLike, config: Config, *, overwrite: bool = False) -> Iterator[RunDirectory]:
+def open_run(
+    workdir: epath.PathLike, config: Config, *, overwrite: bool = False, group: Group | None = None
+) -> Iterator[RunDirectory]:
     """The run in `workdir`, new or continued, locked against a second training until the context ends.
 
     Writes the config to config.json of a new run; a continued run keeps its own until `accept`. With `overwrite`
     the files of the run that is there go to overwritten/<n>; whatever else lies in the directory stays.
-    Every process calls it; process 0 does the work and the others wait for it. No lock on gs:// and the like,
-    nor on file systems that have none.
+    Every process of `group` calls it; process 0 does the work and the others wait for it. No lock on gs:// and the
+    like, nor on file systems that have none.
 
     Raises InputError for a directory that is not a run and not empty, a run of another model or of other data,
     a run that another process trains, and a directory that cannot be written.
     """
-    path = epath.Path(workdir)
-    if jax.process_index() != 0:
-        multihost_utils.sync_global_devices("open_run")
+    path, group = epath.Path(workdir), group or Group()
+    if group.process_id != 0:
+        group.gather(None)
+        if not (path / CONFIG).exists():
+            raise InputError(
+                f"process {group.process_id} does not see {path / CONFIG}, which process 0 wrote; --workdir must name "
+                "a directory that all processes share"
+            )
         yield RunDirectory(path)
         return
     with contextlib.ExitStack() as stack:
@@ -72,8 +79,7 @@ def open_run(workdir: epath.PathLike, config: Config, *, overwrite: bool = False
                 f"run directory {path} cannot be used ({error.strerror or error}); "
                 "choose another --workdir, or make it writable"
             ) from error
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("open_run")
+        group.gather(None)
         yield RunDirectory(path, set_aside)
 
 

@@ -1,5 +1,8 @@
+"""Requests to stop in one process; several processes and exits by a signal are in test_distributed.py."""
+
 import os
 import signal
+import time
 
 import pytest
 
@@ -10,19 +13,74 @@ def send(number):
     os.kill(os.getpid(), number)
 
 
+def reached_within_seconds(stop, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not (name := stop.reached()) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return name
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_is_a_request_by_name(number):
-    before = signal.getsignal(number)
+    before, wakeup = signal.getsignal(number), signal.set_wakeup_fd(-1)
     with StopRequest() as stop:
-        assert stop.name is None
+        assert stop.reached() is None
         send(number)
-        assert stop.name == signal.Signals(number).name
+        assert reached_within_seconds(stop) == stop.name == signal.Signals(number).name
+        assert stop.reached() == stop.name
     assert signal.getsignal(number) is before
+    assert signal.set_wakeup_fd(wakeup) == -1
 
 
 def test_a_second_ctrl_c_does_not_wait():
     with StopRequest() as stop:
         send(signal.SIGINT)
-        assert stop.name == "SIGINT"
+        assert reached_within_seconds(stop) == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
+
+
+def test_another_signal_is_no_request():
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        with StopRequest() as stop:
+            send(signal.SIGUSR1)
+            time.sleep(0.05)
+            assert stop.reached() is None
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+class Threads:
+    """A group of which the test speaks for the others: what was sent, and what comes back."""
+
+    process_id = 1
+
+    def __init__(self):
+        self.handlers, self.sent = {}, []
+
+    def on(self, kind, handler):
+        self.handlers[kind] = handler
+
+    def send(self, kind, value):
+        self.sent.append((kind, value))
+
+
+def test_all_stop_at_the_first_place_that_none_has_passed():
+    group = Threads()
+    stop = StopRequest(group)
+    for _ in range(3):
+        assert stop.reached() is None
+    group.handlers["stop"](0, "SIGTERM")
+    assert group.sent == [("gather for stop", [3, False])]
+    group.handlers["gather for stop"](0, [[5, False], [3, False]])
+    assert [stop.reached() for _ in range(4)] == [None, None, "SIGTERM", "SIGTERM"]
+
+
+def test_a_second_request_changes_nothing():
+    group = Threads()
+    stop = StopRequest(group)
+    for name in ("SIGINT", "SIGTERM"):
+        group.handlers["stop"](0, name)
+    assert len(group.sent) == 1
+    assert stop.name == "SIGINT"

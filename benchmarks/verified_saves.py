@@ -1,0 +1,121 @@
+"""What hashing and reading back cost a save of 500 MB: the training thread, the background, and the steps meanwhile.
+
+    python benchmarks/verified_saves.py [--rounds 5] [--megabytes 500] [--directory DIR]
+
+Both sides save the same arrays with the same code; `plain` leaves out what is hashed and read back. Sides alternate
+within a round, and each is compared with steps of the same round that run beside no save. A step is a chain of jitted
+matmuls on this machine's CPU; on an accelerator the hashing competes with nothing but the host's own work.
+"""
+
+import argparse
+import contextlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+
+from nextllm_jax import checkpoint_files  # noqa: E402
+from nextllm_jax.checkpoint import Checkpoints  # noqa: E402
+
+SIDES = ("plain", "verified")
+ARRAYS = 16
+
+
+def write_manifest_alone(path, content) -> None:
+    checkpoint_files.write_manifest(path, {**content, "files": {}})
+
+
+@contextlib.contextmanager
+def side(name: str) -> Iterator[None]:
+    """What a side leaves out."""
+    with contextlib.ExitStack() as stack:
+        if name == "plain":
+            stack.enter_context(mock.patch.object(checkpoint_files, "seal", write_manifest_alone))
+            stack.enter_context(mock.patch.object(checkpoint_files, "damaged_files", return_value=iter(())))
+        yield
+
+
+@jax.jit
+def step(x: jax.Array) -> jax.Array:
+    for _ in range(8):
+        x = jnp.tanh(x @ x) * 0.1
+    return x
+
+
+def timed_steps(x: jax.Array, going_on) -> list[float]:
+    """Seconds of each step for as long as `going_on()`."""
+    times = []
+    while going_on():
+        started = time.perf_counter()
+        step(x).block_until_ready()
+        times.append(time.perf_counter() - started)
+    return times
+
+
+def measure(checkpoints: Checkpoints, number: int, state: dict[str, jax.Array], x: jax.Array) -> dict[str, float]:
+    """One save with steps beside it, and as many steps as fit into the same time without one."""
+    started = time.perf_counter()
+    checkpoints.save(number, {"params": state}, {}, validation_loss=None)
+    blocked = time.perf_counter() - started
+    assert checkpoints._saving is not None
+    saved = checkpoints._saving[1]
+    beside = timed_steps(x, lambda: not saved.done())
+    background = time.perf_counter() - started - blocked
+    checkpoints.wait()
+    until = time.perf_counter() + background
+    alone = timed_steps(x, lambda: time.perf_counter() < until)
+    lost = background - len(beside) * statistics.median(alone)
+    return {
+        "blocked": blocked,
+        "background": background,
+        "step": statistics.median(beside),
+        "alone": statistics.median(alone),
+        "lost": lost,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--megabytes", type=int, default=500)
+    parser.add_argument("--directory", help="where to save; none: a temporary directory")
+    arguments = parser.parse_args()
+    size = arguments.megabytes * 1_000_000 // 4 // ARRAYS
+    state = {str(i): jax.random.normal(jax.random.key(i), (size,)) for i in range(ARRAYS)}
+    x = jax.random.normal(jax.random.key(0), (1024, 1024))
+    step(x).block_until_ready()
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
+    number = 0
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as directory, Checkpoints(directory) as checkpoints:
+        for round_number in range(arguments.rounds + 1):
+            for name in SIDES if round_number % 2 else reversed(SIDES):
+                number += 1
+                with side(name):
+                    result = measure(checkpoints, number, state, x)
+                if round_number:  # the first is a warm-up
+                    results[name].append(result)
+    print(f"{arguments.megabytes} MB in {ARRAYS} arrays, {arguments.rounds} rounds, medians (least to most)")
+    for name in SIDES:
+        columns = {key: [result[key] for result in results[name]] for key in results[name][0]}
+        slowdown = [result["step"] / result["alone"] for result in results[name]]
+
+        def show(values: list[float], unit: str = " s") -> str:
+            return f"{statistics.median(values):.3f}{unit} ({min(values):.3f} to {max(values):.3f})"
+
+        print(
+            f"{name:>8}: save() blocks {show(columns['blocked'])}; background {show(columns['background'])}; "
+            f"steps beside it {show(slowdown, ' x')}; training time lost to a save {show(columns['lost'])}"
+        )
+
+
+if __name__ == "__main__":
+    main()

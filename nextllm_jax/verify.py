@@ -1,0 +1,102 @@
+"""What a check of the checkpoints of a run by their manifests finds; needs no jax and touches no device."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+from etils import epath
+
+from nextllm_jax import checkpoint_files
+from nextllm_jax.errors import InputError
+
+
+def _bytes(manifest: dict[str, Any]) -> int:
+    """Size of a step's files together."""
+    return sum(entry["size"] for entry in manifest.get("files", {}).values())
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """What a check of one directory found."""
+
+    path: epath.Path
+    state: Literal["ok", "damaged", "unfinished", "set aside"]
+    manifest: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The step's manifest; empty if it is damaged or was not looked at."""
+    damages: tuple[checkpoint_files.DamagedFile, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as a JSON object."""
+        return {
+            "checkpoint": str(self.path),
+            "state": self.state,
+            "files": len(self.manifest.get("files", {})),
+            "bytes": _bytes(self.manifest),
+            "validation_loss": self.manifest.get("validation_loss"),
+            "damaged": [{"file": damage.file, "problem": damage.problem} for damage in self.damages],
+        }
+
+    def __str__(self) -> str:
+        if self.state == "ok":
+            loss = self.manifest["validation_loss"]
+            scored = "" if loss is None else f", validation loss {loss:.4f}"
+            return f"{self.path}: ok, {len(self.manifest['files'])} files, {_bytes(self.manifest):,} bytes{scored}"
+        if self.state == "damaged":
+            return f"{self.path}: damaged: {'; '.join(map(str, self.damages))}"
+        why = {
+            "unfinished": "a save or a deletion under way, or cut short; not a checkpoint",
+            "set aside": "damaged when it was found; not a checkpoint",
+        }
+        return f"{self.path}: {self.state} ({why[self.state]})"
+
+
+def find_steps(path: epath.PathLike) -> list[epath.Path]:
+    """The directories to check of a run, of a directory of checkpoints, or the one of a step, in order.
+
+    Raises InputError if `path` is none of these.
+    """
+    path = epath.Path(path)
+    if path.is_dir() and checkpoint_files.is_saved(path):
+        return [path]
+    of_a_run = [path / name for name in ("checkpoints", "config.json") if (path / name).exists()]
+    directory = path / "checkpoints" if of_a_run else path
+    kinds = checkpoint_files.is_step, checkpoint_files.is_leftover, checkpoint_files.is_set_aside
+    entries = list(directory.iterdir()) if directory.is_dir() else []
+    ours = [entry for entry in entries if entry.is_dir() and any(is_kind(entry) for is_kind in kinds)]
+    if not (ours or of_a_run or (path.name == "checkpoints" and path.is_dir())):
+        raise InputError(f"{path} is no run; give a run directory such as runs/tiny, its checkpoints, or one of them")
+    return sorted(ours, key=lambda entry: (int(entry.name.partition(".")[0]), entry.name))
+
+
+def count_bytes(paths: Iterable[epath.Path]) -> int:
+    """How many bytes `check_steps` will read, by the manifests, for its progress."""
+    count = 0
+    for path in filter(checkpoint_files.is_step, paths):
+        with contextlib.suppress(OSError, checkpoint_files.DamagedFile):
+            count += _bytes(checkpoint_files.read_manifest(path))
+    return count
+
+
+def check_steps(paths: Iterable[epath.Path], progress: checkpoint_files.Progress | None = None) -> Iterator[StepReport]:
+    """The reports of directories that `find_steps` gave; none of one that goes meanwhile, as a run trains."""
+    for path in paths:
+        if checkpoint_files.is_leftover(path):
+            yield StepReport(path, "unfinished")
+        elif checkpoint_files.is_set_aside(path):
+            yield StepReport(path, "set aside")
+        elif (report := _check_step(path, progress)) and path.exists():
+            yield report
+
+
+def _check_step(path: epath.Path, progress: checkpoint_files.Progress | None) -> StepReport:
+    manifest = {}
+    try:
+        manifest = checkpoint_files.read_manifest(path)
+        damages = tuple(checkpoint_files.damaged_files(path, manifest, progress=progress))
+    except checkpoint_files.DamagedFile as damage:
+        damages = (damage,)
+    except OSError as error:
+        file = epath.Path(error.filename).relative_to(path).as_posix() if error.filename else "a file"
+        damages = (checkpoint_files.DamagedFile(file, f"cannot be read ({error.strerror or error})"),)
+    return StepReport(path, "damaged" if damages else "ok", manifest, damages)

@@ -1,0 +1,124 @@
+"""Several processes of train.py that train together on this machine, as a test starts, signals and watches them."""
+
+import contextlib
+import json
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from tests.conftest import ROOT, Door
+
+PATIENCE_SECONDS = 240
+RUN = "runs/config"
+
+
+def free_port() -> int:
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
+
+
+class Processes:
+    """A context: `count` processes of train.py that meet at a free port, killed at its end if they are left.
+
+    `arguments` go to all, `own` to one process by its number; the numbers in `absent` are not started.
+    """
+
+    def __init__(self, door: Door, count: int, *arguments, own=None, absent=(), **environment) -> None:
+        self.address = f"localhost:{free_port()}"
+        self._started = {}
+        self._outputs = {}
+        for number in range(count):
+            if number in absent:
+                continue
+            command = [
+                sys.executable,
+                ROOT / "train.py",
+                "--config",
+                "config.py",
+                *arguments,
+                *(own or {}).get(number, ()),
+            ]
+            if count > 1:
+                place = {"coordinator-address": self.address, "num-processes": count, "process-id": number}
+                command += [word for name, value in place.items() for word in (f"--distributed.{name}", value)]
+            self._outputs[number] = door.directory / f"output-{number}-{self.address[10:]}"
+            with self._outputs[number].open("w") as output:
+                self._started[number] = subprocess.Popen(
+                    [str(word) for word in command],
+                    cwd=door.directory,
+                    env={**door.environment, **environment},
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for process in self._started.values():
+            process.kill()
+            process.wait()
+
+    def output(self, number: int = 0) -> str:
+        return self._outputs[number].read_text(errors="replace")
+
+    def outputs(self) -> str:
+        return "\n".join(f"--- process {number}\n{self.output(number)}" for number in self._started)
+
+    def wait_for(self, pattern: str, number: int = 0) -> None:
+        """Return once the process has printed what the pattern matches."""
+        self.wait_until(lambda: re.search(pattern, self.output(number)), pattern)
+
+    def wait_until(self, condition, what: str = "") -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            assert time.monotonic() < deadline, f"waited for {what}\n{self.outputs()}"
+            assert any(process.poll() is None for process in self._started.values()), f"{what}\n{self.outputs()}"
+            time.sleep(0.01)
+
+    def signal(self, signal_number: int, *numbers: int) -> None:
+        """Send a signal to some processes, or to all."""
+        for number in numbers or self._started:
+            self._started[number].send_signal(signal_number)
+
+    def end(self) -> tuple[list[int], float]:
+        """The exit codes of all, and the seconds until the last had ended."""
+        started = time.monotonic()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            for process in self._started.values():
+                process.wait(timeout=max(0.1, started + PATIENCE_SECONDS - time.monotonic()))
+        codes = [process.poll() for process in self._started.values()]
+        assert None not in codes, f"still running: {codes}\n{self.outputs()}"
+        return codes, time.monotonic() - started
+
+
+def saved_steps(run: Path) -> list[int]:
+    """The complete checkpoints in a run directory."""
+    checkpoints = run / "checkpoints"
+    return (
+        sorted(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()) if checkpoints.exists() else []
+    )
+
+
+def devices(count: int) -> str:
+    """XLA_FLAGS for so many simulated devices."""
+    return f"--xla_force_host_platform_device_count={count}"
+
+
+def losses(directory, split):
+    lines = [json.loads(line) for line in (directory / RUN / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if line["split"] == split}
+
+
+def assert_same_losses(directory, other, *, rtol=2e-5, but_validation_of=()):
+    """Each line of metrics.jsonl once, with the losses of the other run; some ends of parts were evaluated too."""
+    for split in ("train", "validation"):
+        ours, theirs = losses(directory, split), losses(other, split)
+        ours = {step: loss for step, loss in ours.items() if split == "train" or step not in but_validation_of}
+        assert list(ours) == list(theirs)
+        np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=rtol)

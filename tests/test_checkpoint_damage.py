@@ -1,0 +1,228 @@
+"""No damage to a file of a checkpoint goes unseen, whoever looks: restoring, retention, `nextllm verify`."""
+
+import random
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from nextllm_jax import checkpoint_files
+from nextllm_jax.checkpoint import Checkpoints, DamagedCheckpoint
+from nextllm_jax.errors import InputError, RunFailed
+from nextllm_jax.verify import check_steps, find_steps
+from tests.checkpoint_tree import abstract, names, save, tree
+
+ITEMS = ("params", "rest")
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoints")
+    with Checkpoints(directory, run={"tokenizer": "t", "data": "d"}) as checkpoints:
+        for step in (1, 2):
+            items = {"params": tree(float(step)), "rest": {"count": jax.numpy.int32(step)}}
+            checkpoints.save(step, items, {"at": step}, validation_loss=float(step))
+    return directory
+
+
+@pytest.fixture
+def directory(two_steps, tmp_path):
+    return shutil.copytree(two_steps, tmp_path / "checkpoints")
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    position = random.Random(str(path.name)).randrange(8 * len(content))
+    content[position // 8] ^= 1 << position % 8
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "flipped": flip,
+    "cut short": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "grown": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "emptied": lambda path: path.write_bytes(b""),
+    "gone": lambda path: path.unlink(),
+}
+
+
+def restore(directory, step, *items):
+    checkpoints = Checkpoints(directory)
+    targets = {"params": abstract(tree()), "rest": abstract({"count": jax.numpy.int32(0)})}
+    return {item: checkpoints.restore(step, item, targets[item]) for item in items}
+
+
+def reports(path):
+    return {report.path.name: (report.state, [damage.file for damage in report.damages]) for report in check(path)}
+
+
+def check(path):
+    return list(check_steps(find_steps(path)))
+
+
+def files_of(step):
+    return sorted(path for path in step.rglob("*") if path.is_file())
+
+
+def test_the_manifest_says_what_there_is(directory):
+    manifest = checkpoint_files.read_manifest(checkpoint_files.epath.Path(directory / "2"))
+    there = {path.relative_to(directory / "2").as_posix(): path.stat().st_size for path in files_of(directory / "2")}
+    del there["manifest.json"]
+    assert {name: entry["size"] for name, entry in manifest["files"].items()} == there
+    assert {"params/manifest.ocdbt", "params/_METADATA", "_CHECKPOINT_METADATA"} < there.keys()
+    assert {name.partition("/")[0] for name in there if "/" in name} == set(ITEMS)
+    assert (manifest["step"], manifest["run"]) == (2, {"tokenizer": "t", "data": "d"})
+    assert manifest["versions"]["jax"] == jax.__version__
+    assert manifest["versions"].keys() >= {"python", "flax", "orbax-checkpoint"}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_damage_to_any_file_is_found_and_named(directory, how):
+    step = directory / "1"
+    kinds = set()
+    for path in files_of(step):
+        name = path.relative_to(step).as_posix()
+        kinds.add(name.partition("/")[2] or name)
+        content = path.read_bytes()
+        DAMAGES[how](path)
+        items = [name.partition("/")[0]] if "/" in name else ITEMS
+        for item in items:
+            with pytest.raises(DamagedCheckpoint) as caught:
+                restore(directory, 1, item)
+            assert caught.value.step == 1
+            sentence = str(caught.value)
+            assert sentence.startswith(f"checkpoint {step} is damaged ({name} "), sentence
+            assert sentence.endswith("; use another step of: 2")
+        assert reports(directory) == {"1": ("damaged", [name]), "2": ("ok", [])}
+        path.write_bytes(content)
+        restore(directory, 1, *items)
+    assert {"manifest.json", "_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA"} < kinds
+
+
+@pytest.mark.parametrize("name", ["extra", "params/extra", "params/d/extra", "params/more/extra"])
+def test_a_file_that_was_not_saved_is_found_and_named(directory, name):
+    path = directory / "1" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"")
+    with pytest.raises(DamagedCheckpoint, match=rf"/1 is damaged \({name} was not saved with the checkpoint\)"):
+        restore(directory, 1, "params")
+    assert reports(directory)["1"] == ("damaged", [name])
+
+
+@pytest.mark.parametrize("gone", ["params", "params/d", "params/ocdbt.process_0"])
+def test_a_directory_that_is_gone_is_damage(directory, gone):
+    shutil.rmtree(directory / "1" / gone)
+    with pytest.raises(DamagedCheckpoint, match=rf"/1 is damaged \({gone}/\S+ is missing\); use another step of: 2$"):
+        restore(directory, 1, "params")
+    state, files = reports(directory)["1"]
+    assert state == "damaged"
+    assert all(file.startswith(gone) for file in files)
+
+
+def test_no_byte_of_a_manifest_can_change(directory):
+    path = directory / "1" / "manifest.json"
+    content = path.read_bytes()
+    for position in range(0, len(content), 5):
+        changed = bytearray(content)
+        changed[position] ^= 1 << position % 8
+        path.write_bytes(changed)
+        with pytest.raises(checkpoint_files.DamagedFile):
+            checkpoint_files.read_manifest(checkpoint_files.epath.Path(directory / "1"))
+    path.write_bytes(content.replace(b'"validation_loss": 1.0', b'"validation_loss": 0.1'))
+    with pytest.raises(DamagedCheckpoint, match=r"\(manifest.json is not what was written\)"):
+        Checkpoints(directory).record(1)
+
+
+def test_a_damaged_best_neither_ends_a_run_nor_is_deleted(directory, capsys):
+    """The best is not the latest, so nobody restores it: retention meets it first."""
+    flip(directory / "1" / "manifest.json")
+    with Checkpoints(directory) as checkpoints:
+        save(checkpoints, 3, 3.0)
+        save(checkpoints, 4, 4.0)
+        checkpoints.add_validation_loss(4, 5.0, {})
+        assert checkpoints.best_step() == 2
+    assert names(directory) == ["1", "2", "4"]  # what step 1 is worth is unknown, so it stays
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith(
+        f"WARNING: checkpoint {directory / '1'} is damaged (manifest.json is not what was written); use another step of"
+    )
+
+
+def test_the_best_is_not_guessed(directory):
+    flip(directory / "1" / "manifest.json")
+    with pytest.raises(DamagedCheckpoint, match=r"/1 is damaged \(manifest.json .*; use another step of: 2$"):
+        Checkpoints(directory).resolve("best")
+    assert Checkpoints(directory).resolve("latest") == 2
+
+
+def test_set_aside(directory):
+    flip(directory / "2" / "params" / "_METADATA")
+    checkpoints = Checkpoints(directory)
+    assert checkpoints.latest_step() == 2
+    checkpoints.set_aside(2)
+    assert checkpoints.steps() == [1]
+    assert checkpoints.best_step() == checkpoints.latest_step() == 1
+    assert reports(directory) == {"1": ("ok", []), "2.damaged": ("set aside", [])}
+    np.testing.assert_array_equal(restore(directory, 1, "params")["params"]["layers"]["kernel"], np.full((8, 4), 1.0))
+
+
+def test_files_that_are_wrong_on_disk_are_not_saved(tmp_path, monkeypatch):
+    """What was hashed is read back before the step counts, and before an older one goes."""
+    seal = checkpoint_files.seal
+
+    def seal_and_damage(path, content):
+        seal(path, content)
+        flip(path / "params" / "manifest.ocdbt")
+
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1)
+        monkeypatch.setattr(checkpoint_files, "seal", seal_and_damage)
+        with pytest.raises(
+            RunFailed, match=r"step 2 could not be saved in .* \(params/manifest.ocdbt is not what was .*step 1 stands"
+        ):
+            save(checkpoints, 2)
+        monkeypatch.undo()
+        assert names(tmp_path) == ["1"]
+        restore(tmp_path, 1, "params")
+        save(checkpoints, 2)
+    assert names(tmp_path) == ["2"]
+
+
+@pytest.mark.parametrize("below", ["", "checkpoints", "checkpoints/1"])
+def test_verify_takes_a_run_its_checkpoints_or_a_step(directory, below):
+    expected = {"1": ("ok", [])} if below.endswith("1") else {"1": ("ok", []), "2": ("ok", [])}
+    assert reports(directory.parent / below) == expected
+
+
+def test_verify_tells_leftovers_from_checkpoints(directory):
+    (directory / "3.unfinished").mkdir()
+    (directory / "4.unfinished.orbax-checkpoint-tmp").mkdir()
+    (directory / "5.deleted").mkdir()
+    (directory / "notes").mkdir()
+    whole = ("ok", [])
+    unfinished = dict.fromkeys(["3.unfinished", "4.unfinished.orbax-checkpoint-tmp", "5.deleted"], ("unfinished", []))
+    assert reports(directory) == {"1": whole, "2": whole, **unfinished}
+
+
+def test_verify_refuses_what_is_no_run(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "5").mkdir()
+    for path in (tmp_path / "nowhere", tmp_path / "notes", tmp_path):
+        with pytest.raises(InputError, match=r"is no run; give a run directory"):
+            find_steps(path)
+    (tmp_path / "config.json").write_text("{}")
+    assert find_steps(tmp_path) == []
+
+
+def test_verify_says_nothing_of_a_step_that_goes_meanwhile(directory):
+    paths = find_steps(directory)
+    shutil.rmtree(directory / "1")
+    assert [report.path.name for report in check_steps(paths)] == ["2"]
+
+
+def test_verify_reports_progress_in_bytes(directory):
+    read = []
+    assert [report.state for report in check_steps(find_steps(directory), read.append)] == ["ok", "ok"]
+    files = [path for step in ("1", "2") for path in files_of(directory / step) if path.name != "manifest.json"]
+    assert sum(read) == sum(path.stat().st_size for path in files)

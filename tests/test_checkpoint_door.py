@@ -1,0 +1,65 @@
+"""Damaged checkpoints and failing saves as a user meets them."""
+
+import json
+import shutil
+
+import pytest
+
+
+def contents(directory):
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+@pytest.fixture
+def damaged(trained, door):
+    """A finished run with two checkpoints of which the latest has one flipped bit, and the damaged file's name."""
+    run = door.directory / "runs" / "config"
+    shutil.copytree(trained.directory / "runs" / "config", run)
+    step = run / "checkpoints" / "40"
+    path = max((step / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    return run, path.relative_to(step).as_posix()
+
+
+def test_a_flipped_bit_is_named_by_every_command(trained, door, damaged):
+    run, name = damaged
+    before = contents(run)
+    found = f"damaged ({name} is not what was saved (its sha256 differs)); there is no other step"
+    refused = door.run("sample.py", "--checkpoint", "runs/config", "--prompt", "the", exit_code=2)
+    assert found in refused.stderr
+    strict = door.run("train.py", "--config", "config.py", "--checkpoint.strict", exit_code=2)
+    assert f"{found}; leave out --checkpoint.strict" in strict.stderr
+    assert "Traceback" not in refused.stderr + strict.stderr
+    verified = door.run("nextllm_jax.cli", "verify", "runs/config", exit_code=1)
+    assert (
+        verified.stdout == f"runs/config/checkpoints/40: damaged: {name} is not what was saved (its sha256 differs)\n"
+    )
+    assert contents(run) == before
+    # Asking jax for a device would fail with this platform.
+    row = json.loads(
+        door.run("nextllm_jax.cli", "verify", "runs/config", "--json", exit_code=1, JAX_PLATFORMS="none").stdout
+    )
+    assert (row["state"], [damage["file"] for damage in row["damaged"]]) == ("damaged", [name])
+    whole = trained.run("nextllm_jax.cli", "verify", "runs/config/checkpoints/40").stdout
+    assert whole.startswith("runs/config/checkpoints/40: ok, ")
+    nothing = door.run("nextllm_jax.cli", "verify", "corpus", exit_code=2)
+    assert nothing.stderr.startswith("error: corpus is no run; give a run directory")
+
+
+def test_a_save_that_fails_in_the_background_ends_the_run_with_a_sentence(door):
+    """The directory of the checkpoints is removed while the first is saved."""
+    program = door.directory / "program.py"
+    program.write_text(
+        "import shutil\n"
+        "from nextllm_jax import checkpoint_files\n"
+        "from nextllm_jax.cli import run_main, train_command\n"
+        "seal = checkpoint_files.seal\n"
+        "checkpoint_files.seal = lambda path, content: (shutil.rmtree(path.parent), seal(path, content))\n"
+        "run_main(train_command)\n"
+    )
+    failed = door.run(str(program), "--config", "config.py", "--training.sample-tokens", "0", exit_code=1)
+    (sentence,) = failed.stderr.splitlines()
+    assert sentence.startswith("error: step 15 could not be saved in ")
+    assert "(No such file or directory); there is no earlier checkpoint; make room or mend the directory" in sentence
