@@ -8,7 +8,6 @@ import signal
 import numpy as np
 import pytest
 
-import nextllm_jax
 from tests.runs import assert_same_end, interrupt, metrics
 
 ISSUED_FIELDS = {"step", "split", "loss", "perplexity", "tokens_seen", "elapsed_seconds"}
@@ -251,85 +250,8 @@ def test_a_misspelt_command_gets_a_suggestion(trained):
 
 
 def test_tokenize_shows_ids_and_pieces(trained):
-    command = ("nextllm_jax.cli", "tokenize", "--tokenizer", "runs/config")
-    shown = json.loads(trained.run(*command, "the cat sees 42 über<|end_of_text|>", "--json").stdout)
-    assert "".join(shown["pieces"]) == "the cat sees 42 über<|end_of_text|>"
-    assert len(shown["ids"]) == len(shown["pieces"]) < len("the cat sees 42 über<|end_of_text|>")
-    (trained.directory / "text.txt").write_text("a dog\n")
-    lines = trained.run(*command, "--file", "text.txt").stdout.splitlines()
-    assert re.fullmatch(r"\d tokens, 6 bytes, \d\.\d\d bytes a token", lines[-1])
-    assert '"a' in lines[0]
-    special = trained.run(*command, "<|end_of_text|>", "--special", "--json").stdout
-    assert json.loads(special) == {"ids": [319], "pieces": ["<|end_of_text|>"]}
-
-
-BAD_TOKENIZE = {
-    "no tokenizer": (["--tokenizer", "nowhere", "x"], "tokenizer nowhere is not gpt2"),
-    "no file": (["--tokenizer", "runs/config", "--file", "nowhere.txt"], "nowhere.txt cannot be read"),
-    "two texts": (["--tokenizer", "runs/config", "x", "--file", "text.txt"], "both a text and --file"),
-    "empty directory": (["--tokenizer", "corpus", "x"], "corpus/tokenizer holds no saved tokenizer"),
-    "damaged GGUF": (["--tokenizer", "broken.gguf", "x"], "broken.gguf cannot be read as GGUF"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_TOKENIZE)
-def test_bad_input_to_tokenize_is_one_sentence_and_exit_2(trained, case):
-    if case == "damaged GGUF":
-        pytest.importorskip("gguf", reason="pip install '.[interop]'")
-        (trained.directory / "broken.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + b"\xff" * 40)
-    arguments, sentence = BAD_TOKENIZE[case]
-    failed = trained.run("nextllm_jax.cli", "tokenize", *arguments, exit_code=2)
-    assert sentence in failed.stderr
-    assert "Traceback" not in failed.stderr
-
-
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a{% endif %}"
-)
-CHAT = ("sample.py", "--checkpoint", "runs/config", "--chat", "--chat-template", "chat.jinja", "--temperature", "0",
-        "--max-new-tokens", "12")  # fmt: skip
-
-
-@pytest.fixture
-def chatting(trained):
-    pytest.importorskip("jinja2", reason="pip install '.[interop]'")
-    (trained.directory / "chat.jinja").write_text(CHAT_TEMPLATE)
-    return trained
-
-
-def test_chat_answers_a_prompt_once(chatting):
-    answer = chatting.run(*CHAT, "--prompt", "the cat").stdout
-    rows = [json.loads(line) for line in chatting.run(*CHAT, "--prompt", "the cat", "--json").stdout.splitlines()]
-    assert [row["text"] + "\n" for row in rows] == [answer]
-    assert rows[0]["prompt"] == "the cat"
-
-
-def test_chat_converses_through_a_pipe(chatting):
-    typed = "the cat\n\na dog\n/reset\nthe cat\n" + "long " * 100 + "\n/exit\nnot read\n"
-    talked = chatting.run(*CHAT, "--json", typed=typed, exit_code=1)
-    rows = [json.loads(line) for line in talked.stdout.splitlines()]
-    assert [row["prompt"] for row in rows] == ["the cat", "a dog", "the cat"]
-    assert rows[0] == rows[2]
-    assert "leaves no room for an answer in the model's context of 128" in talked.stderr
-    assert "Traceback" not in talked.stderr
-
-
-BAD_CHAT = {
-    "no template": (["--chat", "--prompt", "x"], "has no chat template; pass --chat-template FILE"),
-    "no file": (["--chat", "--chat-template", "nowhere", "--prompt", "x"], "nowhere cannot be read"),
-    "template of evil": (["--chat", "--chat-template", "evil.jinja", "--prompt", "x"], "reaches for what it may not"),
-    "no chat": (["--system", "x", "--prompt", "x"], "--system and --chat-template are for a chat"),
-    "samples": (["--chat", "--num-samples", "2", "--prompt", "x"], "a chat answers once"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_CHAT)
-def test_bad_input_to_a_chat_is_one_sentence_and_exit_2(chatting, case):
-    (chatting.directory / "evil.jinja").write_text("{{ ''.__class__.__mro__ }}")
-    arguments, sentence = BAD_CHAT[case]
-    failed = chatting.run("sample.py", "--checkpoint", "runs/config", *arguments, exit_code=2)
-    assert sentence in failed.stderr
-    assert "Traceback" not in failed.stderr
+    out = trained.run("nextllm_jax.cli", "tokenize", "--tokenizer", "runs/config", "the cat", "--json").stdout
+    assert "".join(json.loads(out)["pieces"]) == "the cat"
 
 
 def test_evaluate_scores_the_data_as_training_did(trained):
@@ -337,38 +259,22 @@ def test_evaluate_scores_the_data_as_training_did(trained):
     score = json.loads(trained.run(*command).stdout)
     logged = metrics(trained.directory / "runs" / "config", "validation")[-1]
     assert score.keys() == {"tokens", "nll", "perplexity", "bits_per_byte"}
-    for name, value in (("nll", logged["loss"]), *((name, logged[name]) for name in ("perplexity", "bits_per_byte"))):
-        assert score[name] == pytest.approx(value, rel=1e-6)
-    other = json.loads(trained.run(*command, "--batch-size", "3").stdout)
-    assert other == pytest.approx(score, rel=1e-6)
-    assert json.loads(trained.run(*command, "--window", "32").stdout)["nll"] > score["nll"]
+    assert score["nll"] == pytest.approx(logged["loss"], rel=1e-6)
+    for name in ("perplexity", "bits_per_byte"):
+        assert score[name] == pytest.approx(logged[name], rel=1e-6)
 
 
-def test_evaluate_scores_a_text_as_the_python_face_does(trained):
-    text = (trained.directory / "corpus" / "003.txt").read_text()
-    command = ("nextllm_jax.cli", "evaluate", "--checkpoint", "runs/config", "--text", "corpus/003.txt")
-    score = json.loads(trained.run(*command, "--json", "--dtype", "float32").stdout)
-    expected = nextllm_jax.load(str(trained.directory / "runs" / "config"), dtype="float32").score(text)
-    assert score["tokens"] == expected.tokens
-    assert score["nll"] == pytest.approx(expected.nll, rel=1e-5)
-    assert score["bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-5)
-    line = trained.run(*command, "--step", "latest").stdout
-    assert re.fullmatch(r"[\d,]+ tokens, nll \d\.\d{4}, perplexity [\d.]+, \d\.\d{4} bits per byte\n", line)
-
-
-BAD_EVALUATE = {
-    "nothing": ([], "give either --text FILE or --data DIR"),
-    "both": (["--text", "config.py", "--data", "data/known"], "give either --text FILE or --data DIR"),
-    "no text": (["--text", "nowhere.txt"], "nowhere.txt cannot be read"),
-    "no data": (["--data", "corpus"], "corpus holds no prepared data"),
-    "window": (["--data", "data/known", "--window", "129"], "window is 129"),
-    "batch": (["--text", "config.py", "--batch-size", "0"], "batch_size is 0"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_EVALUATE)
-def test_bad_input_to_evaluate_is_one_sentence_and_exit_2(trained, case):
-    arguments, sentence = BAD_EVALUATE[case]
-    failed = trained.run("nextllm_jax.cli", "evaluate", "--checkpoint", "runs/config", *arguments, exit_code=2)
-    assert sentence in failed.stderr
-    assert "Traceback" not in failed.stderr
+def test_chat_converses_through_a_pipe(trained):
+    pytest.importorskip("jinja2", reason="pip install '.[interop]'")
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+    )
+    (trained.directory / "chat.jinja").write_text(template)
+    chat = ("sample.py", "--checkpoint", "runs/config", "--chat", "--chat-template", "chat.jinja", "--temperature", "0")
+    typed = "the cat\n\na dog\n/reset\nthe cat\n" + "long " * 100 + "\n/exit\nnot read\n"
+    talked = trained.run(*chat, "--max-new-tokens", "12", "--json", typed=typed, exit_code=1)
+    rows = [json.loads(line) for line in talked.stdout.splitlines()]
+    assert [row["prompt"] for row in rows] == ["the cat", "a dog", "the cat"]
+    assert rows[0] == rows[2]
+    assert "leaves no room for an answer in the model's context of 128" in talked.stderr
+    assert "Traceback" not in talked.stderr

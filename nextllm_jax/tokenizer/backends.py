@@ -101,6 +101,7 @@ class ByteBPE:
         for found in regex.finditer(self.pattern, text):
             piece = bytes(byte for byte in found[0].encode() if bytes([byte]) in self.ranks)
             if piece:
+                # A piece must not be cut again, for which the package has no public function.
                 ids += self._encoding._encode_single_piece(piece)
         return ids
 
@@ -122,8 +123,8 @@ class HuggingFaceBPE:
         self.tokens = {**self.added_tokens, **self.special_tokens}
         to_bytes = _piece_decoder(json.loads(description).get("decoder"))
         spelled = str.encode if to_bytes is letters_to_bytes else to_bytes
-        vocabulary = self._recognize_all.get_vocab(with_added_tokens=True)
-        self.bytes_of = {id: to_bytes(piece) for piece, id in vocabulary.items()}
+        self.ids = self._recognize_all.get_vocab(with_added_tokens=True)
+        self.bytes_of = {id: to_bytes(piece) for piece, id in self.ids.items()}
         self.bytes_of |= {id: spelled(content) for content, id in self.tokens.items()}
         self._all = match_any(self.tokens, {token.content: token for token in added.values()})
 
@@ -137,6 +138,11 @@ class HuggingFaceBPE:
     def split(self, text: str) -> Iterator[str | int]:
         """The text cut at the tokens that it spells out: these as ids, what is between as text."""
         return split_at(self._all, self.tokens, text)
+
+    def puts_first(self) -> int | None:
+        """The id that the description's post-processor puts before a text, None if it puts none."""
+        plain, whole = (self._recognize_all.encode("a", add_special_tokens=ends).ids for ends in (False, True))
+        return whole[0] if whole[:1] != plain[:1] else None
 
     @functools.cached_property
     def _recognize_none(self) -> Any:

@@ -79,7 +79,7 @@ def from_description(
     description = json.loads(from_json(json.dumps(description)).to_str())  # checked, and with every key there
     description = _with_special(description, names.values())
     huggingface = HuggingFaceBPE(json.dumps(description, ensure_ascii=False))
-    tokens = {**{piece: id for id, piece in _pieces(huggingface)}, **huggingface.tokens}
+    tokens = huggingface.ids
     names = {key: token for key, token in names.items() if token in tokens}
     if "eos_token" not in names:
         ends = [token for token in _TEXT_ENDS if token in huggingface.special_tokens]
@@ -87,8 +87,7 @@ def from_description(
             raise InputError("nothing says which token ends a text; set eos_token in tokenizer_config.json")
         names["eos_token"] = ends[0]
     if add_bos is None:
-        first = from_json(huggingface.description).encode("a").ids[:1]
-        add_bos = "bos_token" in names and first == [tokens[names["bos_token"]]]
+        add_bos = "bos_token" in names and huggingface.puts_first() == tokens[names["bos_token"]]
     add_bos = bool(add_bos) and "bos_token" in names
     eos_id = tokens[_text_end(names["eos_token"], huggingface.special_tokens)]
     stops = {eos_id, tokens[names["eos_token"]], *stop_ids} & huggingface.bytes_of.keys()
@@ -267,11 +266,6 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     if isinstance(template, list):
         template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
     return template if isinstance(template, str) else None
-
-
-def _pieces(huggingface: HuggingFaceBPE) -> Iterable[tuple[int, str]]:
-    vocabulary = from_json(huggingface.description).get_vocab(with_added_tokens=True)
-    return ((id, piece) for piece, id in vocabulary.items())
 
 
 def _with_special(description: dict[str, Any], tokens: Iterable[str]) -> dict[str, Any]:
