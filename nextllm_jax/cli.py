@@ -25,7 +25,7 @@ from nextllm_jax.distributed import Group, facts_of
 from nextllm_jax.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, InputError, RunFailed
 from nextllm_jax.process import use_compilation_cache
 from nextllm_jax.rendezvous import DistributedConfig
-from nextllm_jax.text_cli import evaluate_command, tokenize_command
+from nextllm_jax.text_cli import evaluate_command, lm_eval_command, tokenize_command
 from nextllm_jax.training.signals import StopRequest
 
 
@@ -196,6 +196,7 @@ COMMANDS = {
     "export": export_command,
     "tokenize": tokenize_command,
     "evaluate": evaluate_command,
+    "lm_eval": lm_eval_command,
 }
 
 

@@ -1,7 +1,6 @@
 """A model of ours for EleutherAI's lm-evaluation-harness, under the name `nextllm_jax`.
 
-`python -m nextllm_jax.harness --model nextllm_jax --model_args checkpoint=runs/small --tasks arc_easy` is the harness's
-own command with this model known to it.
+`nextllm lm_eval --model_args checkpoint=runs/small --tasks arc_easy` is the harness's own command with this model.
 """
 
 import functools
@@ -13,14 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nextllm_jax.cli import run_main
 from nextllm_jax.config import SamplingConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.generate import Generation, bucket
 from nextllm_jax.inference.stream import TextStream
 from nextllm_jax.llm import LLM, load
 from nextllm_jax.model.transformer import Transformer
-from nextllm_jax.process import use_compilation_cache
 from nextllm_jax.tokenizer.chat import ChatTemplate
 
 try:
@@ -43,7 +40,8 @@ class HarnessModel(TemplateLM):
     """What the harness asks of a model, answered by an LLM: the loaded one `llm`, or that of `checkpoint`.
 
     Contexts begin with BOS where the model's prompts do, and are cut on the left to fit the context; a chat's text
-    is taken as the template wrote it. `max_gen_toks` limits answers where a task does not.
+    is taken as the template wrote it. `max_gen_toks` limits answers where a task does not. `device` is what the
+    harness asks for: its default, cuda:0, means jax's own default, another one must be jax's platform.
     """
 
     def __init__(
@@ -55,8 +53,12 @@ class HarnessModel(TemplateLM):
         step: str | int | None = None,
         dtype: str | None = None,
         max_gen_toks: int = 256,
+        device: str = "cuda:0",
     ) -> None:
         super().__init__()
+        platform = jax.default_backend()
+        if device.split(":")[0] not in ("cuda", platform):
+            raise InputError(f"--device is {device}, but jax runs on {platform}; leave it out, or set JAX_PLATFORMS")
         if llm is None:
             if checkpoint is None:
                 raise InputError("no model is named; give --model_args checkpoint=PATH")
@@ -241,15 +243,10 @@ def _settings(arguments: dict[str, Any], max_gen_toks: int) -> tuple[tuple[str, 
     return tuple(text for text in until if text), int(most), sampling
 
 
-def harness_command(argv: list[str]) -> int:
-    """The harness's own command; its exit code."""
+def run_harness(argv: list[str]) -> None:
+    """Run the harness's own command on the arguments, with this model as the default one."""
     from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 
-    use_compilation_cache()
-    sys.argv = ["lm_eval", *argv]
+    chosen = [] if "--model" in argv else ["--model", "nextllm_jax"]
+    sys.argv = ["lm_eval", *argv, *chosen]
     cli_evaluate()
-    return 0
-
-
-if __name__ == "__main__":
-    run_main(harness_command)

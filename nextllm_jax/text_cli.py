@@ -1,4 +1,4 @@
-"""The commands `nextllm tokenize` and `nextllm evaluate`: what a tokenizer and a model make of a text."""
+"""The commands `nextllm tokenize`, `evaluate` and `lm_eval`: what a tokenizer and a model make of text."""
 
 import dataclasses
 import json
@@ -135,3 +135,12 @@ def trained_window(checkpoint: str) -> int | None:
     config = Path(checkpoint) / "config.json"
     is_run = config.exists() and (Path(checkpoint) / "checkpoints").is_dir()
     return read_config(config).data.sequence_length if is_run else None
+
+
+def lm_eval_command(argv: list[str]) -> int:
+    """Run the lm-evaluation-harness, whose options these are, on `--model_args checkpoint=PATH`; the exit code."""
+    from nextllm_jax.harness import run_harness
+
+    use_compilation_cache()
+    run_harness(argv)
+    return 0

@@ -14,12 +14,11 @@ PACKAGE = "nextllm_jax"
 
 LAYERS = [  # a module imports from the rows below its own
     ("train", "sample"),
-    ("harness",),
     ("cli",),
     ("server",),
     ("",),  # nextllm_jax/__init__.py
     ("convert_cli", "text_cli"),
-    ("conversation", "evaluation"),
+    ("conversation", "evaluation", "harness"),
     ("llm", "plan", "verify", "convert"),
     ("training", "inference"),
     ("data", "model"),

@@ -154,3 +154,15 @@ def test_settings_that_cannot_be_honoured_are_refused(llm):
     with pytest.raises(InputError, match="checkpoint=PATH"):
         HarnessModel()
     assert _settings({"until": "x", "temperature": 0.5, "top_p": 0.9}, 8)[2].temperature == 0.5
+
+
+def test_the_command_answers_in_one_sentence(trained, tmp_path):
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    source = "task: local_choice\ndataset_path: json\ntest_split: test\ndataset_kwargs: {data_files: {test: "
+    (tmp_path / "choice.yaml").write_text(
+        source + f"{tmp_path}/questions.jsonl}}, cache_dir: {tmp_path}/cache}}\n{TASKS['choice']}"
+    )
+    command = ("nextllm_jax.cli", "lm_eval", "--include_path", tmp_path, "--tasks", "local_choice", "--model_args")
+    assert "|local_choice|" in trained.run(*command, "checkpoint=runs/config").stdout
+    failed = trained.run(*command, "checkpoint=nowhere", exit_code=2)
+    assert "nowhere is not a run directory" in failed.stderr.splitlines()[-1]
