@@ -69,6 +69,9 @@ class TrainArguments:
     """Python file that defines get_config() -> Config, such as configs/small.py."""
     overwrite: bool = False
     """Start anew in a run directory that holds a run; its files move to overwritten/ in it."""
+    allow_change: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Field in which a continued run may differ from what it was, such as optimizer.learning_rate; may be given
+    several times."""
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     run: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
@@ -98,7 +101,14 @@ def train_command(argv: list[str]) -> int:
 
         from nextllm_jax.training.loop import train
 
-        outcome = train(arguments.run, overwrite=arguments.overwrite, sample_text=_sample_text, group=group, stop=stop)
+        outcome = train(
+            arguments.run,
+            overwrite=arguments.overwrite,
+            allow_change=arguments.allow_change,
+            sample_text=_sample_text,
+            group=group,
+            stop=stop,
+        )
         group.end()
     return EXIT_INTERRUPTED if outcome == "interrupted" else 0
 
@@ -106,12 +116,17 @@ def train_command(argv: list[str]) -> int:
 def _start(arguments: TrainArguments, group: Group, stop: StopRequest) -> None:
     """Meet the other processes, if there are any, and have the data prepared; then connect jax."""
     from nextllm_jax.data.prepare import ensure_prepared
+    from nextllm_jax.training.resume_guard import allowed_fields, local_workdir, require_resumable
 
     stop.nothing_to_lose("waiting for the other processes")
+    workdir, consent = local_workdir(arguments.run), allowed_fields(arguments.allow_change)
     group.meet()
-    group.check_same({"--overwrite": str(arguments.overwrite), **facts_of(arguments.run)})
+    choices = {"--overwrite": str(arguments.overwrite), "--allow-change": ", ".join(sorted(consent))}
+    group.check_same({**choices, **facts_of(arguments.run)})
     stop.nothing_to_lose("preparing data")
     if group.process_id == 0:
+        if not arguments.overwrite:
+            require_resumable(workdir, arguments.run, consent)
         ensure_prepared(arguments.run.data)
     group.gather(None, "process 0 to prepare the data")
     stop.nothing_to_lose("starting")
@@ -188,10 +203,71 @@ def verify_command(argv: list[str]) -> int:
     return EXIT_FAILED if damaged else 0
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DoctorArguments:
+    """Say what would go wrong with a training, without starting it; exit 0 if nothing would, 1 if something would."""
+
+    config: str
+    """Python file that defines get_config() -> Config, as for train; with --resume-proof: configs/tiny.py."""
+    overwrite: bool = False
+    """As for train."""
+    allow_change: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """As for train."""
+    resume_proof: bool = False
+    """Instead, train a few steps in a temporary directory twice, once with kill -9 in the middle, and compare the ends
+    bit by bit; exit 0 if they are equal, 1 if not. On a GPU set XLA_FLAGS=--xla_gpu_deterministic_ops=true."""
+    steps: int = 40
+    """Steps of that training."""
+    json: bool = False
+    """Print one JSON object."""
+    run: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
+
+
+def doctor_command(argv: list[str]) -> int:
+    """Print the findings for a start of `train`, or the proof of exact resuming; the exit code."""
+    config_given = any(argument.partition("=")[0] == "--config" for argument in argv)
+    if "--resume-proof" in argv and not config_given:
+        argv = ["--config", "configs/tiny.py", *argv]
+    default = DoctorArguments(config=tyro.MISSING, run=_default_run(argv))
+    arguments = tyro.cli(DoctorArguments, args=argv, prog="nextllm doctor", default=default)
+    return _prove_resuming(arguments) if arguments.resume_proof else _diagnose(arguments)
+
+
+def _diagnose(arguments: DoctorArguments) -> int:
+    from nextllm_jax.doctor import diagnose
+    from nextllm_jax.training.resume_guard import allowed_fields
+
+    show = (lambda _: None) if arguments.json else (lambda finding: print(finding, flush=True))
+    consent = allowed_fields(arguments.allow_change)
+    findings = diagnose(arguments.run, overwrite=arguments.overwrite, allow_change=consent, show=show)
+    problems = sum(finding.status == "PROBLEM" for finding in findings)
+    if arguments.json:
+        print(json.dumps({"problems": problems, "checks": [dataclasses.asdict(finding) for finding in findings]}))
+    else:
+        print(f"{problems} problems: train would fail" if problems else "nothing that train would fail of was found")
+    return EXIT_FAILED if problems else 0
+
+
+def _prove_resuming(arguments: DoctorArguments) -> int:
+    from nextllm_jax.resume_proof import prove
+
+    say = (lambda _: None) if arguments.json else (lambda text: print(text, flush=True))
+    comparisons = prove(arguments.run, steps=arguments.steps, say=say)
+    equal = all(comparison.equal for comparison in comparisons)
+    if arguments.json:
+        rows = [{**dataclasses.asdict(row), "equal": row.equal} for row in comparisons]
+        print(json.dumps({"equal": equal, "comparisons": rows}))
+    else:
+        print(f"{'':18} {'uninterrupted':18} {'interrupted':18}", *comparisons, sep="\n")
+        print("equal: the interrupted training ended where the other one did" if equal else "NOT EQUAL")
+    return 0 if equal else EXIT_FAILED
+
+
 COMMANDS = {
     "train": train_command,
     "prepare": prepare_command,
     "verify": verify_command,
+    "doctor": doctor_command,
     "import": import_command,
     "export": export_command,
     "tokenize": tokenize_command,

@@ -35,6 +35,11 @@ class DataConfig:
     """Size of the tokenizer that 'train' makes, special tokens included."""
     path: str | None = None
     """Directory of the prepared shards; none: data/<corpus>-<tokenizer>-<hash of these settings>."""
+    verify: Literal["sampled", "full"] = "sampled"
+    """What is compared with its checksum at the start, beside the sizes of all files. sampled: 1,024 blocks of 256 KiB
+    and one of each file, drawn anew each time. That is all of 256 MiB, and a swapped file is always found; in S bytes
+    more, one flipped bit is found with probability 256 MiB / S, and damage to a share f of the blocks with
+    1 - (1 - f)^1024, such as 0.99 for f = 0.0045. full: every byte, so that every flipped bit is found."""
     sequence_length: int = 256
     """Tokens in a training window."""
     validation_fraction: float = 0.05
@@ -168,7 +173,7 @@ class CheckpointConfig:
 
     every_steps: int = 500
     """Steps between saves; every new best and the end are saved too."""
-    keep_last: int = 1
+    keep_last: int = 2
     """Latest checkpoints that are kept. With 2 there is one to go back to if the latest is damaged later."""
     keep_every_steps: int = 0
     """Keep every checkpoint whose step is a multiple of this; 0: none."""

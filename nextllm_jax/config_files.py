@@ -15,13 +15,8 @@ from typing import Any
 from etils import epath
 
 from nextllm_jax import config as definitions
-from nextllm_jax.config import Config
+from nextllm_jax.config import Config, _require
 from nextllm_jax.errors import InputError
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:
@@ -55,7 +50,10 @@ def from_json(text: str, where: str) -> Config:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{where} is not JSON ({error}); it should be a config that a run wrote") from error
-    return from_dict(Config, values, where)
+    config = from_dict(Config, values, where)
+    # Another program's config.json may well hold none of the names that are unknown here.
+    _require({"model", "data", "training"} <= values.keys(), f"{where} is not a config that a run wrote")
+    return config
 
 
 def read_config(path: epath.PathLike) -> Config:

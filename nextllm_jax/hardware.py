@@ -63,6 +63,20 @@ def chip(device_kind: str) -> Chip | None:
     return _CHIPS.get(device_kind)
 
 
+def available_host_memory() -> int | None:
+    """Bytes of memory that this process can still get, by the machine and by its control group; None if unknown."""
+    candidates = []
+    try:
+        with open("/proc/meminfo") as file:
+            amounts = dict(line.split(":") for line in file)
+        candidates.append(int(amounts["MemAvailable"].split()[0]) * 1024)
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
+            candidates.append(int(limit.read()) - int(used.read()))
+    except (OSError, ValueError, KeyError):
+        pass  # not Linux, or no limit ("max")
+    return min(candidates, default=None)
+
+
 def cpu_has_bfloat16() -> bool:
     """Whether this machine's processor multiplies bfloat16 natively; False where Linux does not say."""
     try:

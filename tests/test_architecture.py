@@ -18,8 +18,9 @@ LAYERS = [  # a module imports from the rows below its own
     ("server",),
     ("",),  # nextllm_jax/__init__.py
     ("convert_cli", "text_cli"),
+    ("doctor", "resume_proof"),
     ("conversation", "evaluation", "harness"),
-    ("llm", "plan", "verify", "convert"),
+    ("llm", "plan", "verify", "convert", "machine"),
     ("training", "inference"),
     ("data", "model"),
     ("interop",),
@@ -50,7 +51,10 @@ FOLDERS = {  # inside a folder a file imports from those to its left
         "chat",
     ),
     "data": ("corpora", "shards", "data_directory", "prepare", "packing", "loader"),
-    "training": ("optimizer", "state", "step", "evaluate", "metrics", "run_directory", "writers", "signals", "loop"),
+    "training": (
+        *("optimizer", "state", "step", "evaluate", "metrics", "checks", "resume_guard", "run_directory", "writers"),
+        *("signals", "loop"),
+    ),
     "inference": ("sampling", "generate", "stream"),
     "interop": (
         "names",

@@ -26,26 +26,34 @@ def damaged(trained, door):
 def test_a_flipped_bit_is_named_by_every_command(trained, door, damaged):
     run, name = damaged
     before = contents(run)
-    found = f"damaged ({name} is not what was saved (its sha256 differs)); there is no other step"
+    found = f"damaged ({name} is not what was saved (its sha256 differs)); use another step of: 30"
     refused = door.run("sample.py", "--checkpoint", "runs/config", "--prompt", "the", exit_code=2)
     assert found in refused.stderr
     strict = door.run("train.py", "--config", "config.py", "--checkpoint.strict", exit_code=2)
     assert f"{found}; leave out --checkpoint.strict" in strict.stderr
     assert "Traceback" not in refused.stderr + strict.stderr
-    verified = door.run("nextllm_jax.cli", "verify", "runs/config", exit_code=1)
-    assert (
-        verified.stdout == f"runs/config/checkpoints/40: damaged: {name} is not what was saved (its sha256 differs)\n"
-    )
+    verified = door.run("nextllm_jax.cli", "verify", "runs/config", exit_code=1).stdout.splitlines()
+    assert verified[0].startswith("runs/config/checkpoints/30: ok, ")
+    assert verified[1:] == [f"runs/config/checkpoints/40: damaged: {name} is not what was saved (its sha256 differs)"]
     assert contents(run) == before
     # Asking jax for a device would fail with this platform.
-    row = json.loads(
-        door.run("nextllm_jax.cli", "verify", "runs/config", "--json", exit_code=1, JAX_PLATFORMS="none").stdout
-    )
+    rows = door.run("nextllm_jax.cli", "verify", "runs/config", "--json", exit_code=1, JAX_PLATFORMS="none").stdout
+    row = json.loads(rows.splitlines()[1])
     assert (row["state"], [damage["file"] for damage in row["damaged"]]) == ("damaged", [name])
     whole = trained.run("nextllm_jax.cli", "verify", "runs/config/checkpoints/40").stdout
     assert whole.startswith("runs/config/checkpoints/40: ok, ")
     nothing = door.run("nextllm_jax.cli", "verify", "corpus", exit_code=2)
     assert nothing.stderr.startswith("error: corpus is no run; give a run directory")
+
+
+def test_the_only_checkpoint_damaged_ends_in_a_sentence_and_nothing_changes(door, damaged):
+    run, name = damaged
+    shutil.rmtree(run / "checkpoints" / "30")
+    before = contents(run)
+    refused = door.run("train.py", "--config", "config.py", exit_code=2).stderr
+    assert f"damaged ({name} is not what was saved" in refused
+    assert "there is no other step; bring the file back, or start anew with --overwrite" in refused
+    assert contents(run) == before
 
 
 def test_a_save_that_fails_in_the_background_ends_the_run_with_a_sentence(door):

@@ -5,7 +5,6 @@ import fcntl
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from nextllm_jax.errors import InputError
 
 _SETTINGS = "settings.json"
 _INDEX = "index.json"
+_REPLACED = ".replaced-by-nextllm-prepare"
 _ANY_FORMAT = FORMAT.rstrip("0123456789")
 
 
@@ -37,7 +37,8 @@ def check_replaceable(output: Path, overwrite: bool) -> None:
         raise InputError(f"{output} exists and is not prepared data; name another directory")
     names = _names_of_files(index)
     foreign = sorted({path.relative_to(output).as_posix() for path in output.rglob("*")} - names)
-    foreign = [name for name in foreign if not name.startswith(("tokenizer/ranks-", "tokenizer/huggingface-"))]
+    ours = ("tokenizer/ranks-", "tokenizer/huggingface-", _REPLACED)
+    foreign = [name for name in foreign if not name.startswith(ours)]
     if foreign:
         raise InputError(
             f"{output} holds more than prepared data ({foreign[0]}{', ...' if foreign[1:] else ''}); "
@@ -84,14 +85,20 @@ def start_or_continue(partial: Path, settings: dict[str, Any]) -> None:
 
 
 def publish(partial: Path, output: Path) -> None:
-    """Turn the finished partial directory into the output; older data is removed only after that."""
-    if not is_prepared(output):
-        partial.rename(output)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f"{output.name}.replaced-", dir=output.parent))
-    output.rename(aside / output.name)
+    """Turn the finished partial directory into the output.
+
+    Older data travels in it and goes last, so that a process killed at any time leaves one or the other whole.
+    """
+    if is_prepared(output):
+        output.rename(partial / _REPLACED)
     partial.rename(output)
-    shutil.rmtree(aside)
+    remove_replaced(output)
+
+
+def remove_replaced(output: Path) -> None:
+    """Remove the older data that a process killed while it published has left in `output`."""
+    if (output / _REPLACED).is_dir():
+        shutil.rmtree(output / _REPLACED)
 
 
 def _read_ours(file: Path) -> dict[str, Any]:

@@ -16,18 +16,13 @@ from nextllm_jax.errors import InputError
 
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 _BATCHES_ON_DEVICE = 2
-_FIELDS_OF_THE_ORDER = {
-    "seed": "seed",
-    "sequence_length": "data.sequence_length",
-    "global_batch_size": "training.global_batch_size",
-}
-_NEW_RUN = "or start a new run: another --workdir, or --overwrite"
 
 
 class TrainLoader:
     """An endless supply of training batches, each a function of (data id, seed, step) alone.
 
-    Every epoch is a new order of all windows. Each process reads only the rows that its devices hold.
+    Every epoch is a new order of all windows. Each process reads only the rows that its devices hold. A run whose
+    batch size, order or data changed on the way goes on from where `resume` puts it.
     `sharding` is that of [B, T] arrays. Raises InputError if the split is shorter than one window, or if the
     sharding does not divide the batch.
     """
@@ -49,6 +44,7 @@ class TrainLoader:
         digest = hashlib.sha256(f"{split.data_id}:{seed}".encode()).digest()
         order_seed = int.from_bytes(digest[:4], "big")
         self._order = grain.MapDataset.range(windows).shuffle(seed=order_seed).repeat()
+        self._origin = (0, 0)  # a step, and the place in the order of its first window
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """The batches of `start_step`, `start_step` + 1, ... as global jax arrays; starting costs the same anywhere."""
@@ -64,35 +60,37 @@ class TrainLoader:
             iterator.close()
 
     def position(self, step: int) -> dict[str, Any]:
-        """What a checkpoint records so that training goes on at `step` with the same order; plain JSON values."""
+        """What a checkpoint records so that training goes on at `step` with the same order; plain JSON values.
+
+        `window` counts the windows of this order that the steps before have taken.
+        """
         batch_size, sequence_length = self._shape
         return {
             "data_id": self._split.data_id,
+            "tokenizer_hash": self._split.tokenizer_hash,
             "seed": self._seed,
             "step": step,
             "sequence_length": sequence_length,
             "global_batch_size": batch_size,
+            "window": self._first_window(step),
         }
 
-    def check_position(self, position: dict[str, Any]) -> None:
-        """Raise InputError, naming the field to restore, if a recorded position is of another order of tokens."""
-        split, expected = self._split, self.position(0)
-        if position.get("data_id") != expected["data_id"]:
-            raise InputError(
-                f"the checkpoint was trained on other data than {split.directory} holds; set data.path to the data of "
-                f"the checkpoint, {_NEW_RUN}"
-            )
-        for name, field in _FIELDS_OF_THE_ORDER.items():
-            if position.get(name) != expected[name]:
-                raise InputError(
-                    f"{field} is {expected[name]}, but the checkpoint was trained with {position.get(name)}, so the "
-                    f"order of the data cannot go on; restore it, {_NEW_RUN}"
-                )
+    def resume(self, position: dict[str, Any]) -> None:
+        """Go on from a recorded position: with the next window where the order is the same, else from its beginning.
+
+        The order is that of (data id, seed, sequence length); the batch size may be another.
+        """
+        step, expected = position["step"], self.position(0)
+        same_order = all(position[name] == expected[name] for name in ("data_id", "seed", "sequence_length"))
+        self._origin = (step, position.get("window", step * position["global_batch_size"]) if same_order else 0)
+
+    def _first_window(self, step: int) -> int:
+        origin_step, origin_window = self._origin
+        return origin_window + (step - origin_step) * self._shape[0]
 
     def _read(self, step: int) -> Batch:
-        batch_size, sequence_length = self._shape
-        windows = [self._order[step * batch_size + int(row)] for row in self._rows]
-        return read_batch(self._split, np.array(windows), sequence_length)
+        windows = [self._order[self._first_window(step) + int(row)] for row in self._rows]
+        return read_batch(self._split, np.array(windows), self._shape[1])
 
 
 def validation_batches(

@@ -40,6 +40,7 @@ from nextllm_jax.data.data_directory import (
     is_prepared,
     publish,
     read_settings,
+    remove_replaced,
     start_or_continue,
 )
 from nextllm_jax.data.shards import (
@@ -49,6 +50,7 @@ from nextllm_jax.data.shards import (
     SplitName,
     TokenizedDocuments,
     mounted_path,
+    partial_path,
     token_dtype,
     write_index,
     write_split,
@@ -82,7 +84,7 @@ class PartReport(NamedTuple):
 def data_settings(config: DataConfig) -> dict[str, Any]:
     """The settings that change the prepared data, and the Python version where its source is the corpus."""
     settings = dataclasses.asdict(config)
-    for name in ("path", "sequence_length", "num_processes"):
+    for name in ("path", "verify", "sequence_length", "num_processes"):
         del settings[name]
     if config.tokenizer != "train":
         del settings["vocab_size"]
@@ -102,37 +104,54 @@ def default_data_path(config: DataConfig) -> Path:
     return Path("data") / f"{corpus}-{tokenizer}-{digest}"
 
 
+def find_prepared(config: DataConfig) -> Path | None:
+    """The directory of the data that a config trains on; None if it is to be prepared first.
+
+    Raises InputError if nothing is prepared where `config.path` says.
+    """
+    path = mounted_path(default_data_path(config))
+    if is_prepared(path):
+        return path
+    if config.path:
+        raise InputError(
+            f"data.path {path} holds no prepared data; check the path, or make it: nextllm prepare --output {path}"
+        )
+    return None
+
+
+def remark(config: DataConfig, path: Path) -> str | None:
+    """What to say of prepared data that is not what the config says, or whose corpus changed since."""
+    found, wanted = read_settings(path), data_settings(config)
+    del wanted["format"], wanted["tokens_per_shard"]
+    differing = [f"{name} {value}" for name, value in wanted.items() if found.get(name) != value]
+    if differing:
+        return f"{_describe(path, found)}; the config says {', '.join(differing)}"
+    if _files_changed(config, found):
+        return (
+            f"warning: the files of data.corpus {config.corpus} changed after {path} was prepared, which is used as "
+            "it is; nextllm prepare --overwrite prepares it again"
+        )
+    return None
+
+
 def ensure_prepared(config: DataConfig) -> Path:
     """The directory of the data that a config trains on, which is prepared first if `config.path` is None.
 
     Data that `config.path` names is used as it is; a line on standard error says what it is where the config
     says otherwise, and where the files of a corpus changed since. Raises InputError if nothing is prepared there.
     """
-    path = mounted_path(default_data_path(config))
-    if not is_prepared(path):
-        if config.path:
-            raise InputError(
-                f"data.path {path} holds no prepared data; check the path, or make it: nextllm prepare --output {path}"
-            )
+    path = find_prepared(config)
+    if path is None:
+        path = default_data_path(config)
         print(f"preparing {config.corpus} in {path}", file=sys.stderr)
         prepare(config, path)
-        return path
-    found, wanted = read_settings(path), data_settings(config)
-    del wanted["format"], wanted["tokens_per_shard"]
-    differing = [f"{name} {value}" for name, value in wanted.items() if found.get(name) != value]
-    if differing:
-        print(f"{_describe(path, found)}; the config says {', '.join(differing)}", file=sys.stderr)
-    elif _files_changed(config, found):
-        print(
-            f"warning: the files of data.corpus {config.corpus} changed after {path} was prepared, which is used as "
-            "it is; nextllm prepare --overwrite prepares it again",
-            file=sys.stderr,
-        )
+    elif said := remark(config, path):
+        print(said, file=sys.stderr)
     return path
 
 
 def _describe(path: Path, settings: dict[str, Any]) -> str:
-    dataset = Dataset.open(path, checksums=False)
+    dataset = Dataset.open(path, verify="sizes")
     corpus, tokenizer = (settings.get(name, "unknown") for name in ("corpus", "tokenizer"))
     return (
         f"using {path} as it is: corpus {corpus}, tokenizer {tokenizer} of {dataset.vocab_size:,} tokens, "
@@ -161,7 +180,7 @@ def prepare(config: DataConfig, output: Path, *, overwrite: bool = False) -> Non
     """
     output = mounted_path(output)
     settings = data_settings(config)
-    partial = output.with_name(f"{output.name}.partial")
+    partial = partial_path(output)
     found = read_settings(output)
     if not overwrite and is_prepared(output) and settings.items() <= found.items():
         if _files_changed(config, found):
@@ -169,6 +188,7 @@ def prepare(config: DataConfig, output: Path, *, overwrite: bool = False) -> Non
                 f"the files of data.corpus {config.corpus} changed after {output} was prepared; "
                 "pass --overwrite to prepare it again, or name another directory"
             )
+        remove_replaced(output)
         print(f"{output} is prepared already")
         return
     check_replaceable(output, overwrite)
@@ -240,7 +260,7 @@ def _tokenize_corpus(config: DataConfig, limit: int, partial: Path, tokenizer_ha
     def missing_parts() -> Iterator[Part]:
         for part in _cut_into_parts(read_documents(config), limit, partial / "parts"):
             paths.append(part.path)
-            if not zipfile.is_zipfile(part.path):
+            if not _is_whole(part.path):
                 yield part
 
     work = functools.partial(_tokenize_part, tokenizer_directory=partial / "tokenizer", tokenizer_hash=tokenizer_hash)
@@ -309,6 +329,15 @@ def _load_tokenizer_once(directory: Path, expected_hash: str) -> Tokenizer:
     return tokenizer
 
 
+def _is_whole(part: Path) -> bool:
+    """Whether a part is there and is what was written, by the checksums in it."""
+    try:
+        with zipfile.ZipFile(part) as file:
+            return file.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
 def _load_part(path: Path, name: SplitName) -> TokenizedDocuments:
     with np.load(path) as arrays:
         return TokenizedDocuments(arrays[f"{name}_tokens"], arrays[f"{name}_lengths"], int(arrays[f"{name}_bytes"]))
@@ -359,7 +388,7 @@ def _bar_interval() -> float:
 
 
 def _print_counts(output: Path) -> None:
-    dataset = Dataset.open(output, checksums=False)
+    dataset = Dataset.open(output, verify="sizes")
     counts = ", ".join(
         f"{dataset.split(name).num_tokens:,} {name} tokens in {dataset.split(name).num_documents:,} documents"
         for name in SPLITS

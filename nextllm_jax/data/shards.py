@@ -2,20 +2,24 @@
 
 A prepared directory holds
 
-    index.json              counts, and size and sha256 of every file below
+    index.json              counts, and size and checksums of every file below; with a checksum of its own
     settings.json           the settings it was made with
     tokenizer/              the tokenizer it was made with
     train-00000.bin ...     tokens of all documents one after the other, little-endian uint16 or uint32
     train-documents.npy     int64: where each document starts, then the number of tokens
     validation-...          the same for the held-out documents
 
-Documents and shard files end independently of each other.
+Documents and shard files end independently of each other. Files have a checksum for each block, so that a sample
+of blocks can be compared without reading the rest.
 """
 
+import bisect
 import hashlib
 import io
+import itertools
 import json
 import os
+import random
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,11 +30,15 @@ import numpy as np
 from nextllm_jax.errors import InputError
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
-FORMAT = "nextllm_jax tokens 2"
+FORMAT = "nextllm_jax tokens 3"
 SPLITS = ("train", "validation")
 SplitName = Literal["train", "validation"]
 
-_CHECKED_AT_OPEN_BYTES = 256 * 2**20
+BLOCK_BYTES = 256 * 2**10
+SAMPLED_BLOCKS = 1024
+"""Blocks that a sampled check reads, beside one of each file."""
+
+_DIGEST_CHARACTERS = 16
 
 
 class TokenizedDocuments(NamedTuple):
@@ -52,6 +60,11 @@ def mounted_path(path: str | os.PathLike[str]) -> Path:
     if re.match(r"[a-z][a-z0-9]+:/", str(path)):
         raise InputError(f"data.path {path} is not on a mounted disk; mount or copy it, since shards are memory mapped")
     return Path(path)
+
+
+def partial_path(output: Path) -> Path:
+    """Where data is prepared that becomes `output` when it is complete."""
+    return output.with_name(f"{output.name}.partial")
 
 
 def write_split(
@@ -133,6 +146,7 @@ def write_index(directory: Path, tokenizer: Tokenizer, splits: dict[str, dict[st
         "dtype": token_dtype(tokenizer.vocab_size).name,
         "splits": splits,
     }
+    index["sha256"] = _index_sha256(index)
     temporary = directory / "index.json.tmp"
     temporary.write_text(json.dumps(index, indent=2) + "\n")
     temporary.replace(directory / "index.json")
@@ -142,30 +156,40 @@ class Split:
     """One split as a stream of tokens with random access; safe to read from several threads.
 
     `document_starts` is int64 [num_documents + 1]: where each document starts, then `num_tokens`.
-    `num_bytes` counts the UTF-8 bytes of the texts. `directory` and `data_id` are those of the dataset.
+    `num_bytes` counts the UTF-8 bytes of the texts. `directory`, `data_id` and `tokenizer_hash` are the dataset's.
     """
 
-    def __init__(self, directory: Path, name: SplitName, entry: dict[str, Any], dtype: np.dtype[Any], data_id: str):
+    def __init__(self, directory: Path, name: SplitName, index: dict[str, Any]):
+        entry = index["splits"][name]
+        dtype = np.dtype(index["dtype"]).newbyteorder("<")
         self.directory = directory
         self.name = name
-        self.data_id = data_id
+        self.data_id = _data_id(index)
+        self.tokenizer_hash: str = index["tokenizer"]["hash"]
         self.num_tokens: int = entry["tokens"]
         self.num_documents: int = entry["documents"]
         self.num_bytes: int = entry["bytes"]
         self.document_starts: np.ndarray = np.load(directory / entry["document_index"]["file"], mmap_mode="r")
-        self._shards = [np.memmap(directory / shard["file"], dtype=dtype, mode="r") for shard in entry["shards"]]
+        self._vocab_size: int = index["tokenizer"]["vocab_size"]
+        self._files = [directory / shard["file"] for shard in entry["shards"]]
+        self._shards = [np.memmap(file, dtype=dtype, mode="r") for file in self._files]
         self._bounds = np.cumsum([0, *[len(shard) for shard in self._shards]])
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Copy of the tokens from `start` up to `stop`, in the type on disk, across shard files."""
+        """Copy of the tokens from `start` up to `stop`, in the type on disk, across shard files.
+
+        Raises InputError, naming the file, if one of them lies outside of the vocabulary.
+        """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start} to {stop} of a split of {self.num_tokens}")
         first = max(int(np.searchsorted(self._bounds, start, side="right")) - 1, 0)
         pieces = []
-        for shard, bound in zip(self._shards[first:], self._bounds[first:-1], strict=True):
+        for shard, bound, file in zip(self._shards[first:], self._bounds[first:-1], self._files[first:], strict=True):
             if bound >= stop:
                 break
-            pieces.append(shard[max(start - bound, 0) : stop - bound])
+            piece = shard[max(start - bound, 0) : stop - bound]
+            _check_ids(piece, self._vocab_size, file)
+            pieces.append(piece)
         return np.concatenate(pieces) if pieces else np.empty(0, self._shards[0].dtype)
 
 
@@ -180,25 +204,27 @@ class Dataset:
         self.data_id = _data_id(index)
         self.vocab_size: int = index["tokenizer"]["vocab_size"]
         self.tokenizer_hash: str = index["tokenizer"]["hash"]
-        self._splits = {
-            name: Split(path, name, index["splits"][name], np.dtype(index["dtype"]).newbyteorder("<"), self.data_id)
-            for name in SPLITS
-        }
+        self._splits = {name: Split(path, name, index) for name in SPLITS}
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, checksums: bool | None = None) -> "Dataset":
-        """The dataset at `path`, every file checked by size, and by sha256 if `checksums`.
+    def open(
+        cls, path: str | os.PathLike[str], *, verify: Literal["sizes", "sampled", "full"] = "sampled"
+    ) -> "Dataset":
+        """The dataset at `path`, the sizes of its files checked and, but for "sizes", checksums: see data.verify.
 
-        None: by sha256 if the files are under 256 MiB together. Raises InputError if the dataset is missing,
-        unfinished or damaged, naming the file. It must lie on a mounted disk.
+        Raises InputError if the dataset is missing, unfinished or damaged, naming the file. It must lie on a mounted
+        disk.
         """
         directory, index = _read_index(path)
         try:
-            splits = [index["splits"][name] for name in SPLITS]
-            entries = [entry for split in splits for entry in [*split["shards"], split["document_index"]]]
-            if checksums is None:
-                checksums = sum(entry["size"] for entry in entries) <= _CHECKED_AT_OPEN_BYTES
-            _check_files(directory, entries, checksums=checksums)
+            entries = _file_entries(index)
+            for entry in entries:
+                _check_size(directory / entry["file"], entry["size"])
+            dtype, vocab_size = np.dtype(index["dtype"]).newbyteorder("<"), index["tokenizer"]["vocab_size"]
+            for entry, block in _blocks_to_check(entries, verify):
+                content = _check_block(directory / entry["file"], entry, block)
+                if entry["file"].endswith(".bin"):
+                    _check_ids(np.frombuffer(content, dtype), vocab_size, directory / entry["file"])
             return cls(directory, index)
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged_index(directory, repr(error)) from error
@@ -210,9 +236,10 @@ class Dataset:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the data was made with. Raises InputError if it is missing, damaged or another."""
         tokenizer = Tokenizer.load(self.path / "tokenizer")
-        if tokenizer.hash != self.tokenizer_hash:
+        if (tokenizer.hash, tokenizer.vocab_size) != (self.tokenizer_hash, self.vocab_size):
             raise InputError(
-                f"{self.path / 'tokenizer'} is not the one that made this data; prepare it again with --overwrite"
+                f"{self.path / 'tokenizer'} is not the one that made this data, by {self.path / 'index.json'}; "
+                f"{_bring_back(self.path)}"
             )
         return tokenizer
 
@@ -221,7 +248,7 @@ def _read_index(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     directory = mounted_path(path)
     file = directory / "index.json"
     if not file.is_file():
-        started = directory.with_name(f"{directory.name}.partial").is_dir()
+        started = partial_path(directory).is_dir()
         state = "was not prepared to the end" if started else "holds no prepared data"
         raise InputError(f"{directory} {state}: there is no index.json; run nextllm prepare")
     try:
@@ -230,12 +257,24 @@ def _read_index(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged_index(directory, repr(error)) from error
     if version != FORMAT:
-        raise InputError(f"{file} has format '{version}', not '{FORMAT}'; prepare the data again with --overwrite")
+        raise InputError(
+            f"{file} has format '{version}', made by another version of this program, not '{FORMAT}'; prepare the data "
+            f"again: nextllm prepare --overwrite --output {directory}"
+        )
+    if index.get("sha256") != _index_sha256(index):
+        raise _damaged_index(directory, "its sha256 is not the one that it states")
     return directory, index
 
 
 def _damaged_index(directory: Path, cause: str) -> InputError:
-    return InputError(f"{directory / 'index.json'} is damaged ({cause}); remove {directory} and prepare the data again")
+    return InputError(
+        f"{directory / 'index.json'} is damaged ({cause}); bring back an intact copy, or remove {directory} and "
+        "prepare the data again"
+    )
+
+
+def _bring_back(directory: Path) -> str:
+    return f"bring back an intact copy, or prepare the data again: nextllm prepare --overwrite --output {directory}"
 
 
 def _data_id(index: dict[str, Any]) -> str:
@@ -244,26 +283,72 @@ def _data_id(index: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps([index["tokenizer"]["hash"], hashes]).encode()).hexdigest()[:16]
 
 
+def _index_sha256(index: dict[str, Any]) -> str:
+    """The checksum of all of index.json but this checksum itself."""
+    content = {name: value for name, value in index.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def _file_entry(path: Path) -> dict[str, Any]:
-    return {"file": path.name, "size": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _check_files(directory: Path, entries: list[dict[str, Any]], *, checksums: bool) -> None:
-    for entry in entries:
-        path = directory / entry["file"]
-        size = path.stat().st_size if path.is_file() else None
-        if size is None:
-            raise InputError(f"{path} is missing; prepare the data again with --overwrite")
-        if size != entry["size"]:
-            raise InputError(
-                f"{path} is damaged: {size} bytes instead of {entry['size']}; prepare it again with --overwrite"
-            )
-        if checksums and _sha256(path) != entry["sha256"]:
-            raise InputError(
-                f"{path} is damaged: its sha256 is not the one in index.json; prepare it again with --overwrite"
-            )
-
-
-def _sha256(path: Path) -> str:
+    """Name, size, sha256 and, joined, the first 64 bits of the sha256 of each block of BLOCK_BYTES of a file."""
+    whole, blocks, size = hashlib.sha256(), [], 0
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while content := file.read(BLOCK_BYTES):
+            whole.update(content)
+            blocks.append(_block_digest(content))
+            size += len(content)
+    return {"file": path.name, "size": size, "sha256": whole.hexdigest(), "blocks": "".join(blocks)}
+
+
+def _block_digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:_DIGEST_CHARACTERS]
+
+
+def _file_entries(index: dict[str, Any]) -> list[dict[str, Any]]:
+    splits = [index["splits"][name] for name in SPLITS]
+    return [entry for split in splits for entry in [*split["shards"], split["document_index"]]]
+
+
+def _blocks_to_check(entries: list[dict[str, Any]], verify: str) -> Iterator[tuple[dict[str, Any], int]]:
+    """(entry, number of the block) of every block, or of a sample drawn anew each time, with some of each file."""
+    bounds = [0, *itertools.accumulate(len(entry["blocks"]) // _DIGEST_CHARACTERS for entry in entries)]
+    chosen: Iterable[int] = range(bounds[-1])
+    if verify == "sizes":
+        chosen = []
+    elif verify == "sampled" and bounds[-1] > SAMPLED_BLOCKS:
+        draw = random.SystemRandom()  # not the process's own generator, which a program may have seeded
+        chosen = {*draw.sample(chosen, SAMPLED_BLOCKS), *(draw.randrange(*ends) for ends in itertools.pairwise(bounds))}
+    for number in sorted(chosen):
+        file = bisect.bisect_right(bounds, number) - 1
+        yield entries[file], number - bounds[file]
+
+
+def _check_size(path: Path, expected: int) -> None:
+    size = path.stat().st_size if path.is_file() else None
+    if size is None:
+        raise InputError(f"{path} is missing; {_bring_back(path.parent)}")
+    if size != expected:
+        raise InputError(f"{path} is damaged: {size} bytes instead of {expected}; {_bring_back(path.parent)}")
+
+
+def _check_block(path: Path, entry: dict[str, Any], block: int) -> bytes:
+    """The content of a block of a file. Raises InputError if its checksum is not the one in index.json."""
+    with open(path, "rb") as file:
+        file.seek(block * BLOCK_BYTES)
+        content = file.read(BLOCK_BYTES)
+    if _block_digest(content) != entry["blocks"][block * _DIGEST_CHARACTERS : (block + 1) * _DIGEST_CHARACTERS]:
+        start = block * BLOCK_BYTES
+        raise InputError(
+            f"{path} is damaged, or the file of other data: the sha256 of bytes {start:,} to {start + len(content):,} "
+            f"is not the one in index.json; {_bring_back(path.parent)}"
+        )
+    return content
+
+
+def _check_ids(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
+    """Raise InputError, naming the file, for an id that the vocabulary does not hold."""
+    if tokens.size and int(tokens.max()) >= vocab_size:
+        raise InputError(
+            f"{path} holds the token id {int(tokens.max())}, outside of the vocabulary of {vocab_size}; "
+            f"{_bring_back(path.parent)}"
+        )

@@ -26,6 +26,12 @@ def _vectors(config: ModelConfig) -> int:
     return config.num_layers * layer + embed
 
 
+def train_state_bytes(config: ModelConfig) -> int:
+    """Bytes of the parameters and of AdamW's two moments, the first of which is float32 whatever the parameters are."""
+    width = 4 if config.param_dtype == "float32" else 2
+    return parameter_count(config) * (width + 4 + width)
+
+
 def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """Training FLOPs per token: 6 per weight that multiplies (2 forward, 4 backward) plus attention.
 

@@ -1,6 +1,8 @@
 """Tokenizers by name or path: OpenAI's published encodings, ranks files, saved directories, Hugging Face's files."""
 
+import hashlib
 import os
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +14,8 @@ from nextllm_jax.tokenizer.gguf import from_gguf, read_metadata
 from nextllm_jax.tokenizer.huggingface import load_huggingface
 from nextllm_jax.tokenizer.patterns import GPT2_PATTERN, GPT4_PATTERN, O200K_PATTERN
 from nextllm_jax.tokenizer.tokenizer import Tokenizer, trained_special_tokens
+
+_PUBLISHED = "https://openaipublic.blob.core.windows.net/"
 
 
 class KnownEncoding(NamedTuple):
@@ -74,6 +78,17 @@ def load_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
     )
 
 
+def files_to_fetch(name: str) -> list[str]:
+    """The addresses from which tiktoken would fetch a named encoding, empty if it has them in its cache."""
+    known = KNOWN_ENCODINGS[name]
+    names = ["gpt-2/encodings/main/vocab.bpe", "gpt-2/encodings/main/encoder.json"]
+    addresses = [_PUBLISHED + file for file in (names if name == "gpt2" else [f"encodings/{known.file}"])]
+    default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
+    kept = [os.path.join(cache, hashlib.sha1(address.encode()).hexdigest()) for address in addresses]
+    return [address for address, file in zip(addresses, kept, strict=True) if not (cache and os.path.isfile(file))]
+
+
 def _load_named(name: str) -> Tokenizer:
     known = KNOWN_ENCODINGS[name]
     try:
@@ -81,7 +96,7 @@ def _load_named(name: str) -> Tokenizer:
     except Exception as error:
         raise InputError(
             f"tokenizer {name} is not in tiktoken's cache and cannot be fetched ({type(error).__name__}); bring "
-            f"https://openaipublic.blob.core.windows.net/encodings/{known.file} and pass its path as --data.tokenizer"
+            f"{_PUBLISHED}encodings/{known.file} and pass its path as --data.tokenizer"
         ) from error
     return Tokenizer(name, ByteBPE(ranks, known.pattern, known.special_tokens))
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -25,9 +25,11 @@ from nextllm_jax.model.accounting import flops_per_token, parameter_count
 from nextllm_jax.model.transformer import Transformer, resolve_dtype, set_matmul_precision
 from nextllm_jax.sharding import make_mesh, sharding
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
+from nextllm_jax.training.checks import check_fits, check_not_beyond, check_platform
 from nextllm_jax.training.evaluate import evaluate
 from nextllm_jax.training.metrics import TrainMeter
 from nextllm_jax.training.optimizer import make_optimizer, schedule
+from nextllm_jax.training.resume_guard import local_workdir, require_same_data
 from nextllm_jax.training.run_directory import open_run
 from nextllm_jax.training.signals import StopRequest
 from nextllm_jax.training.state import TrainState, abstract_state, create_state, shardings_of
@@ -77,67 +79,30 @@ def build_program(config: Config, mesh: Mesh) -> Program:
     )
 
 
-def _check_platform(config: Config) -> None:
-    try:
-        found = jax.default_backend()
-    except RuntimeError as error:
-        raise InputError(f"jax finds no device to run on ({str(error).splitlines()[0]}); see JAX_PLATFORMS") from error
-    if config.platform not in ("auto", found):
-        raise InputError(
-            f"platform is {config.platform}, but jax found {found}; install jax for it, set JAX_PLATFORMS, or "
-            "change --platform"
-        )
-
-
-def _check_fits(config: Config, dataset: Dataset, mesh: Mesh) -> None:
-    """Raise InputError, before anything is written, if data, model and mesh do not go together."""
-    if dataset.vocab_size > config.model.vocab_size:
-        raise InputError(
-            f"the data's tokenizer has {dataset.vocab_size} tokens but model.vocab_size is "
-            f"{config.model.vocab_size}; set --model.vocab-size {dataset.vocab_size} or more"
-        )
-    rows = config.training.global_batch_size // config.training.accumulation_steps
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % parts:
-        raise InputError(
-            f"training.global_batch_size / accumulation_steps is {rows}, which mesh.data x mesh.fsdp = {parts} "
-            "does not divide"
-        )
-    length, parts = config.data.sequence_length, mesh.shape["sequence"]
-    if length % parts:
-        raise InputError(f"data.sequence_length {length} is not divisible by mesh.sequence {parts}")
-    tokenizer, training = dataset.tokenizer(), config.training
-    for prompt in training.sample_prompts if training.sample_tokens else ():
-        needed = 1 + len(tokenizer.encode(prompt)) + training.sample_tokens
-        if needed > config.model.context_length:
-            raise InputError(
-                f"training.sample_prompts has {prompt[:20]!r}..., which needs {needed} tokens with "
-                f"training.sample_tokens, over model.context_length {config.model.context_length}"
-            )
-
-
 def _restore_or_create(program: Program, checkpoints: Checkpoints, config: Config) -> tuple[TrainState, dict[str, Any]]:
     """The latest readable checkpoint's state and record, or a new state and an empty record.
 
     A damaged checkpoint is set aside with a message; otherwise its step could not be saved again. Raises
-    InputError instead if checkpoint.strict is set.
+    InputError instead if checkpoint.strict is set, or if there is none before it to go on from.
     """
     while (step := checkpoints.latest_step()) is not None:
-        if step > config.training.steps:
-            raise InputError(f"the run is at step {step} already, beyond training.steps {config.training.steps}")
+        check_not_beyond(config, step)
         rest = dataclasses.replace(program.abstract_state, params=None)
         try:
             state = checkpoints.restore(step, "rest", rest)
             params = checkpoints.restore(step, "params", program.abstract_state.params)
             return dataclasses.replace(state, params=params), checkpoints.record(step)
         except DamagedCheckpoint as error:
+            if checkpoints.steps()[0] == error.step:
+                raise InputError(f"{error}; bring the file back, or start anew with --overwrite") from error
             if config.checkpoint.strict:
                 raise InputError(
                     f"{error}; leave out --checkpoint.strict to set it aside and go on from the one before it"
                 ) from error
-            aside, left = checkpoints.set_aside(error.step), checkpoints.latest_step()
+            aside = checkpoints.set_aside(error.step)
             if jax.process_index() == 0:
-                print(f"WARNING: {error}\nWARNING: it is now {aside}; going on from step {left or 0}", flush=True)
+                left = checkpoints.latest_step()
+                print(f"WARNING: {error}\nWARNING: it is now {aside}; going on from step {left}", flush=True)
     return program.create_state(), {}
 
 
@@ -160,48 +125,57 @@ def _describe(config: Config, program: Program, mesh: Mesh, dataset: Dataset) ->
     )
 
 
-def train(
-    config: Config,
-    *,
-    overwrite: bool = False,
-    sample_text: SampleText | None = None,
-    group: Group | None = None,
-    stop: StopRequest | None = None,
-) -> Outcome:
-    """Train as configured, from the latest checkpoint if the run directory holds one.
-
-    `sample_text` makes the texts of samples.txt; every process calls it, since it computes on the mesh. `group` are
-    the processes that train together (none: this one alone), `stop` a request to stop that is in force already.
-
-    Raises InputError for what the user can fix, and RunFailed if too many steps in a row are not finite.
-    """
-    if config.workdir is None or "://" in config.workdir:
-        raise InputError(f"workdir is {config.workdir}; it must name a local directory for the run")
-    _check_platform(config)
-    mesh = make_mesh(config.mesh)
-    dataset = Dataset.open(default_data_path(config.data))
-    _check_fits(config, dataset, mesh)
-    program = build_program(config, mesh)
-    set_matmul_precision(program.model.dtype)
-    loader = TrainLoader(
+def make_loader(config: Config, dataset: Dataset, mesh: Mesh) -> TrainLoader:
+    """The training batches of a config on a mesh. Raises InputError if data, batch and mesh do not go together."""
+    return TrainLoader(
         dataset.split("train"),
         sequence_length=config.data.sequence_length,
         global_batch_size=config.training.global_batch_size,
         seed=config.seed,
         sharding=sharding(mesh, "batch", "seq"),
     )
+
+
+def train(
+    config: Config,
+    *,
+    overwrite: bool = False,
+    allow_change: Collection[str] = (),
+    sample_text: SampleText | None = None,
+    group: Group | None = None,
+    stop: StopRequest | None = None,
+) -> Outcome:
+    """Train as configured, from the latest checkpoint if the run directory holds one.
+
+    `allow_change` names the fields, dotted, in which a continued run may differ from what it was. `sample_text`
+    makes the texts of samples.txt; every process calls it, since it computes on the mesh. `group` are the processes
+    that train together (none: this one alone), `stop` a request to stop that is in force already.
+
+    Raises InputError for what the user can fix, and RunFailed if too many steps in a row are not finite.
+    """
+    workdir = local_workdir(config)
+    check_platform(config)
+    mesh = make_mesh(config.mesh)
+    dataset = Dataset.open(default_data_path(config.data), verify=config.data.verify)
+    tokenizer = dataset.tokenizer()
+    check_fits(config, tokenizer, mesh)
+    program = build_program(config, mesh)
+    set_matmul_precision(program.model.dtype)
+    loader = make_loader(config, dataset, mesh)
     group = group or Group()
     group.check_same({f"the data in {dataset.path} with id": dataset.data_id})
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopRequest(group))
         stack.enter_context(jax.set_mesh(mesh))
-        run = stack.enter_context(open_run(config.workdir, config, overwrite=overwrite, group=group))
+        run = stack.enter_context(
+            open_run(workdir, config, overwrite=overwrite, allow_change=allow_change, group=group)
+        )
         checkpoints = stack.enter_context(_checkpoints(run.path / "checkpoints", config, dataset))
         stack.push(group.report)  # before the checkpoints close, which can wait for the others
         state, record = _restore_or_create(program, checkpoints, config)
         if record:
-            loader.check_position(record["data"])
-        tokenizer = dataset.tokenizer()
+            require_same_data(record["data"], loader.position(0), dataset.path, allow_change)
+            loader.resume(record["data"])
         if group.process_id == 0:
             tokenizer.save(run.path / "tokenizer")  # only now: this is the run's data
         run.accept(config)
@@ -214,6 +188,8 @@ def train(
         writers.message(_describe(config, program, mesh, dataset))
         if step:
             writers.message(f"continuing from step {step} of {run.path}")
+        for change in run.changes:
+            writers.message(f"changed: {change}")
         return _steps(
             Session(config, program, mesh, dataset, loader, tokenizer, checkpoints, writers, stop, sample_text),
             state,
@@ -384,7 +360,11 @@ def _finish(session: Session, state: TrainState, last: StepMetrics | None) -> Ou
     checkpoints, step = session.checkpoints, int(state.step)
     checkpoints.wait()
     if last is None:
-        session.writers.message(f"the run is finished at step {step}; raise --training.steps to go on")
+        length = session.config.optimizer.schedule_steps or step
+        session.writers.message(
+            f"the run is finished at step {step}; to go on raise --training.steps, with "
+            f"--optimizer.schedule-steps {length} to keep the schedule"
+        )
         return "finished"
     _check_finite(session, step, last)
     skipped = int(state.skipped)

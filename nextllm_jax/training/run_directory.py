@@ -8,25 +8,20 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
 
 import jax
 from etils import epath
 
 from nextllm_jax.config import Config
-from nextllm_jax.config_files import from_json
 from nextllm_jax.distributed import Group
 from nextllm_jax.errors import InputError, RunFailed
+from nextllm_jax.training.resume_guard import CONFIG, Change, read_run, require_resumable
 
-CONFIG = "config.json"
 _LOCK = ".lock"
 _OVERWRITTEN = "overwritten"
 # What a run writes. config.json is the last: as long as it is there, a directory is known for a run.
 _FILES = ("metrics.jsonl", "loss.png", "samples.txt", "tensorboard", "tokenizer", "checkpoints", CONFIG)
-# Fields that may change when a run goes on: they change neither the parameters nor the tokens. Where the data
-# lies may change too; that it is the same data is checked against the checkpoint.
-_FREE_FIELDS = {"model": ("dtype", "remat"), "data": ("path", "num_processes", "tokens_per_shard")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +31,8 @@ class RunDirectory:
     path: epath.Path
     set_aside: epath.Path | None = None
     """Where the files of an overwritten run went."""
+    changes: Sequence[Change] = ()
+    """In what a continued run differs from what it was, by consent."""
 
     def accept(self, config: Config) -> None:
         """Make `config` the one in config.json, once a continued run has passed its checks."""
@@ -45,7 +42,12 @@ class RunDirectory:
 
 @contextlib.contextmanager
 def open_run(
-    workdir: epath.PathLike, config: Config, *, overwrite: bool = False, group: Group | None = None
+    workdir: epath.PathLike,
+    config: Config,
+    *,
+    overwrite: bool = False,
+    allow_change: Collection[str] = (),
+    group: Group | None = None,
 ) -> Iterator[RunDirectory]:
     """The run in `workdir`, new or continued, locked against a second training until the context ends.
 
@@ -54,8 +56,8 @@ def open_run(
     Every process of `group` calls it; process 0 does the work and the others wait for it. No lock on gs:// and the
     like, nor on file systems that have none.
 
-    Raises InputError for a directory that is not a run and not empty, a run of another model or of other data,
-    a run that another process trains, and a directory that cannot be written.
+    Raises InputError for a directory that is not a run and not empty, a run of another config (but for fields that
+    may differ, `allow_change` among them), a run that another process trains, and a directory that cannot be written.
     """
     path, group = epath.Path(workdir), group or Group()
     if group.process_id != 0:
@@ -69,18 +71,18 @@ def open_run(
         return
     with contextlib.ExitStack() as stack:
         try:
-            _require_run_or_empty(path)
+            require_run_or_empty(path)
             path.mkdir(parents=True, exist_ok=True)
             if "://" not in str(path):
                 stack.enter_context(_lock(path))
-            set_aside = _take_over(path, config, overwrite)
+            run = _take_over(path, config, overwrite, allow_change)
         except OSError as error:
             raise InputError(
                 f"run directory {path} cannot be used ({error.strerror or error}); "
                 "choose another --workdir, or make it writable"
             ) from error
         group.gather(None)
-        yield RunDirectory(path, set_aside)
+        yield run
 
 
 def write_atomically(path: epath.Path, content: bytes) -> None:
@@ -103,8 +105,9 @@ def writing(path: epath.Path) -> Iterator[None]:
         ) from error
 
 
-def _require_run_or_empty(path: epath.Path) -> None:
-    """Raise InputError if there is something in `path` that is not a run."""
+def require_run_or_empty(workdir: epath.PathLike) -> None:
+    """Raise InputError if there is something in `workdir` that is not a run."""
+    path = epath.Path(workdir)
     if not path.exists():
         return
     if not path.is_dir():
@@ -118,52 +121,18 @@ def _require_run_or_empty(path: epath.Path) -> None:
             f"{path} is not empty and not a run (it holds {', '.join(foreign[:3])}{', ...' if foreign[3:] else ''}); "
             "choose another --workdir"
         )
-    _read_config(path)
+    read_run(path)
 
 
-def _read_config(path: epath.Path) -> Config:
-    """The config of the run in `path`; InputError if config.json is not one, such as another program's."""
-    try:
-        text = (path / CONFIG).read_text()
-        values = json.loads(text)
-        if isinstance(values, dict) and all(
-            isinstance(values.get(part), dict) for part in ("model", "data", "training")
-        ):
-            return from_json(text, str(path / CONFIG))
-        cause = f"{path / CONFIG} is not a config that a run wrote"
-    except ValueError as error:
-        cause = f"{path / CONFIG} is not JSON: {error}"
-    except InputError as error:
-        cause = str(error)
-    raise InputError(f"{path} is not empty and not a run ({cause}); choose another --workdir")
-
-
-def _take_over(path: epath.Path, config: Config, overwrite: bool) -> epath.Path | None:
-    """Make the directory the run of `config`; where an overwritten run's files went."""
+def _take_over(path: epath.Path, config: Config, overwrite: bool, allow_change: Collection[str]) -> RunDirectory:
+    """Make the directory the run of `config`: a new one, or the one that is there if it may go on so."""
     set_aside = None
     if (path / CONFIG).exists():
         if not overwrite:
-            _require_same_run(path, _read_config(path), config)
-            return None
+            return RunDirectory(path, changes=require_resumable(path, config, allow_change))
         set_aside = _set_aside(path)
     write_atomically(path / CONFIG, config.to_json().encode())
-    return set_aside
-
-
-def _require_same_run(path: epath.Path, old: Config, new: Config) -> None:
-    """Raise InputError, listing the fields, if `new` is another model or other data than the run in `path`."""
-    changes = []
-    for part, free in _FREE_FIELDS.items():
-        before: dict[str, Any] = dataclasses.asdict(getattr(old, part))
-        after: dict[str, Any] = dataclasses.asdict(getattr(new, part))
-        for name in before:
-            if name not in free and before[name] != after[name]:
-                changes.append(f"{part}.{name} {before[name]} -> {after[name]}")
-    if changes:
-        raise InputError(
-            f"{path} holds a run with another config: {', '.join(changes)}; "
-            "choose another --workdir, or --overwrite to set the old run aside"
-        )
+    return RunDirectory(path, set_aside)
 
 
 def _set_aside(path: epath.Path) -> epath.Path:
@@ -207,6 +176,23 @@ def _lock(path: epath.Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
+
+
+def holder_of(path: epath.PathLike) -> str | None:
+    """Who trains in the run directory `path` now; None for nobody, and where there are no locks."""
+    try:
+        descriptor = os.open(os.fspath(epath.Path(path) / _LOCK), os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _holder(descriptor)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)  # which lets go of the lock too
+    return None
 
 
 def _holder(descriptor: int) -> str:

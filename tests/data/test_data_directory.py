@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from nextllm_jax.data.data_directory import check_replaceable, publish, read_settings, start_or_continue
-from nextllm_jax.data.shards import SPLITS, Dataset, TokenizedDocuments, write_index, write_split
+from nextllm_jax.data.shards import FORMAT, SPLITS, Dataset, TokenizedDocuments, write_index, write_split
 from nextllm_jax.errors import InputError
 from nextllm_jax.tokenizer.bpe import train_tokenizer
 
 TOKENIZER = train_tokenizer(["some text to learn from"], 258)
-SETTINGS = {"format": "nextllm_jax tokens 2", "corpus": "books"}
+SETTINGS = {"format": FORMAT, "corpus": "books"}
 
 
 def write_prepared(directory, length=9):

@@ -1,6 +1,7 @@
 """The order of batches is a function of (data id, seed, step) alone."""
 
 import itertools
+import shutil
 import threading
 from typing import Any
 
@@ -122,28 +123,38 @@ def test_processes_read_their_rows_alone(dataset, shape, num_processes, monkeypa
     assert seen == set(range(B))
 
 
-def test_a_position_is_plain_json_and_goes_on_only_with_the_same_order(dataset):
+def test_a_position_is_plain_json_and_goes_on_with_the_same_order(dataset):
     loader = make_loader(dataset)
     position = loader.position(12)
     assert position == {
-        "data_id": dataset.data_id, "seed": 0, "step": 12, "sequence_length": T, "global_batch_size": B
+        "data_id": dataset.data_id, "tokenizer_hash": dataset.tokenizer_hash, "seed": 0, "step": 12,
+        "sequence_length": T, "global_batch_size": B, "window": 12 * B,
     }  # fmt: skip
-    for step in (12, 13):
-        loader.check_position({**position, "step": step})
-    fields = {
-        "seed": "seed",
-        "sequence_length": "data.sequence_length",
-        "global_batch_size": "training.global_batch_size",
-    }
-    for name, field in fields.items():
-        with pytest.raises(
-            InputError, match=rf"^{field} is \d+, but .* trained with 77, .*another --workdir, or --over"
-        ):
-            loader.check_position({**position, name: 77})
-    with pytest.raises(InputError, match=rf"other data than {dataset.path} holds; set data.path .*another --workdir"):
-        loader.check_position({**position, "data_id": "other"})
-    with pytest.raises(InputError, match="other data"):
-        loader.check_position({})
+    expected = take(loader.batches(12), 3)
+    old = {name: value for name, value in position.items() if name not in ("window", "tokenizer_hash")}
+    for recorded in (position, old):
+        loader = make_loader(dataset)
+        loader.resume(recorded)
+        assert_same(take(loader.batches(12), 3), expected)
+
+
+def test_another_batch_size_goes_on_with_the_next_window_and_so_does_a_run_after_it(dataset):
+    windows = np.concatenate([batch.tokens_BT for batch in take(make_loader(dataset).batches(0), 12)])
+    loader = make_loader(dataset, global_batch_size=2 * B)
+    loader.resume(make_loader(dataset).position(3))
+    got = take(loader.batches(3), 4)
+    np.testing.assert_array_equal(np.concatenate([batch.tokens_BT for batch in got]), windows[3 * B : 11 * B])
+    after = make_loader(dataset, global_batch_size=2 * B)
+    after.resume(loader.position(5))
+    assert_same(take(after.batches(5), 2), got[2:])
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"sequence_length": 2 * T}])
+def test_another_order_begins_at_its_beginning(dataset, change):
+    loader = make_loader(dataset, **change)
+    loader.resume(make_loader(dataset).position(3))
+    assert loader.position(4)["window"] == B
+    assert_same(take(loader.batches(3), 2), take(make_loader(dataset, **change).batches(0), 2))
 
 
 def test_validation_reads_everything_once_for_every_batch_size(dataset):
@@ -175,6 +186,14 @@ def test_bad_sizes_are_refused(dataset):
         make_loader(dataset, global_batch_size=7)
     with pytest.raises(InputError, match="cannot be divided by the mesh"):
         list(validation_batches(dataset.split("validation"), sequence_length=T, batch_size=3, sharding=make_sharding()))
+
+
+def test_an_id_outside_the_vocabulary_ends_the_loop_with_the_name_of_the_file(dataset, tmp_path):
+    copy = Dataset.open(shutil.copytree(dataset.path, tmp_path / "copy"))
+    with open(copy.path / "train-00002.bin", "r+b") as file:  # after it was opened and checked
+        file.write(b"\xff\xff")
+    with pytest.raises(InputError, match=r"train-00002.bin holds the token id 65535, outside of the vocabulary of 258"):
+        take(make_loader(copy).batches(0), 6)
 
 
 def test_reading_ahead_ends_with_the_loop(dataset):

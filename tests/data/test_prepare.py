@@ -77,7 +77,8 @@ def test_any_number_of_processes_gives_the_same_bytes(config, tmp_path, small_pa
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_a_failed_run_goes_on_from_its_parts(config, tmp_path, small_parts, monkeypatch):
+@pytest.mark.parametrize("damage", [lambda part: part[:2], lambda part: part[:300] + b"?" + part[301:]])
+def test_a_failed_run_goes_on_from_its_parts(config, tmp_path, small_parts, monkeypatch, damage):
     prepare(config, tmp_path / "expected")
     real = prepare_module._tokenize_part
     done = []
@@ -93,8 +94,9 @@ def test_a_failed_run_goes_on_from_its_parts(config, tmp_path, small_parts, monk
         prepare(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     first = list(done)
-    # A part cut short by a power failure is made again.
-    (tmp_path / "out.partial" / "parts" / first[0]).write_bytes(b"PK")
+    # A part cut short by a power failure, or damaged, is made again.
+    part = tmp_path / "out.partial" / "parts" / first[0]
+    part.write_bytes(damage(part.read_bytes()))
     done[:] = ["the count starts behind the stop"] * 3
     prepare(config, tmp_path / "out")
     assert first[0] in done
@@ -368,3 +370,72 @@ def test_how_shards_are_cut_does_not_change_the_data_id(config, tmp_path):
     a, b = Dataset.open(tmp_path / "a"), Dataset.open(tmp_path / "b")
     assert len(list((tmp_path / "b").glob("*.bin"))) > len(list((tmp_path / "a").glob("*.bin")))
     assert a.data_id == b.data_id
+
+
+KILLED_AT_EVERY_CHANGE = """
+import os, shutil, signal, sys
+from pathlib import Path
+from nextllm_jax.config import DataConfig
+from nextllm_jax.data import prepare as module
+
+module.PART_CHARACTERS = 5000
+module.tqdm.monitor_interval = 0  # its thread would not live on in the forks
+corpus, directory = sys.argv[1], Path(sys.argv[2])
+config = DataConfig(corpus=corpus, vocab_size=300, num_processes=1, validation_fraction=0.2, tokens_per_shard=3000)
+
+def kill_before_change(number):
+    left = number
+    def counted(change):
+        def before(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return change(*args, **kwargs)
+        return before
+    for owner, name in [(Path, "rename"), (Path, "replace"), (Path, "write_bytes"), (Path, "write_text"),
+                        (Path, "mkdir"), (shutil, "rmtree"), (module.np, "savez")]:
+        setattr(owner, name, counted(getattr(owner, name)))
+
+replacing = len(sys.argv) > 3
+
+def prepare_in_a_fork(output, killed_before=None):
+    process = os.fork()  # always: the threads of the tokenizer trainer do not live on in a fork of a process with them
+    if process == 0:
+        if killed_before is not None:
+            kill_before_change(killed_before)
+        module.prepare(config, output, overwrite=replacing)
+        os._exit(0)
+    return os.waitpid(process, 0)[1]
+
+for number in range(200):
+    output = directory / f"{number}"
+    if replacing:
+        shutil.copytree(sys.argv[3], output)
+    killed = os.WIFSIGNALED(prepare_in_a_fork(output, killed_before=number))
+    print("killed" if killed else "finished", number, flush=True)
+    assert not killed or prepare_in_a_fork(output) == 0
+    if not killed:
+        break
+"""
+
+
+@pytest.mark.parametrize("replacing", [False, True])
+def test_killed_before_any_change_of_a_file_it_goes_on_to_the_same_bytes(config, tmp_path, small_parts, replacing):
+    prepare(config, tmp_path / "expected")
+    older = []
+    if replacing:
+        prepare(dataclasses.replace(config, vocab_size=290), tmp_path / "older")
+        older = [str(tmp_path / "older")]
+    (tmp_path / "outputs").mkdir()
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED_AT_EVERY_CHANGE)
+    done = subprocess.run([sys.executable, script, config.corpus, tmp_path / "outputs", *older],
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    moments = [line.split() for line in done.stdout.splitlines() if line.startswith(("killed", "finished"))]
+    assert moments[-1][0] == "finished"
+    assert len(moments) > 20
+    for _, number in moments:
+        assert contents(tmp_path / "outputs" / number) == contents(tmp_path / "expected"), number
+    assert sorted(entry.name for entry in (tmp_path / "outputs").iterdir()) == sorted(number for _, number in moments)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nextllm_jax.data import shards
 from nextllm_jax.data.shards import SPLITS, Dataset, TokenizedDocuments, token_dtype, write_index, write_split
 from nextllm_jax.errors import InputError
 from nextllm_jax.tokenizer.bpe import train_tokenizer
@@ -84,25 +85,95 @@ def test_damaged_files_are_refused_by_name(tmp_path, name):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(InputError, match=f"{name} is damaged: its sha256"):
+    with pytest.raises(InputError, match=f"{name} is damaged, .*sha256.*nextllm prepare --overwrite --output"):
         Dataset.open(tmp_path)
-    Dataset.open(tmp_path, checksums=False)
+    Dataset.open(tmp_path, verify="sizes")
     path.write_bytes(content[:-1])
     with pytest.raises(InputError, match=f"{name} is damaged: .* bytes instead of"):
-        Dataset.open(tmp_path, checksums=False)
+        Dataset.open(tmp_path, verify="sizes")
     path.unlink()
     with pytest.raises(InputError, match=f"{name} is missing"):
-        Dataset.open(tmp_path, checksums=False)
+        Dataset.open(tmp_path, verify="sizes")
 
 
-def test_large_data_is_checked_by_size_unless_asked(tmp_path, monkeypatch):
-    monkeypatch.setattr("nextllm_jax.data.shards._CHECKED_AT_OPEN_BYTES", 10)
+@pytest.fixture
+def sampled(tmp_path, monkeypatch):
+    """A dataset of 4 train shards of 8 blocks of 8 bytes and validation of the like, of which 20 blocks are sampled."""
+    monkeypatch.setattr(shards, "BLOCK_BYTES", 8)
+    monkeypatch.setattr(shards, "SAMPLED_BLOCKS", 20)
+    write_dataset(tmp_path, lengths=(60, 68), tokens_per_shard=32)
+    return tmp_path
+
+
+def refusals(directory, tries, **settings):
+    count = 0
+    for _ in range(tries):
+        try:
+            Dataset.open(directory, **settings)
+        except InputError:
+            count += 1
+    return count
+
+
+def test_a_flipped_bit_is_found_as_often_as_promised_and_always_by_a_full_check(sampled):
+    path = sampled / "train-00002.bin"
+    content = bytearray(path.read_bytes())
+    content[21] ^= 4
+    path.write_bytes(content)
+    sizes = [file.stat().st_size for file in [*sampled.glob("*.bin"), *sampled.glob("*.npy")]]
+    expected = 20 * 8 / sum(sizes)  # sampled bytes over all bytes, and a little more for the one block of each file
+    found = refusals(sampled, 400) / 400
+    assert expected - 0.1 < found < expected + 1 / 8 + 0.1
+    assert refusals(sampled, 3, verify="full") == 3
+    assert refusals(sampled, 3, verify="sizes") == 0
+
+
+def test_swapped_and_foreign_shards_are_always_found(sampled):
+    first, second = sampled / "train-00000.bin", sampled / "train-00003.bin"
+    contents = first.read_bytes(), second.read_bytes()
+    first.write_bytes(contents[1])
+    second.write_bytes(contents[0])
+    assert refusals(sampled, 20) == 20
+    first.write_bytes(contents[0])
+    second.write_bytes(bytes(len(contents[1])))
+    assert refusals(sampled, 20) == 20
+    second.write_bytes(contents[1])
+    assert refusals(sampled, 1, verify="full") == 0
+
+
+def test_an_id_outside_the_vocabulary_is_refused_by_the_name_of_its_file(tmp_path):
     write_dataset(tmp_path)
-    path = tmp_path / "train-00000.bin"
-    path.write_bytes(b"\0" * path.stat().st_size)
-    Dataset.open(tmp_path)
-    with pytest.raises(InputError, match="sha256"):
-        Dataset.open(tmp_path, checksums=True)
+    dataset = Dataset.open(tmp_path)
+    with open(tmp_path / "train-00001.bin", "r+b") as file:
+        file.write(b"\xff\xff")
+    with pytest.raises(InputError, match=r"train-00001.bin holds the token id 65535, outside of the vocabulary of 270"):
+        dataset.split("train").tokens(0, 20)  # of data damaged after the start, or where no sample was taken
+    np.testing.assert_array_equal(dataset.split("train").tokens(0, 16), dataset.split("train").tokens(0, 16))
+
+
+def test_a_manifest_of_another_tokenizer_or_vocabulary_is_refused(tmp_path):
+    write_dataset(tmp_path)
+    file = tmp_path / "index.json"
+    index = json.loads(file.read_text())
+    index["tokenizer"]["vocab_size"] = 100
+    file.write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"index.json is damaged \(its sha256 is not the one that it states\)"):
+        Dataset.open(tmp_path)
+    index["sha256"] = shards._index_sha256(index)
+    file.write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"train-00000.bin holds the token id \d+, outside of the vocabulary of 100"):
+        Dataset.open(tmp_path)
+    with pytest.raises(InputError, match=r"tokenizer is not the one that made this data, by .*index.json"):
+        Dataset.open(tmp_path, verify="sizes").tokenizer()
+
+
+def test_data_of_an_earlier_format_are_refused_with_the_command_that_makes_them_again(tmp_path):
+    write_dataset(tmp_path)
+    index = json.loads((tmp_path / "index.json").read_text())
+    (tmp_path / "index.json").write_text(json.dumps({**index, "format": "nextllm_jax tokens 2"}))
+    command = f"nextllm prepare --overwrite --output {tmp_path}"
+    with pytest.raises(InputError, match=rf"'nextllm_jax tokens 2', made by another version .*again: {command}"):
+        Dataset.open(tmp_path)
 
 
 def test_missing_unfinished_and_foreign_directories_are_refused(tmp_path):

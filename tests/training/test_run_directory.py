@@ -10,7 +10,7 @@ import textwrap
 import pytest
 from etils import epath
 
-from nextllm_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
+from nextllm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from nextllm_jax.config_files import from_json
 from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.training import run_directory
@@ -65,10 +65,11 @@ def test_a_start_that_got_no_further_than_the_lock_is_still_empty(tmp_path):
     "config",
     [
         CONFIG,
-        replace(training=TrainingConfig(steps=9000)),
+        replace(training=TrainingConfig(log_every_steps=7, sample_tokens=0, accumulation_steps=2)),
+        replace(training=TrainingConfig(steps=9000), optimizer=OptimizerConfig(schedule_steps=5000)),
         replace(model=ModelConfig(dtype="float32", remat="full")),
         replace(data=DataConfig(path="elsewhere", num_processes=1, tokens_per_shard=2048)),
-        replace(seed=1, workdir="other"),
+        replace(platform="cpu", workdir="other", mesh=MeshConfig(data=1, fsdp=2)),
     ],
 )
 def test_run_continues(run, config):
@@ -81,28 +82,14 @@ def test_run_continues(run, config):
     assert files(run) | {"config.json": b""} == before | {"config.json": b""}
 
 
-@pytest.mark.parametrize(
-    ("config", "change"),
-    [
-        (replace(model=ModelConfig(num_layers=4)), "model.num_layers 8 -> 4"),
-        (
-            replace(model=ModelConfig(layer_pattern=("global", "local"))),
-            r"model.layer_pattern .* -> \('global', 'local'\)",
-        ),
-        (replace(data=DataConfig(tokenizer="gpt2")), "data.tokenizer train -> gpt2"),
-        (replace(data=DataConfig(corpus="books/")), "data.corpus stdlib -> books/"),
-        (replace(data=DataConfig(sequence_length=128)), "data.sequence_length 256 -> 128"),
-        (
-            replace(model=ModelConfig(embed_dim=64, tie_embeddings=False)),
-            "model.embed_dim 256 -> 64, model.tie_embeddings True -> False",
-        ),
-    ],
-)
-def test_another_config_is_refused_with_the_fields(run, config, change):
-    before = files(run)
-    with pytest.raises(InputError, match=f"{change}; choose another --workdir, or --overwrite"), open_run(run, config):
+def test_another_config_is_refused_and_consent_is_reported(run):
+    before, other = files(run), replace(seed=1, model=ModelConfig(rope_theta=500.0))
+    with pytest.raises(InputError, match="another config"), open_run(run, other, allow_change=["seed"]):
         pass
     assert files(run) == before
+    with open_run(run, other, allow_change=["seed", "model.rope_theta"]) as opened:
+        assert [change.name for change in opened.changes] == ["seed", "model.rope_theta"]
+        assert files(run) == before
 
 
 def test_overwrite_moves_the_files_of_the_run_and_nothing_else(run):

@@ -1,0 +1,178 @@
+"""Proof on this machine that an interrupted training ends where an uninterrupted one does, bit for bit.
+
+Both are real processes of `nextllm train`; one is killed half-way, as by kill -9, and run again to the end.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from nextllm_jax.checkpoint import Checkpoints
+from nextllm_jax.config import Config
+from nextllm_jax.data.prepare import ensure_prepared
+from nextllm_jax.errors import InputError, RunFailed
+from nextllm_jax.sharding import make_mesh
+from nextllm_jax.training.loop import build_program
+
+FEWEST_STEPS = 8
+_CONFIG_FILE = """from nextllm_jax.config_files import read_config
+
+
+def get_config():
+    return read_config(__file__.removesuffix(".py") + ".json")
+"""
+_COMPARED = ("step", "split", "loss", "learning_rate", "grad_norm", "tokens_seen")
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Hashes of one thing at the end of both trainings."""
+
+    name: str
+    uninterrupted: str
+    interrupted: str
+    remark: str = ""
+
+    @property
+    def equal(self) -> bool:
+        """Whether the two are the same."""
+        return self.uninterrupted == self.interrupted
+
+    def __str__(self) -> str:
+        verdict = "equal" if self.equal else f"NOT EQUAL{self.remark}"
+        return f"{self.name:18} {self.uninterrupted:18} {self.interrupted:18} {verdict}"
+
+
+def prove(config: Config, *, steps: int, say: Callable[[str], None]) -> list[Comparison]:
+    """Train `config` for `steps` steps twice, once with a kill in the middle, and compare the ends.
+
+    `say` is told of the progress. The data is prepared where `train.py` would, if need be; all else happens in a
+    temporary directory. Raises InputError for too few steps, and RunFailed if a training fails by itself.
+    """
+    if steps < FEWEST_STEPS:
+        raise InputError(f"--steps is {steps}; a kill half-way needs at least {FEWEST_STEPS}")
+    config = _shortened(config, steps, ensure_prepared(config.data).absolute())
+    with tempfile.TemporaryDirectory(prefix="nextllm-resume-proof-") as name:
+        directory = Path(name)
+        (directory / "proof.py").write_text(_CONFIG_FILE)
+        (directory / "proof.json").write_text(config.to_json())
+        straight, broken = directory / "uninterrupted", directory / "interrupted"
+        say(f"training {steps} steps")
+        _train(directory, straight)
+        say(f"training {steps} steps again, with kill -9 in the middle")
+        step = _last_step(_train(directory, broken, kill_after=max(2 * steps // 5, config.checkpoint.every_steps + 1)))
+        saved = Checkpoints(broken / "checkpoints").latest_step()
+        say(f"killed at step {step}; the last checkpoint is step {saved}; running it again")
+        if f"continuing from step {saved} of" not in _train(directory, broken):
+            raise RunFailed(f"the training did not continue from its checkpoint of step {saved}")
+        return compare(config, straight, broken)
+
+
+def _shortened(config: Config, steps: int, data: Path) -> Config:
+    """The config for `steps` steps of its own schedule, a line for each, evaluated once and saved a few times."""
+    length = config.optimizer.schedule_steps or config.training.steps
+    training = dataclasses.replace(config.training, steps=steps, log_every_steps=1, evaluate_every_steps=steps)
+    return dataclasses.replace(
+        config,
+        workdir=None,
+        data=dataclasses.replace(config.data, path=str(data)),
+        optimizer=dataclasses.replace(config.optimizer, schedule_steps=length),
+        training=training,
+        checkpoint=dataclasses.replace(config.checkpoint, every_steps=steps // 4),
+    )
+
+
+def _train(directory: Path, workdir: Path, *, kill_after: int | None = None) -> str:
+    """What `nextllm train` printed, run to its end, or killed once it has passed step `kill_after` and saved something.
+
+    Raises RunFailed if it ends by itself in any other way.
+    """
+    root = Path(__file__).resolve().parent.parent
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    output = ""
+    with subprocess.Popen(
+        [sys.executable, "-m", "nextllm_jax.cli", "train", "--config", directory / "proof.py", "--workdir", workdir],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                output += line
+                passed = kill_after is not None and _last_step(line) >= kill_after
+                if passed and Checkpoints(workdir / "checkpoints").steps():
+                    process.kill()
+        except BaseException:  # Ctrl-C too: no training stays behind
+            process.kill()
+            raise
+    if kill_after is not None and process.returncode == 0:
+        raise RunFailed("the training ended before it had saved anything to be killed after; raise --steps")
+    if process.returncode != (0 if kill_after is None else -signal.SIGKILL):
+        last = "".join(output.splitlines(keepends=True)[-3:]).strip()
+        raise RunFailed(f"the training in {workdir} ended with exit code {process.returncode}: {last}")
+    return output
+
+
+def _last_step(output: str) -> int:
+    """The last step that training reported, 0 for none."""
+    return max(map(int, re.findall(r"^step (\d+)/", output, re.MULTILINE)), default=0)
+
+
+def compare(config: Config, straight: Path, broken: Path) -> list[Comparison]:
+    """What two run directories of `config` came to: losses, parameters, optimizer state and samples."""
+    lines = [list(_losses(run)) for run in (straight, broken)]
+    first = next((a[0] for a, b in zip(*lines, strict=False) if a != b), min(map(len, lines)) + 1)
+    hashes = [_hash(json.dumps(each).encode()) for each in lines]
+    comparisons = [Comparison("per-step losses", hashes[0], hashes[1], f", first at step {first}")]
+    program = build_program(config, make_mesh(config.mesh))
+    rest = dataclasses.replace(program.abstract_state, params=None)
+    for name, item, abstract in (
+        ("parameters", "params", program.abstract_state.params),
+        ("optimizer state", "rest", rest),
+    ):
+        trees = [
+            Checkpoints(run / "checkpoints").restore(config.training.steps, item, abstract)
+            for run in (straight, broken)
+        ]
+        comparisons.append(Comparison(name, *map(hash_of_arrays, trees)))
+    comparisons.append(Comparison("sampled text", *(_hash_of_file(run / "samples.txt") for run in (straight, broken))))
+    return comparisons
+
+
+def _losses(run: Path) -> Iterator[list[Any]]:
+    """What metrics.jsonl says of each step that does not depend on time, the step first."""
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        yield [record[name] for name in _COMPARED]
+
+
+def hash_of_arrays(tree: Any) -> str:
+    """A hash of the names, types, shapes and bits of all arrays of a tree, however they are sharded."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _hash_of_file(path: Path) -> str:
+    return _hash(path.read_bytes()) if path.exists() else "none"
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -1,0 +1,175 @@
+"""`nextllm doctor` says beforehand what `train.py` would end with, and writes nothing."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+
+import pytest
+
+from nextllm_jax import doctor, hardware, machine
+from nextllm_jax.config_files import load_config_file
+from nextllm_jax.data.shards import Dataset
+from nextllm_jax.doctor import diagnose
+from nextllm_jax.training.run_directory import open_run
+
+
+def contents(directory):
+    files = (path for path in directory.rglob("*") if path.name != ".lock")
+    return {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"") for path in files}
+
+
+@pytest.fixture
+def config(door, monkeypatch):
+    """The config of the shared run, whose data is prepared, in a directory without a run."""
+    monkeypatch.chdir(door.directory)
+    return load_config_file("config.py")
+
+
+@pytest.fixture
+def run(trained, config):
+    """A copy of the finished run."""
+    shutil.copytree(trained.directory / "runs", "runs")
+    return config
+
+
+def changed(config, changes):
+    for name, value in changes.items():
+        section, _, field = name.rpartition(".")
+        part = dataclasses.replace(getattr(config, section) if section else config, **{field: value})
+        config = dataclasses.replace(config, **{section: part}) if section else part
+    return config
+
+
+def problems(config, **options):
+    return [f"{found.name}: {found.message}" for found in diagnose(config, **options) if found.status == "PROBLEM"]
+
+
+def warnings(config, **options):
+    return [f"{found.name}: {found.message}" for found in diagnose(config, **options) if found.status == "warning"]
+
+
+def test_a_sound_start_is_found_sound_in_the_order_of_train_and_nothing_is_written(door, config):
+    before = contents(door.directory)
+    shown = []
+    findings = diagnose(config, show=shown.append)
+    assert findings == shown
+    assert {found.status for found in findings} == {"ok"}, findings
+    assert [found.name for found in findings] == [
+        *("versions", "devices", "data", "tokenizer", "fit", "model", "batches", "run", "memory", "disk", "clock")
+    ]
+    assert contents(door.directory) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"workdir": "gs://bucket/run"}, "run: .* must name a local directory"),
+        ({"workdir": "corpus"}, "run: corpus is not empty and not a run"),
+        ({"workdir": "config.py/run"}, "disk: .*"),
+        ({"data.path": "data/knwon"}, "data: data.path data/knwon holds no prepared data"),
+        ({"data.corpus": "nowhere"}, "data: data.corpus nowhere holds no text"),
+        ({"data.corpus": "config.py", "data.tokenizer": "no.tiktoken"}, "tokenizer: tokenizer no.tiktoken is not"),
+        ({"platform": "tpu"}, "devices: platform is tpu, but jax found cpu"),
+        ({"mesh.data": 3}, "devices: .* does not use 8 devices exactly"),
+        (
+            {"data.path": "data/known", "data.vocab_size": 300, "model.vocab_size": 300},
+            "fit: the data's tokenizer has 320 tokens but model.vocab_size is 300",
+        ),
+        ({"training.sample_tokens": 126}, "fit: .* over model.context_length 128"),
+        ({"training.global_batch_size": 12}, "fit: .* mesh.data x mesh.fsdp = 8 does not divide"),
+        ({"mesh.data": 1, "mesh.tensor": 8}, "model: .*kernel: its '.*heads' axis of size . cannot be divided over 8"),
+    ],
+)
+def test_what_train_would_end_with_is_a_problem(door, config, changes, problem):
+    before = contents(door.directory)
+    found = problems(changed(config, changes))
+    assert re.match(problem, found[0]), found
+    assert contents(door.directory) == before
+
+
+def test_a_used_run_directory(door, run):
+    assert any("runs/config is finished at step 40 of 40" in found.message for found in diagnose(run))
+    longer = changed(run, {"training.steps": 50, "seed": 3})
+    (found,) = problems(longer)
+    assert found.startswith("run: runs/config holds a run with another config")
+    assert "\n  seed 0 -> 3 (" in found
+    assert "\n  training.steps 40 -> 50 (" in found
+    consent = {"allow_change": ["seed", "training.steps"]}
+    assert problems(longer, **consent) == []
+    assert any("would continue from step 40 of 50" in found.message for found in diagnose(longer, **consent))
+    assert warnings(longer, **consent)[0].startswith("run: changed: seed 0 -> 3")
+    assert warnings(longer, overwrite=True) == ["run: the run in runs/config would move into overwritten/ there"]
+    with open_run("runs/config", run):
+        (found,) = problems(run)
+        assert f"is being trained by process {os.getpid()} on" in found
+    assert problems(run) == []
+
+
+def test_a_run_beyond_its_end_and_a_run_of_other_data(door, run):
+    (found,) = problems(changed(run, {"training.steps": 20, "optimizer.schedule_steps": 40}))
+    assert "the run is at step 40 already, beyond training.steps 20" in found
+    door.run("nextllm_jax.cli", "prepare", "--config", "config.py", "--tokenizer", "data/known/tokenizer",
+             "--validation-fraction", "0.4", "--output", "fewer")  # fmt: skip
+    fewer = changed(run, {"data.path": "fewer"})
+    (found,) = problems(fewer)
+    assert "the checkpoint was trained on other data than fewer holds" in found
+    assert problems(fewer, allow_change=["data.path"]) == []
+    (found,) = problems(changed(run, {"model.dtype": "bfloat16", "model.embed_dim": 64}))
+    assert "embed_dim 32 -> 64 (never" in found
+
+
+def test_damage_is_named(door, run):
+    array = max((door.directory / "runs/config/checkpoints/40").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(array.read_bytes())
+    content[len(content) // 2] ^= 1
+    array.write_bytes(content)
+    (found,) = warnings(run)
+    assert "checkpoints/40: damaged: " in found
+    assert "it would be set aside" in found
+    assert "checkpoints/40: damaged: " in problems(changed(run, {"checkpoint.strict": True}))[0]
+    shutil.copytree("data/known", "copied")
+    (door.directory / "copied" / "train-00000.bin").write_bytes(b"")
+    (found,) = problems(changed(run, {"data.path": "copied", "workdir": "new"}))
+    assert found.startswith("data: copied/train-00000.bin is damaged: 0 bytes instead of")
+
+
+def test_a_tokenizer_that_would_be_fetched_is_told_of(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    named = changed(config, {"data.tokenizer": "cl100k_base"})
+    found = warnings(named)
+    address = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
+    assert found == [f"tokenizer: cl100k_base is not cached; the network is needed for {address}"]
+    (tmp_path / hashlib.sha1(address.encode()).hexdigest()).write_bytes(b"YQ== 0")
+    monkeypatch.setattr(doctor, "load_tokenizer", lambda name: Dataset.open("data/known").tokenizer())
+    assert warnings(named) == []
+
+
+def test_memory_and_disk_are_compared_with_the_arithmetic(config, monkeypatch):
+    state, gradients = machine.train_state_bytes(config.model), 4 * machine.parameter_count(config.model)
+    copies = 8  # simulated devices, each with all of it, in the memory of one host
+    for there, status in [((state + gradients) * copies - 1, "PROBLEM"), ((state + gradients) * copies + 1, "warning")]:
+        monkeypatch.setattr(hardware, "available_host_memory", lambda there=there: there)
+        (found,) = [found for found in diagnose(config) if found.name == "memory"]
+        assert found.status == status, found
+    monkeypatch.undo()
+    usage = shutil.disk_usage
+    for free, status in [(3 * state - 1, "PROBLEM"), (3 * state, "warning"), (10 * state, "ok")]:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage(path)._replace(free=free))
+        (found,) = [found for found in diagnose(config) if found.name == "disk"]
+        assert found.status == status, found
+
+
+def test_the_command_has_the_exit_codes_and_json_of_its_findings(trained, door):
+    out = door.run("nextllm_jax.cli", "doctor", "--config", "config.py").stdout
+    assert "nothing that train would fail of was found" in out
+    found = door.run("nextllm_jax.cli", "doctor", "--config", "config.py", "--platform", "gpu", "--json", exit_code=1)
+    report = json.loads(found.stdout)
+    assert report["problems"] == 1
+    (problem,) = [check for check in report["checks"] if check["status"] == "PROBLEM"]
+    assert problem["name"] == "devices"
+    refused = door.run("nextllm_jax.cli", "doctor", "--config", "config.py", "--allow-change", "sed", exit_code=2)
+    assert "did you mean seed?" in refused.stderr
+    assert not (door.directory / "runs").exists()

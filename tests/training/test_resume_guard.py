@@ -1,0 +1,190 @@
+"""Which settings may differ when a run goes on, field by field."""
+
+import dataclasses
+
+import pytest
+
+from nextllm_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from nextllm_jax.errors import InputError
+from nextllm_jax.training.resume_guard import (
+    allowed_fields,
+    changes,
+    read_run,
+    require_resumable,
+    require_same_data,
+)
+
+CONFIG = Config(workdir="w")
+SECTIONS = ("model", "data", "optimizer", "training", "checkpoint", "mesh")
+
+# A value other than the default's for every field of every section; a new field wants a row here, and a thought.
+OTHER = {
+    "model.layer_pattern": ("local",),
+    "model.rope_scaling": "linear",
+    "model.rope_attention_factor": 2.0,
+    "model.dtype": "float32",
+    "model.param_dtype": "bfloat16",
+    "model.remat": "full",
+    "model.num_kv_heads": 2,
+    "model.rope_low_freq_factor": 2.0,
+    "model.rope_beta_slow": 2.0,
+    "data.corpus": "books/",
+    "data.text_field": "content",
+    "data.hf_config": "sample",
+    "data.hf_split": "test",
+    "data.tokenizer": "gpt2",
+    "data.path": "elsewhere",
+    "data.verify": "full",
+    "data.validation_fraction": 0.1,
+    "data.vocab_size": 4096,
+    "optimizer.schedule": "wsd",
+    "optimizer.schedule_steps": 9000,
+    "optimizer.decay_steps_fraction": 0.5,
+    "optimizer.b1": 0.5,
+    "optimizer.b2": 0.5,
+    "training.sample_prompts": ("the ",),
+    "mesh.data": 2,
+    "platform": "cpu",
+    "workdir": "other",
+}
+FREE = {
+    *("workdir", "platform", "model.dtype", "model.remat", "data.path", "data.num_processes", "data.tokens_per_shard"),
+    *("data.verify", "training.accumulation_steps", "training.log_every_steps", "training.evaluate_every_steps"),
+    *("training.evaluation_batch_size", "training.max_skipped_steps", "training.sample_prompts"),
+    *("training.sample_tokens", "checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_every_steps"),
+    *("checkpoint.strict", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor"),
+}
+NEVER = {
+    *("model.vocab_size", "model.num_layers", "model.embed_dim", "model.mlp_dim", "model.num_heads"),
+    *("model.num_kv_heads", "model.head_dim", "model.layer_pattern", "model.qk_norm", "model.attention_bias"),
+    *("model.tie_embeddings", "model.param_dtype"),
+}
+
+
+def fields(config):
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        names = [f"{field.name}.{inner.name}" for inner in dataclasses.fields(value)] if field.name in SECTIONS else []
+        yield from names or [field.name]
+
+
+def other_value(name):
+    section, _, field = name.rpartition(".")
+    value = getattr(getattr(CONFIG, section) if section else CONFIG, field)
+    if name in OTHER:
+        return OTHER[name]
+    return not value if isinstance(value, bool) else value * 2 or 1
+
+
+def changed(*names):
+    config = CONFIG
+    for name in names:
+        section, _, field = name.rpartition(".")
+        part = dataclasses.replace(getattr(config, section) if section else config, **{field: other_value(name)})
+        config = dataclasses.replace(config, **{section: part}) if section else part
+    return config
+
+
+@pytest.mark.parametrize("name", [*fields(CONFIG)])
+def test_every_field_is_free_or_asks_for_consent_or_never_changes(name):
+    assert changed(name) != CONFIG
+    found = changes(CONFIG, changed(name))
+    if name in FREE:
+        assert found == []
+        return
+    (change,) = found
+    assert change.name == name
+    assert str(change).startswith(f"{name} {change.old} -> {change.new}")
+    assert change.allowable == (name not in NEVER)
+    if name in NEVER:
+        with pytest.raises(InputError, match=f"--allow-change {name}: the saved arrays fit no other.*new run"):
+            allowed_fields([name])
+    else:
+        assert allowed_fields([name.replace("_", "-")]) == {name}
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "config.json").write_text(CONFIG.to_json())
+    return tmp_path
+
+
+def test_the_refusal_is_a_diff_with_what_to_do(run):
+    config = changed("model.num_layers", "optimizer.learning_rate", "training.global_batch_size", "mesh.fsdp")
+    with pytest.raises(InputError) as caught:
+        require_resumable(run, config, ["optimizer.learning_rate"])
+    assert str(caught.value).splitlines() == [
+        f"{run} holds a run with another config, and stays as it is:",
+        "  model.num_layers 8 -> 16 (never: the saved arrays do not fit)",
+        "  training.global_batch_size 16 -> 32 (the data goes on where it is, with more or fewer windows a step)",
+        "start a new run: another --workdir, or --overwrite to set the old run aside",
+    ]
+    config = changed("seed", "optimizer.learning_rate")
+    with pytest.raises(
+        InputError, match=r"consent: --allow-change seed --allow-change optimizer.learning_rate; or start"
+    ):
+        require_resumable(run, config, [])
+    assert [change.name for change in require_resumable(run, config, ["optimizer.learning-rate", "seed"])] == [
+        "seed", "optimizer.learning_rate"
+    ]  # fmt: skip
+    assert require_resumable(run / "new", config, []) == []
+
+
+def test_a_wrong_name_gets_a_suggestion(run):
+    with pytest.raises(InputError, match=r"optimizer.learning_rat: .*did you mean optimizer.learning_rate\?"):
+        require_resumable(run, CONFIG, ["optimizer.learning_rat"])
+    with pytest.raises(InputError, match="give a dotted name"):
+        require_resumable(run / "new", CONFIG, ["xyz"])
+
+
+def length(steps, schedule_steps=None, schedule="cosine"):
+    optimizer = OptimizerConfig(schedule_steps=schedule_steps, schedule=schedule)
+    return dataclasses.replace(CONFIG, training=TrainingConfig(steps=steps), optimizer=optimizer)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "name"),
+    [
+        (length(200), length(400), "training.steps"),
+        (length(200), length(150), "training.steps"),
+        (length(200), length(400, 200), None),
+        (length(200, 200), length(400, 200), None),
+        (length(200, 200), length(200), None),
+        (length(200), length(400, 400), "optimizer.schedule_steps"),
+        (length(200, 300), length(400, 200), "optimizer.schedule_steps"),
+        (length(200, 300), length(200), "optimizer.schedule_steps"),
+        (length(200, schedule="constant"), length(400, schedule="constant"), None),
+        (length(200, schedule="wsd"), length(400, schedule="wsd"), "training.steps"),
+    ],
+)
+def test_a_run_is_extended_without_bending_its_schedule(old, new, name):
+    found = changes(old, new)
+    assert [change.name for change in found] == ([name] if name else [])
+    if name == "training.steps":
+        assert "--optimizer.schedule-steps 200 to keep the schedule" in str(found[0])
+
+
+def test_another_programs_config_is_not_a_run(tmp_path):
+    for text in ("{}", "[]", "no", '{"model": "resnet"}', '{"hidden_size": 3}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(InputError, match=r"is not empty and not a run \(.*\); choose another --workdir"):
+            read_run(tmp_path)
+
+
+def test_other_data_needs_consent_and_another_tokenizer_never_fits():
+    here = {"data_id": "a", "tokenizer_hash": "t"}
+    require_same_data(here, here, "data/x", [])
+    require_same_data({"data_id": "a"}, here, "data/x", [])
+    other = {"data_id": "b", "tokenizer_hash": "t"}
+    for consent in ([], ["seed"]):
+        with pytest.raises(InputError, match=r"other data than data/x holds \(b -> a\).*--allow-change data.path"):
+            require_same_data(other, here, "data/x", consent)
+    for consent in (["data.path"], ["data.corpus"], ["data.validation-fraction"]):
+        require_same_data(other, here, "data/x", consent)
+    with pytest.raises(InputError, match="another tokenizer than the run"):
+        require_same_data({"data_id": "b", "tokenizer_hash": "u"}, here, "data/x", ["data.path", "data.tokenizer"])
+
+
+def test_the_data_may_lie_elsewhere_and_the_model_in_another_type():
+    new = dataclasses.replace(CONFIG, data=DataConfig(path="elsewhere"), model=ModelConfig(dtype="float32"))
+    assert changes(CONFIG, new) == []
