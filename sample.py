@@ -18,7 +18,7 @@ class SampleArguments:
     """Continue prompts with a trained model; the text streams as it is made."""
 
     checkpoint: str
-    """Run directory that train.py wrote, such as runs/tiny."""
+    """Run directory that train.py wrote, such as runs/tiny, a Hugging Face directory, or a GGUF file."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text to continue; may be given several times. None: the start of a document."""
     max_new_tokens: int = 128

@@ -1,4 +1,4 @@
-"""The `nextllm` command: `nextllm train`, `nextllm prepare` and `nextllm verify`.
+"""The `nextllm` command: `train`, `prepare` and `verify`; `import` and `export` are in convert_cli.
 
 Nothing here imports jax until a command needs it, so that errors and `--help` come at once, and data is
 prepared before devices are touched.
@@ -20,6 +20,7 @@ import tyro
 from nextllm_jax import process
 from nextllm_jax.config import Config, DataConfig, ModelConfig
 from nextllm_jax.config_files import load_config_file
+from nextllm_jax.convert_cli import export_command, import_command
 from nextllm_jax.distributed import Group, facts_of
 from nextllm_jax.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, InputError, RunFailed
 from nextllm_jax.rendezvous import DistributedConfig
@@ -274,6 +275,8 @@ COMMANDS = {
     "prepare": prepare_command,
     "verify": verify_command,
     "doctor": doctor_command,
+    "import": import_command,
+    "export": export_command,
 }
 
 

@@ -36,7 +36,15 @@ def nll_sum(model: Transformer, params: Any, batch: Batch) -> jax.Array:
     hidden_BTD, _ = model.apply({"params": params}, batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
     head_VD = head_embedding(model.config, params).astype(model.dtype)
     with jax.named_scope("loss"):
-        return cross_entropy(hidden_BTD, head_VD, batch.targets_BT, batch.loss_mask_BT, batch_axes=RULES["batch"])
+        return cross_entropy(
+            hidden_BTD,
+            head_VD,
+            batch.targets_BT,
+            batch.loss_mask_BT,
+            logit_divisor=model.config.logit_divisor,
+            soft_cap=model.config.logit_soft_cap,
+            batch_axes=RULES["batch"],
+        )
 
 
 def _gradients(model: Transformer, params: Any, batch: Batch, accumulation_steps: int) -> tuple[jax.Array, Any]:
