@@ -20,7 +20,7 @@ LAYERS = [  # a module imports from the rows below its own
     ("convert_cli", "text_cli"),
     ("doctor", "resume_proof"),
     ("conversation", "evaluation", "harness"),
-    ("llm", "plan", "verify", "convert", "machine"),
+    ("llm", "plan", "verify", "machine", "convert"),
     ("training", "inference"),
     ("data", "model"),
     ("interop",),

@@ -187,7 +187,9 @@ class _Shards:
         self._pending_bytes += array.nbytes
 
     def _write(self) -> None:
-        save_file(self._pending, self._directory / f"part-{len(self._written)}", metadata={"format": "pt"})
+        part = self._directory / f"part-{len(self._written)}"
+        save_file(self._pending, part, metadata={"format": "pt"})
+        part.chmod(0o644)  # the library lets the owner alone read it
         self._written.append(list(self._pending))
         self._total_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0

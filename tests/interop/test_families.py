@@ -80,21 +80,21 @@ def directories(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_and_greedy_continuation_are_those_of_transformers(case, directories, record_property):
+def test_logits_and_greedy_continuation_are_those_of_transformers(case, directories):
     directory = directories / case
     tokens_BT, theirs, start = tokens_and_logits(case, directory)
     assert len(list(directory.glob("*.safetensors"))) > 1  # sharded files
     config, params = load(directory)
     ours = our_logits(config, params, tokens_BT)
     difference = relative_difference(ours, theirs)
-    record_property("relative difference", difference)
+    print(f"{case}: greatest difference {difference:.1e} of the greatest logit")  # pytest -rP shows it
     assert 0.3 < theirs.std() < 2  # else the tolerance would mean something else
     assert difference < TOLERANCE
     # Given the same tokens so far, the choice is the same at every place, so the continuation is.
     np.testing.assert_array_equal(ours[0, start - 1 : -1].argmax(-1), tokens_BT[0, start:])
 
 
-@pytest.mark.parametrize("case", ["smollm3", "granite", "gemma2", "gemma3", "phi3_longrope_long", "olmo2"])
+@pytest.mark.parametrize("case", ["granite", "gemma2", "gemma3", "phi3_longrope_long"])
 def test_logits_through_the_cache_are_the_same(case, directories):
     tokens_BT, theirs, _ = tokens_and_logits(case, directories / case)
     config, params = load(directories / case)
