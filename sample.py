@@ -1,15 +1,23 @@
-"""Sample from a trained model: `python sample.py --checkpoint runs/tiny --prompt "def "`; `--help` lists all."""
+"""Sample from a trained model: `python sample.py --checkpoint runs/tiny --prompt "def "`; `--help` lists all.
+
+With `--chat` a model that was made for it answers: once to each `--prompt`, or turn by turn in a conversation.
+"""
 
 import dataclasses
 import json
+import sys
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from nextllm_jax.cli import run_main, use_compilation_cache
+from nextllm_jax.cli import run_main
 from nextllm_jax.config import SamplingConfig
+from nextllm_jax.errors import EXIT_FAILED, InputError
+from nextllm_jax.process import use_compilation_cache
+from nextllm_jax.text_cli import read_text
 
 if TYPE_CHECKING:
+    from nextllm_jax.conversation import Conversation
     from nextllm_jax.inference.stream import TextStream
 
 
@@ -18,11 +26,19 @@ class SampleArguments:
     """Continue prompts with a trained model; the text streams as it is made."""
 
     checkpoint: str
-    """Run directory that train.py wrote, such as runs/tiny."""
+    """Run directory that train.py wrote, such as runs/tiny, a Hugging Face directory, or a GGUF file."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text to continue; may be given several times. None: the start of a document."""
-    max_new_tokens: int = 128
-    """Most tokens to add to a prompt; prompt and new tokens must fit the model's context."""
+    chat: bool = False
+    """Answer instead of continuing, in the model's chat format; without --prompt, converse: a line is a message,
+    /reset starts anew, /exit or the end of the input ends."""
+    system: str | None = None
+    """System message of a chat; none: the template's own."""
+    chat_template: str | None = None
+    """File with a Jinja chat template, instead of the model's own."""
+    max_new_tokens: int | None = None
+    """Most tokens to add to a prompt, which must fit the model's context with it; none: 128, or 512 in a chat, where
+    the end of the context ends an answer too."""
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=SamplingConfig)
     seed: int = 0
     """Seed of the draws; the same seed, prompt and settings give the same text."""
@@ -43,13 +59,17 @@ def sample_command(argv: list[str]) -> int:
     """Load the model and print what it says; the exit code."""
     arguments = tyro.cli(SampleArguments, args=argv, description=SampleArguments.__doc__)
 
-    from nextllm_jax.llm import load  # late, so that --help does not wait for jax
+    from nextllm_jax.llm import MAX_NEW_TOKENS, load  # late, so that --help does not wait for jax
 
+    if arguments.chat:
+        return chat(arguments)
+    if arguments.system is not None or arguments.chat_template is not None:
+        raise InputError("--system and --chat-template are for a chat; add --chat, or leave them out")
     use_compilation_cache()
     prompts = arguments.prompt or ("",)
     stream = load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype).stream(
         prompts,
-        max_new_tokens=arguments.max_new_tokens,
+        max_new_tokens=MAX_NEW_TOKENS if arguments.max_new_tokens is None else arguments.max_new_tokens,
         sampling=arguments.sampling,
         seed=arguments.seed,
         num_samples=arguments.num_samples,
@@ -60,6 +80,73 @@ def sample_command(argv: list[str]) -> int:
     else:
         print_text(stream, [prompt for prompt in prompts for _ in range(arguments.num_samples)])
     return 0
+
+
+def chat(arguments: SampleArguments) -> int:
+    """Answer each prompt, or hold a conversation; the exit code, 1 if a message of a pipe got no answer."""
+    from nextllm_jax.conversation import MAX_ANSWER_TOKENS, Conversation
+    from nextllm_jax.llm import load
+
+    if arguments.num_samples != 1:
+        raise InputError("a chat answers once; leave --num-samples out, and change --seed for another answer")
+    template = read_text(arguments.chat_template) if arguments.chat_template is not None else None
+    use_compilation_cache()
+    conversation = Conversation(
+        load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype),
+        system=arguments.system,
+        template=template,
+        max_new_tokens=MAX_ANSWER_TOKENS if arguments.max_new_tokens is None else arguments.max_new_tokens,
+        sampling=arguments.sampling,
+        seed=arguments.seed,
+        stop=arguments.stop,
+    )
+    for prompt in arguments.prompt:
+        conversation.reset()
+        print_answer(conversation, prompt, as_json=arguments.json)
+    return 0 if arguments.prompt else converse(conversation, as_json=arguments.json)
+
+
+def converse(conversation: "Conversation", *, as_json: bool) -> int:
+    """Answer line after line of the standard input, and print what goes wrong; the exit code."""
+    from nextllm_jax.conversation import ContextFull
+
+    interactive = sys.stdin.isatty()
+    if interactive:
+        import readline  # noqa: F401  lets `input` edit lines and remember them
+
+        print("/reset starts anew, /exit or Ctrl-D ends, Ctrl-C stops an answer", file=sys.stderr)
+    failed = False
+    while True:
+        try:
+            line = input("> " if interactive else "").strip()
+        except EOFError:
+            break
+        if line == "/exit":
+            break
+        if line == "/reset":
+            conversation.reset()
+        elif line:
+            try:
+                print_answer(conversation, line, as_json=as_json)
+            except ContextFull as error:
+                failed = True
+                print(f"error: {error}", file=sys.stderr)
+            except KeyboardInterrupt:
+                if not interactive:
+                    raise
+                print("\n(stopped; message and answer are forgotten)", file=sys.stderr)
+    return EXIT_FAILED if failed and not interactive else 0
+
+
+def print_answer(conversation: "Conversation", message: str, *, as_json: bool) -> None:
+    """Print the answer as it comes, or as one JSON object once it is there."""
+    for text in conversation.say(message):
+        if not as_json:
+            print(text, end="", flush=True)
+    assert conversation.sample is not None
+    print(json.dumps(dataclasses.asdict(conversation.sample)) if as_json else "", flush=True)
+    if conversation.is_full:
+        print("the answer ends here because the model's context is full; /reset starts anew", file=sys.stderr)
 
 
 def print_json(stream: "TextStream") -> None:

@@ -1,4 +1,4 @@
-"""The `nextllm` command: `nextllm train`, `prepare`, `verify`, `doctor` and `replay`.
+"""The `nextllm` command, with `train`, `prepare`, `verify`, `doctor` and `replay`; more in convert_cli and text_cli.
 
 Nothing here imports jax until a command needs it, so that errors and `--help` come at once, and data is
 prepared before devices are touched.
@@ -20,9 +20,12 @@ import tyro
 from nextllm_jax import process
 from nextllm_jax.config import Config, DataConfig, ModelConfig
 from nextllm_jax.config_files import load_config_file
+from nextllm_jax.convert_cli import export_command, import_command
 from nextllm_jax.distributed import Group, facts_of
 from nextllm_jax.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, InputError, RunFailed
+from nextllm_jax.process import use_compilation_cache
 from nextllm_jax.rendezvous import DistributedConfig
+from nextllm_jax.text_cli import evaluate_command, lm_eval_command, tokenize_command
 from nextllm_jax.training.signals import StopRequest
 
 
@@ -129,15 +132,6 @@ def _start(arguments: TrainArguments, group: Group, stop: StopRequest) -> None:
     stop.nothing_to_lose("starting")
     use_compilation_cache()
     group.start_jax()
-
-
-def use_compilation_cache() -> None:
-    """Keep compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache directory."""
-    import jax
-
-    if not jax.config.values["jax_compilation_cache_dir"]:
-        home = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
-        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "nextllm_jax" / "compiled"))
 
 
 def _sample_text(
@@ -303,6 +297,11 @@ COMMANDS = {
     "verify": verify_command,
     "doctor": doctor_command,
     "replay": replay_command,
+    "import": import_command,
+    "export": export_command,
+    "tokenize": tokenize_command,
+    "evaluate": evaluate_command,
+    "lm_eval": lm_eval_command,
 }
 
 

@@ -7,127 +7,12 @@ not import jax.
 import dataclasses
 import json
 import math
-import types
-import typing
-from typing import Any, Literal
+from typing import Literal
 
-from nextllm_jax.errors import InputError
-
-LayerKind = Literal["global", "local", "global_nope"]
-DType = Literal["float32", "bfloat16"]
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a field's annotated type; an int is a float too, a bool is neither."""
-    kind, options = typing.get_origin(hint), typing.get_args(hint)
-    if kind is Literal:
-        return value in options
-    if kind is types.UnionType:
-        return any(_fits(value, option) for option in options)
-    if kind is tuple:
-        return isinstance(value, tuple) and all(_fits(item, options[0]) for item in value)
-    return isinstance(value, (int, float) if hint is float else hint) and (hint is bool or not isinstance(value, bool))
-
-
-def _check_types(config: Any, section: str) -> None:
-    """Refuse values that annotations alone would let through, such as a misspelt choice."""
-    for name, hint in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-        _require(_fits(value, hint), f"{section}{name} is {value!r}; it must be {wanted}")
-
-
-def _require_positive(config: Any, section: str, *names: str) -> None:
-    for name in names:
-        _require(getattr(config, name) > 0, f"{section}{name} is {getattr(config, name)}; it must be positive")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """A Llama-style decoder."""
-
-    vocab_size: int = 8192
-    """Rows of the embedding; at least the tokenizer's size, more is padding."""
-    num_layers: int = 8
-    """Decoder blocks."""
-    embed_dim: int = 256
-    """Width of the residual stream."""
-    mlp_dim: int = 688
-    """Width inside SwiGLU."""
-    num_heads: int = 8
-    """Query heads."""
-    num_kv_heads: int = 4
-    """Key and value heads; divides num_heads (equal: MHA, 1: MQA)."""
-    head_dim: int = 32
-    """Width of a head, free of embed_dim / num_heads; even, for RoPE."""
-    context_length: int = 2048
-    """Most positions that prompt and new tokens may fill together."""
-    rope_theta: float = 10_000.0
-    """Base of the rotary frequencies."""
-    rope_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
-    """How the rotary frequencies are stretched beyond the original context."""
-    rope_scaling_factor: float = 1.0
-    """Ratio of the new to the original context (linear, llama3, yarn)."""
-    rope_original_context_length: int = 8192
-    """Context that the frequencies were trained for (llama3, yarn)."""
-    rope_low_freq_factor: float = 1.0
-    """Wavelengths above original context / this are fully stretched (llama3)."""
-    rope_high_freq_factor: float = 4.0
-    """Wavelengths below original context / this are left alone (llama3)."""
-    rope_beta_fast: float = 32.0
-    """Rotations in the original context above which a frequency is left alone (yarn)."""
-    rope_beta_slow: float = 1.0
-    """Rotations in the original context below which a frequency is fully stretched (yarn)."""
-    rope_attention_factor: float | None = None
-    """Factor on the rotary cosines and sines (yarn); none: 0.1 ln(factor) + 1."""
-    layer_pattern: tuple[LayerKind, ...] = ("global",)
-    """Kinds of layer, repeated over the depth: global, local (sliding window), global_nope (no RoPE)."""
-    sliding_window: int = 1024
-    """Positions that a local layer sees, its own included."""
-    norm_eps: float = 1e-5
-    """Epsilon of RMSNorm."""
-    qk_norm: bool = False
-    """RMSNorm over each query and key head before RoPE."""
-    attention_bias: bool = False
-    """Bias on the query, key and value projections."""
-    tie_embeddings: bool = True
-    """One matrix for the embedding and the output head."""
-    init_std: float = 0.02
-    """Standard deviation of the initial weights; the projections back into the residual stream get
-    init_std / sqrt(2 num_layers)."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the matmuls; auto: bfloat16, but float32 on a CPU without bfloat16 units."""
-    param_dtype: DType = "float32"
-    """Type in which parameters are kept."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but the matmul results, or whole layers."""
-
-    def __post_init__(self) -> None:
-        _check_types(self, "model.")
-        _require_positive(
-            self, "model.", "vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim",
-            "context_length", "sliding_window", "rope_original_context_length", "norm_eps", "init_std",
-        )  # fmt: skip
-        heads, kv_heads = self.num_heads, self.num_kv_heads
-        _require(heads % kv_heads == 0, f"model.num_kv_heads {kv_heads} does not divide model.num_heads {heads}")
-        _require(self.rope_theta > 1, f"model.rope_theta is {self.rope_theta}; it must be over 1")
-        factor = self.rope_attention_factor
-        _require(factor is None or factor > 0, f"model.rope_attention_factor is {factor}; it must be positive")
-        _require(
-            self.rope_beta_slow < self.rope_beta_fast,
-            f"model.rope_beta_slow {self.rope_beta_slow} is not below model.rope_beta_fast {self.rope_beta_fast}",
-        )
-        _require(self.head_dim % 2 == 0, f"model.head_dim is {self.head_dim}; RoPE needs an even one")
-        _require(len(self.layer_pattern) > 0, "model.layer_pattern is empty; ('global',) is the plain Llama")
-        factor, kind = self.rope_scaling_factor, self.rope_scaling
-        _require(kind == "none" or factor >= 1, f"model.rope_scaling_factor is {factor}; '{kind}' needs at least 1")
-        low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
-        _require(low < high, f"model.rope_low_freq_factor {low} is not below model.rope_high_freq_factor {high}")
+from nextllm_jax.config_checks import check_types as _check_types
+from nextllm_jax.config_checks import require as _require
+from nextllm_jax.config_checks import require_positive as _require_positive
+from nextllm_jax.config_model import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,7 +30,7 @@ class DataConfig:
     """Split of a Hugging Face dataset."""
     tokenizer: str = "train"
     """train (a byte-level BPE of the corpus), gpt2, cl100k_base, o200k_base, or the path of a .tiktoken ranks
-    file or of a saved tokenizer directory."""
+    file, of a saved tokenizer directory, or of a Hugging Face directory or tokenizer.json."""
     vocab_size: int = 8192
     """Size of the tokenizer that 'train' makes, special tokens included."""
     path: str | None = None

@@ -15,7 +15,8 @@ from typing import Any
 from etils import epath
 
 from nextllm_jax import config as definitions
-from nextllm_jax.config import Config, _require
+from nextllm_jax.config import Config
+from nextllm_jax.config_checks import require
 from nextllm_jax.errors import InputError
 
 
@@ -29,11 +30,11 @@ def from_dict(cls: type[Any], values: dict[str, Any], where: str) -> Any:
 
     Raises InputError for an unknown field or a bad value.
     """
-    _require(isinstance(values, dict), f"{where} must hold a JSON object, the fields of {cls.__name__}")
+    require(isinstance(values, dict), f"{where} must hold a JSON object, the fields of {cls.__name__}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for name in values:
         hint = _suggest(name, fields)
-        _require(name in fields, f"{where} has a field '{name}' that {cls.__name__} does not know{hint}")
+        require(name in fields, f"{where} has a field '{name}' that {cls.__name__} does not know{hint}")
     arguments: dict[str, Any] = {}
     for name, value in values.items():
         nested = fields[name].default_factory
@@ -52,7 +53,7 @@ def from_json(text: str, where: str) -> Config:
         raise InputError(f"{where} is not JSON ({error}); it should be a config that a run wrote") from error
     config = from_dict(Config, values, where)
     # Another program's config.json may well hold none of the names that are unknown here.
-    _require({"model", "data", "training"} <= values.keys(), f"{where} is not a config that a run wrote")
+    require({"model", "data", "training"} <= values.keys(), f"{where} is not a config that a run wrote")
     return config
 
 
@@ -80,7 +81,7 @@ def load_config_file(path: str) -> Config:
     Raises InputError if the file is missing, fails to run, or does not define `get_config`.
     """
     file = Path(path)
-    _require(file.is_file(), f"config file {path} does not exist; the shipped ones are in configs/, such as tiny.py")
+    require(file.is_file(), f"config file {path} does not exist; the shipped ones are in configs/, such as tiny.py")
     spec = importlib.util.spec_from_file_location(f"nextllm_config_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise InputError(f"config file {path} must be a python file (.py)")
@@ -92,5 +93,5 @@ def load_config_file(path: str) -> Config:
         raise InputError(f"config file {path}: {error}") from error
     except (Exception, SystemExit) as error:
         raise InputError(f"config file {path} fails with {type(error).__name__}: {error}{_hint(error)}") from error
-    _require(isinstance(config, Config), f"config file {path}: get_config() must return a Config, not {type(config)}")
+    require(isinstance(config, Config), f"config file {path}: get_config() must return a Config, not {type(config)}")
     return config if config.workdir else dataclasses.replace(config, workdir=f"runs/{file.stem}")

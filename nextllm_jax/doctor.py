@@ -25,7 +25,8 @@ from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.machine import Status
 from nextllm_jax.model.accounting import parameter_count
 from nextllm_jax.sharding import make_mesh
-from nextllm_jax.tokenizer.tokenizer import KNOWN_ENCODINGS, Tokenizer, files_to_fetch, load_tokenizer
+from nextllm_jax.tokenizer.published import KNOWN_ENCODINGS, files_to_fetch, load_tokenizer
+from nextllm_jax.tokenizer.tokenizer import Tokenizer
 from nextllm_jax.training.checks import check_fits, check_not_beyond, check_platform
 from nextllm_jax.training.loop import make_loader
 from nextllm_jax.training.program import build_program

@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -18,8 +19,10 @@ from nextllm_jax.config_files import read_config
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.generate import CHUNK_TOKENS, Generation, bucket
 from nextllm_jax.inference.stream import Sample, TextStream
+from nextllm_jax.interop.foreign import is_foreign, open_foreign
 from nextllm_jax.model.transformer import (
     Transformer,
+    abstract_params,
     head_embedding,
     resolve_dtype,
     set_matmul_precision,
@@ -105,7 +108,7 @@ class LLM:
     ) -> list[Sample]:
         """`num_samples` continuations of each prompt, those of one prompt together. See SamplingConfig for the rest.
 
-        A sample ends before a stop string, at the end of the document, or after max_new_tokens. What is drawn
+        A sample ends before a stop string, at one of the tokenizer's stop_ids, or after max_new_tokens. What is drawn
         depends on the seed, the prompt and the sample's index alone, not on the other prompts.
 
         Raises InputError for a prompt that does not fit the context with the new tokens, or a bad setting.
@@ -153,8 +156,8 @@ class LLM:
         if not all(stop):
             raise InputError("a stop string is empty; leave it out, or give the text to stop at")
         rows = [prompt for prompt in prompts for _ in range(num_samples)]
-        ends = {"max_new_tokens": max_new_tokens, "stop_ids": [self.tokenizer.eos_id]}
-        encoded = [[self.tokenizer.bos_id, *self.tokenizer.encode(prompt)] for prompt in prompts]
+        ends = {"max_new_tokens": max_new_tokens, "stop_ids": self.tokenizer.stop_ids}
+        encoded = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
         generation = Generation(
             self.model,
             self.params,
@@ -167,13 +170,21 @@ class LLM:
         )
         return TextStream(generation, self.tokenizer, rows, stop=stop, chunk_tokens=chunk_tokens, **ends)
 
-    def score(self, text: str, *, window: int | None = None, batch_size: int = 8) -> Score:
+    def score(
+        self,
+        text: str,
+        *,
+        window: int | None = None,
+        batch_size: int = 8,
+        progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda batches, total: batches,
+    ) -> Score:
         """How well the model predicts a document, in windows of `window` tokens (none: the context length).
 
         The document is BOS + text + EOS. Windows lie side by side, each target is scored once, and a window sees
-        nothing of the one before; the result does not depend on batch_size.
+        nothing of the one before; the result does not depend on batch_size. `progress` wraps the batches, of which
+        there are `total`.
 
-        Raises InputError for an empty text or a window over the context length.
+        Raises InputError for an empty text, a window over the context length or a batch size that is not positive.
         """
         context_length = self.config.context_length
         window = context_length if window is None else window
@@ -181,13 +192,15 @@ class LLM:
             raise InputError("the text to score is empty; bits per byte need at least one byte")
         if not 0 < window <= context_length:
             raise InputError(f"window is {window}; it must lie in 1 to the model's context_length {context_length}")
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; it must be positive")
         document = self.tokenizer.encode_document(text)
-        tokens_WT, targets_WT, mask_WT = _windows(document, window, batch_size)
-        batches = [
-            _nll_sum(self.model, self.params, *(x[i : i + batch_size] for x in (tokens_WT, targets_WT, mask_WT)))
-            for i in range(0, len(tokens_WT), batch_size)
-        ]
-        nll_sum = math.fsum(map(float, batches))
+        windows = _windows(document, window, batch_size)
+        starts = range(0, len(windows[0]), batch_size)
+        nll_sum = math.fsum(
+            float(_nll_sum(self.model, self.params, *(x_WT[i : i + batch_size] for x_WT in windows)))
+            for i in progress(starts, len(starts))
+        )
         count = len(document) - 1
         return Score(nll_sum / count, count, nll_sum / math.log(2) / len(text.encode("utf-8", errors="replace")))
 
@@ -219,25 +232,35 @@ def _nll_sum(
     model: Transformer, params: Any, tokens_BT: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array
 ) -> jax.Array:
     hidden_BTD, _ = model.apply({"params": params}, tokens_BT, _positions(tokens_BT))
-    return cross_entropy(hidden_BTD, head_embedding(model.config, params), targets_BT, mask_BT)
+    config = model.config
+    return cross_entropy(
+        hidden_BTD,
+        head_embedding(config, params),
+        targets_BT,
+        mask_BT,
+        logit_divisor=config.logit_divisor,
+        soft_cap=config.logit_soft_cap,
+    )
 
 
 def load(path: str, *, step: str | int | None = None, dtype: str | None = None) -> LLM:
-    """The model of a run directory at a step, on one device.
+    """The model of a run directory at a step, of a Hugging Face directory or of a GGUF file, on one device.
 
     `step` is a number, "best" or "latest"; None is the best, or the latest while no checkpoint has a validation loss.
     `dtype` is the type of the matmuls: "float32", "bfloat16", "auto" for what suits the platform, None for what
     the run's config says. Matrices are cast to it once, here, norms stay as they were trained. float32 asks jax for
     full matmul precision, for the whole process.
 
-    Raises InputError if path is not a run directory with a checkpoint of that step.
+    Raises InputError if path is none of these, or has no checkpoint of that step.
     """
+    if is_foreign(Path(path)):
+        return _load_foreign(Path(path), step, dtype)
     run = epath.Path(path)
     config_file = run / "config.json"
     if not config_file.exists():
         raise InputError(
             f"{path} is not a run directory; give the one that train.py wrote, such as runs/tiny, "
-            "with config.json, tokenizer and checkpoints in it"
+            "with config.json, tokenizer and checkpoints in it, or a Hugging Face directory, or a .gguf file"
         )
     config = read_config(config_file).model
     compute_dtype = resolve_dtype(dtype or config.dtype, jax.default_backend())
@@ -246,7 +269,7 @@ def load(path: str, *, step: str | int | None = None, dtype: str | None = None) 
     with Checkpoints(run / "checkpoints") as checkpoints:
         if step is None:
             step = "latest" if checkpoints.best_step() is None else "best"
-        params = checkpoints.restore(checkpoints.resolve(step), "params", _abstract_params(config))
+        params = checkpoints.restore(checkpoints.resolve(step), "params", _on_one_device(abstract_params(config)))
     params = cast_matrices(params, compute_dtype)
     scan_layers = config.num_layers > MAX_UNROLLED_LAYERS
     if not scan_layers:
@@ -254,20 +277,35 @@ def load(path: str, *, step: str | int | None = None, dtype: str | None = None) 
     return LLM(config, params, tokenizer, compute_dtype, scan_layers)
 
 
-def _abstract_params(config: ModelConfig) -> Any:
-    """The shapes and types of a model's parameters, on the default device."""
-    tokens_BT = jnp.zeros((1, 1), jnp.int32)
-    variables = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens_BT, tokens_BT)
+def _load_foreign(path: Path, step: str | int | None, dtype: str | None) -> LLM:
+    """The model in another program's files, each tensor read straight into the type and place where it is used."""
+    if step is not None:
+        raise InputError(f"{path} is no run directory and has no steps; leave the step out")
+    foreign = open_foreign(path)
+    config, tokenizer = foreign.config, foreign.load_tokenizer()
+    compute_dtype = resolve_dtype(dtype or config.dtype, jax.default_backend())
+    set_matmul_precision(compute_dtype)
+    scan_layers = config.num_layers > MAX_UNROLLED_LAYERS
+    abstract = _on_one_device(abstract_params(config, scan_layers=scan_layers))
+    return LLM(
+        config, foreign.load_params(cast_matrices(abstract, compute_dtype)), tokenizer, compute_dtype, scan_layers
+    )
+
+
+def _on_one_device(boxed: Any) -> Any:
+    """Abstract parameters without boxes, on the default device."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), nn.meta.unbox(variables)["params"]
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), nn.meta.unbox(boxed)
     )
 
 
 def cast_matrices(params: Any, dtype: np.dtype) -> Any:
-    """The parameters with all but the norms' scales in `dtype`, as the model would cast them at each use."""
+    """The parameters, or their shapes, with all but the norms' scales in `dtype`, as the model would cast them."""
 
-    def cast(path: Any, leaf: jax.Array) -> jax.Array:
-        return leaf if path[-1].key == "scale" else leaf.astype(dtype)
+    def cast(path: Any, leaf: Any) -> Any:
+        if path[-1].key == "scale":
+            return leaf
+        return leaf.astype(dtype) if isinstance(leaf, jax.Array) else leaf.update(dtype=dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)

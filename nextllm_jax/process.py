@@ -7,6 +7,7 @@ glibc reads both only at start.
 
 import os
 import sys
+from pathlib import Path
 
 TRAINING_ENVIRONMENT = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:"
@@ -29,3 +30,12 @@ def restart_with_settings() -> None:
     missing = {name: value for name, value in TRAINING_ENVIRONMENT.items() if name not in os.environ}
     if missing and sys.platform == "linux":
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **missing})
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache directory."""
+    import jax
+
+    if not jax.config.values["jax_compilation_cache_dir"]:
+        home = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "nextllm_jax" / "compiled"))

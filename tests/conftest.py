@@ -41,7 +41,7 @@ class Door:
             (directory / name).symlink_to(self.directory / name)
         return Door(directory, self._cache)
 
-    def start(self, *command, most_kib=None, **environment) -> subprocess.Popen:
+    def start(self, *command, most_kib=None, stdin=None, **environment) -> subprocess.Popen:
         script, *arguments = command
         program = ["-m", script] if script.startswith("nextllm_jax") else [str(ROOT / script)]
         # A limit on file sizes, set by a shell: a function run after a fork would warn beside jax's threads.
@@ -50,14 +50,15 @@ class Door:
             [*limit, sys.executable, *program, *map(str, arguments)],
             cwd=self.directory,
             env={**self.environment, **environment},
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    def run(self, *command, exit_code=0, **environment) -> subprocess.CompletedProcess:
-        process = self.start(*command, **environment)
-        out, err = process.communicate(timeout=300)
+    def run(self, *command, exit_code=0, typed=None, **environment) -> subprocess.CompletedProcess:
+        process = self.start(*command, stdin=None if typed is None else subprocess.PIPE, **environment)
+        out, err = process.communicate(typed, timeout=300)
         assert process.returncode == exit_code, f"exit {process.returncode}\n{out}\n{err}"
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 

@@ -19,20 +19,33 @@ def silu(x: np.ndarray) -> np.ndarray:
     return x / (1 + np.exp(-x))
 
 
+def gelu_tanh(x: np.ndarray) -> np.ndarray:
+    """The Gaussian error linear unit by tanh (Hendrycks and Gimpel, 2016)."""
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def bounded(x: np.ndarray, cap: float | None) -> np.ndarray:
+    """x softly bounded by cap (Gemma 2, 2024), or x itself."""
+    return x if cap is None else cap * np.tanh(x / cap)
+
+
 def softmax(x: np.ndarray) -> np.ndarray:
     """Probabilities over the last axis; -inf gets exactly none."""
     weights = np.exp(x - x.max(axis=-1, keepdims=True))
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
-def rope_frequencies(config: Any) -> tuple[np.ndarray, float]:
+def rope_frequencies(config: Any, kind: str = "global") -> tuple[np.ndarray, float]:
     """Radians a position for each pair of a head [head_dim / 2], and the factor on cosine and sine.
 
     Su et al. 2021; `linear`: Chen et al. 2023; `llama3`: the Llama 3.1 release; `yarn`: Peng et al. 2023, section 3.2,
-    with the ramp's ends rounded outwards to whole pairs as in the authors' code.
+    with the ramp's ends rounded outwards to whole pairs as in the authors' code; `longrope`: Ding et al. 2024.
     """
-    pairs = np.arange(config.head_dim // 2)
-    frequency = config.rope_theta ** (-2 * pairs / config.head_dim)
+    rotary_dim = config.rotary_dim or config.head_dim
+    pairs = np.arange(rotary_dim // 2)
+    if kind == "local" and config.rope_local_theta:
+        return config.rope_local_theta ** (-2 * pairs / rotary_dim), 1.0
+    frequency = config.rope_theta ** (-2 * pairs / rotary_dim)
     factor = config.rope_scaling_factor
     rotations = config.rope_original_context_length * frequency / (2 * np.pi)  # in the original context
     if config.rope_scaling == "none":
@@ -44,24 +57,30 @@ def rope_frequencies(config: Any) -> tuple[np.ndarray, float]:
         keep = np.clip((rotations - low) / (high - low), 0, 1)
         return keep * frequency + (1 - keep) * frequency / factor, 1.0
 
+    original = config.rope_original_context_length
+    if config.rope_scaling == "longrope":
+        divisors = config.rope_long_factors if config.context_length > original else config.rope_short_factors
+        attention_factor = config.rope_attention_factor or np.sqrt(1 + np.log(factor) / np.log(original))
+        return frequency / np.array(divisors), attention_factor
+
     def pair_that_rotates(times: float) -> float:
-        original = config.rope_original_context_length
-        return config.head_dim * np.log(original / (times * 2 * np.pi)) / (2 * np.log(config.rope_theta))
+        return rotary_dim * np.log(original / (times * 2 * np.pi)) / (2 * np.log(config.rope_theta))
 
     first = max(np.floor(pair_that_rotates(config.rope_beta_fast)), 0)
-    last = min(np.ceil(pair_that_rotates(config.rope_beta_slow)), config.head_dim - 1)
+    last = min(np.ceil(pair_that_rotates(config.rope_beta_slow)), rotary_dim - 1)
     keep = 1 - np.clip((pairs - first) / (last - first), 0, 1)
     attention_factor = config.rope_attention_factor or 0.1 * np.log(factor) + 1
     return keep * frequency + (1 - keep) * frequency / factor, attention_factor
 
 
-def rotate(x_BTNH: np.ndarray, positions_BT: np.ndarray, config: Any) -> np.ndarray:
-    """x with the pairs (i, i + H/2) of each head turned by position times frequency."""
-    frequency, attention_factor = rope_frequencies(config)
+def rotate(x_BTNH: np.ndarray, kind: str, positions_BT: np.ndarray, config: Any) -> np.ndarray:
+    """x with the pairs (i, i + R/2) of the first R dimensions of each head turned by position times frequency."""
+    frequency, attention_factor = rope_frequencies(config, kind)
+    x_BTNH, rest = np.split(x_BTNH, [2 * len(frequency)], axis=-1)
     angle_BTNH = positions_BT[:, :, None, None] * frequency
     cos, sin = np.cos(angle_BTNH) * attention_factor, np.sin(angle_BTNH) * attention_factor
     first, second = np.split(x_BTNH, 2, axis=-1)
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
 def visible(kind: str, segment_ids_BT: np.ndarray, config: Any) -> np.ndarray:
@@ -81,16 +100,22 @@ def attention(block: Any, x_BTD: np.ndarray, kind: str, positions_BT: np.ndarray
         heads = {name: value + block[name]["bias"] for name, value in heads.items()}
     for name in "qk":
         if config.qk_norm:
-            heads[name] = rms_norm(heads[name], block[f"{name}_norm"]["scale"], config.norm_eps)
+            shape = heads[name].shape
+            value = heads[name] if config.qk_norm_over == "head" else heads[name].reshape(*shape[:2], -1)
+            scale = block[f"{name}_norm"]["scale"] + config.norm_scale_offset
+            heads[name] = rms_norm(value, scale, config.norm_eps).reshape(shape)
         if kind != "global_nope":
-            heads[name] = rotate(heads[name], positions_BT, config)
+            heads[name] = rotate(heads[name], kind, positions_BT, config)
     out_BTD = np.zeros_like(x_BTD)
     for n in range(config.num_heads):
         k = n // (config.num_heads // config.num_kv_heads)
-        scores_BTT = heads["q"][:, :, n] @ heads["k"][:, :, k].swapaxes(1, 2) / np.sqrt(config.head_dim)
+        scale = config.attention_scale or 1 / np.sqrt(config.head_dim)
+        scores_BTT = bounded(
+            heads["q"][:, :, n] @ heads["k"][:, :, k].swapaxes(1, 2) * scale, config.attention_soft_cap
+        )
         probabilities_BTT = softmax(np.where(mask_BTT, scores_BTT, -np.inf))
         out_BTD += probabilities_BTT @ heads["v"][:, :, k] @ block["o"]["kernel"][n]
-    return out_BTD
+    return out_BTD + (block["o"]["bias"] if config.attention_output_bias else 0)
 
 
 def unstack(params: Any, config: Any) -> list[Any]:
@@ -113,18 +138,26 @@ def forward(params: Any, config: Any, tokens_BT: Any, segment_ids_BT: Any = None
     indices = np.broadcast_to(np.arange(tokens_BT.shape[1]), tokens_BT.shape)
     positions = indices if positions_BT is None else np.asarray(positions_BT)
     embedding = params["embed"]["embedding"]
-    x_BTD = embedding[tokens_BT]
+    x_BTD = embedding[tokens_BT] * config.embedding_scale
+
+    def norm(block: Any, name: str, x_BTD: np.ndarray) -> np.ndarray:
+        if name not in block:
+            return x_BTD
+        return rms_norm(x_BTD, block[name]["scale"] + config.norm_scale_offset, config.norm_eps)
+
+    activation = {"silu": silu, "gelu_tanh": gelu_tanh}[config.activation]
     for layer, block in enumerate(unstack(params, config)):
         kind = config.layer_pattern[layer % len(config.layer_pattern)]
-        h_BTD = rms_norm(x_BTD, block["attention_norm"]["scale"], config.norm_eps)
-        mask_BTT = visible(kind, segments, config)
-        x_BTD = x_BTD + attention(block["attention"], h_BTD, kind, positions, mask_BTT, config)
-        h_BTD = rms_norm(x_BTD, block["mlp_norm"]["scale"], config.norm_eps)
+        mask_BTT, h_BTD = visible(kind, segments, config), norm(block, "attention_norm", x_BTD)
+        out_BTD = attention(block["attention"], h_BTD, kind, positions, mask_BTT, config)
+        x_BTD = x_BTD + norm(block, "attention_post_norm", out_BTD) * config.residual_scale
+        h_BTD = norm(block, "mlp_norm", x_BTD)
         mlp = {name: projection["kernel"] for name, projection in block["mlp"].items()}
-        x_BTD = x_BTD + (silu(h_BTD @ mlp["gate"]) * (h_BTD @ mlp["up"])) @ mlp["down"]
-    x_BTD = rms_norm(x_BTD, params["final_norm"]["scale"], config.norm_eps)
+        out_BTD = (activation(h_BTD @ mlp["gate"]) * (h_BTD @ mlp["up"])) @ mlp["down"]
+        x_BTD = x_BTD + norm(block, "mlp_post_norm", out_BTD) * config.residual_scale
+    x_BTD = norm(params, "final_norm", x_BTD)
     head = embedding if config.tie_embeddings else params["lm_head"]["embedding"]
-    return x_BTD @ head.T
+    return bounded(x_BTD @ head.T / config.logit_divisor, config.logit_soft_cap)
 
 
 def to_float64(tree: Any) -> Any:

@@ -17,8 +17,10 @@ LAYERS = [  # a module imports from the rows below its own
     ("cli",),
     ("server",),
     ("",),  # nextllm_jax/__init__.py
+    ("convert_cli", "text_cli"),
     ("doctor", "resume_proof"),
-    ("llm", "plan", "verify", "machine"),
+    ("conversation", "evaluation", "harness"),
+    ("llm", "plan", "verify", "machine", "convert"),
     ("training", "inference"),
     ("data", "model"),
     ("interop",),
@@ -27,6 +29,8 @@ LAYERS = [  # a module imports from the rows below its own
     ("sharding",),
     ("config_files",),
     ("config",),
+    ("config_model",),
+    ("config_checks",),
     ("distributed",),
     ("hardware", "ops", "process", "rendezvous", "tokenizer"),
     ("errors",),
@@ -34,7 +38,18 @@ LAYERS = [  # a module imports from the rows below its own
 FOLDERS = {  # inside a folder a file imports from those to its left
     "ops": ("rope", "linear", "cross_entropy", "quantized", "splash", "attention"),
     "model": ("layers", "kv_cache", "attention", "transformer", "quantize", "accounting"),
-    "tokenizer": ("tokenizer", "bpe", "chat"),
+    "tokenizer": (
+        "backends",
+        "patterns",
+        "stress",
+        "tokenizer",
+        "bpe",
+        "sentencepiece",
+        "huggingface",
+        "gguf",
+        "published",
+        "chat",
+    ),
     "data": ("corpora", "shards", "data_directory", "prepare", "packing", "loader"),
     "training": (
         *(
@@ -51,7 +66,18 @@ FOLDERS = {  # inside a folder a file imports from those to its left
         *("writers", "signals", "program", "flight_recorder", "loop", "diagnosis", "replay"),
     ),
     "inference": ("sampling", "generate", "stream"),
-    "interop": ("names", "huggingface", "gguf"),
+    "interop": (
+        "names",
+        "streaming",
+        "keys",
+        "families",
+        "huggingface_rope",
+        "huggingface_config",
+        "huggingface",
+        "gguf_config",
+        "gguf",
+        "foreign",
+    ),
 }
 RANK = {part: len(LAYERS) - row for row, parts in enumerate(LAYERS) for part in parts}
 

@@ -71,7 +71,7 @@ def test_a_sound_start_is_found_sound_in_the_order_of_train_and_nothing_is_writt
         ({"workdir": "config.py/run"}, "disk: .*"),
         ({"data.path": "data/knwon"}, "data: data.path data/knwon holds no prepared data"),
         ({"data.corpus": "nowhere"}, "data: data.corpus nowhere holds no text"),
-        ({"data.corpus": "config.py", "data.tokenizer": "no.tiktoken"}, "tokenizer: data.tokenizer no.tiktoken is not"),
+        ({"data.corpus": "config.py", "data.tokenizer": "no.tiktoken"}, "tokenizer: tokenizer no.tiktoken is not"),
         ({"platform": "tpu"}, "devices: platform is tpu, but jax found cpu"),
         ({"mesh.data": 3}, "devices: .* does not use 8 devices exactly"),
         (

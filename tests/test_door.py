@@ -289,3 +289,34 @@ def test_help_explains(trained):
 
 def test_a_misspelt_command_gets_a_suggestion(trained):
     assert "did you mean prepare" in trained.run("nextllm_jax.cli", "prepar", exit_code=2).stderr
+
+
+def test_tokenize_shows_ids_and_pieces(trained):
+    out = trained.run("nextllm_jax.cli", "tokenize", "--tokenizer", "runs/config", "the cat", "--json").stdout
+    assert "".join(json.loads(out)["pieces"]) == "the cat"
+
+
+def test_evaluate_scores_the_data_as_training_did(trained):
+    command = ("nextllm_jax.cli", "evaluate", "--checkpoint", "runs/config", "--data", "data/known", "--json")
+    score = json.loads(trained.run(*command).stdout)
+    logged = metrics(trained.directory / "runs" / "config", "validation")[-1]
+    assert score.keys() == {"tokens", "nll", "perplexity", "bits_per_byte"}
+    assert score["nll"] == pytest.approx(logged["loss"], rel=1e-6)
+    for name in ("perplexity", "bits_per_byte"):
+        assert score[name] == pytest.approx(logged[name], rel=1e-6)
+
+
+def test_chat_converses_through_a_pipe(trained):
+    pytest.importorskip("jinja2", reason="pip install '.[interop]'")
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+    )
+    (trained.directory / "chat.jinja").write_text(template)
+    chat = ("sample.py", "--checkpoint", "runs/config", "--chat", "--chat-template", "chat.jinja", "--temperature", "0")
+    typed = "the cat\n\na dog\n/reset\nthe cat\n" + "long " * 100 + "\n/exit\nnot read\n"
+    talked = trained.run(*chat, "--max-new-tokens", "12", "--json", typed=typed, exit_code=1)
+    rows = [json.loads(line) for line in talked.stdout.splitlines()]
+    assert [row["prompt"] for row in rows] == ["the cat", "a dog", "the cat"]
+    assert rows[0] == rows[2]
+    assert "leaves no room for an answer in the model's context of 128" in talked.stderr
+    assert "Traceback" not in talked.stderr

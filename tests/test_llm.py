@@ -18,6 +18,7 @@ from nextllm_jax.config import Config, DataConfig, ModelConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.llm import LLM, cast_matrices
 from nextllm_jax.model.transformer import Transformer, unstack_layers
+from nextllm_jax.tokenizer.backends import ByteBPE
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 CONFIG = ModelConfig(
@@ -35,9 +36,9 @@ CONFIG = ModelConfig(
 )
 TOKENIZER = Tokenizer(
     "bytes",
-    ranks={bytes([value]): value for value in range(256)},
-    pattern=r"[\s\S]",
-    special_tokens={"<|begin_of_text|>": 256, "<|end_of_text|>": 257},
+    ByteBPE(
+        {bytes([value]): value for value in range(256)}, r"[\s\S]", {"<|begin_of_text|>": 256, "<|end_of_text|>": 257}
+    ),
 )
 
 

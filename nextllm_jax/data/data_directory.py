@@ -37,7 +37,8 @@ def check_replaceable(output: Path, overwrite: bool) -> None:
         raise InputError(f"{output} exists and is not prepared data; name another directory")
     names = _names_of_files(index)
     foreign = sorted({path.relative_to(output).as_posix() for path in output.rglob("*")} - names)
-    foreign = [name for name in foreign if not name.startswith(("tokenizer/ranks-", _REPLACED))]
+    ours = ("tokenizer/ranks-", "tokenizer/huggingface-", _REPLACED)
+    foreign = [name for name in foreign if not name.startswith(ours)]
     if foreign:
         raise InputError(
             f"{output} holds more than prepared data ({foreign[0]}{', ...' if foreign[1:] else ''}); "

@@ -57,7 +57,8 @@ from nextllm_jax.data.shards import (
 )
 from nextllm_jax.errors import InputError
 from nextllm_jax.tokenizer.bpe import train_tokenizer
-from nextllm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from nextllm_jax.tokenizer.published import load_tokenizer
+from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 PART_CHARACTERS = 1_000_000
 TOKENIZER_SAMPLE_CHARACTERS = 100_000_000

@@ -6,6 +6,7 @@ last tokens, positions, flags) is donated: the cache is written in place and nev
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -73,23 +74,37 @@ def prefill(
     logits and draws from them.
     """
     B, T = tokens_BT.shape
-    positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
     cache = KVCache.create(
         model.config, batch_size=B, length=cache_length, dtype=model.dtype, scan_layers=model.scan_layers
     )
-    _, cache = _apply(model, params, tokens_BT, positions_BT, cache)
-    last_B = jnp.maximum(lengths_B - 1, 0)
-    seen_BV = None
+    state = _read(model, params, cache, tokens_BT, lengths_B, jnp.zeros((), jnp.int32))
     if track_seen:
         seen_BV = jnp.zeros((B, model.config.vocab_size), bool)
-        seen_BV = seen_BV.at[jnp.arange(B)[:, None], tokens_BT].max(positions_BT < lengths_B[:, None])
-    return State(
-        cache=cache,
-        token_B=jnp.take_along_axis(tokens_BT, last_B[:, None], axis=1)[:, 0],
-        position_B=last_B,
-        done_B=lengths_B == 0,
-        seen_BV=seen_BV,
-    )
+        is_prompt_BT = jnp.arange(T)[None] < lengths_B[:, None]
+        state = dataclasses.replace(state, seen_BV=seen_BV.at[jnp.arange(B)[:, None], tokens_BT].max(is_prompt_BT))
+    return state
+
+
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("cache",))
+def extend(
+    model: Transformer, params: Any, cache: KVCache, tokens_BT: jax.Array, lengths_B: jax.Array, start: jax.Array
+) -> State:
+    """The state after more tokens, padded as in `prefill`, at positions `start`, ... of a cache (donated).
+
+    What the cache holds beyond `start` is never seen: each slot is written before a query reaches it.
+    """
+    return _read(model, params, cache, tokens_BT, lengths_B, start)
+
+
+def _read(
+    model: Transformer, params: Any, cache: KVCache, tokens_BT: jax.Array, lengths_B: jax.Array, start: jax.Array
+) -> State:
+    """The state, without `seen_BV`, once the tokens are in the cache from position `start` on."""
+    positions_BT = jnp.broadcast_to(start + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
+    _, cache = _apply(model, params, tokens_BT, positions_BT, cache)
+    last_B = jnp.maximum(lengths_B - 1, 0)
+    token_B = jnp.take_along_axis(tokens_BT, last_B[:, None], axis=1)[:, 0]
+    return State(cache, token_B, start + last_B, lengths_B == 0, None)
 
 
 @functools.partial(
@@ -150,11 +165,26 @@ def bucket(size: int, least: int) -> int:
     return power
 
 
+@dataclasses.dataclass(frozen=True)
+class CachedRow:
+    """What a Generation of one row leaves behind: the tokens that its cache holds, from position 0 on, and the cache.
+
+    Once a Generation has taken it over, the cache is gone.
+    """
+
+    tokens: tuple[int, ...]
+    cache: KVCache
+
+
 class Generation:
     """Rows of tokens in the making: `advance` until `done`. Row i continues prompts[i].
 
     `samples[i]` is the index of row i among those of the same prompt; with `seed` and the position it decides
     what is drawn. Works on one device, and on a mesh if the caller has set it (`jax.set_mesh`).
+
+    With `cached`, a single row takes over the cache of another and reads only what its prompt does not share with
+    that; a repetition penalty reads all of it. A cache has at least `least_cache_length` slots, as far as the context
+    goes, so that later rows need no larger one, which would have to be compiled for.
 
     Raises InputError for a prompt that does not fit the model's context together with the new tokens.
     """
@@ -171,23 +201,33 @@ class Generation:
         seed: int,
         stop_ids: Sequence[int],
         vocab_size: int,
+        cached: CachedRow | None = None,
+        least_cache_length: int = 0,
     ) -> None:
         self.num_rows = len(prompts)
         self._remaining = max_new_tokens
         self._params = params
         longest = _longest(prompts, max_new_tokens, model.config.context_length)
         batch_size = bucket(self.num_rows, 1)
-        length = min(bucket(longest, 16), model.config.context_length)
+        track_seen = sampling.repetition_penalty != 1
+        start = 0 if cached is None or track_seen else _num_shared(cached.tokens, prompts)
+        length = min(bucket(longest - start, 16), model.config.context_length)
         tokens_BT, lengths_B = np.zeros((batch_size, length), np.int32), np.zeros(batch_size, np.int32)
         for row, prompt in enumerate(prompts):
-            tokens_BT[row, : len(prompt)] = prompt
-            lengths_B[row] = len(prompt)
-        arguments = (model, params, tokens_BT, lengths_B)
-        cache_length = min(bucket(longest + max_new_tokens, 16), model.config.context_length)
-        static = {"cache_length": cache_length, "track_seen": sampling.repetition_penalty != 1}
-        prefill.lower(*arguments, **static).compile()  # kept for the call below, which the clock sees without it
+            tokens_BT[row, : len(prompt) - start] = prompt[start:]
+            lengths_B[row] = len(prompt) - start
+        cache_length = bucket(max(longest + max_new_tokens, least_cache_length), 16)
+        cache_length = min(cache_length, model.config.context_length)
+        if cached is not None and start:
+            cache = cached.cache.grown(cache_length)
+            read = functools.partial(extend, model, params, cache, tokens_BT, lengths_B, np.int32(start))
+            extend.lower(*read.args).compile()  # kept for the call below, which the clock sees without it
+        else:
+            static = {"cache_length": cache_length, "track_seen": track_seen}
+            read = functools.partial(prefill, model, params, tokens_BT, lengths_B, **static)
+            prefill.lower(*read.args, **static).compile()
         started = time.perf_counter()
-        self._state = jax.block_until_ready(prefill(*arguments, **static))
+        self._state = jax.block_until_ready(read())
         self.speeds = Speeds(prefill_tokens=int(lengths_B.sum()), prefill_seconds=time.perf_counter() - started)
         self._stopped_B = lengths_B == 0
         self._draw_from = (np.uint32(seed % 2**32), np.resize(np.asarray(samples, np.int32), batch_size))
@@ -199,6 +239,13 @@ class Generation:
     def done(self) -> bool:
         """True if no row can get another token."""
         return self._remaining == 0 or bool(self._stopped_B.all())
+
+    def cached_row(self, tokens: Sequence[int]) -> CachedRow:
+        """The cache of the only row for another Generation; `tokens` are its prompt and what it has made of it.
+
+        The last of them has not been read yet. This Generation is over with it.
+        """
+        return CachedRow(tuple(tokens[:-1]), self._state.cache)
 
     def stop(self, row: int) -> None:
         """End a row before the next call of `advance`."""
@@ -240,6 +287,13 @@ def _longest(prompts: Sequence[Sequence[int]], max_new_tokens: int, context_leng
             f"context_length {context_length}; shorten the prompt or ask for fewer tokens"
         )
     return max(lengths)
+
+
+def _num_shared(tokens: Sequence[int], prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens the only prompt begins with that are cached; the loop reads its last one again in any case."""
+    (prompt,) = prompts
+    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tokens, prompt[:-1], strict=False))
+    return sum(1 for _ in shared)
 
 
 def _to_host(x: jax.Array) -> np.ndarray:

@@ -5,13 +5,25 @@ from nextllm_jax.config import ModelConfig
 
 def parameter_count(config: ModelConfig) -> int:
     """Parameters of the model, padded vocabulary included; a tied embedding counts once."""
-    embed, heads, kv_heads, head = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
-    attention = embed * head * (2 * heads + 2 * kv_heads)
-    attention += head * (heads + 2 * kv_heads) if config.attention_bias else 0
-    attention += 2 * head if config.qk_norm else 0
-    layer = attention + 3 * embed * config.mlp_dim + 2 * embed
     tables = 1 if config.tie_embeddings else 2
-    return tables * config.vocab_size * embed + config.num_layers * layer + embed
+    return tables * config.vocab_size * config.embed_dim + config.num_layers * _matrices(config) + _vectors(config)
+
+
+def _matrices(config: ModelConfig) -> int:
+    """Weights of one layer that multiply."""
+    attention = config.embed_dim * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
+    return attention + 3 * config.embed_dim * config.mlp_dim
+
+
+def _vectors(config: ModelConfig) -> int:
+    """Scales of all norms and all biases."""
+    embed, heads, kv_heads, head = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+    layer = embed * (4 if config.norm_placement == "sandwich" else 2)
+    layer += head * (heads + 2 * kv_heads) if config.attention_bias else 0
+    layer += embed if config.attention_output_bias else 0
+    if config.qk_norm:
+        layer += 2 * head if config.qk_norm_over == "head" else head * (heads + kv_heads)
+    return config.num_layers * layer + embed
 
 
 def train_state_bytes(config: ModelConfig) -> int:
@@ -27,11 +39,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     scores: 12 N H S / 2 per layer and token (2 products, forward and backward), fewer in local layers.
     Source: the accounting of Chowdhery et al. 2022 (PaLM, appendix B), with causality.
     """
-    norms = config.embed_dim * (2 * config.num_layers + 1)
-    norms += 2 * config.head_dim * config.num_layers if config.qk_norm else 0
-    biases = config.num_layers * config.head_dim * (config.num_heads + 2 * config.num_kv_heads)
-    weights = parameter_count(config) - norms - (biases if config.attention_bias else 0)
-    weights -= 0 if config.tie_embeddings else config.vocab_size * config.embed_dim
+    weights = config.num_layers * _matrices(config) + config.vocab_size * config.embed_dim
     pattern = config.layer_pattern
     visible = 0.0
     for layer in range(config.num_layers):

@@ -6,16 +6,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nextllm_jax.config import LayerKind, ModelConfig
+from nextllm_jax.config_model import LayerKind, ModelConfig
 from nextllm_jax.model.kv_cache import KVCache
-from nextllm_jax.model.layers import Linear, RMSNorm, residual_init_std
+from nextllm_jax.model.layers import Linear, make_norm, residual_init_std
 from nextllm_jax.ops.attention import cached_attention, causal_attention
 from nextllm_jax.ops.rope import apply_rope
 from nextllm_jax.sharding import constrain
 
 
 class Attention(nn.Module):
-    """Causal attention of one layer; `kind` decides its window and whether it has RoPE."""
+    """Causal attention of one layer; `kind` decides its window."""
 
     config: ModelConfig
     kind: LayerKind
@@ -25,30 +25,37 @@ class Attention(nn.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
+        rope: tuple[jax.Array, jax.Array] | None,
         positions_BT: jax.Array,
         segment_ids_BT: jax.Array | None,
         cache: KVCache | None,
         layer: jax.Array | int,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Return the output [B, T, D] and the cache with this layer's keys and values written."""
+        """Return the output [B, T, D] and the cache with this layer's keys and values written.
+
+        `rope` holds the rotary cosines and sines of this layer, None if it has none.
+        """
         config = self.config
         q_BTNH = self._project("q", config.num_heads, "heads", x_BTD)
         k_BTKH = self._project("k", config.num_kv_heads, "kv_heads", x_BTD)
         v_BTKH = self._project("v", config.num_kv_heads, "kv_heads", x_BTD)
         if config.qk_norm:
-            q_BTNH = RMSNorm(config.norm_eps, jnp.dtype(config.param_dtype), name="q_norm")(q_BTNH)
-            k_BTKH = RMSNorm(config.norm_eps, jnp.dtype(config.param_dtype), name="k_norm")(k_BTKH)
-        if self.kind != "global_nope":
+            q_BTNH = self._norm("q_norm", q_BTNH)
+            k_BTKH = self._norm("k_norm", k_BTKH)
+        if rope is not None:
             q_BTNH = apply_rope(q_BTNH, *rope)
             k_BTKH = apply_rope(k_BTKH, *rope)
-        window = config.sliding_window if self.kind == "local" else None
+        rule = {
+            "window": config.sliding_window if self.kind == "local" else None,
+            "scale": config.attention_scale,
+            "soft_cap": config.attention_soft_cap,
+        }
         with jax.named_scope("attention"):
             if cache is None:
-                out_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=segment_ids_BT, window=window)
+                out_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=segment_ids_BT, **rule)
             else:
                 cache = cache.write(layer, k_BTKH, v_BTKH, positions_BT)
-                out_BTNH = cached_attention(q_BTNH, *cache.view(layer), positions_BT=positions_BT, window=window)
+                out_BTNH = cached_attention(q_BTNH, *cache.view(layer), positions_BT=positions_BT, **rule)
         out_BTNH = constrain(out_BTNH, "batch", "seq", "heads", "head_dim")
         output = Linear(
             # Not H: einsum contracts in alphabetical order, and H before N would transpose the kernel at every call.
@@ -58,9 +65,16 @@ class Attention(nn.Module):
             residual_init_std(config),
             self.dtype,
             jnp.dtype(config.param_dtype),
+            bias_axes=("embed",) if config.attention_output_bias else (),
             name="o",
         )
         return output(out_BTNH), cache
+
+    def _norm(self, name: str, x_BTNH: jax.Array) -> jax.Array:
+        norm = make_norm(self.config, name)
+        if self.config.qk_norm_over == "head":
+            return norm(x_BTNH)
+        return norm(x_BTNH.reshape(*x_BTNH.shape[:2], -1)).reshape(x_BTNH.shape)
 
     def _project(self, name: str, num_heads: int, axis: str, x_BTD: jax.Array) -> jax.Array:
         config = self.config

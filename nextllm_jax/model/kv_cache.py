@@ -40,6 +40,13 @@ class KVCache:
         """Positions that a row can hold."""
         return self.keys[0].shape[3]
 
+    def grown(self, length: int) -> "KVCache":
+        """The cache with slots for `length` positions or, if it has them, as it is."""
+        if length <= self.length:
+            return self
+        padding = ((0, 0), (0, 0), (0, 0), (0, length - self.length), (0, 0))
+        return jax.tree.map(lambda x: jnp.pad(x, padding), self)
+
     def write(self, layer: jax.Array | int, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array) -> "KVCache":
         """The cache with a layer's new keys and values at their positions; positions past the end are dropped."""
         part, index = self._place(layer)

@@ -22,21 +22,29 @@ def _parameter(
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)  # pyright: ignore[reportReturnType]
 
 
+def keep_mean_square(module: nn.Module, name: str, x_BTD: jax.Array) -> None:
+    """Record the mean square of each position, float32 [B, T], for a caller that asks for intermediates.
+
+    Before a norm it costs nothing: the norm computes the same.
+    """
+    module.sow("intermediates", name, jnp.mean(jnp.square(x_BTD.astype(jnp.float32)), axis=-1))
+
+
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) * (scale + offset) over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
     eps: float
     param_dtype: Any
+    scale_offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return the normed array, computed in float32, in the type of `x`."""
-        scale = _parameter(self, "scale", nn.initializers.ones, ("norm",), (x.shape[-1],), self.param_dtype)
+        init = nn.initializers.constant(1.0 - self.scale_offset)
+        scale = _parameter(self, "scale", init, ("norm",), (x.shape[-1],), self.param_dtype)
         x32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-        self.sow("intermediates", "mean_square", mean_square)  # dropped unless the caller asks for intermediates
-        normed = x32 * jax.lax.rsqrt(mean_square + self.eps)
-        scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,)) + self.scale_offset
         return (normed * scale).astype(x.dtype)
 
 
@@ -95,7 +103,7 @@ class Embed(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+    """down(activation(gate(x)) * up(x)), silu in SwiGLU and gelu in GeGLU (Shazeer 2020, arXiv:2002.05202)."""
 
     config: ModelConfig
     dtype: Any
@@ -107,12 +115,18 @@ class SwiGLU(nn.Module):
         embed, mlp = config.embed_dim, config.mlp_dim
         types = {"dtype": self.dtype, "param_dtype": jnp.dtype(config.param_dtype)}
         into = {"kernel_shape": (embed, mlp), "kernel_axes": ("embed", "mlp"), "init_std": config.init_std, **types}
+        activation = nn.silu if config.activation == "silu" else nn.gelu  # which is the tanh approximation
         gate_BTF = Linear("BTD,DF->BTF", **into, name="gate")(x_BTD)
         up_BTF = Linear("BTD,DF->BTF", **into, name="up")(x_BTD)
-        inner_BTF = constrain(nn.silu(gate_BTF) * up_BTF, "batch", "seq", "mlp")
+        inner_BTF = constrain(activation(gate_BTF) * up_BTF, "batch", "seq", "mlp")
         return Linear("BTF,FD->BTD", (mlp, embed), ("mlp", "embed"), residual_init_std(config), **types, name="down")(
             inner_BTF
         )
+
+
+def make_norm(config: ModelConfig, name: str | None = None) -> RMSNorm:
+    """The RMSNorm that a config asks for."""
+    return RMSNorm(config.norm_eps, jnp.dtype(config.param_dtype), config.norm_scale_offset, name=name)
 
 
 def residual_init_std(config: ModelConfig) -> float:

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from nextllm_jax import hardware
-from nextllm_jax.config import LayerKind, ModelConfig
+from nextllm_jax.config_model import LayerKind, ModelConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.attention import Attention
 from nextllm_jax.model.kv_cache import KVCache
-from nextllm_jax.model.layers import Embed, RMSNorm, SwiGLU
+from nextllm_jax.model.layers import Embed, SwiGLU, keep_mean_square, make_norm
 from nextllm_jax.ops import rope
+from nextllm_jax.ops.cross_entropy import finish_logits
 from nextllm_jax.sharding import constrain
 
 REMAT_POLICIES = {
@@ -30,8 +31,12 @@ REMAT_POLICIES = {
 }
 
 
+Rope = dict[LayerKind, tuple[jax.Array, jax.Array]]
+"""The rotary cosines and sines of each kind of layer that has RoPE."""
+
+
 class Block(nn.Module):
-    """One pre-norm decoder layer: attention and SwiGLU, each added to the residual stream."""
+    """One decoder layer: attention and SwiGLU, each added to the residual stream, with norms before or after them."""
 
     config: ModelConfig
     kind: LayerKind
@@ -41,24 +46,35 @@ class Block(nn.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        rope_cos_sin: tuple[jax.Array, jax.Array],
+        ropes: Rope,
         positions_BT: jax.Array,
         segment_ids_BT: jax.Array | None,
         cache: KVCache | None,
         layer: jax.Array | int,
     ) -> tuple[jax.Array, KVCache | None]:
         """Return the residual stream [B, T, D] and the cache after this layer."""
-        config, param_dtype = self.config, jnp.dtype(self.config.param_dtype)
+        config = self.config
         x_BTD = constrain(x_BTD, "batch", "seq", "activation_embed")
-        normed = RMSNorm(config.norm_eps, param_dtype, name="attention_norm")(x_BTD)
+        keep_mean_square(self, "before_attention", x_BTD)
         attended, cache = Attention(config, self.kind, self.dtype, name="attention")(
-            normed, rope_cos_sin, positions_BT, segment_ids_BT, cache, layer
+            self._before("attention_norm", x_BTD), ropes.get(self.kind), positions_BT, segment_ids_BT, cache, layer
         )
-        x_BTD = x_BTD + attended
-        normed = RMSNorm(config.norm_eps, param_dtype, name="mlp_norm")(x_BTD)
+        x_BTD = x_BTD + self._after("attention_post_norm", attended)
+        keep_mean_square(self, "before_mlp", x_BTD)
         with jax.named_scope("mlp"):
-            x_BTD = x_BTD + SwiGLU(config, self.dtype, name="mlp")(normed)
+            out_BTD = SwiGLU(config, self.dtype, name="mlp")(self._before("mlp_norm", x_BTD))
+            x_BTD = x_BTD + self._after("mlp_post_norm", out_BTD)
         return constrain(x_BTD, "batch", "seq", "activation_embed"), cache
+
+    def _before(self, name: str, x_BTD: jax.Array) -> jax.Array:
+        """What a sublayer reads of the residual stream."""
+        return x_BTD if self.config.norm_placement == "post" else make_norm(self.config, name)(x_BTD)
+
+    def _after(self, name: str, out_BTD: jax.Array) -> jax.Array:
+        """What a sublayer adds to the residual stream."""
+        if self.config.norm_placement != "pre":
+            out_BTD = make_norm(self.config, name)(out_BTD)
+        return out_BTD if self.config.residual_scale == 1 else out_BTD * self.config.residual_scale
 
 
 class Period(nn.Module):
@@ -72,7 +88,7 @@ class Period(nn.Module):
         self,
         carry: tuple[jax.Array, KVCache | None],
         period: jax.Array,
-        rope_cos_sin: tuple[jax.Array, jax.Array],
+        ropes: Rope,
         positions_BT: jax.Array,
         segment_ids_BT: jax.Array | None,
     ) -> tuple[tuple[jax.Array, KVCache | None], None]:
@@ -84,7 +100,7 @@ class Period(nn.Module):
         for i, kind in enumerate(pattern):
             layer = period * len(pattern) + i
             x_BTD, cache = block(self.config, kind, self.dtype, name=f"block_{i}")(
-                x_BTD, rope_cos_sin, positions_BT, segment_ids_BT, cache, layer
+                x_BTD, ropes, positions_BT, segment_ids_BT, cache, layer
             )
         return (x_BTD, cache), None
 
@@ -117,7 +133,7 @@ class Transformer(nn.Module):
         pattern = config.layer_pattern
         num_rest = config.num_layers - num_periods * len(pattern)
         self.remainder = [block(config, pattern[i % len(pattern)], self.dtype) for i in range(num_rest)]
-        self.final_norm = RMSNorm(config.norm_eps, param_dtype)
+        self.final_norm = make_norm(config)
         if not config.tie_embeddings:
             self.lm_head = Embed(*embed)
 
@@ -140,12 +156,15 @@ class Transformer(nn.Module):
             raise ValueError("a cache holds one document per row; pass segment_ids or a cache, not both")
         config = self.config
         x_BTD = constrain(self.embed(tokens_BT), "batch", "seq", "activation_embed")
-        context = (rope_cos_sin(config, positions_BT), positions_BT, segment_ids_BT)
+        if config.embedding_scale != 1:
+            x_BTD = x_BTD * config.embedding_scale
+        context = (ropes(config, positions_BT), positions_BT, segment_ids_BT)
         num_periods = self._num_periods()
         if num_periods:
             (x_BTD, cache), _ = self.layers((x_BTD, cache), jnp.arange(num_periods), *context)
         for i, block in enumerate(self.remainder):
             x_BTD, cache = block(x_BTD, *context, cache, num_periods * len(config.layer_pattern) + i)
+        keep_mean_square(self, "before_final_norm", x_BTD)
         hidden_BTD = self.final_norm(x_BTD)
         if self.is_initializing():
             self.logits(hidden_BTD)  # creates the parameters of an untied head
@@ -154,10 +173,17 @@ class Transformer(nn.Module):
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Return float32 logits [B, T, V], padded vocabulary included."""
         head = self.embed if self.config.tie_embeddings else self.lm_head
-        return head.attend(hidden_BTD)
+        return finish_logits(head.attend(hidden_BTD), self.config.logit_divisor, self.config.logit_soft_cap)
 
     def _num_periods(self) -> int:
         return self.config.num_layers // len(self.config.layer_pattern) if self.scan_layers else 0
+
+
+def abstract_params(config: ModelConfig, *, scan_layers: bool = True) -> Any:
+    """The shapes, types and logical axes of a model's parameters, in Flax's boxes, without a byte of them."""
+    tokens_BT = jnp.zeros((1, 1), jnp.int32)
+    init = Transformer(config, scan_layers=scan_layers).init
+    return jax.eval_shape(init, jax.random.key(0), tokens_BT, tokens_BT)["params"]
 
 
 def unstack_layers(config: ModelConfig, params: Any) -> Any:
@@ -182,9 +208,19 @@ def _remat(config: ModelConfig, *, prevent_cse: bool) -> type[Block]:
     return nn.remat(Block, prevent_cse=prevent_cse, policy=REMAT_POLICIES[config.remat])
 
 
+def ropes(config: ModelConfig, positions_BT: jax.Array) -> Rope:
+    """The rotary cosines and sines, float32 [B, T, H/2], of the kinds of layer that have RoPE."""
+    kinds: list[LayerKind] = [kind for kind in sorted(set(config.layer_pattern)) if kind != "global_nope"]
+    if config.rope_local_theta is None:
+        return dict.fromkeys(kinds, rope_cos_sin(config, positions_BT)) if kinds else {}
+    freqs = rope.frequencies(config.rotary_dim or config.head_dim, config.rope_local_theta)
+    local = rope.cos_sin(positions_BT, freqs)
+    return {kind: local if kind == "local" else rope_cos_sin(config, positions_BT) for kind in kinds}
+
+
 def rope_cos_sin(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The rotary cosines and sines, float32 [B, T, H/2], with the config's scaling."""
-    freqs = rope.frequencies(config.head_dim, config.rope_theta)
+    freqs = rope.frequencies(config.rotary_dim or config.head_dim, config.rope_theta)
     attention_factor = 1.0
     if config.rope_scaling == "linear":
         freqs = rope.scale_linear(freqs, config.rope_scaling_factor)
@@ -208,6 +244,12 @@ def rope_cos_sin(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Arra
             beta_fast=config.rope_beta_fast,
             beta_slow=config.rope_beta_slow,
         )
+    elif config.rope_scaling == "longrope":
+        original, factor = config.rope_original_context_length, config.rope_scaling_factor
+        attention_factor = config.rope_attention_factor or rope.longrope_attention_factor(factor, original)
+        # Decided once for a model: keys already in a cache cannot change their frequencies.
+        beyond = config.context_length > original
+        freqs = rope.scale_longrope(freqs, config.rope_long_factors if beyond else config.rope_short_factors)
     return rope.cos_sin(positions_BT, freqs, attention_factor)
 
 

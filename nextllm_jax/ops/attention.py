@@ -6,6 +6,7 @@ Dimension letters: B batch, T query time, S key time, N query heads, K key heads
 import functools
 import itertools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,30 @@ _MASKED = -1e30
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
+class _Rule(NamedTuple):
+    """How scores are made: the window of visible positions, what divides products, and what bounds them."""
+
+    window: int | None
+    divisor: float
+    soft_cap: float | None
+
+    @classmethod
+    def of(cls, head_dim: int, window: int | None, scale: float | None, soft_cap: float | None) -> "_Rule":
+        return cls(window, math.sqrt(head_dim) if scale is None else 1 / scale, soft_cap)
+
+    def scores(self, products: jax.Array) -> jax.Array:
+        """Scores before the mask."""
+        scores = products / self.divisor
+        return scores if self.soft_cap is None else self.soft_cap * jnp.tanh(scores / self.soft_cap)
+
+    def d_products(self, d_scores: jax.Array, scores: jax.Array) -> jax.Array:
+        """The gradient for the products, of that for the masked scores."""
+        if self.soft_cap is not None:
+            # d tanh = 1 - tanh^2; a masked score counts as one at its bound, whose gradient is 0.
+            d_scores *= 1 - jnp.square(jnp.clip(scores / self.soft_cap, -1, 1))
+        return d_scores / self.divisor
+
+
 def causal_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
@@ -24,16 +49,20 @@ def causal_attention(
     *,
     segment_ids_BT: jax.Array | None = None,
     window: int | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> jax.Array:
     """Attention output [B, T, N, H] of each position over itself and earlier ones, in q's dtype.
 
     Position t sees s if s <= t, both have the same segment id (if given), and t - s < window (if given). Scores
-    are scaled by 1/sqrt(H); scores and softmax are float32 whatever the input dtype. No array over all pairs of
-    positions outlives a pass: the backward pass makes the probabilities again from the log-sum-exp, one block of
-    queries after another (Dao et al., FlashAttention, arXiv:2205.14135).
+    are scaled by `scale` (none: 1/sqrt(H)) and then bounded as soft_cap * tanh(score / soft_cap) (none: not);
+    scores and softmax are float32 whatever the input dtype. No array over all pairs of positions outlives a pass:
+    the backward pass makes the probabilities again from the log-sum-exp, one block of queries after another (Dao et
+    al., FlashAttention, arXiv:2205.14135).
     """
     K = k_BTKH.shape[2]
-    return _attend(window, _group(q_BTNH, K), k_BTKH, v_BTKH, segment_ids_BT).reshape(q_BTNH.shape)
+    rule = _Rule.of(q_BTNH.shape[-1], window, scale, soft_cap)
+    return _attend(rule, _group(q_BTNH, K), k_BTKH, v_BTKH, segment_ids_BT).reshape(q_BTNH.shape)
 
 
 def cached_attention(
@@ -43,14 +72,17 @@ def cached_attention(
     *,
     positions_BT: jax.Array,
     window: int | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> jax.Array:
     """Attention output [B, T, N, H] of queries at absolute positions over the slots of a cache, in q's dtype.
 
     A query at position p sees slot s if s <= p and p - s < window (if given); what later slots hold does not matter
-    as long as it is finite. Softmax is float32.
+    as long as it is finite. Scale, soft cap and softmax as in `causal_attention`.
     """
+    rule = _Rule.of(q_BTNH.shape[-1], window, scale, soft_cap)
     q_BKGTH = jnp.einsum("BTKGH->BKGTH", _group(q_BTNH, k_BKSH.shape[1]))
-    scores_BKGTS = _einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH) / math.sqrt(q_BTNH.shape[-1])
+    scores_BKGTS = rule.scores(_einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH))
     distance_BTS = positions_BT[:, :, None] - jnp.arange(k_BKSH.shape[2])[None, None, :]
     visible_BTS = _visible(distance_BTS, window)
     weights_BKGTS = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], scores_BKGTS, _MASKED), axis=-1)
@@ -79,29 +111,29 @@ def _query_blocks(T: int, window: int | None) -> list[tuple[slice, slice]]:
     return [(slice(start, stop), slice(max(0, start - reach), stop)) for start, stop in itertools.pairwise(edges)]
 
 
-def _scores(q_BTKGH, k_BTKH, segment_ids_BT, queries: slice, keys: slice, window: int | None) -> jax.Array:
+def _scores(q_BTKGH, k_BTKH, segment_ids_BT, queries: slice, keys: slice, rule: _Rule) -> jax.Array:
     """Masked float32 scores [B, K, S, G, T] of one block.
 
     Keys come before queries so that softmax reduces over whole rows of numbers, and so that every product of either
     pass takes the large array as it lies: only operands of H columns are transposed.
     """
     q_BKHGT, k_BKSH = jnp.einsum("BTKGH->BKHGT", q_BTKGH[:, queries]), jnp.einsum("BSKH->BKSH", k_BTKH[:, keys])
-    scores_BKSGT = _einsum("BKSH,BKHGT->BKSGT", k_BKSH, q_BKHGT) / math.sqrt(q_BTKGH.shape[-1])
+    scores_BKSGT = rule.scores(_einsum("BKSH,BKHGT->BKSGT", k_BKSH, q_BKHGT))
     distance_ST = jnp.arange(queries.start, queries.stop)[None, :] - jnp.arange(keys.start, keys.stop)[:, None]
-    visible_BST = _visible(distance_ST, window)[None]
+    visible_BST = _visible(distance_ST, rule.window)[None]
     if segment_ids_BT is not None:
         visible_BST &= segment_ids_BT[:, keys, None] == segment_ids_BT[:, None, queries]
     return jnp.where(visible_BST[:, None, :, None, :], scores_BKSGT, _MASKED)
 
 
-def _attend_primal(window: int | None, q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT) -> jax.Array:
-    return _attend_forward(window, q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT)[0]
+def _attend_primal(rule: _Rule, q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT) -> jax.Array:
+    return _attend_forward(rule, q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT)[0]
 
 
-def _attend_forward(window, q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT):
+def _attend_forward(rule, q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT):
     outs, log_sums = [], []
-    for queries, keys in _query_blocks(q_BTKGH.shape[1], window):
-        scores_BKSGT = _scores(q_BTKGH, k_BTKH, segment_ids_BT, queries, keys, window)
+    for queries, keys in _query_blocks(q_BTKGH.shape[1], rule.window):
+        scores_BKSGT = _scores(q_BTKGH, k_BTKH, segment_ids_BT, queries, keys, rule)
         max_BKGT = scores_BKSGT.max(axis=2)
         weights_BKSGT = jnp.exp(scores_BKSGT - max_BKGT[:, :, None])
         sum_BKGT = weights_BKSGT.sum(axis=2)
@@ -116,19 +148,20 @@ def _attend_forward(window, q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT):
     return out_BTKGH, (q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT, out_BTKGH, log_sum_BKGT)
 
 
-def _attend_backward(window, residuals, d_out_BTKGH):
+def _attend_backward(rule, residuals, d_out_BTKGH):
     q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT, out_BTKGH, log_sum_BKGT = residuals
-    (_, T, _, _, H), dtype = q_BTKGH.shape, q_BTKGH.dtype
+    T, dtype = q_BTKGH.shape[1], q_BTKGH.dtype
     # The softmax's backward needs sum_S(weight * d_weight), which is out . d_out.
     row_BTKG = jnp.sum(out_BTKGH.astype(jnp.float32) * d_out_BTKGH.astype(jnp.float32), axis=-1)
     row_BKGT = jnp.einsum("BTKG->BKGT", row_BTKG)
     d_qs, d_ks, d_vs = [], [], []
-    for queries, keys in _query_blocks(T, window):
+    for queries, keys in _query_blocks(T, rule.window):
         q, d_out, k, v = q_BTKGH[:, queries], d_out_BTKGH[:, queries], k_BTKH[:, keys], v_BTKH[:, keys]
-        scores_BKSGT = _scores(q_BTKGH, k_BTKH, segment_ids_BT, queries, keys, window)
+        scores_BKSGT = _scores(q_BTKGH, k_BTKH, segment_ids_BT, queries, keys, rule)
         weights_BKSGT = jnp.exp(scores_BKSGT - log_sum_BKGT[:, :, None, :, queries])
         d_weights_BKSGT = _einsum("BKSH,BKHGT->BKSGT", jnp.einsum("BSKH->BKSH", v), jnp.einsum("BTKGH->BKHGT", d_out))
-        d_scores_BKSGT = weights_BKSGT * (d_weights_BKSGT - row_BKGT[:, :, None, :, queries]) / math.sqrt(H)
+        d_scores_BKSGT = weights_BKSGT * (d_weights_BKSGT - row_BKGT[:, :, None, :, queries])
+        d_scores_BKSGT = rule.d_products(d_scores_BKSGT, scores_BKSGT)
         weights_BKSGT, d_scores_BKSGT = weights_BKSGT.astype(dtype), d_scores_BKSGT.astype(dtype)
         d_q_BKHGT = _einsum("BKHS,BKSGT->BKHGT", jnp.einsum("BSKH->BKHS", k), d_scores_BKSGT)
         d_qs.append(jnp.einsum("BKHGT->BTKGH", d_q_BKHGT.astype(dtype)))

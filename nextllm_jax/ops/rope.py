@@ -5,6 +5,7 @@ bfloat16 cannot tell position 256 from 257.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,16 @@ def yarn_attention_factor(factor: float) -> float:
     return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
+def scale_longrope(frequencies_h: np.ndarray, factors: Sequence[float]) -> np.ndarray:
+    """float32 [H/2]: each frequency divided by a factor of its own (Ding et al. 2024, arXiv:2402.13753)."""
+    return (frequencies_h / np.asarray(factors, np.float64)).astype(np.float32)
+
+
+def longrope_attention_factor(factor: float, original_context_length: int) -> float:
+    """LongRoPE's factor on cosine and sine, sqrt(1 + ln(factor) / ln(original context))."""
+    return math.sqrt(1 + math.log(factor) / math.log(original_context_length)) if factor > 1 else 1.0
+
+
 def cos_sin(
     positions_BT: jax.Array, frequencies_h: np.ndarray, attention_factor: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
@@ -77,7 +88,14 @@ def cos_sin(
 
 
 def apply_rope(x_BTNH: jax.Array, cos_BTh: jax.Array, sin_BTh: jax.Array) -> jax.Array:
-    """`x` with dimension i rotated against dimension i + H/2; float32 inside, the type of `x` outside."""
+    """`x` with dimension i rotated against dimension i + H/2; float32 inside, the type of `x` outside.
+
+    Cosines and sines that are fewer than H/2 turn the leading dimensions alone.
+    """
+    rotary_dim = 2 * cos_BTh.shape[-1]
+    if rotary_dim < x_BTNH.shape[-1]:
+        turned = apply_rope(x_BTNH[..., :rotary_dim], cos_BTh, sin_BTh)
+        return jnp.concatenate([turned, x_BTNH[..., rotary_dim:]], axis=-1)
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos_BTh[:, :, None, :], sin_BTh[:, :, None, :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)

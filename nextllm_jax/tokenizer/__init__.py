@@ -1,1 +1,1 @@
-"""Tokenizers, all of them tiktoken encodings, and the training of one."""
+"""Tokenizers: our own, OpenAI's, Hugging Face's and those of GGUF files; and chat templates."""

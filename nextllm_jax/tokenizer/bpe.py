@@ -5,7 +5,9 @@ from collections.abc import Iterable, Iterator
 import rustbpe
 
 from nextllm_jax.errors import InputError
-from nextllm_jax.tokenizer.tokenizer import GPT4_PATTERN, Tokenizer, trained_special_tokens
+from nextllm_jax.tokenizer.backends import ByteBPE
+from nextllm_jax.tokenizer.patterns import GPT4_PATTERN
+from nextllm_jax.tokenizer.tokenizer import Tokenizer, trained_special_tokens
 
 _LONGEST_TEXT = 100_000
 
@@ -23,8 +25,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue]
     trainer.train_from_iterator(_cut(texts), vocab_size - num_special, pattern=GPT4_PATTERN)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
-    special_tokens = trained_special_tokens(len(ranks))
-    return Tokenizer(f"bpe-{vocab_size}", ranks=ranks, pattern=GPT4_PATTERN, special_tokens=special_tokens)
+    return Tokenizer(f"bpe-{vocab_size}", ByteBPE(ranks, GPT4_PATTERN, trained_special_tokens(len(ranks))))
 
 
 def _cut(texts: Iterable[str]) -> Iterator[str]:

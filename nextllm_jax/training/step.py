@@ -66,7 +66,15 @@ def nll_sum(model: Transformer, params: Any, batch: Batch) -> jax.Array:
 def _head_nll(model: Transformer, params: Any, hidden_BTD: jax.Array, batch: Batch) -> jax.Array:
     head_VD = head_embedding(model.config, params).astype(model.dtype)
     with jax.named_scope("loss"):
-        return cross_entropy(hidden_BTD, head_VD, batch.targets_BT, batch.loss_mask_BT, batch_axes=RULES["batch"])
+        return cross_entropy(
+            hidden_BTD,
+            head_VD,
+            batch.targets_BT,
+            batch.loss_mask_BT,
+            logit_divisor=model.config.logit_divisor,
+            soft_cap=model.config.logit_soft_cap,
+            batch_axes=RULES["batch"],
+        )
 
 
 def _nll_and_mean_squares(model: Transformer, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -55,7 +55,9 @@ def full_forward(params, tokens_BT):
     return MODEL.apply({"params": params}, hidden_BTD, method="logits")
 
 
-def start(params, prompts, sampling=GREEDY, *, model=MODEL, tokens=TOKENS, seed=0, samples=None, stop_ids=(NEVER,)):
+def start(
+    params, prompts, sampling=GREEDY, *, model=MODEL, tokens=TOKENS, seed=0, samples=None, stop_ids=(NEVER,), **kwargs
+):
     return Generation(
         model,
         params,
@@ -66,6 +68,7 @@ def start(params, prompts, sampling=GREEDY, *, model=MODEL, tokens=TOKENS, seed=
         seed=seed,
         stop_ids=stop_ids,
         vocab_size=VOCAB,
+        **kwargs,
     )
 
 
@@ -240,3 +243,30 @@ def test_speeds_count_tokens_without_padding(params):
     assert generation.speeds.decode_tokens == 4 * TOKENS
     assert generation.speeds.prefill_seconds > 0
     assert generation.speeds.decode_tokens_per_second > 0
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "warm"])
+@pytest.mark.parametrize("shared", [1, 9, 14 + TOKENS - 1, 14 + TOKENS], ids=["one", "some", "all read", "all"])
+def test_a_cached_row_goes_on_as_if_read_anew(params, sampling, shared):
+    first = start(params, [PROMPTS[2]], sampling)
+    said = PROMPTS[2] + first.advance()[0]
+    prompt = [*said[:shared], 21, 22, 23]
+    cached = first.cached_row(said)
+    again = start(params, [prompt], sampling, cached=cached, least_cache_length=40)
+    assert again.speeds.prefill_tokens == len(prompt) - min(shared, len(said) - 1)
+    assert again.advance() == run(params, [prompt], sampling)
+
+
+def test_a_cache_is_read_anew_where_nothing_is_shared_and_for_a_repetition_penalty(params):
+    penalty = SamplingConfig(temperature=0, repetition_penalty=1.4)
+    for sampling, prompt in ((GREEDY, [30, 31]), (penalty, PROMPTS[2] + [1])):
+        first = start(params, [PROMPTS[2]], sampling)
+        cached = first.cached_row(PROMPTS[2] + first.advance()[0])
+        again = start(params, [prompt], sampling, cached=cached)
+        assert again.speeds.prefill_tokens == len(prompt)
+        assert again.advance() == run(params, [prompt], sampling)
+    same = start(params, [PROMPTS[2]])
+    cached = same.cached_row(PROMPTS[2] + same.advance()[0])
+    again = start(params, [PROMPTS[2]], cached=cached)  # all of it is cached: the last token is read again
+    assert again.speeds.prefill_tokens == 1
+    assert again.advance() == run(params, [PROMPTS[2]])

@@ -10,14 +10,12 @@ from hypothesis import strategies as st
 
 from nextllm_jax.inference.generate import Speeds
 from nextllm_jax.inference.stream import Sample, StopFinder, TextStream
+from nextllm_jax.tokenizer.backends import ByteBPE
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 EOS = 256
 TOKENIZER = Tokenizer(
-    "bytes",
-    ranks={bytes([value]): value for value in range(256)},
-    pattern=r"[\s\S]",
-    special_tokens={"<|endoftext|>": EOS},
+    "bytes", ByteBPE({bytes([value]): value for value in range(256)}, r"[\s\S]", {"<|endoftext|>": EOS})
 )
 
 

@@ -29,6 +29,8 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "untied": {"tie_embeddings": False},
     "mqa_with_bias_and_norm": {"num_kv_heads": 1, "attention_bias": True, "qk_norm": True},
+    "sandwich_norms": {"norm_placement": "sandwich", "attention_bias": True, "attention_output_bias": True},
+    "post_norms": {"norm_placement": "post", "qk_norm": True, "qk_norm_over": "projection"},
     "pattern": {"num_layers": 5, "layer_pattern": ("local", "local", "global_nope"), "sliding_window": 6},
 }
 

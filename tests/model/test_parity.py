@@ -41,6 +41,28 @@ CASES: dict[str, dict[str, Any]] = {
     "qk_norm": {"qk_norm": True},
     "bias": {"attention_bias": True, "num_kv_heads": 1},
 }
+VARIANTS: dict[str, dict[str, Any]] = {
+    "geglu_and_offset": {"activation": "gelu_tanh", "norm_scale_offset": 0.5, "embedding_scale": 2.0},
+    "post_norms": {"norm_placement": "post", "qk_norm": True, "qk_norm_over": "projection"},
+    "sandwich": {
+        "norm_placement": "sandwich",
+        "qk_norm": True,
+        "attention_soft_cap": 1.0,
+        "logit_soft_cap": 3.0,
+        "num_layers": 3,
+        "layer_pattern": ("local", "global"),
+        "rope_local_theta": 100.0,
+        "rope_scaling": "linear",
+    },
+    "multipliers": {"attention_scale": 0.3, "residual_scale": 0.7, "embedding_scale": 3.0, "logit_divisor": 2.0},
+    "output_bias": {"attention_bias": True, "attention_output_bias": True},
+    "longrope_long": {
+        "rope_scaling": "longrope",
+        "rotary_dim": 24,
+        "rope_short_factors": (1.0,) * 12,
+        "rope_long_factors": tuple(1 + i / 4 for i in range(12)),
+    },
+}
 PATTERNS: dict[str, dict[str, Any]] = {
     "local_and_nope": {"num_layers": 4, "layer_pattern": ("local", "global_nope")},
     "remainder": {"num_layers": 5, "layer_pattern": ("local", "global_nope", "global")},
@@ -57,7 +79,7 @@ PATTERNS: dict[str, dict[str, Any]] = {
 
 
 def make_config(case: str) -> ModelConfig:
-    return ModelConfig(**SMALL | (CASES | PATTERNS)[case])
+    return ModelConfig(**SMALL | (CASES | VARIANTS | PATTERNS)[case])
 
 
 def random_params(config: ModelConfig) -> Any:
@@ -90,7 +112,7 @@ def full_forward(case: str) -> tuple[ModelConfig, Any, np.ndarray, np.ndarray]:
     return config, params, tokens_BT, our_logits(config, params, tokens_BT)
 
 
-@pytest.mark.parametrize("case", CASES | PATTERNS)
+@pytest.mark.parametrize("case", CASES | VARIANTS | PATTERNS)
 def test_logits_equal_the_numpy_reference(case: str) -> None:
     config, params, tokens_BT, logits_BTV = full_forward(case)
     assert 0.5 < logits_BTV.std() < 2  # else the tolerance would mean something else

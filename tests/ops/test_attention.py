@@ -10,11 +10,13 @@ import pytest
 from nextllm_jax.ops.attention import cached_attention, causal_attention
 
 
-def reference(q_BTNH, k_BSKH, v_BSKH, visible_BTS):
+def reference(q_BTNH, k_BSKH, v_BSKH, visible_BTS, scale=None, soft_cap=None):
     """Softmax over visible keys in float32, with repeated key heads."""
     group = q_BTNH.shape[2] // k_BSKH.shape[2]
     k_BSNH, v_BSNH = (jnp.repeat(x, group, axis=2) for x in (k_BSKH, v_BSKH))
-    scores = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) / np.sqrt(q_BTNH.shape[-1])
+    scores = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) * (scale or q_BTNH.shape[-1] ** -0.5)
+    if soft_cap:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
     weights = jax.nn.softmax(jnp.where(visible_BTS[:, None], scores, -jnp.inf), axis=-1)
     return jnp.einsum("BNTS,BSNH->BTNH", weights, v_BSNH)
 
@@ -62,6 +64,28 @@ def test_values_and_gradients_equal_the_reference(T, packed, window):
     plain = value_and_gradients(lambda q, k, v: reference(q, k, v, seen), q, k, v, d_out)
     for mine, other in zip(ours, plain, strict=True):
         np.testing.assert_allclose(mine, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [{"scale": 0.7}, {"soft_cap": 1.5}, {"scale": 0.4, "soft_cap": 0.9}])
+@pytest.mark.parametrize("window", [None, 30])
+def test_scale_and_soft_cap_in_values_and_gradients(rule, window):
+    q, k, v, d_out = inputs(T=131)
+    ids = segments(2, 131)
+    ours = value_and_gradients(
+        lambda q, k, v: causal_attention(q, k, v, segment_ids_BT=ids, window=window, **rule), q, k, v, d_out
+    )
+    seen = visible(2, 131, window, ids)
+    plain = value_and_gradients(lambda q, k, v: reference(q, k, v, seen, **rule), q, k, v, d_out)
+    for mine, other in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(mine, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [{"scale": 0.7}, {"scale": 0.4, "soft_cap": 0.9}])
+def test_cached_attention_has_the_same_scale_and_soft_cap(rule):
+    q, k, v, _ = inputs(T=12)
+    positions_BT = np.broadcast_to(np.arange(12, dtype=np.int32), (2, 12))
+    cached = cached_attention(q, as_cached(k), as_cached(v), positions_BT=positions_BT, window=5, **rule)
+    np.testing.assert_allclose(cached, reference(q, k, v, visible(2, 12, 5), **rule), atol=1e-5)
 
 
 @pytest.mark.parametrize(("N", "K"), [(4, 4), (6, 2), (4, 1), (1, 1)])

@@ -13,8 +13,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from nextllm_jax.ops.cross_entropy import cross_entropy
 
 
-def plain(hidden_BTD, head_VD, targets_BT, mask_BT):
-    logits = jnp.einsum("BTD,VD->BTV", hidden_BTD.astype(jnp.float32), head_VD.astype(jnp.float32))
+def plain(hidden_BTD, head_VD, targets_BT, mask_BT, logit_divisor=1.0, soft_cap=None):
+    logits = jnp.einsum("BTD,VD->BTV", hidden_BTD.astype(jnp.float32), head_VD.astype(jnp.float32)) / logit_divisor
+    if soft_cap:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
     return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, targets_BT) * mask_BT)
 
 
@@ -41,6 +43,16 @@ def test_values_and_gradients_equal_optax_for_any_chunk(chunk_tokens):
     for mine, other in zip(ours, expected, strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(jax.jit(chunked)(*arguments) / 7.0, ours[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("finish", [{"logit_divisor": 3.0}, {"soft_cap": 4.0}, {"logit_divisor": 0.5, "soft_cap": 5.0}])
+def test_divided_and_bounded_logits_equal_optax(finish):
+    arguments = inputs()
+    chunked = lambda *args: cross_entropy(*args, chunk_tokens=30, **finish)  # noqa: E731
+    ours = value_and_gradients(chunked, *arguments)
+    expected = value_and_gradients(functools.partial(plain, **finish), *arguments)
+    for mine, other in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_normalizes_and_sums_the_head_gradient_in_float32():

@@ -12,8 +12,10 @@ from tiktoken_ext import openai_public
 
 from nextllm_jax.errors import InputError
 from nextllm_jax.tokenizer import tokenizer as tokenizer_module
+from nextllm_jax.tokenizer.backends import sha256
 from nextllm_jax.tokenizer.bpe import train_tokenizer
-from nextllm_jax.tokenizer.tokenizer import KNOWN_ENCODINGS, IncrementalDecoder, Tokenizer, load_tokenizer
+from nextllm_jax.tokenizer.published import KNOWN_ENCODINGS, load_tokenizer
+from nextllm_jax.tokenizer.tokenizer import IncrementalDecoder, Tokenizer
 
 TEXT = "def add(first, second):\n    return first + second\n\nźdźbło trawy i kilka słów, 漢字 and 🎉 naïve café\n" * 20
 TOKENIZER = train_tokenizer([TEXT], 320)
@@ -150,7 +152,7 @@ def test_a_ranks_file_gets_special_tokens_behind_its_ranks(tmp_path):
 def test_a_known_ranks_file_is_known_by_its_content(tmp_path, monkeypatch):
     ranks = {bytes([value]): value for value in range(256)}
     path = write_ranks(tmp_path / "renamed.tiktoken", ranks)
-    digest = tokenizer_module.hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = sha256(path.read_bytes())
     known = KNOWN_ENCODINGS["gpt2"]._replace(sha256=digest)
     monkeypatch.setitem(KNOWN_ENCODINGS, "gpt2", known)
     path.write_bytes(path.read_bytes().rstrip() + b"\r\n")  # a copy through another system
@@ -207,7 +209,7 @@ def test_the_real_encoding_equals_tiktokens(name):
     direct = tiktoken.Encoding(
         name,
         pat_str=KNOWN_ENCODINGS[name].pattern,
-        mergeable_ranks=tokenizer_module._parse_ranks(loaded._ranks_text, name),
+        mergeable_ranks=loaded.backend.ranks,
         special_tokens=loaded.special_tokens,
     )
     assert loaded.encode(TEXT) == direct.encode_ordinary(TEXT)

@@ -1,0 +1,138 @@
+"""Every setting of a model. Importing this module does not import jax."""
+
+import dataclasses
+from typing import Literal
+
+from nextllm_jax.config_checks import check_types, require, require_positive
+
+LayerKind = Literal["global", "local", "global_nope"]
+DType = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A Llama-style decoder."""
+
+    vocab_size: int = 8192
+    """Rows of the embedding; at least the tokenizer's size, more is padding."""
+    num_layers: int = 8
+    """Decoder blocks."""
+    embed_dim: int = 256
+    """Width of the residual stream."""
+    mlp_dim: int = 688
+    """Width inside SwiGLU."""
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    """What the gate of the MLP goes through: silu, or gelu by its tanh approximation (GeGLU)."""
+    num_heads: int = 8
+    """Query heads."""
+    num_kv_heads: int = 4
+    """Key and value heads; divides num_heads (equal: MHA, 1: MQA)."""
+    head_dim: int = 32
+    """Width of a head, free of embed_dim / num_heads; even, for RoPE."""
+    context_length: int = 2048
+    """Most positions that prompt and new tokens may fill together."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    rope_local_theta: float | None = None
+    """Base of the rotary frequencies in local layers, which then are not scaled; none: as in the global ones."""
+    rotary_dim: int | None = None
+    """Leading dimensions of a head that RoPE turns; none: all."""
+    rope_scaling: Literal["none", "linear", "llama3", "yarn", "longrope"] = "none"
+    """How the rotary frequencies are stretched beyond the original context."""
+    rope_scaling_factor: float = 1.0
+    """Ratio of the new to the original context (linear, llama3, yarn, longrope)."""
+    rope_original_context_length: int = 8192
+    """Context that the frequencies were trained for (llama3, yarn, longrope)."""
+    rope_low_freq_factor: float = 1.0
+    """Wavelengths above original context / this are fully stretched (llama3)."""
+    rope_high_freq_factor: float = 4.0
+    """Wavelengths below original context / this are left alone (llama3)."""
+    rope_beta_fast: float = 32.0
+    """Rotations in the original context above which a frequency is left alone (yarn)."""
+    rope_beta_slow: float = 1.0
+    """Rotations in the original context below which a frequency is fully stretched (yarn)."""
+    rope_attention_factor: float | None = None
+    """Factor on the rotary cosines and sines; none: 0.1 ln(factor) + 1 (yarn), or
+    sqrt(1 + ln(factor) / ln(original context)) (longrope)."""
+    rope_short_factors: tuple[float, ...] = ()
+    """Divisors of the frequencies where context_length is within the original context (longrope)."""
+    rope_long_factors: tuple[float, ...] = ()
+    """Divisors of the frequencies where context_length is over the original context (longrope)."""
+    layer_pattern: tuple[LayerKind, ...] = ("global",)
+    """Kinds of layer, repeated over the depth: global, local (sliding window), global_nope (no RoPE)."""
+    sliding_window: int = 1024
+    """Positions that a local layer sees, its own included."""
+    norm_eps: float = 1e-5
+    """Epsilon of RMSNorm."""
+    norm_scale_offset: float = 0.0
+    """Added to the learnt scale of every norm; Gemma's norms multiply by 1 + scale."""
+    norm_placement: Literal["pre", "post", "sandwich"] = "pre"
+    """Norms before attention and MLP, after them (before they are added to the residual stream), or both."""
+    qk_norm: bool = False
+    """RMSNorm over queries and keys before RoPE."""
+    qk_norm_over: Literal["head", "projection"] = "head"
+    """What that norm spans: each head by itself, or all heads together."""
+    attention_bias: bool = False
+    """Bias on the query, key and value projections."""
+    attention_output_bias: bool = False
+    """Bias on the output projection of attention."""
+    attention_scale: float | None = None
+    """Factor on the attention scores; none: 1 / sqrt(head_dim)."""
+    attention_soft_cap: float | None = None
+    """Bounds the attention scores: cap tanh(score / cap); none: no bound."""
+    embedding_scale: float = 1.0
+    """Factor on the embeddings where they enter the residual stream."""
+    residual_scale: float = 1.0
+    """Factor on what attention and MLP add to the residual stream."""
+    logit_divisor: float = 1.0
+    """Divides the logits, before their soft cap."""
+    logit_soft_cap: float | None = None
+    """Bounds the logits: cap tanh(logit / cap); none: no bound."""
+    tie_embeddings: bool = True
+    """One matrix for the embedding and the output head."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; the projections back into the residual stream get
+    init_std / sqrt(2 num_layers)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the matmuls; auto: bfloat16, but float32 on a CPU without bfloat16 units."""
+    param_dtype: DType = "float32"
+    """Type in which parameters are kept."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but the matmul results, or whole layers."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "model.")
+        require_positive(
+            self, "model.", "vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim",
+            "context_length", "sliding_window", "rope_original_context_length", "norm_eps", "init_std",
+            "rope_attention_factor", "attention_scale", "attention_soft_cap", "embedding_scale", "residual_scale",
+            "logit_divisor", "logit_soft_cap",
+        )  # fmt: skip
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        require(heads % kv_heads == 0, f"model.num_kv_heads {kv_heads} does not divide model.num_heads {heads}")
+        require(self.head_dim % 2 == 0, f"model.head_dim is {self.head_dim}; RoPE needs an even one")
+        require(len(self.layer_pattern) > 0, "model.layer_pattern is empty; ('global',) is the plain Llama")
+        self._check_rope()
+
+    def _check_rope(self) -> None:
+        for name in ("rope_theta", "rope_local_theta"):
+            theta = getattr(self, name)
+            require(theta is None or theta > 1, f"model.{name} is {theta}; it must be over 1")
+        rotary, head = self.rotary_dim, self.head_dim
+        fits = rotary is None or (rotary % 2 == 0 and 0 < rotary <= head)
+        require(fits, f"model.rotary_dim is {rotary}; it must be even and at most model.head_dim {head}")
+        require(
+            self.rope_beta_slow < self.rope_beta_fast,
+            f"model.rope_beta_slow {self.rope_beta_slow} is not below model.rope_beta_fast {self.rope_beta_fast}",
+        )
+        factor, kind = self.rope_scaling_factor, self.rope_scaling
+        require(kind == "none" or factor >= 1, f"model.rope_scaling_factor is {factor}; '{kind}' needs at least 1")
+        low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
+        require(low < high, f"model.rope_low_freq_factor {low} is not below model.rope_high_freq_factor {high}")
+        wanted = (rotary or head) // 2 if kind == "longrope" else 0
+        for name in ("rope_short_factors", "rope_long_factors"):
+            factors = getattr(self, name)
+            require(
+                len(factors) == wanted and all(factor > 0 for factor in factors),
+                f"model.{name} holds {len(factors)} numbers; '{kind}' needs {wanted}, all of them positive",
+            )

@@ -1,0 +1,166 @@
+"""Models from other programs into run directories, and out again.
+
+Both write into a directory beside the output and rename it at the end, so that what appears is whole.
+"""
+
+import contextlib
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+
+from nextllm_jax.checkpoint import Checkpoints
+from nextllm_jax.config import Config, DataConfig, ModelConfig
+from nextllm_jax.config_files import read_config
+from nextllm_jax.errors import InputError, RunFailed
+from nextllm_jax.interop.foreign import is_foreign, open_foreign
+from nextllm_jax.model.transformer import abstract_params
+from nextllm_jax.tokenizer.tokenizer import Tokenizer
+
+Format = Literal["huggingface", "gguf"]
+
+ORIGIN = "imported"
+"""Name, in the record of an imported checkpoint, of what an export takes up again."""
+
+
+def import_model(source: str, output: str, *, dtype: str = "float32", context_length: int | None = None) -> None:
+    """Write a run directory (config.json, tokenizer, checkpoint 0) with the model of foreign files.
+
+    Parameters are kept in `dtype`. `context_length` limits the model's own. Raises InputError for files that are
+    not whole or that this model cannot honour, and for an output that exists.
+    """
+    if not is_foreign(Path(source)):
+        raise InputError(f"{source} is neither a Hugging Face directory (with config.json) nor a .gguf file")
+    foreign = open_foreign(Path(source))
+    model = dataclasses.replace(foreign.config, param_dtype=dtype)
+    if context_length is not None:
+        if context_length > model.context_length:
+            raise InputError(f"context_length {context_length} is over the model's own, {model.context_length}")
+        model = dataclasses.replace(model, context_length=context_length)
+    tokenizer, params = foreign.load_tokenizer(), foreign.load_params(_on_cpu(model))
+    data = DataConfig(
+        tokenizer=str(Path(output).absolute() / "tokenizer"), sequence_length=min(model.context_length, 1024)
+    )
+    with _appearing(Path(output)) as directory:
+        tokenizer.save(directory / "tokenizer")
+        record = {ORIGIN: {"model_type": foreign.model_type, "vocab_size": model.vocab_size}}
+        with Checkpoints(directory / "checkpoints") as checkpoints:
+            checkpoints.save(0, {"params": params}, record, validation_loss=None)
+        (directory / "config.json").write_text(Config(model=model, data=data).to_json())
+
+
+def export_model(
+    source: str,
+    output: str,
+    *,
+    file_format: Format,
+    dtype: str,
+    step: str | int | None = None,
+    model_type: str | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a model (a run directory's, or a foreign one) as a Hugging Face directory or a GGUF file.
+
+    Embedding and head have as many rows as the tokenizer has ids, or as the imported model had. `model_type` is
+    the Hugging Face family to write; none: the one that the model was imported from, or else the first that fits.
+
+    Raises InputError where the format cannot say this model, and for an output that exists.
+    """
+    config, params, tokenizer, origin = _open(source, step)
+    options = {
+        "vocab_size": origin.get("vocab_size", min(tokenizer.vocab_size, config.vocab_size)),
+        "dtype": dtype,
+        "model_type": model_type or origin.get("model_type"),
+    }
+    try:
+        if file_format == "gguf":
+            from nextllm_jax.interop import gguf
+            from nextllm_jax.tokenizer.gguf import to_gguf
+
+            with _appearing(Path(output)) as file:
+                gguf.export(config, params, file, metadata=to_gguf(tokenizer), **options)
+            return
+        from nextllm_jax.interop import huggingface
+        from nextllm_jax.tokenizer.huggingface import save_huggingface
+
+        with _appearing(Path(output)) as directory:
+            ids = {
+                "bos_token_id": tokenizer.bos_id,
+                "eos_token_id": _one_or_all(tokenizer.stop_ids),
+                "pad_token_id": tokenizer.pad_id,
+            }
+            huggingface.export(config, params, directory, shard_bytes=shard_bytes, token_ids=ids, **options)
+            save_huggingface(tokenizer, directory)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"writing {file_format} needs the package {error.name}; install the extra with pip install '.[interop]'"
+        ) from error
+
+
+def _open(source: str, step: str | int | None) -> tuple[ModelConfig, Any, Tokenizer, dict[str, Any]]:
+    """(config, parameters on the CPU, tokenizer, what is known of an import) of a run directory or foreign files."""
+    if is_foreign(Path(source)):
+        if step is not None:
+            raise InputError(f"{source} is no run directory and has no steps; leave the step out")
+        foreign = open_foreign(Path(source))
+        origin = {"model_type": foreign.model_type, "vocab_size": foreign.config.vocab_size}
+        return foreign.config, foreign.load_params(_on_cpu(foreign.config)), foreign.load_tokenizer(), origin
+    run = Path(source)
+    if not (run / "config.json").exists():
+        raise InputError(f"{source} is not a run directory; give one that train.py or nextllm import wrote")
+    config = read_config(run / "config.json").model
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        if step is None:
+            step = "latest" if checkpoints.best_step() is None else "best"
+        number = checkpoints.resolve(step)
+        origin = checkpoints.record(number).get(ORIGIN, {})
+        params = checkpoints.restore(number, "params", _on_cpu(config))
+    return config, params, Tokenizer.load(run / "tokenizer"), origin
+
+
+def _on_cpu(config: ModelConfig) -> Any:
+    """The abstract parameters in the host's memory: converting needs no accelerator."""
+    cpu = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cpu),
+        nn.meta.unbox(abstract_params(config)),
+    )
+
+
+def _one_or_all(ids: tuple[int, ...]) -> int | list[int]:
+    return ids[0] if len(ids) == 1 else list(ids)
+
+
+@contextlib.contextmanager
+def _appearing(output: Path) -> Iterator[Path]:
+    """A path beside `output` to write to, which becomes `output` if the context ends well, and else goes away.
+
+    Raises InputError if there is something at `output` already, and RunFailed if the disk does not take it.
+    """
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise InputError(f"{output} exists; choose another --output, or remove it")
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _remove(partial)
+        yield partial
+        if output.is_dir():
+            output.rmdir()  # an empty one, which a file could not replace
+        partial.rename(output)
+    except OSError as error:
+        raise RunFailed(
+            f"{output} cannot be written ({error.strerror or error}); make room, or mend permissions"
+        ) from error
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,81 @@
+"""The commands `nextllm import` and `nextllm export`."""
+
+import dataclasses
+from typing import Literal
+
+import tyro
+
+from nextllm_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportArguments:
+    """Turn a Hugging Face directory or a GGUF file into a run directory, which sampling and training take."""
+
+    source: tyro.conf.Positional[str]
+    """Hugging Face directory (config.json, safetensors, tokenizer.json), or GGUF file."""
+    output: str
+    """Run directory to write: config.json, tokenizer, and the weights as checkpoint 0."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which the parameters are kept."""
+    context_length: int | None = None
+    """Limit on the positions of the model; none: its own."""
+
+
+def import_command(argv: list[str]) -> int:
+    """Import a model; the exit code."""
+    arguments = tyro.cli(ImportArguments, args=argv, prog="nextllm import", description=ImportArguments.__doc__)
+
+    from nextllm_jax.convert import import_model
+
+    import_model(
+        arguments.source,
+        arguments.output,
+        dtype=arguments.dtype,
+        context_length=arguments.context_length,
+    )
+    print(arguments.output)
+    return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportArguments:
+    """Write a model for transformers, vLLM and llama.cpp."""
+
+    checkpoint: str
+    """Run directory; a Hugging Face directory or a GGUF file is converted too."""
+    output: str
+    """Directory (huggingface) or file (gguf) to write."""
+    format: Literal["huggingface", "gguf"] = "huggingface"
+    """A directory with config.json, safetensors and tokenizer.json, or one GGUF file."""
+    dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = "float32"
+    """Type of the matrices; float16 and q8_0 in GGUF alone."""
+    step: str | None = None
+    """Checkpoint to take: best, latest, or a step number; none: best, or latest while none has a validation loss."""
+    model_type: str | None = None
+    """Family to write, such as llama; none: what the model was imported as, or else the first that fits."""
+    shard_gigabytes: float = 5.0
+    """Most in one safetensors file."""
+
+
+def export_command(argv: list[str]) -> int:
+    """Export a model; the exit code."""
+    arguments = tyro.cli(ExportArguments, args=argv, prog="nextllm export", description=ExportArguments.__doc__)
+    if arguments.format == "huggingface" and arguments.dtype not in ("float32", "bfloat16"):
+        raise InputError(f"dtype {arguments.dtype} is for --format gguf; huggingface takes float32 and bfloat16")
+    if arguments.shard_gigabytes <= 0:
+        raise InputError(f"shard_gigabytes is {arguments.shard_gigabytes}; it must be positive")
+
+    from nextllm_jax.convert import export_model
+
+    export_model(
+        arguments.checkpoint,
+        arguments.output,
+        file_format=arguments.format,
+        dtype=arguments.dtype,
+        step=arguments.step,
+        model_type=arguments.model_type,
+        shard_bytes=int(arguments.shard_gigabytes * 1e9),
+    )
+    print(arguments.output)
+    return 0

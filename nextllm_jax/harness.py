@@ -1,0 +1,252 @@
+"""A model of ours for EleutherAI's lm-evaluation-harness, under the name `nextllm_jax`.
+
+`nextllm lm_eval --model_args checkpoint=runs/small --tasks arc_easy` is the harness's own command with this model.
+"""
+
+import functools
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nextllm_jax.config import SamplingConfig
+from nextllm_jax.errors import InputError
+from nextllm_jax.inference.generate import Generation, bucket
+from nextllm_jax.inference.stream import TextStream
+from nextllm_jax.llm import LLM, load
+from nextllm_jax.model.transformer import Transformer
+from nextllm_jax.tokenizer.chat import ChatTemplate
+
+try:
+    from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
+    from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+    from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
+        get_rolling_token_windows,
+        make_disjoint_window,
+    )
+    from tqdm import tqdm
+except ImportError as error:
+    raise InputError(f"the harness is not installed ({error}); pip install 'nextllm_jax[lm_eval]'") from error
+
+_LOGITS_AT_ONCE = 1 << 26
+"""Most logits that scoring holds at a time, so that a large vocabulary needs no memory for a whole batch of them."""
+
+
+@register_model("nextllm_jax")
+class HarnessModel(TemplateLM):
+    """What the harness asks of a model, answered by an LLM: the loaded one `llm`, or that of `checkpoint`.
+
+    Contexts begin with BOS where the model's prompts do, and are cut on the left to fit the context; a chat's text
+    is taken as the template wrote it. `max_gen_toks` limits answers where a task does not. `device` is what the
+    harness asks for: its default, cuda:0, means jax's own default, another one must be jax's platform.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | None = None,
+        *,
+        llm: LLM | None = None,
+        batch_size: int | str = 8,
+        step: str | int | None = None,
+        dtype: str | None = None,
+        max_gen_toks: int = 256,
+        device: str = "cuda:0",
+    ) -> None:
+        super().__init__()
+        platform = jax.default_backend()
+        if device.split(":")[0] not in ("cuda", platform):
+            raise InputError(f"--device is {device}, but jax runs on {platform}; leave it out, or set JAX_PLATFORMS")
+        if llm is None:
+            if checkpoint is None:
+                raise InputError("no model is named; give --model_args checkpoint=PATH")
+            llm = load(checkpoint, step=step, dtype=dtype)
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise InputError(f"batch_size is {batch_size}; it must be a positive number")
+        self.llm = llm
+        self.batch_size = int(batch_size)
+        self.max_gen_toks = max_gen_toks
+        self._is_chat = False
+
+    @property
+    def eot_token_id(self) -> int:
+        """The id that ends a document."""
+        return self.llm.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The id before a text without context."""
+        return self.llm.tokenizer.bos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness files chats under."""
+        return self.llm.tokenizer.name
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Ids of a text that opens a context or, without special tokens, continues one."""
+        tokenizer = self.llm.tokenizer
+        ids = tokenizer.encode(string, recognize="all" if self._is_chat else "added")
+        opens = tokenizer.add_bos and not self._is_chat if add_special_tokens is None else add_special_tokens
+        return [tokenizer.bos_id, *ids] if opens else ids
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template that `apply_chat_template` uses, for the harness's records."""
+        return self.llm.tokenizer.chat_template if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a chat; from now on control tokens that a text spells out are meant."""
+        self._is_chat = True
+        return ChatTemplate(self.llm.tokenizer).text(chat_history, add_generation_prompt=add_generation_prompt)
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str] | None, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **_: Any,
+    ) -> list[tuple[float, bool]]:
+        """(log probability, whether it is what greedy decoding says) of each continuation after its context."""
+        longest = self.llm.config.context_length
+        rows = [(context + continuation)[-longest - 1 :] for _, context, continuation in requests]
+        counts = [
+            min(len(continuation), len(row) - 1) for (_, _, continuation), row in zip(requests, rows, strict=True)
+        ]
+        if any(count < len(request[2]) for count, request in zip(counts, requests, strict=True)):
+            raise InputError(f"a continuation is over the model's context_length {longest}; leave the task out")
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
+        for batch in tqdm(self._batches(rows), desc="loglikelihood", disable=disable_tqdm):
+            logprobs_BT, greedy_BT = self._score([rows[i] for i in batch])
+            for i, logprobs_T, greedy_T in zip(batch, logprobs_BT, greedy_BT, strict=False):
+                end = len(rows[i]) - 1
+                scored = slice(end - counts[i], end)
+                results[i] = (float(logprobs_T[scored].sum(dtype=np.float64)), bool(greedy_T[scored].all()))
+        for request, result in zip(requests, results, strict=True):
+            if request[0] is not None:
+                self.cache_hook.add_partial("loglikelihood", request[0], result)
+        return results
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log probability of each whole text, in windows side by side."""
+        longest = self.llm.config.context_length
+        windows: list[tuple[tuple[str, str] | None, list[int], list[int]]] = []
+        owners: list[int] = []
+        for owner, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            for pair in get_rolling_token_windows(ids, self.prefix_token_id, longest, 1):
+                windows.append((None, *make_disjoint_window(pair)))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            totals[owner] += logprob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """The continuation of each context up to one of its stop strings, greedy unless the task samples."""
+        answers: list[str] = [""] * len(requests)
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(_settings(request.args[1], self.max_gen_toks), []).append(i)
+        progress = tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm)
+        for (stop, max_new_tokens, sampling), members in groups.items():
+            room = self.llm.config.context_length - max_new_tokens
+            if room < 1:
+                raise InputError(f"max_gen_toks {max_new_tokens} leaves no room in the model's context")
+            rows = [self.tok_encode(requests[i].args[0])[-room:] or [self.prefix_token_id] for i in members]
+            for batch in self._batches(rows):
+                texts = self._generate([rows[j] for j in batch], stop, max_new_tokens, sampling)
+                for j, text in zip(batch, texts, strict=True):
+                    request = requests[members[j]]
+                    answers[members[j]] = text
+                    self.cache_hook.add_partial("generate_until", request.args, text)
+                progress.update(len(batch))
+        progress.close()
+        return answers
+
+    def _batches(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Indices of rows of like length, the longest first, so that memory runs out at once or never."""
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+
+    def _score(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Log probability of each row's tokens but the first, and whether each is the likeliest; [B, T], padded."""
+        T = min(bucket(max(len(row) for row in rows) - 1, 16), self.llm.config.context_length)
+        tokens_BT = np.zeros((self.batch_size, T + 1), np.int32)
+        for i, row in enumerate(rows):
+            tokens_BT[i, : len(row)] = row
+        logprobs_BT, greedy_BT = _score_targets(
+            self.llm.model, self.llm.params, tokens_BT, vocab_size=self.llm.tokenizer.vocab_size
+        )
+        return np.asarray(logprobs_BT), np.asarray(greedy_BT)
+
+    def _generate(
+        self, rows: list[list[int]], stop: tuple[str, ...], max_new_tokens: int, sampling: SamplingConfig
+    ) -> list[str]:
+        llm = self.llm
+        ends = {"max_new_tokens": max_new_tokens, "stop_ids": llm.tokenizer.stop_ids}
+        generation = Generation(
+            llm.model,
+            llm.params,
+            rows,
+            samples=[0] * len(rows),
+            sampling=sampling,
+            seed=0,
+            vocab_size=llm.tokenizer.vocab_size,
+            **ends,
+        )
+        pieces = TextStream(generation, llm.tokenizer, [""] * len(rows), stop=stop, **ends)
+        finished = {piece.row: piece.sample.text for piece in pieces if piece.sample is not None}
+        return [finished[row] for row in range(len(rows))]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "vocab_size"))
+def _score_targets(
+    model: Transformer, params: Any, tokens_BT: jax.Array, *, vocab_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """Log probability of tokens 1, ..., each given those before, and whether it is the likeliest of `vocab_size`."""
+    inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
+    B, T = inputs_BT.shape
+    positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+    hidden_BTD: Any = model.apply({"params": params}, inputs_BT, positions_BT)[0]
+
+    def score(row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        hidden_D, target = row
+        logits_V: Any = model.apply({"params": params}, hidden_D[None, None], method="logits")
+        logits_V = logits_V[0, 0]
+        logprob = logits_V[target] - jax.nn.logsumexp(logits_V)
+        return logprob, jnp.argmax(logits_V[:vocab_size]) == target
+
+    rows = (hidden_BTD.reshape(B * T, -1), targets_BT.reshape(-1))
+    at_once = max(1, min(B * T, _LOGITS_AT_ONCE // model.config.vocab_size))
+    logprobs, greedy = jax.lax.map(score, rows, batch_size=at_once)
+    return logprobs.reshape(B, T), greedy.reshape(B, T)
+
+
+def _settings(arguments: dict[str, Any], max_gen_toks: int) -> tuple[tuple[str, ...], int, SamplingConfig]:
+    """(stop strings, most tokens, how to sample) of a task's generation_kwargs. Raises InputError for unknown ones."""
+    arguments = dict(arguments)
+    until = arguments.pop("until", None) or []
+    until = [until] if isinstance(until, str) else until
+    most = next((arguments.pop(name) for name in ("max_gen_toks", "max_new_tokens") if name in arguments), max_gen_toks)
+    samples = arguments.pop("do_sample", "temperature" in arguments)
+    known = {name: arguments.pop(name) for name in ("temperature", "top_k", "top_p", "min_p") if name in arguments}
+    if arguments:
+        raise InputError(f"the task's generation_kwargs have {', '.join(arguments)}, which cannot be honoured")
+    sampling = (
+        SamplingConfig(**{"temperature": 1.0, "top_k": 0, "top_p": 1.0, **known})
+        if samples
+        else SamplingConfig(temperature=0)
+    )
+    return tuple(text for text in until if text), int(most), sampling
+
+
+def run_harness(argv: list[str]) -> None:
+    """Run the harness's own command on the arguments, with this model as the default one."""
+    from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
+
+    chosen = [] if "--model" in argv else ["--model", "nextllm_jax"]
+    sys.argv = ["lm_eval", *argv, *chosen]
+    cli_evaluate()

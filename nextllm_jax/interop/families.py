@@ -1,0 +1,153 @@
+"""The model types of Hugging Face that are understood here, and what the keys of their config.json are worth."""
+
+import dataclasses
+from typing import Any
+
+SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "embed_dim",
+    "intermediate_size": "mlp_dim",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+}
+DEFAULTS: dict[str, Any] = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "rope_theta": 10_000.0,
+    "attention_bias": False,
+    "initializer_range": 0.02,
+    "sliding_window": None,
+}
+_GEMMA = {"head_dim": 256, "tie_word_embeddings": True, "max_position_embeddings": 8192}
+_WINDOWED = {"max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What is special about a model type: its class in transformers, its defaults, and keys that others lack."""
+
+    architecture: str
+    defaults: dict[str, Any]
+    keys: tuple[str, ...] = ()
+    fused: bool = False
+    """Whether files hold q, k and v as one matrix, and gate and up as one."""
+    activation_key: str = "hidden_act"
+
+
+_LAYERED = ("layer_types", "sliding_window")
+_QWEN = (*_LAYERED, "use_sliding_window", "max_window_layers")
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", {}),
+    "mistral": Family(
+        "MistralForCausalLM",
+        {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096},
+        ("sliding_window",),
+    ),
+    "qwen2": Family("Qwen2ForCausalLM", {**_WINDOWED, "num_key_value_heads": 32}, _QWEN),
+    "qwen3": Family("Qwen3ForCausalLM", {**_WINDOWED, "num_key_value_heads": 32, "head_dim": 128}, _QWEN),
+    "olmo2": Family("Olmo2ForCausalLM", {"rms_norm_eps": 1e-5}),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        {
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "tie_word_embeddings": True,
+            "rope_theta": 2_000_000.0,
+            "use_sliding_window": False,
+        },
+        (*_QWEN, "no_rope_layers", "no_rope_layer_interval"),
+    ),
+    "granite": Family(
+        "GraniteForCausalLM",
+        {},
+        ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier"),
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
+        ("sliding_window",),
+        fused=True,
+    ),
+    "gemma": Family(
+        "GemmaForCausalLM",
+        {**_GEMMA, "num_key_value_heads": 16, "hidden_act": "gelu_pytorch_tanh"},
+        ("hidden_activation",),
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        {
+            **_GEMMA,
+            "num_key_value_heads": 4,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "sliding_window": 4096,
+            "query_pre_attn_scalar": 256,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        (*_LAYERED, "hidden_act", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+        activation_key="hidden_activation",
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        {
+            **_GEMMA,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 131_072,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
+            "sliding_window": 4096,
+            "query_pre_attn_scalar": 256,
+            "final_logit_softcapping": None,
+        },
+        (
+            *_LAYERED, "hidden_act", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
+            "rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern",
+        ),
+        activation_key="hidden_activation",
+    ),
+}  # fmt: skip
+
+# Keys that every family has.
+COMMON = {
+    *SIZES, "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "max_position_embeddings",
+    "tie_word_embeddings", "attention_bias", "initializer_range", "rope_theta", "rope_scaling", "rope_parameters",
+    "partial_rotary_factor", "original_max_position_embeddings", "model_type", "architectures",
+}  # fmt: skip
+# Keys that must have one of these values where they stand; any other would change the numbers.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "mlp_bias": (False, None),
+    "use_bidirectional_attention": (False, None),
+    "attn_logit_softcapping": (None,),  # transformers ignores it where we do not read it
+    "rope_interleaved": (False, None),
+    "use_mrope": (False, None),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "is_decoder": (True, False, None),
+    "quantization_config": (None,),
+    "per_layer_config": (None,),
+    "sliding_window": (None,),
+    "layer_types": (None,),
+    "hidden_activation": (None,),
+}
+# Keys that change no logit: bookkeeping, training, generation.
+HARMLESS = {
+    "_name_or_path", "_attn_implementation_autoset", "attn_implementation", "auto_map", "transformers_version",
+    "torch_dtype", "dtype", "use_cache", "cache_implementation", "is_llama_config", "transformers.js_config",
+    "pretraining_tp", "attention_dropout", "embd_pdrop", "resid_pdrop", "hidden_dropout", "classifier_dropout",
+    "output_attentions", "output_hidden_states", "return_dict", "torchscript", "use_bfloat16", "gradient_checkpointing",
+    "id2label", "label2id", "num_labels", "problem_type", "task_specific_params", "tokenizer_class", "prefix",
+    "finetuning_task", "chunk_size_feed_forward", "pruned_heads", "tie_encoder_decoder", "tf_legacy_loss",
+    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "unk_token_id",
+    "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids",
+    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
+    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "num_return_sequences", "output_scores", "return_dict_in_generate",
+    "remove_invalid_values", "exponential_decay_length_penalty", "cross_attention_hidden_size", "unsloth_version",
+    "unsloth_fixed", "max_sequence_length",
+}  # fmt: skip
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}

@@ -1,0 +1,199 @@
+"""GGUF files, on the `gguf` package: quantized or not on the way in; F32, F16, BF16 and Q8_0 on the way out."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+from gguf import quants
+
+from nextllm_jax.config_model import ModelConfig
+from nextllm_jax.errors import InputError
+from nextllm_jax.interop.gguf_config import (
+    ARCHITECTURES,
+    ROPE_TENSORS,
+    Architecture,
+    architecture_of,
+    read_gguf_config,
+    write_gguf_config,
+)
+from nextllm_jax.interop.names import parts_of, tensor_shapes
+from nextllm_jax.interop.streaming import read_params, require_tensors, tensors_of
+
+_READABLE = (
+    Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1,
+    Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K,
+)  # fmt: skip
+_WRITABLE = {
+    "float32": (Type.F32, gguf.LlamaFileType.ALL_F32),
+    "float16": (Type.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "bfloat16": (Type.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    "q8_0": (Type.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+}
+
+
+class GGUFFile:
+    """An open file: its metadata, and the model that it describes.
+
+    Raises InputError, naming the file, if it is not whole or not a model that can be honoured.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.where = str(path)
+        try:
+            reader = gguf.GGUFReader(path)
+            self.metadata = {name: field.contents() for name, field in reader.fields.items()}
+        except FileNotFoundError as error:
+            raise InputError(f"{path} does not exist") from error
+        except Exception as error:  # the parser meets damage as errors of many kinds
+            raise InputError(
+                f"{path} is no GGUF file, or damaged or cut short ({error}); bring an intact copy"
+            ) from error
+        if self.metadata.get("split.count", 1) > 1:
+            raise InputError(f"{path} is one of {self.metadata['split.count']} parts; join them with gguf-split first")
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        for tensor in reader.tensors:
+            if tensor.tensor_type not in _READABLE:
+                known = ", ".join(kind.name for kind in _READABLE)
+                raise InputError(f"{path}: tensor {tensor.name} is {tensor.tensor_type.name}; there are {known}")
+        self._architecture = ARCHITECTURES[architecture_of(self.metadata, self.where)]
+        self.model_type = self._architecture.model_type
+        factors = {name: self._whole(name) for name in ROPE_TENSORS if name in self._tensors}
+        if "token_embd.weight" not in self._tensors:
+            raise InputError(f"{path} lacks the tensor token_embd.weight; bring the files of one whole model")
+        self.config = read_gguf_config(
+            self.metadata, self._tensors, factors, self.shapes()["token_embd.weight"][0], self.where
+        )
+
+    def load_params(self, abstract: Any) -> Any:
+        """The weights as the tree that `abstract` describes, each leaf with its shape, type and sharding.
+
+        Raises InputError if they are not whole, not of this config, or not finite.
+        """
+        parts = parts_of(self.config, abstract, "gguf", fused=self._architecture.fused)
+        require_tensors(self, parts, ignore=lambda name: name in ROPE_TENSORS)
+        return read_params(self, parts, abstract)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors that are there."""
+        return {name: tuple(map(int, reversed(tensor.shape))) for name, tensor in self._tensors.items()}
+
+    def read(self, tensor: str, rows: slice, columns: slice) -> np.ndarray:
+        """Part of a tensor, dequantized, in the layout of Hugging Face's files."""
+        found = self._tensors[tensor]
+        order = np.arange(rows.start, rows.stop)
+        if _is_permuted(self._architecture, tensor):
+            order = _permuted_rows(order, self.config.head_dim)
+        part = quants.dequantize(found.data[order], found.tensor_type)
+        if tensor.endswith("norm.weight"):
+            part = part - np.float32(self._architecture.norm_offset)
+        return part if part.ndim == 1 else part[:, columns]
+
+    def _whole(self, tensor: str) -> np.ndarray:
+        return quants.dequantize(self._tensors[tensor].data, self._tensors[tensor].tensor_type)
+
+
+def _is_permuted(architecture: Architecture, tensor: str) -> bool:
+    return architecture.permuted and tensor.endswith(
+        (".attn_q.weight", ".attn_k.weight", ".attn_q.bias", ".attn_k.bias")
+    )
+
+
+def _permuted_rows(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Where the rows of q or k lie in a file that has the two dimensions that RoPE turns next to each other."""
+    head, place = np.divmod(rows, head_dim)
+    half, pair = np.divmod(place, head_dim // 2)
+    return head * head_dim + 2 * pair + half
+
+
+def export(
+    config: ModelConfig,
+    params: Any,
+    file: Path,
+    *,
+    vocab_size: int,
+    dtype: str,
+    model_type: str | None = None,
+    metadata: Mapping[str, Any],
+) -> None:
+    """Write a model as a GGUF file, with the tokenizer's `metadata`.
+
+    Matrices are written in `dtype` (float32, float16, bfloat16 or q8_0; rows that 32 does not divide as float16
+    in place of q8_0), vectors as F32. Of the embedding and the head the first `vocab_size` rows are written. Raises
+    InputError if no architecture (or not that of `model_type`) can say this model.
+    """
+    config = dataclasses.replace(config, vocab_size=vocab_size)
+    names = tensor_shapes(parts_of(config, params, "gguf"))
+    name, values, factors = write_gguf_config(config, names, model_type)
+    architecture, (matrix_type, file_type) = ARCHITECTURES[name], _WRITABLE[dtype]
+    parts = parts_of(config, params, "gguf", fused=architecture.fused)
+    shapes = {
+        tensor: (vocab_size, *shape[1:]) if _is_table(tensor) else shape
+        for tensor, shape in tensor_shapes(parts).items()
+    }
+    writer = gguf.GGUFWriter(file, name)
+    try:
+        for key, value in {**values, **metadata}.items():
+            if key != "general.architecture":
+                _add(writer, key, value)
+        writer.add_file_type(file_type)
+        for tensor, shape in {**{tensor: array.shape for tensor, array in factors.items()}, **shapes}.items():
+            kind = _type_of(shape, matrix_type)
+            nbytes = int(np.prod(quants.quant_shape_to_byte_shape(shape, kind)))
+            writer.add_tensor_info(tensor, shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for array in factors.values():
+            writer.write_tensor_data(array.astype(np.float32))
+        for tensor, array in tensors_of(parts, params, rows=vocab_size):
+            array = _in_order(tensor, np.asarray(array, np.float32), architecture, config.head_dim)
+            writer.write_tensor_data(_quantized(tensor, array, _type_of(array.shape, matrix_type)))
+    finally:
+        writer.close()
+
+
+def _in_order(tensor: str, array: np.ndarray, architecture: Architecture, head_dim: int) -> np.ndarray:
+    """A tensor of Hugging Face's layout as an architecture's files have it."""
+    if _is_permuted(architecture, tensor):
+        order = np.empty(len(array), int)
+        order[_permuted_rows(np.arange(len(array)), head_dim)] = np.arange(len(array))
+        array = array[order]
+    if tensor.endswith("norm.weight"):
+        array = array + np.float32(architecture.norm_offset)
+    return np.ascontiguousarray(array)
+
+
+def _is_table(tensor: str) -> bool:
+    return tensor in ("token_embd.weight", "output.weight")
+
+
+def _type_of(shape: tuple[int, ...], matrix_type: Type) -> Type:
+    """The type that a tensor is written in."""
+    if len(shape) == 1:
+        return Type.F32
+    return Type.F16 if matrix_type == Type.Q8_0 and shape[-1] % 32 else matrix_type
+
+
+def _quantized(tensor: str, array: np.ndarray, kind: Type) -> np.ndarray:
+    """The numbers as a file has them. Raises InputError for one that float16 cannot hold."""
+    if kind == Type.F16 and array.size and np.abs(array).max() > np.finfo(np.float16).max:
+        raise InputError(f"tensor {tensor} holds numbers beyond float16; export it as bfloat16 or float32")
+    return quants.quantize(array, kind)
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    """Add metadata in the type that readers expect: counts unsigned, other numbers float32."""
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    elif isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    else:
+        writer.add_string(key, value)

@@ -1,0 +1,332 @@
+"""The metadata of a GGUF file -> ModelConfig, and back.
+
+Reading is strict: a key of the architecture that is not known is an error. Part of what an architecture is stands in
+no key but in llama.cpp's code; that part is in ARCHITECTURES and `_of_architecture`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from nextllm_jax.config_model import LayerKind, ModelConfig
+from nextllm_jax.errors import InputError
+from nextllm_jax.interop.huggingface_config import canonical, layer_kinds, shortest_pattern
+from nextllm_jax.interop.keys import Keys
+from nextllm_jax.ops import rope
+
+ROPE_FREQS, LONG_FACTORS, SHORT_FACTORS = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+ROPE_TENSORS = (ROPE_FREQS, LONG_FACTORS, SHORT_FACTORS)
+"""Tensors that belong to the config: divisors of the rotary frequencies."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What is special about an architecture's files."""
+
+    model_type: str
+    """Its name among Hugging Face's."""
+    permuted: bool = False
+    """Whether the rows of q and k are in the order of RoPE with neighbouring dimensions."""
+    fused: bool = False
+    """Whether q, k and v are one tensor, and gate and up."""
+    norm_offset: float = 0.0
+    """What the file's norm scales have added to them."""
+    keys: tuple[str, ...] = ()
+    """Keys that others lack."""
+
+
+_WINDOW, _FINAL_CAP, _SCALE = "attention.sliding_window", "final_logit_softcapping", "attention.scale"
+_MULTIPLIERS = {
+    "embedding_scale": "embedding_scale",
+    "residual_scale": "residual_scale",
+    "logit_divisor": "logit_scale",
+    "attention_scale": _SCALE,
+}
+ARCHITECTURES = {
+    "llama": Architecture("llama", permuted=True),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3"),
+    "olmo2": Architecture("olmo2"),
+    "smollm3": Architecture("smollm3", permuted=True),
+    "granite": Architecture("granite", permuted=True, keys=tuple(_MULTIPLIERS.values())),
+    "phi3": Architecture("phi3", fused=True, keys=(_WINDOW,)),
+    "gemma": Architecture("gemma", norm_offset=1.0),
+    "gemma2": Architecture("gemma2", norm_offset=1.0, keys=(_WINDOW, "attn_logit_softcapping", _FINAL_CAP)),
+    "gemma3": Architecture("gemma3_text", norm_offset=1.0, keys=(_WINDOW, _FINAL_CAP)),
+}
+_SIZES = {
+    "embedding_length": "embed_dim",
+    "feed_forward_length": "mlp_dim",
+    "block_count": "num_layers",
+    "attention.head_count": "num_heads",
+    "context_length": "context_length",
+}
+_COMMON = {
+    *_SIZES, "vocab_size", "attention.head_count_kv", "attention.key_length", "attention.value_length",
+    "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", "rope.scaling.type",
+    "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.attn_factor", "rope.scaling.finetuned",
+    "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
+}  # fmt: skip
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    _WINDOW: (0,),
+    "use_parallel_residual": (False,),
+}
+_LARGEST_GEMMAS = {"gemma2": 46, "gemma3": 62}
+"""Layers of the sizes whose attention scale is not 1 / sqrt(head_dim) but 1 / sqrt(embed_dim / heads)."""
+
+
+def architecture_of(metadata: Mapping[str, Any], where: str) -> str:
+    """The file's architecture. Raises InputError for one that is not known."""
+    name = metadata.get("general.architecture")
+    if name not in ARCHITECTURES:
+        raise InputError(f"{where}: general.architecture is {name!r}; there are {', '.join(ARCHITECTURES)}")
+    return name
+
+
+def read_gguf_config(
+    metadata: Mapping[str, Any],
+    tensors: Collection[str],
+    factors: Mapping[str, np.ndarray],
+    vocab_size: int,
+    where: str,
+) -> ModelConfig:
+    """The ModelConfig of a file's metadata, its tensors' names and its ROPE_TENSORS (as far as there are any).
+
+    Raises InputError, naming the key, for anything that this model cannot honour.
+    """
+    name = architecture_of(metadata, where)
+    values = {key.removeprefix(f"{name}."): value for key, value in metadata.items() if key.startswith(f"{name}.")}
+    keys = Keys(values, {}, f"{where}: {name}")
+    _refuse_unknown(keys, ARCHITECTURES[name])
+    fields: dict[str, Any] = {ours: keys.size(key) for key, ours in _SIZES.items()}
+    heads, embed = fields["num_heads"], fields["embed_dim"]
+    head_dim = keys.size("attention.key_length") if "attention.key_length" in keys else embed // heads
+    if keys.get("attention.value_length") not in (None, head_dim):
+        raise keys.refusal("attention.value_length", f"only that of the keys, {head_dim}, is supported")
+    fields |= {
+        "vocab_size": vocab_size,
+        "num_kv_heads": keys.size("attention.head_count_kv") if "attention.head_count_kv" in keys else heads,
+        "head_dim": head_dim,
+        "norm_eps": _single(keys.number("attention.layer_norm_rms_epsilon")),
+        "tie_embeddings": "output.weight" not in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "attention_output_bias": "blk.0.attn_output.bias" in tensors,
+    }
+    fields |= _of_architecture(keys, name, fields)
+    fields |= _rope(keys, name, fields, factors)
+    return ModelConfig(**fields)
+
+
+def _single(value: float) -> float:
+    """The shortest number that is this one in float32, such as 1e-5 for 9.99999974e-06."""
+    return float(str(np.float32(value)))
+
+
+def _refuse_unknown(keys: Keys, architecture: Architecture) -> None:
+    for key in keys.names():
+        if key in _COMMON or key in architecture.keys:
+            continue
+        if key not in _FIXED:
+            raise keys.refusal(key, "what it means for this model is not known here")
+        if keys.get(key) not in _FIXED[key]:
+            raise keys.refusal(key, f"only {_FIXED[key][0]} is supported")
+
+
+def _of_architecture(keys: Keys, name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that make an architecture what it is."""
+    num_layers, embed = fields["num_layers"], fields["embed_dim"]
+    if name == "qwen3":
+        return {"qk_norm": True}
+    if name == "olmo2":
+        return {"norm_placement": "post", "qk_norm": True, "qk_norm_over": "projection"}
+    if name == "smollm3":
+        return {
+            "layer_pattern": shortest_pattern(["global_nope" if i % 4 == 3 else "global" for i in range(num_layers)])
+        }
+    if name == "granite":
+        scales = {ours: keys.optional(key) for ours, key in _MULTIPLIERS.items()}
+        return {ours: _single(value) for ours, value in scales.items() if value is not None}
+    if name == "phi3":
+        window = keys.get(_WINDOW)
+        return {"layer_pattern": ("local",), "sliding_window": keys.size(_WINDOW)} if window else {}
+    if not name.startswith("gemma"):
+        return {}
+    gemma = {"norm_scale_offset": 1.0, "embedding_scale": math.sqrt(embed), "activation": "gelu_tanh"}
+    if name == "gemma":
+        return gemma
+    largest = num_layers == _LARGEST_GEMMAS[name]
+    period = 2 if name == "gemma2" else 6
+    kinds: list[LayerKind] = ["global" if i % period == period - 1 else "local" for i in range(num_layers)]
+    gemma |= {
+        "norm_placement": "sandwich",
+        "attention_scale": (embed / fields["num_heads"] if largest else fields["head_dim"]) ** -0.5,
+        "layer_pattern": shortest_pattern(kinds),
+        "sliding_window": keys.size(_WINDOW),
+        "logit_soft_cap": keys.optional(_FINAL_CAP),
+    }
+    if name == "gemma2":
+        return gemma | {"attention_soft_cap": keys.optional("attn_logit_softcapping")}
+    return gemma | {"qk_norm": True, "rope_local_theta": 10_000.0}
+
+
+def _rope(keys: Keys, name: str, fields: Mapping[str, Any], factors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    head_dim, context = fields["head_dim"], fields["context_length"]
+    theta = _single(keys.number("rope.freq_base")) if "rope.freq_base" in keys else 10_000.0
+    found: dict[str, Any] = {"rope_theta": theta}
+    rotary = keys.size("rope.dimension_count") if "rope.dimension_count" in keys else head_dim
+    if rotary != head_dim:
+        if name != "phi3":
+            raise keys.refusal("rope.dimension_count", f"only the heads' {head_dim} is supported")
+        found["rotary_dim"] = rotary
+    key = "rope.scaling.original_context_length"
+    original = keys.size(key) if key in keys else None
+    if ROPE_FREQS in factors:
+        return found | _llama3(keys, theta, factors[ROPE_FREQS], original or 8192)
+    attention_factor = keys.optional("rope.scaling.attn_factor")
+    if LONG_FACTORS in factors or SHORT_FACTORS in factors:
+        return found | {
+            "rope_scaling": "longrope",
+            "rope_original_context_length": original or context,
+            "rope_scaling_factor": context / (original or context),
+            "rope_attention_factor": None if attention_factor is None else _single(attention_factor),
+            "rope_short_factors": tuple(map(_single, factors.get(SHORT_FACTORS, ()))),
+            "rope_long_factors": tuple(map(_single, factors.get(LONG_FACTORS, ()))),
+        }
+    if attention_factor not in (None, 1.0):
+        raise keys.refusal("rope.scaling.attn_factor", "only 1 is supported without rope_factors tensors")
+    kind = keys.get("rope.scaling.type")
+    if kind in (None, "none") or (kind == "longrope" and name == "phi3"):
+        return found
+    if kind not in ("linear", "yarn"):
+        raise keys.refusal("rope.scaling.type", "there are none, linear and yarn")
+    found |= {"rope_scaling": kind, "rope_scaling_factor": _single(keys.number("rope.scaling.factor"))}
+    if kind == "yarn":
+        found |= {
+            "rope_original_context_length": original or context,
+            "rope_beta_fast": keys.optional("rope.scaling.yarn_beta_fast") or 32.0,
+            "rope_beta_slow": keys.optional("rope.scaling.yarn_beta_slow") or 1.0,
+        }
+    return found
+
+
+def _llama3(keys: Keys, theta: float, divisors: np.ndarray, original: int) -> dict[str, Any]:
+    """The scaling whose divisors a file holds in place of its parameters."""
+    factor = float(divisors.max())
+    plain = rope.frequencies(2 * len(divisors), theta)
+    scaling = {"original_context_length": original, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if not np.allclose(plain / rope.scale_llama3(plain, factor, **scaling), divisors, rtol=1e-5):
+        raise InputError(f"{keys.where}: {ROPE_FREQS} is not the scaling of Llama 3.1; only that is supported")
+    return {"rope_scaling": "llama3", "rope_scaling_factor": factor, "rope_original_context_length": original}
+
+
+def write_gguf_config(
+    config: ModelConfig, tensors: Collection[str], model_type: str | None
+) -> tuple[str, dict[str, Any], dict[str, np.ndarray]]:
+    """(architecture, metadata, ROPE_TENSORS) of a model: those of `model_type`, or else the first that fit.
+
+    Raises InputError, naming the fields, where no architecture says the same model.
+    """
+    model_type = {"mistral": "llama"}.get(model_type or "", model_type)  # one architecture, as long as it has no window
+    wanted, differences = canonical(config), {}
+    for name, architecture in ARCHITECTURES.items():
+        if model_type != architecture.model_type and (model_type is not None or _is_unusual(config, name)):
+            continue
+        metadata, factors = _metadata(config, name), _factors(config, name)
+        try:
+            found = canonical(read_gguf_config(metadata, tensors, factors, config.vocab_size, name))
+        except InputError as error:
+            differences[name] = [str(error)]
+            continue
+        fields = [field.name for field in dataclasses.fields(ModelConfig)]
+        differences[name] = [
+            f"model.{field} {getattr(config, field)}"
+            for field in fields
+            if field != "init_std" and not _same(getattr(found, field), getattr(wanted, field))
+        ]
+        if not differences[name]:
+            return name, metadata, factors
+    if not differences:
+        raise InputError(
+            f"model_type is {model_type!r}; GGUF has {', '.join(a.model_type for a in ARCHITECTURES.values())}"
+        )
+    nearest = min(differences, key=lambda name: len(differences[name]))
+    raise InputError(
+        f"GGUF cannot say this model: {nearest} comes closest but not with {', '.join(differences[nearest])}"
+    )
+
+
+def _is_unusual(config: ModelConfig, name: str) -> bool:
+    """Whether an architecture can say a model, but not all of its readers understand it so.
+
+    llama.cpp leaves phi3's window out; transformers knows biases of llama on all projections or on none.
+    """
+    return name == "phi3" or (name == "llama" and config.attention_bias != config.attention_output_bias)
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Equality of fields, in the precision of the file, which is float32."""
+    if isinstance(left, float) and isinstance(right, float):
+        return math.isclose(left, right, rel_tol=1e-6)
+    if isinstance(left, tuple) and isinstance(right, tuple):
+        return len(left) == len(right) and all(map(_same, left, right))
+    return left == right
+
+
+def _metadata(config: ModelConfig, name: str) -> dict[str, Any]:
+    """The metadata that comes closest in an architecture. Counts are int, everything else float or str."""
+    kinds, scaling = layer_kinds(config), config.rope_scaling
+    values: dict[str, Any] = {key: getattr(config, ours) for key, ours in _SIZES.items()}
+    values |= {
+        "vocab_size": config.vocab_size,
+        "attention.head_count_kv": config.num_kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": config.norm_eps,
+        "rope.dimension_count": config.rotary_dim or config.head_dim,
+        "rope.freq_base": config.rope_theta,
+    }
+    if scaling in ("linear", "yarn"):
+        values |= {"rope.scaling.type": scaling, "rope.scaling.factor": config.rope_scaling_factor}
+    if scaling in ("llama3", "yarn", "longrope"):
+        values["rope.scaling.original_context_length"] = config.rope_original_context_length
+    if scaling == "yarn":
+        values |= {
+            "rope.scaling.yarn_beta_fast": config.rope_beta_fast,
+            "rope.scaling.yarn_beta_slow": config.rope_beta_slow,
+        }
+    if scaling == "longrope":
+        factor, original = config.rope_scaling_factor, config.rope_original_context_length
+        values["rope.scaling.attn_factor"] = config.rope_attention_factor or rope.longrope_attention_factor(
+            factor, original
+        )
+    keys = ARCHITECTURES[name].keys
+    if _WINDOW in keys:
+        values[_WINDOW] = config.sliding_window if "local" in kinds else 0
+    if name == "granite":
+        values |= {key: float(getattr(config, ours) or config.head_dim**-0.5) for ours, key in _MULTIPLIERS.items()}
+    caps = {_FINAL_CAP: config.logit_soft_cap, "attn_logit_softcapping": config.attention_soft_cap}
+    values |= {key: cap for key, cap in caps.items() if key in keys and cap is not None}
+    return {"general.architecture": name, **{f"{name}.{key}": value for key, value in values.items()}}
+
+
+def _factors(config: ModelConfig, name: str) -> dict[str, np.ndarray]:
+    if config.rope_scaling == "llama3":
+        plain = rope.frequencies(config.head_dim, config.rope_theta)
+        scaled = rope.scale_llama3(
+            plain,
+            config.rope_scaling_factor,
+            original_context_length=config.rope_original_context_length,
+            low_freq_factor=config.rope_low_freq_factor,
+            high_freq_factor=config.rope_high_freq_factor,
+        )
+        return {ROPE_FREQS: plain / scaled}
+    if config.rope_scaling == "longrope" and name == "phi3":
+        factors = {LONG_FACTORS: config.rope_long_factors, SHORT_FACTORS: config.rope_short_factors}
+        return {tensor: np.asarray(values, np.float32) for tensor, values in factors.items()}
+    return {}

@@ -1,0 +1,206 @@
+"""Hugging Face directories: config.json, safetensors in one or many files, generation_config.json.
+
+Nothing is ever unpickled: weights come from safetensors alone.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from nextllm_jax.config_model import ModelConfig
+from nextllm_jax.errors import InputError
+from nextllm_jax.interop.families import FAMILIES
+from nextllm_jax.interop.huggingface_config import read_model_config, write_model_config
+from nextllm_jax.interop.names import parts_of
+from nextllm_jax.interop.streaming import read_params, require_tensors, tensors_of
+
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+"""The types that weights can be exported in."""
+
+
+def _read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises InputError, naming it, if it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}); bring an intact copy") from error
+
+
+def read_config(directory: Path) -> tuple[ModelConfig, str]:
+    """The ModelConfig of a directory and its model_type. Raises InputError, naming the key, for what cannot be."""
+    values = _read_json(directory / CONFIG)
+    return read_model_config(values, str(directory / CONFIG)), values["model_type"]
+
+
+def load_params(directory: Path, config: ModelConfig, model_type: str, abstract: Any) -> Any:
+    """The weights of a directory as the tree that `abstract` describes, each leaf with its shape, type and sharding.
+
+    Raises InputError if they are not whole, not of this config, not finite, or not safetensors.
+    """
+    parts = parts_of(config, abstract, "huggingface", fused=FAMILIES[model_type].fused)
+    source = SafetensorsSource(directory)
+    require_tensors(source, parts, ignore=lambda name: name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight")
+    if config.tie_embeddings and "lm_head.weight" in source.shapes():
+        _require_tied(source)
+    return read_params(source, parts, abstract)
+
+
+def _require_tied(source: "SafetensorsSource") -> None:
+    """Raise InputError unless a head that stands beside a tied embedding is that embedding."""
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    shape = source.shapes()[embedding]
+    equal = shape == source.shapes()[head]
+    for start in range(0, shape[0], 1024) if equal else ():
+        rows, columns = slice(start, min(start + 1024, shape[0])), slice(0, shape[1])
+        equal = equal and np.array_equal(source.read(embedding, rows, columns), source.read(head, rows, columns))
+    if not equal:
+        raise InputError(
+            f"{source.where}: tie_word_embeddings is true but lm_head.weight is not the embedding; "
+            "set it to false in config.json if the head is its own"
+        )
+
+
+class SafetensorsSource:
+    """The tensors of a directory's safetensors files."""
+
+    def __init__(self, directory: Path) -> None:
+        self.where = str(directory)
+        self._files: dict[str, Any] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for path in _weight_files(directory):
+            for name, shape, handle in _open(path):
+                if name in self._files:
+                    raise InputError(f"{directory}: tensor {name} is in two files; bring the files of one model")
+                self._files[name], self._shapes[name] = handle, shape
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors that are there."""
+        return self._shapes
+
+    def read(self, tensor: str, rows: slice, columns: slice) -> np.ndarray:
+        """Part of a tensor, in the type that the file has."""
+        part = self._files[tensor].get_slice(tensor)
+        return part[rows] if len(self._shapes[tensor]) == 1 else part[rows, columns]
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / _INDEX
+    if index.exists():
+        names = _read_json(index)
+        names = names.get("weight_map") if isinstance(names, dict) else None
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise InputError(f"{index} has no weight_map of tensors to files; bring an intact copy")
+        files = sorted(set(names.values()))
+        for name in files:
+            if Path(name).name != name:
+                raise InputError(f"{index} names the file {name}; it must lie in the same directory")
+            if not (directory / name).exists():
+                raise InputError(f"{index} names {name}, which is not there; bring all files of the model")
+        return [directory / name for name in files]
+    if (directory / _SINGLE).exists():
+        return [directory / _SINGLE]
+    pickles = [path.name for pattern in _PICKLES for path in sorted(directory.glob(pattern))]
+    if pickles:
+        raise InputError(
+            f"{directory} has its weights in {pickles[0]}, a pickle, which could run any code and is never read; "
+            "bring safetensors"
+        )
+    raise InputError(f"{directory} has neither {_SINGLE} nor {_INDEX}; bring the weights as safetensors")
+
+
+def _open(path: Path) -> Iterator[tuple[str, tuple[int, ...], Any]]:
+    """(name, shape, open file) of each tensor. Its pages are read as they are needed, and not kept."""
+    try:
+        handle: Any = safe_open(path, "numpy", backend="pread")
+        for name in handle.keys():  # noqa: SIM118, it is no dict
+            view = handle.get_slice(name)
+            if view.get_dtype() not in _DTYPES:
+                raise InputError(
+                    f"{path}: tensor {name} is {view.get_dtype()}; weights must be {', '.join(_DTYPES)}, not quantized"
+                )
+            yield name, tuple(view.get_shape()), handle
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged or cut short ({error}); bring an intact copy") from error
+
+
+def export(
+    config: ModelConfig,
+    params: Any,
+    directory: Path,
+    *,
+    vocab_size: int,
+    dtype: str = "float32",
+    model_type: str | None = None,
+    shard_bytes: int = 5_000_000_000,
+    token_ids: dict[str, Any] | None = None,
+) -> None:
+    """Write config.json, generation_config.json and safetensors of at most about `shard_bytes` each into a directory.
+
+    Of the embedding and the head the first `vocab_size` rows are written, the rest is padding. `dtype` is one of
+    DTYPES. `token_ids` (bos_token_id and so on) go into both configs. Raises InputError if no Hugging Face
+    family (or not `model_type`) can say this model.
+    """
+    values = write_model_config(dataclasses.replace(config, vocab_size=vocab_size), model_type=model_type)
+    family = FAMILIES[values["model_type"]]
+    directory.mkdir(parents=True, exist_ok=True)
+    parts = parts_of(config, params, "huggingface", fused=family.fused)
+    shards = _Shards(directory, shard_bytes)
+    for name, array in tensors_of(parts, params, rows=vocab_size):
+        shards.add(name, np.ascontiguousarray(array.astype(DTYPES[dtype], copy=False)))
+    shards.finish()
+    token_ids = token_ids or {}
+    _write_json(directory / CONFIG, {**values, **token_ids, "torch_dtype": dtype})
+    _write_json(directory / GENERATION_CONFIG, token_ids)
+
+
+def _write_json(path: Path, values: Any) -> None:
+    """Write JSON as Hugging Face does."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+class _Shards:
+    """Tensors gathered into files of a size; their final names tell how many there are."""
+
+    def __init__(self, directory: Path, shard_bytes: int) -> None:
+        self._directory, self._shard_bytes = directory, shard_bytes
+        self._pending: dict[str, np.ndarray] = {}
+        self._pending_bytes = self._total_bytes = 0
+        self._written: list[list[str]] = []
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        if self._pending and self._pending_bytes + array.nbytes > self._shard_bytes:
+            self._write()
+        self._pending[name] = array
+        self._pending_bytes += array.nbytes
+
+    def _write(self) -> None:
+        part = self._directory / f"part-{len(self._written)}"
+        save_file(self._pending, part, metadata={"format": "pt"})
+        part.chmod(0o644)  # the library lets the owner alone read it
+        self._written.append(list(self._pending))
+        self._total_bytes += self._pending_bytes
+        self._pending, self._pending_bytes = {}, 0
+
+    def finish(self) -> None:
+        self._write()
+        count = len(self._written)
+        names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)] if count > 1 else [_SINGLE]
+        for i, name in enumerate(names):
+            (self._directory / f"part-{i}").rename(self._directory / name)
+        if count > 1:
+            weight_map = {tensor: names[i] for i, tensors in enumerate(self._written) for tensor in tensors}
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+            _write_json(self._directory / _INDEX, index)

@@ -1,0 +1,283 @@
+"""config.json of a Hugging Face model -> ModelConfig, and back.
+
+Reading is strict: a key either sets a field of ours, or must have the one value that we can honour, or is on the list
+of those that change no number; any other is an error that names it. Missing keys mean what transformers takes for
+them. Writing is checked by reading: a family fits a ModelConfig if its config.json says the same model.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from nextllm_jax.config_model import LayerKind, ModelConfig
+from nextllm_jax.errors import InputError
+from nextllm_jax.interop.families import ACTIVATIONS, COMMON, DEFAULTS, FAMILIES, FIXED, HARMLESS, SIZES, Family
+from nextllm_jax.interop.huggingface_rope import read_rope, write_rope
+from nextllm_jax.interop.keys import Keys
+from nextllm_jax.ops import rope
+
+
+def read_model_config(values: Any, where: str) -> ModelConfig:
+    """The ModelConfig that the content of a config.json describes; `where` names the file in errors.
+
+    Raises InputError, naming the key, for anything that this model cannot honour.
+    """
+    model_type = values.get("model_type") if isinstance(values, dict) else None
+    if model_type not in FAMILIES:
+        raise InputError(f"{where}: model_type is {model_type!r}; there are {', '.join(FAMILIES)}")
+    family = FAMILIES[model_type]
+    keys = Keys(values, {**DEFAULTS, **family.defaults}, where)
+    _refuse_unknown(values, family, keys)
+    fields: dict[str, Any] = {ours: keys.size(name) for name, ours in SIZES.items()}
+    heads = fields["num_heads"]
+    fields |= {
+        "num_kv_heads": heads if keys.get("num_key_value_heads") is None else keys.size("num_key_value_heads"),
+        "head_dim": fields["embed_dim"] // heads if keys.get("head_dim") is None else keys.size("head_dim"),
+        "context_length": keys.size("max_position_embeddings"),
+        "norm_eps": float(keys.number("rms_norm_eps")),
+        "tie_embeddings": keys.flag("tie_word_embeddings"),
+        "attention_bias": keys.flag("attention_bias"),
+        "attention_output_bias": keys.flag("attention_bias"),
+        "init_std": float(keys.number("initializer_range")) or ModelConfig.init_std,
+        "activation": _activation(keys, model_type, family),
+    }
+    fields |= _layers(keys, model_type, fields["num_layers"])
+    fields |= _special(keys, model_type, fields["embed_dim"])
+    fields |= read_rope(keys, model_type, fields["head_dim"], fields["context_length"])
+    return ModelConfig(**fields)
+
+
+def _refuse_unknown(values: dict[str, Any], family: Family, keys: Keys) -> None:
+    architectures = values.get("architectures")
+    if architectures is not None and family.architecture not in architectures:
+        raise keys.refusal("architectures", f"it must be {family.architecture}")
+    known = COMMON | {*family.keys, family.activation_key}
+    for name, value in values.items():
+        if name in known or name in HARMLESS:
+            continue
+        if name not in FIXED:
+            raise keys.refusal(name, "what it means for this model is not known here")
+        if value not in FIXED[name]:
+            raise keys.refusal(name, f"only {FIXED[name][0]} is supported for this model_type")
+
+
+def _activation(keys: Keys, model_type: str, family: Family) -> str:
+    name = family.activation_key
+    if model_type == "gemma" and keys.get("hidden_activation") is not None:
+        name = "hidden_activation"
+    value = keys.get(name)
+    if model_type == "gemma" and value == "gelu":  # as early releases had it, meaning the approximation
+        value = "gelu_pytorch_tanh"
+    if value not in ACTIVATIONS:
+        raise keys.refusal(name, f"there are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[value]
+
+
+def shortest_pattern(kinds: list[LayerKind]) -> tuple[LayerKind, ...]:
+    """The least number of leading layers that, repeated, give all of them."""
+    for size in range(1, len(kinds)):
+        if all(kind == kinds[i % size] for i, kind in enumerate(kinds)):
+            return tuple(kinds[:size])
+    return tuple(kinds)
+
+
+def _layers(keys: Keys, model_type: str, num_layers: int) -> dict[str, Any]:
+    """layer_pattern and sliding_window."""
+    window = keys.get("sliding_window")
+    if model_type in ("mistral", "phi3"):
+        local = [window is not None] * num_layers
+    elif model_type in ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text"):
+        local = _local_layers(keys, model_type, num_layers)
+    else:
+        local = [False] * num_layers
+    kinds: list[LayerKind] = ["local" if is_local else "global" for is_local in local]
+    if model_type == "smollm3":
+        for layer, has_rope in enumerate(_rope_layers(keys, num_layers)):
+            if not has_rope and local[layer]:
+                raise keys.refusal("use_sliding_window", "a window on a layer without RoPE is not supported")
+            kinds[layer] = kinds[layer] if has_rope else "global_nope"
+    fields: dict[str, Any] = {"layer_pattern": shortest_pattern(kinds)}
+    return fields | ({"sliding_window": keys.size("sliding_window")} if "local" in kinds else {})
+
+
+def _local_layers(keys: Keys, model_type: str, num_layers: int) -> list[bool]:
+    types = keys.get("layer_types")
+    if types is not None:
+        known = {"full_attention": False, "sliding_attention": True}
+        if not isinstance(types, list) or len(types) != num_layers or not set(types) <= set(known):
+            raise keys.refusal("layer_types", f"it must list {' or '.join(known)} for each of {num_layers} layers")
+        switched_off = model_type in ("qwen2", "qwen3", "smollm3") and not keys.flag("use_sliding_window")
+        if switched_off and "sliding_attention" in types:
+            raise keys.refusal("layer_types", "it contradicts use_sliding_window false")
+        return [known[kind] for kind in types]
+    if model_type in ("gemma2", "gemma3_text"):
+        name = "_sliding_window_pattern" if "_sliding_window_pattern" in keys else "sliding_window_pattern"
+        period = 2 if model_type == "gemma2" else keys.size(name) if name in keys else 6
+        return [(layer + 1) % period != 0 for layer in range(num_layers)]
+    if not keys.flag("use_sliding_window") or keys.get("sliding_window") is None:
+        return [False] * num_layers
+    if model_type == "smollm3":
+        return [not has_rope for has_rope in _rope_layers(keys, num_layers)]
+    first = 28 if "max_window_layers" not in keys else keys.number("max_window_layers")
+    return [layer >= first for layer in range(num_layers)]
+
+
+def _rope_layers(keys: Keys, num_layers: int) -> list[bool]:
+    flags = keys.get("no_rope_layers")
+    if flags is None:
+        interval = 4 if "no_rope_layer_interval" not in keys else keys.size("no_rope_layer_interval")
+        return [(layer + 1) % interval != 0 for layer in range(num_layers)]
+    if not isinstance(flags, list) or len(flags) < num_layers or not set(flags) <= {0, 1}:
+        raise keys.refusal("no_rope_layers", f"it must list 1 (RoPE) or 0 for each of {num_layers} layers")
+    return [bool(flag) for flag in flags[:num_layers]]
+
+
+def _special(keys: Keys, model_type: str, embed_dim: int) -> dict[str, Any]:
+    """The fields that make a family what it is."""
+    if model_type == "qwen2":
+        return {"attention_bias": True, "attention_output_bias": False}
+    if model_type == "qwen3":
+        return {"qk_norm": True}
+    if model_type == "olmo2":
+        return {"norm_placement": "post", "qk_norm": True, "qk_norm_over": "projection"}
+    if model_type in ("mistral", "phi3") and keys.flag("attention_bias"):
+        raise keys.refusal("attention_bias", "only False is supported for this model_type")
+    if model_type == "granite":
+        multipliers = {
+            "embedding_scale": "embedding_multiplier",
+            "residual_scale": "residual_multiplier",
+            "attention_scale": "attention_multiplier",
+            "logit_divisor": "logits_scaling",
+        }
+        return {ours: float(keys.number(name)) if name in keys else 1.0 for ours, name in multipliers.items()}
+    if not model_type.startswith("gemma"):
+        return {}
+    fields: dict[str, Any] = {"norm_scale_offset": 1.0, "embedding_scale": math.sqrt(embed_dim)}
+    if model_type == "gemma":
+        return fields
+    fields |= {"norm_placement": "sandwich", "attention_scale": keys.number("query_pre_attn_scalar") ** -0.5}
+    fields["logit_soft_cap"] = keys.optional("final_logit_softcapping")
+    if model_type == "gemma2":
+        return fields | {"attention_soft_cap": keys.optional("attn_logit_softcapping")}
+    if keys.get("attn_logit_softcapping") is not None:
+        raise keys.refusal("attn_logit_softcapping", "transformers does not apply it in this family; set it to null")
+    return fields | {"qk_norm": True}
+
+
+def write_model_config(config: ModelConfig, *, model_type: str | None = None) -> dict[str, Any]:
+    """The config.json of a model, of the family that `model_type` names or else of the first that fits.
+
+    Raises InputError, naming the fields, where none says the same model.
+    """
+    wanted = canonical(config)
+    differences: dict[str, list[str]] = {}
+    for candidate in (model_type,) if model_type else FAMILIES:
+        values = _values(config, candidate)
+        try:
+            found = canonical(read_model_config(values, "its config.json"))
+        except InputError as error:
+            differences[candidate] = [str(error)]
+            continue
+        differences[candidate] = [
+            f"model.{field.name} {getattr(config, field.name)}"
+            for field in dataclasses.fields(ModelConfig)
+            if getattr(found, field.name) != getattr(wanted, field.name)
+        ]
+        if not differences[candidate]:
+            return values
+    nearest = min(differences, key=lambda candidate: len(differences[candidate]))
+    reasons = ", ".join(differences[nearest])
+    raise InputError(f"no Hugging Face model_type can say this model; {nearest} comes closest but not with {reasons}")
+
+
+def layer_kinds(config: ModelConfig) -> list[LayerKind]:
+    """The kind of every layer."""
+    pattern = config.layer_pattern
+    return [pattern[layer % len(pattern)] for layer in range(config.num_layers)]
+
+
+def canonical(config: ModelConfig) -> ModelConfig:
+    """The config with defaults in the fields that do not matter to it, and numbers in place of None where it can be.
+
+    Two that describe one model are equal; how it is computed (dtype, remat) does not count.
+    """
+    kinds, plain = layer_kinds(config), ModelConfig()
+    scale = config.attention_scale or 1 / math.sqrt(config.head_dim)
+    attention_factor = config.rope_attention_factor or {
+        "yarn": rope.yarn_attention_factor(config.rope_scaling_factor),
+        "longrope": rope.longrope_attention_factor(config.rope_scaling_factor, config.rope_original_context_length),
+    }.get(config.rope_scaling, 1.0)
+    fields: dict[str, Any] = {
+        "layer_pattern": shortest_pattern(kinds),
+        "attention_scale": float(f"{scale:.9g}"),
+        "embedding_scale": float(f"{config.embedding_scale:.9g}"),
+        "rope_attention_factor": float(f"{attention_factor:.9g}"),
+        "rotary_dim": None if config.rotary_dim == config.head_dim else config.rotary_dim,
+        **{name: getattr(plain, name) for name in ("dtype", "param_dtype", "remat")},
+    }
+    ignored = [] if "local" in kinds else ["sliding_window", "rope_local_theta"]
+    ignored += [] if config.qk_norm else ["qk_norm_over"]
+    used = {
+        "none": (),
+        "linear": ("rope_scaling_factor",),
+        "llama3": (
+            "rope_scaling_factor", "rope_original_context_length", "rope_low_freq_factor", "rope_high_freq_factor",
+        ),
+        "yarn": (
+            "rope_scaling_factor", "rope_original_context_length", "rope_beta_fast", "rope_beta_slow",
+            "rope_attention_factor",
+        ),
+        "longrope": (
+            "rope_scaling_factor", "rope_original_context_length", "rope_attention_factor", "rope_short_factors",
+            "rope_long_factors",
+        ),
+    }[config.rope_scaling]  # fmt: skip
+    scaling = {name for field in dataclasses.fields(ModelConfig) if (name := field.name).startswith("rope_")}
+    ignored += scaling - {"rope_theta", "rope_local_theta", "rope_scaling", *used}
+    return dataclasses.replace(config, **fields | {name: getattr(plain, name) for name in ignored})
+
+
+def _values(config: ModelConfig, model_type: str) -> dict[str, Any]:
+    """The config.json that comes closest in a family."""
+    if model_type not in FAMILIES:
+        raise InputError(f"model_type is {model_type!r}; there are {', '.join(FAMILIES)}")
+    family = FAMILIES[model_type]
+    activation = {ours: name for name, ours in ACTIVATIONS.items()}[config.activation]
+    values: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": model_type,
+        **{name: getattr(config, ours) for name, ours in SIZES.items()},
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": activation,
+        "max_position_embeddings": config.context_length,
+        "initializer_range": config.init_std,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": config.attention_bias and model_type not in ("qwen2", "mistral", "phi3"),
+        **write_rope(config, model_type),
+    }
+    if family.activation_key != "hidden_act":
+        values[family.activation_key] = activation
+    kinds = layer_kinds(config)
+    if "sliding_window" in family.keys:
+        values["sliding_window"] = config.sliding_window if "local" in kinds else None
+    if "use_sliding_window" in family.keys:
+        values |= {"use_sliding_window": "local" in kinds, "max_window_layers": [*kinds, "local"].index("local")}
+    if "layer_types" in family.keys:
+        values["layer_types"] = ["sliding_attention" if kind == "local" else "full_attention" for kind in kinds]
+    if "no_rope_layers" in family.keys:
+        values["no_rope_layers"] = [int(kind != "global_nope") for kind in kinds]
+    if "query_pre_attn_scalar" in family.keys:
+        scalar = (config.attention_scale or config.head_dim**-0.5) ** -2
+        values["query_pre_attn_scalar"] = round(scalar) if math.isclose(scalar, round(scalar)) else scalar
+        values["final_logit_softcapping"] = config.logit_soft_cap
+        values["attn_logit_softcapping"] = config.attention_soft_cap if model_type == "gemma2" else None
+    if model_type == "granite":
+        values |= {
+            "embedding_multiplier": config.embedding_scale,
+            "residual_multiplier": config.residual_scale,
+            "attention_multiplier": config.attention_scale or config.head_dim**-0.5,
+            "logits_scaling": config.logit_divisor,
+        }
+    return values

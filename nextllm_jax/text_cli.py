@@ -1,0 +1,146 @@
+"""The commands `nextllm tokenize`, `evaluate` and `lm_eval`: what a tokenizer and a model make of text."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from nextllm_jax.config_files import read_config
+from nextllm_jax.errors import InputError
+from nextllm_jax.process import use_compilation_cache
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizeArguments:
+    """Show the ids and pieces of a text."""
+
+    text: tyro.conf.Positional[str | None] = None
+    """Text to tokenize; none: --file, or standard input."""
+    tokenizer: str
+    """A run directory, prepared data, a Hugging Face directory, a tokenizer.json, a .gguf or .tiktoken file, or gpt2,
+    cl100k_base or o200k_base."""
+    file: str | None = None
+    """File to tokenize."""
+    special: bool = False
+    """Take special tokens that the text spells out (<|endoftext|>) as special; they are ordinary text otherwise."""
+    json: bool = False
+    """Print one JSON object: ids, and pieces with \\x.. for bytes that are no whole character."""
+
+
+def tokenize_command(argv: list[str]) -> int:
+    """Print what a tokenizer makes of a text; the exit code."""
+    from nextllm_jax.tokenizer.published import load_tokenizer
+
+    arguments = tyro.cli(TokenizeArguments, args=argv, prog="nextllm tokenize", description=TokenizeArguments.__doc__)
+    if arguments.text is not None and arguments.file is not None:
+        raise InputError("both a text and --file are given; give one of them")
+    text = arguments.text if arguments.text is not None else read_text(arguments.file)
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    ids = tokenizer.encode(text, recognize="all" if arguments.special else "added")
+    pieces = [tokenizer.decode_bytes([token]) for token in ids]
+    if arguments.json:
+        print(json.dumps({"ids": ids, "pieces": [piece.decode("utf-8", "backslashreplace") for piece in pieces]}))
+        return 0
+    for token, piece in zip(ids, pieces, strict=True):
+        try:
+            print(f"{token:>8}  {json.dumps(piece.decode(), ensure_ascii=False)}")
+        except UnicodeDecodeError:
+            print(f"{token:>8}  {piece}")
+    num_bytes = len(text.encode(errors="replace"))
+    print(f"{len(ids):,} tokens, {num_bytes:,} bytes, {num_bytes / max(len(ids), 1):.2f} bytes a token")
+    return 0
+
+
+def read_text(path: str | None) -> str:
+    """The text of a file, of standard input for None; invalid UTF-8 becomes U+FFFD."""
+    if path is None:
+        if sys.stdin.isatty():
+            raise InputError("there is no text; give it as an argument, by --file, or through a pipe")
+        return sys.stdin.buffer.read().decode(errors="replace")
+    try:
+        return Path(path).read_bytes().decode(errors="replace")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); give a text file") from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateArguments:
+    """Score a model on a text, or on the validation split of prepared data as training does."""
+
+    checkpoint: str
+    """Run directory that train.py wrote, Hugging Face directory or GGUF file."""
+    text: str | None = None
+    """File to score as one document, in windows that do not see each other."""
+    data: str | None = None
+    """Directory of prepared data, made with the model's tokenizer."""
+    step: str | None = None
+    """Checkpoint to take: best, latest, or a step number; none: best, or latest while none has a validation loss."""
+    window: int | None = None
+    """Tokens in a window; none: the model's context for a text, the run's data.sequence_length for data."""
+    batch_size: int = 8
+    """Windows that are scored together; the result does not depend on it."""
+    dtype: Literal["auto", "float32", "bfloat16"] | None = None
+    """Type of the matmuls; none: what the run's config says."""
+    json: bool = False
+    """Print one JSON object: tokens, nll, perplexity, bits_per_byte."""
+
+
+def evaluate_command(argv: list[str]) -> int:
+    """Print a model's score; the exit code."""
+    arguments = tyro.cli(EvaluateArguments, args=argv, prog="nextllm evaluate", description=EvaluateArguments.__doc__)
+    if (arguments.text is None) == (arguments.data is None):
+        raise InputError("there must be one thing to score; give either --text FILE or --data DIR")
+    text = None if arguments.text is None else read_text(arguments.text)
+
+    from tqdm import tqdm
+
+    from nextllm_jax.evaluation import score_data
+    from nextllm_jax.llm import load
+
+    def progress(batches: Iterable[Any], total: int) -> Iterable[Any]:
+        return tqdm(batches, total=total, unit="batch", disable=None, leave=False)
+
+    use_compilation_cache()
+    llm = load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype)
+    if text is not None:
+        score = llm.score(text, window=arguments.window, batch_size=arguments.batch_size, progress=progress)
+    else:
+        assert arguments.data is not None
+        window = arguments.window or trained_window(arguments.checkpoint) or llm.config.context_length
+        score = score_data(
+            llm,
+            arguments.data,
+            window=window,
+            batch_size=arguments.batch_size,
+            dtype=arguments.dtype,
+            progress=progress,
+        )
+    result = {
+        "tokens": score.tokens,
+        "nll": score.nll,
+        "perplexity": score.perplexity,
+        "bits_per_byte": score.bits_per_byte,
+    }
+    line = f"{score.tokens:,} tokens, nll {score.nll:.4f}, perplexity {score.perplexity:.2f}, {score.bits_per_byte:.4f}"
+    print(json.dumps(result) if arguments.json else f"{line} bits per byte")
+    return 0
+
+
+def trained_window(checkpoint: str) -> int | None:
+    """The length of the windows that a run was trained on, None for what is no run."""
+    config = Path(checkpoint) / "config.json"
+    is_run = config.exists() and (Path(checkpoint) / "checkpoints").is_dir()
+    return read_config(config).data.sequence_length if is_run else None
+
+
+def lm_eval_command(argv: list[str]) -> int:
+    """Run the lm-evaluation-harness, whose options these are, on `--model_args checkpoint=PATH`; the exit code."""
+    from nextllm_jax.harness import run_harness
+
+    use_compilation_cache()
+    run_harness(argv)
+    return 0

@@ -1,0 +1,316 @@
+"""Text to ids in two ways: tiktoken for byte-level BPE, Hugging Face `tokenizers` for what that cannot do exactly.
+
+Both find tokens that text spells out (`<|im_end|>`) only as far as they are asked to, see `Recognize`.
+"""
+
+import base64
+import binascii
+import functools
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import tiktoken
+
+from nextllm_jax.errors import InputError
+
+Recognize = Literal["all", "added", "none"]
+"""Which tokens are found in a text by their spelling: all; the added tokens that are not special; none."""
+
+_LONGEST_BLANK = 100_000
+_CONTINUATION_BYTES = range(0x80, 0xC0)
+
+
+class ByteBPE:
+    """Byte-level BPE through tiktoken: ranks (which are the ids), and the pattern that cuts text before merging.
+
+    Bytes that the ranks lack are left out of a text, after it was cut. `nfc` composes the text's characters first,
+    for which it needs the `tokenizers` package. Raises InputError for ids that repeat, or without that package.
+    """
+
+    def __init__(
+        self,
+        ranks: dict[bytes, int],
+        pattern: str,
+        special_tokens: dict[str, int],
+        added_tokens: dict[str, int] | None = None,
+        *,
+        nfc: bool = False,
+    ) -> None:
+        self.ranks, self.pattern, self.nfc = ranks, pattern, nfc
+        self.special_tokens, self.added_tokens = dict(special_tokens), dict(added_tokens or {})
+        self.tokens = {**self.added_tokens, **self.special_tokens}
+        if len({*ranks.values(), *self.tokens.values()}) != len(ranks) + len(self.tokens):
+            raise InputError("the tokenizer gives one id to two tokens; bring ranks without repeated ids")
+        self.bytes_of = {rank: token for token, rank in ranks.items()}
+        self.bytes_of |= {rank: token.encode() for token, rank in self.tokens.items()}
+        # tiktoken panics on a byte without a rank, so the missing ones get ranks that no text reaches.
+        missing = missing_bytes(ranks)
+        spare = itertools.count(max(self.bytes_of) + 1)
+        self._encoding = tiktoken.Encoding(
+            "ranks",
+            pat_str=pattern,
+            mergeable_ranks=ranks | dict(zip(missing, spare, strict=False)),
+            special_tokens=self.tokens,
+        )
+        self._lacking = _characters_with(missing)
+        # Python's own Unicode tables are older or newer than those that the models' ids were made with.
+        self._compose = import_tokenizers().normalizers.NFC().normalize_str if nfc else None
+        self._added = match_any(self.added_tokens)
+        self._all = match_any(self.tokens)
+
+    def encode(self, text: str, recognize: Recognize) -> list[int]:
+        """Ids of a text without surrogates."""
+        pattern = {"all": self._all, "added": self._added, "none": None}[recognize]
+        if pattern is None:
+            return self._encode_plain(text)
+        ids: list[int] = []
+        start = 0
+        for found in pattern.finditer(text):
+            ids += self._encode_plain(text[start : found.start()])
+            ids.append(self.tokens[found[0]])
+            start = found.end()
+        return ids + self._encode_plain(text[start:])
+
+    def split(self, text: str) -> Iterator[str | int]:
+        """The text cut at the tokens that it spells out: these as ids, what is between as text."""
+        return split_at(self._all, self.tokens, text)
+
+    @functools.cached_property
+    def ranks_text(self) -> bytes:
+        """The ranks in tiktoken's own text format."""
+        return format_ranks(self.ranks)
+
+    def _encode_plain(self, text: str) -> list[int]:
+        if self._compose is not None and not text.isascii():
+            text = self._compose(text)
+        if self._lacking is not None and self._lacking.search(text):
+            return self._encode_without_missing(text)
+        if len(text) <= _LONGEST_BLANK:
+            return self._encoding.encode_ordinary(text)
+        return [token for piece in _cut_blanks(text) for token in self._encoding.encode_ordinary(piece)]
+
+    def _encode_without_missing(self, text: str) -> list[int]:
+        """Ids of a text with characters that the ranks cannot spell: cut first, since the cut sees whole characters."""
+        import regex  # comes with tiktoken
+
+        ids: list[int] = []
+        for found in regex.finditer(self.pattern, text):
+            piece = bytes(byte for byte in found[0].encode() if bytes([byte]) in self.ranks)
+            if piece:
+                # A piece must not be cut again, for which the package has no public function.
+                ids += self._encoding._encode_single_piece(piece)
+        return ids
+
+
+class HuggingFaceBPE:
+    """The tokenizer of a `tokenizer.json`, run by the `tokenizers` package, which must be installed.
+
+    Raises InputError if it is not, or if the JSON is not a tokenizer whose tokens spell bytes.
+    """
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+        self._recognize_all = from_json(description)
+        self._recognize_added = from_json(description)
+        self._recognize_added.encode_special_tokens = True
+        added = self._recognize_all.get_added_tokens_decoder()
+        self.special_tokens = {token.content: id for id, token in added.items() if token.special}
+        self.added_tokens = {token.content: id for id, token in added.items() if not token.special}
+        self.tokens = {**self.added_tokens, **self.special_tokens}
+        to_bytes = _piece_decoder(json.loads(description).get("decoder"))
+        spelled = str.encode if to_bytes is letters_to_bytes else to_bytes
+        self.ids = self._recognize_all.get_vocab(with_added_tokens=True)
+        self.bytes_of = {id: to_bytes(piece) for piece, id in self.ids.items()}
+        self.bytes_of |= {id: spelled(content) for content, id in self.tokens.items()}
+        self._all = match_any(self.tokens, {token.content: token for token in added.values()})
+
+    def encode(self, text: str, recognize: Recognize) -> list[int]:
+        """Ids of a text without surrogates."""
+        if recognize == "none":
+            return self._recognize_none.encode(text, add_special_tokens=False).ids
+        encoder = self._recognize_all if recognize == "all" else self._recognize_added
+        return encoder.encode(text, add_special_tokens=False).ids
+
+    def split(self, text: str) -> Iterator[str | int]:
+        """The text cut at the tokens that it spells out: these as ids, what is between as text."""
+        return split_at(self._all, self.tokens, text)
+
+    def puts_first(self) -> int | None:
+        """The id that the description's post-processor puts before a text, None if it puts none."""
+        plain, whole = (self._recognize_all.encode("a", add_special_tokens=ends).ids for ends in (False, True))
+        return whole[0] if whole[:1] != plain[:1] else None
+
+    @functools.cached_property
+    def _recognize_none(self) -> Any:
+        description = json.loads(self.description)
+        for token in description["added_tokens"]:
+            token["special"] = True
+        encoder = from_json(json.dumps(description))
+        encoder.encode_special_tokens = True
+        return encoder
+
+
+def import_tokenizers() -> Any:
+    """The `tokenizers` package. Raises InputError if it is not installed."""
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise InputError("this tokenizer needs the tokenizers package; pip install 'nextllm_jax[interop]'") from error
+    return tokenizers
+
+
+def from_json(description: str) -> Any:
+    """A `tokenizers.Tokenizer` that neither cuts nor pads. Raises InputError without the package, or for other JSON."""
+    tokenizers = import_tokenizers()
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(description)
+    except Exception as error:  # the package raises plain Exception
+        raise InputError(
+            f"tokenizer.json is not a tokenizer that can be read ({error}); bring an intact one"
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def match_any(tokens: dict[str, int], flags: dict[str, Any] | None = None) -> re.Pattern[str] | None:
+    """A pattern for the first, longest of the tokens, with the blanks that they swallow; None if there are none."""
+    if not tokens:
+        return None
+    parts = []
+    for token in sorted(tokens, key=len, reverse=True):
+        left = r"\s*" if flags and flags[token].lstrip else ""
+        right = r"\s*" if flags and flags[token].rstrip else ""
+        parts.append(f"{left}(?:{re.escape(token)}){right}")
+    return re.compile("|".join(parts))
+
+
+def split_at(pattern: re.Pattern[str] | None, tokens: dict[str, int], text: str) -> Iterator[str | int]:
+    """The text cut at matches of `match_any(tokens)`: ids for them, text for what is between; no empty text."""
+    start = 0
+    for found in pattern.finditer(text) if pattern else ():
+        if found.start() > start:
+            yield text[start : found.start()]
+        yield tokens[found[0] if found[0] in tokens else found[0].strip()]
+        start = found.end()
+    if start < len(text):
+        yield text[start:]
+
+
+@functools.cache
+def byte_letters() -> dict[str, int]:
+    """The letters that stand for the bytes in a byte-level vocabulary, as GPT-2 drew them up.
+
+    Printable Latin-1 stands for itself; the other bytes, in order, for U+0100, U+0101, ...
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+@functools.cache
+def _letter_of_byte() -> list[str]:
+    return sorted(byte_letters(), key=byte_letters().__getitem__)
+
+
+def bytes_to_letters(token: bytes) -> str:
+    """The spelling of some bytes in a byte-level vocabulary."""
+    letters = _letter_of_byte()
+    return "".join([letters[byte] for byte in token])
+
+
+def letters_to_bytes(piece: str) -> bytes:
+    """The bytes of a piece of a byte-level vocabulary; of letters outside of it, their UTF-8."""
+    letters = byte_letters()
+    if all(letter in letters for letter in piece):
+        return bytes(letters[letter] for letter in piece)
+    return piece.encode()
+
+
+def _sentencepiece_to_bytes(piece: str) -> bytes:
+    if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace("▁", " ").encode()
+
+
+def _piece_decoder(decoder: dict[str, Any] | None) -> Any:
+    """The function from a vocabulary's piece to its bytes, for the decoder of a tokenizer.json."""
+    kinds = {decoder["type"]} if decoder else set()
+    if decoder and decoder["type"] == "Sequence":
+        kinds = {part["type"] for part in decoder["decoders"]}
+    if "ByteLevel" in kinds:
+        return letters_to_bytes
+    if kinds and kinds <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
+        return _sentencepiece_to_bytes
+    raise InputError(
+        f"tokenizer.json decodes with {', '.join(sorted(kinds)) or 'nothing'}; byte-level BPE and SentencePiece "
+        "vocabularies can be used"
+    )
+
+
+def missing_bytes(ranks: dict[bytes, int]) -> list[bytes]:
+    """The single bytes that the ranks lack."""
+    return [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
+
+
+def _characters_with(missing: list[bytes]) -> re.Pattern[str] | None:
+    """A pattern for the characters whose UTF-8 has a missing byte, None if no character has.
+
+    Raises InputError if a byte is missing that continues characters of every kind.
+    """
+    ranges = []
+    for byte in (value[0] for value in missing):
+        if byte in _CONTINUATION_BYTES:
+            raise InputError(f"the ranks lack the byte 0x{byte:02X}, without which most text cannot be spelled")
+        if byte < 0x80:
+            ranges.append((byte, byte))
+        elif 0xC2 <= byte < 0xE0:
+            ranges.append(((byte & 0x1F) << 6, (byte & 0x1F) << 6 | 0x3F))
+        elif 0xE0 <= byte < 0xF0:
+            ranges.append((max(0x800, (byte & 0xF) << 12), (byte & 0xF) << 12 | 0xFFF))
+        elif 0xF0 <= byte <= 0xF4:
+            ranges.append((max(0x10000, (byte & 7) << 18), min((byte & 7) << 18 | 0x3FFFF, 0x10FFFF)))
+    if not ranges:
+        return None
+    return re.compile("[" + "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in ranges) + "]")
+
+
+def parse_ranks(text: bytes, where: str) -> dict[bytes, int]:
+    """The ranks in tiktoken's text format; `where` names the file in errors. Raises InputError."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise InputError(f"{where} line {number} is not 'base64-token rank'; bring a .tiktoken file") from error
+    if not ranks:
+        raise InputError(f"{where} holds no ranks; bring a .tiktoken file")
+    if min(ranks.values()) < 0 or max(ranks.values()) >= 2**31:
+        raise InputError(f"{where} has a rank outside 0 to 2^31; bring a .tiktoken file")
+    return ranks
+
+
+def format_ranks(ranks: dict[bytes, int]) -> bytes:
+    """The ranks in tiktoken's text format, in their order."""
+    ordered = sorted(ranks.items(), key=lambda item: item[1])
+    return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ordered)
+
+
+def sha256(content: bytes) -> str:
+    """The hex digest of some bytes."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def _cut_blanks(text: str) -> list[str]:
+    """The text in pieces without long runs of blanks, on which tiktoken's pattern engine overflows its stack."""
+    cuts = [0]
+    for run in re.finditer(r"\s+", text):
+        cuts.extend(range(run.start() + _LONGEST_BLANK, run.end(), _LONGEST_BLANK))
+    return [text[start:stop] for start, stop in itertools.pairwise([*cuts, len(text)])]

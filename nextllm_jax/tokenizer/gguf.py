@@ -1,0 +1,195 @@
+"""The vocabulary in a GGUF file's metadata, both ways; the keys are those of llama.cpp's GGUF specification."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from nextllm_jax.errors import InputError
+from nextllm_jax.tokenizer.backends import ByteBPE, HuggingFaceBPE, bytes_to_letters
+from nextllm_jax.tokenizer.huggingface import added_token, from_description, merges
+from nextllm_jax.tokenizer.patterns import (
+    DIGITS_PATTERN,
+    LLAMA3_PATTERN,
+    O200K_PATTERN,
+    PLAIN,
+    PLAIN_GPT2_PATTERN,
+    PLAIN_GPT4_PATTERN,
+    QWEN2_PATTERN,
+    TEKKEN_PATTERN,
+)
+from nextllm_jax.tokenizer.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Piece, describe
+from nextllm_jax.tokenizer.tokenizer import Tokenizer
+
+PATTERNS = {
+    "gpt-2": PLAIN_GPT2_PATTERN,
+    "olmo": PLAIN_GPT2_PATTERN,
+    "smollm": DIGITS_PATTERN,
+    "starcoder": DIGITS_PATTERN,
+    "refact": DIGITS_PATTERN,
+    "command-r": DIGITS_PATTERN,
+    "llama-bpe": LLAMA3_PATTERN,
+    "llama3": LLAMA3_PATTERN,
+    "llama-v3": LLAMA3_PATTERN,
+    "smaug-bpe": LLAMA3_PATTERN,
+    "dbrx": LLAMA3_PATTERN,
+    "qwen2": QWEN2_PATTERN,
+    "deepseek-r1-qwen": QWEN2_PATTERN,
+    "tekken": TEKKEN_PATTERN,
+    "gpt-4o": O200K_PATTERN,
+    "llama4": O200K_PATTERN,
+}
+"""How text is cut, by tokenizer.ggml.pre; of names for one pattern the first is written."""
+
+_WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "tekken")
+_COMPOSED = ("qwen2", "deepseek-r1-qwen")
+_BEGINS_WITH_BOS = ("llama-bpe", "llama3", "llama-v3", "tekken")
+_NAMES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+_STOPS = ("eos", "eot", "eom")
+
+
+def from_gguf(metadata: dict[str, Any]) -> Tokenizer:
+    """The tokenizer in a GGUF file's metadata (key -> value, arrays as lists), with its roles and chat template.
+
+    Raises InputError, naming the key, for a vocabulary of another kind or a key that is missing.
+    """
+    try:
+        tokens = [str(token) for token in metadata["tokenizer.ggml.tokens"]]
+        kind = metadata["tokenizer.ggml.model"]
+        types = list(metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens))
+        if len(types) != len(tokens):
+            raise InputError(f"tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
+        if len(set(tokens)) != len(tokens):
+            raise InputError("tokenizer.ggml.tokens has one token twice; bring an intact file")
+        if kind == "gpt2":
+            description, begins = _byte_level(metadata, tokens, types)
+        elif kind == "llama":
+            scores = metadata["tokenizer.ggml.scores"]
+            pieces = [Piece(*entry) for entry in zip(tokens, scores, types, strict=True)]
+            description = describe(pieces, add_space_prefix=metadata.get("tokenizer.ggml.add_space_prefix", True))
+            begins = True
+        else:
+            raise InputError(f"tokenizer.ggml.model is {kind}; gpt2 and llama can be used")
+        named = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in (*_NAMES, *_STOPS)}
+        inside = {name: int(id) for name, id in named.items() if id is not None and 0 <= id < len(tokens)}
+        return from_description(
+            str(metadata.get("general.name", "gguf")),
+            description,
+            names={_NAMES[name]: tokens[id] for name, id in inside.items() if name in _NAMES},
+            add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", begins)),
+            stop_ids=[inside[name] for name in _STOPS if name in inside],
+            chat_template=metadata.get("tokenizer.chat_template"),
+        )
+    except KeyError as error:
+        raise InputError(f"the GGUF metadata lacks {error.args[0]}; bring a file with its vocabulary") from error
+
+
+def read_metadata(file: Path) -> dict[str, Any]:
+    """The metadata of a GGUF file, arrays as lists. Raises InputError if it cannot be read, or without `gguf`."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise InputError(f"{file} needs the gguf package; pip install 'nextllm_jax[interop]'") from error
+    try:
+        return {key: field.contents() for key, field in gguf.GGUFReader(file).fields.items()}
+    except Exception as error:  # the package checks little: a damaged file ends in any exception
+        raise InputError(f"{file} cannot be read as GGUF ({error}); bring an intact copy") from error
+
+
+def to_gguf(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The `tokenizer.*` metadata of a GGUF file for a tokenizer, ids 0 to vocab_size - 1.
+
+    Raises InputError if llama.cpp has no name for the way that the tokenizer cuts text.
+    """
+    roles, backend = tokenizer.roles, tokenizer.backend
+    metadata, vocabulary = _write_byte_level(backend) if isinstance(backend, ByteBPE) else _write_sentencepiece(backend)
+    unknown = backend.tokens.get(roles.names.get("unk_token", ""))
+    for token, id in backend.tokens.items():
+        kind = CONTROL if token in backend.special_tokens else USER_DEFINED
+        vocabulary[id] = (token, UNKNOWN if id == unknown and not isinstance(backend, ByteBPE) else kind)
+    entries = [vocabulary.get(id, (f"[PAD{id}]", UNUSED)) for id in range(tokenizer.vocab_size)]
+    metadata |= {
+        "tokenizer.ggml.tokens": [text for text, _ in entries],
+        "tokenizer.ggml.token_type": [kind for _, kind in entries],
+        "tokenizer.ggml.add_bos_token": roles.add_bos,
+    }
+    for name, key in _NAMES.items():
+        if roles.names.get(key) in backend.tokens:
+            metadata[f"tokenizer.ggml.{name}_token_id"] = backend.tokens[roles.names[key]]
+    if roles.chat_template is not None:
+        metadata["tokenizer.chat_template"] = roles.chat_template
+    return metadata
+
+
+def _byte_level(metadata: dict[str, Any], tokens: list[str], types: list[int]) -> tuple[dict[str, Any], bool]:
+    """tokenizer.json of a gpt2 vocabulary, and whether its prompts begin with BOS where nothing says so."""
+    pre = metadata["tokenizer.ggml.pre"]
+    if pre not in PATTERNS:
+        raise InputError(f"tokenizer.ggml.pre is {pre}; {', '.join(PATTERNS)} can be used")
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    if PATTERNS[pre] == DIGITS_PATTERN:
+        steps = [{"type": "Digits", "individual_digits": True}, byte_level | {"use_regex": True}]
+    else:
+        regex = {"Regex": PATTERNS[pre]}
+        steps = [{"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}, byte_level]
+    description = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            added_token(id, token, special=kind == CONTROL)
+            for id, (token, kind) in enumerate(zip(tokens, types, strict=True))
+            if kind in (CONTROL, USER_DEFINED)
+        ],
+        "normalizer": {"type": "NFC"} if pre in _COMPOSED else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": pre in _WHOLE_WORDS_FIRST,
+            "vocab": {token: id for id, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED},
+            "merges": [merge.split(" ") for merge in metadata["tokenizer.ggml.merges"]],
+        },
+    }
+    return description, pre in _BEGINS_WITH_BOS
+
+
+def _write_byte_level(backend: ByteBPE) -> tuple[dict[str, Any], dict[int, tuple[str, int]]]:
+    """What says how text is cut and merged, and id -> (spelling, kind)."""
+    pattern = PLAIN.get(backend.pattern, backend.pattern)
+    # The two differ only in blanks at the end of a text that hold a line break.
+    pattern = LLAMA3_PATTERN if pattern == PLAIN_GPT4_PATTERN else pattern
+    pre = next((name for name, known in PATTERNS.items() if known == pattern), None)
+    if pre is None:
+        raise InputError("GGUF has no name for the pattern by which this tokenizer cuts text; export to Hugging Face")
+    pairs = [f"{bytes_to_letters(left)} {bytes_to_letters(right)}" for left, right in merges(backend.ranks)]
+    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.merges": pairs}
+    return metadata, {id: (bytes_to_letters(token), NORMAL) for token, id in backend.ranks.items()}
+
+
+def _write_sentencepiece(backend: HuggingFaceBPE) -> tuple[dict[str, Any], dict[int, tuple[str, int]]]:
+    """What says how text is merged, and id -> (spelling, kind); scores stand for the order of the merges."""
+    description = json.loads(backend.description)
+    model = description["model"]
+    if model["type"] != "BPE" or not model.get("byte_fallback"):
+        raise InputError("this tokenizer is neither byte-level BPE nor SentencePiece, so GGUF cannot hold it")
+    scores = dict.fromkeys(model["vocab"].values(), -1e9)
+    for place, merge in reversed(list(enumerate(model["merges"]))):
+        scores[model["vocab"]["".join(merge)]] = -float(place)
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.scores": [scores.get(id, 0.0) for id in range(max(backend.bytes_of) + 1)],
+        "tokenizer.ggml.add_space_prefix": backend.bytes_of[backend.encode("a", "none")[0]].startswith(b" "),
+    }
+    kinds = {
+        id: (piece, BYTE if re.fullmatch(r"<0x[0-9A-F]{2}>", piece) else NORMAL) for piece, id in model["vocab"].items()
+    }
+    return metadata, kinds

@@ -1,0 +1,311 @@
+"""Hugging Face tokenizers in and out: tokenizer.json, or a SentencePiece tokenizer.model, and the files beside it.
+
+A byte-level BPE becomes a tiktoken encoding if that gives the ids of the `tokenizers` package on texts made to tell
+them apart; whatever is left stays with that package.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from nextllm_jax.errors import InputError
+from nextllm_jax.tokenizer import sentencepiece
+from nextllm_jax.tokenizer.backends import (
+    ByteBPE,
+    HuggingFaceBPE,
+    byte_letters,
+    bytes_to_letters,
+    from_json,
+    letters_to_bytes,
+)
+from nextllm_jax.tokenizer.patterns import DIGITS_PATTERN, PLAIN, PLAIN_GPT2_PATTERN
+from nextllm_jax.tokenizer.stress import stress_texts, token_texts
+from nextllm_jax.tokenizer.tokenizer import Roles, Tokenizer
+
+_TEXT_ENDS = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>")
+_TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>", "<|return|>")
+_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def load_huggingface(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory, or of a tokenizer.json alone, with its roles and chat template.
+
+    What begins and ends text is read from tokenizer_config.json, special_tokens_map.json, generation_config.json and
+    config.json, as far as they are there. Raises InputError, naming the file, for one that is missing or broken.
+    """
+    file = Path(path)
+    folder = file.parent if file.name == "tokenizer.json" else file
+    if (folder / "tokenizer.json").is_file():
+        description = _read_json(folder / "tokenizer.json")
+    elif (folder / "tokenizer.model").is_file():
+        description = sentencepiece.read_model(folder / "tokenizer.model")
+    else:
+        raise InputError(f"{folder} holds neither tokenizer.json nor tokenizer.model; bring one of them")
+    config = _read_json(folder / "tokenizer_config.json")
+    names = {**_read_json(folder / "special_tokens_map.json"), **config}
+    names = {name: _spelling(names.get(name)) for name in _NAMES}
+    stops: list[Any] = []
+    for other in ("generation_config.json", "config.json"):
+        eos = _read_json(folder / other).get("eos_token_id")
+        stops += eos if isinstance(eos, list) else [eos]
+    try:
+        return from_description(
+            folder.resolve().name,
+            description,
+            names={name: token for name, token in names.items() if token is not None},
+            add_bos=config.get("add_bos_token"),
+            stop_ids=[id for id in stops if isinstance(id, int)],
+            chat_template=_chat_template(folder, config),
+        )
+    except InputError as error:
+        raise InputError(f"the tokenizer in {folder} cannot be used: {error}") from error
+
+
+def from_description(
+    name: str,
+    description: dict[str, Any],
+    *,
+    names: dict[str, str],
+    add_bos: bool | None = None,
+    stop_ids: Iterable[int] = (),
+    chat_template: str | None = None,
+) -> Tokenizer:
+    """The tokenizer of a parsed tokenizer.json; `names` are the spellings of bos_token, eos_token, ...
+
+    `add_bos` None: as the post-processor of the description does. Raises InputError.
+    """
+    description = json.loads(from_json(json.dumps(description)).to_str())  # checked, and with every key there
+    description = _with_special(description, names.values())
+    huggingface = HuggingFaceBPE(json.dumps(description, ensure_ascii=False))
+    tokens = huggingface.ids
+    names = {key: token for key, token in names.items() if token in tokens}
+    if "eos_token" not in names:
+        ends = [token for token in _TEXT_ENDS if token in huggingface.special_tokens]
+        if not ends:
+            raise InputError("nothing says which token ends a text; set eos_token in tokenizer_config.json")
+        names["eos_token"] = ends[0]
+    if add_bos is None:
+        add_bos = "bos_token" in names and huggingface.puts_first() == tokens[names["bos_token"]]
+    add_bos = bool(add_bos) and "bos_token" in names
+    eos_id = tokens[_text_end(names["eos_token"], huggingface.special_tokens)]
+    stops = {eos_id, tokens[names["eos_token"]], *stop_ids} & huggingface.bytes_of.keys()
+    stops |= {huggingface.tokens[token] for token in _TURN_ENDS if token in huggingface.tokens}
+    roles = Roles(
+        bos_id=tokens[names["bos_token"]] if add_bos else eos_id,
+        eos_id=eos_id,
+        add_bos=add_bos,
+        stop_ids=tuple(sorted(stops)),
+        pad_id=tokens.get(names.get("pad_token", "")),
+        names=names,
+        chat_template=chat_template,
+    )
+    return Tokenizer(name, byte_bpe(description, huggingface) or huggingface, roles)
+
+
+def byte_bpe(description: dict[str, Any], huggingface: HuggingFaceBPE) -> ByteBPE | None:
+    """The tiktoken encoding of a parsed tokenizer.json, None if there is none or if it gives other ids."""
+    model, added = description["model"], description["added_tokens"]
+    nfc = description["normalizer"] is not None
+    pattern = _pattern(description["pre_tokenizer"])
+    plain = (
+        model["type"] == "BPE"
+        and not any(model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
+        and not model.get("byte_fallback")
+        and pattern is not None
+        and description["normalizer"] in (None, {"type": "NFC"})
+        and (description["decoder"] or {}).get("type") == "ByteLevel"
+        and not any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in added)
+        and not any(token["normalized"] and nfc for token in added)
+    )
+    if not plain or pattern is None:
+        return None
+    pieces = {piece: id for piece, id in model["vocab"].items() if piece not in huggingface.tokens}
+    if not all(letter in byte_letters() for piece in pieces for letter in piece) or not _in_order(model):
+        return None
+    ranks = {letters_to_bytes(piece): id for piece, id in pieces.items()}
+    try:
+        backend = ByteBPE(ranks, pattern, huggingface.special_tokens, huggingface.added_tokens, nfc=nfc)
+        return backend if gives_same_ids(backend, huggingface) else None
+    except (InputError, ValueError):  # a byte without which nothing works; a pattern that tiktoken cannot compile
+        return None
+
+
+def gives_same_ids(backend: ByteBPE, huggingface: HuggingFaceBPE) -> bool:
+    """Whether both give the same ids for each of the vocabulary's own tokens and for the texts of `stress_texts`."""
+    texts = [token.decode("utf-8", "replace") for token in backend.ranks] + stress_texts()
+    with_tokens = token_texts(backend.tokens)
+    return all(backend.encode(text, "all") == huggingface.encode(text, "all") for text in texts + with_tokens) and all(
+        backend.encode(text, "added") == huggingface.encode(text, "added") for text in with_tokens
+    )
+
+
+def save_huggingface(tokenizer: Tokenizer, directory: str | os.PathLike[str]) -> None:
+    """Write tokenizer.json and tokenizer_config.json, with the chat template, for transformers' AutoTokenizer.
+
+    Raises InputError if the `tokenizers` package would give other ids than the tokenizer does.
+    """
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    roles = tokenizer.roles
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": roles.add_bos,
+        **roles.names,
+    }
+    if roles.chat_template is not None:
+        config["chat_template"] = roles.chat_template
+    (folder / "tokenizer.json").write_text(json.dumps(to_description(tokenizer), indent=2, ensure_ascii=False) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def to_description(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The tokenizer as the content of a tokenizer.json. Raises InputError as `save_huggingface` does."""
+    backend = tokenizer.backend
+    if isinstance(backend, HuggingFaceBPE):
+        description = json.loads(backend.description)
+    else:
+        description = _describe(backend)
+        if not gives_same_ids(backend, HuggingFaceBPE(json.dumps(description))):
+            raise InputError(f"tokenizer {tokenizer.name} cannot be written as tokenizer.json with the same ids")
+    return description | {"post_processor": _post_processor(tokenizer)}
+
+
+def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The merges that make a byte-level vocabulary, first to last: every cut of each token into two others."""
+    cuts = []
+    for token, rank in ranks.items():
+        for middle in range(1, len(token)):
+            left, right = ranks.get(token[:middle]), ranks.get(token[middle:])
+            if left is not None and right is not None:
+                cuts.append((rank, left, right, middle, token))
+    return [(token[:middle], token[middle:]) for _, _, _, middle, token in sorted(cuts)]
+
+
+def _describe(backend: ByteBPE) -> dict[str, Any]:
+    """tokenizer.json of a tiktoken encoding, without the post-processor."""
+    spelling = {token: bytes_to_letters(token) for token in backend.ranks}
+    pattern = PLAIN.get(backend.pattern, backend.pattern)
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            added_token(id, token, special=token in backend.special_tokens)
+            for token, id in sorted(backend.tokens.items(), key=lambda item: item[1])
+        ],
+        "normalizer": {"type": "NFC"} if backend.nfc else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level | {"use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,
+            "vocab": {spelling[token]: id for token, id in backend.ranks.items()} | backend.tokens,
+            "merges": [[spelling[left], spelling[right]] for left, right in merges(backend.ranks)],
+        },
+    }
+
+
+def added_token(id: int, content: str, *, special: bool) -> dict[str, Any]:
+    """An entry of tokenizer.json's added_tokens."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": id, "content": content, **flags, "special": special}
+
+
+def _post_processor(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What puts bos_id before a text, if a prompt begins with it."""
+    first, second = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
+    if not tokenizer.add_bos:
+        return {"type": "TemplateProcessing", "single": [first], "pair": [first, second], "special_tokens": {}}
+    bos = next(token for token, id in tokenizer.backend.tokens.items() if id == tokenizer.bos_id)
+    bos_first, bos_second = ({"SpecialToken": {"id": bos, "type_id": type_id}} for type_id in (0, 1))
+    return {
+        "type": "TemplateProcessing",
+        "single": [bos_first, first],
+        "pair": [bos_first, first, bos_second, second],
+        "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
+    }
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The object in a file; an empty one if there is no file. Raises InputError for anything else."""
+    try:
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read as JSON ({error}); bring an intact copy") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} must hold a JSON object, not {type(content).__name__}; bring an intact copy")
+    return content
+
+
+def _spelling(token: Any) -> str | None:
+    """A token's text in tokenizer_config.json, where it may be an object."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """The model's chat template: the default one, where a model has several."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
+    if isinstance(template, list):
+        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _with_special(description: dict[str, Any], tokens: Iterable[str]) -> dict[str, Any]:
+    """The description with these tokens of its vocabulary special, as transformers makes the named ones."""
+    added = {token["content"]: token for token in description["added_tokens"]}
+    vocabulary = description["model"].get("vocab")
+    for token in tokens:
+        id = vocabulary.get(token) if isinstance(vocabulary, dict) else None
+        if token in added:
+            added[token] = added[token] | {"special": True}
+        elif isinstance(id, int):
+            added[token] = added_token(id, token, special=True)
+    return description | {"added_tokens": sorted(added.values(), key=lambda token: token["id"])}
+
+
+def _text_end(eos: str, special_tokens: dict[str, int]) -> str:
+    """The token that ends documents: models that chat declare the one that ends a turn as their eos_token."""
+    ends = [eos, *_TEXT_ENDS] if eos in _TEXT_ENDS else [*_TEXT_ENDS, eos]
+    return next(token for token in ends if token in special_tokens)
+
+
+def _pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
+    """The one pattern that cuts text as a pre-tokenizer does, None if there is none."""
+    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
+    *before, last = steps
+    if not last or last["type"] != "ByteLevel" or last["add_prefix_space"] or len(before) > 1:
+        return None
+    if not before:
+        return PLAIN_GPT2_PATTERN if last["use_regex"] else None
+    step = before[0]
+    if step["type"] == "Digits":
+        return DIGITS_PATTERN if step["individual_digits"] and last["use_regex"] else None
+    if step["type"] != "Split" or last["use_regex"]:
+        return None
+    keeps = (step["behavior"], step["invert"]) in (("Isolated", False), ("Removed", True))
+    return step["pattern"].get("Regex") if keeps else None
+
+
+def _in_order(model: dict[str, Any]) -> bool:
+    """Whether the merges come in the order of the ids they make, which tiktoken takes for granted."""
+    pairs = (tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"])
+    made = [model["vocab"].get("".join(pair), -1) for pair in pairs]
+    return made == sorted(made) and -1 not in made

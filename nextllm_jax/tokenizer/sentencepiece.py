@@ -1,0 +1,111 @@
+"""SentencePiece BPE vocabularies, from a tokenizer.model or a GGUF file, as the content of a tokenizer.json.
+
+They are run by the `tokenizers` package, which also reads the tokenizer.json files that these models come with, and
+not by the sentencepiece package: one library then gives the ids of all of them, and exporting is writing its file.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nextllm_jax.errors import InputError
+from nextllm_jax.tokenizer.backends import from_json
+from nextllm_jax.tokenizer.stress import stress_texts, token_texts
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+"""Kinds of pieces, numbered as in SentencePiece's model files and in GGUF."""
+
+
+class Piece(NamedTuple):
+    """An entry of the vocabulary; its place is its id. The greatest score merges first."""
+
+    text: str
+    score: float
+    kind: int
+
+
+def describe(pieces: list[Piece], *, add_space_prefix: bool) -> dict[str, Any]:
+    """The content of a tokenizer.json for the pieces; each stretch of ordinary text begins with a space if asked."""
+    added = {id: piece for id, piece in enumerate(pieces) if piece.kind in (UNKNOWN, CONTROL, USER_DEFINED)}
+    prepend = [{"type": "Prepend", "prepend": "▁"}] if add_space_prefix else []
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if add_space_prefix else []
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    restore = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            # A piece with spaces is looked for once they are written as in the vocabulary.
+            {"id": id, "content": piece.text, **flags, "normalized": "▁" in piece.text and not add_space_prefix,
+             "special": piece.kind != USER_DEFINED}
+            for id, piece in added.items()
+        ],
+        "normalizer": {"type": "Sequence", "normalizers": [*prepend, replace]},
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": [restore, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": next((piece.text for piece in pieces if piece.kind == UNKNOWN), None),
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": any(piece.kind == BYTE for piece in pieces),
+            "ignore_merges": False,
+            "vocab": {piece.text: id for id, piece in enumerate(pieces)},
+            "merges": _merges(pieces),
+        },
+    }  # fmt: skip
+
+
+def _merges(pieces: list[Piece]) -> list[list[str]]:
+    """Every pair of normal pieces that make a third, those of the greatest score first."""
+    scores = {piece.text: (-piece.score, id) for id, piece in enumerate(pieces) if piece.kind == NORMAL}
+    cuts = [
+        (*scores[text], scores[text[:middle]], scores[text[middle:]], text[:middle], text[middle:])
+        for text in scores
+        for middle in range(1, len(text))
+        if text[:middle] in scores and text[middle:] in scores
+    ]
+    return [[left, right] for *_, left, right in sorted(cuts)]
+
+
+def read_model(file: Path) -> dict[str, Any]:
+    """The content of a tokenizer.json for a SentencePiece model file.
+
+    Raises InputError if the file is none, if it is no BPE, or if the ids would not be those of sentencepiece.
+    """
+    try:
+        import sentencepiece
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError as error:
+        raise InputError(
+            f"{file} needs the sentencepiece and protobuf packages; pip install 'nextllm_jax[interop]'"
+        ) from error
+    model: Any = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        model.ParseFromString(file.read_bytes())
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    except Exception as error:  # protobuf's DecodeError, sentencepiece's RuntimeError
+        raise InputError(f"{file} is not a SentencePiece model ({error}); bring an intact copy") from error
+    if model.trainer_spec.model_type != model.trainer_spec.BPE:
+        raise InputError(f"{file} is not a BPE model; bring the model's tokenizer.json")
+    pieces = [Piece(piece.piece, piece.score, piece.type) for piece in model.pieces]
+    description = describe(pieces, add_space_prefix=model.normalizer_spec.add_dummy_prefix)
+    _check(file, description, processor)
+    return description
+
+
+def _check(file: Path, description: dict[str, Any], processor: Any) -> None:
+    """Raise InputError if `tokenizers` does not give sentencepiece's ids for texts made to tell them apart."""
+    encoder = from_json(json.dumps(description))
+    encoder.encode_special_tokens = True
+    for text in [*stress_texts(), *token_texts(token["content"] for token in description["added_tokens"])]:
+        if encoder.encode(text, add_special_tokens=False).ids != processor.encode(text):
+            raise InputError(
+                f"{file} normalizes or merges text in a way that cannot be reproduced, seen on {text[:40]!r}; "
+                "bring the model's tokenizer.json"
+            )

@@ -1,0 +1,129 @@
+"""Import and export at the user's door: what is written loads as the same model, and failures leave nothing behind."""
+
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("safetensors", reason="safetensors is missing; install the extra 'interop'")
+pytest.importorskip("gguf", reason="gguf is missing; install the extra 'interop'")
+pytest.importorskip("tokenizers", reason="tokenizers is missing; install the extra 'interop'")
+
+import nextllm_jax
+from nextllm_jax.convert import export_model, import_model
+from nextllm_jax.errors import InputError
+from nextllm_jax.tokenizer.tokenizer import Tokenizer
+from tests.interop.models import CONFIG, TOKENIZER, assert_equal_trees, write_huggingface
+
+TEXT = "a cat sat on 12 mats."
+
+
+@pytest.fixture
+def huggingface(tmp_path):
+    write_huggingface(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def test_a_foreign_directory_loads_as_the_run_that_it_is_imported_as(huggingface, tmp_path):
+    import_model(str(huggingface), str(tmp_path / "run"))
+    direct, imported = nextllm_jax.load(str(huggingface)), nextllm_jax.load(str(tmp_path / "run"))
+    assert_equal_trees(direct.params, imported.params)
+    assert direct.tokenizer.hash == imported.tokenizer.hash
+    tokens = TOKENIZER.encode(TEXT)
+    assert direct.tokenizer.encode(TEXT) == tokens
+    np.testing.assert_allclose(direct.logits([tokens]), imported.logits([tokens]), atol=1e-6)
+    assert imported.config.context_length == CONFIG.context_length
+
+
+def test_what_is_imported_and_exported_is_the_same_bit_for_bit(huggingface, tmp_path):
+    """Rows of the vocabulary beyond the tokenizer too, which were the model's own."""
+    import_model(str(huggingface), str(tmp_path / "run"))
+    export_model(str(tmp_path / "run"), str(tmp_path / "again"), file_format="huggingface", dtype="float32")
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (huggingface / name).read_bytes()
+    values = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert values["vocab_size"] == CONFIG.vocab_size > TOKENIZER.vocab_size
+    generation = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == values["eos_token_id"] == TOKENIZER.eos_id
+
+
+@pytest.mark.parametrize("dtype", ["float32", "q8_0"])
+def test_gguf_from_and_to_other_formats(huggingface, tmp_path, dtype):
+    export_model(str(huggingface), str(tmp_path / "model.gguf"), file_format="gguf", dtype=dtype)
+    import_model(str(tmp_path / "model.gguf"), str(tmp_path / "run"), dtype="bfloat16", context_length=32)
+    llm = nextllm_jax.load(str(tmp_path / "model.gguf"))
+    assert llm.tokenizer.encode(TEXT) == TOKENIZER.encode(TEXT)
+    if dtype == "float32":
+        assert_equal_trees(llm.params, nextllm_jax.load(str(huggingface)).params)
+    imported = nextllm_jax.load(str(tmp_path / "run"))
+    assert imported.config.context_length == 32
+    rounded = jax.tree.map(lambda leaf: leaf.astype("bfloat16").astype("float32"), llm.params)
+    assert_equal_trees(imported.params["embed"], rounded["embed"])
+
+
+def test_a_failed_import_or_export_leaves_nothing(huggingface, tmp_path):
+    os.truncate(huggingface / "model.safetensors", 20_000)
+    with pytest.raises(InputError, match="damaged or cut short"):
+        import_model(str(huggingface), str(tmp_path / "run"))
+    with pytest.raises(InputError, match="damaged or cut short"):
+        export_model(str(huggingface), str(tmp_path / "out.gguf"), file_format="gguf", dtype="float32")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_an_export_that_cannot_be_said_leaves_nothing(huggingface, tmp_path):
+    with pytest.raises(InputError, match="no Hugging Face model_type can say this model; qwen3"):
+        export_model(
+            str(huggingface), str(tmp_path / "out"), file_format="huggingface", dtype="float32", model_type="qwen3"
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_an_output_that_exists_is_refused_and_kept(huggingface, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="exists; choose another --output"):
+        import_model(str(huggingface), str(tmp_path / "run"))
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
+
+
+def test_other_paths_are_refused(tmp_path):
+    with pytest.raises(InputError, match="neither a Hugging Face directory"):
+        import_model(str(tmp_path), str(tmp_path / "run"))
+    with pytest.raises(InputError, match="is not a run directory"):
+        export_model(str(tmp_path), str(tmp_path / "out"), file_format="gguf", dtype="float32")
+    write_huggingface(tmp_path / "hf")
+    with pytest.raises(InputError, match=r"context_length 4096 is over the model's own, 64"):
+        import_model(str(tmp_path / "hf"), str(tmp_path / "run"), context_length=4096)
+
+
+def test_a_trained_model_is_the_same_to_transformers_and_as_gguf(trained, door):
+    """Through the commands: train here, export, sample from the export; transformers finds the same logits."""
+    run = trained.directory / "runs" / "config"
+    door.run("nextllm_jax.cli", "export", "--checkpoint", run, "--output", "hf")
+    door.run("nextllm_jax.cli", "export", "--checkpoint", run, "--output", "model.gguf", "--format", "gguf")
+    greedy = ("--prompt", "the cat ", "--temperature", 0, "--max-new-tokens", 12)
+    texts = {door.run("sample.py", "--checkpoint", path, *greedy).stdout for path in (run, "hf", "model.gguf")}
+    assert len(texts) == 1
+    tokenizer = Tokenizer.load(run / "tokenizer")
+    config = json.loads((door.directory / "hf" / "config.json").read_text())
+    assert config["vocab_size"] == tokenizer.vocab_size
+    torch = pytest.importorskip("torch", reason="torch is missing; install the extra 'parity'")
+    transformers = pytest.importorskip("transformers", reason="transformers is missing; install the extra 'parity'")
+    model = transformers.AutoModelForCausalLM.from_pretrained(door.directory / "hf").eval()
+    tokens = transformers.AutoTokenizer.from_pretrained(door.directory / "hf")(TEXT)["input_ids"]
+    assert tokens == tokenizer.encode_prompt(TEXT)
+    with torch.no_grad():
+        theirs = model(torch.tensor([tokens])).logits.numpy()
+    ours = nextllm_jax.load(str(run)).logits([tokens])[..., : tokenizer.vocab_size]
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_a_refusal_at_the_door_is_a_sentence_and_exit_code_2(door):
+    write_huggingface(door.directory / "hf")
+    (door.directory / "hf" / "model.safetensors").rename(door.directory / "hf" / "pytorch_model.bin")
+    failed = door.run("nextllm_jax.cli", "import", "hf", "--output", "run", exit_code=2)
+    assert failed.stderr.startswith("error: hf has its weights in pytorch_model.bin, a pickle")
+    assert failed.stderr.count("\n") == 1
+    assert not (door.directory / "run").exists()
