@@ -16,7 +16,7 @@ from nextllm_jax.training.step import mean_gradient
 
 WIDTHS = {"vocab_size": 31, "embed_dim": 16, "mlp_dim": 24, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 PATTERN = ModelConfig(
-    **WIDTHS, num_layers=3, layer_pattern=("local", "global_nope"), sliding_window=3, qk_norm=True,
+    **WIDTHS, num_layers=5, layer_pattern=("local", "global_nope"), sliding_window=3, qk_norm=True,
     tie_embeddings=False, remat="full", norm_placement="sandwich",
 )  # fmt: skip
 PLAIN = ModelConfig(**WIDTHS, num_layers=1, layer_pattern=("local", "global"), norm_placement="post")
@@ -68,7 +68,7 @@ def test_places_are_in_forward_order():
     names = ["embedding", "layer 0 attention", "layer 0 mlp", "final norm"]
     assert layer_norms.places(PLAIN) == names
     assert layer_norms.places(PATTERN)[-2:] == ["final norm", "head"]
-    assert layer_norms.places(PATTERN)[5:7] == ["layer 2 attention", "layer 2 mlp"]
+    assert layer_norms.places(PATTERN)[9:11] == ["layer 4 attention", "layer 4 mlp"]
 
 
 def test_one_value_that_is_not_finite_shows_in_its_place_alone():
