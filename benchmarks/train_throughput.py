@@ -39,7 +39,7 @@ def make_our_step(dtype: str, batch_size: int, length: int) -> Callable[[], floa
 
     from nextllm_jax.data.packing import Batch
     from nextllm_jax.sharding import make_mesh
-    from nextllm_jax.training.loop import build_program
+    from nextllm_jax.training.program import build_program
 
     model = ModelConfig(
         vocab_size=VOCAB, num_layers=LAYERS, embed_dim=WIDTH, mlp_dim=MLP, num_heads=HEADS, num_kv_heads=KV_HEADS,

@@ -1,4 +1,4 @@
-"""The `nextllm` command: `train`, `prepare` and `verify`; the others are in convert_cli and text_cli.
+"""The `nextllm` command: `train`, `prepare`, `verify`, `doctor` and `replay`; the others are in convert_cli, text_cli.
 
 Nothing here imports jax until a command needs it, so that errors and `--help` come at once, and data is
 prepared before devices are touched.
@@ -263,6 +263,34 @@ def _prove_resuming(arguments: DoctorArguments) -> int:
     return 0 if equal else EXIT_FAILED
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReplayArguments:
+    """Run to a bad step that the flight recorder kept, and say where it went wrong.
+
+    Exit 0 if the step is bad again, 1 if not. Writes nothing.
+    """
+
+    bundle: tyro.conf.Positional[str]
+    """Directory of the bundle, such as runs/small/flight/step-120."""
+    data: str | None = None
+    """Directory of the run's data, if they have moved."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def replay_command(argv: list[str]) -> int:
+    """Replay a bundle and print what was found; the exit code."""
+    arguments = tyro.cli(ReplayArguments, args=argv, prog="nextllm replay")
+    process.restart_with_settings()
+    use_compilation_cache()
+
+    from nextllm_jax.training.replay import replay
+
+    found = replay(Path(arguments.bundle), data=arguments.data)
+    print(json.dumps(found.to_json()) if arguments.json else found)
+    return 0 if found.reproduced else EXIT_FAILED
+
+
 COMMANDS = {
     "train": train_command,
     "prepare": prepare_command,
@@ -273,6 +301,7 @@ COMMANDS = {
     "tokenize": tokenize_command,
     "evaluate": evaluate_command,
     "lm_eval": lm_eval_command,
+    "replay": replay_command,
 }
 
 

@@ -123,7 +123,11 @@ class TrainingConfig:
     """Sequences in one batch of an evaluation, rounded up to what the mesh divides; the result does not depend
     on it."""
     max_skipped_steps: int = 10
-    """Steps in a row with a non-finite loss or gradient after which training gives up."""
+    """Skipped steps in a row (loss, gradient or update not finite, or a spike) after which training gives up."""
+    spike_factor: float = 0.0
+    """Skip steps whose loss is over this times the median of the last losses, such as 1.5; 0: never."""
+    spike_window_steps: int = 100
+    """Losses that this median is over, those of skipped steps included; before there are so many, none is a spike."""
     sample_prompts: tuple[str, ...] = ("def ", "import ", "class ")
     """Prompts that samples.txt continues at every evaluation; none: no samples."""
     sample_tokens: int = 96
@@ -133,8 +137,10 @@ class TrainingConfig:
         _check_types(self, "training.")
         _require_positive(
             self, "training.", "steps", "global_batch_size", "accumulation_steps", "log_every_steps",
-            "evaluate_every_steps", "evaluation_batch_size", "max_skipped_steps",
+            "evaluate_every_steps", "evaluation_batch_size", "max_skipped_steps", "spike_window_steps",
         )  # fmt: skip
+        factor = self.spike_factor
+        _require(factor == 0 or factor > 1, f"training.spike_factor is {factor}; it must be over 1, or 0 for never")
         _require(self.sample_tokens >= 0, f"training.sample_tokens is {self.sample_tokens}; it cannot be negative")
         batch, parts = self.global_batch_size, self.accumulation_steps
         _require(

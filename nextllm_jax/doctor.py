@@ -28,7 +28,8 @@ from nextllm_jax.sharding import make_mesh
 from nextllm_jax.tokenizer.published import KNOWN_ENCODINGS, files_to_fetch, load_tokenizer
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 from nextllm_jax.training.checks import check_fits, check_not_beyond, check_platform
-from nextllm_jax.training.loop import build_program, make_loader
+from nextllm_jax.training.loop import make_loader
+from nextllm_jax.training.program import build_program
 from nextllm_jax.training.resume_guard import CONFIG, local_workdir, require_resumable, require_same_data
 from nextllm_jax.training.run_directory import holder_of, require_run_or_empty
 from nextllm_jax.verify import check_steps, find_steps

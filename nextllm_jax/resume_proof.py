@@ -24,7 +24,7 @@ from nextllm_jax.config import Config
 from nextllm_jax.data.prepare import ensure_prepared
 from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.sharding import make_mesh
-from nextllm_jax.training.loop import build_program
+from nextllm_jax.training.program import build_program, to_save
 
 FEWEST_STEPS = 8
 _CONFIG_FILE = """from nextllm_jax.config_files import read_config
@@ -139,13 +139,10 @@ def compare(config: Config, straight: Path, broken: Path) -> list[Comparison]:
     hashes = [_hash(json.dumps(each).encode()) for each in lines]
     comparisons = [Comparison("per-step losses", hashes[0], hashes[1], f", first at step {first}")]
     program = build_program(config, make_mesh(config.mesh))
-    rest = dataclasses.replace(program.abstract_state, params=None)
-    for name, item, abstract in (
-        ("parameters", "params", program.abstract_state.params),
-        ("optimizer state", "rest", rest),
-    ):
+    items, _ = to_save(program.abstract_state)
+    for name, item in (("parameters", "params"), ("optimizer state", "rest")):
         trees = [
-            Checkpoints(run / "checkpoints").restore(config.training.steps, item, abstract)
+            Checkpoints(run / "checkpoints").restore(config.training.steps, item, items[item])
             for run in (straight, broken)
         ]
         comparisons.append(Comparison(name, *map(hash_of_arrays, trees)))

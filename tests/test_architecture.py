@@ -52,8 +52,18 @@ FOLDERS = {  # inside a folder a file imports from those to its left
     ),
     "data": ("corpora", "shards", "data_directory", "prepare", "packing", "loader"),
     "training": (
-        *("optimizer", "state", "step", "evaluate", "metrics", "checks", "resume_guard", "run_directory", "writers"),
-        *("signals", "loop"),
+        *(
+            "optimizer",
+            "state",
+            "layer_norms",
+            "step",
+            "evaluate",
+            "metrics",
+            "checks",
+            "resume_guard",
+            "run_directory",
+        ),
+        *("writers", "signals", "program", "flight_recorder", "loop", "diagnosis", "replay"),
     ),
     "inference": ("sampling", "generate", "stream"),
     "interop": (

@@ -4,6 +4,7 @@ import collections
 import hashlib
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -88,9 +89,21 @@ class TrainLoader:
         origin_step, origin_window = self._origin
         return origin_window + (step - origin_step) * self._shape[0]
 
+    @property
+    def directory(self) -> Path:
+        """Where the data lie."""
+        return self._split.directory
+
+    def whole_batch(self, step: int) -> tuple[np.ndarray, Batch]:
+        """The numbers of a step's windows, and the rows of all processes, as numpy arrays read anew."""
+        windows = self._windows(step, np.arange(self._shape[0]))
+        return windows, read_batch(self._split, windows, self._shape[1])
+
+    def _windows(self, step: int, rows: np.ndarray) -> np.ndarray:
+        return np.array([self._order[self._first_window(step) + int(row)] for row in rows])
+
     def _read(self, step: int) -> Batch:
-        windows = [self._order[self._first_window(step) + int(row)] for row in self._rows]
-        return read_batch(self._split, np.array(windows), self._shape[1])
+        return read_batch(self._split, self._windows(step, self._rows), self._shape[1])
 
 
 def validation_batches(

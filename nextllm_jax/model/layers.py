@@ -35,7 +35,9 @@ class RMSNorm(nn.Module):
         init = nn.initializers.constant(1.0 - self.scale_offset)
         scale = _parameter(self, "scale", init, ("norm",), (x.shape[-1],), self.param_dtype)
         x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        self.sow("intermediates", "mean_square", mean_square)  # dropped unless the caller asks for intermediates
+        normed = x32 * jax.lax.rsqrt(mean_square + self.eps)
         scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,)) + self.scale_offset
         return (normed * scale).astype(x.dtype)
 

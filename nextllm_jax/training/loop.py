@@ -20,20 +20,21 @@ from nextllm_jax.data.packing import Batch
 from nextllm_jax.data.prepare import default_data_path
 from nextllm_jax.data.shards import Dataset
 from nextllm_jax.distributed import Group
-from nextllm_jax.errors import InputError, RunFailed
+from nextllm_jax.errors import InputError
 from nextllm_jax.model.accounting import flops_per_token, parameter_count
-from nextllm_jax.model.transformer import Transformer, resolve_dtype, set_matmul_precision
+from nextllm_jax.model.transformer import set_matmul_precision
 from nextllm_jax.sharding import make_mesh, sharding
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 from nextllm_jax.training.checks import check_fits, check_not_beyond, check_platform
 from nextllm_jax.training.evaluate import evaluate
+from nextllm_jax.training.flight_recorder import FlightRecorder, environment
 from nextllm_jax.training.metrics import TrainMeter
-from nextllm_jax.training.optimizer import make_optimizer, schedule
+from nextllm_jax.training.program import Program, build_program, to_save
 from nextllm_jax.training.resume_guard import local_workdir, require_same_data
 from nextllm_jax.training.run_directory import open_run
 from nextllm_jax.training.signals import StopRequest
-from nextllm_jax.training.state import TrainState, abstract_state, create_state, shardings_of
-from nextllm_jax.training.step import StepMetrics, make_eval_step, make_train_step
+from nextllm_jax.training.state import TrainState, require_finite
+from nextllm_jax.training.step import StepMetrics
 from nextllm_jax.training.writers import Writers
 
 Outcome = Literal["finished", "interrupted"]
@@ -46,39 +47,6 @@ class _Stopped(Exception):
     """A stop was requested during an evaluation."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """What is compiled once: the model and its steps, and the layout of the state."""
-
-    model: Transformer
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
-    eval_step: Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
-    abstract_state: TrainState
-    create_state: Callable[[], TrainState]
-
-
-def build_program(config: Config, mesh: Mesh) -> Program:
-    """The steps of a config on a mesh; nothing is compiled or computed yet."""
-    dtype = resolve_dtype(config.model.dtype, jax.default_backend(), training=True)
-    model = Transformer(config.model, dtype)
-    optimizer = make_optimizer(config.optimizer)
-    abstract = abstract_state(model, optimizer, mesh)
-    train_step = make_train_step(
-        model,
-        optimizer,
-        schedule(config.optimizer, config.training.steps),
-        shardings_of(abstract),
-        accumulation_steps=config.training.accumulation_steps,
-    )
-    return Program(
-        model=model,
-        train_step=train_step,
-        eval_step=make_eval_step(model),
-        abstract_state=abstract,
-        create_state=lambda: create_state(model, optimizer, mesh, config.seed),
-    )
-
-
 def _restore_or_create(program: Program, checkpoints: Checkpoints, config: Config) -> tuple[TrainState, dict[str, Any]]:
     """The latest readable checkpoint's state and record, or a new state and an empty record.
 
@@ -87,11 +55,8 @@ def _restore_or_create(program: Program, checkpoints: Checkpoints, config: Confi
     """
     while (step := checkpoints.latest_step()) is not None:
         check_not_beyond(config, step)
-        rest = dataclasses.replace(program.abstract_state, params=None)
         try:
-            state = checkpoints.restore(step, "rest", rest)
-            params = checkpoints.restore(step, "params", program.abstract_state.params)
-            return dataclasses.replace(state, params=params), checkpoints.record(step)
+            return program.restore_state(checkpoints, step)
         except DamagedCheckpoint as error:
             if checkpoints.steps()[0] == error.step:
                 raise InputError(f"{error}; bring the file back, or start anew with --overwrite") from error
@@ -151,7 +116,7 @@ def train(
     makes the texts of samples.txt; every process calls it, since it computes on the mesh. `group` are the processes
     that train together (none: this one alone), `stop` a request to stop that is in force already.
 
-    Raises InputError for what the user can fix, and RunFailed if too many steps in a row are not finite.
+    Raises InputError for what the user can fix, and RunFailed if too many steps in a row are skipped.
     """
     workdir = local_workdir(config)
     check_platform(config)
@@ -176,6 +141,7 @@ def train(
         if record:
             require_same_data(record["data"], loader.position(0), dataset.path, allow_change)
             loader.resume(record["data"])
+        require_finite(state, workdir)
         if group.process_id == 0:
             tokenizer.save(run.path / "tokenizer")  # only now: this is the run's data
         run.accept(config)
@@ -190,11 +156,10 @@ def train(
             writers.message(f"continuing from step {step} of {run.path}")
         for change in run.changes:
             writers.message(f"changed: {change}")
-        return _steps(
-            Session(config, program, mesh, dataset, loader, tokenizer, checkpoints, writers, stop, sample_text),
-            state,
-            record,
-        )
+        about = environment(mesh, program.model.dtype)
+        recorder = FlightRecorder(run.path, config, loader, checkpoints, writers, about)
+        parts = (config, program, mesh, dataset, loader, tokenizer, checkpoints, writers, recorder, stop, sample_text)
+        return _steps(Session(*parts), state, record)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +174,7 @@ class Session:
     tokenizer: Tokenizer
     checkpoints: Checkpoints
     writers: Writers
+    recorder: FlightRecorder
     stop: StopRequest
     sample_text: SampleText | None
 
@@ -240,6 +206,8 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
         due = signal is not None or session.due(config.checkpoint.every_steps, step)
         if due or loss is not None:
             meter.pause()
+            if last is not None:
+                session.recorder.look(step, last)  # before a save, after which the checkpoint before it may go
             facts = {"evaluated": evaluated, "data": session.loader.position(step), **meter.totals()}
             _save(session, state, step, loss, facts, due=due)
         if evaluated and step == config.training.steps:
@@ -261,7 +229,7 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
             stop.something_to_lose()
             writers.message(f"compiled the train step and took the first in {time.perf_counter() - started:.1f} s")
         else:
-            _check_finite(session, step - 1, last)  # the step before: this one is still under way
+            session.recorder.look(step - 1, last)  # the step before: this one is still under way
             meter.resume()
         last = metrics
         writers.progress(step)
@@ -337,23 +305,8 @@ def _save(
     best = checkpoints.best_step()
     improves = loss is not None and (best is None or loss < (checkpoints.validation_loss(best) or math.inf))
     if due or improves:
-        items = {"params": state.params, "rest": dataclasses.replace(state, params=None)}
-        checkpoints.save(step, items, facts, validation_loss=loss)
-
-
-def _check_finite(session: Session, step: int, metrics: StepMetrics) -> None:
-    """Report a skipped step; raise RunFailed after too many in a row."""
-    if not metrics.skipped:
-        return
-    in_a_row, limit = int(metrics.skipped_in_a_row), session.config.training.max_skipped_steps
-    session.writers.message(f"step {step}: loss or gradient is not finite; its update is skipped ({in_a_row} in a row)")
-    if in_a_row >= limit:
-        latest = session.checkpoints.latest_step()
-        stands = f"the checkpoint of step {latest} stands" if latest is not None else "there is no checkpoint yet"
-        raise RunFailed(
-            f"loss or gradient was not finite in {in_a_row} steps in a row (training.max_skipped_steps), the last "
-            f"one step {step}; {stands}; lower optimizer.learning_rate, or look at the data"
-        )
+        items, more_facts = to_save(state)
+        checkpoints.save(step, items, facts | more_facts, validation_loss=loss)
 
 
 def _finish(session: Session, state: TrainState, last: StepMetrics | None) -> Outcome:
@@ -366,10 +319,9 @@ def _finish(session: Session, state: TrainState, last: StepMetrics | None) -> Ou
             f"--optimizer.schedule-steps {length} to keep the schedule"
         )
         return "finished"
-    _check_finite(session, step, last)
     skipped = int(state.skipped)
     session.writers.message(
         f"finished at step {step}; the best checkpoint is step {checkpoints.best_step()}"
-        + (f"; {skipped} updates were skipped, not finite" if skipped else "")
+        + (f"; {skipped} updates were skipped" if skipped else "")
     )
     return "finished"

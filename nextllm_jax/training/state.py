@@ -1,14 +1,18 @@
 """The training state, made sharded: abstract shapes, then shardings, then one jitted initialisation."""
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from nextllm_jax.errors import InputError
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.sharding import tree_shardings
 
@@ -20,11 +24,50 @@ class TrainState:
     step: jax.Array
     """int32: global batches consumed, skipped updates included."""
     skipped: jax.Array
-    """int32: updates skipped for a non-finite loss or gradient, in all."""
+    """int32: updates skipped, in all (see `step.SKIP_REASONS`)."""
     skipped_in_a_row: jax.Array
     """int32: of these, the ones without a good update since."""
     params: Any
     opt_state: Any
+    recent_losses: jax.Array | None = None
+    """float32 [W]: the last W finite losses, oldest first, NaN where there were fewer; None if spikes are not skipped.
+    Not saved with the arrays but in a checkpoint's record, so that W may change."""
+
+
+def require_finite(state: TrainState, where: str) -> None:
+    """Raise InputError, naming the first one, if parameters or optimizer state have values that are not finite.
+
+    No step would find out: all of them would be skipped. `where` is the run directory.
+    """
+    arrays = {"params": state.params, "opt_state": state.opt_state}
+    flags = jax.device_get(jax.jit(lambda tree: jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree))(arrays))
+    for path, finite in jax.tree_util.tree_leaves_with_path(flags):
+        if not finite:
+            name, step = jax.tree_util.keystr(path, simple=True, separator="/"), int(state.step)
+            raise InputError(
+                f"{name} of checkpoint {step} in {where} is not finite; move that checkpoint away to go on from another"
+                if step
+                else f"{name} is not finite before the first step; lower model.init_std, which must fit into float32"
+            )
+
+
+def with_recent_losses(state: TrainState, losses: Sequence[float], window_steps: int, mesh: Mesh) -> TrainState:
+    """The state with the last of `losses` as its window of `window_steps`; without a window for 0 steps."""
+    if not window_steps:
+        return dataclasses.replace(state, recent_losses=None)
+    window = np.full(window_steps, np.nan, np.float32)
+    recent = list(losses)[-window_steps:]
+    window[window_steps - len(recent) :] = recent
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return dataclasses.replace(state, recent_losses=jax.device_put(window, everywhere))
+
+
+def recent_losses(state: TrainState) -> list[float]:
+    """What `with_recent_losses` takes, exactly; JSON values. Waits for the state."""
+    if state.recent_losses is None:
+        return []
+    window = np.asarray(state.recent_losses)
+    return [float(loss) for loss in window[~np.isnan(window)]]
 
 
 def _initial_state(model: Transformer, optimizer: optax.GradientTransformation, seed: int) -> TrainState:

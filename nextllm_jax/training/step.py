@@ -11,11 +11,16 @@ from nextllm_jax.data.packing import Batch
 from nextllm_jax.model.transformer import Transformer, head_embedding
 from nextllm_jax.ops.cross_entropy import cross_entropy
 from nextllm_jax.sharding import RULES, constrain
+from nextllm_jax.training import layer_norms
 from nextllm_jax.training.state import TrainState
+
+SKIP_REASONS = ("none", "loss", "gradient", "update", "spike")
+"""Why a step was skipped: not finite are its loss, its gradient (or the norm of it), or the parameters that its update
+would give; or its loss is a spike."""
 
 
 class StepMetrics(NamedTuple):
-    """Device scalars of one train step; reading one waits for the step."""
+    """Device values of one train step; reading one waits for the step."""
 
     nll_sum: jax.Array
     """float32: summed negative log likelihood, in nats."""
@@ -26,14 +31,39 @@ class StepMetrics(NamedTuple):
     learning_rate: jax.Array
     """float32."""
     skipped: jax.Array
-    """bool: loss or gradient was not finite and nothing was updated."""
+    """bool: nothing was updated."""
     skipped_in_a_row: jax.Array
     """int32: skipped steps up to and with this one."""
+    reason: jax.Array
+    """int32: index in SKIP_REASONS, the first that holds."""
+    loss_limit: jax.Array
+    """float32: mean loss over which the step is a spike; NaN where none would be."""
+    gradient_norms: jax.Array
+    """float32 [P]: norm of the accumulated gradient at each of `layer_norms.places`, before clipping."""
+    activation_rms: jax.Array
+    """float32 [M]: root mean square of the residual stream behind the first of these places."""
+
+
+class MeanGradient(NamedTuple):
+    """What the forward and backward passes of a global batch give."""
+
+    nll_sum: jax.Array
+    """float32: summed negative log likelihood, in nats."""
+    num_tokens: jax.Array
+    """int32: loss-bearing tokens."""
+    gradients: Any
+    """Of the mean loss over these tokens."""
+    mean_squares: jax.Array
+    """float32 [M]: of the residual stream, see `layer_norms.mean_squares`."""
 
 
 def nll_sum(model: Transformer, params: Any, batch: Batch) -> jax.Array:
     """float32 scalar: negative log likelihood in nats, summed over the batch's loss-bearing tokens."""
     hidden_BTD, _ = model.apply({"params": params}, batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
+    return _head_nll(model, params, hidden_BTD, batch)
+
+
+def _head_nll(model: Transformer, params: Any, hidden_BTD: jax.Array, batch: Batch) -> jax.Array:
     head_VD = head_embedding(model.config, params).astype(model.dtype)
     with jax.named_scope("loss"):
         return cross_entropy(
@@ -47,13 +77,22 @@ def nll_sum(model: Transformer, params: Any, batch: Batch) -> jax.Array:
         )
 
 
-def _gradients(model: Transformer, params: Any, batch: Batch, accumulation_steps: int) -> tuple[jax.Array, Any]:
-    """Summed nll and its gradient over the batch, cut into microbatches that share one buffer."""
-    value_and_grad = jax.value_and_grad(lambda p, microbatch: nll_sum(model, p, microbatch))
+def _nll_and_mean_squares(model: Transformer, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """`nll_sum`, and the mean squares of the residual stream that the model's norms come by."""
+    (hidden_BTD, _), recorded = model.apply(
+        {"params": params}, batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT, mutable=["intermediates"]
+    )
+    squares = layer_norms.mean_squares(model.config, recorded["intermediates"])
+    return _head_nll(model, params, hidden_BTD, batch), jax.lax.stop_gradient(squares)
+
+
+def _sums(model: Transformer, params: Any, batch: Batch, accumulation_steps: int) -> Any:
+    """((summed nll, summed mean squares), summed gradient) of the batch's microbatches, which share one buffer."""
+    value_and_grad = jax.value_and_grad(lambda p, microbatch: _nll_and_mean_squares(model, p, microbatch), has_aux=True)
     if accumulation_steps == 1:
         return value_and_grad(params, batch)
 
-    def accumulate(sums: tuple[jax.Array, Any], microbatch: Batch) -> tuple[tuple[jax.Array, Any], None]:
+    def accumulate(sums: Any, microbatch: Batch) -> tuple[Any, None]:
         microbatch = jax.tree.map(lambda x: constrain(x, "batch", "seq"), microbatch)
         return jax.tree.map(lambda total, x: total + x, sums, value_and_grad(params, microbatch)), None
 
@@ -62,8 +101,33 @@ def _gradients(model: Transformer, params: Any, batch: Batch, accumulation_steps
         lambda x: constrain(jnp.swapaxes(x.reshape(-1, accumulation_steps, *x.shape[1:]), 0, 1), None, "batch", "seq"),
         batch,
     )
-    zeros = (jnp.zeros((), jnp.float32), jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params))
+    scalars = (jnp.zeros((), jnp.float32), jnp.zeros(2 * model.config.num_layers + 1, jnp.float32))
+    zeros = (scalars, jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params))
     return jax.lax.scan(accumulate, zeros, microbatches)[0]
+
+
+def mean_gradient(model: Transformer, params: Any, batch: Batch, accumulation_steps: int) -> MeanGradient:
+    """Loss and gradient of a global batch, whatever the microbatches: a mean over all its loss-bearing tokens."""
+    (total_nll, mean_squares), gradients = _sums(model, params, batch, accumulation_steps)
+    num_tokens = jnp.sum(batch.loss_mask_BT, dtype=jnp.int32)
+    scale = 1.0 / jnp.maximum(num_tokens, 1).astype(jnp.float32)
+    gradients = jax.tree.map(lambda g: g * scale, gradients)
+    return MeanGradient(total_nll, num_tokens, gradients, mean_squares / accumulation_steps)
+
+
+def updated(
+    optimizer: optax.GradientTransformation, learning_rate: jax.Array, gradients: Any, state: TrainState
+) -> tuple[Any, Any]:
+    """(parameters, optimizer state) after an update, finite or not."""
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        updates = jax.tree.map(lambda u: -learning_rate * u, updates)
+        return optax.apply_updates(state.params, updates), opt_state
+
+
+def _skip_reason(*found: jax.Array) -> jax.Array:
+    """Index in SKIP_REASONS of the first that was found, of the ones after "none"; 0: nothing was."""
+    return jnp.where(jnp.any(jnp.stack(found)), jnp.argmax(jnp.stack(found)) + 1, 0).astype(jnp.int32)
 
 
 def make_train_step(
@@ -73,40 +137,59 @@ def make_train_step(
     state_shardings: TrainState,
     *,
     accumulation_steps: int = 1,
+    spike_factor: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """A jitted `(state, batch) -> (state, metrics)` that donates the state.
 
     The loss is the mean over all loss-bearing tokens of the global batch, whatever the microbatches and
-    devices; the gradient is clipped once, after accumulation. If loss or gradient is not finite, parameters
-    and optimizer state stay as they were, and the step still counts. `state_shardings` is the layout of the
-    state on both sides (see `state.shardings_of`). Call it under `jax.set_mesh`.
+    devices; the gradient is clipped once, after accumulation. If loss, gradient or updated parameters are not
+    finite, or if the mean loss is over `spike_factor` times the median of the state's full window of recent losses,
+    parameters and optimizer state stay as they were, and the step still counts. The moments of a finite gradient are
+    finite: its norm is, and so the square of each value. `state_shardings` is the layout of the state on both sides
+    (see `state.shardings_of`). Call it under `jax.set_mesh`.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        total_nll, gradients = _gradients(model, state.params, batch, accumulation_steps)
-        num_tokens = jnp.sum(batch.loss_mask_BT, dtype=jnp.int32)
-        scale = 1.0 / jnp.maximum(num_tokens, 1).astype(jnp.float32)
-        gradients = jax.tree.map(lambda g: g * scale, gradients)
+        total_nll, num_tokens, gradients, mean_squares = mean_gradient(model, state.params, batch, accumulation_steps)
         grad_norm = optax.tree.norm(gradients)
-        finite = jnp.isfinite(total_nll) & jnp.isfinite(grad_norm)
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
+        params, opt_state = updated(optimizer, learning_rate, gradients, state)
+        updates_finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
 
-        with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-            updates = jax.tree.map(lambda u: -learning_rate * u, updates)
-            params = optax.apply_updates(state.params, updates)
+        losses, loss_limit, spikes = state.recent_losses, jnp.asarray(jnp.nan, jnp.float32), jnp.asarray(False)
+        loss = total_nll / jnp.maximum(num_tokens, 1)
+        if losses is not None:
+            loss_limit = spike_factor * jnp.median(losses)  # NaN, and so never passed, until the window is full
+            spikes = loss > loss_limit
+        reason = _skip_reason(~jnp.isfinite(total_nll), ~jnp.isfinite(grad_norm), ~updates_finite, spikes)
+        taken = reason == 0
         params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+            lambda new, old: jnp.where(taken, new, old), (params, opt_state), (state.params, state.opt_state)
         )
-        skipped_in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
+        if losses is not None:
+            losses = jnp.where(jnp.isfinite(loss), jnp.append(losses[1:], loss), losses)
+        skipped_in_a_row = jnp.where(taken, 0, state.skipped_in_a_row + 1)
         new_state = TrainState(
             step=state.step + 1,
-            skipped=state.skipped + (~finite).astype(jnp.int32),
+            skipped=state.skipped + (~taken).astype(jnp.int32),
             skipped_in_a_row=skipped_in_a_row,
             params=params,
             opt_state=opt_state,
+            recent_losses=losses,
         )
-        return new_state, StepMetrics(total_nll, num_tokens, grad_norm, learning_rate, ~finite, skipped_in_a_row)
+        return new_state, StepMetrics(
+            nll_sum=total_nll,
+            num_tokens=num_tokens,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            skipped=~taken,
+            skipped_in_a_row=skipped_in_a_row,
+            reason=reason,
+            loss_limit=loss_limit,
+            # On every device, so that each process can read them.
+            gradient_norms=constrain(layer_norms.gradient_norms(model.config, gradients), None),
+            activation_rms=constrain(jnp.sqrt(mean_squares), None),
+        )
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, None))
 

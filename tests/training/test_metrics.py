@@ -23,6 +23,10 @@ def step_metrics(nll_sum, num_tokens, *, grad_norm=1.0, learning_rate=0.1, skipp
         learning_rate=jnp.float32(learning_rate),
         skipped=jnp.bool(skipped),
         skipped_in_a_row=jnp.int32(skipped),
+        reason=jnp.int32(skipped),
+        loss_limit=jnp.float32(math.nan),
+        gradient_norms=jnp.zeros(4),
+        activation_rms=jnp.zeros(3),
     )
 
 

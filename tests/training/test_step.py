@@ -75,6 +75,8 @@ def test_every_mesh_gives_the_losses_and_parameters_of_one_device(one_device, da
     losses, metrics, state = run(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
     np.testing.assert_allclose(losses, one_device[0], rtol=2e-5)
     np.testing.assert_allclose(metrics.grad_norm, one_device[1].grad_norm, rtol=2e-4)
+    np.testing.assert_allclose(metrics.gradient_norms, one_device[1].gradient_norms, rtol=1e-3)
+    np.testing.assert_allclose(metrics.activation_rms, one_device[1].activation_rms, rtol=1e-3)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-4), state.params, one_device[2].params)
 
 

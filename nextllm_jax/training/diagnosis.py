@@ -1,0 +1,214 @@
+"""Where a bad step went wrong: a forward and a backward pass that look at every place, in the order of computing.
+
+The passes run the layers one by one, not as a scan, so that each place has a name. A gradient is looked at where it
+arrives, from the loss backwards: a place is named if its own parameters' gradient is the first that is not finite.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from nextllm_jax.config import Config, ModelConfig
+from nextllm_jax.data.packing import Batch
+from nextllm_jax.model.layers import Embed, Linear, RMSNorm
+from nextllm_jax.model.transformer import Transformer, head_embedding, unstack_layers
+from nextllm_jax.ops.cross_entropy import cross_entropy
+from nextllm_jax.sharding import RULES
+from nextllm_jax.training.optimizer import make_optimizer, schedule
+from nextllm_jax.training.state import TrainState
+from nextllm_jax.training.step import mean_gradient, updated
+
+HEAD_AND_LOSS = "head and loss"
+_SUMMED_PRODUCTS = {"attention/o": "scores and weighted values", "mlp/down": "silu(gate) * up"}
+
+
+@flax.struct.dataclass
+class _Seen:
+    """One array at one place."""
+
+    name: str = flax.struct.field(pytree_node=False)
+    finite: jax.Array
+    """bool: every value is."""
+    squares_finite: jax.Array
+    """bool: so are the squares that are computed of them, if any are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """What was found, and in which windows."""
+
+    direction: Literal["forward", "backward", "sum", "update"] | None
+    """What is first not finite: a pass of a microbatch, the sum of all microbatches, the update; None: nothing."""
+    place: str | None
+    """The first place that is not finite, such as "layer 3 mlp down"."""
+    overflow: bool
+    """Every value is finite there, but too large to be squared, as a norm does."""
+    window_losses: tuple[float, ...]
+    """Mean loss of each row of the global batch."""
+
+    @property
+    def layer(self) -> int | None:
+        """The number in the place's name."""
+        words = (self.place or "").split()
+        return int(words[words.index("layer") + 1]) if "layer" in words else None
+
+    def __str__(self) -> str:
+        """One sentence."""
+        if self.direction is None:
+            return "every activation, gradient and parameter is finite"
+        state = "has values too large to be squared in float32" if self.overflow else "is not finite"
+        return {
+            "forward": f"forward, the first that {state} is {self.place}",
+            "backward": f"forward all is finite; backward, the first gradient that {state} is {self.place}'s",
+            "sum": f"each microbatch is finite; of their mean gradient, the first that {state} is {self.place}'s",
+            "update": f"gradients are finite; updated, the first parameter that {state} is {self.place}'s",
+        }[self.direction]
+
+
+def _all_finite(*arrays: jax.Array) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(array)) for array in arrays]))
+
+
+def _seen(name: str, *arrays: jax.Array, squares: jax.Array | float = 0.0) -> _Seen:
+    return _Seen(name=name, finite=_all_finite(*arrays), squares_finite=_all_finite(jnp.asarray(squares)))
+
+
+def _seen_input(config: ModelConfig, module: nn.Module, x: jax.Array) -> _Seen:
+    """What flows into a module; a norm computes its mean squares."""
+    squares = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1) if isinstance(module, RMSNorm) else 0.0
+    return _seen(_inputs_name(config, module.path), x, squares=squares)
+
+
+def _name(path: tuple[str, ...]) -> str:
+    """A module's path in plain words: ("remainder_3", "mlp", "up") is "layer 3 mlp up"."""
+    known = {"embed": "embedding", "lm_head": "head", "final_norm": "final norm"}
+    layer = path[0].removeprefix("remainder_")
+    first = f"layer {layer}" if layer != path[0] else known.get(path[0], path[0])
+    return " ".join([first, *(part.replace("_", " ") for part in path[1:])])
+
+
+def _inputs_name(config: ModelConfig, path: tuple[str, ...]) -> str:
+    """What flows into a module, in plain words."""
+    layer = path[0].removeprefix("remainder_")
+    for module, words in _SUMMED_PRODUCTS.items():
+        if "/".join(path[1:]) == module:
+            return f"layer {layer} {path[1]} ({words})"
+    if path[-1] == "mlp_norm":
+        return f"layer {layer} attention (residual stream behind it)"
+    if path[-1] in ("attention_norm", "final_norm"):
+        before = config.num_layers - 1 if path[-1] == "final_norm" else int(layer) - 1
+        return f"layer {before} mlp (residual stream behind it)" if before >= 0 else "embedding"
+    return f"input of {_name(path)}"
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> list[jax.Array]:
+    for part in path:
+        tree = tree[part]
+    return jax.tree.leaves(tree)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _passes(model: Transformer, params: Any, batch: Batch) -> tuple[Any, Any, jax.Array]:
+    """What the forward and the backward pass of a microbatch see, in their orders, and the summed loss of each row."""
+    config = model.config
+    paths: list[tuple[str, ...]] = []
+
+    def nll(params: Any, head_VD: jax.Array) -> tuple[jax.Array, Any]:
+        seen: list[_Seen] = []
+        paths.clear()
+
+        def look(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            result = call(*args, **kwargs)
+            module = context.module
+            if context.method_name == "__call__" and isinstance(module, Embed | Linear | RMSNorm):
+                if not isinstance(module, Embed):
+                    seen.append(_seen_input(config, module, args[0]))
+                seen.append(_seen(_name(module.path), result))
+                paths.append(module.path)
+            return result
+
+        with nn.intercept_methods(look):
+            hidden_BTD, _ = model.apply({"params": params}, batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
+        axes = RULES["batch"]
+        total = cross_entropy(hidden_BTD, head_VD, batch.targets_BT, batch.loss_mask_BT, batch_axes=axes)
+        rows = (jax.lax.stop_gradient(hidden_BTD), batch.targets_BT, batch.loss_mask_BT)
+        row_nll_B = jax.lax.map(lambda row: cross_entropy(row[0][None], head_VD, row[1][None], row[2][None]), rows)
+        seen.append(_seen(HEAD_AND_LOSS, total))
+        return total, (seen, jax.lax.stop_gradient(row_nll_B))
+
+    params = unstack_layers(config, params)
+    head_VD = head_embedding(config, params).astype(model.dtype)
+    (_, (forward, row_nll_B)), (gradients, d_head_VD) = jax.value_and_grad(nll, (0, 1), has_aux=True)(params, head_VD)
+    backward = [_seen(HEAD_AND_LOSS, d_head_VD)]
+    backward += [_seen(_name(path), *_at(gradients, path)) for path in reversed(paths)]
+    return forward, backward, row_nll_B
+
+
+def _first(seen: list[_Seen]) -> tuple[str, bool] | None:
+    """The first place that is not finite or overflows when squared, and whether it is only that."""
+    bad = (place for place in seen if not (place.finite and place.squares_finite))
+    return next(((place.name, bool(place.finite)) for place in bad), None)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sum_and_update(config: Config, model: Transformer, state: TrainState, batch: Batch) -> tuple[Any, Any]:
+    """What the gradient of the global batch sees, and the parameters after an update with it."""
+    optimizer = make_optimizer(config.optimizer)
+    learning_rate = jnp.asarray(schedule(config.optimizer, config.training.steps)(state.step), jnp.float32)
+    gradients = mean_gradient(model, state.params, batch, config.training.accumulation_steps).gradients
+    params, _ = updated(optimizer, learning_rate, gradients, state)
+    trees = [unstack_layers(config.model, tree) for tree in (gradients, params)]
+    summed, after = (_modules(config.model, tree) for tree in trees)
+    backward = [_seen(name, *leaves, squares=optax.tree.norm(leaves)) for name, leaves in reversed(summed)]
+    leaves = jax.tree.leaves(gradients)
+    backward.append(_seen("norm over all gradients", *leaves, squares=optax.tree.norm(leaves)))
+    return backward, [_seen(name, *leaves) for name, leaves in after]
+
+
+def _modules(config: ModelConfig, tree: Any) -> list[tuple[str, list[jax.Array]]]:
+    """Name and parameters of each module of an unstacked tree, roughly in forward order."""
+    blocks = [f"remainder_{layer}" for layer in range(config.num_layers)]
+    parts = [(block, part) for block in blocks for part in ("attention_norm", "attention", "mlp_norm", "mlp")]
+    rest = [(name,) for name in ("final_norm", "lm_head") if name in tree]
+    return [(_name(path), _at(tree, path)) for path in [("embed",), *parts, *rest]]
+
+
+def diagnose(config: Config, dtype: Any, state: TrainState, batch: Batch, sharding: jax.sharding.Sharding) -> Diagnosis:
+    """Where the step that `state` takes on `batch` (numpy, the global batch) is first not finite.
+
+    `sharding` is that of [B, T] arrays; call it under `jax.set_mesh`. Parameters take twice their memory meanwhile.
+    """
+    # Without remat, which would trace the layers where their arrays cannot be looked at.
+    model = Transformer(dataclasses.replace(config.model, remat="none"), dtype, scan_layers=False)
+    parts = config.training.accumulation_steps
+    row_losses = np.zeros(len(batch.tokens_BT))
+    found: dict[str, tuple[str, bool]] = {}
+    for part in range(parts):
+        rows = slice(part, None, parts)  # as the train step cuts it
+        microbatch = Batch(*(array[rows] for array in batch))
+        forward, backward, row_nll_B = jax.device_get(
+            _passes(model, state.params, jax.device_put(microbatch, sharding))
+        )
+        row_losses[rows] = row_nll_B / np.maximum(microbatch.loss_mask_BT.sum(1), 1)
+        for direction, seen in (("forward", forward), ("backward", backward)):
+            if (first := _first(seen)) is not None:
+                found.setdefault(direction, first)
+    losses = tuple(row_losses.tolist())
+    if "forward" in found:
+        return Diagnosis("forward", *found["forward"], losses)
+    if "backward" in found:
+        return Diagnosis("backward", *found["backward"], losses)
+    whole = _sum_and_update(config, Transformer(config.model, dtype), state, jax.device_put(batch, sharding))
+    summed, after = jax.device_get(whole)
+    if (first := _first(summed)) is not None:
+        return Diagnosis("sum", *first, losses)
+    if (first := _first(after)) is not None:
+        return Diagnosis("update", *first, losses)
+    return Diagnosis(None, None, False, losses)

@@ -1,0 +1,189 @@
+"""The flight recorder: what is kept of the first bad step of a stretch, so that `nextllm replay` can show its cause.
+
+A bundle is a directory flight/step-<n> of the run, where n counts the step itself, as in metrics.jsonl: its batch is
+the one with index n - 1. It holds
+    bundle.json   what the step measured, the config, the data, versions, and the checkpoint to start a replay from
+    batch.npz     tokens, targets, segment ids, positions and mask of the whole global batch, and its window numbers
+Numbers are exact; those that JSON does not have are the words nan, inf and -inf.
+"""
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxlib.version
+import numpy as np
+
+from nextllm_jax.checkpoint import Checkpoints
+from nextllm_jax.checkpoint_files import versions
+from nextllm_jax.config import Config
+from nextllm_jax.data.loader import TrainLoader
+from nextllm_jax.errors import RunFailed
+from nextllm_jax.training import layer_norms
+from nextllm_jax.training.step import SKIP_REASONS, StepMetrics
+from nextllm_jax.training.writers import Writers
+
+FORMAT = "nextllm-flight-1"
+DIRECTORY = "flight"
+BUNDLE, BATCH = "bundle.json", "batch.npz"
+MAX_BUNDLES = 8
+_IDENTITY = ("step", "measured", "data_id", "config")
+
+_WHY = {
+    "loss": "its loss is not finite",
+    "gradient": "its gradient is not finite",
+    "update": "its update would make parameters that are not finite",
+    "spike": "its loss is a spike",
+}
+
+
+def json_number(value: float) -> float | str:
+    """A float as JSON that `float` reads back exactly: a word for what is not finite."""
+    return float(value) if math.isfinite(value) else str(float(value))
+
+
+def measured(config: Config, metrics: StepMetrics) -> dict[str, Any]:
+    """What a step's metrics say, as JSON; equal for equal steps. Waits for the step."""
+    metrics = jax.device_get(metrics)
+    count = int(metrics.num_tokens)
+    return {
+        "reason": SKIP_REASONS[int(metrics.reason)],
+        "loss": json_number(float(metrics.nll_sum) / max(count, 1)),
+        "num_tokens": count,
+        **{
+            name: json_number(float(getattr(metrics, name)))
+            for name in ("nll_sum", "grad_norm", "learning_rate", "loss_limit")
+        },
+        "places": layer_norms.places(config.model),
+        "gradient_norms": [json_number(norm) for norm in metrics.gradient_norms.tolist()],
+        "activation_rms": [json_number(rms) for rms in metrics.activation_rms.tolist()],
+    }
+
+
+def environment(mesh: jax.sharding.Mesh, dtype: np.dtype) -> dict[str, Any]:
+    """What the bits of a step depend on beside the config: a replay elsewhere may round differently."""
+    return {
+        "versions": {**versions(), "jaxlib": jaxlib.version.__version__},
+        "devices": f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}",
+        "mesh": {name: int(size) for name, size in mesh.shape.items()},
+        "dtype": dtype.name,
+    }
+
+
+class FlightRecorder:
+    """Looks at each step of a run once, reports a skipped one, and writes bundles to `run`/flight.
+
+    All processes make the same calls; process 0 writes. `about` is `environment`'s. At most MAX_BUNDLES lie in a run.
+    """
+
+    def __init__(
+        self,
+        run: os.PathLike[str],
+        config: Config,
+        loader: TrainLoader,
+        checkpoints: Checkpoints,
+        writers: Writers,
+        about: dict[str, Any],
+    ) -> None:
+        self._directory = Path(run) / DIRECTORY
+        self._config, self._loader, self._checkpoints, self._writers = config, loader, checkpoints, writers
+        self._about = about
+        self._bundles = [(path, _identity(path)) for path in sorted(self._directory.glob("step-*"))]
+        self._seen = 0
+        self._bad = False
+
+    def look(self, step: int, metrics: StepMetrics) -> None:
+        """Report step `step` if it was skipped, with a bundle if the step before was not. Waits for the step.
+
+        A step that was looked at already is left alone. Raises RunFailed after too many skipped steps in a row.
+        """
+        if step <= self._seen:
+            return
+        self._seen = step
+        if not metrics.skipped:
+            self._bad = False
+            return
+        why, in_a_row = _WHY[SKIP_REASONS[int(metrics.reason)]], int(metrics.skipped_in_a_row)
+        if SKIP_REASONS[int(metrics.reason)] == "spike":
+            loss = float(metrics.nll_sum) / max(int(metrics.num_tokens), 1)
+            why += f" (loss {loss:.4f}, limit {float(metrics.loss_limit):.4f})"
+        recorded = "" if self._bad else self._record(step, metrics)
+        self._bad = True
+        self._writers.message(f"step {step}: {why}; it is skipped ({in_a_row} in a row){recorded}")
+        if in_a_row >= self._config.training.max_skipped_steps:
+            self._give_up(step, in_a_row)
+
+    def _give_up(self, step: int, in_a_row: int) -> None:
+        latest = self._checkpoints.latest_step()
+        stands = f"the checkpoint of step {latest} stands" if latest is not None else "there is no checkpoint yet"
+        raise RunFailed(
+            f"{in_a_row} steps in a row were skipped (training.max_skipped_steps), the last one step {step}; {stands}; "
+            f"see nextllm replay and {self._directory}, lower optimizer.learning_rate, or look at the data"
+        )
+
+    def _record(self, step: int, metrics: StepMetrics) -> str:
+        """Write the bundle of a step; the end of the sentence that reports it.
+
+        All processes decide alike, by what they found at the start and have recorded since.
+        """
+        content = {
+            "format": FORMAT,
+            "step": step,
+            "measured": measured(self._config, metrics),
+            "seed": self._config.seed,
+            "data_id": self._loader.position(step)["data_id"],
+            "data_path": str(self._loader.directory.absolute()),
+            **self._about,
+            "config": json.loads(self._config.to_json()),
+        }
+        identity = [content[name] for name in _IDENTITY]
+        path = next((path for path, known in self._bundles if known == identity), None)
+        if path is None:
+            if len(self._bundles) >= MAX_BUNDLES:
+                return f"; {self._directory} has {len(self._bundles)} bundles and takes no more"
+            path, number = self._directory / f"step-{step}", 2
+            while path in [known for known, _ in self._bundles]:  # of this step with other settings
+                path, number = self._directory / f"step-{step}-{number}", number + 1
+            self._bundles.append((path, identity))
+            content["checkpoint"] = self._pin(step)
+            if jax.process_index() == 0:
+                try:
+                    self._write(path, content)
+                except OSError as error:  # the run can go on without it
+                    return f"; its bundle {path} cannot be written ({error.strerror or error})"
+        return f"; to see where it went wrong: nextllm replay {path}"
+
+    def _pin(self, step: int) -> int | None:
+        """Keep the last checkpoint before a step for its replay; None: there is none, a replay starts at step 0.
+
+        Every process finds the same one, since none is being saved then.
+        """
+        self._checkpoints.wait()
+        before = [saved for saved in self._checkpoints.steps() if saved < step]
+        if not before:
+            return None
+        self._checkpoints.pin(before[-1])
+        return before[-1]
+
+    def _write(self, path: Path, content: dict[str, Any]) -> None:
+        """Write a bundle, whole or not at all."""
+        windows, batch = self._loader.whole_batch(content["step"] - 1)
+        unfinished = self._directory / ".unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        np.savez_compressed(unfinished / BATCH, windows=windows, **batch._asdict())
+        (unfinished / BUNDLE).write_text(json.dumps(content | {"windows": windows.tolist()}, indent=2) + "\n")
+        unfinished.rename(path)
+
+
+def _identity(path: Path) -> list[Any] | None:
+    """What two bundles of the same step have in common, though a continued run wrote the second."""
+    try:
+        content = json.loads((path / BUNDLE).read_text())
+        return [content[name] for name in _IDENTITY]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,68 @@
+"""How large activations and gradients are, layer by layer: what a train step says of itself at next to no cost.
+
+A place is the embedding, the attention or the MLP of a layer (each with the norm before it), the final norm, or a head
+that is not tied. The residual stream is measured behind each place up to the last MLP: there a norm computes its mean
+square anyway.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nextllm_jax.config import ModelConfig
+
+_PARTS = (("attention_norm", "attention"), ("mlp_norm", "mlp"))
+
+
+def places(config: ModelConfig) -> list[str]:
+    """Names of the places in forward order, such as "layer 3 mlp"; P of them, the first M with activations."""
+    layers = [f"layer {layer} {part}" for layer in range(config.num_layers) for part in ("attention", "mlp")]
+    return ["embedding", *layers, "final norm", *([] if config.tie_embeddings else ["head"])]
+
+
+def _blocks(config: ModelConfig, tree: Any) -> tuple[list[Any], list[Any]]:
+    """The blocks of a tree laid out as the parameters: those of the scanned pattern, stacked, and the remainder."""
+    size = len(config.layer_pattern)
+    stacked = [tree["layers"][f"block_{i}"] for i in range(size)] if config.num_layers >= size else []
+    return stacked, [tree[f"remainder_{i}"] for i in range(config.num_layers % size)]
+
+
+def _in_order(stacked: list[jax.Array], rest: list[jax.Array]) -> jax.Array:
+    """One value a layer part, [2L], of arrays [periods, 2] a block of the pattern and [2] a block of the remainder."""
+    scanned = [jnp.stack(stacked, axis=1).reshape(-1)] if stacked else []
+    return jnp.concatenate([*scanned, *rest])
+
+
+def gradient_norms(config: ModelConfig, gradients: Any) -> jax.Array:
+    """The norm of the gradient at each place, float32 [P]; a tied head is part of the embedding."""
+
+    def squares(tree: Any, *, first_axis: int = 0) -> jax.Array:
+        leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
+        return sum((jnp.sum(jnp.square(x), axis=range(first_axis, x.ndim)) for x in leaves), jnp.zeros(()))
+
+    def parts(block: Any, first_axis: int) -> jax.Array:
+        return jnp.stack([squares([block[n] for n in names], first_axis=first_axis) for names in _PARTS], axis=-1)
+
+    stacked, rest = _blocks(config, gradients)
+    layers = _in_order([parts(block, 1) for block in stacked], [parts(block, 0) for block in rest])
+    after = [squares(gradients[name]) for name in ("final_norm", "lm_head") if name in gradients]
+    return jnp.sqrt(jnp.concatenate([squares(gradients["embed"])[None], layers, jnp.stack(after)]))
+
+
+def mean_squares(config: ModelConfig, intermediates: Any) -> jax.Array:
+    """The mean square of the residual stream behind each place that has it, float32 [M] with M = 2L + 1.
+
+    `intermediates` are what the model's norms record of their inputs: behind a place is before the next norm.
+    """
+
+    def mean(norm: Any, *, first_axis: int = 0) -> jax.Array:
+        (recorded,) = norm["mean_square"]
+        return jnp.mean(recorded, axis=range(first_axis, recorded.ndim))
+
+    def parts(block: Any, first_axis: int) -> jax.Array:
+        return jnp.stack([mean(block[norm], first_axis=first_axis) for norm, _ in _PARTS], axis=-1)
+
+    stacked, rest = _blocks(config, intermediates)
+    layers = _in_order([parts(block, 1) for block in stacked], [parts(block, 0) for block in rest])
+    return jnp.concatenate([layers, mean(intermediates["final_norm"])[None]])

@@ -1,0 +1,79 @@
+"""What a config compiles to: the model and its steps, and the layout of the state."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from nextllm_jax.checkpoint import Checkpoints
+from nextllm_jax.config import Config
+from nextllm_jax.data.packing import Batch
+from nextllm_jax.model.transformer import Transformer, resolve_dtype
+from nextllm_jax.training.optimizer import make_optimizer, schedule
+from nextllm_jax.training.state import (
+    TrainState,
+    abstract_state,
+    create_state,
+    recent_losses,
+    shardings_of,
+    with_recent_losses,
+)
+from nextllm_jax.training.step import StepMetrics, make_eval_step, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What is compiled once: the model and its steps, and the layout of the state."""
+
+    model: Transformer
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+    eval_step: Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+    abstract_state: TrainState
+    create_state: Callable[[], TrainState]
+    restore_state: Callable[[Checkpoints, int], tuple[TrainState, dict[str, Any]]]
+    """The state and the record of a saved step. Raises as `Checkpoints.restore` does."""
+
+
+def build_program(config: Config, mesh: Mesh) -> Program:
+    """The steps of a config on a mesh; nothing is compiled or computed yet."""
+    dtype = resolve_dtype(config.model.dtype, jax.default_backend(), training=True)
+    model = Transformer(config.model, dtype)
+    optimizer = make_optimizer(config.optimizer)
+    arrays = abstract_state(model, optimizer, mesh)
+    training = config.training
+    window_steps = training.spike_window_steps if training.spike_factor else 0
+
+    def create() -> TrainState:
+        return with_recent_losses(create_state(model, optimizer, mesh, config.seed), [], window_steps, mesh)
+
+    def restore(checkpoints: Checkpoints, step: int) -> tuple[TrainState, dict[str, Any]]:
+        state = checkpoints.restore(step, "rest", dataclasses.replace(arrays, params=None))
+        state = dataclasses.replace(state, params=checkpoints.restore(step, "params", arrays.params))
+        record = checkpoints.record(step)
+        return with_recent_losses(state, record.get("recent_losses", []), window_steps, mesh), record
+
+    abstract = with_recent_losses(arrays, [], window_steps, mesh)
+    train_step = make_train_step(
+        model,
+        optimizer,
+        schedule(config.optimizer, training.steps),
+        shardings_of(abstract),
+        accumulation_steps=training.accumulation_steps,
+        spike_factor=training.spike_factor,
+    )
+    return Program(
+        model=model,
+        train_step=train_step,
+        eval_step=make_eval_step(model),
+        abstract_state=abstract,
+        create_state=create,
+        restore_state=restore,
+    )
+
+
+def to_save(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The items of a checkpoint, and what its record holds beside them; `Program.restore_state` puts them together."""
+    items = {"params": state.params, "rest": dataclasses.replace(state, params=None, recent_losses=None)}
+    return items, {"recent_losses": recent_losses(state)} if state.recent_losses is not None else {}

@@ -1,0 +1,250 @@
+"""`replay(bundle)`: a run once more, from the pinned checkpoint to its bad step, and what went wrong there.
+
+Nothing is written, neither in the run nor elsewhere.
+"""
+
+import dataclasses
+import json
+import math
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from nextllm_jax.checkpoint import Checkpoints
+from nextllm_jax.config import Config
+from nextllm_jax.config_files import from_dict
+from nextllm_jax.data.loader import TrainLoader
+from nextllm_jax.data.packing import Batch
+from nextllm_jax.data.prepare import default_data_path
+from nextllm_jax.data.shards import Dataset
+from nextllm_jax.errors import InputError
+from nextllm_jax.model.transformer import set_matmul_precision
+from nextllm_jax.sharding import make_mesh, sharding
+from nextllm_jax.training.checks import check_platform
+from nextllm_jax.training.diagnosis import Diagnosis, diagnose
+from nextllm_jax.training.flight_recorder import BATCH, BUNDLE, DIRECTORY, FORMAT, environment, json_number, measured
+from nextllm_jax.training.loop import make_loader
+from nextllm_jax.training.program import Program, build_program
+from nextllm_jax.training.state import TrainState
+from nextllm_jax.training.step import StepMetrics
+
+_FIELDS = {
+    "step": int,
+    "measured": dict,
+    "data_id": str,
+    "data_path": str,
+    "versions": dict,
+    "devices": str,
+    "mesh": dict,
+    "dtype": str,
+    "config": dict,
+    "windows": list,
+    "checkpoint": int | None,
+}
+_WORST_WINDOWS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """A bundle as the flight recorder wrote it."""
+
+    path: Path
+    content: dict[str, Any]
+    config: Config
+    windows: np.ndarray
+    batch: Batch
+
+    @classmethod
+    def read(cls, path: Path) -> "Bundle":
+        """The bundle in a directory. Raises InputError for a directory that is not one, naming the file."""
+        if not (path / BUNDLE).is_file():
+            inside = sorted((path / DIRECTORY).glob("step-*"))
+            hint = f"; there is {inside[0]}" if inside else ", such as runs/NAME/flight/step-N"
+            raise InputError(f"{path} is not a bundle of the flight recorder: there is no {BUNDLE} in it{hint}")
+        try:
+            content = json.loads((path / BUNDLE).read_text())
+            with np.load(path / BATCH) as arrays:
+                windows, batch = arrays["windows"], Batch(*(arrays[name] for name in Batch._fields))
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path} cannot be read as a bundle ({error}); the run must make it again") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise InputError(f"{path / BUNDLE} is not of the format {FORMAT}; use the version that wrote it")
+        for name, kind in _FIELDS.items():
+            if not isinstance(content.get(name), kind):
+                raise InputError(f"{path / BUNDLE} is damaged: '{name}' is not what a run writes there")
+        if (content["checkpoint"] or 0) >= content["step"]:
+            raise InputError(f"{path / BUNDLE} is damaged: 'checkpoint' is not before 'step'")
+        return cls(path, content, from_dict(Config, content["config"], str(path / BUNDLE)), windows, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """What a replay found."""
+
+    bundle: Bundle
+    measured: dict[str, Any]
+    """As in the bundle, of the step as it was replayed."""
+    differences: tuple[str, ...]
+    """In what this machine differs from the one that wrote the bundle."""
+    diagnosis: Diagnosis | None
+    """None if the step was not bad this time."""
+
+    @property
+    def reproduced(self) -> bool:
+        """Whether the step was bad again, for the same reason."""
+        return self.measured["reason"] == self.bundle.content["measured"]["reason"]
+
+    @property
+    def bit_for_bit(self) -> bool:
+        """Whether loss, gradient norm and the norms of all layers are the same to the last bit."""
+        return self.measured == self.bundle.content["measured"]
+
+    def worst_windows(self) -> list[tuple[int, float]]:
+        """(number, mean loss) of the windows with the highest losses, ones that are not finite first."""
+        losses = self.diagnosis.window_losses if self.diagnosis else ()
+        pairs = zip(self.bundle.windows.tolist(), losses, strict=False)
+        return sorted(pairs, key=lambda pair: (math.isfinite(pair[1]), -pair[1] if math.isfinite(pair[1]) else 0))
+
+    def rows(self) -> list[tuple[str, float | str | None, float | str]]:
+        """(place, root mean square of the residual stream behind it, gradient norm), in forward order."""
+        rms = [*self.measured["activation_rms"], None, None]
+        places, norms = self.measured["places"], self.measured["gradient_norms"]
+        return list(zip(places, rms, norms, strict=False))
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON values; numbers that are not finite are words."""
+        diagnosis = self.diagnosis
+        return {
+            "bundle": str(self.bundle.path),
+            "step": self.bundle.content["step"],
+            "reproduced": self.reproduced,
+            "bit_for_bit": self.bit_for_bit,
+            "recorded": self.bundle.content["measured"],
+            "replayed": self.measured,
+            "differences": list(self.differences),
+            "first": diagnosis
+            and {
+                "pass": diagnosis.direction,
+                "place": diagnosis.place,
+                "layer": diagnosis.layer,
+                "words": str(diagnosis),
+            },
+            "windows": [{"window": window, "loss": json_number(loss)} for window, loss in self.worst_windows()],
+        }
+
+    def __str__(self) -> str:
+        """For people: the verdict, the first place, the windows, and a table of the layers."""
+        step, recorded = self.bundle.content["step"], self.bundle.content["measured"]
+        was = f"{recorded['reason']}, loss {recorded['loss']}, gradient norm {recorded['grad_norm']}"
+        now = f"{self.measured['reason']}, loss {self.measured['loss']}, gradient norm {self.measured['grad_norm']}"
+        exact = "bit for bit" if self.bit_for_bit else f"but not bit for bit: now {now}"
+        lines = [f"step {step} is reproduced ({was}), {exact}"]
+        if not self.reproduced:
+            lines = [f"step {step} is NOT reproduced: recorded {was}; now {now}"]
+        lines += [f"this machine differs from the recorded one: {difference}" for difference in self.differences]
+        if self.diagnosis:
+            lines.append(str(self.diagnosis))
+            worst = self.worst_windows()[:_WORST_WINDOWS]
+            lines.append("windows with the highest loss: " + ", ".join(f"{w} ({loss:.4g})" for w, loss in worst))
+        lines.append(f"{'place':<24}{'activation rms behind it':>26}{'gradient norm':>16}")
+        for place, rms, norm in self.rows():
+            behind = "" if rms is None else f"{float(rms):.4g}"
+            lines.append(f"{place:<24}{behind:>26}{float(norm):>16.4g}")
+        return "\n".join(lines)
+
+
+def replay(path: Path, *, data: str | None = None) -> Replay:
+    """Replay the bundle in `path`, with progress on standard error; `data` is where its data lies now.
+
+    Raises InputError for a bundle, data or a checkpoint that cannot be used or do not belong together.
+    """
+    bundle = Bundle.read(path)
+    config = bundle.config
+    check_platform(config)
+    if jax.process_count() > 1:
+        raise InputError("a replay runs in one process; start it on one, with as many devices as the run had")
+    mesh = make_mesh(config.mesh)
+    dataset = _open_data(bundle, data)
+    program = build_program(config, mesh)
+    set_matmul_precision(program.model.dtype)
+    loader = make_loader(config, dataset, mesh)
+    with jax.set_mesh(mesh):
+        checkpoints = _find_checkpoint(bundle, loader)
+        _check_batch(bundle, loader, dataset)
+        start = bundle.content["checkpoint"]
+        state = program.restore_state(checkpoints, start)[0] if checkpoints else program.create_state()
+        state, metrics = _run(bundle, program, loader, state)
+        found = measured(config, metrics)
+        diagnosis = None
+        if found["reason"] != "none":  # the step was skipped, so its parameters are still there
+            before = dataclasses.replace(state, step=state.step - 1)
+            diagnosis = diagnose(config, program.model.dtype, before, bundle.batch, sharding(mesh, "batch", "seq"))
+    here = environment(mesh, program.model.dtype)
+    return Replay(bundle, found, _differences(bundle.content, here), diagnosis)
+
+
+def _differences(recorded: dict[str, Any], here: dict[str, Any]) -> tuple[str, ...]:
+    """What the bits of a result may depend on and is not the same; a line each."""
+    names = ("devices", "mesh", "dtype")
+    pairs = [(name, recorded[name], here[name]) for name in names]
+    pairs += [(name, recorded["versions"].get(name), version) for name, version in here["versions"].items()]
+    return tuple(f"{name} {before} -> {after}" for name, before, after in pairs if before != after)
+
+
+def _open_data(bundle: Bundle, data: str | None) -> Dataset:
+    """The data of a bundle, where `data` says, where it lay, or where its config says."""
+    recorded = Path(bundle.content["data_path"])
+    dataset = Dataset.open(data or (recorded if recorded.exists() else default_data_path(bundle.config.data)))
+    if dataset.data_id != bundle.content["data_id"]:
+        raise InputError(
+            f"{dataset.path} holds other data ({dataset.data_id}) than the bundle's run read "
+            f"({bundle.content['data_id']}); name the directory that does with --data"
+        )
+    return dataset
+
+
+def _find_checkpoint(bundle: Bundle, loader: TrainLoader) -> Checkpoints | None:
+    """The checkpoints of the bundle's run, with the one to start from; None: start at step 0.
+
+    The loader goes on from where that checkpoint was. Raises InputError if it is not there.
+    """
+    step = bundle.content["checkpoint"]
+    if step is None:
+        return None
+    directory = bundle.path.absolute().parent.parent / "checkpoints"
+    checkpoints = Checkpoints(directory)
+    if step not in checkpoints.steps():
+        raise InputError(
+            f"checkpoint {step}, which {bundle.path} starts from, is not in {directory}; a bundle must stay in its "
+            f"run's {DIRECTORY}/, and its checkpoint in the run"
+        )
+    loader.resume(checkpoints.record(step)["data"])
+    return checkpoints
+
+
+def _check_batch(bundle: Bundle, loader: TrainLoader, dataset: Dataset) -> None:
+    """Raise InputError if the data do not give the recorded batch, or the bundle's two files do not agree."""
+    windows, batch = loader.whole_batch(bundle.content["step"] - 1)
+    same = all(np.array_equal(ours, theirs) for ours, theirs in zip(batch, bundle.batch, strict=True))
+    if not same or not np.array_equal(windows, bundle.windows) or windows.tolist() != bundle.content["windows"]:
+        raise InputError(
+            f"{dataset.path} gives another batch than {bundle.path / BATCH} holds; the bundle is damaged, or was "
+            "written by another version of the loader"
+        )
+
+
+def _run(bundle: Bundle, program: Program, loader: TrainLoader, state: TrainState) -> tuple[TrainState, StepMetrics]:
+    """The state and the metrics after the bad step."""
+    first, last = int(state.step), bundle.content["step"]
+    batches = loader.batches(first)
+    metrics: StepMetrics | None = None
+    for _ in tqdm(range(first, last), desc=f"replaying steps {first + 1} to {last}", unit="step", mininterval=1):
+        if metrics is not None:
+            jax.block_until_ready(metrics)  # so that the bar shows steps taken, and one is under way
+        state, metrics = program.train_step(state, next(batches))
+    assert metrics is not None
+    return jax.block_until_ready((state, metrics))
