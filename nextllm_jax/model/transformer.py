@@ -66,7 +66,11 @@ class Block(nn.Module):
 
     def _before(self, name: str, x_BTD: jax.Array) -> jax.Array:
         """What a sublayer reads of the residual stream."""
-        return x_BTD if self.config.norm_placement == "post" else make_norm(self.config, name)(x_BTD)
+        if self.config.norm_placement != "post":
+            return make_norm(self.config, name)(x_BTD)
+        # As a norm records it; dropped unless the caller asks for intermediates.
+        self.sow("intermediates", name, jnp.mean(jnp.square(x_BTD.astype(jnp.float32)), axis=-1, keepdims=True))
+        return x_BTD
 
     def _after(self, name: str, out_BTD: jax.Array) -> jax.Array:
         """What a sublayer adds to the residual stream."""

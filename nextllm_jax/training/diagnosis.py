@@ -26,7 +26,8 @@ from nextllm_jax.training.state import TrainState
 from nextllm_jax.training.step import mean_gradient, updated
 
 HEAD_AND_LOSS = "head and loss"
-_SUMMED_PRODUCTS = {"attention/o": "scores and weighted values", "mlp/down": "silu(gate) * up"}
+_PARTS = ("attention_norm", "attention", "attention_post_norm", "mlp_norm", "mlp", "mlp_post_norm")
+_SUMMED_PRODUCTS = {"attention/o": "scores and weighted values", "mlp/down": "activated gate * up"}
 
 
 @flax.struct.dataclass
@@ -136,10 +137,10 @@ def _passes(model: Transformer, params: Any, batch: Batch) -> tuple[Any, Any, ja
 
         with nn.intercept_methods(look):
             hidden_BTD, _ = model.apply({"params": params}, batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
-        axes = RULES["batch"]
-        total = cross_entropy(hidden_BTD, head_VD, batch.targets_BT, batch.loss_mask_BT, batch_axes=axes)
+        loss = functools.partial(cross_entropy, logit_divisor=config.logit_divisor, soft_cap=config.logit_soft_cap)
+        total = loss(hidden_BTD, head_VD, batch.targets_BT, batch.loss_mask_BT, batch_axes=RULES["batch"])
         rows = (jax.lax.stop_gradient(hidden_BTD), batch.targets_BT, batch.loss_mask_BT)
-        row_nll_B = jax.lax.map(lambda row: cross_entropy(row[0][None], head_VD, row[1][None], row[2][None]), rows)
+        row_nll_B = jax.lax.map(lambda row: loss(row[0][None], head_VD, row[1][None], row[2][None]), rows)
         seen.append(_seen(HEAD_AND_LOSS, total))
         return total, (seen, jax.lax.stop_gradient(row_nll_B))
 
@@ -175,7 +176,7 @@ def _sum_and_update(config: Config, model: Transformer, state: TrainState, batch
 def _modules(config: ModelConfig, tree: Any) -> list[tuple[str, list[jax.Array]]]:
     """Name and parameters of each module of an unstacked tree, roughly in forward order."""
     blocks = [f"remainder_{layer}" for layer in range(config.num_layers)]
-    parts = [(block, part) for block in blocks for part in ("attention_norm", "attention", "mlp_norm", "mlp")]
+    parts = [(block, part) for block in blocks for part in _PARTS if part in tree[block]]
     rest = [(name,) for name in ("final_norm", "lm_head") if name in tree]
     return [(_name(path), _at(tree, path)) for path in [("embed",), *parts, *rest]]
 

@@ -1,8 +1,8 @@
 """How large activations and gradients are, layer by layer: what a train step says of itself at next to no cost.
 
-A place is the embedding, the attention or the MLP of a layer (each with the norm before it), the final norm, or a head
-that is not tied. The residual stream is measured behind each place up to the last MLP: there a norm computes its mean
-square anyway.
+A place is the embedding, the attention or the MLP of a layer (each with its norms), the final norm, or a head that is
+not tied. The residual stream is measured behind each place up to the last MLP: there a norm computes its mean square
+anyway.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from nextllm_jax.config import ModelConfig
 
-_PARTS = (("attention_norm", "attention"), ("mlp_norm", "mlp"))
+_PARTS = ("attention", "mlp")
 
 
 def places(config: ModelConfig) -> list[str]:
@@ -42,7 +42,8 @@ def gradient_norms(config: ModelConfig, gradients: Any) -> jax.Array:
         return sum((jnp.sum(jnp.square(x), axis=range(first_axis, x.ndim)) for x in leaves), jnp.zeros(()))
 
     def parts(block: Any, first_axis: int) -> jax.Array:
-        return jnp.stack([squares([block[n] for n in names], first_axis=first_axis) for names in _PARTS], axis=-1)
+        names = [[name for name in block if name.split("_")[0] == part] for part in _PARTS]
+        return jnp.stack([squares([block[n] for n in of_part], first_axis=first_axis) for of_part in names], axis=-1)
 
     stacked, rest = _blocks(config, gradients)
     layers = _in_order([parts(block, 1) for block in stacked], [parts(block, 0) for block in rest])
@@ -53,15 +54,16 @@ def gradient_norms(config: ModelConfig, gradients: Any) -> jax.Array:
 def mean_squares(config: ModelConfig, intermediates: Any) -> jax.Array:
     """The mean square of the residual stream behind each place that has it, float32 [M] with M = 2L + 1.
 
-    `intermediates` are what the model's norms record of their inputs: behind a place is before the next norm.
+    `intermediates` are what the model records before each sublayer, in its norm or, where the sublayers have only norms
+    behind them, in the block.
     """
 
-    def mean(norm: Any, *, first_axis: int = 0) -> jax.Array:
-        (recorded,) = norm["mean_square"]
-        return jnp.mean(recorded, axis=range(first_axis, recorded.ndim))
+    def mean(recorded: Any, *, first_axis: int = 0) -> jax.Array:
+        (mean_square,) = recorded.get("mean_square", recorded)
+        return jnp.mean(mean_square, axis=range(first_axis, mean_square.ndim))
 
     def parts(block: Any, first_axis: int) -> jax.Array:
-        return jnp.stack([mean(block[norm], first_axis=first_axis) for norm, _ in _PARTS], axis=-1)
+        return jnp.stack([mean(block[f"{part}_norm"], first_axis=first_axis) for part in _PARTS], axis=-1)
 
     stacked, rest = _blocks(config, intermediates)
     layers = _in_order([parts(block, 1) for block in stacked], [parts(block, 0) for block in rest])

@@ -20,6 +20,8 @@ PATTERN = ModelConfig(
     tie_embeddings=False, remat="full",
 )  # fmt: skip
 PLAIN = ModelConfig(**WIDTHS, num_layers=1, layer_pattern=("local", "global"))
+SANDWICH = ModelConfig(**WIDTHS, num_layers=2, norm_placement="sandwich")
+POST = ModelConfig(**WIDTHS, num_layers=2, norm_placement="post")
 
 
 def make_batch(rows=4, length=8):
@@ -34,7 +36,7 @@ def shapes_of(model):
     return nn.meta.unbox(jax.eval_shape(lambda: model.init(jax.random.key(0), tokens, tokens))["params"])
 
 
-@pytest.mark.parametrize(("config", "accumulation_steps"), [(PATTERN, 2), (PLAIN, 1)])
+@pytest.mark.parametrize(("config", "accumulation_steps"), [(PATTERN, 2), (PLAIN, 1), (SANDWICH, 1), (POST, 2)])
 def test_each_place_has_the_norms_of_its_own_parameters_and_activations(config, accumulation_steps):
     batch, model = make_batch(), Transformer(config)
     rng = np.random.default_rng(1)
@@ -50,11 +52,11 @@ def test_each_place_has_the_norms_of_its_own_parameters_and_activations(config, 
     rms = [seen["final_norm"]["mean_square"]]
     norms = [by_layer["embed"]]
     for layer in reversed(range(config.num_layers)):
-        block = seen[f"remainder_{layer}"]
-        rms = [block["attention_norm"]["mean_square"], block["mlp_norm"]["mean_square"], *rms]
+        before = [seen[f"remainder_{layer}"][f"{part}_norm"] for part in ("attention", "mlp")]
+        rms = [*(x if config.norm_placement == "post" else x["mean_square"] for x in before), *rms]
     for layer in range(config.num_layers):
         block = by_layer[f"remainder_{layer}"]
-        norms += [[block[f"{part}_norm"], block[part]] for part in ("attention", "mlp")]
+        norms += [[block[name] for name in block if name.startswith(part)] for part in ("attention", "mlp")]
     norms += [by_layer[name] for name in ("final_norm", "lm_head") if name in by_layer]
     assert len(layer_norms.places(config)) == len(norms) == len(gradient_norms)
     expected = [np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in jax.tree.leaves(tree))) for tree in norms]
