@@ -1,4 +1,4 @@
-"""The `nextllm` command: `train`, `prepare`, `verify`, `doctor` and `replay`; the others are in convert_cli, text_cli.
+"""The `nextllm` command, with `train`, `prepare`, `verify`, `doctor` and `replay`; more in convert_cli and text_cli.
 
 Nothing here imports jax until a command needs it, so that errors and `--help` come at once, and data is
 prepared before devices are touched.
@@ -296,12 +296,12 @@ COMMANDS = {
     "prepare": prepare_command,
     "verify": verify_command,
     "doctor": doctor_command,
+    "replay": replay_command,
     "import": import_command,
     "export": export_command,
     "tokenize": tokenize_command,
     "evaluate": evaluate_command,
     "lm_eval": lm_eval_command,
-    "replay": replay_command,
 }
 
 

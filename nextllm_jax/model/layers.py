@@ -22,6 +22,14 @@ def _parameter(
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)  # pyright: ignore[reportReturnType]
 
 
+def keep_mean_square(module: nn.Module, name: str, x_BTD: jax.Array) -> None:
+    """Record the mean square of each position, float32 [B, T], for a caller that asks for intermediates.
+
+    Before a norm it costs nothing: the norm computes the same.
+    """
+    module.sow("intermediates", name, jnp.mean(jnp.square(x_BTD.astype(jnp.float32)), axis=-1))
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * (scale + offset) over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
@@ -35,9 +43,7 @@ class RMSNorm(nn.Module):
         init = nn.initializers.constant(1.0 - self.scale_offset)
         scale = _parameter(self, "scale", init, ("norm",), (x.shape[-1],), self.param_dtype)
         x32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-        self.sow("intermediates", "mean_square", mean_square)  # dropped unless the caller asks for intermediates
-        normed = x32 * jax.lax.rsqrt(mean_square + self.eps)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,)) + self.scale_offset
         return (normed * scale).astype(x.dtype)
 

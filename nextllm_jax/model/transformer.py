@@ -20,7 +20,7 @@ from nextllm_jax.config_model import LayerKind, ModelConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.attention import Attention
 from nextllm_jax.model.kv_cache import KVCache
-from nextllm_jax.model.layers import Embed, SwiGLU, make_norm
+from nextllm_jax.model.layers import Embed, SwiGLU, keep_mean_square, make_norm
 from nextllm_jax.ops import rope
 from nextllm_jax.ops.cross_entropy import finish_logits
 from nextllm_jax.sharding import constrain
@@ -55,10 +55,12 @@ class Block(nn.Module):
         """Return the residual stream [B, T, D] and the cache after this layer."""
         config = self.config
         x_BTD = constrain(x_BTD, "batch", "seq", "activation_embed")
+        keep_mean_square(self, "before_attention", x_BTD)
         attended, cache = Attention(config, self.kind, self.dtype, name="attention")(
             self._before("attention_norm", x_BTD), ropes.get(self.kind), positions_BT, segment_ids_BT, cache, layer
         )
         x_BTD = x_BTD + self._after("attention_post_norm", attended)
+        keep_mean_square(self, "before_mlp", x_BTD)
         with jax.named_scope("mlp"):
             out_BTD = SwiGLU(config, self.dtype, name="mlp")(self._before("mlp_norm", x_BTD))
             x_BTD = x_BTD + self._after("mlp_post_norm", out_BTD)
@@ -66,11 +68,7 @@ class Block(nn.Module):
 
     def _before(self, name: str, x_BTD: jax.Array) -> jax.Array:
         """What a sublayer reads of the residual stream."""
-        if self.config.norm_placement != "post":
-            return make_norm(self.config, name)(x_BTD)
-        # As a norm records it; dropped unless the caller asks for intermediates.
-        self.sow("intermediates", name, jnp.mean(jnp.square(x_BTD.astype(jnp.float32)), axis=-1, keepdims=True))
-        return x_BTD
+        return x_BTD if self.config.norm_placement == "post" else make_norm(self.config, name)(x_BTD)
 
     def _after(self, name: str, out_BTD: jax.Array) -> jax.Array:
         """What a sublayer adds to the residual stream."""
@@ -166,6 +164,7 @@ class Transformer(nn.Module):
             (x_BTD, cache), _ = self.layers((x_BTD, cache), jnp.arange(num_periods), *context)
         for i, block in enumerate(self.remainder):
             x_BTD, cache = block(x_BTD, *context, cache, num_periods * len(config.layer_pattern) + i)
+        keep_mean_square(self, "before_final_norm", x_BTD)
         hidden_BTD = self.final_norm(x_BTD)
         if self.is_initializing():
             self.logits(hidden_BTD)  # creates the parameters of an untied head

@@ -1,8 +1,8 @@
 """How large activations and gradients are, layer by layer: what a train step says of itself at next to no cost.
 
-A place is the embedding, the attention or the MLP of a layer (each with its norms), the final norm, or a head that is
-not tied. The residual stream is measured behind each place up to the last MLP: there a norm computes its mean square
-anyway.
+A place is the embedding, the attention or the MLP of a layer (each with its norms), the final norm, or a head
+that is not tied. The residual stream is measured behind each place up to the last MLP: before a norm, which computes
+its mean square anyway.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ _PARTS = ("attention", "mlp")
 
 def places(config: ModelConfig) -> list[str]:
     """Names of the places in forward order, such as "layer 3 mlp"; P of them, the first M with activations."""
-    layers = [f"layer {layer} {part}" for layer in range(config.num_layers) for part in ("attention", "mlp")]
+    layers = [f"layer {layer} {part}" for layer in range(config.num_layers) for part in _PARTS]
     return ["embedding", *layers, "final norm", *([] if config.tie_embeddings else ["head"])]
 
 
@@ -42,8 +42,8 @@ def gradient_norms(config: ModelConfig, gradients: Any) -> jax.Array:
         return sum((jnp.sum(jnp.square(x), axis=range(first_axis, x.ndim)) for x in leaves), jnp.zeros(()))
 
     def parts(block: Any, first_axis: int) -> jax.Array:
-        names = [[name for name in block if name.split("_")[0] == part] for part in _PARTS]
-        return jnp.stack([squares([block[n] for n in of_part], first_axis=first_axis) for of_part in names], axis=-1)
+        named = [[tree for name, tree in block.items() if name.startswith(part)] for part in _PARTS]
+        return jnp.stack([squares(trees, first_axis=first_axis) for trees in named], axis=-1)
 
     stacked, rest = _blocks(config, gradients)
     layers = _in_order([parts(block, 1) for block in stacked], [parts(block, 0) for block in rest])
@@ -54,17 +54,15 @@ def gradient_norms(config: ModelConfig, gradients: Any) -> jax.Array:
 def mean_squares(config: ModelConfig, intermediates: Any) -> jax.Array:
     """The mean square of the residual stream behind each place that has it, float32 [M] with M = 2L + 1.
 
-    `intermediates` are what the model records before each sublayer, in its norm or, where the sublayers have only norms
-    behind them, in the block.
+    `intermediates` are what the model keeps of it: behind a place is before the next.
     """
 
-    def mean(recorded: Any, *, first_axis: int = 0) -> jax.Array:
-        (mean_square,) = recorded.get("mean_square", recorded)
-        return jnp.mean(mean_square, axis=range(first_axis, mean_square.ndim))
+    def mean(recorded: tuple[jax.Array], *, first_axis: int = 0) -> jax.Array:
+        return jnp.mean(recorded[0], axis=range(first_axis, recorded[0].ndim))
 
     def parts(block: Any, first_axis: int) -> jax.Array:
-        return jnp.stack([mean(block[f"{part}_norm"], first_axis=first_axis) for part in _PARTS], axis=-1)
+        return jnp.stack([mean(block[f"before_{part}"], first_axis=first_axis) for part in _PARTS], axis=-1)
 
     stacked, rest = _blocks(config, intermediates)
     layers = _in_order([parts(block, 1) for block in stacked], [parts(block, 0) for block in rest])
-    return jnp.concatenate([layers, mean(intermediates["final_norm"])[None]])
+    return jnp.concatenate([layers, mean(intermediates["before_final_norm"])[None]])

@@ -156,7 +156,8 @@ def diverged(trained, tmp_path_factory):
     door = trained.beside(directory)
     failed = door.run(
         "train.py", "--config", "config.py", "--optimizer.learning-rate", "1e6", "--checkpoint.every-steps", "1",
-        "--training.max-skipped-steps", "4", "--training.sample-tokens", "0", exit_code=1,
+        "--checkpoint.keep-last", "1", "--training.max-skipped-steps", "4", "--training.sample-tokens", "0",
+        exit_code=1,
     )  # fmt: skip
     assert "nextllm replay runs/config/flight/step-2" in failed.stdout
     assert "4 steps in a row were skipped" in failed.stderr

@@ -19,6 +19,7 @@ SECTIONS = ("model", "data", "optimizer", "training", "checkpoint", "mesh")
 
 # A value other than the default's for every field of every section; a new field wants a row here, and a thought.
 OTHER = {
+    "training.spike_factor": 2.0,
     "model.layer_pattern": ("local",),
     "model.rope_scaling": "linear",
     "model.rope_attention_factor": 2.0,
