@@ -156,7 +156,7 @@ def test_memory_and_disk_are_compared_with_the_arithmetic(config, monkeypatch):
         assert found.status == status, found
     monkeypatch.undo()
     usage = shutil.disk_usage
-    for free, status in [(3 * state - 1, "PROBLEM"), (3 * state, "warning"), (10 * state, "ok")]:
+    for free, status in [(4 * state - 1, "PROBLEM"), (4 * state, "warning"), (10 * state, "ok")]:
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage(path)._replace(free=free))
         (found,) = [found for found in diagnose(config) if found.name == "disk"]
         assert found.status == status, found

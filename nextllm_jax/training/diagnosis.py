@@ -27,7 +27,7 @@ from nextllm_jax.training.step import mean_gradient, updated
 
 HEAD_AND_LOSS = "head and loss"
 _PARTS = ("attention_norm", "attention", "attention_post_norm", "mlp_norm", "mlp", "mlp_post_norm")
-_SUMMED_PRODUCTS = {"attention/o": "scores and weighted values", "mlp/down": "silu(gate) * up"}
+_SUMMED_PRODUCTS = {"attention/o": "scores and weighted values", "mlp/down": "activated gate * up"}
 
 
 @flax.struct.dataclass

@@ -35,7 +35,10 @@ _FLEXIBLE_MODEL = frozenset(
         *("model.context_length", "model.rope_theta", "model.rope_scaling", "model.rope_scaling_factor"),
         *("model.rope_original_context_length", "model.rope_low_freq_factor", "model.rope_high_freq_factor"),
         *("model.rope_beta_fast", "model.rope_beta_slow", "model.rope_attention_factor"),
-        *("model.sliding_window", "model.norm_eps", "model.init_std"),
+        *("model.rope_local_theta", "model.rotary_dim", "model.rope_short_factors", "model.rope_long_factors"),
+        *("model.sliding_window", "model.norm_eps", "model.init_std", "model.activation", "model.norm_scale_offset"),
+        *("model.attention_scale", "model.attention_soft_cap", "model.logit_soft_cap", "model.logit_divisor"),
+        *("model.embedding_scale", "model.residual_scale"),
     ]
 )
 

@@ -67,7 +67,7 @@ FORWARD = {
         ((*SCAN, "attention", "k", "kernel"), 1e22),
     ],
     "layer 1 attention o": [((*SCAN, "attention", "o", "kernel"), np.nan)],
-    "layer 1 mlp (silu(gate) * up)": [
+    "layer 1 mlp (activated gate * up)": [
         ((*SCAN, "mlp", "gate", "kernel"), 1e25),
         ((*SCAN, "mlp", "up", "kernel"), 1e25),
     ],
