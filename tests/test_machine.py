@@ -123,6 +123,6 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
 
 def test_retention_counts_in_the_disk_that_is_needed(tmp_path):
     message, _ = machine.disk(Config(workdir=str(tmp_path)), data_bytes=0)
-    assert message.startswith("up to 2 checkpoints of ")
+    assert message.startswith("up to 3 checkpoints of ")
     kept = CheckpointConfig(keep_last=3, keep_every_steps=1000)  # and 5,000 steps
     assert machine.disk(Config(workdir=str(tmp_path), checkpoint=kept), data_bytes=0)[0].startswith("up to 9 check")

@@ -195,17 +195,17 @@ def killed_prepare(place: str, count: int = 1) -> Harm:
 
 
 def tiny_disk(case: Case) -> None:
-    """A file system of 400 KiB under the checkpoints, with room again for the next training."""
+    """A file system of 4 MiB under the checkpoints, all but full, with room again for the next training."""
     checkpoints, latest = case.run / "checkpoints", case.latest.name
     kept = case.door.directory / "kept"
     checkpoints.rename(kept)
     checkpoints.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", checkpoints]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", checkpoints]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("mounting a file system needs root")
     try:
         shutil.copytree(kept / latest, checkpoints / latest)
-        (checkpoints / "filler").write_bytes(bytes(shutil.disk_usage(checkpoints).free // 2))
+        (checkpoints / "filler").write_bytes(bytes(shutil.disk_usage(checkpoints).free - 65_536))
         output = case.train(exit_code=1)
         assert re.search("error: step 40 could not be saved .*No space left on device.*; step \\d+ stands", output), (
             output
@@ -217,8 +217,8 @@ def tiny_disk(case: Case) -> None:
 
 
 def removed_while_saving(case: Case) -> None:
-    """The checkpoints are removed under a training; the next begins again."""
-    process = case.door.start("train.py", "--config", "config.py")
+    """The checkpoints are removed under a training that has saved some; the next begins again."""
+    process = case.fresh().door.start("train.py", "--config", "config.py")
     for line in process.stdout:
         if re.search(r"step\D*32\b", line):
             shutil.rmtree(case.run / "checkpoints")
@@ -288,7 +288,7 @@ ROWS = {
     "SIGINT while saving": Row(signalled(signal.SIGINT, SAVE, fresh=True), slow=True),
     "Ctrl-C twice": Row(signalled_twice),
     # disks
-    "a disk of 400 KiB": Row(tiny_disk),
+    "a small disk": Row(tiny_disk),
     "full disk at the arrays": Row(full_disk(SAVE), slow=True),
     "full disk at a manifest": Row(full_disk(f"{FILES}:write_manifest")),
     "full disk at metrics.jsonl": Row(full_disk("nextllm_jax.training.writers:Writers._append", 3)),
