@@ -30,7 +30,7 @@ def cause(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def writing(path: epath.Path) -> Iterator[None]:
-    """A context in which a failure to write `path` becomes one sentence, as RunFailed."""
+    """A context in which a failure to write `path` (a full disk) becomes one sentence, as RunFailed."""
     try:
         yield
     except OSError as error:

@@ -15,7 +15,8 @@ from etils import epath
 
 from nextllm_jax.config import Config
 from nextllm_jax.distributed import Group
-from nextllm_jax.errors import InputError, RunFailed
+from nextllm_jax.errors import InputError
+from nextllm_jax.orbax_errors import writing
 from nextllm_jax.training.resume_guard import CONFIG, Change, read_run, require_resumable
 
 _LOCK = ".lock"
@@ -91,18 +92,6 @@ def write_atomically(path: epath.Path, content: bytes) -> None:
     with writing(path):
         new.write_bytes(content)
         new.replace(path)
-
-
-@contextlib.contextmanager
-def writing(path: epath.Path) -> Iterator[None]:
-    """A context in which a failure to write `path` (a full disk) becomes one sentence, as RunFailed."""
-    try:
-        yield
-    except OSError as error:
-        raise RunFailed(
-            f"{path} cannot be written ({error.strerror or error}); make room or mend permissions, "
-            "and run the same command again to continue from the latest checkpoint"
-        ) from error
 
 
 def require_run_or_empty(workdir: epath.PathLike) -> None:

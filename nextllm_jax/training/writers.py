@@ -13,7 +13,8 @@ from typing import Any
 
 from etils import epath
 
-from nextllm_jax.training.run_directory import write_atomically, writing
+from nextllm_jax.orbax_errors import writing
+from nextllm_jax.training.run_directory import write_atomically
 
 # The fields of a line of metrics.jsonl, in order; bits_per_byte is in the validation lines alone.
 _FIELDS = ("step", "split", "loss", "perplexity", "bits_per_byte", "learning_rate", "grad_norm",
