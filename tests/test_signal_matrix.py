@@ -5,6 +5,7 @@
 
 import re
 import signal
+import time
 
 import pytest
 
@@ -48,10 +49,13 @@ def test_a_signal_in_any_phase_loses_nothing(trained, door, phase, number, count
     codes, seconds, output = interrupt(door, phase, number, count, who)
     steps = saved_steps(door.directory / RUN)
     print(f"\n{phase} | {number.name} | {who} of {count} | exit {codes} | {seconds:.2f} s | saved {steps}")
-    assert codes == [75] * count, output
-    saved = re.search(r"saved step (\d+) and stopped", output)
-    assert saved or "nothing is lost" in output
-    assert steps[-1:] == ([int(saved[1])] if saved else [])
+    if phase == "last evaluation" and "finished at step 40" in output:  # it came behind the last place to stop at
+        assert codes == [0] * count, output
+    else:
+        assert codes == [75] * count, output
+        saved = re.search(r"saved step (\d+) and stopped", output)
+        assert saved or "nothing is lost" in output
+        assert steps[-1:] == ([int(saved[1])] if saved else [])
     assert "Traceback" not in output
     door.run("train.py", "--config", "config.py")
     assert_same_losses(door.directory, trained.directory)
@@ -61,6 +65,7 @@ def test_a_signal_in_any_phase_loses_nothing(trained, door, phase, number, count
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize(("count", "who"), WHO)
 def test_a_signal_while_preparing_leaves_what_is_continued(door, number, count, who):
+    (door.directory / "data").unlink()  # that of the other tests
     arguments = ["--data.corpus", "stdlib", "--data.tokenizer", "train", "--data.num-processes", "1"]
     with Processes(door, count, *arguments) as processes:
         processes.wait_for("training a tokenizer")
@@ -70,10 +75,9 @@ def test_a_signal_while_preparing_leaves_what_is_continued(door, number, count, 
         assert codes == [75] * count, processes.outputs()
         assert "while preparing data: nothing is lost" in processes.output(0)
     assert not (door.directory / "runs").exists()
-    again = door.run("nextllm_jax.cli", "prepare", "--config", "config.py", *arguments, "--output", next(
-        path.name.removesuffix(".partial") for path in (door.directory / "data").glob("stdlib-*.partial")
-    ))  # fmt: skip
-    assert "prepared" in again.stdout
+    options = [argument.replace("--data.", "--") for argument in arguments]
+    again = door.run("nextllm_jax.cli", "prepare", "--config", "config.py", *options)
+    assert "continuing the interrupted preparation" in again.stdout
 
 
 @pytest.mark.slow
@@ -89,14 +93,16 @@ def test_a_signal_while_waiting_for_the_others(door, number):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_second_signal_does_not_wait(door, number, code):
-    """Sent while an evaluation compiles, which the first one waits for."""
+def test_a_second_signal_does_not_wait(trained, door, number, code):
+    """Sent while an evaluation compiles, which the first one waits for; the exit code says that nothing was saved."""
     with Processes(door, 1, **NO_CACHE) as processes:
         processes.wait_for(r"step 20/40")
         processes.signal(number)
-        processes.wait_until(lambda: True)
+        time.sleep(0.1)  # the system keeps but one of two that come at once
         processes.signal(number)
         codes, seconds = processes.end()
         print(f"\nsecond signal | {number.name} | exit {codes} | {seconds:.2f} s")
         assert codes[0] in (code, -number), processes.outputs()
-    assert saved_steps(door.directory / RUN) == [15]
+    assert saved_steps(door.directory / RUN) in ([], [15])  # the save of step 15 may have been under way
+    door.run("train.py", "--config", "config.py")
+    assert_same_losses(door.directory, trained.directory)
