@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from nextllm_jax.config_model import ModelConfig
-from nextllm_jax.interop import huggingface
-from nextllm_jax.interop.huggingface_config import canonical
-from nextllm_jax.model.kv_cache import KVCache
-from nextllm_jax.model.transformer import Transformer, abstract_params
-from tests.interop.families import CASES, TIME, save_model
-
 torch = pytest.importorskip("torch", reason="torch is missing; install the extra 'parity'")
 pytest.importorskip("transformers", reason="transformers is missing; install the extra 'parity'")
 pytest.importorskip("safetensors", reason="safetensors is missing; install the extra 'interop'")
+
+from nextllm_jax.config_model import ModelConfig  # noqa: E402
+from nextllm_jax.interop import huggingface  # noqa: E402
+from nextllm_jax.interop.huggingface_config import canonical  # noqa: E402
+from nextllm_jax.model.kv_cache import KVCache  # noqa: E402
+from nextllm_jax.model.transformer import Transformer, abstract_params  # noqa: E402
+from tests.interop.families import CASES, TIME, save_model  # noqa: E402
 
 TOLERANCE = 1e-4
 """Of the greatest logit."""

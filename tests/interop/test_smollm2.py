@@ -9,18 +9,20 @@ import jax
 import numpy as np
 import pytest
 
-import nextllm_jax
-from nextllm_jax.config import SamplingConfig
-from nextllm_jax.convert import export_model
-from nextllm_jax.inference.generate import Generation
-from nextllm_jax.interop import huggingface
-from nextllm_jax.interop.gguf import GGUFFile
-from nextllm_jax.interop.names import parts_of
-from nextllm_jax.interop.streaming import tensors_of
-from tests.interop.models import on_one_device
-
 torch = pytest.importorskip("torch", reason="torch is missing; install the extra 'parity'")
 transformers = pytest.importorskip("transformers", reason="transformers is missing; install the extra 'parity'")
+pytest.importorskip("safetensors", reason="safetensors is missing; install the extra 'interop'")
+
+import nextllm_jax  # noqa: E402
+from nextllm_jax.config import SamplingConfig  # noqa: E402
+from nextllm_jax.convert import export_model  # noqa: E402
+from nextllm_jax.inference.generate import Generation  # noqa: E402
+from nextllm_jax.interop import huggingface  # noqa: E402
+from nextllm_jax.interop.gguf import GGUFFile  # noqa: E402
+from nextllm_jax.interop.names import parts_of  # noqa: E402
+from nextllm_jax.interop.streaming import tensors_of  # noqa: E402
+from tests.interop.models import on_one_device  # noqa: E402
+
 pytestmark = pytest.mark.slow
 
 PROMPT = "The capital of France is"
