@@ -53,12 +53,15 @@ class TrainLoader:
 
     def host_batches(self, start_step: int) -> Iterator[Batch]:
         """The same batches as numpy arrays, of this process's rows only, read ahead by threads."""
-        steps = grain.MapDataset.range(start_step, sys.maxsize)
-        iterator = iter(steps.map(self._read).to_iter_dataset(_READ_OPTIONS))
+        iterator = iter(self.dataset(start_step))
         try:
             yield from iterator
         finally:
             iterator.close()
+
+    def dataset(self, start_step: int) -> grain.IterDataset[Batch]:
+        """The grain dataset of those batches."""
+        return grain.MapDataset.range(start_step, sys.maxsize).map(self._read).to_iter_dataset(_READ_OPTIONS)
 
     def position(self, step: int) -> dict[str, Any]:
         """What a checkpoint records so that training goes on at `step` with the same order; plain JSON values.
