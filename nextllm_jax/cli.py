@@ -87,25 +87,28 @@ def _default_run(argv: list[str]) -> Config:
 
 def train_command(argv: list[str]) -> int:
     """Prepare the data if it is not there, then train; the exit code."""
+    file = _default_run(argv)
     arguments = tyro.cli(
         TrainArguments,
         args=argv,
-        default=TrainArguments(config=tyro.MISSING, run=_default_run(argv)),
+        default=TrainArguments(config=tyro.MISSING, run=file),
         description=f"{TrainArguments.__doc__}\n\n{process.describe()}",
     )
     process.restart_with_settings()
 
     group = Group(arguments.distributed)
     with StopRequest(group, may_exit=True) as stop, group:
-        _start(arguments, group, stop)
+        config = _start(arguments, file, group, stop)
 
+        from nextllm_jax.init_from import initial_params
         from nextllm_jax.training.loop import train
 
         outcome = train(
-            arguments.run,
+            config,
             overwrite=arguments.overwrite,
             allow_change=arguments.allow_change,
             sample_text=_sample_text,
+            initial_params=initial_params,
             group=group,
             stop=stop,
         )
@@ -113,25 +116,31 @@ def train_command(argv: list[str]) -> int:
     return EXIT_INTERRUPTED if outcome == "interrupted" else 0
 
 
-def _start(arguments: TrainArguments, group: Group, stop: StopRequest) -> None:
-    """Meet the other processes, if there are any, and have the data prepared; then connect jax."""
+def _start(arguments: TrainArguments, file: Config, group: Group, stop: StopRequest) -> Config:
+    """Meet the other processes, if there are any, and have the data prepared; then connect jax.
+
+    Returns the config to train, with the model of init_from. `file` is the config before the command line changed it.
+    """
     from nextllm_jax.data.prepare import ensure_prepared
+    from nextllm_jax.init_from import with_source
     from nextllm_jax.training.resume_guard import allowed_fields, local_workdir, require_resumable
 
     stop.nothing_to_lose("waiting for the other processes")
     workdir, consent = local_workdir(arguments.run), allowed_fields(arguments.allow_change)
     group.meet()
+    config = with_source(arguments.run, file, overwrite=arguments.overwrite)
     choices = {"--overwrite": str(arguments.overwrite), "--allow-change": ", ".join(sorted(consent))}
-    group.check_same({**choices, **facts_of(arguments.run)})
+    group.check_same({**choices, **facts_of(config)})
     stop.nothing_to_lose("preparing data")
     if group.process_id == 0:
         if not arguments.overwrite:
-            require_resumable(workdir, arguments.run, consent)
-        ensure_prepared(arguments.run.data)
+            require_resumable(workdir, config, consent)
+        ensure_prepared(config.data)
     group.gather(None, "process 0 to prepare the data")
     stop.nothing_to_lose("starting")
     use_compilation_cache()
     group.start_jax()
+    return config
 
 
 def _sample_text(
@@ -228,8 +237,13 @@ def doctor_command(argv: list[str]) -> int:
     config_given = any(argument.partition("=")[0] == "--config" for argument in argv)
     if "--resume-proof" in argv and not config_given:
         argv = ["--config", "configs/tiny.py", *argv]
-    default = DoctorArguments(config=tyro.MISSING, run=_default_run(argv))
+    from nextllm_jax.init_from import with_source
+
+    file = _default_run(argv)
+    default = DoctorArguments(config=tyro.MISSING, run=file)
     arguments = tyro.cli(DoctorArguments, args=argv, prog="nextllm doctor", default=default)
+    config = with_source(arguments.run, file, overwrite=arguments.overwrite)
+    arguments = dataclasses.replace(arguments, run=config)
     return _prove_resuming(arguments) if arguments.resume_proof else _diagnose(arguments)
 
 

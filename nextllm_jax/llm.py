@@ -29,6 +29,7 @@ from nextllm_jax.model.transformer import (
     unstack_layers,
 )
 from nextllm_jax.ops.cross_entropy import cross_entropy
+from nextllm_jax.source import restore_params
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 128
@@ -262,14 +263,15 @@ def load(path: str, *, step: str | int | None = None, dtype: str | None = None) 
             f"{path} is not a run directory; give the one that train.py wrote, such as runs/tiny, "
             "with config.json, tokenizer and checkpoints in it, or a Hugging Face directory, or a .gguf file"
         )
-    config = read_config(config_file).model
+    run_config = read_config(config_file)
+    config = run_config.model
     compute_dtype = resolve_dtype(dtype or config.dtype, jax.default_backend())
     set_matmul_precision(compute_dtype)
     tokenizer = Tokenizer.load(run / "tokenizer")
     with Checkpoints(run / "checkpoints") as checkpoints:
         if step is None:
             step = "latest" if checkpoints.best_step() is None else "best"
-        params = checkpoints.restore(checkpoints.resolve(step), "params", _on_one_device(abstract_params(config)))
+        params = restore_params(run, checkpoints.resolve(step), run_config, _on_one_device)
     params = cast_matrices(params, compute_dtype)
     scan_layers = config.num_layers > MAX_UNROLLED_LAYERS
     if not scan_layers:

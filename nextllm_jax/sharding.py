@@ -31,6 +31,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "norm": (),
+    "rank": (),
     "layers": (),
 }
 

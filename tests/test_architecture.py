@@ -21,9 +21,12 @@ LAYERS = [  # a module imports from the rows below its own
     ("doctor", "resume_proof"),
     ("conversation", "evaluation", "harness"),
     ("llm", "plan", "verify", "machine", "convert"),
+    ("init_from",),
+    ("source",),
     ("training", "inference"),
     ("data", "model"),
     ("interop",),
+    ("base",),
     ("checkpoint",),
     ("checkpoint_files", "orbax_errors"),
     ("sharding",),
@@ -36,8 +39,8 @@ LAYERS = [  # a module imports from the rows below its own
     ("errors",),
 ]
 FOLDERS = {  # inside a folder a file imports from those to its left
-    "ops": ("rope", "linear", "cross_entropy", "quantized", "splash", "attention"),
-    "model": ("layers", "kv_cache", "attention", "transformer", "quantize", "accounting"),
+    "ops": ("rope", "linear", "quantized", "cross_entropy", "splash", "attention"),
+    "model": ("lora", "layers", "kv_cache", "attention", "transformer", "quantize", "accounting"),
     "tokenizer": (
         "backends",
         "patterns",

@@ -123,7 +123,7 @@ class Transformer(nn.Module):
         if num_periods:
             self.layers = nn.scan(
                 Period,
-                variable_axes={"params": 0, "intermediates": 0},
+                variable_axes={"params": 0, "intermediates": 0, "adapters": 0},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=num_periods,

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from nextllm_jax.base import restore_base
 from nextllm_jax.checkpoint import Checkpoints
 from nextllm_jax.config import Config
 from nextllm_jax.data.packing import Batch
@@ -18,6 +19,7 @@ from nextllm_jax.training.state import (
     create_state,
     recent_losses,
     shardings_of,
+    state_from,
     with_recent_losses,
 )
 from nextllm_jax.training.step import StepMetrics, make_eval_step, make_train_step
@@ -29,11 +31,14 @@ class Program:
 
     model: Transformer
     train_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
-    eval_step: Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+    eval_step: Callable[..., tuple[jax.Array, jax.Array]]
     abstract_state: TrainState
     create_state: Callable[[], TrainState]
+    """The state of step 0 with random parameters."""
+    state_from: Callable[[Any], TrainState]
+    """The state of step 0 with given parameters, which are used up."""
     restore_state: Callable[[Checkpoints, int], tuple[TrainState, dict[str, Any]]]
-    """The state and the record of a saved step. Raises as `Checkpoints.restore` does."""
+    """The state and the record of a saved step. Raises as `Checkpoints.restore` and `restore_base` do."""
 
 
 def build_program(config: Config, mesh: Mesh) -> Program:
@@ -41,16 +46,23 @@ def build_program(config: Config, mesh: Mesh) -> Program:
     dtype = resolve_dtype(config.model.dtype, jax.default_backend(), training=True)
     model = Transformer(config.model, dtype)
     optimizer = make_optimizer(config.optimizer)
-    arrays = abstract_state(model, optimizer, mesh)
+    arrays = abstract_state(model, optimizer, mesh, config.lora)
     training = config.training
     window_steps = training.spike_window_steps if training.spike_factor else 0
 
     def create() -> TrainState:
         return with_recent_losses(create_state(model, optimizer, mesh, config.seed), [], window_steps, mesh)
 
+    def start_from(params: Any) -> TrainState:
+        state = state_from(params, model, optimizer, mesh, config.lora, config.seed)
+        return with_recent_losses(state, [], window_steps, mesh)
+
     def restore(checkpoints: Checkpoints, step: int) -> tuple[TrainState, dict[str, Any]]:
-        state = checkpoints.restore(step, "rest", dataclasses.replace(arrays, params=None))
+        state = checkpoints.restore(step, "rest", dataclasses.replace(arrays, params=None, frozen=None))
         state = dataclasses.replace(state, params=checkpoints.restore(step, "params", arrays.params))
+        if arrays.frozen is not None:
+            params = restore_base(checkpoints, step, arrays.frozen.params)
+            state = dataclasses.replace(state, frozen=dataclasses.replace(arrays.frozen, params=params))
         record = checkpoints.record(step)
         return with_recent_losses(state, record.get("recent_losses", []), window_steps, mesh), record
 
@@ -69,11 +81,12 @@ def build_program(config: Config, mesh: Mesh) -> Program:
         eval_step=make_eval_step(model),
         abstract_state=abstract,
         create_state=create,
+        state_from=start_from,
         restore_state=restore,
     )
 
 
 def to_save(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
     """The items of a checkpoint, and what its record holds beside them; `Program.restore_state` puts them together."""
-    items = {"params": state.params, "rest": dataclasses.replace(state, params=None, recent_losses=None)}
+    items = {"params": state.params, "rest": dataclasses.replace(state, params=None, recent_losses=None, frozen=None)}
     return items, {"recent_losses": recent_losses(state)} if state.recent_losses is not None else {}

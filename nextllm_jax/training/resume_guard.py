@@ -42,11 +42,15 @@ _FLEXIBLE_MODEL = frozenset(
     ]
 )
 
+_FIXED = frozenset(["lora.rank", "lora.targets", "lora.frozen"])
+
 # What consent means where it is not just that the new value holds from the next step on.
 _OTHER_DATA = "the next step begins other data, in an order of its own, and validation losses cease to compare"
 _OTHER_TOKENIZER = "consent helps only if it is another name of the same tokenizer"
 _MEANING = {
     "seed": "the data begins again in another order, the weights stay",
+    "init_from": "the weights are made already, so that it has no effect",
+    "lora.alpha": "the adapters count for more or less from the next step on, and the model jumps",
     "model.init_std": "the weights are made already, so that it has no effect",
     "data.sequence_length": "the data begins again, cut into other windows in another order",
     "training.global_batch_size": "the data goes on where it is, with more or fewer windows a step",
@@ -92,7 +96,8 @@ def _is_free(name: str) -> bool:
 
 
 def _is_allowable(name: str) -> bool:
-    return _is_free(name) or not name.startswith("model.") or name in _FLEXIBLE_MODEL
+    fixed = name in _FIXED or name.startswith("model.")
+    return _is_free(name) or not fixed or name in _FLEXIBLE_MODEL
 
 
 def local_workdir(config: Config) -> str:
