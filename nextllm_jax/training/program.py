@@ -58,7 +58,7 @@ def build_program(config: Config, mesh: Mesh) -> Program:
         return with_recent_losses(state, [], window_steps, mesh)
 
     def restore(checkpoints: Checkpoints, step: int) -> tuple[TrainState, dict[str, Any]]:
-        state = checkpoints.restore(step, "rest", dataclasses.replace(arrays, params=None, frozen=None))
+        state = TrainState(**checkpoints.restore(step, "rest", _rest(arrays)))
         state = dataclasses.replace(state, params=checkpoints.restore(step, "params", arrays.params))
         if arrays.frozen is not None:
             params = restore_base(checkpoints, step, arrays.frozen.params)
@@ -88,5 +88,11 @@ def build_program(config: Config, mesh: Mesh) -> Program:
 
 def to_save(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
     """The items of a checkpoint, and what its record holds beside them; `Program.restore_state` puts them together."""
-    items = {"params": state.params, "rest": dataclasses.replace(state, params=None, recent_losses=None, frozen=None)}
+    items = {"params": state.params, "rest": _rest(state)}
     return items, {"recent_losses": recent_losses(state)} if state.recent_losses is not None else {}
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds beside the parameters, by its name in the state; others are saved elsewhere."""
+    names = (field.name for field in dataclasses.fields(state) if field.name != "frozen")
+    return {name: getattr(state, name) for name in names} | {"params": None, "recent_losses": None}
