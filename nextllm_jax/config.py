@@ -24,6 +24,11 @@ class DataConfig:
     .parquet, or hf:NAME for a Hugging Face dataset (name or local directory)."""
     text_field: str = "text"
     """Field of jsonl, parquet and Hugging Face rows that holds the text."""
+    messages_field: str | None = None
+    """Field of rows that holds a conversation, a list of {role, content}, such as messages: training is on what the
+    assistant says alone. None: rows hold text."""
+    chat_template: str | None = None
+    """Jinja file that turns such conversations into text; none: the tokenizer's own template."""
     hf_config: str | None = None
     """Configuration name of a Hugging Face dataset, such as sample-10BT."""
     hf_split: str = "train"

@@ -53,7 +53,7 @@ FOLDERS = {  # inside a folder a file imports from those to its left
         "published",
         "chat",
     ),
-    "data": ("corpora", "shards", "data_directory", "prepare", "packing", "loader"),
+    "data": (*("conversations", "corpora", "shards", "data_directory", "processes", "prepare", "packing", "loader"),),
     "training": (
         *(
             "optimizer",

@@ -18,9 +18,9 @@ from nextllm_jax.base import RECORD, base_id, save_base
 from nextllm_jax.checkpoint import Checkpoints, DamagedCheckpoint
 from nextllm_jax.config import Config, ModelConfig
 from nextllm_jax.data.loader import TrainLoader, validation_batches
-from nextllm_jax.data.packing import Batch
+from nextllm_jax.data.packing import Batch, describe_windows
 from nextllm_jax.data.prepare import default_data_path
-from nextllm_jax.data.shards import Dataset
+from nextllm_jax.data.shards import SPLITS, Dataset
 from nextllm_jax.distributed import Group
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.accounting import flops_per_token, parameter_count
@@ -176,6 +176,9 @@ def train(
         if run.set_aside:
             writers.message(f"the run that was here is in {run.set_aside}")
         writers.message(_describe(config, program, mesh, dataset))
+        for split in SPLITS:
+            if said := describe_windows(dataset.split(split), config.data.sequence_length):
+                writers.message(said)
         if step:
             writers.message(f"continuing from step {step} of {run.path}")
         for change in run.changes:

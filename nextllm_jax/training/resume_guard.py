@@ -56,6 +56,8 @@ _MEANING = {
     "training.global_batch_size": "the data goes on where it is, with more or fewer windows a step",
     "data.corpus": _OTHER_DATA,
     "data.text_field": _OTHER_DATA,
+    "data.messages_field": _OTHER_DATA,
+    "data.chat_template": _OTHER_DATA,
     "data.hf_config": _OTHER_DATA,
     "data.hf_split": _OTHER_DATA,
     "data.validation_fraction": _OTHER_DATA,
