@@ -19,7 +19,7 @@ from packaging.specifiers import SpecifierSet
 from nextllm_jax import hardware
 from nextllm_jax.checkpoint import Checkpoints
 from nextllm_jax.config import Config
-from nextllm_jax.model.accounting import parameter_count, train_state_bytes
+from nextllm_jax.model.accounting import adapter_count, frozen_bytes, parameter_count, train_state_bytes
 
 Status = Literal["ok", "warning", "PROBLEM"]
 
@@ -58,8 +58,11 @@ def memory(config: Config, mesh: Mesh) -> tuple[str, Status]:
     Activations are not counted: less than this cannot be enough, more may still not be.
     """
     gradients = parameter_count(config.model) * (4 if config.model.param_dtype == "float32" else 2)
+    if config.lora.rank:
+        gradients = adapter_count(config.model, config.lora) * 4
     parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    needed = (train_state_bytes(config.model) + gradients) / parts
+    state = train_state_bytes(config.model, config.lora)
+    needed = (state + frozen_bytes(config.model, config.lora) + gradients) / parts
     device = mesh.devices.flat[0]
     what = f"parameters, gradients and AdamW's moments take {_size(needed)} a device"
     free_host = hardware.available_host_memory()
@@ -69,7 +72,7 @@ def memory(config: Config, mesh: Mesh) -> tuple[str, Status]:
     chip = hardware.chip(device.device_kind)
     limit = (device.memory_stats() or {}).get("bytes_limit", chip.hbm_bytes if chip else None)
     said, status = _compare(what, needed, limit, device.device_kind)
-    copy = train_state_bytes(config.model) / parts * len(mesh.local_devices)
+    copy = state / parts * len(mesh.local_devices)
     if status == "ok" and free_host is not None and copy > free_host:
         return f"{said}; a save copies {_size(copy)} to the host, which has {_size(free_host)} free", "warning"
     return said, status
@@ -91,7 +94,7 @@ def disk(config: Config, *, data_bytes: int) -> tuple[str, Status]:
     """
     workdir = Path(config.workdir or ".")
     _require_writable(workdir)
-    each = train_state_bytes(config.model)
+    each = train_state_bytes(config.model, config.lora)
     kept = config.checkpoint.keep_last + 1  # the best
     if every := config.checkpoint.keep_every_steps:
         kept += config.training.steps // every

@@ -23,7 +23,7 @@ from nextllm_jax.data.prepare import default_data_path
 from nextllm_jax.data.shards import SPLITS, Dataset
 from nextllm_jax.distributed import Group
 from nextllm_jax.errors import InputError
-from nextllm_jax.model.accounting import flops_per_token, parameter_count
+from nextllm_jax.model.accounting import adapter_count, flops_per_token, parameter_count
 from nextllm_jax.model.transformer import set_matmul_precision
 from nextllm_jax.sharding import make_mesh, sharding
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
@@ -102,7 +102,7 @@ def _checkpoints(directory: epath.Path, config: Config, dataset: Dataset) -> Che
 
 def _describe(config: Config, program: Program, mesh: Mesh, dataset: Dataset) -> str:
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
-    trained = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.params)) if config.lora.rank else 0
+    trained = adapter_count(config.model, config.lora)
     return (
         f"{parameter_count(config.model):,} parameters{f' below {trained:,} in adapters' if trained else ''}, "
         f"{np.dtype(program.model.dtype).name} matmuls, "
@@ -269,10 +269,10 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
 
 
 def _make_meter(session: Session, record: dict[str, Any]) -> TrainMeter:
-    devices = session.mesh.devices
+    devices, config = session.mesh.devices, session.config
     chip = hardware.chip(devices.flat[0].device_kind)
     return TrainMeter(
-        flops_per_token=flops_per_token(session.config.model, session.config.data.sequence_length),
+        flops_per_token=flops_per_token(config.model, config.data.sequence_length, config.lora),
         peak_flops=chip.peak_flops_bf16 * devices.size if chip else None,
         tokens_seen=record.get("tokens_seen", 0),
         elapsed_seconds=record.get("elapsed_seconds", 0.0),
