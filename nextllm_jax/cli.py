@@ -237,11 +237,12 @@ def doctor_command(argv: list[str]) -> int:
     config_given = any(argument.partition("=")[0] == "--config" for argument in argv)
     if "--resume-proof" in argv and not config_given:
         argv = ["--config", "configs/tiny.py", *argv]
-    from nextllm_jax.init_from import with_source
-
     file = _default_run(argv)
     default = DoctorArguments(config=tyro.MISSING, run=file)
     arguments = tyro.cli(DoctorArguments, args=argv, prog="nextllm doctor", default=default)
+
+    from nextllm_jax.init_from import with_source
+
     config = with_source(arguments.run, file, overwrite=arguments.overwrite)
     arguments = dataclasses.replace(arguments, run=config)
     return _prove_resuming(arguments) if arguments.resume_proof else _diagnose(arguments)
