@@ -22,6 +22,7 @@ _NEW_RUN = "start a new run: another --workdir, or --overwrite to set the old ru
 _FREE = frozenset(
     [
         *("workdir", "platform", "mesh", "checkpoint", "model.dtype", "model.remat"),
+        *("model.remat_offload", "optimizer.shard_over_data", "optimizer.offload_state"),
         *("data.path", "data.num_processes", "data.tokens_per_shard", "data.verify"),
         *("training.accumulation_steps", "training.log_every_steps", "training.evaluate_every_steps"),
         *("training.evaluation_batch_size", "training.max_skipped_steps"),
