@@ -209,6 +209,9 @@ class MeshConfig:
     """Fully sharded data parallelism: batch, parameters and optimizer state are divided."""
     sequence: int = 1
     """Context parallelism: each sequence is divided."""
+    context_parallelism: Literal["all_gather", "ring"] = "all_gather"
+    """How divided sequences attend: each device gathers all keys and values, or these go around in a ring, which
+    needs less memory and sends the same."""
     tensor: int = 1
     """Tensor parallelism: heads, mlp and vocabulary are divided."""
 

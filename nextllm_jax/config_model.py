@@ -95,6 +95,11 @@ class ModelConfig:
     init_std / sqrt(2 num_layers)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the matmuls; auto: bfloat16, but float32 on a CPU without bfloat16 units."""
+    attention: Literal["auto", "xla", "blockwise", "splash", "cudnn"] = "auto"
+    """How training attends: plain XLA; blockwise in XLA, for long sequences; splash, a Pallas kernel for TPUs; cuDNN's
+    flash attention, for GPUs. auto: what is best on the devices, printed at the start."""
+    attention_blocks: tuple[int, ...] = ()
+    """Positions in a block of queries and in one of keys, for blockwise and splash; none: by the chip."""
     param_dtype: DType = "float32"
     """Type in which parameters are kept."""
     remat: Literal["none", "dots", "save_attention", "full"] = "none"
@@ -116,6 +121,11 @@ class ModelConfig:
         offload = not self.remat_offload or self.remat != "none"
         require(offload, "model.remat_offload needs something that remat saves; set model.remat to full, or another")
         require(len(self.layer_pattern) > 0, "model.layer_pattern is empty; ('global',) is the plain Llama")
+        blocks = self.attention_blocks
+        require(
+            len(blocks) in (0, 2) and all(block > 0 for block in blocks),
+            f"model.attention_blocks is {blocks}; it must be two positive numbers, of queries and of keys, or none",
+        )
         self._check_rope()
 
     def _check_rope(self) -> None:

@@ -6,7 +6,7 @@ mesh axes do not divide are errors, where Flax would quietly copy the array to e
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -70,6 +70,16 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(names))
+
+
+def per_shard(f: Callable[..., Any], in_names: Sequence[Sequence[str]], out_names: Sequence[str]) -> Callable[..., Any]:
+    """`f`, run on each device's part of its arguments: for what XLA cannot divide, such as Pallas kernels.
+
+    The names are the logical axes of each argument, and of the one result. Without a mesh in force this is `f`.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return f
+    return jax.shard_map(f, in_specs=tuple(map(spec, in_names)), out_specs=spec(out_names), check_vma=False)
 
 
 def sharding(mesh: Mesh, *names: str | None) -> NamedSharding:

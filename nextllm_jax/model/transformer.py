@@ -20,6 +20,7 @@ from nextllm_jax import hardware
 from nextllm_jax.config_model import LayerKind, ModelConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.attention import Attention
+from nextllm_jax.model.attention_kernel import AttentionKernel
 from nextllm_jax.model.kv_cache import KVCache
 from nextllm_jax.model.layers import Embed, SwiGLU, keep_mean_square, make_norm
 from nextllm_jax.ops import rope
@@ -41,6 +42,7 @@ class Block(nn.Module):
     config: ModelConfig
     kind: LayerKind
     dtype: Any
+    kernel: AttentionKernel
 
     @nn.compact
     def __call__(
@@ -56,7 +58,7 @@ class Block(nn.Module):
         config = self.config
         x_BTD = checkpoint_name(constrain(x_BTD, "batch", "seq", "activation_embed"), _BLOCK_INPUT)
         keep_mean_square(self, "before_attention", x_BTD)
-        attended, cache = Attention(config, self.kind, self.dtype, name="attention")(
+        attended, cache = Attention(config, self.kind, self.dtype, self.kernel, name="attention")(
             self._before("attention_norm", x_BTD), ropes.get(self.kind), positions_BT, segment_ids_BT, cache, layer
         )
         x_BTD = x_BTD + self._after("attention_post_norm", attended)
@@ -82,6 +84,7 @@ class Period(nn.Module):
 
     config: ModelConfig
     dtype: Any
+    kernel: AttentionKernel
 
     @nn.compact
     def __call__(
@@ -99,7 +102,7 @@ class Period(nn.Module):
         block = _remat(self.config, prevent_cse=False)
         for i, kind in enumerate(pattern):
             layer = period * len(pattern) + i
-            x_BTD, cache = block(self.config, kind, self.dtype, name=f"block_{i}")(
+            x_BTD, cache = block(self.config, kind, self.dtype, self.kernel, name=f"block_{i}")(
                 x_BTD, ropes, positions_BT, segment_ids_BT, cache, layer
             )
         return (x_BTD, cache), None
@@ -108,12 +111,14 @@ class Period(nn.Module):
 class Transformer(nn.Module):
     """Llama-style decoder (Touvron et al. 2023, arXiv:2302.13971); `dtype` is the type of the matmuls.
 
-    Without `scan_layers` it takes the parameters that `unstack_layers` makes.
+    `kernel` attends where there is no cache. Without `scan_layers` it takes the parameters that `unstack_layers`
+    makes.
     """
 
     config: ModelConfig
     dtype: Any = jnp.float32
     scan_layers: bool = True
+    kernel: AttentionKernel = AttentionKernel()
 
     def setup(self) -> None:
         config, param_dtype = self.config, jnp.dtype(self.config.param_dtype)
@@ -128,11 +133,11 @@ class Transformer(nn.Module):
                 in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=num_periods,
                 metadata_params={nn.PARTITION_NAME: "layers"},
-            )(config, self.dtype)
+            )(config, self.dtype, self.kernel)
         block = _remat(config, prevent_cse=True)
         pattern = config.layer_pattern
         num_rest = config.num_layers - num_periods * len(pattern)
-        self.remainder = [block(config, pattern[i % len(pattern)], self.dtype) for i in range(num_rest)]
+        self.remainder = [block(config, pattern[i % len(pattern)], self.dtype, self.kernel) for i in range(num_rest)]
         self.final_norm = make_norm(config)
         if not config.tie_embeddings:
             self.lm_head = Embed(*embed)

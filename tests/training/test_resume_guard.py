@@ -26,6 +26,8 @@ OTHER = {
     "model.dtype": "float32",
     "model.param_dtype": "bfloat16",
     "model.remat": "full",
+    "model.attention": "blockwise",
+    "model.attention_blocks": (256, 256),
     "model.num_kv_heads": 2,
     "model.rope_low_freq_factor": 2.0,
     "model.rope_beta_slow": 2.0,
@@ -55,6 +57,7 @@ OTHER = {
     "model.attention_soft_cap": 30.0,
     "model.logit_soft_cap": 30.0,
     "mesh.data": 2,
+    "mesh.context_parallelism": "ring",
     "platform": "cpu",
     "workdir": "other",
 }
@@ -66,12 +69,13 @@ FREE = {
     *("training.evaluation_batch_size", "training.max_skipped_steps", "training.sample_prompts"),
     *("training.sample_tokens", "checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_every_steps"),
     *("checkpoint.strict", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor"),
+    *("model.attention", "model.attention_blocks", "mesh.context_parallelism"),
 }
 NEVER = {
     *("model.vocab_size", "model.num_layers", "model.embed_dim", "model.mlp_dim", "model.num_heads"),
     *("model.num_kv_heads", "model.head_dim", "model.layer_pattern", "model.qk_norm", "model.attention_bias"),
     *("model.tie_embeddings", "model.param_dtype", "model.norm_placement", "model.qk_norm_over"),
-    "model.attention_output_bias",
+    *("model.attention_output_bias", "optimizer.first_moment_dtype"),
 }
 
 
