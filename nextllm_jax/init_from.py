@@ -14,11 +14,10 @@ from nextllm_jax.data.shards import Dataset
 from nextllm_jax.errors import InputError
 from nextllm_jax.source import Place, cast, open_source
 from nextllm_jax.tokenizer.published import load_tokenizer
-from nextllm_jax.training.resume_guard import CONFIG, local_workdir
+from nextllm_jax.training.resume_guard import CONFIG, free_model_fields, local_workdir
 
-_OURS = ("dtype", "param_dtype", "remat")
-"""Fields of a model that say how it is computed and kept, not what it computes: they come from the config."""
-_NEVER_READ = ("init_std",)
+_OURS = ("param_dtype", *free_model_fields())
+"""Fields of a model that say how it is kept and computed, not what it computes: they come from the config."""
 
 
 def with_source(config: Config, file: Config, *, overwrite: bool = False) -> Config:
@@ -50,7 +49,7 @@ def initial_params(config: Config, place: Place) -> Any:
     """
     assert config.init_from is not None
     source = open_source(config.init_from)
-    differing = _differing(config.model, source.config, but=(*_OURS, *_NEVER_READ, "context_length"))
+    differing = _differing(config.model, source.config, but=(*_OURS, "init_std", "context_length"))
     if differing:
         raise InputError(f"init_from {config.init_from} holds another model now: {', '.join(differing)}; bring it back")
     data = Dataset.open(default_data_path(config.data), verify="sizes")

@@ -40,7 +40,7 @@ LAYERS = [  # a module imports from the rows below its own
 ]
 FOLDERS = {  # inside a folder a file imports from those to its left
     "ops": ("rope", "linear", "quantized", "cross_entropy", "splash", "attention"),
-    "model": ("lora", "layers", "kv_cache", "attention", "transformer", "quantize", "accounting"),
+    "model": ("lora", "layers", "kv_cache", "attention_kernel", "attention", "transformer", "quantize", "accounting"),
     "tokenizer": (
         "backends",
         "patterns",

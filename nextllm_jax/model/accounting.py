@@ -33,22 +33,28 @@ def adapter_count(config: ModelConfig, lora: LoraConfig) -> int:
     return config.num_layers * lora.rank * sum(embed + others.get(name, config.mlp_dim) for name in set(lora.targets))
 
 
-def train_state_bytes(config: ModelConfig, lora: LoraConfig | None = None) -> int:
-    """Bytes of what is trained and of AdamW's two moments, the first of which is float32 whatever the parameters are.
-
-    That is what a checkpoint holds: below adapters, which are float32, the frozen weights lie beside it.
-    """
+def parameter_bytes(config: ModelConfig, lora: LoraConfig | None = None) -> int:
+    """Bytes of what is trained, as it is kept: of the parameters, or of float32 adapters on frozen ones."""
     if lora is not None and lora.rank:
-        return adapter_count(config, lora) * 12
-    width = 4 if config.param_dtype == "float32" else 2
-    return parameter_count(config) * (width + 4 + width)
+        return adapter_count(config, lora) * 4
+    return parameter_count(config) * _width(config.param_dtype)
+
+
+def moment_bytes(config: ModelConfig, first_moment_dtype: str = "float32", lora: LoraConfig | None = None) -> int:
+    """Bytes of AdamW's two moments, the second of which is kept as what is trained is."""
+    count = adapter_count(config, lora) if lora is not None and lora.rank else parameter_count(config)
+    return count * _width(first_moment_dtype) + parameter_bytes(config, lora)
+
+
+def _width(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
 
 
 def frozen_bytes(config: ModelConfig, lora: LoraConfig) -> int:
     """Bytes of the weights that adapters stand on; 0 without adapters. Scales of int8 matrices are not counted."""
     if not lora.rank:
         return 0
-    width = 4 if config.param_dtype == "float32" else 2
+    width = _width(config.param_dtype)
     matrices = config.num_layers * _matrices(config)
     return (parameter_count(config) - matrices) * width + matrices * (1 if lora.frozen == "int8" else width)
 

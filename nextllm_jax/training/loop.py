@@ -106,7 +106,8 @@ def _describe(config: Config, program: Program, mesh: Mesh, dataset: Dataset) ->
     return (
         f"{parameter_count(config.model):,} parameters{f' below {trained:,} in adapters' if trained else ''}, "
         f"{np.dtype(program.model.dtype).name} matmuls, "
-        f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}{f' ({axes})' if axes else ''}; "
+        f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}{f' ({axes})' if axes else ''}, "
+        f"{program.model.kernel.name} attention ({program.model.kernel.reason}); "
         f"{dataset.split('train').num_tokens:,} training tokens"
     )
 

@@ -12,11 +12,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nextllm_jax.config import LoraConfig, ModelConfig
+from nextllm_jax.config import Config, LoraConfig, ModelConfig, OptimizerConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.model import lora as adapters
 from nextllm_jax.model.transformer import Transformer, abstract_params
-from nextllm_jax.sharding import tree_shardings
+from nextllm_jax.sharding import also_over_data, tree_shardings
 
 
 @flax.struct.dataclass
@@ -87,18 +87,26 @@ def _at_start(optimizer: optax.GradientTransformation, params: Any) -> TrainStat
 
 
 def abstract_state(
-    model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh, lora: LoraConfig | None = None
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    placement: OptimizerConfig | None = None,
+    lora: LoraConfig | None = None,
 ) -> TrainState:
     """The state as shapes, types and shardings, without a byte of it: what a checkpoint is restored into.
+
+    `placement` says where the moments lie (none: as the parameters do).
 
     Raises InputError if a parameter's axis cannot be divided over the mesh.
     """
     if lora is None or not lora.rank:
-        return placed(mesh, jax.eval_shape(lambda: _initial_state(model, optimizer, 0)))
-    boxed = abstract_params(model.config)
-    state = jax.eval_shape(lambda: _at_start(optimizer, adapters.create(lora, boxed, jax.random.key(0))))
-    frozen = adapters.Frozen(adapters.abstract_frozen(lora, boxed), lora.alpha / lora.rank)
-    return placed(mesh, dataclasses.replace(state, frozen=frozen))
+        state = placed(mesh, jax.eval_shape(lambda: _initial_state(model, optimizer, 0)))
+    else:
+        boxed = abstract_params(model.config)
+        state = jax.eval_shape(lambda: _at_start(optimizer, adapters.create(lora, boxed, jax.random.key(0))))
+        frozen = adapters.Frozen(adapters.abstract_frozen(lora, boxed), lora.alpha / lora.rank)
+        state = placed(mesh, dataclasses.replace(state, frozen=frozen))
+    return state if placement is None else _place_moments(state, placement)
 
 
 def placed(mesh: Mesh, boxed: Any) -> Any:
@@ -110,26 +118,47 @@ def placed(mesh: Mesh, boxed: Any) -> Any:
     )
 
 
+def _place_moments(state: TrainState, config: OptimizerConfig) -> TrainState:
+    """An abstract state whose moments are divided over "data" too, or in the host's memory, if the config says so."""
+
+    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = leaf.sharding
+        if config.shard_over_data and leaf.ndim:
+            sharding = also_over_data(sharding, leaf.shape)
+        if config.offload_state and leaf.ndim:
+            sharding = sharding.with_memory_kind("pinned_host")
+        return leaf.update(sharding=sharding)
+
+    return dataclasses.replace(state, opt_state=jax.tree.map(place, state.opt_state))
+
+
 def shardings_of(tree: Any) -> Any:
     """The sharding of each leaf of a tree of arrays or abstract arrays."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def create_state(model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
-    """The state of step 0, each array born on its own shard.
+def create_state(
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    seed: int,
+    placement: OptimizerConfig | None = None,
+) -> TrainState:
+    """The state of step 0, each array born on its own shard; see `abstract_state`.
 
     The values depend on the seed alone, not on the mesh.
     """
-    shardings = shardings_of(abstract_state(model, optimizer, mesh))
+    shardings = shardings_of(abstract_state(model, optimizer, mesh, placement))
     make = jax.jit(lambda: nn.meta.unbox(_initial_state(model, optimizer, seed)), out_shardings=shardings)
     return make()
 
 
 def state_from(
-    params: Any, model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh, lora: LoraConfig, seed: int
+    params: Any, model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh, config: Config
 ) -> TrainState:
     """The state of step 0 with these parameters, which are used up; with a rank, frozen below new adapters."""
-    shardings = shardings_of(abstract_state(model, optimizer, mesh, lora))
+    lora, seed = config.lora, config.seed
+    shardings = shardings_of(abstract_state(model, optimizer, mesh, config.optimizer, lora))
     if not lora.rank:
         return jax.jit(lambda params: _at_start(optimizer, params), out_shardings=shardings, donate_argnums=0)(params)
     boxed = abstract_params(model.config)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nextllm_jax.config import LoraConfig, MeshConfig, ModelConfig, OptimizerConfig
+from nextllm_jax.config import Config, DataConfig, LoraConfig, MeshConfig, ModelConfig, OptimizerConfig
 from nextllm_jax.model import lora
 from nextllm_jax.model.accounting import adapter_count, frozen_bytes
 from nextllm_jax.model.transformer import Transformer, abstract_params
@@ -26,6 +26,7 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 ALL = LoraConfig(rank=3, alpha=12.0)
 SOME = LoraConfig(rank=2, alpha=1.0, targets=("o", "down"))
+DATA = DataConfig(sequence_length=16, tokenizer="gpt2")
 OPTIMIZER = OptimizerConfig(learning_rate=0.05, warmup_steps=1, weight_decay=0.0)
 EQUATIONS = {"o": "NHR,RD->NHD", "q": "DR,RNH->DNH", "k": "DR,RNH->DNH", "v": "DR,RNH->DNH"}
 
@@ -112,8 +113,10 @@ def train(mesh_config, config, *, steps=3):
     model, optimizer = Transformer(CONFIG), make_optimizer(OPTIMIZER)
     on_mesh = jax.device_put(base_params(), shardings_of(placed(mesh, abstract_params(CONFIG))))
     with jax.set_mesh(mesh):
-        state = state_from(on_mesh, model, optimizer, mesh, config, seed=0)
-        abstract = abstract_state(model, optimizer, mesh, config)
+        state = state_from(
+            on_mesh, model, optimizer, mesh, Config(model=CONFIG, optimizer=OPTIMIZER, lora=config, data=DATA)
+        )
+        abstract = abstract_state(model, optimizer, mesh, lora=config)
         assert jax.tree.map(lambda leaf: leaf.sharding, state) == shardings_of(abstract)
         assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) < 3 * adapter_count(CONFIG, config)
         before = jax.device_get(state.frozen.params)
