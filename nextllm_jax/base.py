@@ -3,9 +3,11 @@
 import hashlib
 from typing import Any
 
+import jax
+import orbax.checkpoint as ocp
 from etils import epath
 
-from nextllm_jax import checkpoint_files
+from nextllm_jax import checkpoint_files, orbax_errors
 from nextllm_jax.checkpoint import Checkpoints
 from nextllm_jax.errors import InputError
 
@@ -16,7 +18,12 @@ RECORD = "base"
 
 def save_base(run: epath.PathLike, params: Any) -> None:
     """Write a run's base; returns when it is whole. Every process calls it."""
-    with Checkpoints(epath.Path(run) / DIRECTORY) as checkpoints:
+    base = epath.Path(run) / DIRECTORY
+    if jax.process_index() == 0 and (base / "0").exists():  # of a start that was cut short
+        with orbax_errors.writing(base):
+            checkpoint_files.delete(base / "0")
+    ocp.utils.sync_global_processes("base")
+    with Checkpoints(base) as checkpoints:
         checkpoints.save(0, {"params": params}, {}, validation_loss=None)
 
 

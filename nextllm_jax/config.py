@@ -291,6 +291,10 @@ class Config:
             f"optimizer.warmup_steps {warmup} is not below the schedule's {steps} steps "
             "(optimizer.schedule_steps, or training.steps)",
         )
+        _require(
+            not self.lora.rank or self.init_from is not None,
+            f"lora.rank is {self.lora.rank}, but adapters need weights to stand on; set init_from",
+        )
         if self.init_from is None:  # else the model is not known yet
             self.check_fit()
 

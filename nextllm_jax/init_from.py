@@ -28,10 +28,6 @@ def with_source(config: Config, file: Config, *, overwrite: bool = False) -> Con
     command line says otherwise is an InputError.
     """
     if config.init_from is None:
-        if config.lora.rank:
-            raise InputError(
-                f"lora.rank is {config.lora.rank}, but there are no weights for adapters to stand on; set --init-from"
-            )
         return config
     begun = None if overwrite else _begun(config)
     model = begun.model if begun else open_source(config.init_from).config

@@ -1,6 +1,8 @@
 """Training from other models' weights, at the user's door and inside it."""
 
 import dataclasses
+import json
+import re
 import shutil
 
 import jax
@@ -22,9 +24,15 @@ from nextllm_jax.llm import _on_one_device
 from nextllm_jax.training.resume_guard import require_resumable
 from nextllm_jax.verify import check_steps, find_steps
 from tests.conftest import CONFIG_FILE, Door
+from tests.processes import Processes
 from tests.runs import metrics, saved_arrays
 
 FINE_TUNE = CONFIG_FILE[: CONFIG_FILE.index("        model=")] + CONFIG_FILE[CONFIG_FILE.index("        data=") :]
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}] {% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
 SOURCES = {"hf": ("huggingface", "float32"), "model.gguf": ("gguf", "float32")}
 SHORT = ("--training.steps", "6", "--training.evaluate-every-steps", "6", "--optimizer.learning-rate", "0.02")
 
@@ -36,15 +44,14 @@ def sources(trained):
         export_model(
             str(trained.directory / "runs/config"), str(trained.directory / name), file_format=file_format, dtype=dtype
         )
-    (trained.directory / "tune.py").write_text(FINE_TUNE)
     return trained.directory
 
 
 @pytest.fixture
 def place(sources, trained, tmp_path) -> Door:
     """A fresh directory with the corpus, the config without a model, and copies of the sources."""
-    for name in ("corpus", "tune.py"):
-        (tmp_path / name).symlink_to(sources / name)
+    (tmp_path / "corpus").symlink_to(sources / "corpus")
+    (tmp_path / "config.py").write_text(FINE_TUNE)
     shutil.copytree(sources / "hf", tmp_path / "hf")
     shutil.copy(sources / "model.gguf", tmp_path / "model.gguf")
     return Door(tmp_path, trained._cache)
@@ -55,7 +62,7 @@ def best_loss(directory):
 
 
 def test_all_weights_are_tuned_from_where_the_source_ended(place, trained):
-    out = place.run("train.py", "--config", "tune.py", "--init-from", "hf", "--workdir", "tuned", *SHORT)
+    out = place.run("train.py", "--config", "config.py", "--init-from", "hf", "--workdir", "tuned", *SHORT)
     run = place.directory / "tuned"
     before, after = metrics(run, "validation")
     assert (before["step"], after["step"]) == (0, 6)
@@ -67,18 +74,18 @@ def test_all_weights_are_tuned_from_where_the_source_ended(place, trained):
     hashes = [nextllm_jax.load(str(place.directory / name)).tokenizer.hash for name in ("hf", "tuned")]
     assert hashes[0] == hashes[1]
     assert "hf" in out.stderr  # data/corpus-hf-... is prepared with it
-    arguments = ("train.py", "--config", "tune.py", "--init-from", "model.gguf", "--workdir", "tuned", *SHORT)
+    arguments = ("train.py", "--config", "config.py", "--init-from", "model.gguf", "--workdir", "tuned", *SHORT)
     failed = place.run(*arguments, exit_code=2)
     assert "init_from hf -> model.gguf" in failed.stderr
 
 
 def test_adapters_resume_bit_for_bit_without_the_source_and_every_door_merges_them(place, trained):
     adapted = ("--init-from", "model.gguf", "--lora.rank", "4", "--lora.alpha", "32", *SHORT)
-    place.run("train.py", "--config", "tune.py", *adapted, "--workdir", "whole")
+    place.run("train.py", "--config", "config.py", *adapted, "--workdir", "whole")
     part = ("--optimizer.schedule-steps", "6", "--workdir", "parts")
-    place.run("train.py", "--config", "tune.py", *adapted, *part, "--training.steps", "3")
+    place.run("train.py", "--config", "config.py", *adapted, *part, "--training.steps", "3")
     (place.directory / "model.gguf").unlink()
-    out = place.run("train.py", "--config", "tune.py", *adapted, *part)
+    out = place.run("train.py", "--config", "config.py", *adapted, *part)
     assert "continuing from step 3" in out.stdout
     whole, parts = place.directory / "whole", place.directory / "parts"
     losses = [[line["loss"] for line in metrics(run, "train")] for run in (whole, parts)]
@@ -104,7 +111,7 @@ def test_adapters_resume_bit_for_bit_without_the_source_and_every_door_merges_th
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), llm.params, merged.params)
 
     again = ("--init-from", "whole", "--lora.rank", "2", "--lora.frozen", "int8", "--workdir", "again")
-    place.run("train.py", "--config", "tune.py", *again, *SHORT, "--data.path", data, "--training.sample-tokens", "0")
+    place.run("train.py", "--config", "config.py", *again, *SHORT, "--data.path", data, "--training.sample-tokens", "0")
     before, *_, better = metrics(place.directory / "again", "validation")
     assert before["loss"] == pytest.approx(after["loss"], rel=0.01)
     assert better["loss"] < before["loss"]
@@ -113,6 +120,39 @@ def test_adapters_resume_bit_for_bit_without_the_source_and_every_door_merges_th
     manifest.write_text(manifest.read_text() + " ")
     with pytest.raises(InputError, match="holds other weights"):
         nextllm_jax.load(str(whole))
+
+
+def test_two_processes_read_their_shards_and_train_as_one(place):
+    adapted = ("--init-from", "model.gguf", "--lora.rank", "4", "--lora.frozen", "int8", *SHORT)
+    place.run("train.py", "--config", "config.py", *adapted, "--workdir", "one")
+    with Processes(place, 2, *adapted, "--mesh.fsdp", "2", "--workdir", "two") as two:
+        assert two.end()[0] == [0, 0], two.outputs()
+    for split in ("train", "validation"):
+        lines = [metrics(place.directory / run, split) for run in ("one", "two")]
+        losses = [[(line["step"], line["loss"]) for line in each] for each in lines]
+        np.testing.assert_allclose(losses[1], losses[0], rtol=2e-5)
+
+
+def test_conversations_are_learnt_from_a_file_of_messages(place):
+    talks = [
+        [{"role": "user", "content": f"what has {name}?"}, {"role": "assistant", "content": f"{name} has fish {n}."}]
+        for n in range(12)
+        for name in ("the cat", "a dog", "Zoë")
+    ]
+    talks.append([*talks[0], {"role": "user", "content": "more"}, {"role": "assistant", "content": "the cat " * 60}])
+    (place.directory / "talks.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    (place.directory / "mine.jinja").write_text(TEMPLATE)
+    chat = ("--data.corpus", "talks.jsonl", "--data.messages-field", "messages", "--data.chat-template", "mine.jinja")
+    out = place.run("train.py", "--config", "config.py", "--init-from", "hf", "--workdir", "chat", *chat, *SHORT)
+    said = [int(count) for count in re.findall(r"(\d+) are longer than data.sequence_length and are cut", out.stdout)]
+    assert sum(said) == 1
+    before, after = metrics(place.directory / "chat", "validation")
+    assert after["loss"] < before["loss"]
+    llm = nextllm_jax.load(str(place.directory / "chat"), dtype="float32")
+    assert llm.tokenizer.chat_template == TEMPLATE
+    (data,) = (place.directory / "data").glob("talks*")
+    score = score_data(llm, str(data), window=64)
+    assert (score.nll, score.bits_per_byte) == pytest.approx((after["loss"], after["bits_per_byte"]), rel=1e-5)
 
 
 def resolve(config=None, file=None, **changes):
@@ -144,7 +184,7 @@ def test_the_model_is_the_sources_but_for_how_it_is_computed(sources, capsys):
         ({"data": DataConfig(sequence_length=500)}, ["data.sequence_length 500", "model.context_length 128"]),
         ({"data": DataConfig(sequence_length=64, tokenizer="other")}, ["other"]),
         ({"init_from": "nowhere"}, ["nowhere", "no run directory"]),
-        ({"init_from": None, "lora": LoraConfig(rank=2)}, ["lora.rank is 2", "--init-from"]),
+        ({"init_from": None, "lora": LoraConfig(rank=2)}, ["lora.rank is 2", "set init_from"]),
     ],
 )
 def test_what_the_source_does_not_have_is_refused(sources, changes, words):
