@@ -122,7 +122,7 @@ def _start(arguments: TrainArguments, file: Config, group: Group, stop: StopRequ
     Returns the config to train, with the model of init_from. `file` is the config before the command line changed it.
     """
     from nextllm_jax.data.prepare import ensure_prepared
-    from nextllm_jax.init_from import with_source
+    from nextllm_jax.init_from import require_tokenizer, with_source
     from nextllm_jax.training.resume_guard import allowed_fields, local_workdir, require_resumable
 
     stop.nothing_to_lose("waiting for the other processes")
@@ -136,6 +136,7 @@ def _start(arguments: TrainArguments, file: Config, group: Group, stop: StopRequ
         if not arguments.overwrite:
             require_resumable(workdir, config, consent)
         ensure_prepared(config.data)
+        require_tokenizer(config, overwrite=arguments.overwrite)
     group.gather(None, "process 0 to prepare the data")
     stop.nothing_to_lose("starting")
     use_compilation_cache()

@@ -29,6 +29,8 @@ def with_source(config: Config, file: Config, *, overwrite: bool = False) -> Con
     """
     if config.init_from is None:
         return config
+    if Path(config.init_from).resolve() == Path(local_workdir(config)).resolve():
+        raise InputError(f"init_from is the run directory {config.workdir} itself; choose another --workdir")
     begun = None if overwrite else _begun(config)
     model = begun.model if begun else open_source(config.init_from).config
     data = _data(config, file, begun.data.tokenizer if begun else config.init_from)
@@ -40,21 +42,29 @@ def with_source(config: Config, file: Config, *, overwrite: bool = False) -> Con
 def initial_params(config: Config, place: Place) -> Any:
     """The weights of `config.init_from` in `model.param_dtype`, on the devices that `place` says.
 
-    Raises InputError if they cannot be read, are not of the config's model, or if the data was made with another
-    tokenizer than theirs.
+    Raises InputError if they cannot be read, or are not of the config's model.
     """
     assert config.init_from is not None
     source = open_source(config.init_from)
     differing = _differing(config.model, source.config, but=(*_OURS, "init_std", "context_length"))
     if differing:
         raise InputError(f"init_from {config.init_from} holds another model now: {', '.join(differing)}; bring it back")
+    return cast(source.load_params(place), jnp.dtype(config.model.param_dtype))
+
+
+def require_tokenizer(config: Config, *, overwrite: bool = False) -> None:
+    """Raise InputError if a run's prepared data was made with another tokenizer than that of its `init_from`.
+
+    A run that exists knows its data by itself.
+    """
+    if config.init_from is None or (_begun(config) and not overwrite):
+        return
     data = Dataset.open(default_data_path(config.data), verify="sizes")
-    if data.tokenizer_hash != source.load_tokenizer().hash:
+    if data.tokenizer_hash != open_source(config.init_from).load_tokenizer().hash:
         raise InputError(
             f"the data in {data.path} was made with another tokenizer than that of init_from {config.init_from}, whose "
             "embedding belongs to the ids of its own; leave data.path out, or name data prepared with it"
         )
-    return cast(source.load_params(place), jnp.dtype(config.model.param_dtype))
 
 
 def _begun(config: Config) -> Config | None:

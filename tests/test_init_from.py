@@ -19,7 +19,7 @@ from nextllm_jax.convert import export_model
 from nextllm_jax.data.shards import Dataset
 from nextllm_jax.errors import InputError
 from nextllm_jax.evaluation import score_data
-from nextllm_jax.init_from import initial_params, with_source
+from nextllm_jax.init_from import initial_params, require_tokenizer, with_source
 from nextllm_jax.llm import _on_one_device
 from nextllm_jax.training.resume_guard import require_resumable
 from nextllm_jax.verify import check_steps, find_steps
@@ -34,7 +34,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
 SOURCES = {"hf": ("huggingface", "float32"), "model.gguf": ("gguf", "float32")}
-SHORT = ("--training.steps", "6", "--training.evaluate-every-steps", "6", "--optimizer.learning-rate", "0.02")
+SHORT = ("--training.steps", "6", "--training.evaluate-every-steps", "6", "--optimizer.learning-rate", "0.003")
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_conversations_are_learnt_from_a_file_of_messages(place):
 
 def resolve(config=None, file=None, **changes):
     file = file or Config(model=ModelConfig(), data=DataConfig(sequence_length=64))
-    return with_source(dataclasses.replace(config or file, **changes), file)
+    return with_source(dataclasses.replace(config or file, **{"workdir": "nowhere", **changes}), file)
 
 
 def test_the_model_is_the_sources_but_for_how_it_is_computed(sources, capsys):
@@ -172,6 +172,7 @@ def test_the_model_is_the_sources_but_for_how_it_is_computed(sources, capsys):
     assert "model.num_layers 7 -> 2" in capsys.readouterr().err
     again = resolve(file=found, init_from=gguf)
     assert again == found
+    assert found.workdir == "nowhere"
     assert not capsys.readouterr().err
     assert resolve().model == ModelConfig()
 
@@ -205,8 +206,11 @@ def test_data_of_another_tokenizer_is_refused(sources, trained):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(initial_params(half, _on_one_device))} == {"bfloat16"}
     other = dataclasses.replace(same, init_from=str(sources / "hf"))
     assert Dataset.open(path).tokenizer_hash != nextllm_jax.load(str(sources / "hf")).tokenizer.hash
+    require_tokenizer(dataclasses.replace(same, workdir="nowhere"))
     with pytest.raises(InputError, match="another tokenizer than that of init_from"):
-        initial_params(other, _on_one_device)
+        require_tokenizer(dataclasses.replace(other, workdir="nowhere"))
+    with pytest.raises(InputError, match="itself"):
+        resolve(init_from=str(sources / "hf"), workdir=str(sources / "hf"))
 
 
 def test_adapters_of_a_run_keep_their_shape(tmp_path):

@@ -106,8 +106,14 @@ def freeze(config: LoraConfig, boxed: Any, params: Any) -> Any:
     """
     if config.frozen == "unquantized":
         return params
-    quantized = jax.jit(quantize, static_argnums=1, donate_argnums=0)
-    return _map_kernels(lambda _, inputs, kernel: quantized(kernel, inputs), boxed, params)
+    quantized = jax.jit(quantize, static_argnums=1)
+
+    def replaced(_: Any, inputs: tuple[int, ...], kernel: jax.Array) -> QTensor:
+        made = quantized(kernel, inputs)
+        kernel.delete()
+        return made
+
+    return _map_kernels(replaced, boxed, params)
 
 
 def merge(params: Any, frozen: Frozen, dtype: jax.typing.DTypeLike) -> Any:

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nextllm_jax.config import Config, DataConfig, LoraConfig, MeshConfig, ModelConfig, OptimizerConfig
+from nextllm_jax.config import Config, DataConfig, LoraConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from nextllm_jax.model import lora
 from nextllm_jax.model.accounting import adapter_count, frozen_bytes
 from nextllm_jax.model.transformer import Transformer, abstract_params
 from nextllm_jax.sharding import make_mesh, sharding
+from nextllm_jax.training.diagnosis import diagnose
 from nextllm_jax.training.optimizer import make_optimizer, schedule
-from nextllm_jax.training.state import abstract_state, placed, shardings_of, state_from, whole_params
+from nextllm_jax.training.state import TrainState, abstract_state, placed, shardings_of, state_from, whole_params
 from nextllm_jax.training.step import make_eval_step, make_train_step, mean_gradient
 from tests import reference
 from tests.training.test_step import make_batch
@@ -165,3 +166,19 @@ def test_int8_weights_are_within_half_a_step_and_train_on_a_mesh():
 
 def is_q(leaf):
     return hasattr(leaf, "scale")
+
+
+def test_a_bad_adapter_is_found():
+    config = Config(
+        model=CONFIG, optimizer=OPTIMIZER, lora=ALL, data=DATA, init_from="x",
+        training=TrainingConfig(steps=10, global_batch_size=8),
+    )  # fmt: skip
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    adapters = random_adapters(ALL)
+    adapters["layers"]["block_1"]["mlp"]["up"]["b"][0, 1, 2] = np.inf
+    zero, optimizer = jnp.zeros((), jnp.int32), make_optimizer(OPTIMIZER)
+    frozen = frozen_on(ALL, base_params())
+    state = TrainState(zero, zero, zero, adapters, optimizer.init(adapters), frozen)
+    with jax.set_mesh(mesh):
+        found = diagnose(config, Transformer(CONFIG), state, make_batch(), sharding(mesh, "batch", "seq"))
+    assert (found.direction, found.place, found.layer) == ("forward", "layer 1 mlp up", 1)
