@@ -34,7 +34,10 @@ TEMPLATE = (
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
 SOURCES = {"hf": ("huggingface", "float32"), "model.gguf": ("gguf", "float32")}
-SHORT = ("--training.steps", "6", "--training.evaluate-every-steps", "6", "--optimizer.learning-rate", "0.003")
+SHORT = (
+    *("--training.steps", "6", "--training.evaluate-every-steps", "6", "--optimizer.learning-rate", "0.003"),
+    *("--model.dtype", "float32"),
+)
 
 
 @pytest.fixture(scope="module")
