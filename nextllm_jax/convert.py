@@ -104,9 +104,7 @@ def export_model(
 def _open(source: str, step: str | int | None) -> tuple[ModelConfig, Any, Tokenizer, dict[str, Any]]:
     """(config, parameters on the CPU, tokenizer, what is known of an import) of a run directory or foreign files."""
     if is_foreign(Path(source)):
-        if step is not None:
-            raise InputError(f"{source} is no run directory and has no steps; leave the step out")
-        foreign = open_foreign(Path(source))
+        foreign = open_foreign(Path(source), step)
         origin = {"model_type": foreign.model_type, "vocab_size": foreign.config.vocab_size}
         return foreign.config, foreign.load_params(_on_cpu(foreign.config)), foreign.load_tokenizer(), origin
     run = Path(source)
@@ -114,8 +112,6 @@ def _open(source: str, step: str | int | None) -> tuple[ModelConfig, Any, Tokeni
         raise InputError(f"{source} is not a run directory; give one that train.py or nextllm import wrote")
     config = read_config(run / "config.json").model
     with Checkpoints(run / "checkpoints") as checkpoints:
-        if step is None:
-            step = "latest" if checkpoints.best_step() is None else "best"
         number = checkpoints.resolve(step)
         origin = checkpoints.record(number).get(ORIGIN, {})
         params = checkpoints.restore(number, "params", _on_cpu(config))

@@ -19,7 +19,7 @@ from nextllm_jax.config_files import read_config
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.generate import CHUNK_TOKENS, Generation, bucket
 from nextllm_jax.inference.stream import Sample, TextStream
-from nextllm_jax.interop.foreign import is_foreign, open_foreign
+from nextllm_jax.interop.foreign import Foreign, is_foreign, open_foreign
 from nextllm_jax.model.transformer import (
     Transformer,
     abstract_params,
@@ -254,7 +254,7 @@ def load(path: str, *, step: str | int | None = None, dtype: str | None = None) 
     Raises InputError if path is none of these, or has no checkpoint of that step.
     """
     if is_foreign(Path(path)):
-        return _load_foreign(Path(path), step, dtype)
+        return _load_foreign(open_foreign(Path(path), step), dtype)
     run = epath.Path(path)
     config_file = run / "config.json"
     if not config_file.exists():
@@ -267,8 +267,6 @@ def load(path: str, *, step: str | int | None = None, dtype: str | None = None) 
     set_matmul_precision(compute_dtype)
     tokenizer = Tokenizer.load(run / "tokenizer")
     with Checkpoints(run / "checkpoints") as checkpoints:
-        if step is None:
-            step = "latest" if checkpoints.best_step() is None else "best"
         params = checkpoints.restore(checkpoints.resolve(step), "params", _on_one_device(abstract_params(config)))
     params = cast_matrices(params, compute_dtype)
     scan_layers = config.num_layers > MAX_UNROLLED_LAYERS
@@ -277,11 +275,8 @@ def load(path: str, *, step: str | int | None = None, dtype: str | None = None) 
     return LLM(config, params, tokenizer, compute_dtype, scan_layers)
 
 
-def _load_foreign(path: Path, step: str | int | None, dtype: str | None) -> LLM:
+def _load_foreign(foreign: Foreign, dtype: str | None) -> LLM:
     """The model in another program's files, each tensor read straight into the type and place where it is used."""
-    if step is not None:
-        raise InputError(f"{path} is no run directory and has no steps; leave the step out")
-    foreign = open_foreign(path)
     config, tokenizer = foreign.config, foreign.load_tokenizer()
     compute_dtype = resolve_dtype(dtype or config.dtype, jax.default_backend())
     set_matmul_precision(compute_dtype)
