@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 
 from nextllm_jax.checkpoint import Checkpoints
@@ -19,6 +18,7 @@ from nextllm_jax.config_files import read_config
 from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.interop.foreign import is_foreign, open_foreign
 from nextllm_jax.model.transformer import abstract_params
+from nextllm_jax.sharding import on_device
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 Format = Literal["huggingface", "gguf"]
@@ -120,11 +120,7 @@ def _open(source: str, step: str | int | None) -> tuple[ModelConfig, Any, Tokeni
 
 def _on_cpu(config: ModelConfig) -> Any:
     """The abstract parameters in the host's memory: converting needs no accelerator."""
-    cpu = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cpu),
-        nn.meta.unbox(abstract_params(config)),
-    )
+    return on_device(abstract_params(config), jax.local_devices(backend="cpu")[0])
 
 
 def _one_or_all(ids: tuple[int, ...]) -> int | list[int]:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +28,7 @@ from nextllm_jax.model.transformer import (
     unstack_layers,
 )
 from nextllm_jax.ops.cross_entropy import cross_entropy
+from nextllm_jax.sharding import on_device
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 128
@@ -267,7 +267,8 @@ def load(path: str, *, step: str | int | None = None, dtype: str | None = None) 
     set_matmul_precision(compute_dtype)
     tokenizer = Tokenizer.load(run / "tokenizer")
     with Checkpoints(run / "checkpoints") as checkpoints:
-        params = checkpoints.restore(checkpoints.resolve(step), "params", _on_one_device(abstract_params(config)))
+        abstract = on_device(abstract_params(config), jax.local_devices()[0])
+        params = checkpoints.restore(checkpoints.resolve(step), "params", abstract)
     params = cast_matrices(params, compute_dtype)
     scan_layers = config.num_layers > MAX_UNROLLED_LAYERS
     if not scan_layers:
@@ -281,17 +282,9 @@ def _load_foreign(foreign: Foreign, dtype: str | None) -> LLM:
     compute_dtype = resolve_dtype(dtype or config.dtype, jax.default_backend())
     set_matmul_precision(compute_dtype)
     scan_layers = config.num_layers > MAX_UNROLLED_LAYERS
-    abstract = _on_one_device(abstract_params(config, scan_layers=scan_layers))
+    abstract = on_device(abstract_params(config, scan_layers=scan_layers), jax.local_devices()[0])
     return LLM(
         config, foreign.load_params(cast_matrices(abstract, compute_dtype)), tokenizer, compute_dtype, scan_layers
-    )
-
-
-def _on_one_device(boxed: Any) -> Any:
-    """Abstract parameters without boxes, on the default device."""
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), nn.meta.unbox(boxed)
     )
 
 
