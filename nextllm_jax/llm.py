@@ -186,14 +186,10 @@ class LLM:
 
         Raises InputError for an empty text, a window over the context length or a batch size that is not positive.
         """
-        context_length = self.config.context_length
-        window = context_length if window is None else window
+        window = self.config.context_length if window is None else window
         if not text:
             raise InputError("the text to score is empty; bits per byte need at least one byte")
-        if not 0 < window <= context_length:
-            raise InputError(f"window is {window}; it must lie in 1 to the model's context_length {context_length}")
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}; it must be positive")
+        check_windows(window, batch_size, self.config.context_length)
         document = self.tokenizer.encode_document(text)
         windows = _windows(document, window, batch_size)
         starts = range(0, len(windows[0]), batch_size)
@@ -203,6 +199,14 @@ class LLM:
         )
         count = len(document) - 1
         return Score(nll_sum / count, count, nll_sum / math.log(2) / len(text.encode("utf-8", errors="replace")))
+
+
+def check_windows(window: int, batch_size: int, context_length: int) -> None:
+    """Raise InputError if a model cannot score windows of this many tokens, or so many of them together."""
+    if not 0 < window <= context_length:
+        raise InputError(f"window is {window}; it must lie in 1 to the model's context_length {context_length}")
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; it must be positive")
 
 
 def _windows(document: Sequence[int], window: int, batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
