@@ -16,7 +16,7 @@ from nextllm_jax.checkpoint import Checkpoints
 from nextllm_jax.config import ModelConfig, SamplingConfig
 from nextllm_jax.config_files import read_config
 from nextllm_jax.errors import InputError
-from nextllm_jax.inference.generate import CHUNK_TOKENS, Generation, bucket
+from nextllm_jax.inference.generate import CHUNK_TOKENS, CachedRow, Generation, bucket
 from nextllm_jax.inference.stream import Sample, TextStream
 from nextllm_jax.interop.foreign import Foreign, is_foreign, open_foreign
 from nextllm_jax.model.transformer import (
@@ -156,19 +156,50 @@ class LLM:
         if not all(stop):
             raise InputError("a stop string is empty; leave it out, or give the text to stop at")
         rows = [prompt for prompt in prompts for _ in range(num_samples)]
-        ends = {"max_new_tokens": max_new_tokens, "stop_ids": self.tokenizer.stop_ids}
         encoded = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
+        return self.stream_tokens(
+            [tokens for tokens in encoded for _ in range(num_samples)],
+            texts=rows,
+            samples=[*range(num_samples)] * len(prompts),
+            max_new_tokens=max_new_tokens,
+            sampling=sampling or SamplingConfig(),
+            seed=seed,
+            stop=stop,
+            chunk_tokens=chunk_tokens,
+        )
+
+    def stream_tokens(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        texts: Sequence[str],
+        max_new_tokens: int,
+        sampling: SamplingConfig,
+        samples: Sequence[int] | None = None,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        chunk_tokens: int = CHUNK_TOKENS,
+        cached: CachedRow | None = None,
+        least_cache_length: int = 0,
+    ) -> TextStream:
+        """As `stream`, but from ids; `texts` are what the samples name as their prompts, `samples` their indices.
+
+        See Generation for `cached` and `least_cache_length`, and for what it raises.
+        """
+        ends = {"max_new_tokens": max_new_tokens, "stop_ids": self.tokenizer.stop_ids}
         generation = Generation(
             self.model,
             self.params,
-            [tokens for tokens in encoded for _ in range(num_samples)],
-            samples=[*range(num_samples)] * len(prompts),
-            sampling=sampling or SamplingConfig(),
+            prompts,
+            samples=[0] * len(prompts) if samples is None else samples,
+            sampling=sampling,
             seed=seed,
             vocab_size=self.tokenizer.vocab_size,
+            cached=cached,
+            least_cache_length=least_cache_length,
             **ends,
         )
-        return TextStream(generation, self.tokenizer, rows, stop=stop, chunk_tokens=chunk_tokens, **ends)
+        return TextStream(generation, self.tokenizer, texts, stop=stop, chunk_tokens=chunk_tokens, **ends)
 
     def score(
         self,
