@@ -18,10 +18,14 @@ from nextllm_jax.config_files import read_config
 from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.interop.foreign import is_foreign, open_foreign
 from nextllm_jax.model.transformer import abstract_params
+from nextllm_jax.published_models import resolve
 from nextllm_jax.sharding import on_device
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 Format = Literal["huggingface", "gguf"]
+
+LAYOUT = 1
+"""Raised whenever `import_model` makes another run of the same files, so that imports that were kept are made anew."""
 
 ORIGIN = "imported"
 """Name, in the record of an imported checkpoint, of what an export takes up again."""
@@ -33,6 +37,7 @@ def import_model(source: str, output: str, *, dtype: str = "float32", context_le
     Parameters are kept in `dtype`. `context_length` limits the model's own. Raises InputError for files that are
     not whole or that this model cannot honour, and for an output that exists.
     """
+    source = resolve(source)
     if not is_foreign(Path(source)):
         raise InputError(f"{source} is neither a Hugging Face directory (with config.json) nor a .gguf file")
     foreign = open_foreign(Path(source))
@@ -103,6 +108,7 @@ def export_model(
 
 def _open(source: str, step: str | int | None) -> tuple[ModelConfig, Any, Tokenizer, dict[str, Any]]:
     """(config, parameters on the CPU, tokenizer, what is known of an import) of a run directory or foreign files."""
+    source = resolve(source)
     if is_foreign(Path(source)):
         foreign = open_foreign(Path(source), step)
         origin = {"model_type": foreign.model_type, "vocab_size": foreign.config.vocab_size}

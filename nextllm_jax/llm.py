@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from etils import epath
 from nextllm_jax.checkpoint import Checkpoints
 from nextllm_jax.config import ModelConfig, SamplingConfig
 from nextllm_jax.config_files import read_config
-from nextllm_jax.errors import InputError
+from nextllm_jax.errors import InputError, RunFailed
+from nextllm_jax.import_cache import use_imported
 from nextllm_jax.inference.generate import CHUNK_TOKENS, CachedRow, Generation, bucket
 from nextllm_jax.inference.stream import Sample, TextStream
-from nextllm_jax.interop.foreign import Foreign, is_foreign, open_foreign
+from nextllm_jax.interop.foreign import Foreign, is_foreign, open_foreign, require_no_step
 from nextllm_jax.model.transformer import (
     Transformer,
     abstract_params,
@@ -28,6 +30,7 @@ from nextllm_jax.model.transformer import (
     unstack_layers,
 )
 from nextllm_jax.ops.cross_entropy import cross_entropy
+from nextllm_jax.published_models import PUBLISHED_MODELS, is_published, resolve
 from nextllm_jax.sharding import on_device
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -279,31 +282,53 @@ def _nll_sum(
 
 
 def load(path: str, *, step: str | int | None = None, dtype: str | None = None) -> LLM:
-    """The model of a run directory at a step, of a Hugging Face directory or of a GGUF file, on one device.
+    """The model of a run directory, a Hugging Face directory, a GGUF file or a published name, on one device.
 
-    `step` is a number, "best" or "latest"; None is the best, or the latest while no checkpoint has a validation loss.
-    `dtype` is the type of the matmuls: "float32", "bfloat16", "auto" for what suits the platform, None for what
-    the run's config says. Matrices are cast to it once, here, norms stay as they were trained. float32 asks jax for
-    full matmul precision, for the whole process.
+    `step` of a run is a number, "best" or "latest"; None is the best, or the latest while no checkpoint has a
+    validation loss. A published model is imported into the user's cache directory the first time. `dtype` is the type
+    of the matmuls: "float32", "bfloat16", "auto" for what suits the platform, None for what the run's config says.
+    Matrices are cast to it once, here, norms stay as they were trained. float32 asks jax for full matmul precision,
+    for the whole process.
 
     Raises InputError if path is none of these, or has no checkpoint of that step.
     """
-    if is_foreign(Path(path)):
-        return _load_foreign(open_foreign(Path(path), step), dtype)
-    run = epath.Path(path)
+    file = Path(resolve(path))
+    if is_published(path):
+        return _load_published(path, file, step, dtype)
+    if is_foreign(file):
+        return _load_foreign(open_foreign(file, step), dtype)
+    return _assemble(*_read_run(epath.Path(path), step), dtype)
+
+
+def _load_published(name: str, file: Path, step: str | int | None, dtype: str | None) -> LLM:
+    """The model in the file of a published name, by way of its import, or from the file where that cannot be kept."""
+    require_no_step(file, step)
+    try:
+        return _assemble(*use_imported(name, file, lambda run: _read_run(epath.Path(run), None)), dtype)
+    except (OSError, RunFailed) as error:
+        print(f"{name} is read from {file}, for its import cannot be kept: {error}", file=sys.stderr, flush=True)
+        return _load_foreign(open_foreign(file), dtype)
+
+
+def _read_run(run: epath.Path, step: str | int | None) -> tuple[ModelConfig, Tokenizer, Any]:
+    """Config, tokenizer and parameters, stacked and as they were trained, of a run directory."""
     config_file = run / "config.json"
     if not config_file.exists():
         raise InputError(
-            f"{path} is not a run directory; give the one that train.py wrote, such as runs/tiny, "
-            "with config.json, tokenizer and checkpoints in it, or a Hugging Face directory, or a .gguf file"
+            f"{run} is not a run directory; give the one that train.py wrote, such as runs/tiny, with config.json, "
+            "tokenizer and checkpoints in it, or a Hugging Face directory, a .gguf file, or the name of a published "
+            f"model ({', '.join(PUBLISHED_MODELS)})"
         )
-    config = read_config(config_file).model
-    compute_dtype = resolve_dtype(dtype or config.dtype, jax.default_backend())
-    set_matmul_precision(compute_dtype)
-    tokenizer = Tokenizer.load(run / "tokenizer")
+    config, tokenizer = read_config(config_file).model, Tokenizer.load(run / "tokenizer")
     with Checkpoints(run / "checkpoints") as checkpoints:
         abstract = on_device(abstract_params(config), jax.local_devices()[0])
-        params = checkpoints.restore(checkpoints.resolve(step), "params", abstract)
+        return config, tokenizer, checkpoints.restore(checkpoints.resolve(step), "params", abstract)
+
+
+def _assemble(config: ModelConfig, tokenizer: Tokenizer, params: Any, dtype: str | None) -> LLM:
+    """The LLM of a run's parameters."""
+    compute_dtype = resolve_dtype(dtype or config.dtype, jax.default_backend())
+    set_matmul_precision(compute_dtype)
     params = cast_matrices(params, compute_dtype)
     scan_layers = config.num_layers > MAX_UNROLLED_LAYERS
     if not scan_layers:
@@ -318,9 +343,8 @@ def _load_foreign(foreign: Foreign, dtype: str | None) -> LLM:
     set_matmul_precision(compute_dtype)
     scan_layers = config.num_layers > MAX_UNROLLED_LAYERS
     abstract = on_device(abstract_params(config, scan_layers=scan_layers), jax.local_devices()[0])
-    return LLM(
-        config, foreign.load_params(cast_matrices(abstract, compute_dtype)), tokenizer, compute_dtype, scan_layers
-    )
+    params = foreign.load_params(cast_matrices(abstract, compute_dtype))
+    return LLM(config, params, tokenizer, compute_dtype, scan_layers)
 
 
 def cast_matrices(params: Any, dtype: np.dtype) -> Any:
