@@ -72,7 +72,7 @@ class EvaluateArguments:
     """Score a model on a text, or on the validation split of prepared data as training does."""
 
     checkpoint: str
-    """Run directory that train.py wrote, Hugging Face directory, GGUF file, or the name of a published model: smollm2."""
+    """Run directory that train.py wrote, Hugging Face directory, GGUF file, or a published model: smollm2."""
     text: str | None = None
     """File to score as one document, in windows that do not see each other."""
     data: str | None = None
