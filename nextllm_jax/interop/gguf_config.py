@@ -144,7 +144,8 @@ def _of_architecture(keys: Keys, name: str, fields: Mapping[str, Any]) -> dict[s
     if name == "qwen3":
         return {"qk_norm": True}
     if name == "olmo2":
-        return {"norm_placement": "post", "qk_norm": True, "qk_norm_over": "projection"}
+        # llama.cpp reads no file of this architecture without a head of its own.
+        return {"norm_placement": "post", "qk_norm": True, "qk_norm_over": "projection", "tie_embeddings": False}
     if name == "smollm3":
         return {
             "layer_pattern": shortest_pattern(["global_nope" if i % 4 == 3 else "global" for i in range(num_layers)])
