@@ -11,7 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from nextllm_jax.config import MeshConfig
 from nextllm_jax.errors import InputError
@@ -85,6 +85,14 @@ def per_shard(f: Callable[..., Any], in_names: Sequence[Sequence[str]], out_name
 def sharding(mesh: Mesh, *names: str | None) -> NamedSharding:
     """The NamedSharding of an array with these logical axes on `mesh`."""
     return NamedSharding(mesh, spec(names))
+
+
+def on_device(abstract_tree: Any, device: Any) -> Any:
+    """The tree of abstract arrays without boxes, each of them whole on one device."""
+    place = SingleDeviceSharding(device)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), nn.meta.unbox(abstract_tree)
+    )
 
 
 def _is_boxed(leaf: Any) -> bool:

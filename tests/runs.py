@@ -13,6 +13,11 @@ def metrics(directory, split):
     return [line for line in lines if line["split"] == split]
 
 
+def contents(directory):
+    """Every file below a directory but locks, by path."""
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
 def saved_arrays(run, step):
     """Every array of a checkpoint, by path."""
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:

@@ -20,7 +20,9 @@ LAYERS = [  # a module imports from the rows below its own
     ("convert_cli", "text_cli"),
     ("doctor", "resume_proof"),
     ("conversation", "evaluation", "harness"),
-    ("llm", "plan", "verify", "machine", "convert"),
+    ("llm", "plan", "verify", "machine"),
+    ("import_cache",),
+    ("convert",),
     ("training", "inference"),
     ("data", "model"),
     ("interop",),
@@ -33,6 +35,7 @@ LAYERS = [  # a module imports from the rows below its own
     ("config_checks",),
     ("distributed",),
     ("hardware", "ops", "process", "rendezvous", "tokenizer"),
+    ("published_models",),
     ("errors",),
 ]
 FOLDERS = {  # inside a folder a file imports from those to its left
