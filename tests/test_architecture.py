@@ -17,7 +17,7 @@ LAYERS = [  # a module imports from the rows below its own
     ("cli",),
     ("server",),
     ("",),  # nextllm_jax/__init__.py
-    ("convert_cli", "text_cli"),
+    ("convert_cli", "plan_cli", "text_cli"),
     ("doctor", "resume_proof"),
     ("conversation", "evaluation", "harness"),
     ("llm", "plan", "verify", "machine", "convert"),
@@ -64,6 +64,10 @@ FOLDERS = {  # inside a folder a file imports from those to its left
             "run_directory",
         ),
         *("writers", "signals", "program", "flight_recorder", "loop", "diagnosis", "replay"),
+    ),
+    "plan": (
+        *("hlo", "collectives", "topology", "compile", "estimate", "roofline", "advice", "training", "decoding"),
+        *("search", "report"),
     ),
     "inference": ("sampling", "generate", "stream"),
     "interop": (

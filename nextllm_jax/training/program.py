@@ -38,7 +38,7 @@ class Program:
 
 def build_program(config: Config, mesh: Mesh) -> Program:
     """The steps of a config on a mesh; nothing is compiled or computed yet."""
-    dtype = resolve_dtype(config.model.dtype, jax.default_backend(), training=True)
+    dtype = resolve_dtype(config.model.dtype, mesh.devices.flat[0].platform, training=True)
     model = Transformer(config.model, dtype)
     optimizer = make_optimizer(config.optimizer)
     arrays = abstract_state(model, optimizer, mesh)

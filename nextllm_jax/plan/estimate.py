@@ -1,0 +1,85 @@
+"""What a train step takes, by arithmetic alone: FLOPs, bytes through memory, the least that must be sent."""
+
+from collections.abc import Mapping
+
+from nextllm_jax.config import Config
+from nextllm_jax.config_model import ModelConfig
+from nextllm_jax.model.accounting import flops_per_token, layer_matrices, parameter_count
+from nextllm_jax.plan.collectives import Collective, Traffic
+
+_BF16, _FLOAT32 = 2, 4
+
+
+def matrix_parameters(config: ModelConfig) -> int:
+    """Weights that multiply, and the embedding: all that FSDP divides."""
+    vectors = config.embed_dim * (2 * config.num_layers + 1)
+    return parameter_count(config) - vectors
+
+
+def layer_forward_flops(config: ModelConfig, sequence_length: int) -> tuple[float, float]:
+    """Forward FLOPs per token of all layers: (matrix products, attention)."""
+    head = 6.0 * config.vocab_size * config.embed_dim
+    weights = config.num_layers * layer_matrices(config)
+    attention = flops_per_token(config, sequence_length) - head - 6.0 * weights
+    return 2.0 * weights, attention / 3
+
+
+def recomputed_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """FLOPs that remat adds; a layer's last product is not needed again."""
+    products, attention = layer_forward_flops(config, sequence_length)
+    products -= 2.0 * config.num_layers * config.embed_dim * config.mlp_dim
+    return {"none": 0.0, "dots": attention}.get(config.remat, products + attention)
+
+
+def minimum_traffic(config: Config, mesh: Mapping[str, int]) -> dict[Collective, Traffic]:
+    """What must be sent at least, per device and step, where every matrix is divided over fsdp and tensor.
+
+    In bfloat16, weights are gathered for the forward and for the backward pass of each microbatch, and gradients are
+    reduced and scattered once for each; over `data` the gradients' shards are all-reduced in float32. Tensor
+    parallelism adds up what attention and MLP give, forward and backward, in bfloat16.
+    """
+    model, steps = config.model, config.training.accumulation_steps
+    traffic: dict[Collective, Traffic] = {}
+    weights = matrix_parameters(model) / mesh["tensor"]
+
+    def add(kind: str, axis: str, dtype: str, count: float, full_bytes: float) -> None:
+        members = mesh[axis]
+        if members > 1:
+            factor = (2 if kind == "all-reduce" else 1) * (members - 1) / members
+            traffic[Collective(kind, axis, dtype)] = Traffic(count, full_bytes * factor)
+
+    matrices = 7 * model.num_layers + (1 if model.tie_embeddings else 2)
+    add("all-gather", "fsdp", "bf16", 2 * matrices * steps, 2 * steps * _BF16 * weights)
+    add("reduce-scatter", "fsdp", "bf16", matrices * steps, steps * _BF16 * weights)
+    add("all-reduce", "data", "f32", matrices, _FLOAT32 * weights / mesh["fsdp"])
+    tokens = tokens_per_device(config, mesh) * mesh["tensor"]
+    sums = 4 * model.num_layers
+    add("all-reduce", "tensor", "bf16", sums * steps, sums * _BF16 * tokens * model.embed_dim)
+    return traffic
+
+
+def tokens_per_device(config: Config, mesh: Mapping[str, int]) -> float:
+    """Tokens of a global batch, divided over all devices."""
+    devices = 1
+    for size in mesh.values():
+        devices *= size
+    return config.training.global_batch_size * config.data.sequence_length / devices
+
+
+def memory_traffic_bytes(config: Config, mesh: Mapping[str, int], state_bytes: float) -> float:
+    """Bytes through the memory of a device in one step, at least.
+
+    The state is read and written once, and gradients are written and read in float32. Every pass over a microbatch
+    (forward, two products backward, and the forward pass that remat repeats) reads the weights that it multiplies
+    with, and writes and reads what goes in and out of its products. Attention keeps its scores on the chip.
+    """
+    model, steps = config.model, config.training.accumulation_steps
+    shards = mesh["fsdp"] * mesh["tensor"]
+    gradients = 2 * _FLOAT32 * matrix_parameters(model) / shards
+    passes = 3 if model.remat == "none" else 4
+    gathered = 2 if mesh["fsdp"] > 1 else 1  # written by the gather, then read
+    weights = passes * steps * gathered * _BF16 * matrix_parameters(model) / mesh["tensor"]
+    widths = 2 * model.head_dim * (model.num_heads + model.num_kv_heads) + 3 * model.embed_dim + 3 * model.mlp_dim
+    tokens = tokens_per_device(config, mesh)
+    activations = passes * model.num_layers * 2 * _BF16 * widths * tokens
+    return 2 * state_bytes + gradients + weights + activations
