@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
 
-from nextllm_jax.config import Config
+from nextllm_jax.config import Config, MeshConfig
 from nextllm_jax.data.packing import Batch
 from nextllm_jax.errors import RunFailed
-from nextllm_jax.sharding import sharding
+from nextllm_jax.model.accounting import flops_per_token
+from nextllm_jax.sharding import make_mesh, sharding
 from nextllm_jax.training.program import build_program
 
 Say = Callable[[str], None]
@@ -44,9 +45,13 @@ class OutOfMemory:
     """What the compiler says of a program that does not fit; None where it does not say."""
 
     needed_bytes: int | None
+    """Of the whole program."""
+    temporary_bytes: int | None
+    """Of its temporaries alone."""
     limit_bytes: int | None
+    """What a program can have."""
     message: str
-    """Its first lines."""
+    """The first line."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,15 +63,12 @@ class Compiled:
     out_of_memory: OutOfMemory | None = None
     hlo: str = ""
     """The optimized program of one device."""
-    flops: float | None = None
-    """What the compiler counts, the bodies of loops once."""
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> Batch:
     """The shapes, types and shardings of a global batch."""
     shape = (config.training.global_batch_size, config.data.sequence_length)
     layout = sharding(mesh, "batch", "seq")
-    layout.shard_shape(shape)  # raises ValueError where the mesh does not divide it
     dtypes = (jnp.int32,) * 4 + (jnp.bool_,)
     return Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for dtype in dtypes))
 
@@ -76,10 +78,36 @@ def compile_train_step(config: Config, mesh: Mesh, say: Say) -> Compiled:
 
     Raises RunFailed for an error of the compiler other than a lack of memory.
     """
+    return compile_lowered(_lower_train_step(config, mesh), say)
+
+
+def flops_of_two_layers(config: Config) -> tuple[float, float]:
+    """(by arithmetic, by the compiler's count) FLOPs of a train step with two layers of the model, or one of each kind.
+
+    The compiler counts the bodies of loops once, so the layers are a single period here, the loss is a single chunk,
+    and nothing is recomputed. It is compiled for this machine's processor: what is multiplied is the same.
+    """
+    pattern = config.model.layer_pattern
+    pattern = pattern * 2 if len(pattern) == 1 else pattern
+    length = min(config.data.sequence_length, 2048)
+    model = dataclasses.replace(
+        config.model, num_layers=len(pattern), layer_pattern=pattern, remat="none", dtype="float32"
+    )
+    small = dataclasses.replace(
+        config,
+        model=model,
+        data=dataclasses.replace(config.data, sequence_length=length),
+        training=dataclasses.replace(config.training, global_batch_size=1, accumulation_steps=1),
+    )
+    mesh = make_mesh(MeshConfig(), jax.devices("cpu")[:1])
+    counted = _lower_train_step(small, mesh).compile().cost_analysis()["flops"]
+    return flops_per_token(model, length) * length, counted
+
+
+def _lower_train_step(config: Config, mesh: Mesh) -> Any:
     program = build_program(config, mesh)
     with jax.set_mesh(mesh):
-        lowered = program.train_step.lower(program.abstract_state, abstract_batch(config, mesh))  # pyright: ignore
-    return compile_lowered(lowered, say)
+        return program.train_step.lower(program.abstract_state, abstract_batch(config, mesh))  # pyright: ignore
 
 
 def compile_lowered(lowered: Any, say: Say) -> Compiled:
@@ -93,13 +121,7 @@ def compile_lowered(lowered: Any, say: Say) -> Compiled:
             first = str(error).splitlines()[0]
             raise RunFailed(f"the compiler gave up: {first}") from error
         return Compiled(seconds=time.monotonic() - began, out_of_memory=parse_out_of_memory(str(error)))
-    cost = compiled.cost_analysis() or {}
-    return Compiled(
-        seconds=time.monotonic() - began,
-        memory=memory_of(compiled),
-        hlo=compiled.as_text(),
-        flops=cost.get("flops"),
-    )
+    return Compiled(seconds=time.monotonic() - began, memory=memory_of(compiled), hlo=compiled.as_text())
 
 
 def memory_of(compiled: Any) -> Memory:
@@ -115,22 +137,30 @@ def memory_of(compiled: Any) -> Memory:
     )
 
 
+def parse_out_of_memory(message: str) -> OutOfMemory:
+    """The numbers in the TPU compiler's message.
+
+    It says "Used 28.59G of 15.75G hbm" of a whole program, or, when it gives up early, "the total memory required for
+    HLO temporaries (43.40G) exceeds available HBM (15.75G)".
+    """
+    used = re.search(rf"[Uu]sed {_SIZE} of {_SIZE} hbm", message)
+    temporaries = re.search(rf"temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)", message)
+    found = used or temporaries
+    needed, limit = (_bytes(found[1], found[2]), _bytes(found[3], found[4])) if found else (None, None)
+    return OutOfMemory(
+        needed_bytes=None if temporaries else needed,
+        temporary_bytes=needed if temporaries else None,
+        limit_bytes=limit,
+        message=message.strip().splitlines()[0],
+    )
+
+
+_SIZE = r"([\d.]+)([KMGT]?)"
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def _bytes(number: str, unit: str) -> int:
     return round(float(number) * _UNITS[unit])
-
-
-def parse_out_of_memory(message: str) -> OutOfMemory:
-    """The numbers in the TPU compiler's message, such as "Used 28.59G of 15.75G hbm"."""
-    used = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return OutOfMemory(
-        needed_bytes=_bytes(used[1], used[2]) if used else None,
-        limit_bytes=_bytes(used[3], used[4]) if used else None,
-        message="\n".join(lines[:12]),
-    )
 
 
 class _Clock:
