@@ -21,6 +21,7 @@ MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     # activations
     "batch": ("data", "fsdp"),
+    "lookup_batch": ("data",),  # while the embedding is read
     "seq": ("sequence",),
     "activation_embed": (),
     # parameters; heads, kv_heads, mlp and vocab divide activations in the same way

@@ -155,7 +155,7 @@ class Transformer(nn.Module):
         if cache is not None and segment_ids_BT is not None:
             raise ValueError("a cache holds one document per row; pass segment_ids or a cache, not both")
         config = self.config
-        x_BTD = constrain(self.embed(tokens_BT), "batch", "seq", "activation_embed")
+        x_BTD = self.embed(tokens_BT)
         if config.embedding_scale != 1:
             x_BTD = x_BTD * config.embedding_scale
         context = (ropes(config, positions_BT), positions_BT, segment_ids_BT)

@@ -9,7 +9,7 @@ import optax
 
 from nextllm_jax.data.packing import Batch
 from nextllm_jax.model.transformer import Transformer, head_embedding
-from nextllm_jax.ops.cross_entropy import cross_entropy
+from nextllm_jax.ops.cross_entropy import Layout, cross_entropy
 from nextllm_jax.sharding import RULES, constrain
 from nextllm_jax.training import layer_norms
 from nextllm_jax.training.state import TrainState
@@ -17,6 +17,10 @@ from nextllm_jax.training.state import TrainState
 SKIP_REASONS = ("none", "loss", "gradient", "update", "spike")
 """Why a step was skipped: not finite are its loss, its gradient (or the norm of it), or the parameters that its update
 would give; or its loss is a spike."""
+
+
+LOSS_LAYOUT = Layout(RULES["batch"], RULES["seq"], RULES["vocab"], RULES["embed"])
+"""How hidden states and head lie on the mesh."""
 
 
 class StepMetrics(NamedTuple):
@@ -73,7 +77,7 @@ def _head_nll(model: Transformer, params: Any, hidden_BTD: jax.Array, batch: Bat
             batch.loss_mask_BT,
             logit_divisor=model.config.logit_divisor,
             soft_cap=model.config.logit_soft_cap,
-            batch_axes=RULES["batch"],
+            layout=LOSS_LAYOUT,
         )
 
 
