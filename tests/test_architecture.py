@@ -19,8 +19,8 @@ LAYERS = [  # a module imports from the rows below its own
     ("",),  # nextllm_jax/__init__.py
     ("convert_cli", "plan_cli", "text_cli"),
     ("doctor", "resume_proof"),
-    ("conversation", "evaluation", "harness"),
-    ("llm", "plan", "verify", "machine", "convert"),
+    ("conversation", "evaluation", "harness", "plan"),
+    ("llm", "verify", "machine", "convert"),
     ("training", "inference"),
     ("data", "model"),
     ("interop",),

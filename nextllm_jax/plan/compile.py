@@ -63,6 +63,8 @@ class Compiled:
     out_of_memory: OutOfMemory | None = None
     hlo: str = ""
     """The optimized program of one device."""
+    output_shardings: Any = None
+    """A tree of them."""
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> Batch:
@@ -78,7 +80,7 @@ def compile_train_step(config: Config, mesh: Mesh, say: Say) -> Compiled:
 
     Raises RunFailed for an error of the compiler other than a lack of memory.
     """
-    return compile_lowered(_lower_train_step(config, mesh), say)
+    return compile_lowered(_lower_train_step(config, mesh), say, "train step")
 
 
 def flops_of_two_layers(config: Config) -> tuple[float, float]:
@@ -110,18 +112,26 @@ def _lower_train_step(config: Config, mesh: Mesh) -> Any:
         return program.train_step.lower(program.abstract_state, abstract_batch(config, mesh))  # pyright: ignore
 
 
-def compile_lowered(lowered: Any, say: Say) -> Compiled:
-    """A lowered jitted function, compiled."""
+def compile_lowered(lowered: Any, say: Say, name: str) -> Compiled:
+    """A lowered jitted function, compiled; `name` is what `say` hears.
+
+    Raises RunFailed for an error of the compiler other than a lack of memory.
+    """
     began = time.monotonic()
     try:
-        with _Clock(say):
+        with _Clock(say, name):
             compiled = lowered.compile()
     except JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             first = str(error).splitlines()[0]
             raise RunFailed(f"the compiler gave up: {first}") from error
         return Compiled(seconds=time.monotonic() - began, out_of_memory=parse_out_of_memory(str(error)))
-    return Compiled(seconds=time.monotonic() - began, memory=memory_of(compiled), hlo=compiled.as_text())
+    return Compiled(
+        seconds=time.monotonic() - began,
+        memory=memory_of(compiled),
+        hlo=compiled.as_text(),
+        output_shardings=compiled.output_shardings,
+    )
 
 
 def memory_of(compiled: Any) -> Memory:
@@ -166,16 +176,17 @@ def _bytes(number: str, unit: str) -> int:
 class _Clock:
     """Says every few seconds how long the compiler has been at work, which says nothing itself."""
 
-    def __init__(self, say: Say, every_seconds: float = 1.0) -> None:
+    def __init__(self, say: Say, name: str) -> None:
         self._say = say
-        self._every_seconds = every_seconds
+        self._name = name
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._tick, daemon=True)
 
     def _tick(self) -> None:
         began = time.monotonic()
-        while not self._done.wait(self._every_seconds):
-            self._say(f"compiling, {time.monotonic() - began:.0f} s; models of billions take 1 to 3 minutes")
+        while not self._done.wait(1.0):
+            seconds = time.monotonic() - began
+            self._say(f"compiling the {self._name}, {seconds:.0f} s; models of billions take 1 to 3 minutes")
 
     def __enter__(self) -> None:
         self._thread.start()

@@ -57,8 +57,9 @@ class Computation:
         instruction = self.instructions.get(name)
         while instruction and instruction.opcode in ("copy", "convert", "bitcast", "copy-done", "copy-start"):
             instruction = self.instructions.get(instruction.operands[0])
-        is_constant = instruction is not None and instruction.opcode == "constant"
-        return int(instruction.arguments) if is_constant and re.fullmatch(r"-?\d+", instruction.arguments) else None
+        if instruction is None or instruction.opcode != "constant" or not re.fullmatch(r"-?\d+", instruction.arguments):
+            return None
+        return int(instruction.arguments)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,37 +2,67 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from nextllm_jax.config import Config
 from nextllm_jax.hardware import Chip
 from nextllm_jax.model.accounting import flops_per_token, parameter_count
-from nextllm_jax.plan.collectives import Collective, Collectives, Traffic, collectives
-from nextllm_jax.plan.compile import Memory, OutOfMemory, Say, compile_train_step
+from nextllm_jax.plan.advice import advice
+from nextllm_jax.plan.collectives import Collective, Traffic, collectives
+from nextllm_jax.plan.compile import (
+    Memory,
+    OutOfMemory,
+    Say,
+    abstract_batch,
+    compile_train_step,
+    flops_of_two_layers,
+)
 from nextllm_jax.plan.estimate import memory_traffic_bytes, minimum_traffic, recomputed_flops_per_token
 from nextllm_jax.plan.roofline import Roofline, communication_seconds
 from nextllm_jax.sharding import make_mesh
 from nextllm_jax.training.checks import check_divides
+from nextllm_jax.training.program import build_program
+
+
+class FlopsCheck(NamedTuple):
+    """FLOPs of a step of two layers of the model, counted twice."""
+
+    by_arithmetic: float
+    by_compiler: float
+
+    @property
+    def relative_difference(self) -> float:
+        """How much more the compiler counts: norms, softmax and the optimizer, and scores above the diagonal."""
+        return self.by_compiler / self.by_arithmetic - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """What a train step takes."""
+    """What a train step takes. Bytes are those of one device."""
 
     config: Config
     topology: str
     device_kind: str
     chip: Chip
     mesh: Mapping[str, int]
+    argument_bytes: int
+    """The training state and the batch."""
     memory: Memory | None
+    """None where the compiler ran out of it."""
     out_of_memory: OutOfMemory | None
-    collectives: Collectives | None
+    traffic: Mapping[Collective, Traffic] | None
+    """What the compiled step sends; None where there is none."""
     minimum: Mapping[Collective, Traffic]
+    """What it must send at least."""
+    unknown_loops: int
     roofline: Roofline
+    flops_check: FlopsCheck | None
     compile_seconds: float | None
+    """None for an estimate."""
 
     @property
     def num_devices(self) -> int:
@@ -40,9 +70,35 @@ class TrainingPlan:
         return int(np.prod(list(self.mesh.values())))
 
     @property
+    def limit_bytes(self) -> int:
+        """Memory that a program can have."""
+        said = self.out_of_memory.limit_bytes if self.out_of_memory else None
+        return said or self.chip.hbm_bytes
+
+    @property
+    def needed_bytes(self) -> int | None:
+        """Memory that a program needs which the compiler gave up, as far as it says."""
+        said = self.out_of_memory
+        if said is None:
+            return None
+        return said.needed_bytes or (said.temporary_bytes and said.temporary_bytes + self.argument_bytes)
+
+    @property
     def fits(self) -> bool:
         """Whether the step's memory is there."""
         return self.memory is not None and self.memory.peak_bytes <= self.chip.hbm_bytes
+
+    @property
+    def advice(self) -> list[str]:
+        """What to change if it does not fit."""
+        if self.fits:
+            return []
+        return advice(self.config, self.mesh, hbm_bytes=self.limit_bytes, state_bytes=self.argument_bytes)
+
+    @property
+    def parameters(self) -> int:
+        """Of the model."""
+        return parameter_count(self.config.model)
 
     @property
     def tokens_per_step(self) -> int:
@@ -64,11 +120,6 @@ class TrainingPlan:
         """The model's FLOP/s at that rate, as a share of the peak."""
         return self.flops_per_step / (self.roofline.seconds * self.num_devices * self.chip.peak_flops_bf16)
 
-    @property
-    def parameters(self) -> int:
-        """Of the model."""
-        return parameter_count(self.config.model)
-
 
 def plan_training(config: Config, devices: list[Any], chip: Chip, topology: str, say: Say) -> TrainingPlan:
     """The plan of a config on all of the given devices, its train step compiled for them.
@@ -77,23 +128,38 @@ def plan_training(config: Config, devices: list[Any], chip: Chip, topology: str,
     """
     mesh = make_mesh(config.mesh, devices)
     check_divides(config, mesh)
+    state_bytes = argument_bytes(config, mesh)
+    say("counting the FLOPs of two layers")
+    check = FlopsCheck(*flops_of_two_layers(config))
     compiled = compile_train_step(config, mesh, say)
     found = collectives(compiled.hlo, mesh.shape) if compiled.hlo else None
     minimum = minimum_traffic(config, mesh.shape)
-    state_bytes = compiled.memory.argument_bytes if compiled.memory else 0
     return TrainingPlan(
         config=config,
         topology=topology,
         device_kind=devices[0].device_kind,
         chip=chip,
         mesh=dict(mesh.shape),
+        argument_bytes=state_bytes,
         memory=compiled.memory,
         out_of_memory=compiled.out_of_memory,
-        collectives=found,
+        traffic=found.traffic if found else None,
         minimum=minimum,
+        unknown_loops=found.unknown_loops if found else 0,
         roofline=roofline_of(config, mesh, chip, found.traffic if found else minimum, state_bytes),
+        flops_check=check,
         compile_seconds=compiled.seconds,
     )
+
+
+def argument_bytes(config: Config, mesh: Mesh) -> int:
+    """Bytes of a step's arguments on one device: the state and the batch, without the padding of a chip's tiles."""
+    arguments = (build_program(config, mesh).abstract_state, abstract_batch(config, mesh))
+
+    def shard_bytes(leaf: Any) -> int:
+        return int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=int)) * leaf.dtype.itemsize
+
+    return sum(shard_bytes(leaf) for leaf in jax.tree.leaves(arguments))
 
 
 def roofline_of(
