@@ -12,6 +12,7 @@ import tyro
 from nextllm_jax import process
 from nextllm_jax.config import Config
 from nextllm_jax.config_files import config_of_arguments
+from nextllm_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,8 +21,18 @@ class PlanArguments:
 
     config: str
     """Python file that defines get_config() -> Config, as for train."""
-    topology: str
+    topology: str | None = None
     """TPU generation and shape, such as v5e:4x4, v5p:4x4x4, v6e:16x16 or tpu7x:4x4x4."""
+    fast: bool = False
+    """Estimate by arithmetic in a second, and compile nothing."""
+    chip: str | None = None
+    """With --fast, instead of a topology: name that jax gives the devices, such as "NVIDIA H100 80GB HBM3"."""
+    devices: int | None = None
+    """With --chip: how many there are."""
+    search: bool = False
+    """Try meshes, remat policies and accumulation steps, and rank those that fit; the best are compiled."""
+    search_minutes: float = 10.0
+    """Minutes after which --search begins no other compilation."""
     days: float = 30.0
     """Days for which to say how many steps and tokens they are at most."""
     decode: bool = False
@@ -39,36 +50,54 @@ class PlanArguments:
 
 def plan_command(argv: list[str]) -> int:
     """Print a plan; the exit code."""
-    default: Any = PlanArguments(config=tyro.MISSING, topology=tyro.MISSING, run=config_of_arguments(argv))
+    default: Any = PlanArguments(config=tyro.MISSING, run=config_of_arguments(argv))
     arguments = tyro.cli(PlanArguments, args=argv, prog="nextllm plan", default=default)
+    _check(arguments)
     process.use_planning_settings()
     with _Progress() as say:
-        values, table = _plan_decoding(arguments, say) if arguments.decode else _plan_training(arguments, say)
+        values, table = _plan(arguments, say)
     print(json.dumps(values) if arguments.json else table)
     return 0
 
 
-def _plan_training(arguments: PlanArguments, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
-    from nextllm_jax.plan.report import training_json, training_table
-    from nextllm_jax.plan.topology import chip_of, tpu_devices
-    from nextllm_jax.plan.training import plan_training
+def _check(arguments: PlanArguments) -> None:
+    if (arguments.topology is None) == (arguments.chip is None):
+        raise InputError("there must be one place to plan for; give either --topology, or --fast, --chip and --devices")
+    if arguments.chip is not None and (not arguments.fast or arguments.devices is None):
+        raise InputError("--chip can only be estimated for; give --fast and --devices with it")
+    if arguments.topology is not None and arguments.devices is not None:
+        raise InputError("--devices goes with --chip; a topology says how many there are")
+    if arguments.decode and (arguments.fast or arguments.search):
+        raise InputError("--decode is compiled once; leave out --fast and --search")
+    for name in ("days", "search_minutes", "batch_size", "prompt_tokens", "new_tokens"):
+        if getattr(arguments, name) <= 0:
+            raise InputError(f"{name} is {getattr(arguments, name)}; it must be positive")
 
-    devices = tpu_devices(arguments.topology)
-    plan = plan_training(arguments.run, devices, chip_of(devices[0]), arguments.topology, say)
-    return training_json(plan, arguments.days), training_table(plan, arguments.days)
 
-
-def _plan_decoding(arguments: PlanArguments, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
+def _plan(arguments: PlanArguments, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
+    """What is asked for, as JSON values and as a table."""
+    from nextllm_jax.plan import report, topology
     from nextllm_jax.plan.decoding import Request, plan_decoding
-    from nextllm_jax.plan.report import decoding_json, decoding_table
-    from nextllm_jax.plan.topology import chip_of, tpu_devices
+    from nextllm_jax.plan.search import search
+    from nextllm_jax.plan.training import estimate_training, plan_training
 
-    request = Request(
-        batch_size=arguments.batch_size, prompt_tokens=arguments.prompt_tokens, new_tokens=arguments.new_tokens
-    )
-    devices = tpu_devices(arguments.topology)
-    plan = plan_decoding(arguments.run, devices, chip_of(devices[0]), arguments.topology, request, say)
-    return decoding_json(plan), decoding_table(plan)
+    config, days = arguments.run, arguments.days
+    if arguments.chip is not None:
+        place = topology.counted(arguments.chip, arguments.devices or 0)
+    else:
+        place = topology.tpu_slices(arguments.topology or "")
+    if arguments.decode:
+        request = Request(
+            batch_size=arguments.batch_size, prompt_tokens=arguments.prompt_tokens, new_tokens=arguments.new_tokens
+        )
+        decoding = plan_decoding(config, place, request, say)
+        return report.decoding_json(decoding), report.decoding_table(decoding)
+    if arguments.search:
+        minutes = 0.0 if arguments.fast else arguments.search_minutes
+        plans = search(config, place, minutes, say)
+        return report.search_json(plans, days), report.search_table(plans, days)
+    plan = estimate_training(config, place) if arguments.fast else plan_training(config, place, say)
+    return report.training_json(plan, days), report.training_table(plan, days)
 
 
 class _Progress:

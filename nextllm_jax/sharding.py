@@ -11,7 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nextllm_jax.config import MeshConfig
 from nextllm_jax.errors import InputError
@@ -72,7 +72,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(names))
 
 
-def sharding(mesh: Mesh, *names: str | None) -> NamedSharding:
+def sharding(mesh: Mesh | AbstractMesh, *names: str | None) -> NamedSharding:
     """The NamedSharding of an array with these logical axes on `mesh`."""
     return NamedSharding(mesh, spec(names))
 
@@ -81,7 +81,7 @@ def _is_boxed(leaf: Any) -> bool:
     return isinstance(leaf, nn.Partitioned)
 
 
-def tree_shardings(mesh: Mesh, abstract_tree: Any) -> Any:
+def tree_shardings(mesh: Mesh | AbstractMesh, abstract_tree: Any) -> Any:
     """A NamedSharding for each leaf of a tree of abstract arrays, boxed ones by their logical names.
 
     Leaves without a box (counters and the like) are copied to every device. The result has the

@@ -66,7 +66,7 @@ FOLDERS = {  # inside a folder a file imports from those to its left
         *("writers", "signals", "program", "flight_recorder", "loop", "diagnosis", "replay"),
     ),
     "plan": (
-        *("hlo", "collectives", "topology", "compile", "estimate", "roofline", "advice", "training", "decoding"),
+        *("topology", "hlo", "collectives", "compile", "estimate", "roofline", "advice", "training", "decoding"),
         *("search", "report"),
     ),
     "inference": ("sampling", "generate", "stream"),

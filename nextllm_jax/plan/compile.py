@@ -4,7 +4,6 @@ import dataclasses
 import re
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,10 +15,9 @@ from nextllm_jax.config import Config, MeshConfig
 from nextllm_jax.data.packing import Batch
 from nextllm_jax.errors import RunFailed
 from nextllm_jax.model.accounting import flops_per_token
+from nextllm_jax.plan.topology import Say
 from nextllm_jax.sharding import make_mesh, sharding
 from nextllm_jax.training.program import build_program
-
-Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from nextllm_jax.config import Config, SamplingConfig
 from nextllm_jax.errors import InputError
@@ -18,9 +18,10 @@ from nextllm_jax.llm import MAX_UNROLLED_LAYERS, cast_matrices
 from nextllm_jax.model.accounting import flops_per_token, kv_cache_bytes
 from nextllm_jax.model.transformer import Transformer, abstract_params, resolve_dtype
 from nextllm_jax.plan.collectives import Collective, Traffic, collectives
-from nextllm_jax.plan.compile import Compiled, Say, compile_lowered
+from nextllm_jax.plan.compile import Compiled, compile_lowered
 from nextllm_jax.plan.roofline import Roofline, communication_seconds
-from nextllm_jax.sharding import make_mesh, tree_shardings
+from nextllm_jax.plan.topology import Place, Say
+from nextllm_jax.sharding import tree_shardings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,6 @@ class Phase:
 class DecodingPlan:
     """What sampling takes. The decode step is the loop's body, run once."""
 
-    config: Config
     topology: str
     device_kind: str
     chip: Chip
@@ -68,28 +68,27 @@ class DecodingPlan:
     """None if prefill does not fit."""
 
 
-def plan_decoding(
-    config: Config, devices: list[Any], chip: Chip, topology: str, request: Request, say: Say
-) -> DecodingPlan:
-    """Prefill and decoding of `request` with the config's model on all of the given devices, compiled for them.
+def plan_decoding(config: Config, place: Place, request: Request, say: Say) -> DecodingPlan:
+    """Prefill and decoding of `request` with the config's model on all devices of a place, compiled for them.
 
     Raises InputError if mesh, rows and devices do not go together.
     """
-    mesh = make_mesh(config.mesh, devices)
+    mesh = place.mesh(config)
+    if isinstance(mesh, AbstractMesh):
+        raise InputError(f"{place.name} cannot be compiled for without such devices; give a --topology")
     _check(config, request, mesh)
-    dtype = resolve_dtype(config.model.dtype, devices[0].platform)
+    dtype = resolve_dtype(config.model.dtype, mesh.devices.flat[0].platform)
     model_config = dataclasses.replace(config.model, remat="none")
     model = Transformer(model_config, dtype, scan_layers=config.model.num_layers > MAX_UNROLLED_LAYERS)
     params = _abstract_params(model, mesh)
     programs = _Programs(model, params, mesh, request, say)
     first, state = programs.prefill()
     second = programs.decode(state) if state is not None else None
-    work = _Work(config, chip, mesh, request, _shard_bytes(params), dtype.itemsize)
+    work = _Work(config, place.chip, mesh, request, _shard_bytes(params), dtype.itemsize)
     return DecodingPlan(
-        config=config,
-        topology=topology,
-        device_kind=devices[0].device_kind,
-        chip=chip,
+        topology=place.name,
+        device_kind=place.device_kind,
+        chip=place.chip,
         mesh=dict(mesh.shape),
         request=request,
         parameter_bytes=_shard_bytes(params),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from nextllm_jax.hardware import readable_bytes
@@ -29,7 +29,8 @@ def training_json(plan: TrainingPlan, days: float) -> dict[str, Any]:
         "compile_seconds": plan.compile_seconds,
         "fits": plan.fits,
         "hbm_bytes": plan.chip.hbm_bytes,
-        "memory": _dict(plan.memory),
+        "memory": _memory_json(plan),
+        "estimated_peak_bytes": plan.estimated_peak_bytes,
         "out_of_memory": _dict(plan.out_of_memory),
         "needed_bytes": plan.needed_bytes,
         "advice": plan.advice,
@@ -44,6 +45,17 @@ def training_json(plan: TrainingPlan, days: float) -> dict[str, Any]:
         "mfu_bound": plan.mfu_bound,
         "days": config.training.steps * plan.roofline.seconds / _DAY,
         "budget": {"days": days, "steps": _steps(plan, days), "tokens": _steps(plan, days) * plan.tokens_per_step},
+    }
+
+
+def _memory_json(plan: TrainingPlan) -> dict[str, Any] | None:
+    """As compiled; the same three numbers as estimated; or None where the compiler ran out of memory."""
+    if plan.memory or plan.out_of_memory:
+        return _dict(plan.memory)
+    return {
+        "argument_bytes": plan.argument_bytes,
+        "temporary_bytes": plan.estimated_peak_bytes - plan.argument_bytes,
+        "peak_bytes": plan.estimated_peak_bytes,
     }
 
 
@@ -115,8 +127,12 @@ def _training_head(plan: TrainingPlan) -> Iterator[str]:
     yield f"{training.global_batch_size:,} sequences of {length:,} tokens a step{parts}"
 
 
+def _axes(plan: TrainingPlan | DecodingPlan) -> str:
+    return ", ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1)
+
+
 def _place(plan: TrainingPlan | DecodingPlan) -> str:
-    axes = ", ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1)
+    axes = _axes(plan)
     return f"{plan.topology}: {math.prod(plan.mesh.values()):,} x {plan.device_kind}{f', mesh {axes}' if axes else ''}"
 
 
@@ -125,8 +141,10 @@ def _line(name: str, value: str, note: str = "") -> str:
 
 
 def _training_memory(plan: TrainingPlan) -> Iterator[str]:
-    yield "memory of a device" + (", estimated" if plan.compile_seconds is None else "")
+    yield "memory of a device"
     yield from _memory_lines(plan.memory, plan.out_of_memory, plan.argument_bytes)
+    if plan.compile_seconds is None:
+        yield _line("peak", readable_bytes(plan.estimated_peak_bytes), "estimated; compiled it differs by up to 15%")
     if plan.needed_bytes:
         yield _line("needed", readable_bytes(plan.needed_bytes))
     yield _line("there", readable_bytes(plan.limit_bytes))
@@ -228,3 +246,31 @@ def _phase(name: str, phase: Phase, plan: DecodingPlan) -> Iterator[str]:
     yield "least time"
     yield from _roofline_lines(phase.roofline)
     yield _line("tokens/s at most", f"{phase.tokens / phase.roofline.seconds:,.0f}")
+
+
+def search_json(plans: Sequence[TrainingPlan], days: float) -> dict[str, Any]:
+    """Plans that fit as JSON values, best first."""
+    return {"candidates": [training_json(plan, days) for plan in plans]}
+
+
+def search_table(plans: Sequence[TrainingPlan], days: float) -> str:
+    """Plans that fit for people, best first, and the best one whole."""
+    lines = [f"{'mesh':40}{'remat':>16}{'parts':>7}{'peak':>12}{'step':>12}{'MFU':>8}"]
+    for plan in plans[:20]:
+        peak = readable_bytes(plan.memory.peak_bytes if plan.memory else plan.estimated_peak_bytes)
+        parts = plan.config.training.accumulation_steps
+        note = "" if plan.memory else "  estimated"
+        lines.append(
+            f"{_axes(plan):40}{plan.config.model.remat:>16}{parts:>7}{peak:>12}{_seconds(plan.roofline.seconds):>12}"
+            f"{plan.mfu_bound:>8.1%}{note}"
+        )
+    if not plans:
+        return "none of those that were compiled fits"
+    return "\n".join(lines) + "\n\nthe best:\n" + training_table(plans[0], days) + "\n\n" + _flags(plans[0])
+
+
+def _flags(plan: TrainingPlan) -> str:
+    """The command line's options that make a config this plan's."""
+    mesh = " ".join(f"--mesh.{name} {size}" for name, size in plan.mesh.items())
+    training = plan.config.training
+    return f"{mesh} --model.remat {plan.config.model.remat} --training.accumulation-steps {training.accumulation_steps}"

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from nextllm_jax.hardware import Chip
 from nextllm_jax.plan.collectives import Collective, Traffic
@@ -37,7 +37,9 @@ class Roofline:
         return sum(dataclasses.asdict(self).values())
 
 
-def communication_seconds(traffic: Mapping[Collective, Traffic], mesh: Mesh, chip: Chip) -> tuple[float, float]:
+def communication_seconds(
+    traffic: Mapping[Collective, Traffic], mesh: Mesh | AbstractMesh, chip: Chip
+) -> tuple[float, float]:
     """(ICI, network) seconds of what each device of a mesh sends."""
     ici = network = 0.0
     bandwidths: dict[str, tuple[float | None, bool]] = {}
@@ -52,12 +54,16 @@ def communication_seconds(traffic: Mapping[Collective, Traffic], mesh: Mesh, chi
     return ici, network
 
 
-def axes_bandwidth(mesh: Mesh, axes: str, chip: Chip) -> tuple[float | None, bool]:
+def axes_bandwidth(mesh: Mesh | AbstractMesh, axes: str, chip: Chip) -> tuple[float | None, bool]:
     """(bytes per second that a device sends along mesh axes joined by "+", whether that goes through the network).
 
     A device of a slice has two links along each dimension of the torus that the axes run through, if it is a ring, and
-    one at the end of a line, which is where a line's collectives wait. None where the limit is not known.
+    one at the end of a line, which is where a line's collectives wait. Where nothing but the number of devices is
+    known, they are one ring. None where the limit is not known.
     """
+    if isinstance(mesh, AbstractMesh):
+        links = 2 * chip.ici_link_bandwidth if chip.ici_link_bandwidth else None
+        return links or chip.network_bandwidth, links is None
     names = [name for name in axes.split("+") if name in mesh.axis_names]
     positions = [mesh.axis_names.index(name) for name in names] or list(range(mesh.devices.ndim))
     members = _along(mesh.devices, positions)

@@ -2,30 +2,28 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from nextllm_jax.config import Config
+from nextllm_jax.errors import InputError
 from nextllm_jax.hardware import Chip
 from nextllm_jax.model.accounting import flops_per_token, parameter_count
 from nextllm_jax.plan.advice import advice
 from nextllm_jax.plan.collectives import Collective, Traffic, collectives
-from nextllm_jax.plan.compile import (
-    Memory,
-    OutOfMemory,
-    Say,
-    abstract_batch,
-    compile_train_step,
-    flops_of_two_layers,
+from nextllm_jax.plan.compile import Memory, OutOfMemory, compile_train_step, flops_of_two_layers
+from nextllm_jax.plan.estimate import (
+    argument_bytes,
+    memory_traffic_bytes,
+    minimum_traffic,
+    peak_bytes,
+    recomputed_flops_per_token,
 )
-from nextllm_jax.plan.estimate import memory_traffic_bytes, minimum_traffic, recomputed_flops_per_token
 from nextllm_jax.plan.roofline import Roofline, communication_seconds
-from nextllm_jax.sharding import make_mesh
+from nextllm_jax.plan.topology import Place, Say
 from nextllm_jax.training.checks import check_divides
-from nextllm_jax.training.program import build_program
 
 
 class FlopsCheck(NamedTuple):
@@ -52,7 +50,8 @@ class TrainingPlan:
     argument_bytes: int
     """The training state and the batch."""
     memory: Memory | None
-    """None where the compiler ran out of it."""
+    """None where the compiler ran out of it, or was not asked."""
+    estimated_peak_bytes: int
     out_of_memory: OutOfMemory | None
     traffic: Mapping[Collective, Traffic] | None
     """What the compiled step sends; None where there is none."""
@@ -86,7 +85,10 @@ class TrainingPlan:
     @property
     def fits(self) -> bool:
         """Whether the step's memory is there."""
-        return self.memory is not None and self.memory.peak_bytes <= self.chip.hbm_bytes
+        if self.out_of_memory:
+            return False
+        peak = self.memory.peak_bytes if self.memory else self.estimated_peak_bytes
+        return peak <= self.chip.hbm_bytes
 
     @property
     def advice(self) -> list[str]:
@@ -121,56 +123,70 @@ class TrainingPlan:
         return self.flops_per_step / (self.roofline.seconds * self.num_devices * self.chip.peak_flops_bf16)
 
 
-def plan_training(config: Config, devices: list[Any], chip: Chip, topology: str, say: Say) -> TrainingPlan:
-    """The plan of a config on all of the given devices, its train step compiled for them.
+def plan_training(config: Config, place: Place, say: Say, *, check: bool = True) -> TrainingPlan:
+    """The plan of a config on all devices of a place, its train step compiled for them.
 
-    Raises InputError if mesh, batch and devices do not go together.
+    `check`: count the FLOPs of two layers too. Raises InputError if mesh, batch and devices do not go together.
     """
-    mesh = make_mesh(config.mesh, devices)
-    check_divides(config, mesh)
-    state_bytes = argument_bytes(config, mesh)
-    say("counting the FLOPs of two layers")
-    check = FlopsCheck(*flops_of_two_layers(config))
+    estimate = estimate_training(config, place)
+    mesh = place.mesh(config)
+    if isinstance(mesh, AbstractMesh):
+        raise InputError(f"{place.name} cannot be compiled for without such devices; estimate with --fast")
+    if check:
+        say("counting the FLOPs of two layers")
+    flops_check = FlopsCheck(*flops_of_two_layers(config)) if check else None
     compiled = compile_train_step(config, mesh, say)
     found = collectives(compiled.hlo, mesh.shape) if compiled.hlo else None
-    minimum = minimum_traffic(config, mesh.shape)
-    return TrainingPlan(
-        config=config,
-        topology=topology,
-        device_kind=devices[0].device_kind,
-        chip=chip,
-        mesh=dict(mesh.shape),
-        argument_bytes=state_bytes,
+    traffic = found.traffic if found else None
+    return dataclasses.replace(
+        estimate,
         memory=compiled.memory,
         out_of_memory=compiled.out_of_memory,
-        traffic=found.traffic if found else None,
-        minimum=minimum,
+        traffic=traffic,
         unknown_loops=found.unknown_loops if found else 0,
-        roofline=roofline_of(config, mesh, chip, found.traffic if found else minimum, state_bytes),
-        flops_check=check,
+        roofline=_roofline(config, mesh, place.chip, traffic or estimate.minimum, estimate.argument_bytes),
+        flops_check=flops_check,
         compile_seconds=compiled.seconds,
     )
 
 
-def argument_bytes(config: Config, mesh: Mesh) -> int:
-    """Bytes of a step's arguments on one device: the state and the batch, without the padding of a chip's tiles."""
-    arguments = (build_program(config, mesh).abstract_state, abstract_batch(config, mesh))
+def estimate_training(config: Config, place: Place) -> TrainingPlan:
+    """The plan of a config on all devices of a place by arithmetic: nothing is compiled.
 
-    def shard_bytes(leaf: Any) -> int:
-        return int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=int)) * leaf.dtype.itemsize
+    Raises InputError if mesh, batch and devices do not go together.
+    """
+    mesh = place.mesh(config)
+    check_divides(config, mesh)
+    arguments = argument_bytes(config, mesh)
+    minimum = minimum_traffic(config, mesh.shape)
+    return TrainingPlan(
+        config=config,
+        topology=place.name,
+        device_kind=place.device_kind,
+        chip=place.chip,
+        mesh=dict(mesh.shape),
+        argument_bytes=arguments,
+        estimated_peak_bytes=peak_bytes(config, mesh.shape, arguments),
+        memory=None,
+        out_of_memory=None,
+        traffic=None,
+        minimum=minimum,
+        unknown_loops=0,
+        roofline=_roofline(config, mesh, place.chip, minimum, arguments),
+        flops_check=None,
+        compile_seconds=None,
+    )
 
-    return sum(shard_bytes(leaf) for leaf in jax.tree.leaves(arguments))
 
-
-def roofline_of(
-    config: Config, mesh: Mesh, chip: Chip, traffic: Mapping[Collective, Traffic], state_bytes: float
+def _roofline(
+    config: Config, mesh: Mesh | AbstractMesh, chip: Chip, traffic: Mapping[Collective, Traffic], state_bytes: float
 ) -> Roofline:
     """The roofline of a train step that sends `traffic` and keeps `state_bytes` on each device."""
     length, tokens = config.data.sequence_length, config.training.global_batch_size * config.data.sequence_length
     flops = flops_per_token(config.model, length) + recomputed_flops_per_token(config.model, length)
     ici, network = communication_seconds(traffic, mesh, chip)
     return Roofline(
-        compute=flops * tokens / (mesh.devices.size * chip.peak_flops_bf16),
+        compute=flops * tokens / (mesh.size * chip.peak_flops_bf16),
         hbm=memory_traffic_bytes(config, mesh.shape, state_bytes) / chip.hbm_bandwidth,
         ici=ici,
         network=network,

@@ -1,7 +1,7 @@
 """What must hold before a run starts, each as one sentence where it does not."""
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from nextllm_jax.config import Config
 from nextllm_jax.errors import InputError
@@ -39,7 +39,7 @@ def check_fits(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> None:
             )
 
 
-def check_divides(config: Config, mesh: Mesh) -> None:
+def check_divides(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """Raise InputError if the mesh does not divide the batch and the sequences of a step."""
     rows = config.training.global_batch_size // config.training.accumulation_steps
     parts = mesh.shape["data"] * mesh.shape["fsdp"]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.transformer import Transformer
@@ -84,7 +84,9 @@ def _initial_state(model: Transformer, optimizer: optax.GradientTransformation, 
     return TrainState(step=zero, skipped=zero, skipped_in_a_row=zero, params=params, opt_state=optimizer.init(params))
 
 
-def abstract_state(model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(
+    model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh
+) -> TrainState:
     """The state as shapes, types and shardings, without a byte of it: what a checkpoint is restored into.
 
     Raises InputError if a parameter's axis cannot be divided over the mesh.
