@@ -90,8 +90,22 @@ def _nll_and_mean_squares(model: Transformer, params: Any, batch: Batch) -> tupl
     return _head_nll(model, params, hidden_BTD, batch), jax.lax.stop_gradient(squares)
 
 
+def _cast_kernels(params: Any, dtype: Any) -> Any:
+    """The parameters with the matrices of the layers in `dtype`, as the model would cast them."""
+
+    def cast(path: Any, leaf: jax.Array) -> jax.Array:
+        return leaf.astype(dtype) if path[-1].key == "kernel" else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 def _sums(model: Transformer, params: Any, batch: Batch, accumulation_steps: int) -> Any:
-    """((summed nll, summed mean squares), summed gradient) of the batch's microbatches, which share one buffer."""
+    """((summed nll, summed mean squares), summed gradient) of the batch's microbatches, which share one buffer.
+
+    Kernels are cast before they are differentiated: their gradients, in the type of the matmuls already, are then
+    kept in it instead of wider.
+    """
+    params = _cast_kernels(params, model.dtype)
     value_and_grad = jax.value_and_grad(lambda p, microbatch: _nll_and_mean_squares(model, p, microbatch), has_aux=True)
     if accumulation_steps == 1:
         return value_and_grad(params, batch)
@@ -115,7 +129,7 @@ def mean_gradient(model: Transformer, params: Any, batch: Batch, accumulation_st
     (total_nll, mean_squares), gradients = _sums(model, params, batch, accumulation_steps)
     num_tokens = jnp.sum(batch.loss_mask_BT, dtype=jnp.int32)
     scale = 1.0 / jnp.maximum(num_tokens, 1).astype(jnp.float32)
-    gradients = jax.tree.map(lambda g: g * scale, gradients)
+    gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, gradients)
     return MeanGradient(total_nll, num_tokens, gradients, mean_squares / accumulation_steps)
 
 
@@ -127,6 +141,19 @@ def updated(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         updates = jax.tree.map(lambda u: -learning_rate * u, updates)
         return optax.apply_updates(state.params, updates), opt_state
+
+
+def _update_is_finite(
+    optimizer: optax.GradientTransformation, learning_rate: jax.Array, gradients: Any, state: TrainState
+) -> jax.Array:
+    """Whether `updated` gives finite parameters: a bool.
+
+    It is computed apart from the update that is taken, which then goes straight into the buffers of the old state;
+    one computation for both would hold all of the new parameters beside the old ones until this is known.
+    """
+    gradients, state = jax.lax.optimization_barrier((gradients, state))
+    params, _ = updated(optimizer, learning_rate, gradients, state)
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
 
 
 def _skip_reason(*found: jax.Array) -> jax.Array:
@@ -157,8 +184,7 @@ def make_train_step(
         total_nll, num_tokens, gradients, mean_squares = mean_gradient(model, state.params, batch, accumulation_steps)
         grad_norm = optax.tree.norm(gradients)
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
-        params, opt_state = updated(optimizer, learning_rate, gradients, state)
-        updates_finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
+        updates_finite = _update_is_finite(optimizer, learning_rate, gradients, state)
 
         losses, loss_limit, spikes = state.recent_losses, jnp.asarray(jnp.nan, jnp.float32), jnp.asarray(False)
         loss = total_nll / jnp.maximum(num_tokens, 1)
@@ -167,6 +193,7 @@ def make_train_step(
             spikes = loss > loss_limit
         reason = _skip_reason(~jnp.isfinite(total_nll), ~jnp.isfinite(grad_norm), ~updates_finite, spikes)
         taken = reason == 0
+        params, opt_state = updated(optimizer, learning_rate, gradients, state)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(taken, new, old), (params, opt_state), (state.params, state.opt_state)
         )
