@@ -20,8 +20,9 @@ _LOSS_CHUNK_TOKENS = 2048
 
 def argument_bytes(config: Config, mesh: Mesh | AbstractMesh) -> int:
     """Bytes of a step's arguments on one device: the state and the batch, without the padding of a chip's tiles."""
-    state = abstract_state(Transformer(config.model), make_optimizer(config.optimizer), mesh)
-    shards = (math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    state = abstract_state(Transformer(config.model), make_optimizer(config.optimizer), mesh, config.optimizer)
+    leaves = [leaf for leaf in jax.tree.leaves(state) if leaf.sharding.memory_kind != "pinned_host"]
+    shards = (math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
     tokens = tokens_per_device(config, mesh.shape) * mesh.shape["tensor"]
     return sum(shards) + int(tokens * _BATCH_BYTES_PER_TOKEN)
 

@@ -180,13 +180,15 @@ def _modules(config: ModelConfig, tree: Any) -> list[tuple[str, list[jax.Array]]
     return [(_name(path), _at(tree, path)) for path in [("embed",), *parts, *rest]]
 
 
-def diagnose(config: Config, dtype: Any, state: TrainState, batch: Batch, sharding: jax.sharding.Sharding) -> Diagnosis:
-    """Where the step that `state` takes on `batch` (numpy, the global batch) is first not finite.
+def diagnose(
+    config: Config, model: Transformer, state: TrainState, batch: Batch, sharding: jax.sharding.Sharding
+) -> Diagnosis:
+    """Where the step that `state` takes with the model on `batch` (numpy, the global batch) is first not finite.
 
     `sharding` is that of [B, T] arrays; call it under `jax.set_mesh`. Parameters take twice their memory meanwhile.
     """
     # Without remat, which would trace the layers where their arrays cannot be looked at.
-    model = Transformer(dataclasses.replace(config.model, remat="none"), dtype, scan_layers=False)
+    open_model = model.clone(config=dataclasses.replace(config.model, remat="none"), scan_layers=False)
     parts = config.training.accumulation_steps
     row_losses = np.zeros(len(batch.tokens_BT))
     found: dict[str, tuple[str, bool]] = {}
@@ -194,7 +196,7 @@ def diagnose(config: Config, dtype: Any, state: TrainState, batch: Batch, shardi
         rows = slice(part, None, parts)  # as the train step cuts it
         microbatch = Batch(*(array[rows] for array in batch))
         forward, backward, row_nll_B = jax.device_get(
-            _passes(model, state.params, jax.device_put(microbatch, sharding))
+            _passes(open_model, state.params, jax.device_put(microbatch, sharding))
         )
         row_losses[rows] = row_nll_B / np.maximum(microbatch.loss_mask_BT.sum(1), 1)
         for direction, seen in (("forward", forward), ("backward", backward)):
@@ -205,7 +207,7 @@ def diagnose(config: Config, dtype: Any, state: TrainState, batch: Batch, shardi
         return Diagnosis("forward", *found["forward"], losses)
     if "backward" in found:
         return Diagnosis("backward", *found["backward"], losses)
-    whole = _sum_and_update(config, Transformer(config.model, dtype), state, jax.device_put(batch, sharding))
+    whole = _sum_and_update(config, model, state, jax.device_put(batch, sharding))
     summed, after = jax.device_get(whole)
     if (first := _first(summed)) is not None:
         return Diagnosis("sum", *first, losses)

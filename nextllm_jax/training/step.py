@@ -1,5 +1,6 @@
 """The loss, the train step and the evaluation step."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -180,8 +181,13 @@ def make_train_step(
     (see `state.shardings_of`). Call it under `jax.set_mesh`.
     """
 
+    # Where the moments are while they are used, and with them gradients and updates.
+    moments = jax.tree.map(lambda sharding: sharding.with_memory_kind("device"), state_shardings.opt_state)
+
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        state = dataclasses.replace(state, opt_state=jax.device_put(state.opt_state, moments))
         total_nll, num_tokens, gradients, mean_squares = mean_gradient(model, state.params, batch, accumulation_steps)
+        gradients = jax.lax.with_sharding_constraint(gradients, optax.tree.get(moments, "mu"))
         grad_norm = optax.tree.norm(gradients)
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
         updates_finite = _update_is_finite(optimizer, learning_rate, gradients, state)
