@@ -90,12 +90,12 @@ def flops_of_two_layers(config: Config) -> tuple[float, float]:
     pattern = config.model.layer_pattern
     pattern = pattern * 2 if len(pattern) == 1 else pattern
     length = min(config.data.sequence_length, 2048)
-    model = dataclasses.replace(
-        config.model, num_layers=len(pattern), layer_pattern=pattern, remat="none", dtype="float32"
-    )
+    plain = {"remat": "none", "remat_offload": False, "attention": "auto", "dtype": "float32"}
+    model = dataclasses.replace(config.model, num_layers=len(pattern), layer_pattern=pattern, **plain)
     small = dataclasses.replace(
         config,
         model=model,
+        optimizer=dataclasses.replace(config.optimizer, offload_state=False),
         data=dataclasses.replace(config.data, sequence_length=length),
         training=dataclasses.replace(config.training, global_batch_size=1, accumulation_steps=1),
     )

@@ -84,7 +84,7 @@ def recomputed_flops_per_token(config: ModelConfig, sequence_length: int) -> flo
     """FLOPs that remat adds; a layer's last product is not needed again."""
     products, attention = layer_forward_flops(config, sequence_length)
     products -= 2.0 * config.num_layers * config.embed_dim * config.mlp_dim
-    return {"none": 0.0, "dots": attention}.get(config.remat, products + attention)
+    return {"none": 0.0, "dots": attention, "save_attention": products}.get(config.remat, products + attention)
 
 
 def minimum_traffic(config: Config, mesh: Mapping[str, int]) -> dict[Collective, Traffic]:

@@ -65,6 +65,7 @@ def _estimates(config: Config, place: Place, say: Say) -> Iterator[TrainingPlan]
 def variants(config: Config, num_devices: int) -> Iterator[Config]:
     """The config with other meshes, remat policies and accumulation steps."""
     policies = typing.get_args(typing.get_type_hints(ModelConfig)["remat"])
+    policies = [policy for policy in policies if policy != "none" or not config.model.remat_offload]
     batch = config.training.global_batch_size
     sequence = max(config.mesh.sequence, 1)
     for tensor in _powers(min(8, num_devices // sequence)):
