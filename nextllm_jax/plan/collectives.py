@@ -98,6 +98,8 @@ class _Walk:
     def _add_collective(self, totals: _Totals, kind: str, instruction: Instruction, computation: Computation) -> None:
         """Add one collective, by the types of its operands."""
         members, axes = self._axes.of(instruction)
+        if members == 1:
+            return
         share = {
             "all-gather": members - 1,
             "all-reduce": 2 * (members - 1) / members,
@@ -172,23 +174,23 @@ class _Axes:
                 self._known["+".join(name for _, name in chosen)] = _ordered(last.reshape(-1, members))
 
     def of(self, instruction: Instruction) -> tuple[int, str]:
-        """(devices of a group, their mesh axes joined by "+")."""
+        """(devices of a group, their mesh axes joined by "+"); (1, ...) for what stays on its device."""
         if pairs := instruction.attribute(r"source_target_pairs=\{(\{.*?\})\}"):
             return self._of_pairs(np.array([_numbers(pair) for pair in re.findall(r"\{([\d,]+)\}", pairs)]))
         groups = _ordered(self._groups(instruction))
-        if groups.shape[1] == 1:
-            return 1, "one device"
         same = (name for name, known in self._known.items() if np.array_equal(known, groups))
         return groups.shape[1], next(same, "other")
 
     def _of_pairs(self, pairs: np.ndarray) -> tuple[int, str]:
         """Of a permute: the fewest axes along which all its data move."""
+        if np.array_equal(pairs[:, 0], pairs[:, 1]):
+            return 1, ""
         for name, groups in self._known.items():
             group_of = np.zeros(self._all.size, int)
             group_of[groups.ravel()] = np.repeat(np.arange(len(groups)), groups.shape[1])
             if np.all(group_of[pairs[:, 0]] == group_of[pairs[:, 1]]):
                 return groups.shape[1], name
-        return 1, "one device"
+        return self._all.size, "other"
 
     def _groups(self, instruction: Instruction) -> np.ndarray:
         """[groups, members] of device numbers, in any of the forms that XLA prints."""

@@ -1,12 +1,14 @@
 """What a train step takes, by arithmetic alone: FLOPs, bytes through memory, the least that must be sent."""
 
+import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from nextllm_jax.config import Config
+from nextllm_jax.config import Config, OptimizerConfig
 from nextllm_jax.config_model import ModelConfig
 from nextllm_jax.model.accounting import flops_per_token, layer_matrices, parameter_count
 from nextllm_jax.model.transformer import Transformer
@@ -20,50 +22,59 @@ _LOSS_CHUNK_TOKENS = 2048
 
 def argument_bytes(config: Config, mesh: Mesh | AbstractMesh) -> int:
     """Bytes of a step's arguments on one device: the state and the batch, without the padding of a chip's tiles."""
-    state = abstract_state(Transformer(config.model), make_optimizer(config.optimizer), mesh, config.optimizer)
-    leaves = [leaf for leaf in jax.tree.leaves(state) if leaf.sharding.memory_kind != "pinned_host"]
-    shards = (math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    plain = dataclasses.replace(config.model, remat="none", remat_offload=False, attention="auto")
     tokens = tokens_per_device(config, mesh.shape) * mesh.shape["tensor"]
-    return sum(shards) + int(tokens * _BATCH_BYTES_PER_TOKEN)
+    return _state_bytes(plain, config.optimizer, mesh) + int(tokens * _BATCH_BYTES_PER_TOKEN)
+
+
+@functools.lru_cache
+def _state_bytes(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh | AbstractMesh) -> int:
+    state = abstract_state(Transformer(model), make_optimizer(optimizer), mesh, optimizer)
+    leaves = [leaf for leaf in jax.tree.leaves(state) if leaf.sharding.memory_kind != "pinned_host"]
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def peak_bytes(config: Config, mesh: Mapping[str, int], arguments: int) -> int:
     """The most memory that a device holds during a step, arguments included: about what the TPU compiler makes of it.
 
-    The largest of the moments at which the compiled programs were seen to be: in the backward pass of the layers,
-    gradients of all matrices, matrices in the type of the products, what the layers keep, and one layer at work.
+    That is in the backward pass, beside the arguments: the layers' matrices in bfloat16 and their gradients, those of
+    the tables in float32, what remat keeps of all layers, and one layer, or one chunk of the loss, at work.
     """
     model, steps = config.model, config.training.accumulation_steps
-    shard = matrix_parameters(model) / (mesh["fsdp"] * mesh["tensor"])
-    gradients = shard * _FLOAT32 * (2 if steps > 1 else 1)
-    cast = 0 if model.param_dtype == "bfloat16" else model.num_layers * layer_matrices(model) * _BF16
-    cast /= mesh["fsdp"] * mesh["tensor"]
+    shards = mesh["fsdp"] * mesh["tensor"]
+    matrices = model.num_layers * layer_matrices(model) / shards
+    tables = matrix_parameters(model) / shards - matrices
+    # Several microbatches add up in float32.
+    gradients = matrices * (_BF16 if steps == 1 else _BF16 + _FLOAT32) + tables * _FLOAT32
     tokens = tokens_per_device(config, mesh) * mesh["tensor"] / steps
-    kept = model.num_layers * tokens * _kept_bytes_per_token(model, mesh["tensor"])
-    return int(
-        arguments + gradients + cast + kept + max(_layer_bytes(model, mesh, tokens), _loss_bytes(model, mesh, tokens))
-    )
+    kept = 0 if model.remat_offload else model.num_layers * tokens * _kept_bytes_per_token(model, mesh["tensor"])
+    at_work = max(_layer_bytes(model, mesh, tokens), _loss_bytes(model, mesh, tokens))
+    return int(arguments + _BF16 * matrices + gradients + kept + at_work)
 
 
 def _kept_bytes_per_token(model: ModelConfig, tensor: int) -> float:
-    """Of one layer, between the forward and the backward pass."""
-    heads, mlp = model.head_dim * (model.num_heads + 2 * model.num_kv_heads) / tensor, model.mlp_dim / tensor
-    attended = model.head_dim * model.num_heads / tensor
-    widths = {"full": model.embed_dim, "dots": 3 * model.embed_dim + heads + attended + 2 * mlp}
-    return _BF16 * widths.get(model.remat, 6 * model.embed_dim + 2 * heads + attended + 4 * mlp)
+    """Of one layer, between the forward and the backward pass, in bfloat16."""
+    embed, mlp = model.embed_dim, model.mlp_dim / tensor
+    q, kv = (model.head_dim * heads / tensor for heads in (model.num_heads, 2 * model.num_kv_heads))
+    widths = {
+        "full": embed,
+        "save_attention": embed + q,
+        "dots": 3 * embed + 2 * q + kv + 2 * mlp,
+        "none": 7 * embed + 3 * q + 2 * kv + 4 * mlp,
+    }
+    return _BF16 * widths[model.remat]
 
 
 def _layer_bytes(model: ModelConfig, mesh: Mapping[str, int], tokens: float) -> float:
-    """Of the layer whose backward pass is computed: its gathered matrices, and its activations with their gradients."""
-    matrices = layer_matrices(model) / mesh["tensor"] if mesh["fsdp"] > 1 else 0
+    """Of the layer whose backward pass is computed: its gathered matrices, its activations and their gradients."""
+    gathered = layer_matrices(model) / mesh["tensor"] if mesh["fsdp"] > 1 else 0
     widths = 4 * model.embed_dim + 3 * (model.head_dim * model.num_heads + model.mlp_dim) / mesh["tensor"]
-    return 2 * _BF16 * matrices + 2 * _BF16 * widths * tokens
+    return _BF16 * gathered + 2 * _BF16 * widths * tokens
 
 
 def _loss_bytes(model: ModelConfig, mesh: Mapping[str, int], tokens: float) -> float:
-    """Of a chunk of the loss: float32 logits and their gradient in bfloat16."""
-    chunk = min(tokens, _LOSS_CHUNK_TOKENS)
-    return chunk * model.vocab_size / mesh["tensor"] * (_FLOAT32 + _BF16)
+    """Of a chunk of the loss: float32 logits, and their gradient in bfloat16."""
+    return min(tokens, _LOSS_CHUNK_TOKENS) * model.vocab_size / mesh["tensor"] * (_FLOAT32 + _BF16)
 
 
 def matrix_parameters(config: ModelConfig) -> int:

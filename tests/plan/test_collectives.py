@@ -140,7 +140,6 @@ def test_the_forms_that_a_tpu_program_has() -> None:
         ("[1,8]<=[8]", "data+fsdp"),
         ("{{3,2,1,0},{4,5,6,7}}", "fsdp"),
         ("{{0,5},{1,4},{2,7},{3,6}}", "other"),
-        ("[8,1]<=[8]", "one device"),
     ],
 )
 def test_groups_are_mesh_axes(groups, axes) -> None:
@@ -153,6 +152,19 @@ ENTRY %main (p: f32[16]) -> f32[16] {{
 """
     ((found, _),) = collectives(text, MESH_SHAPE).traffic.items()
     assert found.axes == axes
+
+
+@pytest.mark.parametrize("attribute", ["replica_groups=[8,1]<=[8]", "source_target_pairs={{0,0},{1,1}}"])
+def test_what_stays_on_its_device_is_not_sent(attribute) -> None:
+    opcode = "collective-permute" if "pairs" in attribute else "all-reduce"
+    text = f"""HloModule m
+
+ENTRY %main (p: f32[16]) -> f32[16] {{
+  %p = f32[16]{{0}} parameter(0)
+  ROOT %r = f32[16]{{0}} {opcode}(%p), {attribute}
+}}
+"""
+    assert collectives(text, MESH_SHAPE).traffic == {}
 
 
 def test_sizes_by_type() -> None:
