@@ -32,8 +32,7 @@ def training_json(plan: TrainingPlan, days: float) -> dict[str, Any]:
         "memory": _memory_json(plan),
         "estimated_peak_bytes": plan.estimated_peak_bytes,
         "out_of_memory": _dict(plan.out_of_memory),
-        "needed_bytes": plan.needed_bytes,
-        "advice": plan.advice,
+        "advice": list(plan.advice),
         "flops_per_step": plan.flops_per_step,
         "flops_check": check._asdict() | {"relative_difference": check.relative_difference} if check else None,
         "collectives": _traffic_json(plan.traffic),
@@ -48,15 +47,15 @@ def training_json(plan: TrainingPlan, days: float) -> dict[str, Any]:
     }
 
 
-def _memory_json(plan: TrainingPlan) -> dict[str, Any] | None:
-    """As compiled; the same three numbers as estimated; or None where the compiler ran out of memory."""
-    if plan.memory or plan.out_of_memory:
-        return _dict(plan.memory)
-    return {
-        "argument_bytes": plan.argument_bytes,
-        "temporary_bytes": plan.estimated_peak_bytes - plan.argument_bytes,
-        "peak_bytes": plan.estimated_peak_bytes,
-    }
+def _memory_json(plan: TrainingPlan) -> dict[str, Any]:
+    """As compiled; as estimated; or, for a step that does not fit, as far as the compiler says it, the rest None."""
+    if plan.memory:
+        return dataclasses.asdict(plan.memory)
+    if plan.out_of_memory:
+        temporaries, peak = plan.out_of_memory.temporary_bytes, plan.needed_bytes
+    else:
+        temporaries, peak = plan.estimated_peak_bytes - plan.argument_bytes, plan.estimated_peak_bytes
+    return {"argument_bytes": plan.argument_bytes, "temporary_bytes": temporaries, "peak_bytes": peak}
 
 
 def decoding_json(plan: DecodingPlan) -> dict[str, Any]:

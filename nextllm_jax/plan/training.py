@@ -1,7 +1,7 @@
 """The plan of a training: what its step takes on devices that are not here."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -62,6 +62,8 @@ class TrainingPlan:
     flops_check: FlopsCheck | None
     compile_seconds: float | None
     """None for an estimate."""
+    advice: Sequence[str] = ()
+    """What to change if it does not fit."""
 
     @property
     def num_devices(self) -> int:
@@ -89,13 +91,6 @@ class TrainingPlan:
             return False
         peak = self.memory.peak_bytes if self.memory else self.estimated_peak_bytes
         return peak <= self.chip.hbm_bytes
-
-    @property
-    def advice(self) -> list[str]:
-        """What to change if it does not fit."""
-        if self.fits:
-            return []
-        return advice(self.config, self.mesh, hbm_bytes=self.limit_bytes, state_bytes=self.argument_bytes)
 
     @property
     def parameters(self) -> int:
@@ -138,7 +133,7 @@ def plan_training(config: Config, place: Place, say: Say, *, check: bool = True)
     compiled = compile_train_step(config, mesh, say)
     found = collectives(compiled.hlo, mesh.shape) if compiled.hlo else None
     traffic = found.traffic if found else None
-    return dataclasses.replace(
+    plan = dataclasses.replace(
         estimate,
         memory=compiled.memory,
         out_of_memory=compiled.out_of_memory,
@@ -147,7 +142,9 @@ def plan_training(config: Config, place: Place, say: Say, *, check: bool = True)
         roofline=_roofline(config, mesh, place.chip, traffic or estimate.minimum, estimate.argument_bytes),
         flops_check=flops_check,
         compile_seconds=compiled.seconds,
+        advice=(),
     )
+    return _advised(plan, place)
 
 
 def estimate_training(config: Config, place: Place) -> TrainingPlan:
@@ -159,7 +156,7 @@ def estimate_training(config: Config, place: Place) -> TrainingPlan:
     check_divides(config, mesh)
     arguments = argument_bytes(config, mesh)
     minimum = minimum_traffic(config, mesh.shape)
-    return TrainingPlan(
+    plan = TrainingPlan(
         config=config,
         topology=place.name,
         device_kind=place.device_kind,
@@ -176,6 +173,22 @@ def estimate_training(config: Config, place: Place) -> TrainingPlan:
         flops_check=None,
         compile_seconds=None,
     )
+    return _advised(plan, place)
+
+
+def _advised(plan: TrainingPlan, place: Place) -> TrainingPlan:
+    """The plan with advice if it does not fit; estimates are scaled by what the compiler says of the plan itself."""
+    if plan.fits:
+        return plan
+    scale = max(1.0, (plan.needed_bytes or 0) / plan.estimated_peak_bytes)
+
+    def peak(config: Config) -> float:
+        mesh = place.mesh(config)
+        check_divides(config, mesh)
+        return scale * peak_bytes(config, mesh.shape, argument_bytes(config, mesh))
+
+    sentences = advice(plan.config, plan.mesh, plan.limit_bytes, peak)
+    return dataclasses.replace(plan, advice=sentences)
 
 
 def _roofline(

@@ -101,13 +101,25 @@ def test_report(plan) -> None:
         assert part in table
 
 
-def test_what_to_change_comes_in_order() -> None:
-    tight = here()._replace(chip=SLOW_CHIP._replace(hbm_bytes=2**20))
+def test_what_to_change_comes_in_order_and_helps() -> None:
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=2, fsdp=4))
-    plan = estimate_training(config, tight)
-    assert not plan.fits
-    flags = [sentence.split(":")[0] for sentence in plan.advice]
-    assert flags == ["--mesh.data 1 --mesh.fsdp 8", "--training.accumulation-steps 2", "--model.remat full"]
+    whole = estimate_training(config, here())
+    assert whole.fits
+    assert not whole.advice
+    places = [
+        here()._replace(chip=SLOW_CHIP._replace(hbm_bytes=size)) for size in (2**16, whole.estimated_peak_bytes - 1)
+    ]
+    never, nearly = (estimate_training(config, place) for place in places)
+    assert [sentence.split(":")[0] for sentence in never.advice] == [
+        "--mesh.data 1 --mesh.fsdp 8",
+        "--training.accumulation-steps 2",
+        "--model.remat full",
+        "--optimizer.first-moment-dtype bfloat16",
+        "--optimizer.offload-state",
+        "--mesh.data 1 --mesh.fsdp 4 --mesh.tensor 2 --training.accumulation-steps 4",
+        "more devices",  # two key heads cannot be divided again
+    ]
+    assert [sentence.split(":")[0] for sentence in nearly.advice] == ["--mesh.data 1 --mesh.fsdp 8"]
 
 
 def test_the_least_that_must_be_sent() -> None:
