@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -43,6 +44,8 @@ class PlanArguments:
     """With --decode: length of the prompts."""
     new_tokens: int = 128
     """With --decode: tokens that each row may get."""
+    hlo: str | None = None
+    """New file to write the compiled train step to, as XLA's text."""
     json: bool = False
     """Print one JSON object."""
     run: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
@@ -69,6 +72,10 @@ def _check(arguments: PlanArguments) -> None:
         raise InputError("--devices goes with --chip; a topology says how many there are")
     if arguments.decode and (arguments.fast or arguments.search):
         raise InputError("--decode is compiled once; leave out --fast and --search")
+    if arguments.hlo is not None and (arguments.fast or arguments.search or arguments.decode):
+        raise InputError("--hlo writes the one train step that is compiled; leave out --fast, --search and --decode")
+    if arguments.hlo is not None and Path(arguments.hlo).exists():
+        raise InputError(f"{arguments.hlo} exists already; give --hlo a new file")
     for name in ("days", "search_minutes", "batch_size", "prompt_tokens", "new_tokens"):
         if getattr(arguments, name) <= 0:
             raise InputError(f"{name} is {getattr(arguments, name)}; it must be positive")
@@ -97,6 +104,8 @@ def _plan(arguments: PlanArguments, say: Callable[[str], None]) -> tuple[dict[st
         plans = search(config, place, minutes, say)
         return report.search_json(plans, days), report.search_table(plans, days)
     plan = estimate_training(config, place) if arguments.fast else plan_training(config, place, say)
+    if arguments.hlo is not None:
+        Path(arguments.hlo).write_text(plan.hlo)
     return report.training_json(plan, days), report.training_table(plan, days)
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 _BITS = {"pred": 8, "bf16": 16, "tf32": 32, "token": 0}
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_END = re.compile(r"^}(,|$)")  # what a kernel says of itself goes over several lines, of which one begins with "}}"
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -117,7 +118,7 @@ def parse(hlo: str) -> Program:
     entry, current, root = "", "", None
     instructions: dict[str, Instruction] = {}
     for line in hlo.splitlines():
-        if line.startswith("}") and current:
+        if current and _END.match(line):
             computations[current] = Computation(instructions, root)
             current = ""
         elif header := _COMPUTATION.match(line):

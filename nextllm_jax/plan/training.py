@@ -64,6 +64,8 @@ class TrainingPlan:
     """None for an estimate."""
     advice: Sequence[str] = ()
     """What to change if it does not fit."""
+    hlo: str = ""
+    """The compiled program's text."""
 
     @property
     def num_devices(self) -> int:
@@ -143,6 +145,7 @@ def plan_training(config: Config, place: Place, say: Say, *, check: bool = True)
         flops_check=flops_check,
         compile_seconds=compiled.seconds,
         advice=(),
+        hlo=compiled.hlo,
     )
     return _advised(plan, place)
 
