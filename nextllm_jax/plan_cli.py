@@ -36,6 +36,8 @@ class PlanArguments:
     """Minutes after which --search begins no other compilation."""
     days: float = 30.0
     """Days for which to say how many steps and tokens they are at most."""
+    tokens: float | None = None
+    """Tokens for which to say how many days they take at least; none: those of training.steps."""
     decode: bool = False
     """Plan sampling instead: prefill, and a decode step with its cache."""
     batch_size: int = 1
@@ -76,9 +78,10 @@ def _check(arguments: PlanArguments) -> None:
         raise InputError("--hlo writes the one train step that is compiled; leave out --fast, --search and --decode")
     if arguments.hlo is not None and Path(arguments.hlo).exists():
         raise InputError(f"{arguments.hlo} exists already; give --hlo a new file")
-    for name in ("days", "search_minutes", "batch_size", "prompt_tokens", "new_tokens"):
-        if getattr(arguments, name) <= 0:
-            raise InputError(f"{name} is {getattr(arguments, name)}; it must be positive")
+    for name in ("days", "tokens", "search_minutes", "batch_size", "prompt_tokens", "new_tokens"):
+        value = getattr(arguments, name)
+        if value is not None and value <= 0:
+            raise InputError(f"{name} is {value}; it must be positive")
 
 
 def _plan(arguments: PlanArguments, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
@@ -88,7 +91,7 @@ def _plan(arguments: PlanArguments, say: Callable[[str], None]) -> tuple[dict[st
     from nextllm_jax.plan.search import search
     from nextllm_jax.plan.training import estimate_training, plan_training
 
-    config, days = arguments.run, arguments.days
+    config, budget = arguments.run, report.Budget(arguments.days, arguments.tokens)
     if arguments.chip is not None:
         place = topology.counted(arguments.chip, arguments.devices or 0)
     else:
@@ -102,11 +105,11 @@ def _plan(arguments: PlanArguments, say: Callable[[str], None]) -> tuple[dict[st
     if arguments.search:
         minutes = 0.0 if arguments.fast else arguments.search_minutes
         plans = search(config, place, minutes, say)
-        return report.search_json(plans, days), report.search_table(plans, days)
+        return report.search_json(plans, budget), report.search_table(plans, budget)
     plan = estimate_training(config, place) if arguments.fast else plan_training(config, place, say)
     if arguments.hlo is not None:
         Path(arguments.hlo).write_text(plan.hlo)
-    return report.training_json(plan, days), report.training_table(plan, days)
+    return report.training_json(plan, budget), report.training_table(plan, budget)
 
 
 class _Progress:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from nextllm_jax.hardware import readable_bytes
 from nextllm_jax.plan.collectives import Collective, Traffic
@@ -15,7 +15,25 @@ from nextllm_jax.plan.training import TrainingPlan
 _DAY = 86_400.0
 
 
-def training_json(plan: TrainingPlan, days: float) -> dict[str, Any]:
+class Budget(NamedTuple):
+    """What to say of a training at its best pace."""
+
+    days: float
+    """In which so many steps and tokens are made at most."""
+    tokens: float | None
+    """That take so many days at least; None: those of training.steps."""
+
+    def steps(self, plan: TrainingPlan) -> int:
+        """Steps in these days."""
+        return int(self.days * _DAY / plan.roofline.seconds)
+
+    def days_of_tokens(self, plan: TrainingPlan) -> float:
+        """Days that the tokens take."""
+        tokens = self.tokens or plan.config.training.steps * plan.tokens_per_step
+        return tokens / plan.tokens_per_second / _DAY
+
+
+def training_json(plan: TrainingPlan, budget: Budget) -> dict[str, Any]:
     """The plan as JSON values; bytes are per device, and per step where they are sent."""
     config, check = plan.config, plan.flops_check
     return {
@@ -42,8 +60,12 @@ def training_json(plan: TrainingPlan, days: float) -> dict[str, Any]:
         "step_seconds": plan.roofline.seconds,
         "tokens_per_second": plan.tokens_per_second,
         "mfu_bound": plan.mfu_bound,
-        "days": config.training.steps * plan.roofline.seconds / _DAY,
-        "budget": {"days": days, "steps": _steps(plan, days), "tokens": _steps(plan, days) * plan.tokens_per_step},
+        "days": budget.days_of_tokens(plan),
+        "budget": {
+            "days": budget.days,
+            "steps": budget.steps(plan),
+            "tokens": budget.steps(plan) * plan.tokens_per_step,
+        },
     }
 
 
@@ -97,10 +119,6 @@ def _dict(value: Memory | OutOfMemory | None) -> dict[str, Any] | None:
     return dataclasses.asdict(value) if value else None
 
 
-def _steps(plan: TrainingPlan, days: float) -> int:
-    return int(days * _DAY / plan.roofline.seconds)
-
-
 def _traffic_json(traffic: Mapping[Collective, Traffic] | None) -> list[dict[str, Any]] | None:
     if traffic is None:
         return None
@@ -112,9 +130,9 @@ def _roofline_json(roofline: Roofline) -> dict[str, Any]:
     return seconds | {"bound": roofline.bound}
 
 
-def training_table(plan: TrainingPlan, days: float) -> str:
+def training_table(plan: TrainingPlan, budget: Budget) -> str:
     """The plan for people: blocks of lines."""
-    blocks = (_training_head(plan), _training_memory(plan), _training_traffic(plan), _training_time(plan, days))
+    blocks = (_training_head(plan), _training_memory(plan), _training_traffic(plan), _training_time(plan, budget))
     return "\n\n".join("\n".join(block) for block in blocks)
 
 
@@ -189,17 +207,18 @@ def _traffic_lines(traffic: Mapping[Collective, Traffic]) -> Iterator[str]:
     yield _line("together", readable_bytes(total))
 
 
-def _training_time(plan: TrainingPlan, days: float) -> Iterator[str]:
-    roofline, steps = plan.roofline, plan.config.training.steps
+def _training_time(plan: TrainingPlan, budget: Budget) -> Iterator[str]:
+    roofline = plan.roofline
     yield "least time of a step"
     yield from _roofline_lines(roofline)
     yield _line("tokens/s at most", f"{plan.tokens_per_second:,.0f}", f"MFU {plan.mfu_bound:.1%}")
     alone = plan.tokens_per_step / roofline.seconds_in_turn
     yield _line("tokens/s, nothing overlapping", f"{alone:,.0f}")
     yield _line("FLOPs", f"{plan.flops_per_step:.3e}", _check(plan))
-    yield f"{steps:,} steps take at least {steps * roofline.seconds / _DAY:,.2f} days"
-    budget = _steps(plan, days)
-    yield f"{days:g} days are at most {budget:,} steps or {budget * plan.tokens_per_step:.3e} tokens"
+    what = f"{budget.tokens:.3e} tokens" if budget.tokens else f"{plan.config.training.steps:,} steps"
+    yield f"{what} take at least {budget.days_of_tokens(plan):,.2f} days"
+    made = budget.steps(plan)
+    yield f"{budget.days:g} days are at most {made:,} steps or {made * plan.tokens_per_step:.3e} tokens"
 
 
 def _roofline_lines(roofline: Roofline) -> Iterator[str]:
@@ -247,12 +266,12 @@ def _phase(name: str, phase: Phase, plan: DecodingPlan) -> Iterator[str]:
     yield _line("tokens/s at most", f"{phase.tokens / phase.roofline.seconds:,.0f}")
 
 
-def search_json(plans: Sequence[TrainingPlan], days: float) -> dict[str, Any]:
+def search_json(plans: Sequence[TrainingPlan], budget: Budget) -> dict[str, Any]:
     """Plans that fit as JSON values, best first."""
-    return {"candidates": [training_json(plan, days) for plan in plans]}
+    return {"candidates": [training_json(plan, budget) for plan in plans]}
 
 
-def search_table(plans: Sequence[TrainingPlan], days: float) -> str:
+def search_table(plans: Sequence[TrainingPlan], budget: Budget) -> str:
     """Plans that fit for people, best first, and the best one whole."""
     lines = [f"{'mesh':40}{'remat':>16}{'parts':>7}{'peak':>12}{'step':>12}{'MFU':>8}"]
     for plan in plans[:20]:
@@ -265,7 +284,7 @@ def search_table(plans: Sequence[TrainingPlan], days: float) -> str:
         )
     if not plans:
         return "none of those that were compiled fits"
-    return "\n".join(lines) + "\n\nthe best:\n" + training_table(plans[0], days) + "\n\n" + _flags(plans[0])
+    return "\n".join(lines) + "\n\nthe best:\n" + training_table(plans[0], budget) + "\n\n" + _flags(plans[0])
 
 
 def _flags(plan: TrainingPlan) -> str:

@@ -13,7 +13,7 @@ from nextllm_jax.plan import compile as compile_module
 from nextllm_jax.plan.collectives import Collective
 from nextllm_jax.plan.compile import memory_of, parse_out_of_memory
 from nextllm_jax.plan.estimate import minimum_traffic
-from nextllm_jax.plan.report import training_json, training_table
+from nextllm_jax.plan.report import Budget, training_json, training_table
 from nextllm_jax.plan.topology import Place, counted
 from nextllm_jax.plan.training import estimate_training, plan_training
 
@@ -90,14 +90,15 @@ def test_the_step_takes_at_least_what_its_slowest_resource_takes(plan) -> None:
 
 
 def test_report(plan) -> None:
-    values = training_json(plan, days=2.0)
+    values = training_json(plan, Budget(days=2.0, tokens=None))
     assert values["memory"]["peak_bytes"] == plan.memory.peak_bytes
     assert values["memory"].keys() >= {"argument_bytes", "temporary_bytes", "peak_bytes"}
     assert values["fits"]
     assert not values["advice"]
+    assert values["days"] == pytest.approx(5000 * 16 * 64 / values["tokens_per_second"] / 86400)
     assert values["budget"]["tokens"] == pytest.approx(2 * 86400 * values["tokens_per_second"], rel=1e-3)
-    table = training_table(plan, days=2.0)
-    for part in ("it fits", "all-gather", "over fsdp", "the bound", "MFU"):
+    table = training_table(plan, Budget(days=2.0, tokens=1e6))
+    for part in ("it fits", "all-gather", "over fsdp", "the bound", "MFU", "1.000e+06 tokens take"):
         assert part in table
 
 
