@@ -37,19 +37,21 @@ def _state_bytes(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh | Ab
 def peak_bytes(config: Config, mesh: Mapping[str, int], arguments: int) -> int:
     """The most memory that a device holds during a step, arguments included: about what the TPU compiler makes of it.
 
-    That is in the backward pass, beside the arguments: the layers' matrices in bfloat16 and their gradients, those of
-    the tables in float32, what remat keeps of all layers, and one layer, or one chunk of the loss, at work.
+    Beside the arguments there are the layers' matrices in bfloat16, the gradients of the tables in float32, and what
+    remat keeps of all layers; and then either a chunk of the loss, or the gradients of the layers' matrices and one
+    layer at work in its backward pass.
     """
     model, steps = config.model, config.training.accumulation_steps
     shards = mesh["fsdp"] * mesh["tensor"]
     matrices = model.num_layers * layer_matrices(model) / shards
     tables = matrix_parameters(model) / shards - matrices
-    # Several microbatches add up in float32.
-    gradients = matrices * (_BF16 if steps == 1 else _BF16 + _FLOAT32) + tables * _FLOAT32
     tokens = tokens_per_device(config, mesh) * mesh["tensor"] / steps
     kept = 0 if model.remat_offload else model.num_layers * tokens * _kept_bytes_per_token(model, mesh["tensor"])
-    at_work = max(_layer_bytes(model, mesh, tokens), _loss_bytes(model, mesh, tokens))
-    return int(arguments + _BF16 * matrices + gradients + kept + at_work)
+    # Several microbatches add up their gradients in float32.
+    sums = 0 if steps == 1 else matrices * _FLOAT32
+    always = arguments + _BF16 * matrices + _FLOAT32 * tables + kept + sums
+    backward = _BF16 * matrices + _layer_bytes(model, mesh, tokens)
+    return int(always + max(backward, _loss_bytes(model, mesh, tokens)))
 
 
 def _kept_bytes_per_token(model: ModelConfig, tensor: int) -> float:
