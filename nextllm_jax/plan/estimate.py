@@ -68,15 +68,26 @@ def _kept_bytes_per_token(model: ModelConfig, tensor: int) -> float:
 
 
 def _layer_bytes(model: ModelConfig, mesh: Mapping[str, int], tokens: float) -> float:
-    """Of the layer whose backward pass is computed: its gathered matrices, its activations and their gradients."""
-    gathered = layer_matrices(model) / mesh["tensor"] if mesh["fsdp"] > 1 else 0
-    widths = 4 * model.embed_dim + 3 * (model.head_dim * model.num_heads + model.mlp_dim) / mesh["tensor"]
-    return _BF16 * gathered + 2 * _BF16 * widths * tokens
+    """Of the layer whose backward pass is computed: matrices as they are gathered, activations and their gradients.
+
+    How many of each are there at once is fitted to compiled programs; see tests/plan/test_estimate.py.
+    """
+    gathered = layer_matrices(model) / mesh["tensor"] / 3 if mesh["fsdp"] > 1 else 0
+    divided = model.head_dim * (model.num_heads + 2 * model.num_kv_heads) + model.mlp_dim
+    return _BF16 * (gathered + tokens * (4 * model.embed_dim + 5 * divided / mesh["tensor"]))
 
 
 def _loss_bytes(model: ModelConfig, mesh: Mapping[str, int], tokens: float) -> float:
-    """Of a chunk of the loss: float32 logits, and their gradient in bfloat16."""
-    return min(tokens, _LOSS_CHUNK_TOKENS) * model.vocab_size / mesh["tensor"] * (_FLOAT32 + _BF16)
+    """Of a chunk of the loss: float32 logits, and their gradient in bfloat16; see `ops.cross_entropy`.
+
+    The devices that share a head hold a part of the vocabulary each, if their tokens are fewer than its rows;
+    otherwise each gathers the head, and sums its gradient in float32.
+    """
+    vocabulary, fsdp = model.vocab_size / mesh["tensor"], mesh["fsdp"]
+    if fsdp > 1 and tokens * fsdp <= model.vocab_size and model.vocab_size % (fsdp * mesh["tensor"]) == 0:
+        return min(tokens * fsdp, _LOSS_CHUNK_TOKENS) * vocabulary / fsdp * (_FLOAT32 + _BF16)
+    head = vocabulary * model.embed_dim * (_BF16 + _FLOAT32) if fsdp > 1 else 0
+    return min(tokens, _LOSS_CHUNK_TOKENS) * vocabulary * (_FLOAT32 + _BF16) + head
 
 
 def matrix_parameters(config: ModelConfig) -> int:

@@ -8,10 +8,11 @@ import pytest
 from nextllm_jax.errors import InputError
 from nextllm_jax.plan.topology import tpu_slices
 
-LARGER = (
-    *("--model.num-layers", "4", "--model.embed-dim", "1024", "--model.mlp-dim", "4096", "--model.num-heads", "8"),
-    *("--model.head-dim", "128", "--model.context-length", "1024", "--data.sequence-length", "1024"),
-    *("--model.vocab-size", "16384", "--training.global-batch-size", "16", "--model.remat", "full"),
+# Small to compile, but with more activations than a TPU keeps out of its main memory.
+MANY_TOKENS = (
+    *("--model.num-layers", "2", "--model.embed-dim", "256", "--model.mlp-dim", "1024", "--model.num-heads", "4"),
+    *("--model.head-dim", "64", "--model.context-length", "256", "--data.sequence-length", "256"),
+    *("--model.vocab-size", "2048", "--training.global-batch-size", "1024", "--model.remat", "full"),
     *("--model.dtype", "bfloat16"),
 )
 COMMAND = ("nextllm_jax.cli", "plan", "--config", "config.py")
@@ -62,7 +63,7 @@ def test_a_topology_that_does_not_exist(door) -> None:
 def test_a_train_step_for_four_tpus(door) -> None:
     pytest.importorskip("libtpu")
     arguments = ("--topology", "v5e:2x2", "--mesh.data", "1", "--mesh.fsdp", "4", "--json", "--hlo", "step.hlo")
-    done = door.run(*COMMAND, *arguments, *LARGER)
+    done = door.run(*COMMAND, *arguments, *MANY_TOKENS)
     values = json.loads(done.stdout)
     assert (door.directory / "step.hlo").read_text().startswith("HloModule")
     assert values["device_kind"] == "TPU v5 lite"
