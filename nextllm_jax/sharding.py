@@ -11,7 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from nextllm_jax.config import MeshConfig
 from nextllm_jax.errors import InputError
@@ -82,7 +82,7 @@ def per_shard(f: Callable[..., Any], in_names: Sequence[Sequence[str]], out_name
     return jax.shard_map(f, in_specs=tuple(map(spec, in_names)), out_specs=spec(out_names), check_vma=False)
 
 
-def sharding(mesh: Mesh, *names: str | None) -> NamedSharding:
+def sharding(mesh: Mesh | AbstractMesh, *names: str | None) -> NamedSharding:
     """The NamedSharding of an array with these logical axes on `mesh`."""
     return NamedSharding(mesh, spec(names))
 
@@ -99,7 +99,7 @@ def _is_boxed(leaf: Any) -> bool:
     return isinstance(leaf, nn.Partitioned)
 
 
-def tree_shardings(mesh: Mesh, abstract_tree: Any) -> Any:
+def tree_shardings(mesh: Mesh | AbstractMesh, abstract_tree: Any) -> Any:
     """A NamedSharding for each leaf of a tree of abstract arrays, boxed ones by their logical names.
 
     Leaves without a box (counters and the like) are copied to every device. The result has the

@@ -17,10 +17,10 @@ LAYERS = [  # a module imports from the rows below its own
     ("cli",),
     ("server",),
     ("",),  # nextllm_jax/__init__.py
-    ("convert_cli", "text_cli"),
+    ("convert_cli", "plan_cli", "text_cli"),
     ("doctor", "resume_proof"),
-    ("conversation", "evaluation", "harness"),
-    ("llm", "plan", "verify", "machine"),
+    ("conversation", "evaluation", "harness", "plan"),
+    ("llm", "verify", "machine"),
     ("import_cache",),
     ("convert",),
     ("training", "inference"),
@@ -67,6 +67,10 @@ FOLDERS = {  # inside a folder a file imports from those to its left
             "run_directory",
         ),
         *("writers", "signals", "program", "flight_recorder", "loop", "diagnosis", "replay"),
+    ),
+    "plan": (
+        *("topology", "hlo", "collectives", "compile", "estimate", "roofline", "advice", "training", "decoding"),
+        *("search", "report"),
     ),
     "inference": ("sampling", "generate", "stream"),
     "interop": (

@@ -43,7 +43,13 @@ def test_all_promised_configs_are_shipped() -> None:
 
 @pytest.mark.parametrize(
     ("name", "published"),
-    [("llama3_1b", 1_235_814_400), ("llama3_8b", 8_030_261_248), ("llama3_70b", 70_553_706_496)],
+    [
+        ("llama2_7b", 6_738_415_616),
+        ("llama3_1b", 1_235_814_400),
+        ("llama3_8b", 8_030_261_248),
+        ("llama3_70b", 70_553_706_496),
+        ("llama3_405b", 405_853_388_800),
+    ],
 )
 def test_parameter_counts_of_llama_3(name: str, published: int) -> None:
     """Meta's published shapes; these numbers never change."""

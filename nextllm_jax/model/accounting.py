@@ -6,10 +6,10 @@ from nextllm_jax.config import ModelConfig
 def parameter_count(config: ModelConfig) -> int:
     """Parameters of the model, padded vocabulary included; a tied embedding counts once."""
     tables = 1 if config.tie_embeddings else 2
-    return tables * config.vocab_size * config.embed_dim + config.num_layers * _matrices(config) + _vectors(config)
+    return tables * config.vocab_size * config.embed_dim + config.num_layers * layer_matrices(config) + _vectors(config)
 
 
-def _matrices(config: ModelConfig) -> int:
+def layer_matrices(config: ModelConfig) -> int:
     """Weights of one layer that multiply."""
     attention = config.embed_dim * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
     return attention + 3 * config.embed_dim * config.mlp_dim
@@ -47,7 +47,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     scores: 12 N H S / 2 per layer and token (2 products, forward and backward), fewer in local layers.
     Source: the accounting of Chowdhery et al. 2022 (PaLM, appendix B), with causality.
     """
-    weights = config.num_layers * _matrices(config) + config.vocab_size * config.embed_dim
+    weights = config.num_layers * layer_matrices(config) + config.vocab_size * config.embed_dim
     pattern = config.layer_pattern
     visible = 0.0
     for layer in range(config.num_layers):
