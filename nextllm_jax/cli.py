@@ -72,8 +72,14 @@ class TrainArguments:
     allow_change: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Field in which a continued run may differ from what it was, such as optimizer.learning_rate; may be given
     several times."""
+    profile: int = 0
+    """Steps to trace, after two of warm-up, into profile/ of the run, for XProf and Perfetto; 0: none."""
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     run: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
+
+    def __post_init__(self) -> None:
+        if self.profile < 0:
+            raise InputError(f"--profile is {self.profile}; give a number of steps, or 0 for none")
 
 
 def _default_run(argv: list[str]) -> Config:
@@ -105,6 +111,7 @@ def train_command(argv: list[str]) -> int:
             arguments.run,
             overwrite=arguments.overwrite,
             allow_change=arguments.allow_change,
+            profile_steps=arguments.profile,
             sample_text=_sample_text,
             group=group,
             stop=stop,

@@ -63,7 +63,7 @@ FOLDERS = {  # inside a folder a file imports from those to its left
             "resume_guard",
             "run_directory",
         ),
-        *("writers", "signals", "program", "flight_recorder", "loop", "diagnosis", "replay"),
+        *("writers", "signals", "program", "flight_recorder", "profiler", "loop", "diagnosis", "replay"),
     ),
     "inference": ("sampling", "generate", "stream"),
     "interop": (
