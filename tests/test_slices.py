@@ -41,7 +41,8 @@ def compiled(topology_name: str, slices: int, mesh: MeshConfig) -> tuple[jax.sha
     with jax.set_mesh(devices):
         program = build_program(config, devices)
         numbers, mask = (
-            jax.ShapeDtypeStruct((B, T), dtype, sharding=sharding(devices, "batch", "seq")) for dtype in (jnp.int32, bool)
+            jax.ShapeDtypeStruct((B, T), dtype, sharding=sharding(devices, "batch", "seq"))
+            for dtype in (jnp.int32, bool)
         )
         batch = Batch(*[mask if name == "loss_mask_BT" else numbers for name in Batch._fields])
         return devices, program.train_step.lower(program.abstract_state, batch).compile().as_text()
