@@ -91,14 +91,19 @@ def _default_run(argv: list[str]) -> Config:
     return load_config_file(files[0]) if files else Config()
 
 
-def train_command(argv: list[str]) -> int:
-    """Prepare the data if it is not there, then train; the exit code."""
-    arguments = tyro.cli(
+def parse_train(argv: list[str]) -> TrainArguments:
+    """What `train` is asked to do; exits for --help and for what it does not know."""
+    return tyro.cli(
         TrainArguments,
         args=argv,
         default=TrainArguments(config=tyro.MISSING, run=_default_run(argv)),
         description=f"{TrainArguments.__doc__}\n\n{process.describe()}",
     )
+
+
+def train_command(argv: list[str]) -> int:
+    """Prepare the data if it is not there, then train; the exit code."""
+    arguments = parse_train(argv)
     process.restart_with_settings()
 
     group = Group(arguments.distributed)
