@@ -67,7 +67,9 @@ def find_place(config: DistributedConfig) -> Place | None:
     given: tuple[Any, ...] = tuple(getattr(config, name) for name in names)
     if config.num_processes == 1:
         return None
-    found = (*given, None) if None not in given else _ask_cluster(given, config.start_timeout_seconds)
+    found: tuple[Any, ...] = (*given, None)
+    if None in given:
+        found = _ask_cluster(given, config.start_timeout_seconds)
     missing = [name for name, value in zip(names, found, strict=False) if value is None]
     if len(missing) == 3 or (not missing and found[1] == 1):
         return None
@@ -89,7 +91,9 @@ def _ask_cluster(given: tuple[Any, ...], timeout_seconds: int) -> tuple[Any, ...
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "Kubernetes without its package", in every pod
-            *place, local = ClusterEnv.auto_detect_unset_distributed_params(*given, None, None, timeout_seconds)
+            *place, local = ClusterEnv.auto_detect_unset_distributed_params(
+                given[0], given[1], given[2], None, None, timeout_seconds
+            )
     except Exception as error:
         raise InputError(
             f"what the cluster says of its processes cannot be read ({' '.join(str(error).split())[:200]}); give the "
