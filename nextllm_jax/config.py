@@ -90,6 +90,12 @@ class OptimizerConfig:
     """Decay the embedding and the output head too."""
     clip_norm: float = 1.0
     """Greatest global norm of the accumulated gradient."""
+    first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which AdamW's first moment is kept."""
+    shard_over_data: bool = False
+    """Divide AdamW's moments over mesh.data too (ZeRO-1): less memory, and new parameters travel after each step."""
+    offload_state: bool = False
+    """Keep AdamW's moments in the host's memory between steps (TPU and GPU)."""
 
     def __post_init__(self) -> None:
         _check_types(self, "optimizer.")
@@ -203,6 +209,9 @@ class MeshConfig:
     """Fully sharded data parallelism: batch, parameters and optimizer state are divided."""
     sequence: int = 1
     """Context parallelism: each sequence is divided."""
+    context_parallelism: Literal["all_gather", "ring"] = "all_gather"
+    """How divided sequences attend: each device gathers all keys and values, or these go around in a ring, which
+    needs less memory and sends the same."""
     tensor: int = 1
     """Tensor parallelism: heads, mlp and vocabulary are divided."""
     slices: int = 1

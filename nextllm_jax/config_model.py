@@ -95,10 +95,17 @@ class ModelConfig:
     init_std / sqrt(2 num_layers)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the matmuls; auto: bfloat16, but float32 on a CPU without bfloat16 units."""
+    attention: Literal["auto", "xla", "blockwise", "splash", "cudnn"] = "auto"
+    """How training attends: plain XLA; blockwise in XLA, for long sequences; splash, a Pallas kernel for TPUs; cuDNN's
+    flash attention, for GPUs. auto: what is best on the devices, printed at the start."""
+    attention_blocks: tuple[int, ...] = ()
+    """Positions in a block of queries and in one of keys, for blockwise and splash; none: by the chip."""
     param_dtype: DType = "float32"
     """Type in which parameters are kept."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but the matmul results, or whole layers."""
+    remat: Literal["none", "dots", "save_attention", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but the matmul results, all but attention, or whole layers."""
+    remat_offload: bool = False
+    """Keep what remat saves of the forward pass in the host's memory (TPU and GPU)."""
 
     def __post_init__(self) -> None:
         check_types(self, "model.")
@@ -111,7 +118,14 @@ class ModelConfig:
         heads, kv_heads = self.num_heads, self.num_kv_heads
         require(heads % kv_heads == 0, f"model.num_kv_heads {kv_heads} does not divide model.num_heads {heads}")
         require(self.head_dim % 2 == 0, f"model.head_dim is {self.head_dim}; RoPE needs an even one")
+        offload = not self.remat_offload or self.remat != "none"
+        require(offload, "model.remat_offload needs something that remat saves; set model.remat to full, or another")
         require(len(self.layer_pattern) > 0, "model.layer_pattern is empty; ('global',) is the plain Llama")
+        blocks = self.attention_blocks
+        require(
+            len(blocks) in (0, 2) and all(block > 0 for block in blocks),
+            f"model.attention_blocks is {blocks}; it must be two positive numbers, of queries and of keys, or none",
+        )
         self._check_rope()
 
     def _check_rope(self) -> None:

@@ -6,7 +6,7 @@ mesh axes do not divide are errors, where Flax would quietly copy the array to e
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +23,7 @@ MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     # activations
     "batch": ("data", "fsdp"),
+    "lookup_batch": ("data",),  # while the embedding is read
     "seq": ("sequence",),
     "activation_embed": (),
     # parameters; heads, kv_heads, mlp and vocab divide activations in the same way
@@ -90,6 +91,16 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(names))
 
 
+def per_shard(f: Callable[..., Any], in_names: Sequence[Sequence[str]], out_names: Sequence[str]) -> Callable[..., Any]:
+    """`f`, run on each device's part of its arguments: for what XLA cannot divide, such as Pallas kernels.
+
+    The names are the logical axes of each argument, and of the one result. Without a mesh in force this is `f`.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return f
+    return jax.shard_map(f, in_specs=tuple(map(spec, in_names)), out_specs=spec(out_names), check_vma=False)
+
+
 def sharding(mesh: Mesh, *names: str | None) -> NamedSharding:
     """The NamedSharding of an array with these logical axes on `mesh`."""
     return NamedSharding(mesh, spec(names))
@@ -123,3 +134,19 @@ def tree_shardings(mesh: Mesh, abstract_tree: Any) -> Any:
         return result
 
     return jax.tree_util.tree_map_with_path(leaf_sharding, abstract_tree, is_leaf=_is_boxed)
+
+
+def also_over_data(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
+    """The sharding of an array of this shape that divides it over "data" beside its own axes.
+
+    The largest dimension that all of them divide is cut again; without one the sharding is as it was.
+    """
+    mesh = sharding.mesh
+    entries = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
+    for i in sorted(range(len(shape)), key=lambda i: -shape[i]):
+        axes = entries[i] if isinstance(entries[i], tuple) else (entries[i],) if entries[i] else ()
+        axes = (*axes, "data")
+        if shape[i] % math.prod(mesh.shape[axis] for axis in axes) == 0:
+            entries[i] = axes
+            return NamedSharding(mesh, PartitionSpec(*entries), memory_kind=sharding.memory_kind)
+    return sharding

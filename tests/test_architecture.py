@@ -37,7 +37,7 @@ LAYERS = [  # a module imports from the rows below its own
 ]
 FOLDERS = {  # inside a folder a file imports from those to its left
     "ops": ("rope", "linear", "cross_entropy", "quantized", "splash", "attention"),
-    "model": ("layers", "kv_cache", "attention", "transformer", "quantize", "accounting"),
+    "model": ("layers", "kv_cache", "attention_kernel", "attention", "transformer", "quantize", "accounting"),
     "tokenizer": (
         "backends",
         "patterns",

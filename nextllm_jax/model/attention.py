@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from nextllm_jax.config_model import LayerKind, ModelConfig
+from nextllm_jax.model.attention_kernel import AttentionKernel, attend
 from nextllm_jax.model.kv_cache import KVCache
 from nextllm_jax.model.layers import Linear, make_norm, residual_init_std
-from nextllm_jax.ops.attention import cached_attention, causal_attention
+from nextllm_jax.ops.attention import cached_attention
 from nextllm_jax.ops.rope import apply_rope
 from nextllm_jax.sharding import constrain
 
@@ -20,6 +21,7 @@ class Attention(nn.Module):
     config: ModelConfig
     kind: LayerKind
     dtype: Any
+    kernel: AttentionKernel
 
     @nn.compact
     def __call__(
@@ -52,7 +54,9 @@ class Attention(nn.Module):
         }
         with jax.named_scope("attention"):
             if cache is None:
-                out_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=segment_ids_BT, **rule)
+                # Parameters are made with one token, which no mesh divides.
+                kernel = AttentionKernel() if self.is_initializing() else self.kernel
+                out_BTNH = attend(kernel, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, **rule)
             else:
                 cache = cache.write(layer, k_BTKH, v_BTKH, positions_BT)
                 out_BTNH = cached_attention(q_BTNH, *cache.view(layer), positions_BT=positions_BT, **rule)

@@ -20,10 +20,9 @@ from nextllm_jax.data.packing import Batch
 from nextllm_jax.model.layers import Embed, Linear, RMSNorm
 from nextllm_jax.model.transformer import Transformer, head_embedding, unstack_layers
 from nextllm_jax.ops.cross_entropy import cross_entropy
-from nextllm_jax.sharding import RULES
 from nextllm_jax.training.optimizer import make_optimizer, schedule
 from nextllm_jax.training.state import TrainState
-from nextllm_jax.training.step import mean_gradient, updated
+from nextllm_jax.training.step import LOSS_LAYOUT, mean_gradient, updated
 
 HEAD_AND_LOSS = "head and loss"
 _PARTS = ("attention_norm", "attention", "attention_post_norm", "mlp_norm", "mlp", "mlp_post_norm")
@@ -138,7 +137,7 @@ def _passes(model: Transformer, params: Any, batch: Batch) -> tuple[Any, Any, ja
         with nn.intercept_methods(look):
             hidden_BTD, _ = model.apply({"params": params}, batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
         loss = functools.partial(cross_entropy, logit_divisor=config.logit_divisor, soft_cap=config.logit_soft_cap)
-        total = loss(hidden_BTD, head_VD, batch.targets_BT, batch.loss_mask_BT, batch_axes=RULES["batch"])
+        total = loss(hidden_BTD, head_VD, batch.targets_BT, batch.loss_mask_BT, layout=LOSS_LAYOUT)
         rows = (jax.lax.stop_gradient(hidden_BTD), batch.targets_BT, batch.loss_mask_BT)
         row_nll_B = jax.lax.map(lambda row: loss(row[0][None], head_VD, row[1][None], row[2][None]), rows)
         seen.append(_seen(HEAD_AND_LOSS, total))
@@ -181,13 +180,15 @@ def _modules(config: ModelConfig, tree: Any) -> list[tuple[str, list[jax.Array]]
     return [(_name(path), _at(tree, path)) for path in [("embed",), *parts, *rest]]
 
 
-def diagnose(config: Config, dtype: Any, state: TrainState, batch: Batch, sharding: jax.sharding.Sharding) -> Diagnosis:
-    """Where the step that `state` takes on `batch` (numpy, the global batch) is first not finite.
+def diagnose(
+    config: Config, model: Transformer, state: TrainState, batch: Batch, sharding: jax.sharding.Sharding
+) -> Diagnosis:
+    """Where the step that `state` takes with the model on `batch` (numpy, the global batch) is first not finite.
 
     `sharding` is that of [B, T] arrays; call it under `jax.set_mesh`. Parameters take twice their memory meanwhile.
     """
     # Without remat, which would trace the layers where their arrays cannot be looked at.
-    model = Transformer(dataclasses.replace(config.model, remat="none"), dtype, scan_layers=False)
+    open_model = model.clone(config=dataclasses.replace(config.model, remat="none"), scan_layers=False)
     parts = config.training.accumulation_steps
     row_losses = np.zeros(len(batch.tokens_BT))
     found: dict[str, tuple[str, bool]] = {}
@@ -195,7 +196,7 @@ def diagnose(config: Config, dtype: Any, state: TrainState, batch: Batch, shardi
         rows = slice(part, None, parts)  # as the train step cuts it
         microbatch = Batch(*(array[rows] for array in batch))
         forward, backward, row_nll_B = jax.device_get(
-            _passes(model, state.params, jax.device_put(microbatch, sharding))
+            _passes(open_model, state.params, jax.device_put(microbatch, sharding))
         )
         row_losses[rows] = row_nll_B / np.maximum(microbatch.loss_mask_BT.sum(1), 1)
         for direction, seen in (("forward", forward), ("backward", backward)):
@@ -206,7 +207,7 @@ def diagnose(config: Config, dtype: Any, state: TrainState, batch: Batch, shardi
         return Diagnosis("forward", *found["forward"], losses)
     if "backward" in found:
         return Diagnosis("backward", *found["backward"], losses)
-    whole = _sum_and_update(config, Transformer(config.model, dtype), state, jax.device_put(batch, sharding))
+    whole = _sum_and_update(config, model, state, jax.device_put(batch, sharding))
     summed, after = jax.device_get(whole)
     if (first := _first(summed)) is not None:
         return Diagnosis("sum", *first, losses)

@@ -86,7 +86,8 @@ def _describe(config: Config, program: Program, mesh: Mesh, dataset: Dataset) ->
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     return (
         f"{parameter_count(config.model):,} parameters, {np.dtype(program.model.dtype).name} matmuls, "
-        f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}{f' ({axes})' if axes else ''}; "
+        f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}{f' ({axes})' if axes else ''}, "
+        f"{program.model.kernel.name} attention ({program.model.kernel.reason}); "
         f"{dataset.split('train').num_tokens:,} training tokens"
     )
 

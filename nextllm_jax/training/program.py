@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from nextllm_jax.checkpoint import Checkpoints
 from nextllm_jax.config import Config
 from nextllm_jax.data.packing import Batch
+from nextllm_jax.model.attention_kernel import choose_kernel
 from nextllm_jax.model.transformer import Transformer, resolve_dtype
 from nextllm_jax.training.optimizer import make_optimizer, schedule
 from nextllm_jax.training.state import (
@@ -38,15 +39,18 @@ class Program:
 
 def build_program(config: Config, mesh: Mesh) -> Program:
     """The steps of a config on a mesh; nothing is compiled or computed yet."""
-    dtype = resolve_dtype(config.model.dtype, jax.default_backend(), training=True)
-    model = Transformer(config.model, dtype)
+    platform = mesh.devices.flat[0].platform  # of the mesh, which may be a topology that is not here
+    dtype = resolve_dtype(config.model.dtype, platform, training=True)
+    model = Transformer(config.model, dtype, kernel=choose_kernel(config, mesh, dtype))
     optimizer = make_optimizer(config.optimizer)
-    arrays = abstract_state(model, optimizer, mesh)
+    arrays = abstract_state(model, optimizer, mesh, config.optimizer)
     training = config.training
     window_steps = training.spike_window_steps if training.spike_factor else 0
 
     def create() -> TrainState:
-        return with_recent_losses(create_state(model, optimizer, mesh, config.seed), [], window_steps, mesh)
+        return with_recent_losses(
+            create_state(model, optimizer, mesh, config.seed, config.optimizer), [], window_steps, mesh
+        )
 
     def restore(checkpoints: Checkpoints, step: int) -> tuple[TrainState, dict[str, Any]]:
         state = checkpoints.restore(step, "rest", dataclasses.replace(arrays, params=None))

@@ -8,6 +8,7 @@ import pytest
 
 from nextllm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from nextllm_jax.data.packing import Batch
+from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.sharding import make_mesh, sharding
 from nextllm_jax.training.diagnosis import diagnose
 from nextllm_jax.training.program import build_program
@@ -50,7 +51,7 @@ def diagnosed(mesh, state, spoilt=(), config=CONFIG):
             node[last] = node[last] * np.float32(factor)
     state = dataclasses.replace(state, params=params)
     with jax.set_mesh(mesh):
-        return diagnose(config, np.dtype("float32"), state, make_batch(), sharding(mesh, "batch", "seq"))
+        return diagnose(config, Transformer(config.model), state, make_batch(), sharding(mesh, "batch", "seq"))
 
 
 def test_a_healthy_step_has_no_such_place(mesh, state):
