@@ -56,7 +56,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     elif found == 1 and devices[0].platform == "cpu":
         order = np.array(devices).reshape(sizes)  # simulated slices: data is the outermost axis
     else:
-        raise InputError(f"mesh.slices is {config.slices}, but the devices form {found}; set --mesh.slices {found}")
+        fit = f"{found}" if found == 1 or devices[0].platform == "tpu" else f"{found}, or 1 to let any axis cross them"
+        raise InputError(f"mesh.slices is {config.slices}, but the devices form {found}; set --mesh.slices {fit}")
     return Mesh(order, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 

@@ -90,7 +90,7 @@ def test_nodes_of_gpus_may_be_crossed_by_any_axis_and_then_stay_in_order() -> No
     ("platform", "slice_indices", "config", "sentence"),
     [
         ("tpu", [0] * 4 + [1] * 4, MeshConfig(), "mesh.slices is 1, but the devices form 2; set --mesh.slices 2"),
-        ("gpu", [0, 0, 1, 1, 2, 2, 3, 3], MeshConfig(slices=2), "mesh.slices is 2, but the devices form 4"),
+        ("gpu", [0, 0, 1, 1, 2, 2, 3, 3], MeshConfig(slices=2), "devices form 4; set --mesh.slices 4, or 1 to let"),
         ("tpu", [0] * 8, MeshConfig(slices=2), "mesh.slices is 2, but the devices form 1"),
         ("cpu", [0] * 8, MeshConfig(data=2, fsdp=4, slices=4), "mesh.slices 4 does not divide mesh.data 2; no other"),
         ("cpu", [0] * 8, MeshConfig(slices=3), "mesh.slices 3 does not divide mesh.data 8"),
