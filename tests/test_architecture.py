@@ -66,7 +66,7 @@ FOLDERS = {  # inside a folder a file imports from those to its left
             "resume_guard",
             "run_directory",
         ),
-        *("writers", "signals", "program", "flight_recorder", "loop", "diagnosis", "replay"),
+        *("writers", "signals", "program", "flight_recorder", "profiler", "loop", "diagnosis", "replay"),
     ),
     "plan": (
         *("topology", "hlo", "collectives", "compile", "estimate", "roofline", "advice", "training", "decoding"),

@@ -20,10 +20,13 @@ def test_a_run_leaves_what_the_readme_promises(trained):
     train, validation = metrics(run, "train"), metrics(run, "validation")
     assert [line["step"] for line in train] == list(range(1, 41))
     assert [line["step"] for line in validation] == [20, 40]
-    assert {"learning_rate", "grad_norm", "tokens_per_second", "mfu"} | ISSUED_FIELDS <= train[0].keys()
+    assert {"learning_rate", "grad_norm", "tokens_per_second", "mfu", "input_wait_fraction"} | ISSUED_FIELDS <= train[
+        0
+    ].keys()
     assert {"bits_per_byte"} | ISSUED_FIELDS <= validation[0].keys()
     assert validation[-1]["loss"] < validation[0]["loss"] < np.log(320)
     assert train[0]["mfu"] is None
+    assert all(0 <= line["input_wait_fraction"] <= 1 for line in train if line["tokens_per_second"])
     assert sorted(path.name for path in (run / "checkpoints").iterdir() if path.name.isdigit()) == ["30", "40"]
     assert re.search(r"step\D+40\b.*ETA|finished at step 40", trained.log.stderr + trained.log.stdout)
 
