@@ -111,7 +111,8 @@ class Period(nn.Module):
 class Transformer(nn.Module):
     """Llama-style decoder (Touvron et al. 2023, arXiv:2302.13971).
 
-    `dtype` is the type of the matmuls, `kernel` how it attends without a cache. Without `scan_layers` it takes the parameters that `unstack_layers` makes.
+    `dtype` is the type of the matmuls, `kernel` how it attends without a cache. Without `scan_layers` it takes the
+    parameters that `unstack_layers` makes.
     """
 
     config: ModelConfig

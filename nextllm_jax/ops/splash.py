@@ -17,6 +17,21 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 LANES = 128
 """Width of a TPU's vector registers: blocks are multiples of it."""
 
+# Blocks of queries and keys by jax's name of a device. A block of scores is float32 and lies in the chip's vector
+# memory, of which a kernel gets 16 MiB (v6e: 32 MiB) unless XLA is told otherwise; larger blocks read keys less often.
+_BLOCKS = {
+    "TPU v5": (1024, 512),
+    "TPU v5p": (1024, 512),
+    "TPU v6 lite": (1024, 1024),
+    "TPU v6e": (1024, 1024),
+    "TPU7x": (1024, 1024),
+}
+
+
+def default_blocks(device_kind: str) -> tuple[int, int]:
+    """Positions in a block of queries and in one of keys, for `jax.Device.device_kind`."""
+    return _BLOCKS.get(device_kind, (512, 512))
+
 
 def splash_attention(
     q_BTNH: jax.Array,

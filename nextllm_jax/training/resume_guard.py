@@ -21,16 +21,8 @@ _NEW_RUN = "start a new run: another --workdir, or --overwrite to set the old ru
 # data.path is free as long as the data there is the same, which `require_same_data` sees.
 _FREE = frozenset(
     [
-        *(
-            "workdir",
-            "platform",
-            "mesh",
-            "checkpoint",
-            "model.dtype",
-            "model.remat",
-            "model.attention",
-            "model.attention_blocks",
-        ),
+        *("workdir", "platform", "mesh", "checkpoint", "model.dtype", "model.remat"),
+        *("model.attention", "model.attention_blocks"),
         *("data.path", "data.num_processes", "data.tokens_per_shard", "data.verify"),
         *("training.accumulation_steps", "training.log_every_steps", "training.evaluate_every_steps"),
         *("training.evaluation_batch_size", "training.max_skipped_steps"),
