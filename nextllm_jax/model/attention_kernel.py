@@ -1,6 +1,7 @@
 """Which attention kernel a model trains with, and running it on the mesh in force."""
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -126,8 +127,9 @@ def attend(
         if not divided:
             return _attend_whole(kernel, q_BTNH, k_BTKH, v_BTKH, ids_BT, 0, rule)
         # The transpose of this gathering is a reduce-scatter: each device gets the gradients of its own keys.
-        gathered = jax.tree.map(lambda x: jax.lax.all_gather(x, axis, axis=1, tiled=True), (k_BTKH, v_BTKH, ids_BT))
-        return _attend_whole(kernel, q_BTNH, *gathered, jax.lax.axis_index(axis), rule)
+        gather = functools.partial(jax.lax.all_gather, axis_name=axis, axis=1, tiled=True)
+        k_BSKH, v_BSKH, ids_BS = jax.tree.map(gather, (k_BTKH, v_BTKH, ids_BT))
+        return _attend_whole(kernel, q_BTNH, k_BSKH, v_BSKH, ids_BS, jax.lax.axis_index(axis), rule)
 
     names_q, names_k = ("batch", "seq", "heads", "head_dim"), ("batch", "seq", "kv_heads", "head_dim")
     divide = per_shard(on_shard, (names_q, names_k, names_k, ("batch", "seq")), names_q)

@@ -28,7 +28,7 @@ class Blocks(NamedTuple):
 class Queries(NamedTuple):
     """Queries in blocks, and the position in the sequence at which they start."""
 
-    q_nBKHGT: jax.Array
+    q_nBTKGH: jax.Array
     ids_nBT: jax.Array
     start: jax.Array | int
 
@@ -36,8 +36,8 @@ class Queries(NamedTuple):
 class Keys(NamedTuple):
     """Keys and values in blocks, how many keys are not padding, and where they start."""
 
-    k_mBKSH: jax.Array
-    v_mBKSH: jax.Array
+    k_mBSKH: jax.Array
+    v_mBSKH: jax.Array
     ids_mBS: jax.Array
     length: int
     start: jax.Array | int
@@ -76,58 +76,37 @@ def blockwise_attention(
     return _attend(rule, sizes, group(q_BTNH, K), k_BSKH, v_BSKH, ids_BS, start).reshape(B, T, N, H)
 
 
-def split_queries(x_BTKGH: jax.Array, size: int) -> jax.Array:
-    """[n, B, K, H, G, T] blocks of queries, or of what else has their shape; the last is padded with zeros."""
-    return jnp.einsum("nBTKGH->nBKHGT", _split(x_BTKGH, size))
-
-
-def join_queries(x_nBKHGT: jax.Array, T: int) -> jax.Array:
-    """What `split_queries` took, [B, T, K, G, H]."""
-    x_BnTKGH = jnp.einsum("nBKHGT->BnTKGH", x_nBKHGT)
-    B, n, size, *heads = x_BnTKGH.shape
-    return x_BnTKGH.reshape(B, n * size, *heads)[:, :T]
-
-
-def split_keys(x_BSKH: jax.Array, size: int) -> jax.Array:
-    """[m, B, K, S, H] blocks of keys or values; the last is padded with zeros."""
-    return jnp.einsum("mBSKH->mBKSH", _split(x_BSKH, size))
-
-
-def join_keys(x_mBKSH: jax.Array, S: int) -> jax.Array:
-    """What `split_keys` took, [B, S, K, H]."""
-    x_BmSKH = jnp.einsum("mBKSH->BmSKH", x_mBKSH)
-    B, m, size, *heads = x_BmSKH.shape
-    return x_BmSKH.reshape(B, m * size, *heads)[:, :S]
-
-
-def split_ids(ids_BT: jax.Array, size: int) -> jax.Array:
-    """[n, B, T] blocks of segment ids."""
-    return _split(ids_BT, size)
-
-
-def _split(x_BT: jax.Array, size: int) -> jax.Array:
+def split(x_BT: jax.Array, size: int) -> jax.Array:
+    """The time axis in blocks, [n, B, T, ...]; the last is padded with zeros."""
     B, T, *rest = x_BT.shape
     x_BT = jnp.pad(x_BT, ((0, 0), (0, -T % size), *((0, 0) for _ in rest)))
     return jnp.moveaxis(x_BT.reshape(B, -1, size, *rest), 1, 0)
 
 
+def join(x_nBT: jax.Array, T: int) -> jax.Array:
+    """What `split` took, [B, T, ...]."""
+    n, B, size, *rest = x_nBT.shape
+    return jnp.moveaxis(x_nBT, 0, 1).reshape(B, n * size, *rest)[:, :T]
+
+
 def no_keys(queries: Queries) -> Partial:
     """What queries have before they meet a key."""
-    out_nBKHGT = jnp.zeros(queries.q_nBKHGT.shape, jnp.float32)
+    n, B, T, K, G, H = queries.q_nBTKGH.shape
+    out_nBKHGT = jnp.zeros((n, B, K, H, G, T), jnp.float32)
     sum_nBKGT = out_nBKHGT[:, :, :, 0]
     return Partial(sum_nBKGT + MASKED, sum_nBKGT, out_nBKHGT)
 
 
 def finish(partial: Partial, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """The output [n, B, K, H, G, T] in `dtype` and the log-sum-exp [n, B, K, G, T]."""
+    """The output [n, B, T, K, G, H] in `dtype` and the log-sum-exp [n, B, K, G, T]."""
     sum_nBKGT = jnp.maximum(partial.sum_nBKGT, jnp.finfo(jnp.float32).tiny)  # 0 for padding that met no block
     out_nBKHGT = (partial.out_nBKHGT / sum_nBKGT[:, :, :, None]).astype(dtype)
-    return out_nBKHGT, partial.max_nBKGT + jnp.log(sum_nBKGT)
+    return jnp.einsum("nBKHGT->nBTKGH", out_nBKHGT), partial.max_nBKGT + jnp.log(sum_nBKGT)
 
 
 def _key_blocks(rule: ScoreRule, queries: Queries, keys: Keys, i: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The first block of keys that a query of block i may see, and the one after the last."""
-    size_q, (m, size_k) = queries.q_nBKHGT.shape[-1], (keys.k_mBKSH.shape[0], keys.k_mBKSH.shape[3])
+    size_q, (m, _, size_k, *_) = queries.q_nBTKGH.shape[2], keys.k_mBSKH.shape
     start = queries.start + i * size_q - keys.start
     first = 0 if rule.window is None else jnp.clip((start - rule.window + 1) // size_k, 0, m)
     return jnp.asarray(first), jnp.clip((start + size_q - 1) // size_k + 1, 0, m)
@@ -135,20 +114,21 @@ def _key_blocks(rule: ScoreRule, queries: Queries, keys: Keys, i: jax.Array) -> 
 
 def _query_blocks(rule: ScoreRule, queries: Queries, keys: Keys, j: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The first block of queries that may see a key of block j, and the one after the last."""
-    (n, size_q), size_k = (queries.q_nBKHGT.shape[0], queries.q_nBKHGT.shape[-1]), keys.k_mBKSH.shape[3]
+    (n, _, size_q, *_), size_k = queries.q_nBTKGH.shape, keys.k_mBSKH.shape[2]
     start = keys.start + j * size_k - queries.start
     last = n if rule.window is None else jnp.clip((start + size_k + rule.window - 2) // size_q + 1, 0, n)
     return jnp.clip(start // size_q, 0, n), jnp.asarray(last)
 
 
 def _scores(rule: ScoreRule, queries: Queries, keys: Keys, i: jax.Array, j: jax.Array) -> jax.Array:
-    """Masked scores [B, K, S, G, T] of query block i and key block j; keys before queries as in `ops.attention`."""
-    scores_BKSGT = rule.scores(einsum("BKSH,BKHGT->BKSGT", keys.k_mBKSH[j], queries.q_nBKHGT[i]))
+    """Masked scores [B, K, S, G, T] of query block i and key block j; laid out as in `ops.attention`."""
+    k_BKSH, q_BKHGT = jnp.einsum("BSKH->BKSH", keys.k_mBSKH[j]), jnp.einsum("BTKGH->BKHGT", queries.q_nBTKGH[i])
+    scores_BKSGT = rule.scores(einsum("BKSH,BKHGT->BKSGT", k_BKSH, q_BKHGT))
     S, T = scores_BKSGT.shape[2], scores_BKSGT.shape[4]
     index_S = j * S + jnp.arange(S)
     distance_ST = (queries.start + i * T + jnp.arange(T))[None, :] - (keys.start + index_S)[:, None]
     visible_ST = visible(distance_ST, rule.window) & (index_S < keys.length)[:, None]
-    visible_BST = visible_ST & (keys.ids_mBS[j][:, :, None] == queries.ids_nBT[i][:, None, :])
+    visible_BST = visible_ST[None] & (keys.ids_mBS[j][:, :, None] == queries.ids_nBT[i][:, None, :])
     return jnp.where(visible_BST[:, None, :, None, :], scores_BKSGT, MASKED)
 
 
@@ -163,8 +143,8 @@ def meet_keys(rule: ScoreRule, queries: Queries, keys: Keys, partial: Partial) -
         # multiplies them with exp(MASKED - its score), which is exactly 0.
         decay_BKGT = jnp.exp(max_BKGT - new_max_BKGT)
         weights_BKSGT = jnp.exp(scores_BKSGT - new_max_BKGT[:, :, None])
-        v_BKSH = keys.v_mBKSH[j]
-        more_BKHGT = einsum("BKHS,BKSGT->BKHGT", jnp.einsum("BKSH->BKHS", v_BKSH), weights_BKSGT.astype(v_BKSH.dtype))
+        v_BKHS = jnp.einsum("BSKH->BKHS", keys.v_mBSKH[j])
+        more_BKHGT = einsum("BKHS,BKSGT->BKHGT", v_BKHS, weights_BKSGT.astype(v_BKHS.dtype))
         sum_BKGT = sum_BKGT * decay_BKGT + weights_BKSGT.sum(axis=2)
         return Partial(new_max_BKGT, sum_BKGT, out_BKHGT * decay_BKGT[:, :, None] + more_BKHGT)
 
@@ -172,62 +152,74 @@ def meet_keys(rule: ScoreRule, queries: Queries, keys: Keys, partial: Partial) -
         first, last = _key_blocks(rule, queries, keys, i)
         return lax.fori_loop(first, last, lambda j, block: meet_block(i, j, block), so_far)
 
-    numbers = jnp.arange(queries.q_nBKHGT.shape[0])
+    numbers = jnp.arange(queries.q_nBTKGH.shape[0])
     return lax.map(lambda block: one_query_block(*block), (numbers, partial))
 
 
 class Backward(NamedTuple):
     """What the backward pass needs of the queries, beside them."""
 
-    d_out_nBKHGT: jax.Array
+    d_out_nBTKGH: jax.Array
     log_sum_nBKGT: jax.Array
     row_nBKGT: jax.Array
     """out . d_out: the softmax's backward needs sum_S(weight * d_weight), which is this."""
 
     @classmethod
-    def of(cls, out_nBKHGT: jax.Array, d_out_nBKHGT: jax.Array, log_sum_nBKGT: jax.Array) -> "Backward":
-        return cls(d_out_nBKHGT, log_sum_nBKGT, einsum("nBKHGT,nBKHGT->nBKGT", out_nBKHGT, d_out_nBKHGT))
+    def of(cls, size: int, out_BTKGH: jax.Array, d_out_BTKGH: jax.Array, log_sum_nBKGT: jax.Array) -> "Backward":
+        row_BTKG = jnp.sum(out_BTKGH.astype(jnp.float32) * d_out_BTKGH.astype(jnp.float32), axis=-1)
+        row_nBKGT = jnp.einsum("nBTKG->nBKGT", split(row_BTKG, size))
+        return cls(split(d_out_BTKGH, size), log_sum_nBKGT, row_nBKGT)
 
 
 def gradients(
     rule: ScoreRule, queries: Queries, keys: Keys, backward: Backward, d_q_nBKHGT: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """float32: `d_q_nBKHGT` with what these keys add to it, and the gradients of these keys and values."""
+    """float32: `d_q_nBKHGT` with what these keys add to it, and the gradients of keys and values, [m, B, K, S, H]."""
 
     def block(i: jax.Array, j: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         d_q_nBKHGT, d_k_BKSH, d_v_BKSH = sums
-        q_BKHGT, d_out_BKHGT, k_BKSH = queries.q_nBKHGT[i], backward.d_out_nBKHGT[i], keys.k_mBKSH[j]
+        q_BTKGH, d_out_BTKGH = queries.q_nBTKGH[i], backward.d_out_nBTKGH[i]
+        k_BSKH, v_BKSH = keys.k_mBSKH[j], jnp.einsum("BSKH->BKSH", keys.v_mBSKH[j])
         scores_BKSGT = _scores(rule, queries, keys, i, j)
         weights_BKSGT = jnp.exp(scores_BKSGT - backward.log_sum_nBKGT[i][:, :, None])
-        d_weights_BKSGT = einsum("BKSH,BKHGT->BKSGT", keys.v_mBKSH[j], d_out_BKHGT)
+        d_weights_BKSGT = einsum("BKSH,BKHGT->BKSGT", v_BKSH, jnp.einsum("BTKGH->BKHGT", d_out_BTKGH))
         d_scores_BKSGT = weights_BKSGT * (d_weights_BKSGT - backward.row_nBKGT[i][:, :, None])
-        d_scores_BKSGT = rule.d_products(d_scores_BKSGT, scores_BKSGT).astype(q_BKHGT.dtype)
-        d_v_BKSH += einsum("BKSGT,BKGTH->BKSH", weights_BKSGT.astype(q_BKHGT.dtype), _turn(d_out_BKHGT))
-        d_k_BKSH += einsum("BKSGT,BKGTH->BKSH", d_scores_BKSGT, _turn(q_BKHGT))
-        more_BKHGT = einsum("BKHS,BKSGT->BKHGT", jnp.einsum("BKSH->BKHS", k_BKSH), d_scores_BKSGT)
+        d_scores_BKSGT = rule.d_products(d_scores_BKSGT, scores_BKSGT).astype(q_BTKGH.dtype)
+        weights_BKSGT = weights_BKSGT.astype(q_BTKGH.dtype)
+        more_BKHGT = einsum("BKHS,BKSGT->BKHGT", jnp.einsum("BSKH->BKHS", k_BSKH), d_scores_BKSGT)
+        d_k_BKSH += einsum("BKSGT,BKGTH->BKSH", d_scores_BKSGT, jnp.einsum("BTKGH->BKGTH", q_BTKGH))
+        d_v_BKSH += einsum("BKSGT,BKGTH->BKSH", weights_BKSGT, jnp.einsum("BTKGH->BKGTH", d_out_BTKGH))
         return d_q_nBKHGT.at[i].add(more_BKHGT), d_k_BKSH, d_v_BKSH
 
     def one_key_block(d_q_nBKHGT: jax.Array, j: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        zeros_BKSH = jnp.zeros(keys.k_mBKSH.shape[1:], jnp.float32)
+        zeros_BKSH = jnp.zeros_like(jnp.einsum("BSKH->BKSH", keys.k_mBSKH[0]), jnp.float32)
         first, last = _query_blocks(rule, queries, keys, j)
         sums = (d_q_nBKHGT, zeros_BKSH, zeros_BKSH)
         d_q_nBKHGT, d_k_BKSH, d_v_BKSH = lax.fori_loop(first, last, lambda i, sums: block(i, j, sums), sums)
         return d_q_nBKHGT, (d_k_BKSH, d_v_BKSH)
 
-    d_q_nBKHGT, (d_k_mBKSH, d_v_mBKSH) = lax.scan(one_key_block, d_q_nBKHGT, jnp.arange(keys.k_mBKSH.shape[0]))
+    d_q_nBKHGT, (d_k_mBKSH, d_v_mBKSH) = lax.scan(one_key_block, d_q_nBKHGT, jnp.arange(keys.k_mBSKH.shape[0]))
     return d_q_nBKHGT, d_k_mBKSH, d_v_mBKSH
 
 
-def _turn(x_BKHGT: jax.Array) -> jax.Array:
-    return jnp.einsum("BKHGT->BKGTH", x_BKHGT)
+def no_gradients(queries: Queries) -> jax.Array:
+    """What the queries' gradients are before they meet a key, [n, B, K, H, G, T] in float32."""
+    return no_keys(queries).out_nBKHGT
 
 
-def blocks_of(sizes: Blocks, q_BTKGH, k_BSKH, v_BSKH, ids_BS, start) -> tuple[Queries, Keys]:
-    """Queries from position `start` on, and the keys of the whole sequence, in blocks."""
+def finish_gradients(q_BTKGH, k_BSKH, v_BSKH, d_q_nBKHGT, d_k_mBKSH, d_v_mBKSH) -> tuple[jax.Array, ...]:
+    """The sums of `gradients` in the shapes and types of what they are gradients of."""
+    d_q_BTKGH = join(jnp.einsum("nBKHGT->nBTKGH", d_q_nBKHGT), q_BTKGH.shape[1])
+    d_k_BSKH, d_v_BSKH = (join(jnp.einsum("mBKSH->mBSKH", x), k_BSKH.shape[1]) for x in (d_k_mBKSH, d_v_mBKSH))
+    return d_q_BTKGH.astype(q_BTKGH.dtype), d_k_BSKH.astype(k_BSKH.dtype), d_v_BSKH.astype(v_BSKH.dtype)
+
+
+def _in_blocks(sizes: Blocks, q_BTKGH, k_BSKH, v_BSKH, ids_BS, start) -> tuple[Queries, Keys]:
+    """Queries from position `start` on, and the keys of the whole sequence."""
     q_ids_BT = lax.dynamic_slice_in_dim(ids_BS, start, q_BTKGH.shape[1], axis=1)
-    queries = Queries(split_queries(q_BTKGH, sizes.queries), split_ids(q_ids_BT, sizes.queries), start)
-    k_mBKSH, v_mBKSH = (split_keys(x, sizes.keys) for x in (k_BSKH, v_BSKH))
-    return queries, Keys(k_mBKSH, v_mBKSH, split_ids(ids_BS, sizes.keys), k_BSKH.shape[1], 0)
+    queries = Queries(split(q_BTKGH, sizes.queries), split(q_ids_BT, sizes.queries), start)
+    k_mBSKH, v_mBSKH, ids_mBS = (split(x, sizes.keys) for x in (k_BSKH, v_BSKH, ids_BS))
+    return queries, Keys(k_mBSKH, v_mBSKH, ids_mBS, k_BSKH.shape[1], 0)
 
 
 def _attend_primal(rule: ScoreRule, sizes: Blocks, q_BTKGH, k_BSKH, v_BSKH, ids_BS, start) -> jax.Array:
@@ -235,23 +227,19 @@ def _attend_primal(rule: ScoreRule, sizes: Blocks, q_BTKGH, k_BSKH, v_BSKH, ids_
 
 
 def _attend_forward(rule: ScoreRule, sizes: Blocks, q_BTKGH, k_BSKH, v_BSKH, ids_BS, start):
-    queries, keys = blocks_of(sizes, q_BTKGH, k_BSKH, v_BSKH, ids_BS, start)
-    out_nBKHGT, log_sum_nBKGT = finish(meet_keys(rule, queries, keys, no_keys(queries)), q_BTKGH.dtype)
-    out_BTKGH = checkpoint_name(join_queries(out_nBKHGT, q_BTKGH.shape[1]), "attention_out")
+    queries, keys = _in_blocks(sizes, q_BTKGH, k_BSKH, v_BSKH, ids_BS, start)
+    out_nBTKGH, log_sum_nBKGT = finish(meet_keys(rule, queries, keys, no_keys(queries)), q_BTKGH.dtype)
+    out_BTKGH = checkpoint_name(join(out_nBTKGH, q_BTKGH.shape[1]), "attention_out")
     log_sum_nBKGT = checkpoint_name(log_sum_nBKGT, "attention_residuals")
     return out_BTKGH, (q_BTKGH, k_BSKH, v_BSKH, ids_BS, start, out_BTKGH, log_sum_nBKGT)
 
 
 def _attend_backward(rule: ScoreRule, sizes: Blocks, residuals, d_out_BTKGH):
     q_BTKGH, k_BSKH, v_BSKH, ids_BS, start, out_BTKGH, log_sum_nBKGT = residuals
-    queries, keys = blocks_of(sizes, q_BTKGH, k_BSKH, v_BSKH, ids_BS, start)
-    out_nBKHGT, d_out_nBKHGT = (split_queries(x, sizes.queries) for x in (out_BTKGH, d_out_BTKGH))
-    backward = Backward.of(out_nBKHGT, d_out_nBKHGT, log_sum_nBKGT)
-    d_q_nBKHGT = jnp.zeros(queries.q_nBKHGT.shape, jnp.float32)
-    d_q_nBKHGT, d_k_mBKSH, d_v_mBKSH = gradients(rule, queries, keys, backward, d_q_nBKHGT)
-    d_q_BTKGH = join_queries(d_q_nBKHGT, q_BTKGH.shape[1])
-    d_k_BSKH, d_v_BSKH = (join_keys(x, k_BSKH.shape[1]) for x in (d_k_mBKSH, d_v_mBKSH))
-    return d_q_BTKGH.astype(q_BTKGH.dtype), d_k_BSKH.astype(k_BSKH.dtype), d_v_BSKH.astype(v_BSKH.dtype), None, None
+    queries, keys = _in_blocks(sizes, q_BTKGH, k_BSKH, v_BSKH, ids_BS, start)
+    backward = Backward.of(sizes.queries, out_BTKGH, d_out_BTKGH, log_sum_nBKGT)
+    sums = gradients(rule, queries, keys, backward, no_gradients(queries))
+    return *finish_gradients(q_BTKGH, k_BSKH, v_BSKH, *sums), None, None
 
 
 _attend = jax.custom_vjp(_attend_primal, nondiff_argnums=(0, 1))

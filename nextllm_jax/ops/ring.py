@@ -21,14 +21,13 @@ from nextllm_jax.ops.blockwise import (
     Keys,
     Queries,
     finish,
+    finish_gradients,
     gradients,
-    join_keys,
-    join_queries,
+    join,
     meet_keys,
+    no_gradients,
     no_keys,
-    split_ids,
-    split_keys,
-    split_queries,
+    split,
 )
 from nextllm_jax.ops.scores import ScoreRule, group
 
@@ -66,19 +65,20 @@ def _pass_on(axis_name: str, x, steps: int = 1):
     return lax.ppermute(x, axis_name, [(i, (i + steps) % size) for i in range(size)])
 
 
-def _keys_at(axis_name: str, kv, T: int, turn: jax.Array) -> Keys:
+def _keys_at(axis_name: str, kv: tuple[jax.Array, jax.Array, jax.Array], T: int, turn: jax.Array) -> Keys:
     """The keys that are here at a turn, at their place in the sequence.
 
     Those of devices behind this one come around too, and lie after all queries: nothing of them is computed.
     """
     size = lax.axis_size(axis_name)
-    return Keys(*kv, T, (lax.axis_index(axis_name) - turn) % size * T)
+    k_mBSKH, v_mBSKH, ids_mBS = kv
+    return Keys(k_mBSKH, v_mBSKH, ids_mBS, T, (lax.axis_index(axis_name) - turn) % size * T)
 
 
-def _blocks_of(sizes: Blocks, axis_name: str, q_BTKGH, k_BTKH, v_BTKH, ids_BT):
+def _in_blocks(sizes: Blocks, axis_name: str, q_BTKGH, k_BTKH, v_BTKH, ids_BT):
     start = lax.axis_index(axis_name) * q_BTKGH.shape[1]
-    queries = Queries(split_queries(q_BTKGH, sizes.queries), split_ids(ids_BT, sizes.queries), start)
-    return queries, (*(split_keys(x, sizes.keys) for x in (k_BTKH, v_BTKH)), split_ids(ids_BT, sizes.keys))
+    queries = Queries(split(q_BTKGH, sizes.queries), split(ids_BT, sizes.queries), start)
+    return queries, (split(k_BTKH, sizes.keys), split(v_BTKH, sizes.keys), split(ids_BT, sizes.keys))
 
 
 def _attend_primal(rule: ScoreRule, sizes: Blocks, axis_name: str, q_BTKGH, k_BTKH, v_BTKH, ids_BT) -> jax.Array:
@@ -87,7 +87,7 @@ def _attend_primal(rule: ScoreRule, sizes: Blocks, axis_name: str, q_BTKGH, k_BT
 
 def _attend_forward(rule: ScoreRule, sizes: Blocks, axis_name: str, q_BTKGH, k_BTKH, v_BTKH, ids_BT):
     T = q_BTKGH.shape[1]
-    queries, kv = _blocks_of(sizes, axis_name, q_BTKGH, k_BTKH, v_BTKH, ids_BT)
+    queries, kv = _in_blocks(sizes, axis_name, q_BTKGH, k_BTKH, v_BTKH, ids_BT)
 
     def turn(carry, number):
         kv, partial = carry
@@ -97,8 +97,8 @@ def _attend_forward(rule: ScoreRule, sizes: Blocks, axis_name: str, q_BTKGH, k_B
     last = _turns(rule, axis_name, T) - 1
     (kv, partial), _ = lax.scan(turn, (kv, no_keys(queries)), jnp.arange(last))
     partial = meet_keys(rule, queries, _keys_at(axis_name, kv, T, jnp.asarray(last)), partial)
-    out_nBKHGT, log_sum_nBKGT = finish(partial, q_BTKGH.dtype)
-    out_BTKGH = checkpoint_name(join_queries(out_nBKHGT, T), "attention_out")
+    out_nBTKGH, log_sum_nBKGT = finish(partial, q_BTKGH.dtype)
+    out_BTKGH = checkpoint_name(join(out_nBTKGH, T), "attention_out")
     log_sum_nBKGT = checkpoint_name(log_sum_nBKGT, "attention_residuals")
     return out_BTKGH, (q_BTKGH, k_BTKH, v_BTKH, ids_BT, out_BTKGH, log_sum_nBKGT)
 
@@ -106,9 +106,8 @@ def _attend_forward(rule: ScoreRule, sizes: Blocks, axis_name: str, q_BTKGH, k_B
 def _attend_backward(rule: ScoreRule, sizes: Blocks, axis_name: str, residuals, d_out_BTKGH):
     q_BTKGH, k_BTKH, v_BTKH, ids_BT, out_BTKGH, log_sum_nBKGT = residuals
     T = q_BTKGH.shape[1]
-    queries, kv = _blocks_of(sizes, axis_name, q_BTKGH, k_BTKH, v_BTKH, ids_BT)
-    out_nBKHGT, d_out_nBKHGT = (split_queries(x, sizes.queries) for x in (out_BTKGH, d_out_BTKGH))
-    backward = Backward.of(out_nBKHGT, d_out_nBKHGT, log_sum_nBKGT)
+    queries, kv = _in_blocks(sizes, axis_name, q_BTKGH, k_BTKH, v_BTKH, ids_BT)
+    backward = Backward.of(sizes.queries, out_BTKGH, d_out_BTKGH, log_sum_nBKGT)
 
     def turn(carry, number):
         kv, d_kv, d_q_nBKHGT = carry
@@ -118,13 +117,12 @@ def _attend_backward(rule: ScoreRule, sizes: Blocks, axis_name: str, residuals, 
         return (passed_on, _pass_on(axis_name, d_kv), d_q_nBKHGT), None
 
     turns = _turns(rule, axis_name, T)
-    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in kv[:2])
-    carry = (kv, zeros, jnp.zeros(queries.q_nBKHGT.shape, jnp.float32))
+    zeros = jnp.zeros_like(jnp.einsum("mBSKH->mBKSH", kv[0]), jnp.float32)
+    carry = (kv, (zeros, zeros), no_gradients(queries))
     (_, d_kv, d_q_nBKHGT), _ = lax.scan(turn, carry, jnp.arange(turns))
     if turns < lax.axis_size(axis_name):
         d_kv = _pass_on(axis_name, d_kv, -turns)
-    d_k_BTKH, d_v_BTKH = (join_keys(x, T).astype(k_BTKH.dtype) for x in d_kv)
-    return join_queries(d_q_nBKHGT, T).astype(q_BTKGH.dtype), d_k_BTKH, d_v_BTKH, None
+    return *finish_gradients(q_BTKGH, k_BTKH, v_BTKH, d_q_nBKHGT, *d_kv), None
 
 
 _attend = jax.custom_vjp(_attend_primal, nondiff_argnums=(0, 1, 2))
