@@ -19,7 +19,7 @@ from nextllm_jax.ops.attention import causal_attention
 from nextllm_jax.sharding import make_mesh, sharding
 from tests.ops.test_attention import inputs, segments
 
-BLOCKWISE = AttentionKernel("blockwise", (16, 24))
+BLOCKWISE = AttentionKernel("blockwise", (16, 20))
 KERNELS = {
     "gathered xla": AttentionKernel("xla"),
     "gathered blockwise": BLOCKWISE,
@@ -38,20 +38,21 @@ def both_passes(attend, q, k, v, ids, d_out):
 
 
 @functools.cache
-def one_device(T, window):
+def one_device(T, window, documents=True):
     q, k, v, d_out = inputs(B=8, T=T, N=4, K=2, H=8)
-    ids = segments(8, T)
+    ids = segments(8, T) if documents else None
     plain = lambda q, k, v, ids: causal_attention(q, k, v, segment_ids_BT=ids, window=window)  # noqa: E731
     results = jax.jit(functools.partial(both_passes, plain))(q, k, v, ids, d_out)
     return (q, k, v, ids, d_out), results
 
 
-def check(kernel, sizes, window):
+def check(kernel, sizes, window, documents=True):
     T = 128 * sizes[2] if kernel.name == "splash" else 96
-    arguments, expected = one_device(T, window)
+    arguments, expected = one_device(T, window, documents)
     mesh = make_mesh(MeshConfig(**dict(zip(AXES, sizes, strict=True))))
     heads = ("heads", "kv_heads", "kv_heads", None, "heads")
     shardings = [sharding(mesh, "batch", "seq", *((name, None) if name else ())) for name in heads]
+    shardings[3] = shardings[3] if documents else None
     with jax.set_mesh(mesh):
         ours = jax.jit(functools.partial(both_passes, functools.partial(attend, kernel, window=window)))(
             *jax.device_put(arguments, tuple(shardings))
@@ -63,7 +64,8 @@ def check(kernel, sizes, window):
 @pytest.mark.parametrize("sizes", SOME_MESHES)
 @pytest.mark.parametrize("name", ["gathered blockwise", "blockwise ring"])
 def test_divided_sequences_attend_as_on_one_device(name, sizes):
-    check(KERNELS[name], sizes, window=40 if sizes[2] == 4 else None)
+    others = {"window": 40, "documents": False} if sizes[2] == 4 else {"window": None}
+    check(KERNELS[name], sizes, **others)
 
 
 def test_splash_attends_on_a_mesh_as_on_one_device():
@@ -71,11 +73,11 @@ def test_splash_attends_on_a_mesh_as_on_one_device():
 
 
 @slow
-@pytest.mark.parametrize("window", [None, 10, 40])
+@pytest.mark.parametrize(("window", "documents"), [(None, True), (10, True), (40, False)])
 @pytest.mark.parametrize("sizes", ALL_MESHES)
 @pytest.mark.parametrize("name", KERNELS)
-def test_every_mesh_and_window_attends_as_one_device(name, sizes, window):
-    check(KERNELS[name], sizes, window)
+def test_every_mesh_and_window_attends_as_one_device(name, sizes, window, documents):
+    check(KERNELS[name], sizes, window, documents)
 
 
 def test_a_ring_passes_keys_on_only_as_far_as_a_window_reaches():
