@@ -1,6 +1,7 @@
 """Every attention kernel against a plain softmax, in values and gradients; Pallas kernels interpreted."""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nextllm_jax.ops import splash as splash_kernel
 from nextllm_jax.ops.attention import causal_attention
 from nextllm_jax.ops.blockwise import blockwise_attention
 from nextllm_jax.ops.cudnn import cudnn_attention
@@ -100,6 +102,16 @@ def test_splash_refuses_blocks_that_do_not_fit():
     with pytest.raises(ValueError, match="192 queries of 384 positions are not divisible"):
         splash_attention(q[:, :192], k, v, blocks=(128, 128))
     assert all(block % 128 == 0 for kind in ("TPU v5", "TPU v6 lite", "cpu") for block in default_blocks(kind))
+
+
+@pytest.mark.parametrize("window", [None, 1, 128, 129, 300])
+def test_the_mask_of_splash_answers_for_whole_blocks_as_jax_does(window):
+    settings = ((1024, 1024), (None if window is None else window - 1, 0), 0)
+    ours, theirs = splash_kernel._Mask(*settings), splash_kernel.masks.LocalMask(*settings)
+    for rows, columns in itertools.product(range(0, 1024, 256), range(0, 1024, 128)):
+        block = (slice(rows, rows + 256), slice(columns, columns + 128))
+        assert (ours[block].any(), ours[block].all()) == (theirs[block].any(), theirs[block].all())
+        assert ours[block].size == 1 or ours[block].shape == (256, 128)
 
 
 @pytest.mark.parametrize("window", [None, 100])
