@@ -211,7 +211,7 @@ class MeshConfig:
     """Context parallelism: each sequence is divided."""
     context_parallelism: Literal["all_gather", "ring"] = "all_gather"
     """How divided sequences attend: each device gathers all keys and values, or these go around in a ring, which
-    needs less memory and sends the same."""
+    holds fewer of them at a time."""
     tensor: int = 1
     """Tensor parallelism: heads, mlp and vocabulary are divided."""
     slices: int = 1

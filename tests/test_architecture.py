@@ -39,7 +39,10 @@ LAYERS = [  # a module imports from the rows below its own
     ("errors",),
 ]
 FOLDERS = {  # inside a folder a file imports from those to its left
-    "ops": ("rope", "linear", "cross_entropy", "quantized", "splash", "attention"),
+    "ops": (
+        *("rope", "linear", "cross_entropy", "quantized"),
+        *("scores", "attention", "blockwise", "ring", "splash", "cudnn"),
+    ),
     "model": ("layers", "kv_cache", "attention_kernel", "attention", "transformer", "quantize", "accounting"),
     "tokenizer": (
         "backends",
