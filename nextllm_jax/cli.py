@@ -1,4 +1,4 @@
-"""The `nextllm` command, with `train`, `prepare`, `verify`, `doctor` and `replay`; more in convert_cli and text_cli.
+"""The `nextllm` command, with `train`, `prepare`, `verify`, `doctor` and `replay`; more in the files named *_cli.
 
 Nothing here imports jax until a command needs it, so that errors and `--help` come at once, and data is
 prepared before devices are touched.
@@ -7,7 +7,6 @@ prepared before devices are touched.
 import dataclasses
 import difflib
 import io
-import itertools
 import json
 import os
 import sys
@@ -19,10 +18,11 @@ import tyro
 
 from nextllm_jax import process
 from nextllm_jax.config import Config, DataConfig, ModelConfig
-from nextllm_jax.config_files import load_config_file
+from nextllm_jax.config_files import config_of_arguments
 from nextllm_jax.convert_cli import export_command, import_command
 from nextllm_jax.distributed import Group, facts_of
 from nextllm_jax.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, InputError, RunFailed
+from nextllm_jax.plan_cli import plan_command
 from nextllm_jax.process import use_compilation_cache
 from nextllm_jax.rendezvous import DistributedConfig
 from nextllm_jax.text_cli import evaluate_command, lm_eval_command, tokenize_command
@@ -72,28 +72,30 @@ class TrainArguments:
     allow_change: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Field in which a continued run may differ from what it was, such as optimizer.learning_rate; may be given
     several times."""
+    profile: int = 0
+    """Steps to trace, after two of warm-up, into profile/ of the run, for XProf and Perfetto; 0: none."""
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     run: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
+    def __post_init__(self) -> None:
+        if self.profile < 0:
+            raise InputError(f"--profile is {self.profile}; give a number of steps, or 0 for none")
 
-def _default_run(argv: list[str]) -> Config:
-    """The Config of the file that --config names, for `tyro` to override; the plain one without --config."""
-    files = [value for name, value in itertools.pairwise(argv) if name == "--config"]
-    files += [argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")]
-    if len(files) > 1:
-        raise InputError(f"--config is given {len(files)} times; give one file, and change fields by their names")
-    return load_config_file(files[0]) if files else Config()
+
+def parse_train(argv: list[str]) -> TrainArguments:
+    """What `train` is asked to do; exits for --help and for what it does not know."""
+    return tyro.cli(
+        TrainArguments,
+        args=argv,
+        default=TrainArguments(config=tyro.MISSING, run=config_of_arguments(argv)),
+        description=f"{TrainArguments.__doc__}\n\n{process.describe()}",
+    )
 
 
 def train_command(argv: list[str]) -> int:
     """Prepare the data if it is not there, then train; the exit code."""
-    file = _default_run(argv)
-    arguments = tyro.cli(
-        TrainArguments,
-        args=argv,
-        default=TrainArguments(config=tyro.MISSING, run=file),
-        description=f"{TrainArguments.__doc__}\n\n{process.describe()}",
-    )
+    file = config_of_arguments(argv)
+    arguments = parse_train(argv)
     process.restart_with_settings()
 
     group = Group(arguments.distributed)
@@ -107,6 +109,7 @@ def train_command(argv: list[str]) -> int:
             config,
             overwrite=arguments.overwrite,
             allow_change=arguments.allow_change,
+            profile_steps=arguments.profile,
             sample_text=_sample_text,
             initial_params=initial_params,
             group=group,
@@ -175,7 +178,7 @@ def prepare_command(argv: list[str]) -> int:
     """Prepare data; the exit code."""
     from nextllm_jax.data.prepare import default_data_path, prepare
 
-    default = PrepareArguments(data=_default_run(argv).data)
+    default = PrepareArguments(data=config_of_arguments(argv).data)
     arguments = tyro.cli(PrepareArguments, args=argv, prog="nextllm prepare", default=default)
     path = Path(arguments.output) if arguments.output else default_data_path(arguments.data)
     prepare(arguments.data, path, overwrite=arguments.overwrite)
@@ -238,7 +241,7 @@ def doctor_command(argv: list[str]) -> int:
     config_given = any(argument.partition("=")[0] == "--config" for argument in argv)
     if "--resume-proof" in argv and not config_given:
         argv = ["--config", "configs/tiny.py", *argv]
-    file = _default_run(argv)
+    file = config_of_arguments(argv)
     default = DoctorArguments(config=tyro.MISSING, run=file)
     arguments = tyro.cli(DoctorArguments, args=argv, prog="nextllm doctor", default=default)
 
@@ -313,6 +316,7 @@ COMMANDS = {
     "verify": verify_command,
     "doctor": doctor_command,
     "replay": replay_command,
+    "plan": plan_command,
     "import": import_command,
     "export": export_command,
     "tokenize": tokenize_command,

@@ -6,6 +6,7 @@ Importing this module does not import jax.
 import dataclasses
 import difflib
 import importlib.util
+import itertools
 import json
 import re
 from collections.abc import Iterable
@@ -95,3 +96,12 @@ def load_config_file(path: str) -> Config:
         raise InputError(f"config file {path} fails with {type(error).__name__}: {error}{_hint(error)}") from error
     require(isinstance(config, Config), f"config file {path}: get_config() must return a Config, not {type(config)}")
     return config if config.workdir else dataclasses.replace(config, workdir=f"runs/{file.stem}")
+
+
+def config_of_arguments(argv: list[str]) -> Config:
+    """The Config of the file that --config names, for the command line to override; the plain one without --config."""
+    files = [value for name, value in itertools.pairwise(argv) if name == "--config"]
+    files += [argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")]
+    if len(files) > 1:
+        raise InputError(f"--config is given {len(files)} times; give one file, and change fields by their names")
+    return load_config_file(files[0]) if files else Config()

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 
 from nextllm_jax.checkpoint import Checkpoints
@@ -19,10 +18,15 @@ from nextllm_jax.config_files import read_config
 from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.interop.foreign import is_foreign, open_foreign
 from nextllm_jax.model.transformer import abstract_params
+from nextllm_jax.published_models import resolve
+from nextllm_jax.sharding import on_device
 from nextllm_jax.source import restore_params
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 Format = Literal["huggingface", "gguf"]
+
+LAYOUT = 1
+"""Raised whenever `import_model` makes another run of the same files, so that imports that were kept are made anew."""
 
 ORIGIN = "imported"
 """Name, in the record of an imported checkpoint, of what an export takes up again."""
@@ -34,6 +38,7 @@ def import_model(source: str, output: str, *, dtype: str = "float32", context_le
     Parameters are kept in `dtype`. `context_length` limits the model's own. Raises InputError for files that are
     not whole or that this model cannot honour, and for an output that exists.
     """
+    source = resolve(source)
     if not is_foreign(Path(source)):
         raise InputError(f"{source} is neither a Hugging Face directory (with config.json) nor a .gguf file")
     foreign = open_foreign(Path(source))
@@ -42,7 +47,7 @@ def import_model(source: str, output: str, *, dtype: str = "float32", context_le
         if context_length > model.context_length:
             raise InputError(f"context_length {context_length} is over the model's own, {model.context_length}")
         model = dataclasses.replace(model, context_length=context_length)
-    tokenizer, params = foreign.load_tokenizer(), foreign.load_params(_on_cpu(model))
+    tokenizer, params = foreign.load_tokenizer(), foreign.load_params(_on_cpu(abstract_params(model)))
     data = DataConfig(
         tokenizer=str(Path(output).absolute() / "tokenizer"), sequence_length=min(model.context_length, 1024)
     )
@@ -104,34 +109,31 @@ def export_model(
 
 def _open(source: str, step: str | int | None) -> tuple[ModelConfig, Any, Tokenizer, dict[str, Any]]:
     """(config, parameters on the CPU, tokenizer, what is known of an import) of a run directory or foreign files."""
+    source = resolve(source)
     if is_foreign(Path(source)):
-        if step is not None:
-            raise InputError(f"{source} is no run directory and has no steps; leave the step out")
-        foreign = open_foreign(Path(source))
+        foreign = open_foreign(Path(source), step)
         origin = {"model_type": foreign.model_type, "vocab_size": foreign.config.vocab_size}
-        return foreign.config, foreign.load_params(_on_cpu(foreign.config)), foreign.load_tokenizer(), origin
+        return (
+            foreign.config,
+            foreign.load_params(_on_cpu(abstract_params(foreign.config))),
+            foreign.load_tokenizer(),
+            origin,
+        )
     run = Path(source)
     if not (run / "config.json").exists():
         raise InputError(f"{source} is not a run directory; give one that train.py or nextllm import wrote")
     run_config = read_config(run / "config.json")
     config = run_config.model
     with Checkpoints(run / "checkpoints") as checkpoints:
-        if step is None:
-            step = "latest" if checkpoints.best_step() is None else "best"
         number = checkpoints.resolve(step)
         origin = checkpoints.record(number).get(ORIGIN, {})
-        params = restore_params(run, number, run_config, _placed_on_cpu)
+        params = restore_params(run, number, run_config, _on_cpu)
     return config, params, Tokenizer.load(run / "tokenizer"), origin
 
 
-def _on_cpu(config: ModelConfig) -> Any:
+def _on_cpu(boxed: Any) -> Any:
     """The abstract parameters in the host's memory: converting needs no accelerator."""
-    return _placed_on_cpu(abstract_params(config))
-
-
-def _placed_on_cpu(boxed: Any) -> Any:
-    cpu = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cpu), nn.meta.unbox(boxed))
+    return on_device(boxed, jax.local_devices(backend="cpu")[0])
 
 
 def _one_or_all(ids: tuple[int, ...]) -> int | list[int]:

@@ -12,39 +12,65 @@ class Chip(NamedTuple):
     """Device memory."""
     hbm_bandwidth: float
     """Bytes per second between device memory and the cores."""
+    ici_link_bandwidth: float | None = None
+    """Bytes per second that a TPU sends over one of its links to a neighbour; None where there are no such links."""
+    ici_ring_size: int = 0
+    """A dimension of a slice that has a multiple of so many chips is a ring, another a line."""
+    network_bandwidth: float | None = None
+    """Bytes per second to devices outside: of the data center's network for a TPU, of NVLink for a GPU."""
 
 
-def _chip(teraflops: float, gibibytes: int, gigabytes_per_second: float) -> Chip:
-    return Chip(teraflops * 1e12, gibibytes * 2**30, gigabytes_per_second * 1e9)
+def _chip(
+    teraflops: float,
+    gibibytes: int,
+    gigabytes_per_second: float,
+    *,
+    ici: tuple[float, int] | None = None,
+    network: float | None = None,
+) -> Chip:
+    """In TFLOP/s, GiB, GB/s of memory, (GB/s of a link one way, chips of a ring), GB/s of the network one way."""
+    link, ring = (ici[0] * 1e9, ici[1]) if ici else (None, 0)
+    return Chip(
+        teraflops * 1e12,
+        gibibytes * 2**30,
+        gigabytes_per_second * 1e9,
+        link,
+        ring,
+        network * 1e9 if network else None,
+    )
 
 
 # Vendors' data sheets. A jax device is a whole chip, but for TPU v2, v3 and 7x, whose chips are two devices each.
+# Links of TPUs: cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x} give the bidirectional inter-chip bandwidth of a chip
+# (400, 1200, 800 and 1200 GB/s over 4, 6, 4 and 6 links) and the network's (25, 50, 100 and 100 Gbps); Jouppi et al.
+# 2023 (arXiv:2304.01433) gives v4's 50 GB/s a link. Slices close to a ring at 16 chips in v5e and v6e, at multiples of
+# 4 where they are made of cubes. The network of a GPU is its NVLink, one way.
 _CHIPS = {
     "TPU v2": _chip(22.5, 8, 350),
     "TPU v3": _chip(61.5, 16, 450),
-    "TPU v4": _chip(275, 32, 1228),
-    "TPU v5 lite": _chip(197, 16, 819),  # v5e
-    "TPU v5e": _chip(197, 16, 819),
-    "TPU v5": _chip(459, 95, 2765),  # v5p
-    "TPU v5p": _chip(459, 95, 2765),
-    "TPU v6 lite": _chip(918, 32, 1640),  # v6e, Trillium
-    "TPU v6e": _chip(918, 32, 1640),
-    "TPU7x": _chip(1153.5, 96, 3690),  # Ironwood
+    "TPU v4": _chip(275, 32, 1228, ici=(50, 4)),
+    "TPU v5 lite": _chip(197, 16, 819, ici=(50, 16), network=3.125),  # v5e
+    "TPU v5e": _chip(197, 16, 819, ici=(50, 16), network=3.125),
+    "TPU v5": _chip(459, 95, 2765, ici=(100, 4), network=6.25),  # v5p
+    "TPU v5p": _chip(459, 95, 2765, ici=(100, 4), network=6.25),
+    "TPU v6 lite": _chip(918, 32, 1640, ici=(100, 16), network=12.5),  # v6e, Trillium
+    "TPU v6e": _chip(918, 32, 1640, ici=(100, 16), network=12.5),
+    "TPU7x": _chip(1153.5, 96, 3690, ici=(50, 4), network=6.25),  # Ironwood
     "NVIDIA A10": _chip(125, 24, 600),
     "NVIDIA A10G": _chip(70, 24, 600),
     "NVIDIA A100-PCIE-40GB": _chip(312, 40, 1555),
-    "NVIDIA A100-SXM4-40GB": _chip(312, 40, 1555),
+    "NVIDIA A100-SXM4-40GB": _chip(312, 40, 1555, network=300),
     "NVIDIA A100 80GB PCIe": _chip(312, 80, 1935),
-    "NVIDIA A100-SXM4-80GB": _chip(312, 80, 2039),
+    "NVIDIA A100-SXM4-80GB": _chip(312, 80, 2039, network=300),
     "NVIDIA H100 PCIe": _chip(756, 80, 2000),
     "NVIDIA H100 NVL": _chip(835, 94, 3900),
-    "NVIDIA H100 80GB HBM3": _chip(989, 80, 3350),
-    "NVIDIA H200": _chip(989, 141, 4800),
+    "NVIDIA H100 80GB HBM3": _chip(989, 80, 3350, network=450),
+    "NVIDIA H200": _chip(989, 141, 4800, network=450),
     "NVIDIA H200 NVL": _chip(835, 141, 4800),
     "NVIDIA GH200 120GB": _chip(989, 96, 4000),
     "NVIDIA GH200 480GB": _chip(989, 96, 4000),
-    "NVIDIA B200": _chip(2250, 180, 8000),
-    "NVIDIA GB200": _chip(2500, 186, 8000),
+    "NVIDIA B200": _chip(2250, 180, 8000, network=900),
+    "NVIDIA GB200": _chip(2500, 186, 8000, network=900),
     "NVIDIA L4": _chip(121, 24, 300),
     "NVIDIA L40S": _chip(362, 48, 864),
     "NVIDIA RTX A6000": _chip(155, 48, 768),
@@ -85,3 +111,12 @@ def cpu_has_bfloat16() -> bool:
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def readable_bytes(count: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} TiB"

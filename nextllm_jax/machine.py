@@ -19,6 +19,7 @@ from packaging.specifiers import SpecifierSet
 from nextllm_jax import hardware
 from nextllm_jax.checkpoint import Checkpoints
 from nextllm_jax.config import Config
+from nextllm_jax.hardware import readable_bytes
 from nextllm_jax.model.accounting import frozen_bytes, moment_bytes, parameter_bytes
 
 Status = Literal["ok", "warning", "PROBLEM"]
@@ -69,28 +70,29 @@ def memory(config: Config, mesh: Mesh) -> tuple[str, Status]:
         moments /= mesh.shape["data"]
     if optimizer.offload_state and device.platform != "cpu":
         moments = 0
-    # Gradients are as large as what is trained.
-    needed = (
-        2 * parameter_bytes(config.model, config.lora) + frozen_bytes(config.model, config.lora) + moments
-    ) / parts
-    what = f"parameters, gradients and AdamW's moments take {_size(needed)} a device"
+    frozen, trained = frozen_bytes(config.model, config.lora), parameter_bytes(config.model, config.lora)
+    needed = (frozen + 2 * trained + moments) / parts  # gradients are as large as what is trained
+    what = f"parameters, gradients and AdamW's moments take {readable_bytes(needed)} a device"
     free_host = hardware.available_host_memory()
     if device.platform == "cpu":
         needed *= mesh.devices.size  # simulated devices share it
-        return _compare(f"{what}, {_size(needed)} in all" if mesh.devices.size > 1 else what, needed, free_host, "host")
+        return _compare(
+            f"{what}, {readable_bytes(needed)} in all" if mesh.devices.size > 1 else what, needed, free_host, "host"
+        )
     chip = hardware.chip(device.device_kind)
     limit = (device.memory_stats() or {}).get("bytes_limit", chip.hbm_bytes if chip else None)
     said, status = _compare(what, needed, limit, device.device_kind)
     copy = state_bytes(config) / parts * len(mesh.local_devices)
     if status == "ok" and free_host is not None and copy > free_host:
-        return f"{said}; a save copies {_size(copy)} to the host, which has {_size(free_host)} free", "warning"
+        there = readable_bytes(free_host)
+        return f"{said}; a save copies {readable_bytes(copy)} to the host, which has {there} free", "warning"
     return said, status
 
 
 def _compare(what: str, needed: float, there: int | None, where: str) -> tuple[str, Status]:
     if there is None:
         return f"{what}; how much the {where} has is not known", "ok"
-    has = f"{what}; the {where} has {_size(there)}"
+    has = f"{what}; the {where} has {readable_bytes(there)}"
     if needed > there:
         return f"{has}: a smaller model, or more of mesh.fsdp and mesh.tensor", "PROBLEM"
     return (f"{has}, which leaves little for activations", "warning") if needed > 0.7 * there else (has, "ok")
@@ -109,11 +111,11 @@ def disk(config: Config, *, data_bytes: int) -> tuple[str, Status]:
         kept += config.training.steps // every
     there = len(Checkpoints(workdir / "checkpoints").steps())
     needed, free = max(kept + 1 - there, 1) * each, shutil.disk_usage(_existing(workdir)).free
-    what = f"up to {kept} checkpoints of {_size(each)} are kept, {there} are there"
+    what = f"up to {kept} checkpoints of {readable_bytes(each)} are kept, {there} are there"
     free_for_data = shutil.disk_usage(_existing(Path("data"))).free if data_bytes else free
     if data_bytes:
-        what += f", the data takes up to {_size(data_bytes)}"
-    said = f"{what}; {_size(free)} are free at {workdir}"
+        what += f", the data takes up to {readable_bytes(data_bytes)}"
+    said = f"{what}; {readable_bytes(free)} are free at {workdir}"
     if needed > free or data_bytes > free_for_data:
         return f"{said}: make room, keep fewer checkpoints, or choose another --workdir", "PROBLEM"
     return said, "ok" if needed + data_bytes < 0.8 * free else "warning"
@@ -151,12 +153,3 @@ def _existing(path: Path) -> Path:
     """The path, or the nearest directory above it that exists."""
     path = path.absolute()
     return path if path.exists() else _existing(path.parent)
-
-
-def _size(count: float) -> str:
-    """A number of bytes for people."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
-        count /= 1024
-    return f"{count:,.1f} TiB"

@@ -17,6 +17,7 @@ from nextllm_jax.errors import InputError
 from nextllm_jax.interop.foreign import is_foreign, open_foreign
 from nextllm_jax.model import lora
 from nextllm_jax.model.transformer import abstract_params
+from nextllm_jax.published_models import resolve
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 Place = Callable[[Any], Any]
@@ -34,10 +35,11 @@ class Source:
 
 
 def open_source(path: str) -> Source:
-    """The model at a path: of a run its best checkpoint, or the latest while none has a validation loss.
+    """The model at a path, or of a published name; of a run its best checkpoint, or the latest while there is no best.
 
     Raises InputError if the path is none of these, or what is there is not whole.
     """
+    path = resolve(path)
     if is_foreign(Path(path)):
         foreign = open_foreign(Path(path))
         config = foreign.config
@@ -48,17 +50,12 @@ def open_source(path: str) -> Source:
             f"{path} is no run directory, Hugging Face directory or .gguf file; give one with the weights to start from"
         )
     config = read_config(run / "config.json")
-    step = default_step(Checkpoints(run / "checkpoints"))
+    step = Checkpoints(run / "checkpoints").resolve(None)
     return Source(
         config.model,
         lambda: Tokenizer.load(run / "tokenizer"),
         lambda place: restore_params(run, step, config, place),
     )
-
-
-def default_step(checkpoints: Checkpoints) -> int:
-    """The best step, or the latest while none has a validation loss. Raises InputError if there is none."""
-    return checkpoints.resolve("latest" if checkpoints.best_step() is None else "best")
 
 
 def restore_params(run: epath.PathLike, step: int, config: Config, place: Place) -> Any:

@@ -17,10 +17,12 @@ LAYERS = [  # a module imports from the rows below its own
     ("cli",),
     ("server",),
     ("",),  # nextllm_jax/__init__.py
-    ("convert_cli", "text_cli"),
+    ("convert_cli", "plan_cli", "text_cli"),
     ("doctor", "resume_proof"),
-    ("conversation", "evaluation", "harness"),
-    ("llm", "plan", "verify", "machine", "convert"),
+    ("conversation", "evaluation", "harness", "plan"),
+    ("llm", "verify", "machine"),
+    ("import_cache",),
+    ("convert",),
     ("init_from",),
     ("source",),
     ("training", "inference"),
@@ -36,10 +38,14 @@ LAYERS = [  # a module imports from the rows below its own
     ("config_checks",),
     ("distributed",),
     ("hardware", "ops", "process", "rendezvous", "tokenizer"),
+    ("published_models",),
     ("errors",),
 ]
 FOLDERS = {  # inside a folder a file imports from those to its left
-    "ops": ("rope", "linear", "quantized", "cross_entropy", "splash", "attention"),
+    "ops": (
+        *("rope", "linear", "quantized", "cross_entropy"),
+        *("scores", "attention", "blockwise", "ring", "splash", "cudnn"),
+    ),
     "model": ("lora", "layers", "kv_cache", "attention_kernel", "attention", "transformer", "quantize", "accounting"),
     "tokenizer": (
         "backends",
@@ -66,7 +72,11 @@ FOLDERS = {  # inside a folder a file imports from those to its left
             "resume_guard",
             "run_directory",
         ),
-        *("writers", "signals", "program", "flight_recorder", "loop", "diagnosis", "replay"),
+        *("writers", "signals", "program", "flight_recorder", "profiler", "loop", "diagnosis", "replay"),
+    ),
+    "plan": (
+        *("topology", "hlo", "collectives", "compile", "estimate", "roofline", "advice", "training", "decoding"),
+        *("search", "report"),
     ),
     "inference": ("sampling", "generate", "stream"),
     "interop": (

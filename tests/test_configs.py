@@ -43,7 +43,13 @@ def test_all_promised_configs_are_shipped() -> None:
 
 @pytest.mark.parametrize(
     ("name", "published"),
-    [("llama3_1b", 1_235_814_400), ("llama3_8b", 8_030_261_248), ("llama3_70b", 70_553_706_496)],
+    [
+        ("llama2_7b", 6_738_415_616),
+        ("llama3_1b", 1_235_814_400),
+        ("llama3_8b", 8_030_261_248),
+        ("llama3_70b", 70_553_706_496),
+        ("llama3_405b", 405_853_388_800),
+    ],
 )
 def test_parameter_counts_of_llama_3(name: str, published: int) -> None:
     """Meta's published shapes; these numbers never change."""
@@ -90,6 +96,7 @@ def test_parameter_counts_of_llama_3(name: str, published: int) -> None:
         (CheckpointConfig, {"keep_every_steps": -1}, ["checkpoint.keep_every_steps is -1"]),
         (MeshConfig, {"tensor": 0}, ["mesh.tensor is 0"]),
         (MeshConfig, {"data": -1, "fsdp": -1}, ["only one mesh axis"]),
+        (MeshConfig, {"slices": 0}, ["mesh.slices is 0"]),
         (
             Config,
             {"data": DataConfig(sequence_length=512), "model": ModelConfig(context_length=256)},

@@ -20,7 +20,7 @@ from nextllm_jax.data.shards import Dataset
 from nextllm_jax.errors import InputError
 from nextllm_jax.evaluation import score_data
 from nextllm_jax.init_from import initial_params, require_tokenizer, with_source
-from nextllm_jax.llm import _on_one_device
+from nextllm_jax.sharding import on_device
 from nextllm_jax.training.resume_guard import require_resumable
 from nextllm_jax.verify import check_steps, find_steps
 from tests.conftest import CONFIG_FILE, Door
@@ -154,6 +154,10 @@ def test_conversations_are_learnt_from_a_file_of_messages(place):
     assert (score.nll, score.bits_per_byte) == pytest.approx((after["loss"], after["bits_per_byte"]), rel=1e-5)
 
 
+def on_one_device(boxed):
+    return on_device(boxed, jax.devices()[0])
+
+
 def resolve(config=None, file=None, **changes):
     file = file or Config(model=ModelConfig(), data=DataConfig(sequence_length=64))
     return with_source(dataclasses.replace(config or file, **{"workdir": "nowhere", **changes}), file)
@@ -199,10 +203,10 @@ def test_data_of_another_tokenizer_is_refused(sources, trained):
     config = resolve(init_from=str(sources / "runs/config"), data=DataConfig(sequence_length=64, path="elsewhere"))
     path = next((trained.directory / "data").iterdir())
     same = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(path)))
-    params = initial_params(same, _on_one_device)
+    params = initial_params(same, on_one_device)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
     half = dataclasses.replace(same, model=dataclasses.replace(same.model, param_dtype="bfloat16"))
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(initial_params(half, _on_one_device))} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(initial_params(half, on_one_device))} == {"bfloat16"}
     other = dataclasses.replace(same, init_from=str(sources / "hf"))
     assert Dataset.open(path).tokenizer_hash != nextllm_jax.load(str(sources / "hf")).tokenizer.hash
     require_tokenizer(dataclasses.replace(same, workdir="nowhere"))

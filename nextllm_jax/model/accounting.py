@@ -6,10 +6,10 @@ from nextllm_jax.config import LoraConfig, ModelConfig
 def parameter_count(config: ModelConfig) -> int:
     """Parameters of the model, padded vocabulary included; a tied embedding counts once."""
     tables = 1 if config.tie_embeddings else 2
-    return tables * config.vocab_size * config.embed_dim + config.num_layers * _matrices(config) + _vectors(config)
+    return tables * config.vocab_size * config.embed_dim + config.num_layers * layer_matrices(config) + _vectors(config)
 
 
-def _matrices(config: ModelConfig) -> int:
+def layer_matrices(config: ModelConfig) -> int:
     """Weights of one layer that multiply."""
     attention = config.embed_dim * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
     return attention + 3 * config.embed_dim * config.mlp_dim
@@ -55,7 +55,7 @@ def frozen_bytes(config: ModelConfig, lora: LoraConfig) -> int:
     if not lora.rank:
         return 0
     width = _width(config.param_dtype)
-    matrices = config.num_layers * _matrices(config)
+    matrices = config.num_layers * layer_matrices(config)
     return (parameter_count(config) - matrices) * width + matrices * (1 if lora.frozen == "int8" else width)
 
 
@@ -67,7 +67,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int, lora: LoraConfig 
     products, forward and backward), fewer in local layers.
     Source: the accounting of Chowdhery et al. 2022 (PaLM, appendix B), with causality.
     """
-    weights = config.num_layers * _matrices(config) + config.vocab_size * config.embed_dim
+    weights = config.num_layers * layer_matrices(config) + config.vocab_size * config.embed_dim
     pattern = config.layer_pattern
     visible = 0.0
     for layer in range(config.num_layers):

@@ -1,7 +1,7 @@
 """What must hold before a run starts, each as one sentence where it does not."""
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from nextllm_jax.config import Config
 from nextllm_jax.errors import InputError
@@ -28,6 +28,19 @@ def check_fits(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> None:
             f"the data's tokenizer has {tokenizer.vocab_size} tokens but model.vocab_size is "
             f"{config.model.vocab_size}; set --model.vocab-size {tokenizer.vocab_size} or more"
         )
+    check_divides(config, mesh)
+    training = config.training
+    for prompt in training.sample_prompts if training.sample_tokens else ():
+        needed = 1 + len(tokenizer.encode(prompt)) + training.sample_tokens
+        if needed > config.model.context_length:
+            raise InputError(
+                f"training.sample_prompts has {prompt[:20]!r}..., which needs {needed} tokens with "
+                f"training.sample_tokens, over model.context_length {config.model.context_length}"
+            )
+
+
+def check_divides(config: Config, mesh: Mesh | AbstractMesh) -> None:
+    """Raise InputError if the mesh does not divide the batch and the sequences of a step."""
     rows = config.training.global_batch_size // config.training.accumulation_steps
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % parts:
@@ -38,14 +51,6 @@ def check_fits(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> None:
     length, parts = config.data.sequence_length, mesh.shape["sequence"]
     if length % parts:
         raise InputError(f"data.sequence_length {length} is not divisible by mesh.sequence {parts}")
-    training = config.training
-    for prompt in training.sample_prompts if training.sample_tokens else ():
-        needed = 1 + len(tokenizer.encode(prompt)) + training.sample_tokens
-        if needed > config.model.context_length:
-            raise InputError(
-                f"training.sample_prompts has {prompt[:20]!r}..., which needs {needed} tokens with "
-                f"training.sample_tokens, over model.context_length {config.model.context_length}"
-            )
 
 
 def check_not_beyond(config: Config, step: int) -> None:

@@ -31,6 +31,7 @@ from nextllm_jax.training.checks import check_fits, check_not_beyond, check_plat
 from nextllm_jax.training.evaluate import evaluate
 from nextllm_jax.training.flight_recorder import FlightRecorder, environment
 from nextllm_jax.training.metrics import TrainMeter
+from nextllm_jax.training.profiler import StepProfiler
 from nextllm_jax.training.program import Program, build_program, to_save
 from nextllm_jax.training.resume_guard import local_workdir, require_same_data
 from nextllm_jax.training.run_directory import open_run
@@ -128,6 +129,7 @@ def train(
     *,
     overwrite: bool = False,
     allow_change: Collection[str] = (),
+    profile_steps: int = 0,
     sample_text: SampleText | None = None,
     initial_params: InitialParams | None = None,
     group: Group | None = None,
@@ -135,10 +137,11 @@ def train(
 ) -> Outcome:
     """Train as configured, from the latest checkpoint if the run directory holds one.
 
-    `allow_change` names the fields, dotted, in which a continued run may differ from what it was. `sample_text`
-    makes the texts of samples.txt; every process calls it, since it computes on the mesh. `initial_params` reads the
-    weights of `config.init_from`, whose model `config` has; a continued run does not call it. `group` are the processes
-    that train together (none: this one alone), `stop` a request to stop that is in force already.
+    `allow_change` names the fields, dotted, in which a continued run may differ from what it was. `profile_steps`
+    steps are traced into the run's profile/. `sample_text` makes the texts of samples.txt; every process calls it,
+    since it computes on the mesh. `initial_params` reads the weights of `config.init_from`, whose model `config` has; a
+    continued run does not call it. `group` are the processes that train together (none: this one alone), `stop` a
+    request to stop that is in force already.
 
     Raises InputError for what the user can fix, and RunFailed if too many steps in a row are skipped.
     """
@@ -186,8 +189,10 @@ def train(
             writers.message(f"changed: {change}")
         about = environment(mesh, program.model.dtype)
         recorder = FlightRecorder(run.path, config, loader, checkpoints, writers, about)
-        parts = (config, program, mesh, dataset, loader, tokenizer, checkpoints, writers, recorder, stop, sample_text)
-        return _steps(Session(*parts), state, record)
+        profiler = StepProfiler(run.path / "profile", step, profile_steps if enabled else 0, writers.message)
+        stack.enter_context(contextlib.closing(profiler))
+        parts = (config, program, mesh, dataset, loader, tokenizer, checkpoints, writers, recorder, profiler, stop)
+        return _steps(Session(*parts, sample_text), state, record)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +208,7 @@ class Session:
     checkpoints: Checkpoints
     writers: Writers
     recorder: FlightRecorder
+    profiler: StepProfiler
     stop: StopRequest
     sample_text: SampleText | None
 
@@ -227,6 +233,7 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
     meter = _make_meter(session, record)
     last: StepMetrics | None = None
     while True:
+        session.profiler.end_if_due(step, meter.pause)
         loss = None
         if session.due(config.training.evaluate_every_steps, step) and not evaluated:
             meter.pause()
@@ -239,8 +246,6 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
             if last is not None:
                 session.recorder.look(step, last)  # before a save, after which the checkpoint before it may go
             facts = {"evaluated": evaluated, "data": session.loader.position(step), **meter.totals()}
-            if state.frozen is not None:
-                facts[RECORD] = base_id(session.checkpoints.directory.parent)
             _save(session, state, step, loss, facts, due=due)
         if evaluated and step == config.training.steps:
             return _finish(session, state, last)
@@ -252,7 +257,10 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
         if last is None:
             session.checkpoints.wait()
             stop.nothing_to_lose("compiling the train step and taking the first")
-        state, metrics = session.program.train_step(state, next(batches))
+        session.profiler.begin_if_due(step, meter.pause)
+        batch = meter.wait_for(batches)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+            state, metrics = session.program.train_step(state, batch)
         step, evaluated = step + 1, False
         meter.add(metrics)
         session.checkpoints.check()
@@ -329,15 +337,18 @@ def _save(
     """Save a step that is due or a new best; a step that is saved already only gets its validation loss."""
     checkpoints = session.checkpoints
     checkpoints.wait()
+    items, more_facts = to_save(state)
+    record = facts | more_facts
+    if state.frozen is not None:
+        record[RECORD] = base_id(checkpoints.directory.parent)
     if step in checkpoints.steps():
         if loss is not None:
-            checkpoints.add_validation_loss(step, loss, facts)
+            checkpoints.add_validation_loss(step, loss, record)
         return
     best = checkpoints.best_step()
     improves = loss is not None and (best is None or loss < (checkpoints.validation_loss(best) or math.inf))
     if due or improves:
-        items, more_facts = to_save(state)
-        checkpoints.save(step, items, facts | more_facts, validation_loss=loss)
+        checkpoints.save(step, items, record, validation_loss=loss)
 
 
 def _finish(session: Session, state: TrainState, last: StepMetrics | None) -> Outcome:

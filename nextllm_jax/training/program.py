@@ -70,7 +70,7 @@ def build_program(config: Config, mesh: Mesh) -> Program:
         record = checkpoints.record(step)
         return with_recent_losses(state, record.get("recent_losses", []), window_steps, mesh), record
 
-    abstract = with_recent_losses(arrays, [], window_steps, mesh)
+    abstract = with_recent_losses(arrays, None, window_steps, mesh)
     train_step = make_train_step(
         model,
         optimizer,

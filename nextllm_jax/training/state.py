@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from nextllm_jax.config import Config, LoraConfig, ModelConfig, OptimizerConfig
 from nextllm_jax.errors import InputError
@@ -56,14 +56,20 @@ def require_finite(state: TrainState, where: str) -> None:
             )
 
 
-def with_recent_losses(state: TrainState, losses: Sequence[float], window_steps: int, mesh: Mesh) -> TrainState:
-    """The state with the last of `losses` as its window of `window_steps`; without a window for 0 steps."""
+def with_recent_losses(state: TrainState, losses: Sequence[float] | None, window_steps: int, mesh: Mesh) -> TrainState:
+    """The state with the last of `losses` as its window of `window_steps`; without a window for 0 steps.
+
+    None: with the window's shape alone, for a state that is abstract.
+    """
     if not window_steps:
         return dataclasses.replace(state, recent_losses=None)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    if losses is None:
+        abstract: Any = jax.ShapeDtypeStruct((window_steps,), jnp.float32, sharding=everywhere)
+        return dataclasses.replace(state, recent_losses=abstract)
     window = np.full(window_steps, np.nan, np.float32)
     recent = list(losses)[-window_steps:]
     window[window_steps - len(recent) :] = recent
-    everywhere = NamedSharding(mesh, PartitionSpec())
     return dataclasses.replace(state, recent_losses=jax.device_put(window, everywhere))
 
 
@@ -89,7 +95,7 @@ def _at_start(optimizer: optax.GradientTransformation, params: Any) -> TrainStat
 def abstract_state(
     model: Transformer,
     optimizer: optax.GradientTransformation,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     placement: OptimizerConfig | None = None,
     lora: LoraConfig | None = None,
 ) -> TrainState:
@@ -109,7 +115,7 @@ def abstract_state(
     return state if placement is None else _place_moments(state, placement)
 
 
-def placed(mesh: Mesh, boxed: Any) -> Any:
+def placed(mesh: Mesh | AbstractMesh, boxed: Any) -> Any:
     """Abstract arrays out of their boxes, each with its sharding on the mesh. Raises InputError as `abstract_state`."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

@@ -1,0 +1,165 @@
+"""What a train step takes, by arithmetic alone: FLOPs, bytes through memory, the least that must be sent."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+
+import jax
+from jax.sharding import AbstractMesh, Mesh
+
+from nextllm_jax.config import Config, OptimizerConfig
+from nextllm_jax.config_model import ModelConfig
+from nextllm_jax.model.accounting import flops_per_token, layer_matrices, parameter_count
+from nextllm_jax.model.transformer import Transformer
+from nextllm_jax.plan.collectives import Collective, Traffic
+from nextllm_jax.training.optimizer import make_optimizer
+from nextllm_jax.training.state import abstract_state
+
+_BF16, _FLOAT32, _BATCH_BYTES_PER_TOKEN = 2, 4, 17
+_LOSS_CHUNK_TOKENS = 2048
+
+
+def argument_bytes(config: Config, mesh: Mesh | AbstractMesh) -> int:
+    """Bytes of a step's arguments on one device: the state and the batch, without the padding of a chip's tiles."""
+    plain = dataclasses.replace(config.model, remat="none", remat_offload=False, attention="auto")
+    tokens = tokens_per_device(config, mesh.shape) * mesh.shape["tensor"]
+    return _state_bytes(plain, config.optimizer, mesh) + int(tokens * _BATCH_BYTES_PER_TOKEN)
+
+
+@functools.lru_cache
+def _state_bytes(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh | AbstractMesh) -> int:
+    state = abstract_state(Transformer(model), make_optimizer(optimizer), mesh, optimizer)
+    leaves = [leaf for leaf in jax.tree.leaves(state) if leaf.sharding.memory_kind != "pinned_host"]
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def peak_bytes(config: Config, mesh: Mapping[str, int], arguments: int) -> int:
+    """The most memory that a device holds during a step, arguments included: about what the TPU compiler makes of it.
+
+    Beside the arguments there are the layers' matrices in bfloat16, the gradients of the tables in float32, and what
+    remat keeps of all layers; and then either a chunk of the loss, or the gradients of the layers' matrices and one
+    layer at work in its backward pass.
+    """
+    model, steps = config.model, config.training.accumulation_steps
+    shards = mesh["fsdp"] * mesh["tensor"]
+    matrices = model.num_layers * layer_matrices(model) / shards
+    tables = matrix_parameters(model) / shards - matrices
+    tokens = tokens_per_device(config, mesh) * mesh["tensor"] / steps
+    kept = 0 if model.remat_offload else model.num_layers * tokens * _kept_bytes_per_token(model, mesh["tensor"])
+    # Several microbatches add up their gradients in float32.
+    sums = 0 if steps == 1 else matrices * _FLOAT32
+    always = arguments + _BF16 * matrices + _FLOAT32 * tables + kept + sums
+    backward = _BF16 * matrices + _layer_bytes(model, mesh, tokens)
+    return int(always + max(backward, _loss_bytes(model, mesh, tokens)))
+
+
+def _kept_bytes_per_token(model: ModelConfig, tensor: int) -> float:
+    """Of one layer, between the forward and the backward pass, in bfloat16."""
+    embed, mlp = model.embed_dim, model.mlp_dim / tensor
+    q, kv = (model.head_dim * heads / tensor for heads in (model.num_heads, 2 * model.num_kv_heads))
+    widths = {
+        "full": embed,
+        "save_attention": embed + q,
+        "dots": 3 * embed + 2 * q + kv + 2 * mlp,
+        "none": 7 * embed + 3 * q + 2 * kv + 4 * mlp,
+    }
+    return _BF16 * widths[model.remat]
+
+
+def _layer_bytes(model: ModelConfig, mesh: Mapping[str, int], tokens: float) -> float:
+    """Of the layer whose backward pass is computed: matrices as they are gathered, activations and their gradients.
+
+    How many of each are there at once is fitted to compiled programs; see tests/plan/test_estimate.py.
+    """
+    gathered = layer_matrices(model) / mesh["tensor"] / 3 if mesh["fsdp"] > 1 else 0
+    divided = model.head_dim * (model.num_heads + 2 * model.num_kv_heads) + model.mlp_dim
+    return _BF16 * (gathered + tokens * (4 * model.embed_dim + 5 * divided / mesh["tensor"]))
+
+
+def _loss_bytes(model: ModelConfig, mesh: Mapping[str, int], tokens: float) -> float:
+    """Of a chunk of the loss: float32 logits, and their gradient in bfloat16; see `ops.cross_entropy`.
+
+    The devices that share a head hold a part of the vocabulary each, if their tokens are fewer than its rows;
+    otherwise each gathers the head, and sums its gradient in float32.
+    """
+    vocabulary, fsdp = model.vocab_size / mesh["tensor"], mesh["fsdp"]
+    if fsdp > 1 and tokens * fsdp <= model.vocab_size and model.vocab_size % (fsdp * mesh["tensor"]) == 0:
+        return min(tokens * fsdp, _LOSS_CHUNK_TOKENS) * vocabulary / fsdp * (_FLOAT32 + _BF16)
+    head = vocabulary * model.embed_dim * (_BF16 + _FLOAT32) if fsdp > 1 else 0
+    return min(tokens, _LOSS_CHUNK_TOKENS) * vocabulary * (_FLOAT32 + _BF16) + head
+
+
+def matrix_parameters(config: ModelConfig) -> int:
+    """Weights that multiply, and the embedding: all that FSDP divides."""
+    vectors = config.embed_dim * (2 * config.num_layers + 1)
+    return parameter_count(config) - vectors
+
+
+def layer_forward_flops(config: ModelConfig, sequence_length: int) -> tuple[float, float]:
+    """Forward FLOPs per token of all layers: (matrix products, attention)."""
+    head = 6.0 * config.vocab_size * config.embed_dim
+    weights = config.num_layers * layer_matrices(config)
+    attention = flops_per_token(config, sequence_length) - head - 6.0 * weights
+    return 2.0 * weights, attention / 3
+
+
+def recomputed_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """FLOPs that remat adds; a layer's last product is not needed again."""
+    products, attention = layer_forward_flops(config, sequence_length)
+    products -= 2.0 * config.num_layers * config.embed_dim * config.mlp_dim
+    return {"none": 0.0, "dots": attention, "save_attention": products}.get(config.remat, products + attention)
+
+
+def minimum_traffic(config: Config, mesh: Mapping[str, int]) -> dict[Collective, Traffic]:
+    """What must be sent at least, per device and step, where every matrix is divided over fsdp and tensor.
+
+    In bfloat16, weights are gathered for the forward and for the backward pass of each microbatch, and gradients are
+    reduced and scattered once for each; over `data` the gradients' shards are all-reduced in float32. Tensor
+    parallelism adds up what attention and MLP give, forward and backward, in bfloat16.
+    """
+    model, steps = config.model, config.training.accumulation_steps
+    traffic: dict[Collective, Traffic] = {}
+    weights = matrix_parameters(model) / mesh["tensor"]
+
+    def add(kind: str, axis: str, dtype: str, count: float, full_bytes: float) -> None:
+        members = mesh[axis]
+        if members > 1:
+            factor = (2 if kind == "all-reduce" else 1) * (members - 1) / members
+            traffic[Collective(kind, axis, dtype)] = Traffic(count, full_bytes * factor)
+
+    matrices = 7 * model.num_layers + (1 if model.tie_embeddings else 2)
+    add("all-gather", "fsdp", "bf16", 2 * matrices * steps, 2 * steps * _BF16 * weights)
+    add("reduce-scatter", "fsdp", "bf16", matrices * steps, steps * _BF16 * weights)
+    add("all-reduce", "data", "f32", matrices, _FLOAT32 * weights / mesh["fsdp"])
+    tokens = tokens_per_device(config, mesh) * mesh["tensor"]
+    sums = 4 * model.num_layers
+    add("all-reduce", "tensor", "bf16", sums * steps, sums * _BF16 * tokens * model.embed_dim)
+    return traffic
+
+
+def tokens_per_device(config: Config, mesh: Mapping[str, int]) -> float:
+    """Tokens of a global batch, divided over all devices."""
+    devices = 1
+    for size in mesh.values():
+        devices *= size
+    return config.training.global_batch_size * config.data.sequence_length / devices
+
+
+def memory_traffic_bytes(config: Config, mesh: Mapping[str, int], state_bytes: float) -> float:
+    """Bytes through the memory of a device in one step, at least.
+
+    The state is read and written once, and gradients are written and read in float32. Every pass over a microbatch
+    (forward, two products backward, and the forward pass that remat repeats) reads the weights that it multiplies
+    with, and writes and reads what goes in and out of its products. Attention keeps its scores on the chip.
+    """
+    model, steps = config.model, config.training.accumulation_steps
+    shards = mesh["fsdp"] * mesh["tensor"]
+    gradients = 2 * _FLOAT32 * matrix_parameters(model) / shards
+    passes = 3 if model.remat == "none" else 4
+    gathered = 2 if mesh["fsdp"] > 1 else 1  # written by the gather, then read
+    weights = passes * steps * gathered * _BF16 * matrix_parameters(model) / mesh["tensor"]
+    widths = 2 * model.head_dim * (model.num_heads + model.num_kv_heads) + 3 * model.embed_dim + 3 * model.mlp_dim
+    tokens = tokens_per_device(config, mesh)
+    activations = passes * model.num_layers * 2 * _BF16 * widths * tokens
+    return 2 * state_bytes + gradients + weights + activations

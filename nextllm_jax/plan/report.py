@@ -1,0 +1,294 @@
+"""Plans as tables for people and as JSON for programs."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from nextllm_jax.hardware import readable_bytes
+from nextllm_jax.plan.collectives import Collective, Traffic
+from nextllm_jax.plan.compile import Memory, OutOfMemory
+from nextllm_jax.plan.decoding import DecodingPlan, Phase
+from nextllm_jax.plan.roofline import Roofline
+from nextllm_jax.plan.training import TrainingPlan
+
+_DAY = 86_400.0
+
+
+class Budget(NamedTuple):
+    """What to say of a training at its best pace."""
+
+    days: float
+    """In which so many steps and tokens are made at most."""
+    tokens: float | None
+    """That take so many days at least; None: those of training.steps."""
+
+    def steps(self, plan: TrainingPlan) -> int:
+        """Steps in these days."""
+        return int(self.days * _DAY / plan.roofline.seconds)
+
+    def days_of_tokens(self, plan: TrainingPlan) -> float:
+        """Days that the tokens take."""
+        tokens = self.tokens or plan.config.training.steps * plan.tokens_per_step
+        return tokens / plan.tokens_per_second / _DAY
+
+
+def training_json(plan: TrainingPlan, budget: Budget) -> dict[str, Any]:
+    """The plan as JSON values; bytes are per device, and per step where they are sent."""
+    config, check = plan.config, plan.flops_check
+    return {
+        **_place_json(plan),
+        "parameters": plan.parameters,
+        "sequence_length": config.data.sequence_length,
+        "global_batch_size": config.training.global_batch_size,
+        "accumulation_steps": config.training.accumulation_steps,
+        "remat": config.model.remat,
+        "estimated": plan.compile_seconds is None,
+        "compile_seconds": plan.compile_seconds,
+        "fits": plan.fits,
+        "hbm_bytes": plan.chip.hbm_bytes,
+        "memory": _memory_json(plan),
+        "estimated_peak_bytes": plan.estimated_peak_bytes,
+        "out_of_memory": _dict(plan.out_of_memory),
+        "advice": list(plan.advice),
+        "flops_per_step": plan.flops_per_step,
+        "flops_check": check._asdict() | {"relative_difference": check.relative_difference} if check else None,
+        "collectives": _traffic_json(plan.traffic),
+        "collectives_minimum": _traffic_json(plan.minimum),
+        "unknown_loops": plan.unknown_loops,
+        "roofline": _roofline_json(plan.roofline),
+        "step_seconds": plan.roofline.seconds,
+        "tokens_per_second": plan.tokens_per_second,
+        "mfu_bound": plan.mfu_bound,
+        "days": budget.days_of_tokens(plan),
+        "budget": {
+            "days": budget.days,
+            "steps": budget.steps(plan),
+            "tokens": budget.steps(plan) * plan.tokens_per_step,
+        },
+    }
+
+
+def _memory_json(plan: TrainingPlan) -> dict[str, Any]:
+    """As compiled; as estimated; or, for a step that does not fit, as far as the compiler says it, the rest None."""
+    if plan.memory:
+        return dataclasses.asdict(plan.memory)
+    if plan.out_of_memory:
+        temporaries, peak = plan.out_of_memory.temporary_bytes, plan.needed_bytes
+    else:
+        temporaries, peak = plan.estimated_peak_bytes - plan.argument_bytes, plan.estimated_peak_bytes
+    return {"argument_bytes": plan.argument_bytes, "temporary_bytes": temporaries, "peak_bytes": peak}
+
+
+def decoding_json(plan: DecodingPlan) -> dict[str, Any]:
+    """The plan as JSON values; bytes are per device, and per run of a program where they are sent."""
+    return {
+        **_place_json(plan),
+        **dataclasses.asdict(plan.request),
+        "hbm_bytes": plan.chip.hbm_bytes,
+        "parameter_bytes": plan.parameter_bytes,
+        "cache_bytes": plan.cache_bytes,
+        "prefill": _phase_json(plan.prefill),
+        "decode": _phase_json(plan.decode) if plan.decode else None,
+    }
+
+
+def _phase_json(phase: Phase) -> dict[str, Any]:
+    roofline = phase.roofline
+    return {
+        "tokens": phase.tokens,
+        "compile_seconds": phase.compiled.seconds,
+        "memory": _dict(phase.compiled.memory),
+        "out_of_memory": _dict(phase.compiled.out_of_memory),
+        "collectives": _traffic_json(phase.traffic),
+        "roofline": _roofline_json(roofline) if roofline else None,
+        "tokens_per_second": phase.tokens / roofline.seconds if roofline else None,
+    }
+
+
+def _place_json(plan: TrainingPlan | DecodingPlan) -> dict[str, Any]:
+    return {
+        "topology": plan.topology,
+        "device_kind": plan.device_kind,
+        "devices": math.prod(plan.mesh.values()),
+        "mesh": dict(plan.mesh),
+    }
+
+
+def _dict(value: Memory | OutOfMemory | None) -> dict[str, Any] | None:
+    return dataclasses.asdict(value) if value else None
+
+
+def _traffic_json(traffic: Mapping[Collective, Traffic] | None) -> list[dict[str, Any]] | None:
+    if traffic is None:
+        return None
+    return [collective._asdict() | sent._asdict() for collective, sent in traffic.items()]
+
+
+def _roofline_json(roofline: Roofline) -> dict[str, Any]:
+    seconds = {f"{name}_seconds": value for name, value in dataclasses.asdict(roofline).items()}
+    return seconds | {"bound": roofline.bound}
+
+
+def training_table(plan: TrainingPlan, budget: Budget) -> str:
+    """The plan for people: blocks of lines."""
+    blocks = (_training_head(plan), _training_memory(plan), _training_traffic(plan), _training_time(plan, budget))
+    return "\n\n".join("\n".join(block) for block in blocks)
+
+
+def _training_head(plan: TrainingPlan) -> Iterator[str]:
+    training, length = plan.config.training, plan.config.data.sequence_length
+    yield _place(plan)
+    yield f"{plan.parameters:,} parameters, remat {plan.config.model.remat}"
+    parts = f" in {training.accumulation_steps} parts" if training.accumulation_steps > 1 else ""
+    yield f"{training.global_batch_size:,} sequences of {length:,} tokens a step{parts}"
+
+
+def _axes(plan: TrainingPlan | DecodingPlan) -> str:
+    return ", ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1)
+
+
+def _place(plan: TrainingPlan | DecodingPlan) -> str:
+    axes = _axes(plan)
+    return f"{plan.topology}: {math.prod(plan.mesh.values()):,} x {plan.device_kind}{f', mesh {axes}' if axes else ''}"
+
+
+def _line(name: str, value: str, note: str = "") -> str:
+    return f"  {name:32}{value:>14}{note and '  '}{note}"
+
+
+def _training_memory(plan: TrainingPlan) -> Iterator[str]:
+    yield "memory of a device"
+    yield from _memory_lines(plan.memory, plan.out_of_memory, plan.argument_bytes)
+    if plan.compile_seconds is None:
+        yield _line("peak", readable_bytes(plan.estimated_peak_bytes), "estimated; compiled it differs by up to 15%")
+    if plan.needed_bytes:
+        yield _line("needed", readable_bytes(plan.needed_bytes))
+    yield _line("there", readable_bytes(plan.limit_bytes))
+    yield "it fits" if plan.fits else "it does NOT fit; what to change, in this order:"
+    for number, sentence in enumerate(plan.advice, 1):
+        yield f"  {number}. {sentence}"
+
+
+def _memory_lines(memory: Memory | None, out_of_memory: OutOfMemory | None, argument_bytes: int) -> Iterator[str]:
+    yield _line("arguments", readable_bytes(memory.argument_bytes if memory else argument_bytes))
+    if memory:
+        yield _line("temporaries", readable_bytes(memory.temporary_bytes))
+        yield _line("peak", readable_bytes(memory.peak_bytes))
+    elif out_of_memory and out_of_memory.temporary_bytes:
+        yield _line("temporaries", readable_bytes(out_of_memory.temporary_bytes))
+
+
+def _training_traffic(plan: TrainingPlan) -> Iterator[str]:
+    if not plan.traffic and not plan.minimum:
+        yield "nothing is sent between devices"
+        return
+    if plan.traffic:
+        yield "sent by a device in a step"
+        yield from _traffic_lines(plan.traffic)
+    if plan.unknown_loops:
+        yield f"{plan.unknown_loops} loops whose length the program does not say are counted once"
+    yield "what must be sent at least, by arithmetic"
+    yield from _traffic_lines(plan.minimum)
+
+
+def _traffic_lines(traffic: Mapping[Collective, Traffic]) -> Iterator[str]:
+    """The large ones, the small ones in one line, and the sum."""
+    total = sum(sent.sent_bytes for sent in traffic.values())
+    small = 0.0
+    for collective, sent in sorted(traffic.items(), key=lambda item: -item[1].sent_bytes):
+        if sent.sent_bytes < total / 1000:
+            small += sent.sent_bytes
+        else:
+            note = f"{sent.count:,.0f} times, {collective.dtype}, over {collective.axes}"
+            yield _line(collective.kind, readable_bytes(sent.sent_bytes), note)
+    if small:
+        yield _line("small ones", readable_bytes(small))
+    yield _line("together", readable_bytes(total))
+
+
+def _training_time(plan: TrainingPlan, budget: Budget) -> Iterator[str]:
+    roofline = plan.roofline
+    yield "least time of a step"
+    yield from _roofline_lines(roofline)
+    yield _line("tokens/s at most", f"{plan.tokens_per_second:,.0f}", f"MFU {plan.mfu_bound:.1%}")
+    alone = plan.tokens_per_step / roofline.seconds_in_turn
+    yield _line("tokens/s, nothing overlapping", f"{alone:,.0f}")
+    yield _line("FLOPs", f"{plan.flops_per_step:.3e}", _check(plan))
+    what = f"{budget.tokens:.3e} tokens" if budget.tokens else f"{plan.config.training.steps:,} steps"
+    yield f"{what} take at least {budget.days_of_tokens(plan):,.2f} days"
+    made = budget.steps(plan)
+    yield f"{budget.days:g} days are at most {made:,} steps or {made * plan.tokens_per_step:.3e} tokens"
+
+
+def _roofline_lines(roofline: Roofline) -> Iterator[str]:
+    for name, seconds in dataclasses.asdict(roofline).items():
+        if seconds:
+            yield _line(name, _seconds(seconds), "the bound" if name == roofline.bound else "")
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.3f} s" if seconds >= 1 else f"{1e3 * seconds:,.3f} ms"
+
+
+def _check(plan: TrainingPlan) -> str:
+    check = plan.flops_check
+    return f"the compiler counts {check.relative_difference:+.1%} on two layers" if check else ""
+
+
+def decoding_table(plan: DecodingPlan) -> str:
+    """The plan for people: blocks of lines."""
+    request = plan.request
+    head = [
+        _place(plan),
+        f"{request.batch_size:,} rows, prompts of {request.prompt_tokens:,} tokens, {request.new_tokens:,} new ones",
+        _line("parameters on a device", readable_bytes(plan.parameter_bytes)),
+        _line("cache of all rows", readable_bytes(plan.cache_bytes)),
+    ]
+    blocks = [head, [*_phase("prefill", plan.prefill, plan)]]
+    if plan.decode:
+        blocks.append([*_phase("a decode step", plan.decode, plan)])
+    return "\n\n".join("\n".join(block) for block in blocks)
+
+
+def _phase(name: str, phase: Phase, plan: DecodingPlan) -> Iterator[str]:
+    yield name
+    yield from _memory_lines(phase.compiled.memory, phase.compiled.out_of_memory, plan.parameter_bytes)
+    yield _line("there", readable_bytes(plan.chip.hbm_bytes))
+    if phase.roofline is None:
+        yield "it does NOT fit; give fewer rows, shorter prompts, or more of --mesh.tensor"
+        return
+    if phase.traffic:
+        yield "sent by a device"
+        yield from _traffic_lines(phase.traffic)
+    yield "least time"
+    yield from _roofline_lines(phase.roofline)
+    yield _line("tokens/s at most", f"{phase.tokens / phase.roofline.seconds:,.0f}")
+
+
+def search_json(plans: Sequence[TrainingPlan], budget: Budget) -> dict[str, Any]:
+    """Plans that fit as JSON values, best first."""
+    return {"candidates": [training_json(plan, budget) for plan in plans]}
+
+
+def search_table(plans: Sequence[TrainingPlan], budget: Budget) -> str:
+    """Plans that fit for people, best first, and the best one whole."""
+    lines = [f"{'mesh':40}{'remat':>16}{'parts':>7}{'peak':>12}{'step':>12}{'MFU':>8}"]
+    for plan in plans[:20]:
+        peak = readable_bytes(plan.memory.peak_bytes if plan.memory else plan.estimated_peak_bytes)
+        parts = plan.config.training.accumulation_steps
+        note = "" if plan.memory else "  estimated"
+        lines.append(
+            f"{_axes(plan):40}{plan.config.model.remat:>16}{parts:>7}{peak:>12}{_seconds(plan.roofline.seconds):>12}"
+            f"{plan.mfu_bound:>8.1%}{note}"
+        )
+    if not plans:
+        return "none of those that were compiled fits"
+    return "\n".join(lines) + "\n\nthe best:\n" + training_table(plans[0], budget) + "\n\n" + _flags(plans[0])
+
+
+def _flags(plan: TrainingPlan) -> str:
+    """The command line's options that make a config this plan's."""
+    mesh = " ".join(f"--mesh.{name} {size}" for name, size in plan.mesh.items())
+    training = plan.config.training
+    return f"{mesh} --model.remat {plan.config.model.remat} --training.accumulation-steps {training.accumulation_steps}"

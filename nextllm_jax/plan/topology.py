@@ -1,0 +1,93 @@
+"""Devices that are not here: those of a TPU topology, for which libtpu compiles, or a number of some chip."""
+
+import importlib.util
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from nextllm_jax.config import Config
+from nextllm_jax.errors import InputError
+from nextllm_jax.hardware import Chip, chip
+from nextllm_jax.sharding import MESH_AXES, make_mesh
+
+Say = Callable[[str], None]
+"""Takes a line about what is being done."""
+
+
+class Place(NamedTuple):
+    """Where a program is to run."""
+
+    name: str
+    device_kind: str
+    chip: Chip
+    """Limits of one device."""
+    num_devices: int
+    devices: list[Any] | None
+    """None where they can only be counted, and nothing can be compiled for them."""
+
+    def mesh(self, config: Config) -> Mesh | AbstractMesh:
+        """The config's mesh of all devices; raises InputError if they do not go together."""
+        if self.devices is not None:
+            return make_mesh(config.mesh, self.devices)
+        sizes = config.mesh.sizes(self.num_devices)
+        return AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def tpu_slices(topology: str, num_slices: int = 1) -> Place:
+    """`num_slices` slices of a topology such as "v5e:4x4".
+
+    Raises InputError without libtpu, and for a topology that it does not know.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError(
+            "compiling for TPUs needs libtpu, which is not installed; pip install '.[tpu]', or estimate with --fast, "
+            "--chip and --devices"
+        )
+    if not re.fullmatch(r"\w+:\d+(x\d+){1,2}", topology):
+        raise InputError(
+            f"topology '{topology}' is not GENERATION:SHAPE; give one such as v5e:4x4, v5p:4x4x4, v6e:16x16 or "
+            "tpu7x:4x4x4"
+        )
+    from jax.errors import JaxRuntimeError
+    from jax.experimental import topologies
+
+    options = {"num_slices": num_slices} if num_slices > 1 else {}
+    try:
+        devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
+    except JaxRuntimeError as error:
+        reason = str(error).partition(": ")[2].replace("\n", " ") or str(error)
+        raise InputError(
+            f"libtpu knows no topology '{topology}' ({reason}); it knows v4:4x4x4, v5e:4x4, v5p:4x4x4, v6e:16x16, "
+            "tpu7x:4x4x4 and other shapes of these"
+        ) from error
+    name = f"{num_slices} x {topology}" if num_slices > 1 else topology
+    kind = devices[0].device_kind
+    limits = _limits(kind)
+    if kind == "TPU v4" and any(device.core_on_chip for device in devices):
+        limits = _half(limits)  # libtpu counts its two cores apart, where a v4 machine shows them as one device
+    return Place(name, kind, limits, len(devices), devices)
+
+
+def counted(device_kind: str, num_devices: int) -> Place:
+    """A number of devices of a kind that `hardware` knows; raises InputError for another."""
+    if num_devices < 1:
+        raise InputError(f"devices is {num_devices}; it must be positive")
+    return Place(device_kind, device_kind, _limits(device_kind), num_devices, None)
+
+
+def _limits(device_kind: str) -> Chip:
+    limits = chip(device_kind)
+    if limits is None:
+        raise InputError(f"the limits of a chip '{device_kind}' are not known; hardware.py lists those that are")
+    return limits
+
+
+def _half(whole: Chip) -> Chip:
+    return whole._replace(
+        peak_flops_bf16=whole.peak_flops_bf16 / 2,
+        hbm_bytes=whole.hbm_bytes // 2,
+        hbm_bandwidth=whole.hbm_bandwidth / 2,
+        ici_link_bandwidth=whole.ici_link_bandwidth and whole.ici_link_bandwidth / 2,
+    )

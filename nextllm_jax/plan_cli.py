@@ -1,0 +1,134 @@
+"""The command `nextllm plan`."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from nextllm_jax import process
+from nextllm_jax.config import Config
+from nextllm_jax.config_files import config_of_arguments
+from nextllm_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanArguments:
+    """Say what a training takes on TPUs, without them: memory, communication and time of its compiled step."""
+
+    config: str
+    """Python file that defines get_config() -> Config, as for train."""
+    topology: str | None = None
+    """TPU generation and shape, such as v5e:4x4, v5p:4x4x4, v6e:16x16 or tpu7x:4x4x4."""
+    fast: bool = False
+    """Estimate by arithmetic in a second, and compile nothing."""
+    chip: str | None = None
+    """With --fast, instead of a topology: name that jax gives the devices, such as "NVIDIA H100 80GB HBM3"."""
+    devices: int | None = None
+    """With --chip: how many there are."""
+    search: bool = False
+    """Try meshes, remat policies and accumulation steps, and rank those that fit; the best are compiled."""
+    search_minutes: float = 10.0
+    """Minutes after which --search begins no other compilation."""
+    days: float = 30.0
+    """Days for which to say how many steps and tokens they are at most."""
+    tokens: float | None = None
+    """Tokens for which to say how many days they take at least; none: those of training.steps."""
+    decode: bool = False
+    """Plan sampling instead: prefill, and a decode step with its cache."""
+    batch_size: int = 1
+    """With --decode: rows that are sampled together."""
+    prompt_tokens: int = 512
+    """With --decode: length of the prompts."""
+    new_tokens: int = 128
+    """With --decode: tokens that each row may get."""
+    hlo: str | None = None
+    """New file to write the compiled train step to, as XLA's text."""
+    json: bool = False
+    """Print one JSON object."""
+    run: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
+
+
+def plan_command(argv: list[str]) -> int:
+    """Print a plan; the exit code."""
+    default: Any = PlanArguments(config=tyro.MISSING, run=config_of_arguments(argv))
+    arguments = tyro.cli(PlanArguments, args=argv, prog="nextllm plan", default=default)
+    _check(arguments)
+    process.use_planning_settings()
+    with _Progress() as say:
+        values, table = _plan(arguments, say)
+    print(json.dumps(values) if arguments.json else table)
+    return 0
+
+
+def _check(arguments: PlanArguments) -> None:
+    if (arguments.topology is None) == (arguments.chip is None):
+        raise InputError("there must be one place to plan for; give either --topology, or --fast, --chip and --devices")
+    if arguments.chip is not None and (not arguments.fast or arguments.devices is None):
+        raise InputError("--chip can only be estimated for; give --fast and --devices with it")
+    if arguments.topology is not None and arguments.devices is not None:
+        raise InputError("--devices goes with --chip; a topology says how many there are")
+    if arguments.decode and (arguments.fast or arguments.search):
+        raise InputError("--decode is compiled once; leave out --fast and --search")
+    if arguments.hlo is not None and (arguments.fast or arguments.search or arguments.decode):
+        raise InputError("--hlo writes the one train step that is compiled; leave out --fast, --search and --decode")
+    if arguments.hlo is not None and Path(arguments.hlo).exists():
+        raise InputError(f"{arguments.hlo} exists already; give --hlo a new file")
+    for name in ("days", "tokens", "search_minutes", "batch_size", "prompt_tokens", "new_tokens"):
+        value = getattr(arguments, name)
+        if value is not None and value <= 0:
+            raise InputError(f"{name} is {value}; it must be positive")
+
+
+def _plan(arguments: PlanArguments, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
+    """What is asked for, as JSON values and as a table."""
+    from nextllm_jax.plan import report, topology
+    from nextllm_jax.plan.decoding import Request, plan_decoding
+    from nextllm_jax.plan.search import search
+    from nextllm_jax.plan.training import estimate_training, plan_training
+
+    config, budget = arguments.run, report.Budget(arguments.days, arguments.tokens)
+    if arguments.chip is not None:
+        place = topology.counted(arguments.chip, arguments.devices or 0)
+    else:
+        place = topology.tpu_slices(arguments.topology or "")
+    if arguments.decode:
+        request = Request(
+            batch_size=arguments.batch_size, prompt_tokens=arguments.prompt_tokens, new_tokens=arguments.new_tokens
+        )
+        decoding = plan_decoding(config, place, request, say)
+        return report.decoding_json(decoding), report.decoding_table(decoding)
+    if arguments.search:
+        minutes = 0.0 if arguments.fast else arguments.search_minutes
+        plans = search(config, place, minutes, say)
+        return report.search_json(plans, budget), report.search_table(plans, budget)
+    plan = estimate_training(config, place) if arguments.fast else plan_training(config, place, say)
+    if arguments.hlo is not None:
+        Path(arguments.hlo).write_text(plan.hlo)
+    return report.training_json(plan, budget), report.training_table(plan, budget)
+
+
+class _Progress:
+    """One line on standard error: rewritten on a terminal, elsewhere repeated every half minute."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic() - 30
+        self._is_terminal = sys.stderr.isatty()
+
+    def __enter__(self) -> Callable[[str], None]:
+        return self._say
+
+    def _say(self, text: str) -> None:
+        if self._is_terminal:
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        elif time.monotonic() - self._last >= 30:
+            self._last = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)

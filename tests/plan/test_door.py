@@ -1,0 +1,94 @@
+"""`nextllm plan` as a user types it; what is compiled for TPUs needs libtpu, but no TPU."""
+
+import importlib.util
+import json
+
+import pytest
+
+from nextllm_jax.errors import InputError
+from nextllm_jax.plan.topology import tpu_slices
+
+# Small to compile, but with more activations than a TPU keeps out of its main memory.
+MANY_TOKENS = (
+    *("--model.num-layers", "2", "--model.embed-dim", "256", "--model.mlp-dim", "1024", "--model.num-heads", "4"),
+    *("--model.head-dim", "64", "--model.context-length", "256", "--data.sequence-length", "256"),
+    *("--model.vocab-size", "2048", "--training.global-batch-size", "1024", "--model.remat", "full"),
+    *("--model.dtype", "bfloat16"),
+)
+COMMAND = ("nextllm_jax.cli", "plan", "--config", "config.py")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "give either --topology, or --fast, --chip and --devices"),
+        (["--chip", "NVIDIA H200", "--devices", "8"], "give --fast and --devices with it"),
+        (["--chip", "Abacus", "--devices", "8", "--fast"], "the limits of a chip 'Abacus' are not known"),
+        (["--topology", "v5e:4x4", "--devices", "8"], "--devices goes with --chip"),
+        (["--topology", "v5e:4x4", "--decode", "--fast"], "--decode is compiled once"),
+        (["--topology", "v5e:4x4", "--days", "0"], "days is 0.0; it must be positive"),
+    ],
+)
+def test_bad_input_is_one_sentence(door, arguments, sentence) -> None:
+    done = door.run(*COMMAND, *arguments, exit_code=2)
+    assert sentence in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_estimate_for_gpus(door) -> None:
+    arguments = ("--fast", "--chip", "NVIDIA H100 80GB HBM3", "--devices", "4", "--mesh.tensor", "2", "--days", "1")
+    values = json.loads(door.run(*COMMAND, *arguments, "--json").stdout)
+    assert values["mesh"] == {"data": 2, "fsdp": 1, "sequence": 1, "tensor": 2}
+    assert values["estimated"]
+    assert values["fits"]
+    assert values["memory"]["peak_bytes"] > values["memory"]["argument_bytes"]
+    assert "estimated" in door.run(*COMMAND, *arguments).stdout
+
+
+def test_without_libtpu(monkeypatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install '\.\[tpu\]'"):
+        tpu_slices("v5e:4x4")
+
+
+@pytest.mark.tpu
+def test_a_topology_that_does_not_exist(door) -> None:
+    pytest.importorskip("libtpu")
+    done = door.run(*COMMAND, "--topology", "v9:2x2", exit_code=2)
+    assert "libtpu knows no topology 'v9:2x2'" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.tpu
+def test_a_train_step_for_four_tpus(door) -> None:
+    pytest.importorskip("libtpu")
+    arguments = ("--topology", "v5e:2x2", "--mesh.data", "1", "--mesh.fsdp", "4", "--json", "--hlo", "step.hlo")
+    done = door.run(*COMMAND, *arguments, *MANY_TOKENS)
+    values = json.loads(done.stdout)
+    assert (door.directory / "step.hlo").read_text().startswith("HloModule")
+    assert values["device_kind"] == "TPU v5 lite"
+    assert values["devices"] == 4
+    assert values["fits"]
+    memory = values["memory"]
+    assert memory["argument_bytes"] >= 12 * values["parameters"] / 4
+    assert 0 < memory["temporary_bytes"] < memory["peak_bytes"] < values["hbm_bytes"]
+    assert values["estimated_peak_bytes"] == pytest.approx(memory["peak_bytes"], rel=0.15)
+    sent, least = (
+        sum(row["sent_bytes"] for row in values[name] if row["axes"] == "fsdp" and row["dtype"] == "bf16")
+        for name in ("collectives", "collectives_minimum")
+    )
+    assert sent == pytest.approx(least, rel=0.25)  # nothing large in float32, and every loop multiplied out
+    assert values["unknown_loops"] == 0
+    assert abs(values["flops_check"]["relative_difference"]) < 0.1
+    assert values["roofline"]["ici_seconds"] > 0
+    assert "compiling" in done.stderr
+
+
+@pytest.mark.tpu
+def test_a_batch_that_no_tpu_holds_is_reported(door) -> None:
+    pytest.importorskip("libtpu")
+    batch = ("--training.global-batch-size", "4194304")
+    values = json.loads(door.run(*COMMAND, "--topology", "v5e:2x2", *batch, "--json").stdout)
+    assert not values["fits"]
+    assert values["memory"]["peak_bytes"] > values["out_of_memory"]["limit_bytes"] > 15 * 2**30
+    assert values["advice"][0].startswith("--mesh.data 1 --mesh.fsdp 4")

@@ -1,0 +1,71 @@
+"""Estimates of a train step's memory against what the TPU compiler made of it, as recorded by `nextllm plan`.
+
+The figures are of jax 0.10.2 and libtpu 0.0.42. A change of the train step may change them: compile again, and record.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from nextllm_jax.config_files import load_config_file
+from nextllm_jax.plan.estimate import memory_traffic_bytes, recomputed_flops_per_token
+from nextllm_jax.plan.topology import counted
+from nextllm_jax.plan.training import estimate_training
+from tests.plan.test_training import CONFIG
+
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
+GIB = 2**30
+
+
+def variant(name, batch, length, remat):
+    config = load_config_file(str(CONFIGS / f"{name}.py"))
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, remat=remat),
+        data=dataclasses.replace(config.data, sequence_length=length),
+        training=dataclasses.replace(config.training, global_batch_size=batch),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "devices", "batch", "length", "remat", "arguments", "peak"),
+    [
+        ("llama3_8b", "TPU v5e", 16, 16, 2048, "full", 5.61, 8.57),
+        ("llama3_8b", "TPU v5e", 16, 16, 4096, "full", 5.61, 9.53),
+        ("llama2_7b", "TPU v5e", 16, 64, 2048, "full", 4.71, 10.47),
+    ],
+)
+def test_peak_is_within_15_percent(name, kind, devices, batch, length, remat, arguments, peak) -> None:
+    plan = estimate_training(variant(name, batch, length, remat), counted(kind, devices))
+    assert plan.argument_bytes / GIB == pytest.approx(arguments, abs=0.01)
+    assert plan.estimated_peak_bytes / GIB == pytest.approx(peak, rel=0.15)
+
+
+def test_more_of_anything_takes_more_memory() -> None:
+    place = counted("TPU v5p", 64)
+    peaks = [
+        estimate_training(variant("llama3_8b", 64, 2048, remat), place).estimated_peak_bytes
+        for remat in ("full", "save_attention", "dots", "none")
+    ]
+    assert peaks == sorted(peaks)
+    longer = estimate_training(variant("llama3_8b", 64, 4096, "full"), place).estimated_peak_bytes
+    assert longer > peaks[0]
+
+
+def test_what_remat_repeats() -> None:
+    config = CONFIG.model
+    of = {
+        remat: recomputed_flops_per_token(dataclasses.replace(config, remat=remat), 64)
+        for remat in ("none", "dots", "save_attention", "full")
+    }
+    layers, head_width, seen = 4, 4 * 16, 32.5
+    products = 2 * layers * (64 * 16 * (2 * 4 + 2 * 2) + 2 * 64 * 128)  # all but the last of the MLP
+    attention = 4 * layers * head_width * seen
+    assert of == {"none": 0, "dots": attention, "save_attention": products, "full": products + attention}
+
+
+def test_memory_traffic_of_the_state() -> None:
+    mesh = {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}
+    more = memory_traffic_bytes(CONFIG, mesh, 1000.0) - memory_traffic_bytes(CONFIG, mesh, 0.0)
+    assert more == 2000
