@@ -116,6 +116,11 @@ class Checkpoints:
         self._saving = None
         self._let_go()
 
+    @property
+    def directory(self) -> epath.Path:
+        """Where the steps are."""
+        return self._directory
+
     def _path(self, step: int) -> epath.Path:
         return self._directory / str(step)
 

@@ -82,33 +82,36 @@ class TrainArguments:
             raise InputError(f"--profile is {self.profile}; give a number of steps, or 0 for none")
 
 
-def parse_train(argv: list[str]) -> TrainArguments:
-    """What `train` is asked to do; exits for --help and for what it does not know."""
+def parse_train(argv: list[str], file: Config) -> TrainArguments:
+    """What `train` is asked to do, on top of a config file's Config; exits for --help and for what it does not know."""
     return tyro.cli(
         TrainArguments,
         args=argv,
-        default=TrainArguments(config=tyro.MISSING, run=config_of_arguments(argv)),
+        default=TrainArguments(config=tyro.MISSING, run=file),
         description=f"{TrainArguments.__doc__}\n\n{process.describe()}",
     )
 
 
 def train_command(argv: list[str]) -> int:
     """Prepare the data if it is not there, then train; the exit code."""
-    arguments = parse_train(argv)
+    file = config_of_arguments(argv)
+    arguments = parse_train(argv, file)
     process.restart_with_settings()
 
     group = Group(arguments.distributed)
     with StopRequest(group, may_exit=True) as stop, group:
-        _start(arguments, group, stop)
+        config = _start(arguments, file, group, stop)
 
+        from nextllm_jax.init_from import initial_params
         from nextllm_jax.training.loop import train
 
         outcome = train(
-            arguments.run,
+            config,
             overwrite=arguments.overwrite,
             allow_change=arguments.allow_change,
             profile_steps=arguments.profile,
             sample_text=_sample_text,
+            initial_params=initial_params,
             group=group,
             stop=stop,
         )
@@ -116,25 +119,32 @@ def train_command(argv: list[str]) -> int:
     return EXIT_INTERRUPTED if outcome == "interrupted" else 0
 
 
-def _start(arguments: TrainArguments, group: Group, stop: StopRequest) -> None:
-    """Meet the other processes, if there are any, and have the data prepared; then connect jax."""
+def _start(arguments: TrainArguments, file: Config, group: Group, stop: StopRequest) -> Config:
+    """Meet the other processes, if there are any, and have the data prepared; then connect jax.
+
+    Returns the config to train, with the model of init_from. `file` is the config before the command line changed it.
+    """
     from nextllm_jax.data.prepare import ensure_prepared
+    from nextllm_jax.init_from import require_tokenizer, with_source
     from nextllm_jax.training.resume_guard import allowed_fields, local_workdir, require_resumable
 
     stop.nothing_to_lose("waiting for the other processes")
     workdir, consent = local_workdir(arguments.run), allowed_fields(arguments.allow_change)
     group.meet()
+    config = with_source(arguments.run, file, overwrite=arguments.overwrite)
     choices = {"--overwrite": str(arguments.overwrite), "--allow-change": ", ".join(sorted(consent))}
-    group.check_same({**choices, **facts_of(arguments.run)})
+    group.check_same({**choices, **facts_of(config)})
     stop.nothing_to_lose("preparing data")
     if group.process_id == 0:
         if not arguments.overwrite:
-            require_resumable(workdir, arguments.run, consent)
-        ensure_prepared(arguments.run.data)
+            require_resumable(workdir, config, consent)
+        ensure_prepared(config.data)
+        require_tokenizer(config, overwrite=arguments.overwrite)
     group.gather(None, "process 0 to prepare the data")
     stop.nothing_to_lose("starting")
     use_compilation_cache()
     group.start_jax()
+    return config
 
 
 def _sample_text(
@@ -231,8 +241,14 @@ def doctor_command(argv: list[str]) -> int:
     config_given = any(argument.partition("=")[0] == "--config" for argument in argv)
     if "--resume-proof" in argv and not config_given:
         argv = ["--config", "configs/tiny.py", *argv]
-    default = DoctorArguments(config=tyro.MISSING, run=config_of_arguments(argv))
+    file = config_of_arguments(argv)
+    default = DoctorArguments(config=tyro.MISSING, run=file)
     arguments = tyro.cli(DoctorArguments, args=argv, prog="nextllm doctor", default=default)
+
+    from nextllm_jax.init_from import with_source
+
+    config = with_source(arguments.run, file, overwrite=arguments.overwrite)
+    arguments = dataclasses.replace(arguments, run=config)
     return _prove_resuming(arguments) if arguments.resume_proof else _diagnose(arguments)
 
 

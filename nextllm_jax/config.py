@@ -24,6 +24,11 @@ class DataConfig:
     .parquet, or hf:NAME for a Hugging Face dataset (name or local directory)."""
     text_field: str = "text"
     """Field of jsonl, parquet and Hugging Face rows that holds the text."""
+    messages_field: str | None = None
+    """Field of rows that holds a conversation, a list of {role, content}, such as messages: training is on what the
+    assistant says alone. None: rows hold text."""
+    chat_template: str | None = None
+    """Jinja file that turns such conversations into text; none: the tokenizer's own template."""
     hf_config: str | None = None
     """Configuration name of a Hugging Face dataset, such as sample-10BT."""
     hf_split: str = "train"
@@ -156,6 +161,26 @@ class TrainingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters on the frozen weights of init_from; the adapters alone are trained (Hu et al. 2021)."""
+
+    rank: int = 0
+    """Rank of the adapters; 0: none, all weights are trained."""
+    alpha: float = 16.0
+    """The product of the adapters counts alpha / rank times."""
+    targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    """Matrices that get adapters."""
+    frozen: Literal["unquantized", "int8"] = "unquantized"
+    """How the frozen weights are kept: in model.param_dtype, or their matrices in 8 bits, a scale a channel."""
+
+    def __post_init__(self) -> None:
+        _check_types(self, "lora.")
+        _require(self.rank >= 0, f"lora.rank is {self.rank}; it cannot be negative")
+        _require_positive(self, "lora.", "alpha")
+        _require(len(self.targets) > 0, "lora.targets is empty; name at least one matrix, such as q")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How the next token is drawn from the logits."""
 
@@ -252,12 +277,16 @@ class Config:
     """Run directory; none: runs/<name of the config file>."""
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""
+    init_from: str | None = None
+    """Run directory (its best checkpoint), Hugging Face directory or GGUF file whose weights training starts from. The
+    model and the tokenizer are the source's; of the model's settings only those that say how it is computed stay."""
     platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     """Platform that must be there; auto: the best that jax finds."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
@@ -270,6 +299,15 @@ class Config:
             f"optimizer.warmup_steps {warmup} is not below the schedule's {steps} steps "
             "(optimizer.schedule_steps, or training.steps)",
         )
+        _require(
+            not self.lora.rank or self.init_from is not None,
+            f"lora.rank is {self.lora.rank}, but adapters need weights to stand on; set init_from",
+        )
+        if self.init_from is None:  # else the model is not known yet
+            self.check_fit()
+
+    def check_fit(self) -> None:
+        """Raise InputError if model and data do not go together."""
         length, context = self.data.sequence_length, self.model.context_length
         _require(length <= context, f"data.sequence_length {length} is over model.context_length {context}")
         tokens, rows = self.data.vocab_size, self.model.vocab_size

@@ -20,6 +20,7 @@ from nextllm_jax.interop.foreign import is_foreign, open_foreign
 from nextllm_jax.model.transformer import abstract_params
 from nextllm_jax.published_models import resolve
 from nextllm_jax.sharding import on_device
+from nextllm_jax.source import restore_params
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 Format = Literal["huggingface", "gguf"]
@@ -116,17 +117,22 @@ def _open(source: str, step: str | int | None) -> tuple[ModelConfig, Any, Tokeni
     run = Path(source)
     if not (run / "config.json").exists():
         raise InputError(f"{source} is not a run directory; give one that train.py or nextllm import wrote")
-    config = read_config(run / "config.json").model
+    run_config = read_config(run / "config.json")
+    config = run_config.model
     with Checkpoints(run / "checkpoints") as checkpoints:
         number = checkpoints.resolve(step)
         origin = checkpoints.record(number).get(ORIGIN, {})
-        params = checkpoints.restore(number, "params", _on_cpu(config))
+        params = restore_params(run, number, run_config, _placed_on_cpu)
     return config, params, Tokenizer.load(run / "tokenizer"), origin
 
 
 def _on_cpu(config: ModelConfig) -> Any:
     """The abstract parameters in the host's memory: converting needs no accelerator."""
-    return on_device(abstract_params(config), jax.local_devices(backend="cpu")[0])
+    return _placed_on_cpu(abstract_params(config))
+
+
+def _placed_on_cpu(boxed: Any) -> Any:
+    return on_device(boxed, jax.local_devices(backend="cpu")[0])
 
 
 def _one_or_all(ids: tuple[int, ...]) -> int | list[int]:

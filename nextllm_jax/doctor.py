@@ -18,7 +18,7 @@ from nextllm_jax import machine
 from nextllm_jax.checkpoint import Checkpoints
 from nextllm_jax.config import Config
 from nextllm_jax.data.corpora import find_files
-from nextllm_jax.data.packing import num_windows
+from nextllm_jax.data.packing import count_windows, describe_windows
 from nextllm_jax.data.prepare import default_data_path, find_prepared, remark
 from nextllm_jax.data.shards import Dataset, partial_path
 from nextllm_jax.errors import InputError, RunFailed
@@ -198,11 +198,13 @@ def _check_batches(report: Report, config: Config, dataset: Dataset, mesh: Mesh)
     """Raise InputError, as training would, if the data does not fill a window or the mesh does not divide a batch."""
     make_loader(config, dataset, mesh)
     length, batch = config.data.sequence_length, config.training.global_batch_size
-    windows = num_windows(dataset.split("train").num_tokens, length, partial=False)
+    windows = count_windows(dataset.split("train"), length, partial=False)
     epochs = config.training.steps * batch / windows
     said = (
         f"{windows:,} windows of {length} tokens; {config.training.steps:,} steps of {batch} are {epochs:,.2f} epochs"
     )
+    if how := describe_windows(dataset.split("train"), length):
+        said = f"{said}; {how}"
     if batch > windows:
         report.add("batches", f"{said}; each step repeats windows: more data, or a smaller batch", "warning")
     else:

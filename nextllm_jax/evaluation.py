@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from nextllm_jax.data.loader import validation_batches
-from nextllm_jax.data.packing import num_windows
+from nextllm_jax.data.packing import count_windows
 from nextllm_jax.data.shards import Dataset
 from nextllm_jax.errors import InputError
 from nextllm_jax.llm import LLM, Score, check_windows
@@ -48,6 +48,6 @@ def score_data(
         batch_size=batch_size,
         sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]),
     )
-    total = -(-num_windows(split.num_tokens, window, partial=True) // batch_size)
+    total = -(-count_windows(split, window, partial=True) // batch_size)
     result = evaluate(make_eval_step(model), llm.params, progress(batches, total), split.num_bytes)
     return Score(result.loss, result.num_tokens, result.bits_per_byte)

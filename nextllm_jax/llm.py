@@ -32,6 +32,7 @@ from nextllm_jax.model.transformer import (
 from nextllm_jax.ops.cross_entropy import cross_entropy
 from nextllm_jax.published_models import PUBLISHED_MODELS, is_published, resolve
 from nextllm_jax.sharding import on_device
+from nextllm_jax.source import restore_params
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 128
@@ -319,10 +320,11 @@ def _read_run(run: epath.Path, step: str | int | None) -> tuple[ModelConfig, Tok
             "tokenizer and checkpoints in it, or a Hugging Face directory, a .gguf file, or the name of a published "
             f"model ({', '.join(PUBLISHED_MODELS)})"
         )
-    config, tokenizer = read_config(config_file).model, Tokenizer.load(run / "tokenizer")
+    config, tokenizer = read_config(config_file), Tokenizer.load(run / "tokenizer")
     with Checkpoints(run / "checkpoints") as checkpoints:
-        abstract = on_device(abstract_params(config), jax.local_devices()[0])
-        return config, tokenizer, checkpoints.restore(checkpoints.resolve(step), "params", abstract)
+        place = functools.partial(on_device, device=jax.local_devices()[0])
+        params = restore_params(run, checkpoints.resolve(step), config, place)
+    return config.model, tokenizer, params
 
 
 def _assemble(config: ModelConfig, tokenizer: Tokenizer, params: Any, dtype: str | None) -> LLM:

@@ -20,7 +20,7 @@ from nextllm_jax import hardware
 from nextllm_jax.checkpoint import Checkpoints
 from nextllm_jax.config import Config
 from nextllm_jax.hardware import readable_bytes
-from nextllm_jax.model.accounting import moment_bytes, parameter_bytes
+from nextllm_jax.model.accounting import frozen_bytes, moment_bytes, parameter_bytes
 
 Status = Literal["ok", "warning", "PROBLEM"]
 
@@ -55,7 +55,8 @@ def versions() -> tuple[str, Status]:
 
 def state_bytes(config: Config) -> int:
     """Bytes of the parameters and the optimizer's moments: those of a checkpoint."""
-    return parameter_bytes(config.model) + moment_bytes(config.model, config.optimizer.first_moment_dtype)
+    model, lora = config.model, config.lora
+    return parameter_bytes(model, lora) + moment_bytes(model, config.optimizer.first_moment_dtype, lora)
 
 
 def memory(config: Config, mesh: Mesh) -> tuple[str, Status]:
@@ -64,12 +65,15 @@ def memory(config: Config, mesh: Mesh) -> tuple[str, Status]:
     Activations are not counted: less than this cannot be enough, more may still not be.
     """
     device, parts, optimizer = mesh.devices.flat[0], mesh.shape["fsdp"] * mesh.shape["tensor"], config.optimizer
-    moments = moment_bytes(config.model, optimizer.first_moment_dtype)
+    moments = moment_bytes(config.model, optimizer.first_moment_dtype, config.lora)
     if optimizer.shard_over_data:
         moments /= mesh.shape["data"]
     if optimizer.offload_state and device.platform != "cpu":
         moments = 0
-    needed = (2 * parameter_bytes(config.model) + moments) / parts  # gradients are as large as parameters
+    # Gradients are as large as what is trained.
+    needed = (
+        2 * parameter_bytes(config.model, config.lora) + frozen_bytes(config.model, config.lora) + moments
+    ) / parts
     what = f"parameters, gradients and AdamW's moments take {readable_bytes(needed)} a device"
     free_host = hardware.available_host_memory()
     if device.platform == "cpu":

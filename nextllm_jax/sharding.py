@@ -34,6 +34,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "norm": (),
+    "rank": (),
     "layers": (),
 }
 

@@ -62,7 +62,8 @@ def find_steps(path: epath.PathLike) -> list[epath.Path]:
     of_a_run = [path / name for name in ("checkpoints", "config.json") if (path / name).exists()]
     directory = path / "checkpoints" if of_a_run else path
     kinds = checkpoint_files.is_step, checkpoint_files.is_leftover, checkpoint_files.is_set_aside
-    entries = list(directory.iterdir()) if directory.is_dir() else []
+    directories = [directory, path / "base"] if of_a_run else [directory]  # base: what adapters stand on
+    entries = [entry for place in directories if place.is_dir() for entry in place.iterdir()]
     ours = [entry for entry in entries if entry.is_dir() and any(is_kind(entry) for is_kind in kinds)]
     if not (ours or of_a_run or (path.name == "checkpoints" and path.is_dir())):
         raise InputError(f"{path} is no run; give a run directory such as runs/tiny, its checkpoints, or one of them")

@@ -23,9 +23,12 @@ LAYERS = [  # a module imports from the rows below its own
     ("llm", "verify", "machine"),
     ("import_cache",),
     ("convert",),
+    ("init_from",),
+    ("source",),
     ("training", "inference"),
     ("data", "model"),
     ("interop",),
+    ("base",),
     ("checkpoint",),
     ("checkpoint_files", "orbax_errors"),
     ("sharding",),
@@ -40,10 +43,10 @@ LAYERS = [  # a module imports from the rows below its own
 ]
 FOLDERS = {  # inside a folder a file imports from those to its left
     "ops": (
-        *("rope", "linear", "cross_entropy", "quantized"),
+        *("rope", "linear", "quantized", "cross_entropy"),
         *("scores", "attention", "blockwise", "ring", "splash", "cudnn"),
     ),
-    "model": ("layers", "kv_cache", "attention_kernel", "attention", "transformer", "quantize", "accounting"),
+    "model": ("lora", "layers", "kv_cache", "attention_kernel", "attention", "transformer", "quantize", "accounting"),
     "tokenizer": (
         "backends",
         "patterns",
@@ -56,7 +59,7 @@ FOLDERS = {  # inside a folder a file imports from those to its left
         "published",
         "chat",
     ),
-    "data": ("corpora", "shards", "data_directory", "prepare", "packing", "loader"),
+    "data": (*("conversations", "corpora", "shards", "data_directory", "processes", "prepare", "packing", "loader"),),
     "training": (
         *(
             "optimizer",

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nextllm_jax.config import DataConfig
+from nextllm_jax.data.conversations import conversation_text
 from nextllm_jax.errors import InputError
 
 TEXT_SUFFIXES = frozenset(
@@ -44,10 +45,14 @@ _STDLIB_LEFT_OUT = frozenset(
 
 
 class Document(NamedTuple):
-    """A text, and the name of a file or section; rows of a table have no name."""
+    """A text, and the name of a file or section; rows of a table have no name but a place.
+
+    The text of a conversation is the JSON of its messages.
+    """
 
     text: str
     name: str | None
+    place: str = ""
 
 
 def read_documents(config: DataConfig) -> Iterator[Document]:
@@ -56,6 +61,8 @@ def read_documents(config: DataConfig) -> Iterator[Document]:
     Invalid UTF-8 becomes U+FFFD. Rows are streamed; a file is held one section at a time.
     Raises InputError for a corpus that is missing or cannot be read, naming file, line and field.
     """
+    if config.messages_field and config.corpus == "stdlib":
+        raise InputError("data.messages_field needs a corpus of rows with messages; set data.corpus")
     if config.corpus == "stdlib":
         documents = _stdlib_documents()
     elif config.corpus.startswith("hf:"):
@@ -112,9 +119,11 @@ def _file_documents(config: DataConfig) -> Iterator[Document]:
     for name, path in find_files(config.corpus):
         try:
             if name.endswith(".parquet"):
-                yield from _parquet_rows(path, config.text_field)
+                yield from _parquet_rows(path, config)
             elif name.endswith(_ROW_SUFFIXES):
-                yield from _jsonl_rows(path, config.text_field)
+                yield from _jsonl_rows(path, config)
+            elif config.messages_field:
+                raise InputError(f"{path} has no rows with data.messages_field; give .jsonl, .jsonl.gz or .parquet")
             else:
                 yield from _text_sections(name, path)
         except (OSError, EOFError, zlib.error) as error:
@@ -178,7 +187,7 @@ def _text_sections(name: str, path: Path) -> Iterator[Document]:
         yield Document(text, f"{name}#{number + 1}" if number else name)
 
 
-def _jsonl_rows(path: Path, field: str) -> Iterator[Document]:
+def _jsonl_rows(path: Path, config: DataConfig) -> Iterator[Document]:
     opener = gzip.open if path.name.endswith(".gz") else open
     with opener(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -188,21 +197,22 @@ def _jsonl_rows(path: Path, field: str) -> Iterator[Document]:
                 row = json.loads(line.decode("utf-8-sig", "replace"))
             except ValueError as error:
                 raise InputError(f"{path} line {number} is not JSON ({error}); mend or remove the line") from error
-            yield _row_document(row, field, f"{path} line {number}")
+            yield _row_document(row, config, f"{path} line {number}")
 
 
-def _parquet_rows(path: Path, field: str) -> Iterator[Document]:
+def _parquet_rows(path: Path, config: DataConfig) -> Iterator[Document]:
+    field, setting = _field(config)
     arrow = _import_extra("pyarrow", "parquet", f"data.corpus file {path}")
     parquet = _import_extra("pyarrow.parquet", "parquet", f"data.corpus file {path}")
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if field not in names:
-                raise InputError(f"{path} has no field '{field}' but {', '.join(names)}; set data.text_field")
+                raise InputError(f"{path} has no field '{field}' but {', '.join(names)}; set {setting}")
             batches = file.iter_batches(batch_size=256, columns=[field])
             texts = (text for batch in batches for text in batch.column(0).to_pylist())
             for number, text in enumerate(texts, 1):
-                yield _row_document({field: text}, field, f"{path} row {number}")
+                yield _row_document({field: text}, config, f"{path} row {number}")
     except arrow.ArrowException as error:
         raise InputError(f"{path} cannot be read as parquet: {error}") from error
 
@@ -220,7 +230,7 @@ def _huggingface_documents(config: DataConfig) -> Iterator[Document]:
         else:
             rows = datasets.load_dataset(name, config.hf_config, split=config.hf_split, streaming=True)
         for number, row in enumerate(rows, 1):
-            yield _row_document(row, config.text_field, f"data.corpus {config.corpus} row {number}")
+            yield _row_document(row, config, f"data.corpus {config.corpus} row {number}")
     except InputError:
         raise
     except Exception as error:
@@ -231,11 +241,21 @@ def _huggingface_documents(config: DataConfig) -> Iterator[Document]:
         ) from error
 
 
-def _row_document(row: Any, field: str, where: str) -> Document:
+def _field(config: DataConfig) -> tuple[str, str]:
+    """The field of rows that is read, and the setting that names it."""
+    if config.messages_field:
+        return config.messages_field, "data.messages_field"
+    return config.text_field, "data.text_field"
+
+
+def _row_document(row: Any, config: DataConfig, where: str) -> Document:
+    field, setting = _field(config)
     if not isinstance(row, dict) or field not in row:
         fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise InputError(f"{where} has no field '{field}' but {fields or 'none'}; set data.text_field")
+        raise InputError(f"{where} has no field '{field}' but {fields or 'none'}; set {setting}")
     text = row[field]
+    if config.messages_field:
+        return Document(conversation_text(text, where), None, where)
     if not isinstance(text, str):
         raise InputError(f"{where}: field '{field}' is {type(text).__name__}, not text; mend the row or the field name")
     # JSON can spell lone surrogates, which no UTF-8 file can hold.

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nextllm_jax.data.shards import FORMAT, SPLITS
+from nextllm_jax.data.shards import FORMAT, SPLITS, files_of
 from nextllm_jax.errors import InputError
 
 _SETTINGS = "settings.json"
@@ -116,5 +116,5 @@ def _names_of_files(index: dict[str, Any]) -> set[str]:
     names = {_INDEX, _SETTINGS, "tokenizer", "tokenizer/encoding.json"}
     with contextlib.suppress(KeyError, TypeError):  # a damaged index names less
         splits = [index["splits"][name] for name in SPLITS]
-        names |= {entry["file"] for split in splits for entry in [*split["shards"], split["document_index"]]}
+        names |= {entry["file"] for split in splits for entry in files_of(split)}
     return names

@@ -11,7 +11,7 @@ import grain
 import jax
 import numpy as np
 
-from nextllm_jax.data.packing import Batch, num_windows, read_batch
+from nextllm_jax.data.packing import Batch, count_windows, read_batch
 from nextllm_jax.data.shards import Split
 from nextllm_jax.errors import InputError
 
@@ -31,7 +31,7 @@ class TrainLoader:
     def __init__(
         self, split: Split, *, sequence_length: int, global_batch_size: int, seed: int, sharding: jax.sharding.Sharding
     ):
-        windows = num_windows(split.num_tokens, sequence_length, partial=False)
+        windows = count_windows(split, sequence_length, partial=False)
         if windows == 0:
             raise InputError(
                 f"data.sequence_length {sequence_length} is too long for the {split.name} split of "
@@ -120,7 +120,7 @@ def validation_batches(
         raise InputError(f"the {split.name} split has {split.num_tokens} tokens; bring more text")
     shape = (batch_size, sequence_length)
     rows = _local_rows(sharding, shape)
-    starts = range(0, num_windows(split.num_tokens, sequence_length, partial=True), batch_size)
+    starts = range(0, count_windows(split, sequence_length, partial=True), batch_size)
     return _on_device((read_batch(split, start + rows, sequence_length) for start in starts), rows, shape, sharding)
 
 

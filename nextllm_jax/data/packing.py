@@ -1,5 +1,11 @@
-"""Fixed windows of a token stream, and where documents begin in them."""
+"""Windows of a token stream, and where documents begin in them.
 
+Texts are a stream that is cut into windows at fixed places. Conversations are not cut but where they are longer than a
+window: one that does not fit behind the others goes to the next window, and the rest of the row is padding.
+"""
+
+import functools
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +17,8 @@ class Batch(NamedTuple):
     """Windows of T tokens and the tokens that follow each; int32, and bool for the mask.
 
     `segment_ids_BT` number the documents of a window from 1 (0: padding), `positions_BT` restart at each
-    document, and `loss_mask_BT` is False where the target opens another document, and on padding.
+    document, and `loss_mask_BT` is False where the target opens another document, on padding, and in conversations
+    where the target is not what the assistant says.
     """
 
     tokens_BT: Any
@@ -30,18 +37,63 @@ def num_windows(num_tokens: int, sequence_length: int, *, partial: bool) -> int:
     return -(-targets // sequence_length) if partial else targets // sequence_length
 
 
+def count_windows(split: Split, sequence_length: int, *, partial: bool) -> int:
+    """Windows of a split; `partial` counts the last of a text's too, if it is shorter."""
+    if split.holds_conversations:
+        return len(_conversation_windows(split, sequence_length))
+    return num_windows(split.num_tokens, sequence_length, partial=partial)
+
+
+def describe_windows(split: Split, sequence_length: int) -> str | None:
+    """How conversations fill the windows, and how many are cut since they are longer; None for text."""
+    if not split.holds_conversations:
+        return None
+    windows, lengths = _conversation_windows(split, sequence_length), np.diff(split.document_starts)
+    filled = split.num_tokens / (max(len(windows), 1) * (sequence_length + 1))
+    return (
+        f"{split.num_documents:,} {split.name} conversations in {len(windows):,} windows, {filled:.0%} full; "
+        f"{int((lengths > sequence_length + 1).sum()):,} are longer than data.sequence_length and are cut"
+    )
+
+
+@functools.lru_cache(8)
+def _conversation_windows(split: Split, sequence_length: int) -> np.ndarray:
+    """Where each window begins and ends in the stream, int64 [W, 2]: as many whole conversations as fit, in order.
+
+    Of a conversation of more than T + 1 tokens, pieces of T + 1 at stride T, so that each target is there once.
+    """
+    windows: list[tuple[int, int]] = []
+    start, longest = 0, sequence_length + 1
+    for begin, end in itertools.pairwise(split.document_starts.tolist()):
+        if end - start > longest and begin > start:
+            windows.append((start, begin))
+            start = begin
+        while end - start > longest:
+            windows.append((start, start + longest))
+            start += sequence_length
+    return np.array([*windows, (start, split.num_tokens)], np.int64)
+
+
+def _bounds(split: Split, window: int, sequence_length: int) -> tuple[int, int]:
+    """The first token of a window and the one behind its last target; an empty range past the end."""
+    if split.holds_conversations:
+        windows = _conversation_windows(split, sequence_length)
+        return tuple(windows[window].tolist()) if window < len(windows) else (0, 0)
+    start = window * sequence_length
+    return start, min(start + sequence_length + 1, split.num_tokens)
+
+
 def read_batch(split: Split, windows: np.ndarray, sequence_length: int) -> Batch:
     """The given windows of the split, one a row; past its end rows are padding."""
     shape = (len(windows), sequence_length)
     tokens, targets, segment_ids, positions = (np.zeros(shape, np.int32) for _ in range(4))
     batch = Batch(tokens, targets, segment_ids, positions, np.zeros(shape, np.bool_))
     for row, window in enumerate(windows):
-        _fill_row(batch, row, split, int(window) * sequence_length, sequence_length)
+        _fill_row(batch, row, split, *_bounds(split, int(window), sequence_length))
     return batch
 
 
-def _fill_row(batch: Batch, row: int, split: Split, start: int, sequence_length: int) -> None:
-    stop = min(start + sequence_length + 1, split.num_tokens)
+def _fill_row(batch: Batch, row: int, split: Split, start: int, stop: int) -> None:
     length = stop - start - 1
     if length < 1:
         return
@@ -54,4 +106,4 @@ def _fill_row(batch: Batch, row: int, split: Split, start: int, sequence_length:
     batch.targets_BT[row, :length] = tokens[1:]
     batch.segment_ids_BT[row, :length] = (documents - documents[0] + 1)[:-1]
     batch.positions_BT[row, :length] = (offsets - first_offsets)[:-1]
-    batch.loss_mask_BT[row, :length] = documents[1:] == documents[:-1]
+    batch.loss_mask_BT[row, :length] = (documents[1:] == documents[:-1]) & split.learnt(start + 1, stop)

@@ -12,20 +12,14 @@ import errno
 import functools
 import hashlib
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import platform
 import re
 import shutil
-import signal
 import sys
-import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nextllm_jax.config import DataConfig
+from nextllm_jax.data.conversations import Encoded, encode_conversation, words_of
 from nextllm_jax.data.corpora import Document, document_hash, listing_hash, read_documents, validation_limit
 from nextllm_jax.data.data_directory import (
     check_replaceable,
@@ -43,6 +38,7 @@ from nextllm_jax.data.data_directory import (
     remove_replaced,
     start_or_continue,
 )
+from nextllm_jax.data.processes import map_in_processes
 from nextllm_jax.data.shards import (
     FORMAT,
     SPLITS,
@@ -53,10 +49,12 @@ from nextllm_jax.data.shards import (
     partial_path,
     token_dtype,
     write_index,
+    write_masks,
     write_split,
 )
 from nextllm_jax.errors import InputError
 from nextllm_jax.tokenizer.bpe import train_tokenizer
+from nextllm_jax.tokenizer.chat import ChatTemplate
 from nextllm_jax.tokenizer.published import load_tokenizer
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -71,6 +69,8 @@ class Part(NamedTuple):
     texts: list[str]
     held_out: list[bool]
     path: Path
+    places: list[str]
+    """Where conversations come from, for errors; empty for others."""
 
 
 class PartReport(NamedTuple):
@@ -88,6 +88,8 @@ def data_settings(config: DataConfig) -> dict[str, Any]:
         del settings[name]
     if config.tokenizer != "train":
         del settings["vocab_size"]
+    if config.messages_field is None:
+        del settings["messages_field"], settings["chat_template"]
     if config.corpus == "stdlib":
         settings["python"] = platform.python_version()
     return {"format": FORMAT, **settings}
@@ -223,6 +225,9 @@ def _write_dataset(config: DataConfig, partial: Path) -> None:
         )
         for name in SPLITS
     }
+    for name in SPLITS if config.messages_field else ():
+        masks = (_load_mask(path, name) for path in part_paths)
+        splits[name]["masks"] = write_masks(partial, name, masks, tokens_per_shard=config.tokens_per_shard)
     write_index(partial, tokenizer, splits)
 
 
@@ -233,12 +238,33 @@ def _make_tokenizer(config: DataConfig, limit: int, directory: Path) -> Tokenize
     if config.tokenizer == "train":
         print(f"training a tokenizer of {config.vocab_size:,} tokens on the corpus", flush=True)
         texts = _sample_training_texts(read_documents(config), limit)
-        tokenizer = train_tokenizer(texts, config.vocab_size)
+        tokenizer = train_tokenizer(map(words_of, texts) if config.messages_field else texts, config.vocab_size)
         if tokenizer.vocab_size < config.vocab_size:
             print(f"the corpus has pairs enough for {tokenizer.vocab_size:,} tokens only", flush=True)
     else:
         tokenizer = load_tokenizer(config.tokenizer)
+    if config.messages_field:
+        tokenizer = _with_template(tokenizer, config.chat_template)
     tokenizer.save(directory)
+    return tokenizer
+
+
+def _with_template(tokenizer: Tokenizer, file: str | None) -> Tokenizer:
+    """The tokenizer with the chat template in a file, or with its own. Raises InputError if that is none."""
+    if file is not None:
+        try:
+            template = Path(file).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"data.chat_template {file} cannot be read ({error}); give a Jinja file") from error
+        tokenizer = Tokenizer(
+            tokenizer.name, tokenizer.backend, dataclasses.replace(tokenizer.roles, chat_template=template)
+        )
+    if tokenizer.chat_template is None:
+        raise InputError(
+            f"the tokenizer {tokenizer.name} has no chat template, which data.messages_field needs; set "
+            "data.chat_template to a Jinja file"
+        )
+    ChatTemplate(tokenizer)
     return tokenizer
 
 
@@ -258,7 +284,7 @@ def _tokenize_corpus(config: DataConfig, limit: int, partial: Path, tokenizer_ha
     paths: list[Path] = []
 
     def missing_parts() -> Iterator[Part]:
-        for part in _cut_into_parts(read_documents(config), limit, partial / "parts"):
+        for part in _cut_into_parts(read_documents(config), limit, partial / "parts", bool(config.messages_field)):
             paths.append(part.path)
             if not _is_whole(part.path):
                 yield part
@@ -267,7 +293,7 @@ def _tokenize_corpus(config: DataConfig, limit: int, partial: Path, tokenizer_ha
     tokens: collections.Counter[int] = collections.Counter()
     seconds: collections.defaultdict[int, float] = collections.defaultdict(float)
     with tqdm(desc="tokenizing", unit=" tokens", unit_scale=True, mininterval=_bar_interval()) as bar:
-        for report in _map_in_processes(work, missing_parts(), config.num_processes or os.cpu_count() or 1):
+        for report in map_in_processes(work, missing_parts(), config.num_processes or os.cpu_count() or 1):
             tokens[report.process] += report.num_tokens
             seconds[report.process] += report.seconds
             bar.update(report.num_tokens)
@@ -276,28 +302,29 @@ def _tokenize_corpus(config: DataConfig, limit: int, partial: Path, tokenizer_ha
     return paths
 
 
-def _cut_into_parts(documents: Iterable[Document], limit: int, directory: Path) -> Iterator[Part]:
-    texts: list[str] = []
-    held_out: list[bool] = []
+def _cut_into_parts(documents: Iterable[Document], limit: int, directory: Path, conversations: bool) -> Iterator[Part]:
+    held: list[Document] = []
     size = 0
     for document in documents:
-        texts.append(document.text)
-        held_out.append(document_hash(document) <= limit)
+        held.append(document)
         size += len(document.text)
         if size >= PART_CHARACTERS:
-            yield _name_part(texts, held_out, directory)
-            texts, held_out, size = [], [], 0
-    if texts:
-        yield _name_part(texts, held_out, directory)
+            yield _make_part(held, limit, directory, conversations)
+            held, size = [], 0
+    if held:
+        yield _make_part(held, limit, directory, conversations)
 
 
-def _name_part(texts: list[str], held_out: list[bool], directory: Path) -> Part:
+def _make_part(documents: list[Document], limit: int, directory: Path, conversations: bool) -> Part:
+    texts = [document.text for document in documents]
+    held_out = [document_hash(document) <= limit for document in documents]
     content = hashlib.sha256(bytes(held_out))
     for text in texts:
         encoded = text.encode()
         content.update(b"%d:" % len(encoded))
         content.update(encoded)
-    return Part(texts, held_out, directory / f"{content.hexdigest()[:32]}.npz")
+    places = [document.place for document in documents] if conversations else []
+    return Part(texts, held_out, directory / f"{content.hexdigest()[:32]}.npz", places)
 
 
 def _tokenize_part(part: Part, *, tokenizer_directory: Path, tokenizer_hash: str) -> PartReport:
@@ -306,13 +333,20 @@ def _tokenize_part(part: Part, *, tokenizer_directory: Path, tokenizer_hash: str
     dtype = token_dtype(tokenizer.vocab_size)
     started = time.perf_counter()
     arrays: dict[str, np.ndarray] = {}
+    template = ChatTemplate(tokenizer) if part.places else None
     for name in SPLITS:
-        pairs = zip(part.texts, part.held_out, strict=True)
-        texts = [text for text, held_out in pairs if held_out == (name == "validation")]
-        documents = [np.array(tokenizer.encode_document(text), dtype) for text in texts]
+        chosen = [i for i, held_out in enumerate(part.held_out) if held_out == (name == "validation")]
+        if template:
+            encoded = [encode_conversation(tokenizer, template, part.texts[i], part.places[i]) for i in chosen]
+            masks = [np.array(each.mask, np.uint8) for each in encoded]
+            arrays[f"{name}_mask"] = np.concatenate([np.empty(0, np.uint8), *masks])
+        else:
+            texts = [part.texts[i] for i in chosen]
+            encoded = [Encoded(tokenizer.encode_document(text), [], len(text.encode())) for text in texts]
+        documents = [np.array(each.ids, dtype) for each in encoded]
         arrays[f"{name}_tokens"] = np.concatenate([np.empty(0, dtype), *documents])
         arrays[f"{name}_lengths"] = np.array([len(tokens) for tokens in documents], np.int64)
-        arrays[f"{name}_bytes"] = np.array(sum(len(text.encode()) for text in texts))
+        arrays[f"{name}_bytes"] = np.array(sum(each.num_bytes for each in encoded))
     temporary = part.path.with_suffix(f".{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
@@ -343,43 +377,9 @@ def _load_part(path: Path, name: SplitName) -> TokenizedDocuments:
         return TokenizedDocuments(arrays[f"{name}_tokens"], arrays[f"{name}_lengths"], int(arrays[f"{name}_bytes"]))
 
 
-def _map_in_processes(
-    work: Callable[[Part], PartReport], parts: Iterable[Part], num_processes: int
-) -> Iterator[PartReport]:
-    """`work` of each part, as they finish, with few parts in memory at a time."""
-    if num_processes == 1:
-        yield from map(work, parts)
-        return
-    context = multiprocessing.get_context("spawn")
-    waiting: collections.deque[Future[PartReport]] = collections.deque()
-    with ProcessPoolExecutor(num_processes, context, initializer=_start_worker) as executor:
-        try:
-            for part in parts:
-                waiting.append(executor.submit(work, part))
-                if len(waiting) > 2 * num_processes:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise InputError(
-                "a tokenizing process was killed, perhaps for want of memory; run again with a smaller "
-                "data.num_processes, finished parts are kept"
-            ) from error
-        finally:
-            executor.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it: a worker of a killed parent would wait for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+def _load_mask(path: Path, name: SplitName) -> np.ndarray:
+    with np.load(path) as arrays:
+        return arrays[f"{name}_mask"]
 
 
 def _bar_interval() -> float:

@@ -7,6 +7,7 @@ A prepared directory holds
     tokenizer/              the tokenizer it was made with
     train-00000.bin ...     tokens of all documents one after the other, little-endian uint16 or uint32
     train-documents.npy     int64: where each document starts, then the number of tokens
+    train-mask-00000.bits   of conversations alone, a byte a token: 1 where the assistant is to say it
     validation-...          the same for the held-out documents
 
 Documents and shard files end independently of each other. Files have a checksum for each block, so that a sample
@@ -92,7 +93,7 @@ def write_split(
             digest.update(tokens.data)
             yield tokens
 
-    shards = _write_shards(directory, name, checked_tokens(), tokens_per_shard)
+    shards = _write_shards(directory, f"{name}-{{:05d}}.bin", checked_tokens(), tokens_per_shard)
     starts = np.concatenate([[0], *lengths]).cumsum(dtype="<i8")
     if len(starts) == 1:
         raise InputError(
@@ -112,10 +113,17 @@ def write_split(
     }
 
 
-def _write_shards(
-    directory: Path, name: str, parts: Iterable[np.ndarray], tokens_per_shard: int
+def write_masks(
+    directory: Path, name: SplitName, masks: Iterable[np.ndarray], *, tokens_per_shard: int
 ) -> list[dict[str, Any]]:
-    """Write the tokens as files of `tokens_per_shard`, the last shorter; returns their entries."""
+    """Write which tokens of a split are to be learnt, uint8, cut as the tokens are; returns the files' entries."""
+    return _write_shards(directory, f"{name}-mask-{{:05d}}.bits", masks, tokens_per_shard)
+
+
+def _write_shards(
+    directory: Path, file_name: str, parts: Iterable[np.ndarray], tokens_per_shard: int
+) -> list[dict[str, Any]]:
+    """Write the arrays as files of `tokens_per_shard` numbers, the last shorter; returns their entries."""
     entries: list[dict[str, Any]] = []
     buffered: list[np.ndarray] = []
     num_buffered = 0
@@ -123,7 +131,7 @@ def _write_shards(
     def flush(count: int) -> None:
         nonlocal buffered, num_buffered
         joined = np.concatenate(buffered)
-        path = directory / f"{name}-{len(entries):05d}.bin"
+        path = directory / file_name.format(len(entries))
         path.write_bytes(joined[:count].data)  # tofile would raise without an errno on a full disk
         entries.append(_file_entry(path))
         buffered, num_buffered = [joined[count:]], len(joined) - count
@@ -173,6 +181,7 @@ class Split:
         self._vocab_size: int = index["tokenizer"]["vocab_size"]
         self._files = [directory / shard["file"] for shard in entry["shards"]]
         self._shards = [np.memmap(file, dtype=dtype, mode="r") for file in self._files]
+        self._masks = [np.memmap(directory / mask["file"], np.uint8, mode="r") for mask in entry.get("masks", [])]
         self._bounds = np.cumsum([0, *[len(shard) for shard in self._shards]])
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
@@ -180,17 +189,33 @@ class Split:
 
         Raises InputError, naming the file, if one of them lies outside of the vocabulary.
         """
+        pieces = []
+        for number, piece in self._pieces(self._shards, start, stop):
+            _check_ids(piece, self._vocab_size, self._files[number])
+            pieces.append(piece)
+        return np.concatenate(pieces) if pieces else np.empty(0, self._shards[0].dtype)
+
+    @property
+    def holds_conversations(self) -> bool:
+        """Whether only what the assistant says is to be learnt; documents are conversations then."""
+        return bool(self._masks)
+
+    def learnt(self, start: int, stop: int) -> np.ndarray:
+        """Which of the tokens from `start` up to `stop` are to be learnt, bool; all where documents are text."""
+        if not self._masks:
+            return np.ones(stop - start, np.bool_)
+        pieces = [piece for _, piece in self._pieces(self._masks, start, stop)]
+        return np.concatenate([np.empty(0, np.uint8), *pieces]) > 0
+
+    def _pieces(self, files: list[np.memmap], start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(number of the file, part of it) of the files that hold a range of the stream."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start} to {stop} of a split of {self.num_tokens}")
         first = max(int(np.searchsorted(self._bounds, start, side="right")) - 1, 0)
-        pieces = []
-        for shard, bound, file in zip(self._shards[first:], self._bounds[first:-1], self._files[first:], strict=True):
+        for number, bound in enumerate(self._bounds[first:-1], first):
             if bound >= stop:
                 break
-            piece = shard[max(start - bound, 0) : stop - bound]
-            _check_ids(piece, self._vocab_size, file)
-            pieces.append(piece)
-        return np.concatenate(pieces) if pieces else np.empty(0, self._shards[0].dtype)
+            yield number, files[number][max(start - bound, 0) : stop - bound]
 
 
 class Dataset:
@@ -280,6 +305,7 @@ def _bring_back(directory: Path) -> str:
 def _data_id(index: dict[str, Any]) -> str:
     splits = [index["splits"][name] for name in SPLITS]
     hashes = [[split["tokens_sha256"], split["document_index"]["sha256"]] for split in splits]
+    hashes += [[mask["sha256"] for mask in split["masks"]] for split in splits if "masks" in split]
     return hashlib.sha256(json.dumps([index["tokenizer"]["hash"], hashes]).encode()).hexdigest()[:16]
 
 
@@ -306,7 +332,12 @@ def _block_digest(content: bytes) -> str:
 
 def _file_entries(index: dict[str, Any]) -> list[dict[str, Any]]:
     splits = [index["splits"][name] for name in SPLITS]
-    return [entry for split in splits for entry in [*split["shards"], split["document_index"]]]
+    return [entry for split in splits for entry in files_of(split)]
+
+
+def files_of(split: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of a split's files in index.json."""
+    return [*split["shards"], split["document_index"], *split.get("masks", [])]
 
 
 def _blocks_to_check(entries: list[dict[str, Any]], verify: str) -> Iterator[tuple[dict[str, Any], int]]:

@@ -1,6 +1,6 @@
 """What a model costs, by arithmetic alone: parameters, FLOPs and cache bytes."""
 
-from nextllm_jax.config import ModelConfig
+from nextllm_jax.config import LoraConfig, ModelConfig
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -26,25 +26,45 @@ def _vectors(config: ModelConfig) -> int:
     return config.num_layers * layer + embed
 
 
-def parameter_bytes(config: ModelConfig) -> int:
-    """Bytes of the parameters as they are kept."""
+def adapter_count(config: ModelConfig, lora: LoraConfig) -> int:
+    """Parameters of the adapters: rank times inputs and outputs of each adapted matrix."""
+    embed, heads, kv_heads = config.embed_dim, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    others = {"q": heads, "k": kv_heads, "v": kv_heads, "o": heads}  # the MLP's have mlp_dim
+    return config.num_layers * lora.rank * sum(embed + others.get(name, config.mlp_dim) for name in set(lora.targets))
+
+
+def parameter_bytes(config: ModelConfig, lora: LoraConfig | None = None) -> int:
+    """Bytes of what is trained, as it is kept: of the parameters, or of float32 adapters on frozen ones."""
+    if lora is not None and lora.rank:
+        return adapter_count(config, lora) * 4
     return parameter_count(config) * _width(config.param_dtype)
 
 
-def moment_bytes(config: ModelConfig, first_moment_dtype: str = "float32") -> int:
-    """Bytes of AdamW's two moments, the second of which is kept as the parameters are."""
-    return parameter_count(config) * (_width(first_moment_dtype) + _width(config.param_dtype))
+def moment_bytes(config: ModelConfig, first_moment_dtype: str = "float32", lora: LoraConfig | None = None) -> int:
+    """Bytes of AdamW's two moments, the second of which is kept as what is trained is."""
+    count = adapter_count(config, lora) if lora is not None and lora.rank else parameter_count(config)
+    return count * _width(first_moment_dtype) + parameter_bytes(config, lora)
 
 
 def _width(dtype: str) -> int:
     return 4 if dtype == "float32" else 2
 
 
-def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+def frozen_bytes(config: ModelConfig, lora: LoraConfig) -> int:
+    """Bytes of the weights that adapters stand on; 0 without adapters. Scales of int8 matrices are not counted."""
+    if not lora.rank:
+        return 0
+    width = _width(config.param_dtype)
+    matrices = config.num_layers * layer_matrices(config)
+    return (parameter_count(config) - matrices) * width + matrices * (1 if lora.frozen == "int8" else width)
+
+
+def flops_per_token(config: ModelConfig, sequence_length: int, lora: LoraConfig | None = None) -> float:
     """Training FLOPs per token: 6 per weight that multiplies (2 forward, 4 backward) plus attention.
 
-    The embedding lookup multiplies nothing; the head does. Attention counts the causal half of the
-    scores: 12 N H S / 2 per layer and token (2 products, forward and backward), fewer in local layers.
+    Of a frozen weight 4, since it has no gradient of its own, and 6 of an adapter's. The embedding lookup multiplies
+    nothing; the head does. Attention counts the causal half of the scores: 12 N H S / 2 per layer and token (2
+    products, forward and backward), fewer in local layers.
     Source: the accounting of Chowdhery et al. 2022 (PaLM, appendix B), with causality.
     """
     weights = config.num_layers * layer_matrices(config) + config.vocab_size * config.embed_dim
@@ -53,6 +73,8 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     for layer in range(config.num_layers):
         local = pattern[layer % len(pattern)] == "local"
         visible += _mean_visible(sequence_length, config.sliding_window if local else sequence_length)
+    if lora is not None and lora.rank:
+        weights = (4 * weights + 6 * adapter_count(config, lora)) / 6
     return 6.0 * weights + 12.0 * config.num_heads * config.head_dim * visible
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from nextllm_jax.config import ModelConfig
 from nextllm_jax.ops.linear import linear
+from nextllm_jax.ops.quantized import product
 from nextllm_jax.sharding import constrain
 
 
@@ -49,7 +50,10 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """An einsum with one kernel, whose shape, logical axes and equation are spelled out."""
+    """An einsum with one kernel, whose shape, logical axes and equation are spelled out.
+
+    Applied with a collection "adapters", it adds a product of rank R: x @ a @ b, already scaled (see model/lora.py).
+    """
 
     equation: str
     kernel_shape: tuple[int, ...]
@@ -62,15 +66,27 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Return `einsum(equation, x, kernel) + bias` in `dtype`."""
+        """Return `einsum(equation, x, kernel) + bias` in `dtype`; the kernel may be a QTensor."""
         init = nn.initializers.normal(self.init_std)
         kernel = _parameter(self, "kernel", init, self.kernel_axes, self.kernel_shape, self.param_dtype)
-        y = linear(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
+        x = x.astype(self.dtype)
+        y = product(self.equation, x, kernel)
+        if self.has_variable("adapters", "a"):
+            a, b = (self.get_variable("adapters", name).astype(self.dtype) for name in ("a", "b"))
+            y = y + linear(self._equation_of("b"), linear(self._equation_of("a"), x, a), b)
         if not self.bias_axes:
             return y
         bias_shape = self.kernel_shape[-len(self.bias_axes) :]
         bias = _parameter(self, "bias", nn.initializers.zeros, self.bias_axes, bias_shape, self.param_dtype)
         return y + bias.astype(self.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+
+    def _equation_of(self, adapter: str) -> str:
+        """The equation of an adapter: "BTD,DF->BTF" is "BTD,DR->BTR", then "BTR,RF->BTF"."""
+        (x_dims, kernel_dims), y_dims = self.equation.split("->")[0].split(","), self.equation.split("->")[1]
+        inputs = "".join(dim for dim in kernel_dims if dim in x_dims)
+        outputs = kernel_dims[len(inputs) :]
+        low_dims = f"{y_dims.removesuffix(outputs)}R"
+        return f"{x_dims},{inputs}R->{low_dims}" if adapter == "a" else f"{low_dims},R{outputs}->{y_dims}"
 
 
 class Embed(nn.Module):

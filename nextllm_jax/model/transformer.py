@@ -128,7 +128,7 @@ class Transformer(nn.Module):
         if num_periods:
             self.layers = nn.scan(
                 Period,
-                variable_axes={"params": 0, "intermediates": 0},
+                variable_axes={"params": 0, "intermediates": 0, "adapters": 0},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=num_periods,
@@ -172,9 +172,10 @@ class Transformer(nn.Module):
             for i, block in enumerate(self.remainder):
                 x_BTD, cache = block(x_BTD, *context, cache, num_periods * len(config.layer_pattern) + i)
         else:
-            parts = cache.split()
-            for i, block in enumerate(self.remainder):
-                x_BTD, parts[i] = block(x_BTD, *context, parts[i], 0)
+            parts = []
+            for block, part in zip(self.remainder, cache.split(), strict=True):
+                x_BTD, part = block(x_BTD, *context, part, 0)
+                parts.append(part)
             cache = KVCache.joined(parts)
         keep_mean_square(self, "before_final_norm", x_BTD)
         hidden_BTD = self.final_norm(x_BTD)

@@ -18,6 +18,7 @@ import optax
 from nextllm_jax.config import Config, ModelConfig
 from nextllm_jax.data.packing import Batch
 from nextllm_jax.model.layers import Embed, Linear, RMSNorm
+from nextllm_jax.model.lora import Frozen, variables, weights
 from nextllm_jax.model.transformer import Transformer, head_embedding, unstack_layers
 from nextllm_jax.ops.cross_entropy import cross_entropy
 from nextllm_jax.training.optimizer import make_optimizer, schedule
@@ -109,13 +110,14 @@ def _inputs_name(config: ModelConfig, path: tuple[str, ...]) -> str:
 
 
 def _at(tree: Any, path: tuple[str, ...]) -> list[jax.Array]:
+    """What a tree has of a module: nothing, in a tree of adapters, for one that is not adapted."""
     for part in path:
-        tree = tree[part]
+        tree = tree.get(part, {})
     return jax.tree.leaves(tree)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _passes(model: Transformer, params: Any, batch: Batch) -> tuple[Any, Any, jax.Array]:
+def _passes(model: Transformer, params: Any, frozen: Frozen | None, batch: Batch) -> tuple[Any, Any, jax.Array]:
     """What the forward and the backward pass of a microbatch see, in their orders, and the summed loss of each row."""
     config = model.config
     paths: list[tuple[str, ...]] = []
@@ -135,7 +137,8 @@ def _passes(model: Transformer, params: Any, batch: Batch) -> tuple[Any, Any, ja
             return result
 
         with nn.intercept_methods(look):
-            hidden_BTD, _ = model.apply({"params": params}, batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
+            inputs = (batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
+            hidden_BTD, _ = model.apply(variables(params, frozen), *inputs)
         loss = functools.partial(cross_entropy, logit_divisor=config.logit_divisor, soft_cap=config.logit_soft_cap)
         total = loss(hidden_BTD, head_VD, batch.targets_BT, batch.loss_mask_BT, layout=LOSS_LAYOUT)
         rows = (jax.lax.stop_gradient(hidden_BTD), batch.targets_BT, batch.loss_mask_BT)
@@ -144,10 +147,13 @@ def _passes(model: Transformer, params: Any, batch: Batch) -> tuple[Any, Any, ja
         return total, (seen, jax.lax.stop_gradient(row_nll_B))
 
     params = unstack_layers(config, params)
-    head_VD = head_embedding(config, params).astype(model.dtype)
+    if frozen is not None:
+        frozen = dataclasses.replace(frozen, params=unstack_layers(config, frozen.params))
+    head_VD = head_embedding(config, weights(params, frozen)).astype(model.dtype)
     (_, (forward, row_nll_B)), (gradients, d_head_VD) = jax.value_and_grad(nll, (0, 1), has_aux=True)(params, head_VD)
     backward = [_seen(HEAD_AND_LOSS, d_head_VD)]
-    backward += [_seen(_name(path), *_at(gradients, path)) for path in reversed(paths)]
+    trained = [path for path in reversed(paths) if _at(gradients, path)]
+    backward += [_seen(_name(path), *_at(gradients, path)) for path in trained]
     return forward, backward, row_nll_B
 
 
@@ -162,7 +168,7 @@ def _sum_and_update(config: Config, model: Transformer, state: TrainState, batch
     """What the gradient of the global batch sees, and the parameters after an update with it."""
     optimizer = make_optimizer(config.optimizer)
     learning_rate = jnp.asarray(schedule(config.optimizer, config.training.steps)(state.step), jnp.float32)
-    gradients = mean_gradient(model, state.params, batch, config.training.accumulation_steps).gradients
+    gradients = mean_gradient(model, state.params, batch, config.training.accumulation_steps, state.frozen).gradients
     params, _ = updated(optimizer, learning_rate, gradients, state)
     trees = [unstack_layers(config.model, tree) for tree in (gradients, params)]
     summed, after = (_modules(config.model, tree) for tree in trees)
@@ -175,9 +181,9 @@ def _sum_and_update(config: Config, model: Transformer, state: TrainState, batch
 def _modules(config: ModelConfig, tree: Any) -> list[tuple[str, list[jax.Array]]]:
     """Name and parameters of each module of an unstacked tree, roughly in forward order."""
     blocks = [f"remainder_{layer}" for layer in range(config.num_layers)]
-    parts = [(block, part) for block in blocks for part in _PARTS if part in tree[block]]
-    rest = [(name,) for name in ("final_norm", "lm_head") if name in tree]
-    return [(_name(path), _at(tree, path)) for path in [("embed",), *parts, *rest]]
+    parts = [(block, part) for block in blocks for part in _PARTS]
+    paths = [("embed",), *parts, ("final_norm",), ("lm_head",)]
+    return [(_name(path), leaves) for path in paths if (leaves := _at(tree, path))]
 
 
 def diagnose(
@@ -196,7 +202,7 @@ def diagnose(
         rows = slice(part, None, parts)  # as the train step cuts it
         microbatch = Batch(*(array[rows] for array in batch))
         forward, backward, row_nll_B = jax.device_get(
-            _passes(open_model, state.params, jax.device_put(microbatch, sharding))
+            _passes(open_model, state.params, state.frozen, jax.device_put(microbatch, sharding))
         )
         row_losses[rows] = row_nll_B / np.maximum(microbatch.loss_mask_BT.sum(1), 1)
         for direction, seen in (("forward", forward), ("backward", backward)):

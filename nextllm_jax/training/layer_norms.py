@@ -35,20 +35,25 @@ def _in_order(stacked: list[jax.Array], rest: list[jax.Array]) -> jax.Array:
 
 
 def gradient_norms(config: ModelConfig, gradients: Any) -> jax.Array:
-    """The norm of the gradient at each place, float32 [P]; a tied head is part of the embedding."""
+    """The norm of the gradient at each place, float32 [P]; a tied head is part of the embedding.
 
-    def squares(tree: Any, *, first_axis: int = 0) -> jax.Array:
+    It is 0 where nothing is trained, as of all but the adapted matrices in a tree of adapters.
+    """
+    periods = config.num_layers // len(config.layer_pattern)
+
+    def squares(tree: Any, shape: tuple[int, ...] = ()) -> jax.Array:
         leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
-        return sum((jnp.sum(jnp.square(x), axis=range(first_axis, x.ndim)) for x in leaves), jnp.zeros(()))
+        return sum((jnp.sum(jnp.square(x), axis=range(len(shape), x.ndim)) for x in leaves), jnp.zeros(shape))
 
-    def parts(block: Any, first_axis: int) -> jax.Array:
+    def parts(block: Any, *shape: int) -> jax.Array:
         named = [[tree for name, tree in block.items() if name.startswith(part)] for part in _PARTS]
-        return jnp.stack([squares(trees, first_axis=first_axis) for trees in named], axis=-1)
+        return jnp.stack([squares(trees, shape) for trees in named], axis=-1)
 
     stacked, rest = _blocks(config, gradients)
-    layers = _in_order([parts(block, 1) for block in stacked], [parts(block, 0) for block in rest])
-    after = [squares(gradients[name]) for name in ("final_norm", "lm_head") if name in gradients]
-    return jnp.sqrt(jnp.concatenate([squares(gradients["embed"])[None], layers, jnp.stack(after)]))
+    layers = _in_order([parts(block, periods) for block in stacked], [parts(block) for block in rest])
+    after = ["final_norm", *([] if config.tie_embeddings else ["lm_head"])]
+    embedding, *others = (squares(gradients.get(name, {}))[None] for name in ("embed", *after))
+    return jnp.sqrt(jnp.concatenate([embedding, layers, *others]))
 
 
 def mean_squares(config: ModelConfig, intermediates: Any) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -13,15 +14,16 @@ from etils import epath
 from jax.sharding import Mesh
 
 from nextllm_jax import hardware
+from nextllm_jax.base import RECORD, base_id, save_base
 from nextllm_jax.checkpoint import Checkpoints, DamagedCheckpoint
 from nextllm_jax.config import Config, ModelConfig
 from nextllm_jax.data.loader import TrainLoader, validation_batches
-from nextllm_jax.data.packing import Batch
+from nextllm_jax.data.packing import Batch, describe_windows
 from nextllm_jax.data.prepare import default_data_path
-from nextllm_jax.data.shards import Dataset
+from nextllm_jax.data.shards import SPLITS, Dataset
 from nextllm_jax.distributed import Group
 from nextllm_jax.errors import InputError
-from nextllm_jax.model.accounting import flops_per_token, parameter_count
+from nextllm_jax.model.accounting import adapter_count, flops_per_token, parameter_count
 from nextllm_jax.model.transformer import set_matmul_precision
 from nextllm_jax.sharding import make_mesh, sharding
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
@@ -34,7 +36,7 @@ from nextllm_jax.training.program import Program, build_program, to_save
 from nextllm_jax.training.resume_guard import local_workdir, require_same_data
 from nextllm_jax.training.run_directory import open_run
 from nextllm_jax.training.signals import StopRequest
-from nextllm_jax.training.state import TrainState, require_finite
+from nextllm_jax.training.state import TrainState, placed, require_finite, whole_params
 from nextllm_jax.training.step import StepMetrics
 from nextllm_jax.training.writers import Writers
 
@@ -43,13 +45,18 @@ Outcome = Literal["finished", "interrupted"]
 SampleText = Callable[[ModelConfig, Any, Tokenizer, Sequence[str], int], list[tuple[str, str]]]
 """(config, params, tokenizer, prompts, max_new_tokens) -> [(prompt, text), ...]."""
 
+InitialParams = Callable[[Config, Callable[[Any], Any]], Any]
+"""(config, what places abstract parameters in boxes on the mesh) -> the parameters of `config.init_from`."""
+
 
 class _Stopped(Exception):
     """A stop was requested during an evaluation."""
 
 
-def _restore_or_create(program: Program, checkpoints: Checkpoints, config: Config) -> tuple[TrainState, dict[str, Any]]:
-    """The latest readable checkpoint's state and record, or a new state and an empty record.
+def _restore_or_create(
+    program: Program, checkpoints: Checkpoints, config: Config, start: Callable[[], TrainState]
+) -> tuple[TrainState, dict[str, Any]]:
+    """The latest readable checkpoint's state and record, or the state that a run starts with and an empty record.
 
     A damaged checkpoint is set aside with a message; otherwise its step could not be saved again. Raises
     InputError instead if checkpoint.strict is set, or if there is none before it to go on from.
@@ -69,7 +76,19 @@ def _restore_or_create(program: Program, checkpoints: Checkpoints, config: Confi
             if jax.process_index() == 0:
                 left = checkpoints.latest_step()
                 print(f"WARNING: {error}\nWARNING: it is now {aside}; going on from step {left}", flush=True)
-    return program.create_state(), {}
+    return start(), {}
+
+
+def _start(program: Program, config: Config, mesh: Mesh, run: epath.Path, initial_params: InitialParams | None) -> Any:
+    """The state of a run's first step; weights that it leaves as they are have been saved beside its checkpoints."""
+    if config.init_from is None:
+        return program.create_state()
+    if initial_params is None:
+        raise ValueError("config.init_from is set, but nothing reads it; pass initial_params")
+    state = program.state_from(initial_params(config, functools.partial(placed, mesh)))
+    if state.frozen is not None:
+        save_base(run, state.frozen.params)
+    return state
 
 
 def _checkpoints(directory: epath.Path, config: Config, dataset: Dataset) -> Checkpoints:
@@ -84,8 +103,10 @@ def _checkpoints(directory: epath.Path, config: Config, dataset: Dataset) -> Che
 
 def _describe(config: Config, program: Program, mesh: Mesh, dataset: Dataset) -> str:
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    trained = adapter_count(config.model, config.lora)
     return (
-        f"{parameter_count(config.model):,} parameters, {np.dtype(program.model.dtype).name} matmuls, "
+        f"{parameter_count(config.model):,} parameters{f' below {trained:,} in adapters' if trained else ''}, "
+        f"{np.dtype(program.model.dtype).name} matmuls, "
         f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}{f' ({axes})' if axes else ''}, "
         f"{program.model.kernel.name} attention ({program.model.kernel.reason}); "
         f"{dataset.split('train').num_tokens:,} training tokens"
@@ -110,6 +131,7 @@ def train(
     allow_change: Collection[str] = (),
     profile_steps: int = 0,
     sample_text: SampleText | None = None,
+    initial_params: InitialParams | None = None,
     group: Group | None = None,
     stop: StopRequest | None = None,
 ) -> Outcome:
@@ -117,7 +139,8 @@ def train(
 
     `allow_change` names the fields, dotted, in which a continued run may differ from what it was. `profile_steps`
     steps are traced into the run's profile/. `sample_text` makes the texts of samples.txt; every process calls it,
-    since it computes on the mesh. `group` are the processes that train together (none: this one alone), `stop` a
+    since it computes on the mesh. `initial_params` reads the weights of `config.init_from`, whose model `config` has;
+    a continued run does not call it. `group` are the processes that train together (none: this one alone), `stop` a
     request to stop that is in force already.
 
     Raises InputError for what the user can fix, and RunFailed if too many steps in a row are skipped.
@@ -141,7 +164,8 @@ def train(
         )
         checkpoints = stack.enter_context(_checkpoints(run.path / "checkpoints", config, dataset))
         stack.push(group.report)  # before the checkpoints close, which can wait for the others
-        state, record = _restore_or_create(program, checkpoints, config)
+        start = functools.partial(_start, program, config, mesh, run.path, initial_params)
+        state, record = _restore_or_create(program, checkpoints, config, start)
         if record:
             require_same_data(record["data"], loader.position(0), dataset.path, allow_change)
             loader.resume(record["data"])
@@ -156,6 +180,9 @@ def train(
         if run.set_aside:
             writers.message(f"the run that was here is in {run.set_aside}")
         writers.message(_describe(config, program, mesh, dataset))
+        for split in SPLITS:
+            if said := describe_windows(dataset.split(split), config.data.sequence_length):
+                writers.message(said)
         if step:
             writers.message(f"continuing from step {step} of {run.path}")
         for change in run.changes:
@@ -186,8 +213,10 @@ class Session:
     sample_text: SampleText | None
 
     def due(self, every: int, step: int) -> bool:
-        """True at every `every` steps and at the end."""
-        return step > 0 and (step % every == 0 or step == self.config.training.steps)
+        """True at every `every` steps and at the end; and before the first step on another model's weights."""
+        return (step > 0 or self.config.init_from is not None) and (
+            step % every == 0 or step == self.config.training.steps
+        )
 
 
 def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outcome:
@@ -249,10 +278,10 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
 
 
 def _make_meter(session: Session, record: dict[str, Any]) -> TrainMeter:
-    devices = session.mesh.devices
+    devices, config = session.mesh.devices, session.config
     chip = hardware.chip(devices.flat[0].device_kind)
     return TrainMeter(
-        flops_per_token=flops_per_token(session.config.model, session.config.data.sequence_length),
+        flops_per_token=flops_per_token(config.model, config.data.sequence_length, config.lora),
         peak_flops=chip.peak_flops_bf16 * devices.size if chip else None,
         tokens_seen=record.get("tokens_seen", 0),
         elapsed_seconds=record.get("elapsed_seconds", 0.0),
@@ -277,9 +306,8 @@ def _evaluate(session: Session, state: TrainState, step: int, meter: TrainMeter)
         sharding=sharding(session.mesh, "batch", "seq"),
     )
     try:
-        result = evaluate(
-            session.program.eval_step, state.params, _until_stopped(batches, session.stop), split.num_bytes
-        )
+        eval_step = functools.partial(session.program.eval_step, frozen=state.frozen)
+        result = evaluate(eval_step, state.params, _until_stopped(batches, session.stop), split.num_bytes)
     except _Stopped:
         return None
     session.writers.validation(
@@ -294,7 +322,7 @@ def _evaluate(session: Session, state: TrainState, step: int, meter: TrainMeter)
     if session.sample_text and config.training.sample_tokens and config.training.sample_prompts:
         texts = session.sample_text(
             config.model,
-            state.params,
+            whole_params(state, config.model, session.mesh),
             session.tokenizer,
             config.training.sample_prompts,
             config.training.sample_tokens,
@@ -308,6 +336,8 @@ def _save(
 ) -> None:
     """Save a step that is due or a new best; a step that is saved already only gets its validation loss."""
     checkpoints = session.checkpoints
+    if state.frozen is not None:
+        facts = {**facts, RECORD: base_id(checkpoints.directory.parent)}
     checkpoints.wait()
     if step in checkpoints.steps():
         if loss is not None:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from nextllm_jax.base import restore_base
 from nextllm_jax.checkpoint import Checkpoints
 from nextllm_jax.config import Config
 from nextllm_jax.data.packing import Batch
@@ -19,6 +20,7 @@ from nextllm_jax.training.state import (
     create_state,
     recent_losses,
     shardings_of,
+    state_from,
     with_recent_losses,
 )
 from nextllm_jax.training.step import StepMetrics, make_eval_step, make_train_step
@@ -30,11 +32,14 @@ class Program:
 
     model: Transformer
     train_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
-    eval_step: Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+    eval_step: Callable[..., tuple[jax.Array, jax.Array]]
     abstract_state: TrainState
     create_state: Callable[[], TrainState]
+    """The state of step 0 with random parameters."""
+    state_from: Callable[[Any], TrainState]
+    """The state of step 0 with given parameters, which are used up."""
     restore_state: Callable[[Checkpoints, int], tuple[TrainState, dict[str, Any]]]
-    """The state and the record of a saved step. Raises as `Checkpoints.restore` does."""
+    """The state and the record of a saved step. Raises as `Checkpoints.restore` and `restore_base` do."""
 
 
 def build_program(config: Config, mesh: Mesh) -> Program:
@@ -43,7 +48,7 @@ def build_program(config: Config, mesh: Mesh) -> Program:
     dtype = resolve_dtype(config.model.dtype, platform, training=True)
     model = Transformer(config.model, dtype, kernel=choose_kernel(config, mesh, dtype))
     optimizer = make_optimizer(config.optimizer)
-    arrays = abstract_state(model, optimizer, mesh, config.optimizer)
+    arrays = abstract_state(model, optimizer, mesh, config.optimizer, config.lora)
     training = config.training
     window_steps = training.spike_window_steps if training.spike_factor else 0
 
@@ -52,9 +57,16 @@ def build_program(config: Config, mesh: Mesh) -> Program:
             create_state(model, optimizer, mesh, config.seed, config.optimizer), [], window_steps, mesh
         )
 
+    def start_from(params: Any) -> TrainState:
+        state = state_from(params, model, optimizer, mesh, config)
+        return with_recent_losses(state, [], window_steps, mesh)
+
     def restore(checkpoints: Checkpoints, step: int) -> tuple[TrainState, dict[str, Any]]:
-        state = checkpoints.restore(step, "rest", dataclasses.replace(arrays, params=None))
+        state = TrainState(**checkpoints.restore(step, "rest", _rest(arrays)))
         state = dataclasses.replace(state, params=checkpoints.restore(step, "params", arrays.params))
+        if arrays.frozen is not None:
+            params = restore_base(checkpoints, step, arrays.frozen.params)
+            state = dataclasses.replace(state, frozen=dataclasses.replace(arrays.frozen, params=params))
         record = checkpoints.record(step)
         return with_recent_losses(state, record.get("recent_losses", []), window_steps, mesh), record
 
@@ -73,11 +85,18 @@ def build_program(config: Config, mesh: Mesh) -> Program:
         eval_step=make_eval_step(model),
         abstract_state=abstract,
         create_state=create,
+        state_from=start_from,
         restore_state=restore,
     )
 
 
 def to_save(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
     """The items of a checkpoint, and what its record holds beside them; `Program.restore_state` puts them together."""
-    items = {"params": state.params, "rest": dataclasses.replace(state, params=None, recent_losses=None)}
+    items = {"params": state.params, "rest": _rest(state)}
     return items, {"recent_losses": recent_losses(state)} if state.recent_losses is not None else {}
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds beside the parameters, by its name in the state; others are saved elsewhere."""
+    names = (field.name for field in dataclasses.fields(state) if field.name != "frozen")
+    return {name: getattr(state, name) for name in names} | {"params": None, "recent_losses": None}

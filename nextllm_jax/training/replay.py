@@ -176,6 +176,10 @@ def replay(path: Path, *, data: str | None = None) -> Replay:
         checkpoints = _find_checkpoint(bundle, loader)
         _check_batch(bundle, loader, dataset)
         start = bundle.content["checkpoint"]
+        if checkpoints is None and config.init_from is not None:
+            raise InputError(
+                f"{path} starts from the weights of init_from, which the run had not saved yet; run it again"
+            )
         state = program.restore_state(checkpoints, start)[0] if checkpoints else program.create_state()
         state, metrics = _run(bundle, program, loader, state)
         found = measured(config, metrics)

@@ -44,18 +44,22 @@ _FLEXIBLE_MODEL = frozenset(
     ]
 )
 
-_FIXED = frozenset(["optimizer.first_moment_dtype"])
+_FIXED = frozenset(["optimizer.first_moment_dtype", "lora.rank", "lora.targets", "lora.frozen"])
 
 # What consent means where it is not just that the new value holds from the next step on.
 _OTHER_DATA = "the next step begins other data, in an order of its own, and validation losses cease to compare"
 _OTHER_TOKENIZER = "consent helps only if it is another name of the same tokenizer"
 _MEANING = {
     "seed": "the data begins again in another order, the weights stay",
+    "init_from": "the weights are made already, so that it has no effect",
+    "lora.alpha": "the adapters count for more or less from the next step on, and the model jumps",
     "model.init_std": "the weights are made already, so that it has no effect",
     "data.sequence_length": "the data begins again, cut into other windows in another order",
     "training.global_batch_size": "the data goes on where it is, with more or fewer windows a step",
     "data.corpus": _OTHER_DATA,
     "data.text_field": _OTHER_DATA,
+    "data.messages_field": _OTHER_DATA,
+    "data.chat_template": _OTHER_DATA,
     "data.hf_config": _OTHER_DATA,
     "data.hf_split": _OTHER_DATA,
     "data.validation_fraction": _OTHER_DATA,
@@ -93,6 +97,11 @@ def _values(config: Config) -> dict[str, Any]:
 
 def _is_free(name: str) -> bool:
     return name in _FREE or name.partition(".")[0] in _FREE
+
+
+def free_model_fields() -> list[str]:
+    """The fields of a model that may change freely: how it is computed."""
+    return sorted(name.removeprefix("model.") for name in _FREE if name.startswith("model."))
 
 
 def _is_allowable(name: str) -> bool:

@@ -22,7 +22,17 @@ from nextllm_jax.training.resume_guard import CONFIG, Change, read_run, require_
 _LOCK = ".lock"
 _OVERWRITTEN = "overwritten"
 # What a run writes. config.json is the last: as long as it is there, a directory is known for a run.
-_FILES = ("metrics.jsonl", "loss.png", "samples.txt", "tensorboard", "tokenizer", "flight", "checkpoints", CONFIG)
+_FILES = (
+    "metrics.jsonl",
+    "loss.png",
+    "samples.txt",
+    "tensorboard",
+    "tokenizer",
+    "flight",
+    "checkpoints",
+    "base",
+    CONFIG,
+)
 
 
 @dataclasses.dataclass(frozen=True)

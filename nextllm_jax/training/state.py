@@ -12,9 +12,10 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from nextllm_jax.config import OptimizerConfig
+from nextllm_jax.config import Config, LoraConfig, ModelConfig, OptimizerConfig
 from nextllm_jax.errors import InputError
-from nextllm_jax.model.transformer import Transformer
+from nextllm_jax.model import lora as adapters
+from nextllm_jax.model.transformer import Transformer, abstract_params
 from nextllm_jax.sharding import also_over_data, tree_shardings
 
 
@@ -29,7 +30,10 @@ class TrainState:
     skipped_in_a_row: jax.Array
     """int32: of these, the ones without a good update since."""
     params: Any
+    """What is trained: the model's parameters or, on frozen ones, their adapters."""
     opt_state: Any
+    frozen: adapters.Frozen | None = None
+    """None if all parameters are trained. Saved once, beside the checkpoints."""
     recent_losses: jax.Array | None = None
     """float32 [W]: the last W finite losses, oldest first, NaN where there were fewer; None if spikes are not skipped.
     Not saved with the arrays but in a checkpoint's record, so that W may change."""
@@ -40,7 +44,7 @@ def require_finite(state: TrainState, where: str) -> None:
 
     No step would find out: all of them would be skipped. `where` is the run directory.
     """
-    arrays = {"params": state.params, "opt_state": state.opt_state}
+    arrays = {"params": state.params, "opt_state": state.opt_state, "frozen": state.frozen}
     flags = jax.device_get(jax.jit(lambda tree: jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree))(arrays))
     for path, finite in jax.tree_util.tree_leaves_with_path(flags):
         if not finite:
@@ -80,7 +84,10 @@ def recent_losses(state: TrainState) -> list[float]:
 def _initial_state(model: Transformer, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """The state of step 0 with parameters and moments in Flax boxes that hold their logical axes."""
     tokens_BT = jnp.zeros((1, 1), jnp.int32)
-    params = model.init(jax.random.key(seed), tokens_BT, tokens_BT)["params"]
+    return _at_start(optimizer, model.init(jax.random.key(seed), tokens_BT, tokens_BT)["params"])
+
+
+def _at_start(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
     return TrainState(step=zero, skipped=zero, skipped_in_a_row=zero, params=params, opt_state=optimizer.init(params))
 
@@ -90,6 +97,7 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     mesh: Mesh | AbstractMesh,
     placement: OptimizerConfig | None = None,
+    lora: LoraConfig | None = None,
 ) -> TrainState:
     """The state as shapes, types and shardings, without a byte of it: what a checkpoint is restored into.
 
@@ -97,14 +105,23 @@ def abstract_state(
 
     Raises InputError if a parameter's axis cannot be divided over the mesh.
     """
-    boxed = jax.eval_shape(lambda: _initial_state(model, optimizer, 0))
-    shardings = tree_shardings(mesh, boxed)
-    state = jax.tree.map(
+    if lora is None or not lora.rank:
+        state = placed(mesh, jax.eval_shape(lambda: _initial_state(model, optimizer, 0)))
+    else:
+        boxed = abstract_params(model.config)
+        state = jax.eval_shape(lambda: _at_start(optimizer, adapters.create(lora, boxed, jax.random.key(0))))
+        frozen = adapters.Frozen(adapters.abstract_frozen(lora, boxed), lora.alpha / lora.rank)
+        state = placed(mesh, dataclasses.replace(state, frozen=frozen))
+    return state if placement is None else _place_moments(state, placement)
+
+
+def placed(mesh: Mesh | AbstractMesh, boxed: Any) -> Any:
+    """Abstract arrays out of their boxes, each with its sharding on the mesh. Raises InputError as `abstract_state`."""
+    return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         nn.meta.unbox(boxed),
-        shardings,
+        tree_shardings(mesh, boxed),
     )
-    return state if placement is None else _place_moments(state, placement)
 
 
 def _place_moments(state: TrainState, config: OptimizerConfig) -> TrainState:
@@ -140,3 +157,30 @@ def create_state(
     shardings = shardings_of(abstract_state(model, optimizer, mesh, placement))
     make = jax.jit(lambda: nn.meta.unbox(_initial_state(model, optimizer, seed)), out_shardings=shardings)
     return make()
+
+
+def state_from(
+    params: Any, model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh, config: Config
+) -> TrainState:
+    """The state of step 0 with these parameters, which are used up; with a rank, frozen below new adapters."""
+    lora, seed = config.lora, config.seed
+    shardings = shardings_of(abstract_state(model, optimizer, mesh, config.optimizer, lora))
+    if not lora.rank:
+        return jax.jit(lambda params: _at_start(optimizer, params), out_shardings=shardings, donate_argnums=0)(params)
+    boxed = abstract_params(model.config)
+
+    def start() -> TrainState:
+        return nn.meta.unbox(_at_start(optimizer, adapters.create(lora, boxed, jax.random.key(seed))))
+
+    state = jax.jit(start, out_shardings=dataclasses.replace(shardings, frozen=None))()
+    frozen = dataclasses.replace(shardings.frozen, params=adapters.freeze(lora, boxed, params))
+    return dataclasses.replace(state, frozen=jax.device_put(frozen, shardings.frozen))
+
+
+def whole_params(state: TrainState, config: ModelConfig, mesh: Mesh) -> Any:
+    """The parameters of the model that a state amounts to: adapters are merged into a copy of the frozen weights."""
+    if state.frozen is None:
+        return state.params
+    shardings = shardings_of(placed(mesh, abstract_params(config)))
+    merge = jax.jit(adapters.merge, static_argnums=2, out_shardings=shardings)
+    return merge(state.params, state.frozen, jnp.dtype(config.param_dtype))

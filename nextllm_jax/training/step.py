@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from nextllm_jax.data.packing import Batch
+from nextllm_jax.model.lora import Frozen, variables, weights
 from nextllm_jax.model.transformer import Transformer, head_embedding
 from nextllm_jax.ops.cross_entropy import Layout, cross_entropy
 from nextllm_jax.sharding import RULES, constrain
@@ -62,10 +63,13 @@ class MeanGradient(NamedTuple):
     """float32 [M]: of the residual stream, see `layer_norms.mean_squares`."""
 
 
-def nll_sum(model: Transformer, params: Any, batch: Batch) -> jax.Array:
-    """float32 scalar: negative log likelihood in nats, summed over the batch's loss-bearing tokens."""
-    hidden_BTD, _ = model.apply({"params": params}, batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
-    return _head_nll(model, params, hidden_BTD, batch)
+def nll_sum(model: Transformer, params: Any, batch: Batch, frozen: Frozen | None = None) -> jax.Array:
+    """float32 scalar: negative log likelihood in nats, summed over the batch's loss-bearing tokens.
+
+    Here and below `params` are adapters if there are `frozen` weights.
+    """
+    hidden_BTD, _ = model.apply(variables(params, frozen), batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
+    return _head_nll(model, weights(params, frozen), hidden_BTD, batch)
 
 
 def _head_nll(model: Transformer, params: Any, hidden_BTD: jax.Array, batch: Batch) -> jax.Array:
@@ -82,13 +86,15 @@ def _head_nll(model: Transformer, params: Any, hidden_BTD: jax.Array, batch: Bat
         )
 
 
-def _nll_and_mean_squares(model: Transformer, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def _nll_and_mean_squares(
+    model: Transformer, params: Any, batch: Batch, frozen: Frozen | None
+) -> tuple[jax.Array, jax.Array]:
     """`nll_sum`, and the mean squares of the residual stream that the model's norms come by."""
     (hidden_BTD, _), recorded = model.apply(
-        {"params": params}, batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT, mutable=["intermediates"]
+        variables(params, frozen), batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT, mutable=["intermediates"]
     )
     squares = layer_norms.mean_squares(model.config, recorded["intermediates"])
-    return _head_nll(model, params, hidden_BTD, batch), jax.lax.stop_gradient(squares)
+    return _head_nll(model, weights(params, frozen), hidden_BTD, batch), jax.lax.stop_gradient(squares)
 
 
 def _cast_kernels(params: Any, dtype: Any) -> Any:
@@ -100,14 +106,16 @@ def _cast_kernels(params: Any, dtype: Any) -> Any:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def _sums(model: Transformer, params: Any, batch: Batch, accumulation_steps: int) -> Any:
+def _sums(model: Transformer, params: Any, batch: Batch, accumulation_steps: int, frozen: Frozen | None) -> Any:
     """((summed nll, summed mean squares), summed gradient) of the batch's microbatches, which share one buffer.
 
     Kernels are cast before they are differentiated: their gradients, in the type of the matmuls already, are then
     kept in it instead of wider.
     """
     params = _cast_kernels(params, model.dtype)
-    value_and_grad = jax.value_and_grad(lambda p, microbatch: _nll_and_mean_squares(model, p, microbatch), has_aux=True)
+    value_and_grad = jax.value_and_grad(
+        lambda p, microbatch: _nll_and_mean_squares(model, p, microbatch, frozen), has_aux=True
+    )
     if accumulation_steps == 1:
         return value_and_grad(params, batch)
 
@@ -125,9 +133,11 @@ def _sums(model: Transformer, params: Any, batch: Batch, accumulation_steps: int
     return jax.lax.scan(accumulate, zeros, microbatches)[0]
 
 
-def mean_gradient(model: Transformer, params: Any, batch: Batch, accumulation_steps: int) -> MeanGradient:
+def mean_gradient(
+    model: Transformer, params: Any, batch: Batch, accumulation_steps: int, frozen: Frozen | None = None
+) -> MeanGradient:
     """Loss and gradient of a global batch, whatever the microbatches: a mean over all its loss-bearing tokens."""
-    (total_nll, mean_squares), gradients = _sums(model, params, batch, accumulation_steps)
+    (total_nll, mean_squares), gradients = _sums(model, params, batch, accumulation_steps, frozen)
     num_tokens = jnp.sum(batch.loss_mask_BT, dtype=jnp.int32)
     scale = 1.0 / jnp.maximum(num_tokens, 1).astype(jnp.float32)
     gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, gradients)
@@ -152,7 +162,7 @@ def _update_is_finite(
     It is computed apart from the update that is taken, which then goes straight into the buffers of the old state;
     one computation for both would hold all of the new parameters beside the old ones until this is known.
     """
-    gradients, state = jax.lax.optimization_barrier((gradients, state))
+    gradients, state = jax.lax.optimization_barrier((gradients, dataclasses.replace(state, frozen=None)))
     params, _ = updated(optimizer, learning_rate, gradients, state)
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
 
@@ -186,7 +196,9 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         state = dataclasses.replace(state, opt_state=jax.device_put(state.opt_state, moments))
-        total_nll, num_tokens, gradients, mean_squares = mean_gradient(model, state.params, batch, accumulation_steps)
+        total_nll, num_tokens, gradients, mean_squares = mean_gradient(
+            model, state.params, batch, accumulation_steps, state.frozen
+        )
         gradients = jax.lax.with_sharding_constraint(gradients, optax.tree.get(moments, "mu"))
         grad_norm = optax.tree.norm(gradients)
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
@@ -212,6 +224,7 @@ def make_train_step(
             skipped_in_a_row=skipped_in_a_row,
             params=params,
             opt_state=opt_state,
+            frozen=state.frozen,
             recent_losses=losses,
         )
         return new_state, StepMetrics(
@@ -231,10 +244,10 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, None))
 
 
-def make_eval_step(model: Transformer) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
-    """A jitted `(params, batch) -> (summed nll in nats, loss-bearing tokens)`."""
+def make_eval_step(model: Transformer) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """A jitted `(params, batch, frozen=None) -> (summed nll in nats, loss-bearing tokens)`."""
 
-    def eval_step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return nll_sum(model, params, batch), jnp.sum(batch.loss_mask_BT, dtype=jnp.int32)
+    def eval_step(params: Any, batch: Batch, frozen: Frozen | None = None) -> tuple[jax.Array, jax.Array]:
+        return nll_sum(model, params, batch, frozen), jnp.sum(batch.loss_mask_BT, dtype=jnp.int32)
 
     return jax.jit(eval_step)

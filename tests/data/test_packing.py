@@ -12,15 +12,30 @@ from nextllm_jax.data.packing import Batch, num_windows, read_batch
 
 
 class MemorySplit(types.SimpleNamespace):
-    """A split held in memory."""
+    """A split held in memory, of conversations if it says what of them is learnt."""
+
+    name = "train"
+    __hash__ = object.__hash__
+
+    @property
+    def holds_conversations(self):
+        return self.mask is not None
+
+    @property
+    def num_documents(self):
+        return len(self.document_starts) - 1
 
     def tokens(self, start, stop):
         return self.stream[start:stop]
 
+    def learnt(self, start, stop):
+        return np.ones(stop - start, bool) if self.mask is None else self.mask[start:stop]
 
-def make_split(lengths) -> Any:
+
+def make_split(lengths, learnt=None) -> Any:
     stream = np.arange(1, sum(lengths) + 1, dtype=np.uint16)
-    return MemorySplit(stream=stream, num_tokens=len(stream), document_starts=np.cumsum([0, *lengths]))
+    starts = np.cumsum([0, *lengths])
+    return MemorySplit(stream=stream, num_tokens=len(stream), document_starts=starts, mask=learnt)
 
 
 def expected_rows(lengths, sequence_length):

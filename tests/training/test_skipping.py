@@ -52,16 +52,16 @@ def program(mesh):
         plain = step_module._nll_and_mean_squares
         plain_gradient, plain_schedule = step_module.mean_gradient, program_module.schedule
 
-        def nll_and_mean_squares(model, params, batch):
-            nll, squares = plain(model, params, batch)
+        def nll_and_mean_squares(model, params, batch, frozen):
+            nll, squares = plain(model, params, batch, frozen)
             poison, value = batch.positions_BT[0, 0], params["final_norm"]["scale"][0]
             nll = jnp.where(poison == NAN_LOSS, jnp.nan, nll)
             nll = jnp.where(poison == SPIKE, 100 * nll, nll)
             # No loss, and a gradient that is finite in each microbatch: two of them overflow.
             return nll + jnp.where(poison == HUGE_PARTS, 2e38, 0.0) * (value - jax.lax.stop_gradient(value)), squares
 
-        def mean_gradient(model, params, batch, accumulation_steps):
-            found = plain_gradient(model, params, batch, accumulation_steps)
+        def mean_gradient(model, params, batch, accumulation_steps, frozen):
+            found = plain_gradient(model, params, batch, accumulation_steps, frozen)
             kernel = found.gradients["layers"]["block_0"]["attention"]["q"]["kernel"]
             poisoned = kernel.at[0, 0, 0, 0].set(
                 jnp.where(batch.positions_BT[0, 0] == INF_LEAF, jnp.inf, kernel[0, 0, 0, 0])

@@ -1,0 +1,59 @@
+"""The frozen weights of a run with adapters: saved once, beside its checkpoints, which hold the adapters alone."""
+
+import hashlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from nextllm_jax import checkpoint_files, orbax_errors
+from nextllm_jax.checkpoint import Checkpoints
+from nextllm_jax.errors import InputError
+
+DIRECTORY = "base"
+RECORD = "base"
+"""Name, in the record of each checkpoint, of the identity of the base that its adapters belong to."""
+
+
+def save_base(run: epath.PathLike, params: Any) -> None:
+    """Write a run's base; returns when it is whole. Every process calls it."""
+    base = epath.Path(run) / DIRECTORY
+    if jax.process_index() == 0 and (base / "0").exists():  # of a start that was cut short
+        with orbax_errors.writing(base):
+            checkpoint_files.delete(base / "0")
+    ocp.utils.sync_global_processes("base")
+    with Checkpoints(base) as checkpoints:
+        checkpoints.save(0, {"params": params}, {}, validation_loss=None)
+
+
+def base_id(run: epath.PathLike) -> str:
+    """The identity of a run's base: a hash of its manifest, which has those of all files. Raises InputError."""
+    manifest = epath.Path(run) / DIRECTORY / "0" / checkpoint_files.MANIFEST
+    try:
+        return hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise InputError(
+            f"{manifest} cannot be read ({error.strerror or error}), so that the adapters have nothing to stand on; "
+            f"bring {manifest.parent} back"
+        ) from error
+
+
+def restore_base(checkpoints: Checkpoints, step: int, abstract: Any) -> Any:
+    """The frozen weights below the adapters of a step, in the types and places of `abstract`.
+
+    Raises InputError if they are damaged, or not those that the adapters were trained on.
+    """
+    run = checkpoints.directory.parent
+    found, recorded = base_id(run), checkpoints.record(step).get(RECORD)
+    if recorded != found:
+        raise InputError(
+            f"{run / DIRECTORY} holds other weights ({found}) than the adapters of checkpoint {step} were trained on "
+            f"({recorded}); bring the run's own back"
+        )
+    try:
+        return Checkpoints(run / DIRECTORY).restore(0, "params", abstract)
+    except InputError as error:  # of whatever kind: no checkpoint of the run is to blame
+        raise InputError(
+            f"the frozen weights below the adapters are lost: {error}; bring {run / DIRECTORY} back"
+        ) from error

@@ -1,0 +1,112 @@
+"""`--init-from PATH`: a run that begins with the weights, the architecture and the tokenizer of another model."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from nextllm_jax.config import Config, DataConfig, ModelConfig
+from nextllm_jax.config_files import read_config
+from nextllm_jax.data.prepare import default_data_path
+from nextllm_jax.data.shards import Dataset
+from nextllm_jax.errors import InputError
+from nextllm_jax.source import Place, cast, open_source
+from nextllm_jax.tokenizer.published import load_tokenizer
+from nextllm_jax.training.resume_guard import CONFIG, free_model_fields, local_workdir
+
+_OURS = ("param_dtype", *free_model_fields())
+"""Fields of a model that say how it is kept and computed, not what it computes: they come from the config."""
+
+
+def with_source(config: Config, file: Config, *, overwrite: bool = False) -> Config:
+    """The config with the model and the tokenizer of `init_from`; as it is without `init_from`.
+
+    `file` is the config before the command line changed it. A run that exists already knows its model, so that the
+    source may be gone. A model in `file` that is another gives way, with a line on standard error; a field that the
+    command line says otherwise is an InputError.
+    """
+    if config.init_from is None:
+        return config
+    if Path(config.init_from).resolve() == Path(local_workdir(config)).resolve():
+        raise InputError(f"init_from is the run directory {config.workdir} itself; choose another --workdir")
+    begun = None if overwrite else _begun(config)
+    model = begun.model if begun else open_source(config.init_from).config
+    data = _data(config, file, begun.data.tokenizer if begun else config.init_from)
+    new = dataclasses.replace(config, model=_model(config, file.model, model), data=data)
+    new.check_fit()
+    return new
+
+
+def initial_params(config: Config, place: Place) -> Any:
+    """The weights of `config.init_from` in `model.param_dtype`, on the devices that `place` says.
+
+    Raises InputError if they cannot be read, or are not of the config's model.
+    """
+    assert config.init_from is not None
+    source = open_source(config.init_from)
+    differing = _differing(config.model, source.config, but=(*_OURS, "init_std", "context_length"))
+    if differing:
+        raise InputError(f"init_from {config.init_from} holds another model now: {', '.join(differing)}; bring it back")
+    return cast(source.load_params(place), jnp.dtype(config.model.param_dtype))
+
+
+def require_tokenizer(config: Config, *, overwrite: bool = False) -> None:
+    """Raise InputError if a run's prepared data was made with another tokenizer than that of its `init_from`.
+
+    A run that exists knows its data by itself.
+    """
+    if config.init_from is None or (_begun(config) and not overwrite):
+        return
+    data = Dataset.open(default_data_path(config.data), verify="sizes")
+    if data.tokenizer_hash != open_source(config.init_from).load_tokenizer().hash:
+        raise InputError(
+            f"the data in {data.path} was made with another tokenizer than that of init_from {config.init_from}, whose "
+            "embedding belongs to the ids of its own; leave data.path out, or name data prepared with it"
+        )
+
+
+def _begun(config: Config) -> Config | None:
+    """The config of the run that this one would continue, if that began from other weights too."""
+    file = Path(local_workdir(config)) / CONFIG
+    begun = read_config(file) if file.is_file() else None
+    return begun if begun and begun.init_from is not None else None
+
+
+def _model(config: Config, file: ModelConfig, source: ModelConfig) -> ModelConfig:
+    """The source's model, with those of the config's fields that do not change its function."""
+    asked = config.model
+    kept = {name: getattr(asked, name) for name in _OURS}
+    length = asked.context_length
+    if length < source.context_length and length != ModelConfig.context_length and source.rope_scaling != "longrope":
+        kept["context_length"] = length
+    model = dataclasses.replace(source, **kept)
+    for name in _differing(asked, file):
+        if getattr(asked, name) != getattr(model, name):
+            raise InputError(
+                f"model.{name} is {getattr(asked, name)}, but the model of init_from {config.init_from} has "
+                f"{getattr(model, name)}; leave it out"
+            )
+    plain = ModelConfig()
+    stated = [name for name in _differing(file, model) if getattr(file, name) != getattr(plain, name)]
+    if stated:
+        said = ", ".join(f"model.{name} {getattr(file, name)} -> {getattr(model, name)}" for name in stated)
+        print(f"the model is that of {config.init_from}, not the config's: {said}", file=sys.stderr)
+    return model
+
+
+def _data(config: Config, file: Config, tokenizer: str) -> DataConfig:
+    """The config's data, to be prepared with the source's tokenizer."""
+    asked = config.data.tokenizer
+    if asked not in (file.data.tokenizer, tokenizer) and load_tokenizer(asked).hash != load_tokenizer(tokenizer).hash:
+        raise InputError(
+            f"data.tokenizer {asked} is not that of init_from {config.init_from}, whose embedding belongs to the ids "
+            "of its own; leave it out"
+        )
+    return dataclasses.replace(config.data, tokenizer=tokenizer)
+
+
+def _differing(left: ModelConfig, right: ModelConfig, *, but: tuple[str, ...] = ()) -> list[str]:
+    names = (field.name for field in dataclasses.fields(ModelConfig))
+    return [name for name in names if name not in but and getattr(left, name) != getattr(right, name)]
