@@ -90,6 +90,12 @@ class OptimizerConfig:
     """Decay the embedding and the output head too."""
     clip_norm: float = 1.0
     """Greatest global norm of the accumulated gradient."""
+    first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which AdamW's first moment is kept."""
+    shard_over_data: bool = False
+    """Divide AdamW's moments over mesh.data too (ZeRO-1): less memory, and new parameters travel after each step."""
+    offload_state: bool = False
+    """Keep AdamW's moments in the host's memory between steps (TPU and GPU)."""
 
     def __post_init__(self) -> None:
         _check_types(self, "optimizer.")

@@ -102,8 +102,10 @@ class ModelConfig:
     """Positions in a block of queries and in one of keys, for blockwise and splash; none: by the chip."""
     param_dtype: DType = "float32"
     """Type in which parameters are kept."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but the matmul results, or whole layers."""
+    remat: Literal["none", "dots", "save_attention", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but the matmul results, all but attention, or whole layers."""
+    remat_offload: bool = False
+    """Keep what remat saves of the forward pass in the host's memory (TPU and GPU)."""
 
     def __post_init__(self) -> None:
         check_types(self, "model.")
@@ -116,6 +118,8 @@ class ModelConfig:
         heads, kv_heads = self.num_heads, self.num_kv_heads
         require(heads % kv_heads == 0, f"model.num_kv_heads {kv_heads} does not divide model.num_heads {heads}")
         require(self.head_dim % 2 == 0, f"model.head_dim is {self.head_dim}; RoPE needs an even one")
+        offload = not self.remat_offload or self.remat != "none"
+        require(offload, "model.remat_offload needs something that remat saves; set model.remat to full, or another")
         require(len(self.layer_pattern) > 0, "model.layer_pattern is empty; ('global',) is the plain Llama")
         blocks = self.attention_blocks
         require(

@@ -19,7 +19,7 @@ from packaging.specifiers import SpecifierSet
 from nextllm_jax import hardware
 from nextllm_jax.checkpoint import Checkpoints
 from nextllm_jax.config import Config
-from nextllm_jax.model.accounting import parameter_count, train_state_bytes
+from nextllm_jax.model.accounting import moment_bytes, parameter_bytes
 
 Status = Literal["ok", "warning", "PROBLEM"]
 
@@ -52,15 +52,23 @@ def versions() -> tuple[str, Status]:
     return f"{', '.join(named)}, and {len(installed) - len(named)} others are in the ranges that are supported", "ok"
 
 
+def state_bytes(config: Config) -> int:
+    """Bytes of the parameters and the optimizer's moments: those of a checkpoint."""
+    return parameter_bytes(config.model) + moment_bytes(config.model, config.optimizer.first_moment_dtype)
+
+
 def memory(config: Config, mesh: Mesh) -> tuple[str, Status]:
     """Compare parameters, gradients and optimizer state with the memory of the devices, and of the host.
 
     Activations are not counted: less than this cannot be enough, more may still not be.
     """
-    gradients = parameter_count(config.model) * (4 if config.model.param_dtype == "float32" else 2)
-    parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    needed = (train_state_bytes(config.model) + gradients) / parts
-    device = mesh.devices.flat[0]
+    device, parts, optimizer = mesh.devices.flat[0], mesh.shape["fsdp"] * mesh.shape["tensor"], config.optimizer
+    moments = moment_bytes(config.model, optimizer.first_moment_dtype)
+    if optimizer.shard_over_data:
+        moments /= mesh.shape["data"]
+    if optimizer.offload_state and device.platform != "cpu":
+        moments = 0
+    needed = (2 * parameter_bytes(config.model) + moments) / parts  # gradients are as large as parameters
     what = f"parameters, gradients and AdamW's moments take {_size(needed)} a device"
     free_host = hardware.available_host_memory()
     if device.platform == "cpu":
@@ -69,7 +77,7 @@ def memory(config: Config, mesh: Mesh) -> tuple[str, Status]:
     chip = hardware.chip(device.device_kind)
     limit = (device.memory_stats() or {}).get("bytes_limit", chip.hbm_bytes if chip else None)
     said, status = _compare(what, needed, limit, device.device_kind)
-    copy = train_state_bytes(config.model) / parts * len(mesh.local_devices)
+    copy = state_bytes(config) / parts * len(mesh.local_devices)
     if status == "ok" and free_host is not None and copy > free_host:
         return f"{said}; a save copies {_size(copy)} to the host, which has {_size(free_host)} free", "warning"
     return said, status
@@ -91,7 +99,7 @@ def disk(config: Config, *, data_bytes: int) -> tuple[str, Status]:
     """
     workdir = Path(config.workdir or ".")
     _require_writable(workdir)
-    each = train_state_bytes(config.model)
+    each = state_bytes(config)
     kept = config.checkpoint.keep_last + 1  # the best
     if every := config.checkpoint.keep_every_steps:
         kept += config.training.steps // every

@@ -21,6 +21,7 @@ MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     # activations
     "batch": ("data", "fsdp"),
+    "lookup_batch": ("data",),  # while the embedding is read
     "seq": ("sequence",),
     "activation_embed": (),
     # parameters; heads, kv_heads, mlp and vocab divide activations in the same way
@@ -114,3 +115,19 @@ def tree_shardings(mesh: Mesh, abstract_tree: Any) -> Any:
         return result
 
     return jax.tree_util.tree_map_with_path(leaf_sharding, abstract_tree, is_leaf=_is_boxed)
+
+
+def also_over_data(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
+    """The sharding of an array of this shape that divides it over "data" beside its own axes.
+
+    The largest dimension that all of them divide is cut again; without one the sharding is as it was.
+    """
+    mesh = sharding.mesh
+    entries = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
+    for i in sorted(range(len(shape)), key=lambda i: -shape[i]):
+        axes = entries[i] if isinstance(entries[i], tuple) else (entries[i],) if entries[i] else ()
+        axes = (*axes, "data")
+        if shape[i] % math.prod(mesh.shape[axis] for axis in axes) == 0:
+            entries[i] = axes
+            return NamedSharding(mesh, PartitionSpec(*entries), memory_kind=sharding.memory_kind)
+    return sharding

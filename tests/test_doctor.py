@@ -148,7 +148,7 @@ def test_a_tokenizer_that_would_be_fetched_is_told_of(config, monkeypatch, tmp_p
 
 
 def test_memory_and_disk_are_compared_with_the_arithmetic(config, monkeypatch):
-    state, gradients = machine.train_state_bytes(config.model), 4 * machine.parameter_count(config.model)
+    state, gradients = machine.state_bytes(config), machine.parameter_bytes(config.model)
     copies = 8  # simulated devices, each with all of it, in the memory of one host
     for there, status in [((state + gradients) * copies - 1, "PROBLEM"), ((state + gradients) * copies + 1, "warning")]:
         monkeypatch.setattr(hardware, "available_host_memory", lambda there=there: there)

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from nextllm_jax import hardware, machine
-from nextllm_jax.config import CheckpointConfig, Config, MeshConfig, ModelConfig, OptimizerConfig
+from nextllm_jax.config import CheckpointConfig, Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
 from nextllm_jax.config_files import load_config_file
-from nextllm_jax.model.accounting import train_state_bytes
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.sharding import make_mesh
 from nextllm_jax.training.optimizer import make_optimizer
@@ -38,13 +37,16 @@ def test_versions_out_of_range_are_named(monkeypatch):
     assert machine.versions()[0].startswith("grain is missing; pip install")
 
 
+@pytest.mark.parametrize("first_moment_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
-def test_the_bytes_of_the_state_are_those_of_the_arrays(param_dtype):
+def test_the_bytes_of_the_state_are_those_of_the_arrays(param_dtype, first_moment_dtype):
+    optimizer = OptimizerConfig(first_moment_dtype=first_moment_dtype)
     config = ModelConfig(num_layers=2, embed_dim=16, mlp_dim=32, vocab_size=50, head_dim=8, param_dtype=param_dtype)
-    state = abstract_state(Transformer(config), make_optimizer(OptimizerConfig()), make_mesh(MeshConfig()))
+    state = abstract_state(Transformer(config), make_optimizer(optimizer), make_mesh(MeshConfig()))
     arrays = jax.tree.leaves((state.params, state.opt_state))
     counter = 4  # optax's own
-    assert train_state_bytes(config) == sum(leaf.size * leaf.dtype.itemsize for leaf in arrays) - counter
+    found = machine.state_bytes(Config(model=config, data=DataConfig(tokenizer="gpt2"), optimizer=optimizer))
+    assert found == sum(leaf.size * leaf.dtype.itemsize for leaf in arrays) - counter
 
 
 class Accelerator:

@@ -26,10 +26,18 @@ def _vectors(config: ModelConfig) -> int:
     return config.num_layers * layer + embed
 
 
-def train_state_bytes(config: ModelConfig) -> int:
-    """Bytes of the parameters and of AdamW's two moments, the first of which is float32 whatever the parameters are."""
-    width = 4 if config.param_dtype == "float32" else 2
-    return parameter_count(config) * (width + 4 + width)
+def parameter_bytes(config: ModelConfig) -> int:
+    """Bytes of the parameters as they are kept."""
+    return parameter_count(config) * _width(config.param_dtype)
+
+
+def moment_bytes(config: ModelConfig, first_moment_dtype: str = "float32") -> int:
+    """Bytes of AdamW's two moments, the second of which is kept as the parameters are."""
+    return parameter_count(config) * (_width(first_moment_dtype) + _width(config.param_dtype))
+
+
+def _width(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> float:

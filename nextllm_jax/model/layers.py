@@ -88,9 +88,11 @@ class Embed(nn.Module):
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """Return the rows of the tokens, [B, T, D] in `dtype`."""
-        # Rows are gathered whole: a table divided over embed would be looked up on devices that divide the batch.
-        table_VD = constrain(self.embedding, "vocab", "activation_embed")
-        return jnp.take(table_VD, tokens_BT, axis=0).astype(self.dtype)
+        # The devices that divide the width of the table look up each other's tokens in their part of it and exchange
+        # what they found: tokens travel instead of the table, and its gradient is born divided.
+        tokens_BT = constrain(tokens_BT, "lookup_batch", "seq")
+        x_BTD = jnp.take(self.embedding, tokens_BT, axis=0).astype(self.dtype)
+        return constrain(constrain(x_BTD, "lookup_batch", "seq", "embed"), "batch", "seq", "activation_embed")
 
     def attend(self, hidden_BTD: jax.Array) -> jax.Array:
         """Return logits, float32 [B, T, V]."""

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from nextllm_jax import hardware
 from nextllm_jax.config_model import LayerKind, ModelConfig
@@ -26,11 +27,10 @@ from nextllm_jax.ops import rope
 from nextllm_jax.ops.cross_entropy import finish_logits
 from nextllm_jax.sharding import constrain
 
-REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+_BLOCK_INPUT = "block_input"
 
+# The names under which attention keeps its output and what its backward pass needs beside it.
+_ATTENTION = ("attention_out", "attention_residuals")
 
 Rope = dict[LayerKind, tuple[jax.Array, jax.Array]]
 """The rotary cosines and sines of each kind of layer that has RoPE."""
@@ -56,7 +56,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """Return the residual stream [B, T, D] and the cache after this layer."""
         config = self.config
-        x_BTD = constrain(x_BTD, "batch", "seq", "activation_embed")
+        x_BTD = checkpoint_name(constrain(x_BTD, "batch", "seq", "activation_embed"), _BLOCK_INPUT)
         keep_mean_square(self, "before_attention", x_BTD)
         attended, cache = Attention(config, self.kind, self.dtype, self.kernel, name="attention")(
             self._before("attention_norm", x_BTD), ropes.get(self.kind), positions_BT, segment_ids_BT, cache, layer
@@ -109,10 +109,10 @@ class Period(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Llama-style decoder (Touvron et al. 2023, arXiv:2302.13971).
+    """Llama-style decoder (Touvron et al. 2023, arXiv:2302.13971); `dtype` is the type of the matmuls.
 
-    `dtype` is the type of the matmuls, `kernel` how it attends without a cache. Without `scan_layers` it takes the
-    parameters that `unstack_layers` makes.
+    `kernel` attends where there is no cache. Without `scan_layers` it takes the parameters that `unstack_layers`
+    makes.
     """
 
     config: ModelConfig
@@ -160,7 +160,7 @@ class Transformer(nn.Module):
         if cache is not None and segment_ids_BT is not None:
             raise ValueError("a cache holds one document per row; pass segment_ids or a cache, not both")
         config = self.config
-        x_BTD = constrain(self.embed(tokens_BT), "batch", "seq", "activation_embed")
+        x_BTD = self.embed(tokens_BT)
         if config.embedding_scale != 1:
             x_BTD = x_BTD * config.embedding_scale
         context = (ropes(config, positions_BT), positions_BT, segment_ids_BT)
@@ -210,7 +210,25 @@ def unstack_layers(config: ModelConfig, params: Any) -> Any:
 def _remat(config: ModelConfig, *, prevent_cse: bool) -> type[Block]:
     if config.remat == "none":
         return Block
-    return nn.remat(Block, prevent_cse=prevent_cse, policy=REMAT_POLICIES[config.remat])
+    return nn.remat(Block, prevent_cse=prevent_cse, policy=_remat_policy(config))
+
+
+def _remat_policy(config: ModelConfig) -> Any:
+    """What a block saves for its backward pass beside its input; on the host, with its input, for remat_offload."""
+    policies, names = jax.checkpoint_policies, _ATTENTION if config.remat == "save_attention" else ()
+    if not config.remat_offload:
+        dots = policies.dots_with_no_batch_dims_saveable
+        return dots if config.remat == "dots" else policies.save_only_these_names(*names)
+    offload_names = policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_BLOCK_INPUT, *names],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+    if config.remat != "dots":
+        return offload_names
+    offload_dots = policies.offload_dot_with_no_batch_dims("device", "pinned_host")
+    return lambda *args, **params: (offload_names if "name" in params else offload_dots)(*args, **params)
 
 
 def ropes(config: ModelConfig, positions_BT: jax.Array) -> Rope:

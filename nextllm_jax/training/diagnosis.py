@@ -20,10 +20,9 @@ from nextllm_jax.data.packing import Batch
 from nextllm_jax.model.layers import Embed, Linear, RMSNorm
 from nextllm_jax.model.transformer import Transformer, head_embedding, unstack_layers
 from nextllm_jax.ops.cross_entropy import cross_entropy
-from nextllm_jax.sharding import RULES
 from nextllm_jax.training.optimizer import make_optimizer, schedule
 from nextllm_jax.training.state import TrainState
-from nextllm_jax.training.step import mean_gradient, updated
+from nextllm_jax.training.step import LOSS_LAYOUT, mean_gradient, updated
 
 HEAD_AND_LOSS = "head and loss"
 _PARTS = ("attention_norm", "attention", "attention_post_norm", "mlp_norm", "mlp", "mlp_post_norm")
@@ -138,7 +137,7 @@ def _passes(model: Transformer, params: Any, batch: Batch) -> tuple[Any, Any, ja
         with nn.intercept_methods(look):
             hidden_BTD, _ = model.apply({"params": params}, batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
         loss = functools.partial(cross_entropy, logit_divisor=config.logit_divisor, soft_cap=config.logit_soft_cap)
-        total = loss(hidden_BTD, head_VD, batch.targets_BT, batch.loss_mask_BT, batch_axes=RULES["batch"])
+        total = loss(hidden_BTD, head_VD, batch.targets_BT, batch.loss_mask_BT, layout=LOSS_LAYOUT)
         rows = (jax.lax.stop_gradient(hidden_BTD), batch.targets_BT, batch.loss_mask_BT)
         row_nll_B = jax.lax.map(lambda row: loss(row[0][None], head_VD, row[1][None], row[2][None]), rows)
         seen.append(_seen(HEAD_AND_LOSS, total))

@@ -53,6 +53,6 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=jnp.float32),
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=jnp.dtype(config.first_moment_dtype)),
         optax.add_decayed_weights(config.weight_decay, mask=lambda params: decay_mask(config, params)),
     )

@@ -43,12 +43,14 @@ def build_program(config: Config, mesh: Mesh) -> Program:
     dtype = resolve_dtype(config.model.dtype, platform, training=True)
     model = Transformer(config.model, dtype, kernel=choose_kernel(config, mesh, dtype))
     optimizer = make_optimizer(config.optimizer)
-    arrays = abstract_state(model, optimizer, mesh)
+    arrays = abstract_state(model, optimizer, mesh, config.optimizer)
     training = config.training
     window_steps = training.spike_window_steps if training.spike_factor else 0
 
     def create() -> TrainState:
-        return with_recent_losses(create_state(model, optimizer, mesh, config.seed), [], window_steps, mesh)
+        return with_recent_losses(
+            create_state(model, optimizer, mesh, config.seed, config.optimizer), [], window_steps, mesh
+        )
 
     def restore(checkpoints: Checkpoints, step: int) -> tuple[TrainState, dict[str, Any]]:
         state = checkpoints.restore(step, "rest", dataclasses.replace(arrays, params=None))

@@ -21,8 +21,8 @@ _NEW_RUN = "start a new run: another --workdir, or --overwrite to set the old ru
 # data.path is free as long as the data there is the same, which `require_same_data` sees.
 _FREE = frozenset(
     [
-        *("workdir", "platform", "mesh", "checkpoint", "model.dtype", "model.remat"),
-        *("model.attention", "model.attention_blocks"),
+        *("workdir", "platform", "mesh", "checkpoint", "model.dtype", "model.remat", "model.remat_offload"),
+        *("model.attention", "model.attention_blocks", "optimizer.shard_over_data", "optimizer.offload_state"),
         *("data.path", "data.num_processes", "data.tokens_per_shard", "data.verify"),
         *("training.accumulation_steps", "training.log_every_steps", "training.evaluate_every_steps"),
         *("training.evaluation_batch_size", "training.max_skipped_steps"),
@@ -30,7 +30,8 @@ _FREE = frozenset(
     ]
 )
 
-# Of the model only these may change, with consent: the saved arrays fit none of its other fields with another value.
+# Of the model only these may change, with consent: the saved arrays fit none of its other fields, nor of those in
+# _FIXED, with another value.
 _FLEXIBLE_MODEL = frozenset(
     [
         *("model.context_length", "model.rope_theta", "model.rope_scaling", "model.rope_scaling_factor"),
@@ -42,6 +43,8 @@ _FLEXIBLE_MODEL = frozenset(
         *("model.embedding_scale", "model.residual_scale"),
     ]
 )
+
+_FIXED = frozenset(["optimizer.first_moment_dtype"])
 
 # What consent means where it is not just that the new value holds from the next step on.
 _OTHER_DATA = "the next step begins other data, in an order of its own, and validation losses cease to compare"
@@ -93,7 +96,8 @@ def _is_free(name: str) -> bool:
 
 
 def _is_allowable(name: str) -> bool:
-    return _is_free(name) or not name.startswith("model.") or name in _FLEXIBLE_MODEL
+    fixed = name in _FIXED or name.startswith("model.")
+    return _is_free(name) or not fixed or name in _FLEXIBLE_MODEL
 
 
 def local_workdir(config: Config) -> str:

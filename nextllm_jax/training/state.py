@@ -12,9 +12,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from nextllm_jax.config import OptimizerConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.transformer import Transformer
-from nextllm_jax.sharding import tree_shardings
+from nextllm_jax.sharding import also_over_data, tree_shardings
 
 
 @flax.struct.dataclass
@@ -78,18 +79,37 @@ def _initial_state(model: Transformer, optimizer: optax.GradientTransformation, 
     return TrainState(step=zero, skipped=zero, skipped_in_a_row=zero, params=params, opt_state=optimizer.init(params))
 
 
-def abstract_state(model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(
+    model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh, placement: OptimizerConfig | None = None
+) -> TrainState:
     """The state as shapes, types and shardings, without a byte of it: what a checkpoint is restored into.
+
+    `placement` says where the moments lie (none: as the parameters do).
 
     Raises InputError if a parameter's axis cannot be divided over the mesh.
     """
     boxed = jax.eval_shape(lambda: _initial_state(model, optimizer, 0))
     shardings = tree_shardings(mesh, boxed)
-    return jax.tree.map(
+    state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         nn.meta.unbox(boxed),
         shardings,
     )
+    return state if placement is None else _place_moments(state, placement)
+
+
+def _place_moments(state: TrainState, config: OptimizerConfig) -> TrainState:
+    """An abstract state whose moments are divided over "data" too, or in the host's memory, if the config says so."""
+
+    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = leaf.sharding
+        if config.shard_over_data and leaf.ndim:
+            sharding = also_over_data(sharding, leaf.shape)
+        if config.offload_state and leaf.ndim:
+            sharding = sharding.with_memory_kind("pinned_host")
+        return leaf.update(sharding=sharding)
+
+    return dataclasses.replace(state, opt_state=jax.tree.map(place, state.opt_state))
 
 
 def shardings_of(tree: Any) -> Any:
@@ -97,11 +117,17 @@ def shardings_of(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def create_state(model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
-    """The state of step 0, each array born on its own shard.
+def create_state(
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    seed: int,
+    placement: OptimizerConfig | None = None,
+) -> TrainState:
+    """The state of step 0, each array born on its own shard; see `abstract_state`.
 
     The values depend on the seed alone, not on the mesh.
     """
-    shardings = shardings_of(abstract_state(model, optimizer, mesh))
+    shardings = shardings_of(abstract_state(model, optimizer, mesh, placement))
     make = jax.jit(lambda: nn.meta.unbox(_initial_state(model, optimizer, seed)), out_shardings=shardings)
     return make()

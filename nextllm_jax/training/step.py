@@ -1,5 +1,6 @@
 """The loss, the train step and the evaluation step."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import optax
 
 from nextllm_jax.data.packing import Batch
 from nextllm_jax.model.transformer import Transformer, head_embedding
-from nextllm_jax.ops.cross_entropy import cross_entropy
+from nextllm_jax.ops.cross_entropy import Layout, cross_entropy
 from nextllm_jax.sharding import RULES, constrain
 from nextllm_jax.training import layer_norms
 from nextllm_jax.training.state import TrainState
@@ -17,6 +18,10 @@ from nextllm_jax.training.state import TrainState
 SKIP_REASONS = ("none", "loss", "gradient", "update", "spike")
 """Why a step was skipped: not finite are its loss, its gradient (or the norm of it), or the parameters that its update
 would give; or its loss is a spike."""
+
+
+LOSS_LAYOUT = Layout(RULES["batch"], RULES["seq"], RULES["vocab"], RULES["embed"])
+"""How hidden states and head lie on the mesh."""
 
 
 class StepMetrics(NamedTuple):
@@ -73,7 +78,7 @@ def _head_nll(model: Transformer, params: Any, hidden_BTD: jax.Array, batch: Bat
             batch.loss_mask_BT,
             logit_divisor=model.config.logit_divisor,
             soft_cap=model.config.logit_soft_cap,
-            batch_axes=RULES["batch"],
+            layout=LOSS_LAYOUT,
         )
 
 
@@ -86,8 +91,22 @@ def _nll_and_mean_squares(model: Transformer, params: Any, batch: Batch) -> tupl
     return _head_nll(model, params, hidden_BTD, batch), jax.lax.stop_gradient(squares)
 
 
+def _cast_kernels(params: Any, dtype: Any) -> Any:
+    """The parameters with the matrices of the layers in `dtype`, as the model would cast them."""
+
+    def cast(path: Any, leaf: jax.Array) -> jax.Array:
+        return leaf.astype(dtype) if path[-1].key == "kernel" else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 def _sums(model: Transformer, params: Any, batch: Batch, accumulation_steps: int) -> Any:
-    """((summed nll, summed mean squares), summed gradient) of the batch's microbatches, which share one buffer."""
+    """((summed nll, summed mean squares), summed gradient) of the batch's microbatches, which share one buffer.
+
+    Kernels are cast before they are differentiated: their gradients, in the type of the matmuls already, are then
+    kept in it instead of wider.
+    """
+    params = _cast_kernels(params, model.dtype)
     value_and_grad = jax.value_and_grad(lambda p, microbatch: _nll_and_mean_squares(model, p, microbatch), has_aux=True)
     if accumulation_steps == 1:
         return value_and_grad(params, batch)
@@ -111,7 +130,7 @@ def mean_gradient(model: Transformer, params: Any, batch: Batch, accumulation_st
     (total_nll, mean_squares), gradients = _sums(model, params, batch, accumulation_steps)
     num_tokens = jnp.sum(batch.loss_mask_BT, dtype=jnp.int32)
     scale = 1.0 / jnp.maximum(num_tokens, 1).astype(jnp.float32)
-    gradients = jax.tree.map(lambda g: g * scale, gradients)
+    gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, gradients)
     return MeanGradient(total_nll, num_tokens, gradients, mean_squares / accumulation_steps)
 
 
@@ -123,6 +142,19 @@ def updated(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         updates = jax.tree.map(lambda u: -learning_rate * u, updates)
         return optax.apply_updates(state.params, updates), opt_state
+
+
+def _update_is_finite(
+    optimizer: optax.GradientTransformation, learning_rate: jax.Array, gradients: Any, state: TrainState
+) -> jax.Array:
+    """Whether `updated` gives finite parameters: a bool.
+
+    It is computed apart from the update that is taken, which then goes straight into the buffers of the old state;
+    one computation for both would hold all of the new parameters beside the old ones until this is known.
+    """
+    gradients, state = jax.lax.optimization_barrier((gradients, state))
+    params, _ = updated(optimizer, learning_rate, gradients, state)
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
 
 
 def _skip_reason(*found: jax.Array) -> jax.Array:
@@ -149,12 +181,16 @@ def make_train_step(
     (see `state.shardings_of`). Call it under `jax.set_mesh`.
     """
 
+    # Where the moments are while they are used, and with them gradients and updates.
+    moments = jax.tree.map(lambda sharding: sharding.with_memory_kind("device"), state_shardings.opt_state)
+
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        state = dataclasses.replace(state, opt_state=jax.device_put(state.opt_state, moments))
         total_nll, num_tokens, gradients, mean_squares = mean_gradient(model, state.params, batch, accumulation_steps)
+        gradients = jax.lax.with_sharding_constraint(gradients, optax.tree.get(moments, "mu"))
         grad_norm = optax.tree.norm(gradients)
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
-        params, opt_state = updated(optimizer, learning_rate, gradients, state)
-        updates_finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
+        updates_finite = _update_is_finite(optimizer, learning_rate, gradients, state)
 
         losses, loss_limit, spikes = state.recent_losses, jnp.asarray(jnp.nan, jnp.float32), jnp.asarray(False)
         loss = total_nll / jnp.maximum(num_tokens, 1)
@@ -163,6 +199,7 @@ def make_train_step(
             spikes = loss > loss_limit
         reason = _skip_reason(~jnp.isfinite(total_nll), ~jnp.isfinite(grad_norm), ~updates_finite, spikes)
         taken = reason == 0
+        params, opt_state = updated(optimizer, learning_rate, gradients, state)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(taken, new, old), (params, opt_state), (state.params, state.opt_state)
         )

@@ -1,6 +1,7 @@
 """The chunked loss against optax on whole logits: values, gradients, memory and collectives."""
 
 import functools
+import math
 import re
 
 import jax
@@ -10,7 +11,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from nextllm_jax.ops.cross_entropy import cross_entropy
+from nextllm_jax.ops.cross_entropy import Layout, cross_entropy
 
 
 def plain(hidden_BTD, head_VD, targets_BT, mask_BT, logit_divisor=1.0, soft_cap=None):
@@ -111,16 +112,22 @@ def collectives(compiled) -> tuple[list[str], list[str]]:
     return outside, inside
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
-def test_divided_over_devices_it_is_the_same_and_reduces_the_head_gradient_once(shape):
-    arguments = inputs(B=16, T=24, D=32, V=320)
-    expected = value_and_gradients(plain, *arguments)
-    mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-    rows, head = PartitionSpec(("data", "fsdp")), PartitionSpec("tensor", "fsdp")
-    layout = [NamedSharding(mesh, spec) for spec in (rows, head, rows, rows)]
+LAYOUT = Layout(("data", "fsdp"), ("sequence",), ("tensor",), ("fsdp",))
+
+
+@pytest.mark.parametrize("vocab_size", [320, 48])  # more rows than tokens that share them, and fewer
+@pytest.mark.parametrize("shape", [(8, 1, 1, 1), (2, 4, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2), (1, 8, 1, 1), (1, 1, 4, 2)])
+def test_divided_over_devices_it_is_the_same_and_reduces_the_head_gradient_once(shape, vocab_size):
+    D = 32
+    arguments = inputs(B=16, T=24, D=D, V=vocab_size)
+    options = {"chunk_tokens": 32, "logit_divisor": 1.5, "soft_cap": 9.0}
+    expected = value_and_gradients(functools.partial(plain, logit_divisor=1.5, soft_cap=9.0), *arguments)
+    mesh = jax.make_mesh(shape, ("data", "fsdp", "sequence", "tensor"), axis_types=(AxisType.Auto,) * 4)
+    tokens, head = PartitionSpec(("data", "fsdp"), "sequence"), PartitionSpec("tensor", "fsdp")
+    layout = [NamedSharding(mesh, spec) for spec in (tokens, head, tokens, tokens)]
 
     def mean(hidden, head, targets, mask):
-        return cross_entropy(hidden, head, targets, mask, chunk_tokens=32, batch_axes=("data", "fsdp")) / 7.0
+        return cross_entropy(hidden, head, targets, mask, layout=LAYOUT, **options) / 7.0
 
     with jax.set_mesh(mesh):
         placed = [jax.device_put(x, sharding) for x, sharding in zip(arguments, layout, strict=True)]
@@ -131,10 +138,22 @@ def test_divided_over_devices_it_is_the_same_and_reduces_the_head_gradient_once(
     for mine, other in zip((value, *gradients), expected, strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-5)
 
-    _, fsdp, tensor = shape
+    data, fsdp, sequence, tensor = shape
     outside, inside = collectives(compiled)
-    # Each chunk may sum over the divided vocabulary: maxima, sums, target logits and the gradient for hidden.
-    small = {"f32[32]{0}", "f32[32,32]{1,0}"}
-    assert {part for line in inside for part in re.findall(r"f32\[[\d,]*\]\{[\d,]*\}", line)} <= small
-    assert not (inside and tensor == 1)
-    assert sum(f"f32[{320 // tensor},32]" in line for line in outside) <= 1 + (fsdp > 1)
+    head_sizes = {vocab_size * D // parts for parts in (tensor, tensor * fsdp)}
+    # Chunks exchange tokens and what belongs to them; the head and its gradient travel outside of the loop, once each.
+    assert not (inside and tensor == 1 and (fsdp == 1 or vocab_size == 48))
+    assert all(sizes(line)[0] <= 32 * D for line in inside)
+    travels = sum(max(sizes(line)) in head_sizes for line in outside)
+    assert travels <= (2 * (fsdp > 1)) + (data * sequence > 1)
+
+
+def sizes(shapes: str) -> list[int]:
+    """Elements of the arrays in the result type of an HLO instruction."""
+    return [math.prod(map(int, dims.split(","))) if dims else 1 for dims in re.findall(r"\w\d+\[([\d,]*)\]", shapes)]
+
+
+def test_an_axis_that_divides_the_head_but_no_tokens_is_refused():
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="divided over"):
+        cross_entropy(*inputs(V=48), layout=Layout(embed=("fsdp",)))

@@ -45,6 +45,7 @@ OTHER = {
     "optimizer.decay_steps_fraction": 0.5,
     "optimizer.b1": 0.5,
     "optimizer.b2": 0.5,
+    "optimizer.first_moment_dtype": "bfloat16",
     "training.sample_prompts": ("the ",),
     "model.activation": "gelu_tanh",
     "model.rope_local_theta": 5e3,
@@ -60,8 +61,9 @@ OTHER = {
     "platform": "cpu",
     "workdir": "other",
 }
-NOT_ALONE = {"model.rope_short_factors", "model.rope_long_factors"}  # another value needs rope_scaling longrope
+NOT_ALONE = {"model.rope_short_factors", "model.rope_long_factors", "model.remat_offload"}  # without another field
 FREE = {
+    *("model.remat_offload", "optimizer.shard_over_data", "optimizer.offload_state"),
     *("workdir", "platform", "model.dtype", "model.remat", "data.path", "data.num_processes", "data.tokens_per_shard"),
     *("data.verify", "training.accumulation_steps", "training.log_every_steps", "training.evaluate_every_steps"),
     *("training.evaluation_batch_size", "training.max_skipped_steps", "training.sample_prompts"),
@@ -73,7 +75,7 @@ NEVER = {
     *("model.vocab_size", "model.num_layers", "model.embed_dim", "model.mlp_dim", "model.num_heads"),
     *("model.num_kv_heads", "model.head_dim", "model.layer_pattern", "model.qk_norm", "model.attention_bias"),
     *("model.tie_embeddings", "model.param_dtype", "model.norm_placement", "model.qk_norm_over"),
-    "model.attention_output_bias",
+    *("model.attention_output_bias", "optimizer.first_moment_dtype"),
 }
 
 
