@@ -66,12 +66,8 @@ OTHER = {
     "platform": "cpu",
     "workdir": "other",
 }
-NOT_ALONE = {
-    "model.rope_short_factors",
-    "model.rope_long_factors",
-    "model.remat_offload",
-    "lora.rank",
-}  # without another field
+# Another value of these needs another field too.
+NOT_ALONE = {"model.rope_short_factors", "model.rope_long_factors", "model.remat_offload", "lora.rank"}
 FREE = {
     *("model.remat_offload", "optimizer.shard_over_data", "optimizer.offload_state"),
     *("workdir", "platform", "model.dtype", "model.remat", "data.path", "data.num_processes", "data.tokens_per_shard"),
