@@ -82,12 +82,12 @@ class TrainArguments:
             raise InputError(f"--profile is {self.profile}; give a number of steps, or 0 for none")
 
 
-def parse_train(argv: list[str]) -> TrainArguments:
-    """What `train` is asked to do; exits for --help and for what it does not know."""
+def parse_train(argv: list[str], file: Config) -> TrainArguments:
+    """What `train` is asked to do, on top of a config file's Config; exits for --help and for what it does not know."""
     return tyro.cli(
         TrainArguments,
         args=argv,
-        default=TrainArguments(config=tyro.MISSING, run=config_of_arguments(argv)),
+        default=TrainArguments(config=tyro.MISSING, run=file),
         description=f"{TrainArguments.__doc__}\n\n{process.describe()}",
     )
 
@@ -95,7 +95,7 @@ def parse_train(argv: list[str]) -> TrainArguments:
 def train_command(argv: list[str]) -> int:
     """Prepare the data if it is not there, then train; the exit code."""
     file = config_of_arguments(argv)
-    arguments = parse_train(argv)
+    arguments = parse_train(argv, file)
     process.restart_with_settings()
 
     group = Group(arguments.distributed)

@@ -35,7 +35,7 @@ class Source:
 
 
 def open_source(path: str) -> Source:
-    """The model at a path, or of a published name; of a run its best checkpoint, or the latest while there is no best.
+    """The model at a path or of a published name; of a run the best checkpoint, or the latest if it has no best.
 
     Raises InputError if the path is none of these, or what is there is not whole.
     """

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from nextllm_jax import cli
+from nextllm_jax.config_files import config_of_arguments
 from nextllm_jax.rendezvous import Place, find_place
 from tests.conftest import ROOT
 
@@ -74,7 +75,7 @@ class Machine:
         found = []
         for script, *arguments in self.called("python"):
             assert script == "train.py"
-            found.append(cli.parse_train(arguments))
+            found.append(cli.parse_train(arguments, config_of_arguments(arguments)))
         return found
 
 

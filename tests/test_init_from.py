@@ -60,6 +60,10 @@ def place(sources, trained, tmp_path) -> Door:
     return Door(tmp_path, trained._cache)
 
 
+def on_one_device(boxed):
+    return on_device(boxed, jax.devices()[0])
+
+
 def best_loss(directory):
     return min(line["loss"] for line in metrics(directory, "validation"))
 

@@ -119,6 +119,8 @@ class Transformer(nn.Module):
     dtype: Any = jnp.float32
     scan_layers: bool = True
     kernel: AttentionKernel = AttentionKernel()
+    jit_layers: bool = True
+    """Without scan_layers, trace a layer once for all of its kind; not for who looks at the arrays inside of each."""
 
     def setup(self) -> None:
         config, param_dtype = self.config, jnp.dtype(self.config.param_dtype)
@@ -135,7 +137,9 @@ class Transformer(nn.Module):
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )(config, self.dtype, self.kernel)
         block = _remat(config, prevent_cse=True)
-        block = block if self.scan_layers else nn.jit(block)  # traced once for all layers of a kind, not for each
+        block = (
+            nn.jit(block) if self.jit_layers and not self.scan_layers else block
+        )  # traced once for all layers of a kind, not for each
         pattern = config.layer_pattern
         num_rest = config.num_layers - num_periods * len(pattern)
         self.remainder = [block(config, pattern[i % len(pattern)], self.dtype, self.kernel) for i in range(num_rest)]
@@ -172,9 +176,10 @@ class Transformer(nn.Module):
             for i, block in enumerate(self.remainder):
                 x_BTD, cache = block(x_BTD, *context, cache, num_periods * len(config.layer_pattern) + i)
         else:
-            parts = cache.split()
-            for i, block in enumerate(self.remainder):
-                x_BTD, parts[i] = block(x_BTD, *context, parts[i], 0)
+            parts = []
+            for block, part in zip(self.remainder, cache.split(), strict=True):
+                x_BTD, part = block(x_BTD, *context, part, 0)
+                parts.append(part)
             cache = KVCache.joined(parts)
         keep_mean_square(self, "before_final_norm", x_BTD)
         hidden_BTD = self.final_norm(x_BTD)

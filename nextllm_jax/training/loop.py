@@ -139,8 +139,8 @@ def train(
 
     `allow_change` names the fields, dotted, in which a continued run may differ from what it was. `profile_steps`
     steps are traced into the run's profile/. `sample_text` makes the texts of samples.txt; every process calls it,
-    since it computes on the mesh. `initial_params` reads the weights of `config.init_from`, whose model `config` has; a
-    continued run does not call it. `group` are the processes that train together (none: this one alone), `stop` a
+    since it computes on the mesh. `initial_params` reads the weights of `config.init_from`, whose model `config` has;
+    a continued run does not call it. `group` are the processes that train together (none: this one alone), `stop` a
     request to stop that is in force already.
 
     Raises InputError for what the user can fix, and RunFailed if too many steps in a row are skipped.

@@ -162,7 +162,7 @@ def _update_is_finite(
     It is computed apart from the update that is taken, which then goes straight into the buffers of the old state;
     one computation for both would hold all of the new parameters beside the old ones until this is known.
     """
-    gradients, state = jax.lax.optimization_barrier((gradients, state))
+    gradients, state = jax.lax.optimization_barrier((gradients, dataclasses.replace(state, frozen=None)))
     params, _ = updated(optimizer, learning_rate, gradients, state)
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
 

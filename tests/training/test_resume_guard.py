@@ -15,7 +15,7 @@ from nextllm_jax.training.resume_guard import (
 )
 
 CONFIG = Config(workdir="w")
-SECTIONS = ("model", "data", "optimizer", "training", "checkpoint", "mesh")
+SECTIONS = ("lora", "model", "data", "optimizer", "training", "checkpoint", "mesh")
 
 # A value other than the default's for every field of every section; a new field wants a row here, and a thought.
 OTHER = {
@@ -58,10 +58,16 @@ OTHER = {
     "model.logit_soft_cap": 30.0,
     "mesh.data": 2,
     "mesh.context_parallelism": "ring",
+    "init_from": "runs/other",
+    "data.messages_field": "messages",
+    "data.chat_template": "template.jinja",
+    "lora.targets": ("q",),
+    "lora.frozen": "int8",
     "platform": "cpu",
     "workdir": "other",
 }
-NOT_ALONE = {"model.rope_short_factors", "model.rope_long_factors", "model.remat_offload"}  # without another field
+# Another value of these needs another field too.
+NOT_ALONE = {"model.rope_short_factors", "model.rope_long_factors", "model.remat_offload", "lora.rank"}
 FREE = {
     *("model.remat_offload", "optimizer.shard_over_data", "optimizer.offload_state"),
     *("workdir", "platform", "model.dtype", "model.remat", "data.path", "data.num_processes", "data.tokens_per_shard"),
@@ -76,6 +82,7 @@ NEVER = {
     *("model.num_kv_heads", "model.head_dim", "model.layer_pattern", "model.qk_norm", "model.attention_bias"),
     *("model.tie_embeddings", "model.param_dtype", "model.norm_placement", "model.qk_norm_over"),
     *("model.attention_output_bias", "optimizer.first_moment_dtype"),
+    *("lora.rank", "lora.targets", "lora.frozen"),
 }
 
 
