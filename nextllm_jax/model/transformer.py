@@ -137,9 +137,7 @@ class Transformer(nn.Module):
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )(config, self.dtype, self.kernel)
         block = _remat(config, prevent_cse=True)
-        block = (
-            nn.jit(block) if self.jit_layers and not self.scan_layers else block
-        )  # traced once for all layers of a kind, not for each
+        block = nn.jit(block) if self.jit_layers and not self.scan_layers else block
         pattern = config.layer_pattern
         num_rest = config.num_layers - num_periods * len(pattern)
         self.remainder = [block(config, pattern[i % len(pattern)], self.dtype, self.kernel) for i in range(num_rest)]

@@ -114,9 +114,8 @@ def train(mesh_config, config, *, steps=3):
     model, optimizer = Transformer(CONFIG), make_optimizer(OPTIMIZER)
     on_mesh = jax.device_put(base_params(), shardings_of(placed(mesh, abstract_params(CONFIG))))
     with jax.set_mesh(mesh):
-        state = state_from(
-            on_mesh, model, optimizer, mesh, Config(model=CONFIG, optimizer=OPTIMIZER, lora=config, data=DATA)
-        )
+        whole = Config(model=CONFIG, optimizer=OPTIMIZER, lora=config, data=DATA, init_from="x")
+        state = state_from(on_mesh, model, optimizer, mesh, whole)
         abstract = abstract_state(model, optimizer, mesh, lora=config)
         assert jax.tree.map(lambda leaf: leaf.sharding, state) == shardings_of(abstract)
         assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) < 3 * adapter_count(CONFIG, config)
