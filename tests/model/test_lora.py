@@ -157,7 +157,8 @@ def test_int8_weights_are_within_half_a_step_and_train_on_a_mesh():
     assert sizes > adapter_count(CONFIG, int8)
 
     exact, losses = train(MeshConfig(data=1), ALL), train(MeshConfig(data=1), int8)
-    np.testing.assert_allclose(losses[0], exact[0], rtol=0.02)
+    assert losses[0][0] == pytest.approx(exact[0][0], rel=1e-3)  # rounding alone; later steps are on ways of their own
+    assert losses[0][2] < losses[0][1] < losses[0][0]
     assert losses[3] == pytest.approx(losses[2], rel=1e-4)
     sharded = train(MeshConfig(data=2, fsdp=2, tensor=2), int8)
     np.testing.assert_allclose(sharded[0], losses[0], rtol=1e-5)
