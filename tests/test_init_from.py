@@ -86,11 +86,13 @@ def test_all_weights_are_tuned_from_where_the_source_ended(place, trained):
     assert "init_from hf -> model.gguf" in failed.stderr
 
 
-def test_adapters_resume_bit_for_bit_without_the_source_and_every_door_merges_them(place, trained):
+def test_adapters_resume_bit_for_bit_train_in_two_processes_and_are_merged_at_every_door(place, trained):
     adapted = ("--init-from", "model.gguf", "--lora.rank", "4", "--lora.alpha", "32", *SHORT)
     place.run("train.py", "--config", "config.py", *adapted, "--workdir", "whole")
     part = ("--optimizer.schedule-steps", "6", "--workdir", "parts")
     place.run("train.py", "--config", "config.py", *adapted, *part, "--training.steps", "3")
+    with Processes(place, 2, *adapted, "--mesh.fsdp", "2", "--workdir", "two") as two:
+        assert two.end()[0] == [0, 0], two.outputs()
     (place.directory / "model.gguf").unlink()
     out = place.run("train.py", "--config", "config.py", *adapted, *part)
     assert "continuing from step 3" in out.stdout
@@ -102,6 +104,11 @@ def test_adapters_resume_bit_for_bit_without_the_source_and_every_door_merges_th
     assert not any("embed" in path for path in ends[0])
     for path, array in ends[0].items():
         np.testing.assert_array_equal(array, ends[1][path], err_msg=path)
+    for split in ("train", "validation"):
+        lines = [
+            [(line["step"], line["loss"]) for line in metrics(run, split)] for run in (place.directory / "two", whole)
+        ]
+        np.testing.assert_allclose(*lines, rtol=2e-5)
     before, *_, after = metrics(whole, "validation")
     assert before["loss"] == pytest.approx(best_loss(trained.directory / "runs/config"), rel=1e-5)
     assert after["loss"] < before["loss"]
@@ -129,17 +136,6 @@ def test_adapters_resume_bit_for_bit_without_the_source_and_every_door_merges_th
         nextllm_jax.load(str(whole))
 
 
-def test_two_processes_read_their_shards_and_train_as_one(place):
-    adapted = ("--init-from", "model.gguf", "--lora.rank", "4", "--lora.frozen", "int8", *SHORT)
-    place.run("train.py", "--config", "config.py", *adapted, "--workdir", "one")
-    with Processes(place, 2, *adapted, "--mesh.fsdp", "2", "--workdir", "two") as two:
-        assert two.end()[0] == [0, 0], two.outputs()
-    for split in ("train", "validation"):
-        lines = [metrics(place.directory / run, split) for run in ("one", "two")]
-        losses = [[(line["step"], line["loss"]) for line in each] for each in lines]
-        np.testing.assert_allclose(losses[1], losses[0], rtol=2e-5)
-
-
 def test_conversations_are_learnt_from_a_file_of_messages(place):
     talks = [
         [{"role": "user", "content": f"what has {name}?"}, {"role": "assistant", "content": f"{name} has fish {n}."}]
@@ -160,6 +156,10 @@ def test_conversations_are_learnt_from_a_file_of_messages(place):
     (data,) = (place.directory / "data").glob("talks*")
     score = score_data(llm, str(data), window=64)
     assert (score.nll, score.bits_per_byte) == pytest.approx((after["loss"], after["bits_per_byte"]), rel=1e-5)
+
+
+def on_one_device(boxed):
+    return on_device(boxed, jax.devices()[0])
 
 
 def resolve(config=None, file=None, **changes):
@@ -191,7 +191,7 @@ def test_the_model_is_the_sources_but_for_how_it_is_computed(sources, capsys):
         ({"model": ModelConfig(context_length=4096)}, ["model.context_length is 4096", "has 128"]),
         ({"data": DataConfig(sequence_length=500)}, ["data.sequence_length 500", "model.context_length 128"]),
         ({"data": DataConfig(sequence_length=64, tokenizer="other")}, ["other"]),
-        ({"init_from": "nowhere"}, ["nowhere", "no run directory"]),
+        ({"init_from": "missing"}, ["missing", "no run directory"]),
         ({"init_from": None, "lora": LoraConfig(rank=2)}, ["lora.rank is 2", "set init_from"]),
     ],
 )

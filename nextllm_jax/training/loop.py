@@ -336,18 +336,19 @@ def _save(
 ) -> None:
     """Save a step that is due or a new best; a step that is saved already only gets its validation loss."""
     checkpoints = session.checkpoints
-    if state.frozen is not None:
-        facts = {**facts, RECORD: base_id(checkpoints.directory.parent)}
     checkpoints.wait()
+    items, more_facts = to_save(state)
+    record = facts | more_facts
+    if state.frozen is not None:
+        record[RECORD] = base_id(checkpoints.directory.parent)
     if step in checkpoints.steps():
         if loss is not None:
-            checkpoints.add_validation_loss(step, loss, facts)
+            checkpoints.add_validation_loss(step, loss, record)
         return
     best = checkpoints.best_step()
     improves = loss is not None and (best is None or loss < (checkpoints.validation_loss(best) or math.inf))
     if due or improves:
-        items, more_facts = to_save(state)
-        checkpoints.save(step, items, facts | more_facts, validation_loss=loss)
+        checkpoints.save(step, items, record, validation_loss=loss)
 
 
 def _finish(session: Session, state: TrainState, last: StepMetrics | None) -> Outcome:
