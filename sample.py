@@ -26,7 +26,8 @@ class SampleArguments:
     """Continue prompts with a trained model; the text streams as it is made."""
 
     checkpoint: str
-    """Run directory that train.py wrote, such as runs/tiny, a Hugging Face directory, or a GGUF file."""
+    """Run directory that train.py wrote, such as runs/tiny, a Hugging Face directory, a GGUF file, or the name of a
+    published model: smollm2."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text to continue; may be given several times. None: the start of a document."""
     chat: bool = False

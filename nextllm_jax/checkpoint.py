@@ -172,8 +172,8 @@ class Checkpoints:
         fix = f"use another step of: {', '.join(others)}" if others else "there is no other step"
         return f"checkpoint {self._path(step)} {why}; {fix}"
 
-    def resolve(self, step: str | int) -> int:
-        """The step that "latest", "best" or a number means.
+    def resolve(self, step: str | int | None) -> int:
+        """The step that "latest", "best" or a number means; None: the best, or latest while none has a validation loss.
 
         Raises InputError, naming the directory and the steps in it, where there is no such step, and
         DamagedCheckpoint where the best cannot be told, since the manifest of a step is damaged.
@@ -182,6 +182,8 @@ class Checkpoints:
         if not steps:
             raise InputError(f"{self._directory} holds no complete checkpoint; train first, or check the path")
         there = f"there are: {', '.join(map(str, steps))}"
+        if step is None:
+            step = "latest" if self.best_step() is None else "best"
         if step == "latest":
             return steps[-1]
         if step == "best":

@@ -72,18 +72,29 @@ class TrainArguments:
     allow_change: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Field in which a continued run may differ from what it was, such as optimizer.learning_rate; may be given
     several times."""
+    profile: int = 0
+    """Steps to trace, after two of warm-up, into profile/ of the run, for XProf and Perfetto; 0: none."""
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     run: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
+    def __post_init__(self) -> None:
+        if self.profile < 0:
+            raise InputError(f"--profile is {self.profile}; give a number of steps, or 0 for none")
 
-def train_command(argv: list[str]) -> int:
-    """Prepare the data if it is not there, then train; the exit code."""
-    arguments = tyro.cli(
+
+def parse_train(argv: list[str]) -> TrainArguments:
+    """What `train` is asked to do; exits for --help and for what it does not know."""
+    return tyro.cli(
         TrainArguments,
         args=argv,
         default=TrainArguments(config=tyro.MISSING, run=config_of_arguments(argv)),
         description=f"{TrainArguments.__doc__}\n\n{process.describe()}",
     )
+
+
+def train_command(argv: list[str]) -> int:
+    """Prepare the data if it is not there, then train; the exit code."""
+    arguments = parse_train(argv)
     process.restart_with_settings()
 
     group = Group(arguments.distributed)
@@ -96,6 +107,7 @@ def train_command(argv: list[str]) -> int:
             arguments.run,
             overwrite=arguments.overwrite,
             allow_change=arguments.allow_change,
+            profile_steps=arguments.profile,
             sample_text=_sample_text,
             group=group,
             stop=stop,

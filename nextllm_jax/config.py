@@ -211,9 +211,12 @@ class MeshConfig:
     """Context parallelism: each sequence is divided."""
     context_parallelism: Literal["all_gather", "ring"] = "all_gather"
     """How divided sequences attend: each device gathers all keys and values, or these go around in a ring, which
-    needs less memory and sends the same."""
+    holds fewer of them at a time."""
     tensor: int = 1
     """Tensor parallelism: heads, mlp and vocabulary are divided."""
+    slices: int = 1
+    """TPU slices, or groups of other devices, that only a slower network joins; no axis but data crosses it, and this
+    is its outer factor: it must divide data."""
 
     def sizes(self, num_devices: int) -> tuple[int, int, int, int]:
         """(data, fsdp, sequence, tensor) with -1 resolved; their product is num_devices."""
@@ -226,6 +229,10 @@ class MeshConfig:
             math.prod(sizes) == num_devices,
             f"{named} does not use {num_devices} devices exactly; change an axis, or set one to -1",
         )
+        _require(
+            sizes[0] % self.slices == 0,
+            f"mesh.slices {self.slices} does not divide mesh.data {sizes[0]}; no other axis may cross slices",
+        )
         return (sizes[0], sizes[1], sizes[2], sizes[3])
 
     def __post_init__(self) -> None:
@@ -234,6 +241,7 @@ class MeshConfig:
         for name, size in sizes.items():
             _require(size == -1 or size > 0, f"mesh.{name} is {size}; it must be positive, or -1 for what is left")
         _require(list(sizes.values()).count(-1) <= 1, "only one mesh axis may be -1")
+        _require_positive(self, "mesh.", "slices")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 
 from nextllm_jax.config import SamplingConfig
 from nextllm_jax.errors import InputError
-from nextllm_jax.inference.generate import CachedRow, Generation, Speeds
-from nextllm_jax.inference.stream import Sample, TextStream
+from nextllm_jax.inference.generate import CachedRow, Speeds
+from nextllm_jax.inference.stream import Sample
 from nextllm_jax.llm import LLM
 from nextllm_jax.tokenizer.chat import ChatTemplate, Message
 
@@ -67,26 +67,24 @@ class Conversation:
                 f"the conversation would take {len(prompt):,} tokens and leaves no room for an answer in the model's "
                 f"context of {context_length:,}; /reset starts anew"
             )
-        ends = {"max_new_tokens": min(room, max_new_tokens), "stop_ids": llm.tokenizer.stop_ids}
         cached, self._cached = self._cached, None  # whatever happens now, it is gone
-        generation = Generation(
-            llm.model,
-            llm.params,
+        stream = llm.stream_tokens(
             [prompt],
-            samples=[0],
+            texts=[text],
+            max_new_tokens=min(room, max_new_tokens),
             sampling=sampling,
             seed=seed,
-            vocab_size=llm.tokenizer.vocab_size,
+            stop=stop,
+            chunk_tokens=chunk_tokens,
             cached=cached,
             least_cache_length=_LEAST_CACHE_LENGTH,
-            **ends,
         )
-        for piece in TextStream(generation, llm.tokenizer, [text], stop=stop, chunk_tokens=chunk_tokens, **ends):
+        for piece in stream:
             if piece.text:
                 yield piece.text
             self.sample = piece.sample
         assert self.sample is not None
-        self.speeds = generation.speeds
+        self.speeds = stream.speeds
         self.is_full = self.sample.finish_reason == "length" and room <= max_new_tokens
-        self._cached = generation.cached_row([*prompt, *self.sample.tokens])
+        self._cached = stream.cached_row([*prompt, *self.sample.tokens])
         self.messages = [*messages, {"role": "assistant", "content": self.sample.text}]

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 
 from nextllm_jax.checkpoint import Checkpoints
@@ -19,9 +18,14 @@ from nextllm_jax.config_files import read_config
 from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.interop.foreign import is_foreign, open_foreign
 from nextllm_jax.model.transformer import abstract_params
+from nextllm_jax.published_models import resolve
+from nextllm_jax.sharding import on_device
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 Format = Literal["huggingface", "gguf"]
+
+LAYOUT = 1
+"""Raised whenever `import_model` makes another run of the same files, so that imports that were kept are made anew."""
 
 ORIGIN = "imported"
 """Name, in the record of an imported checkpoint, of what an export takes up again."""
@@ -33,6 +37,7 @@ def import_model(source: str, output: str, *, dtype: str = "float32", context_le
     Parameters are kept in `dtype`. `context_length` limits the model's own. Raises InputError for files that are
     not whole or that this model cannot honour, and for an output that exists.
     """
+    source = resolve(source)
     if not is_foreign(Path(source)):
         raise InputError(f"{source} is neither a Hugging Face directory (with config.json) nor a .gguf file")
     foreign = open_foreign(Path(source))
@@ -103,10 +108,9 @@ def export_model(
 
 def _open(source: str, step: str | int | None) -> tuple[ModelConfig, Any, Tokenizer, dict[str, Any]]:
     """(config, parameters on the CPU, tokenizer, what is known of an import) of a run directory or foreign files."""
+    source = resolve(source)
     if is_foreign(Path(source)):
-        if step is not None:
-            raise InputError(f"{source} is no run directory and has no steps; leave the step out")
-        foreign = open_foreign(Path(source))
+        foreign = open_foreign(Path(source), step)
         origin = {"model_type": foreign.model_type, "vocab_size": foreign.config.vocab_size}
         return foreign.config, foreign.load_params(_on_cpu(foreign.config)), foreign.load_tokenizer(), origin
     run = Path(source)
@@ -114,8 +118,6 @@ def _open(source: str, step: str | int | None) -> tuple[ModelConfig, Any, Tokeni
         raise InputError(f"{source} is not a run directory; give one that train.py or nextllm import wrote")
     config = read_config(run / "config.json").model
     with Checkpoints(run / "checkpoints") as checkpoints:
-        if step is None:
-            step = "latest" if checkpoints.best_step() is None else "best"
         number = checkpoints.resolve(step)
         origin = checkpoints.record(number).get(ORIGIN, {})
         params = checkpoints.restore(number, "params", _on_cpu(config))
@@ -124,11 +126,7 @@ def _open(source: str, step: str | int | None) -> tuple[ModelConfig, Any, Tokeni
 
 def _on_cpu(config: ModelConfig) -> Any:
     """The abstract parameters in the host's memory: converting needs no accelerator."""
-    cpu = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cpu),
-        nn.meta.unbox(abstract_params(config)),
-    )
+    return on_device(abstract_params(config), jax.local_devices(backend="cpu")[0])
 
 
 def _one_or_all(ids: tuple[int, ...]) -> int | list[int]:

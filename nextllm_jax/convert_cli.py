@@ -13,7 +13,8 @@ class ImportArguments:
     """Turn a Hugging Face directory or a GGUF file into a run directory, which sampling and training take."""
 
     source: tyro.conf.Positional[str]
-    """Hugging Face directory (config.json, safetensors, tokenizer.json), or GGUF file."""
+    """Hugging Face directory (config.json, safetensors, tokenizer.json), GGUF file, or the name of a published model:
+    smollm2."""
     output: str
     """Run directory to write: config.json, tokenizer, and the weights as checkpoint 0."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -43,7 +44,7 @@ class ExportArguments:
     """Write a model for transformers, vLLM and llama.cpp."""
 
     checkpoint: str
-    """Run directory; a Hugging Face directory or a GGUF file is converted too."""
+    """Run directory; a Hugging Face directory, a GGUF file or a published model (smollm2) is converted too."""
     output: str
     """Directory (huggingface) or file (gguf) to write."""
     format: Literal["huggingface", "gguf"] = "huggingface"

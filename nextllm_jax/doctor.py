@@ -31,7 +31,7 @@ from nextllm_jax.training.checks import check_fits, check_not_beyond, check_plat
 from nextllm_jax.training.loop import make_loader
 from nextllm_jax.training.program import build_program
 from nextllm_jax.training.resume_guard import CONFIG, local_workdir, require_resumable, require_same_data
-from nextllm_jax.training.run_directory import holder_of, require_run_or_empty
+from nextllm_jax.training.run_directory import require_run_or_empty, require_unlocked
 from nextllm_jax.verify import check_steps, find_steps
 
 
@@ -216,9 +216,7 @@ def _check_run(report: Report, config: Config, overwrite: bool) -> int | None:
     """
     workdir = Path(local_workdir(config))
     require_run_or_empty(workdir)
-    holder = holder_of(workdir)
-    if holder:
-        raise InputError(f"{workdir} is being trained by {holder}; stop that, or choose another --workdir")
+    require_unlocked(workdir)
     if not (workdir / CONFIG).exists():
         report.add("run", f"{workdir} is free for a new run")
         return None

@@ -10,7 +10,7 @@ from nextllm_jax.data.loader import validation_batches
 from nextllm_jax.data.packing import num_windows
 from nextllm_jax.data.shards import Dataset
 from nextllm_jax.errors import InputError
-from nextllm_jax.llm import LLM, Score
+from nextllm_jax.llm import LLM, Score, check_windows
 from nextllm_jax.model.transformer import Transformer, resolve_dtype
 from nextllm_jax.training.evaluate import evaluate
 from nextllm_jax.training.step import make_eval_step
@@ -38,11 +38,7 @@ def score_data(
             f"the data in {path} was made with another tokenizer than the model's; prepare the text again with "
             "--tokenizer set to the model's directory"
         )
-    context_length = llm.config.context_length
-    if not 0 < window <= context_length:
-        raise InputError(f"window is {window}; it must lie in 1 to the model's context_length {context_length}")
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; it must be positive")
+    check_windows(window, batch_size, llm.config.context_length)
     training_dtype = resolve_dtype(dtype or llm.config.dtype, jax.default_backend(), training=True)
     model = Transformer(dataclasses.replace(llm.config, remat="none"), training_dtype, llm.scan_layers)
     split = dataset.split("validation")

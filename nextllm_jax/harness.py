@@ -14,8 +14,7 @@ import numpy as np
 
 from nextllm_jax.config import SamplingConfig
 from nextllm_jax.errors import InputError
-from nextllm_jax.inference.generate import Generation, bucket
-from nextllm_jax.inference.stream import TextStream
+from nextllm_jax.inference.generate import bucket
 from nextllm_jax.llm import LLM, load
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.tokenizer.chat import ChatTemplate
@@ -185,19 +184,9 @@ class HarnessModel(TemplateLM):
     def _generate(
         self, rows: list[list[int]], stop: tuple[str, ...], max_new_tokens: int, sampling: SamplingConfig
     ) -> list[str]:
-        llm = self.llm
-        ends = {"max_new_tokens": max_new_tokens, "stop_ids": llm.tokenizer.stop_ids}
-        generation = Generation(
-            llm.model,
-            llm.params,
-            rows,
-            samples=[0] * len(rows),
-            sampling=sampling,
-            seed=0,
-            vocab_size=llm.tokenizer.vocab_size,
-            **ends,
+        pieces = self.llm.stream_tokens(
+            rows, texts=[""] * len(rows), max_new_tokens=max_new_tokens, sampling=sampling, stop=stop
         )
-        pieces = TextStream(generation, llm.tokenizer, [""] * len(rows), stop=stop, **ends)
         finished = {piece.row: piece.sample.text for piece in pieces if piece.sample is not None}
         return [finished[row] for row in range(len(rows))]
 

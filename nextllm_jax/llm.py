@@ -3,11 +3,11 @@
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,10 +16,11 @@ from etils import epath
 from nextllm_jax.checkpoint import Checkpoints
 from nextllm_jax.config import ModelConfig, SamplingConfig
 from nextllm_jax.config_files import read_config
-from nextllm_jax.errors import InputError
-from nextllm_jax.inference.generate import CHUNK_TOKENS, Generation, bucket
+from nextllm_jax.errors import InputError, RunFailed
+from nextllm_jax.import_cache import use_imported
+from nextllm_jax.inference.generate import CHUNK_TOKENS, CachedRow, Generation, bucket
 from nextllm_jax.inference.stream import Sample, TextStream
-from nextllm_jax.interop.foreign import is_foreign, open_foreign
+from nextllm_jax.interop.foreign import Foreign, is_foreign, open_foreign, require_no_step
 from nextllm_jax.model.transformer import (
     Transformer,
     abstract_params,
@@ -29,6 +30,8 @@ from nextllm_jax.model.transformer import (
     unstack_layers,
 )
 from nextllm_jax.ops.cross_entropy import cross_entropy
+from nextllm_jax.published_models import PUBLISHED_MODELS, is_published, resolve
+from nextllm_jax.sharding import on_device
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 128
@@ -156,19 +159,50 @@ class LLM:
         if not all(stop):
             raise InputError("a stop string is empty; leave it out, or give the text to stop at")
         rows = [prompt for prompt in prompts for _ in range(num_samples)]
-        ends = {"max_new_tokens": max_new_tokens, "stop_ids": self.tokenizer.stop_ids}
         encoded = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
+        return self.stream_tokens(
+            [tokens for tokens in encoded for _ in range(num_samples)],
+            texts=rows,
+            samples=[*range(num_samples)] * len(prompts),
+            max_new_tokens=max_new_tokens,
+            sampling=sampling or SamplingConfig(),
+            seed=seed,
+            stop=stop,
+            chunk_tokens=chunk_tokens,
+        )
+
+    def stream_tokens(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        texts: Sequence[str],
+        max_new_tokens: int,
+        sampling: SamplingConfig,
+        samples: Sequence[int] | None = None,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        chunk_tokens: int = CHUNK_TOKENS,
+        cached: CachedRow | None = None,
+        least_cache_length: int = 0,
+    ) -> TextStream:
+        """As `stream`, but from ids; `texts` are what the samples name as their prompts, `samples` their indices.
+
+        See Generation for `cached` and `least_cache_length`, and for what it raises.
+        """
+        ends = {"max_new_tokens": max_new_tokens, "stop_ids": self.tokenizer.stop_ids}
         generation = Generation(
             self.model,
             self.params,
-            [tokens for tokens in encoded for _ in range(num_samples)],
-            samples=[*range(num_samples)] * len(prompts),
-            sampling=sampling or SamplingConfig(),
+            prompts,
+            samples=[0] * len(prompts) if samples is None else samples,
+            sampling=sampling,
             seed=seed,
             vocab_size=self.tokenizer.vocab_size,
+            cached=cached,
+            least_cache_length=least_cache_length,
             **ends,
         )
-        return TextStream(generation, self.tokenizer, rows, stop=stop, chunk_tokens=chunk_tokens, **ends)
+        return TextStream(generation, self.tokenizer, texts, stop=stop, chunk_tokens=chunk_tokens, **ends)
 
     def score(
         self,
@@ -186,14 +220,10 @@ class LLM:
 
         Raises InputError for an empty text, a window over the context length or a batch size that is not positive.
         """
-        context_length = self.config.context_length
-        window = context_length if window is None else window
+        window = self.config.context_length if window is None else window
         if not text:
             raise InputError("the text to score is empty; bits per byte need at least one byte")
-        if not 0 < window <= context_length:
-            raise InputError(f"window is {window}; it must lie in 1 to the model's context_length {context_length}")
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}; it must be positive")
+        check_windows(window, batch_size, self.config.context_length)
         document = self.tokenizer.encode_document(text)
         windows = _windows(document, window, batch_size)
         starts = range(0, len(windows[0]), batch_size)
@@ -203,6 +233,14 @@ class LLM:
         )
         count = len(document) - 1
         return Score(nll_sum / count, count, nll_sum / math.log(2) / len(text.encode("utf-8", errors="replace")))
+
+
+def check_windows(window: int, batch_size: int, context_length: int) -> None:
+    """Raise InputError if a model cannot score windows of this many tokens, or so many of them together."""
+    if not 0 < window <= context_length:
+        raise InputError(f"window is {window}; it must lie in 1 to the model's context_length {context_length}")
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; it must be positive")
 
 
 def _windows(document: Sequence[int], window: int, batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -244,32 +282,53 @@ def _nll_sum(
 
 
 def load(path: str, *, step: str | int | None = None, dtype: str | None = None) -> LLM:
-    """The model of a run directory at a step, of a Hugging Face directory or of a GGUF file, on one device.
+    """The model of a run directory, a Hugging Face directory, a GGUF file or a published name, on one device.
 
-    `step` is a number, "best" or "latest"; None is the best, or the latest while no checkpoint has a validation loss.
-    `dtype` is the type of the matmuls: "float32", "bfloat16", "auto" for what suits the platform, None for what
-    the run's config says. Matrices are cast to it once, here, norms stay as they were trained. float32 asks jax for
-    full matmul precision, for the whole process.
+    `step` of a run is a number, "best" or "latest"; None is the best, or the latest while no checkpoint has a
+    validation loss. A published model is imported into the user's cache directory the first time. `dtype` is the type
+    of the matmuls: "float32", "bfloat16", "auto" for what suits the platform, None for what the run's config says.
+    Matrices are cast to it once, here, norms stay as they were trained. float32 asks jax for full matmul precision,
+    for the whole process.
 
     Raises InputError if path is none of these, or has no checkpoint of that step.
     """
-    if is_foreign(Path(path)):
-        return _load_foreign(Path(path), step, dtype)
-    run = epath.Path(path)
+    file = Path(resolve(path))
+    if is_published(path):
+        return _load_published(path, file, step, dtype)
+    if is_foreign(file):
+        return _load_foreign(open_foreign(file, step), dtype)
+    return _assemble(*_read_run(epath.Path(path), step), dtype)
+
+
+def _load_published(name: str, file: Path, step: str | int | None, dtype: str | None) -> LLM:
+    """The model in the file of a published name, by way of its import, or from the file where that cannot be kept."""
+    require_no_step(file, step)
+    try:
+        return _assemble(*use_imported(name, file, lambda run: _read_run(epath.Path(run), None)), dtype)
+    except (OSError, RunFailed) as error:
+        print(f"{name} is read from {file}, for its import cannot be kept: {error}", file=sys.stderr, flush=True)
+        return _load_foreign(open_foreign(file), dtype)
+
+
+def _read_run(run: epath.Path, step: str | int | None) -> tuple[ModelConfig, Tokenizer, Any]:
+    """Config, tokenizer and parameters, stacked and as they were trained, of a run directory."""
     config_file = run / "config.json"
     if not config_file.exists():
         raise InputError(
-            f"{path} is not a run directory; give the one that train.py wrote, such as runs/tiny, "
-            "with config.json, tokenizer and checkpoints in it, or a Hugging Face directory, or a .gguf file"
+            f"{run} is not a run directory; give the one that train.py wrote, such as runs/tiny, with config.json, "
+            "tokenizer and checkpoints in it, or a Hugging Face directory, a .gguf file, or the name of a published "
+            f"model ({', '.join(PUBLISHED_MODELS)})"
         )
-    config = read_config(config_file).model
+    config, tokenizer = read_config(config_file).model, Tokenizer.load(run / "tokenizer")
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        abstract = on_device(abstract_params(config), jax.local_devices()[0])
+        return config, tokenizer, checkpoints.restore(checkpoints.resolve(step), "params", abstract)
+
+
+def _assemble(config: ModelConfig, tokenizer: Tokenizer, params: Any, dtype: str | None) -> LLM:
+    """The LLM of a run's parameters."""
     compute_dtype = resolve_dtype(dtype or config.dtype, jax.default_backend())
     set_matmul_precision(compute_dtype)
-    tokenizer = Tokenizer.load(run / "tokenizer")
-    with Checkpoints(run / "checkpoints") as checkpoints:
-        if step is None:
-            step = "latest" if checkpoints.best_step() is None else "best"
-        params = checkpoints.restore(checkpoints.resolve(step), "params", _on_one_device(abstract_params(config)))
     params = cast_matrices(params, compute_dtype)
     scan_layers = config.num_layers > MAX_UNROLLED_LAYERS
     if not scan_layers:
@@ -277,27 +336,15 @@ def load(path: str, *, step: str | int | None = None, dtype: str | None = None) 
     return LLM(config, params, tokenizer, compute_dtype, scan_layers)
 
 
-def _load_foreign(path: Path, step: str | int | None, dtype: str | None) -> LLM:
+def _load_foreign(foreign: Foreign, dtype: str | None) -> LLM:
     """The model in another program's files, each tensor read straight into the type and place where it is used."""
-    if step is not None:
-        raise InputError(f"{path} is no run directory and has no steps; leave the step out")
-    foreign = open_foreign(path)
     config, tokenizer = foreign.config, foreign.load_tokenizer()
     compute_dtype = resolve_dtype(dtype or config.dtype, jax.default_backend())
     set_matmul_precision(compute_dtype)
     scan_layers = config.num_layers > MAX_UNROLLED_LAYERS
-    abstract = _on_one_device(abstract_params(config, scan_layers=scan_layers))
-    return LLM(
-        config, foreign.load_params(cast_matrices(abstract, compute_dtype)), tokenizer, compute_dtype, scan_layers
-    )
-
-
-def _on_one_device(boxed: Any) -> Any:
-    """Abstract parameters without boxes, on the default device."""
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), nn.meta.unbox(boxed)
-    )
+    abstract = on_device(abstract_params(config, scan_layers=scan_layers), jax.local_devices()[0])
+    params = foreign.load_params(cast_matrices(abstract, compute_dtype))
+    return LLM(config, params, tokenizer, compute_dtype, scan_layers)
 
 
 def cast_matrices(params: Any, dtype: np.dtype) -> Any:

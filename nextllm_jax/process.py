@@ -43,6 +43,11 @@ def restart_with_settings() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **missing})
 
 
+def cache_directory() -> Path:
+    """Where this package keeps what it can make again: nextllm_jax in XDG_CACHE_HOME, or in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nextllm_jax"
+
+
 def use_planning_settings() -> None:
     """Set PLANNING_ENVIRONMENT in this process, whatever stood there. Call it before jax is imported."""
     os.environ.update(PLANNING_ENVIRONMENT)
@@ -53,5 +58,4 @@ def use_compilation_cache() -> None:
     import jax
 
     if not jax.config.values["jax_compilation_cache_dir"]:
-        home = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
-        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "nextllm_jax" / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))

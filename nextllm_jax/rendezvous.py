@@ -23,7 +23,8 @@ _HELLO = "nextllm_jax 1"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
-    """Processes that train together; what is not given comes from the cluster (TPU, SLURM, Open MPI), if it says so."""
+    """Processes that train together; what is not given comes from the cluster, if there is one: TPU VMs, TPUs in GKE,
+    SLURM, Open MPI."""
 
     coordinator_address: str | None = None
     """HOST:PORT at which process 0 is reached by the others."""
@@ -66,7 +67,9 @@ def find_place(config: DistributedConfig) -> Place | None:
     given: tuple[Any, ...] = tuple(getattr(config, name) for name in names)
     if config.num_processes == 1:
         return None
-    found: tuple[Any, ...] = (*given, None) if None not in given else _ask_cluster(given)
+    found: tuple[Any, ...] = (*given, None)
+    if None in given:
+        found = _ask_cluster(given, config.start_timeout_seconds)
     missing = [name for name, value in zip(names, found, strict=False) if value is None]
     if len(missing) == 3 or (not missing and found[1] == 1):
         return None
@@ -77,20 +80,28 @@ def find_place(config: DistributedConfig) -> Place | None:
     return Place(*found)
 
 
-def _ask_cluster(given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Address, number of processes, process id and local devices, as jax finds them out where they are not given."""
+def _ask_cluster(given: tuple[Any, ...], timeout_seconds: int) -> tuple[Any, ...]:
+    """Address, number of processes, process id and local devices, as jax finds them out where they are not given.
+
+    A process that SLURM or Open MPI started alone on its machine takes all devices there; jax would take the first.
+    """
     # jax has no public name for this: jax.distributed.initialize asks and connects in one.
     from jax._src.clusters import ClusterEnv
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "Kubernetes without its package", in every pod
-            return ClusterEnv.auto_detect_unset_distributed_params(given[0], given[1], given[2], None, None, 60)
+            *place, local = ClusterEnv.auto_detect_unset_distributed_params(
+                given[0], given[1], given[2], None, None, timeout_seconds
+            )
     except Exception as error:
         raise InputError(
             f"what the cluster says of its processes cannot be read ({' '.join(str(error).split())[:200]}); give the "
             "--distributed flags, or --distributed.num-processes 1 to train in this process alone"
         ) from error
+    nodes, tasks = (os.environ.get(f"SLURM_STEP_NUM_{things}") for things in ("NODES", "TASKS"))
+    alone = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" or (nodes is not None and nodes == tasks)
+    return (*place, None if alone else local)
 
 
 class Line:

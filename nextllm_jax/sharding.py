@@ -11,7 +11,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from nextllm_jax.config import MeshConfig
 from nextllm_jax.errors import InputError
@@ -39,11 +41,29 @@ RULES: dict[str, tuple[str, ...]] = {
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all given devices (default: all there are) with the axes of MESH_AXES, all Auto.
 
-    Raises InputError if the axis sizes do not use the devices exactly.
+    The order of TPUs follows their torus, and each slice is one contiguous part of the data axis. Raises InputError
+    if the axis sizes do not use the devices exactly, or if the devices form other slices than the config says.
     """
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    found = num_slices(devices)
+    if config.slices == found > 1:
+        in_a_slice = (sizes[0] // found, *sizes[1:])
+        order = create_hybrid_device_mesh(in_a_slice, (found, 1, 1, 1), devices, allow_split_physical_axes=True)
+    elif config.slices == 1 and (found == 1 or devices[0].platform != "tpu"):
+        # Nodes of GPUs count as slices too, but any axis may cross the network that joins them.
+        order = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    elif found == 1 and devices[0].platform == "cpu":
+        order = np.array(devices).reshape(sizes)  # simulated slices: data is the outermost axis
+    else:
+        fit = f"{found}" if found == 1 or devices[0].platform == "tpu" else f"{found}, or 1 to let any axis cross them"
+        raise InputError(f"mesh.slices is {config.slices}, but the devices form {found}; set --mesh.slices {fit}")
+    return Mesh(order, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def num_slices(devices: Sequence[Any]) -> int:
+    """How many slices the devices say they are in: TPU slices, nodes of GPUs. 1 for devices that do not say it."""
+    return len({getattr(device, "slice_index", None) for device in devices})
 
 
 def spec(names: Sequence[str | None]) -> PartitionSpec:
@@ -85,6 +105,14 @@ def per_shard(f: Callable[..., Any], in_names: Sequence[Sequence[str]], out_name
 def sharding(mesh: Mesh | AbstractMesh, *names: str | None) -> NamedSharding:
     """The NamedSharding of an array with these logical axes on `mesh`."""
     return NamedSharding(mesh, spec(names))
+
+
+def on_device(abstract_tree: Any, device: Any) -> Any:
+    """The tree of abstract arrays without boxes, each of them whole on one device."""
+    place = SingleDeviceSharding(device)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), nn.meta.unbox(abstract_tree)
+    )
 
 
 def _is_boxed(leaf: Any) -> bool:

@@ -22,7 +22,7 @@ class TokenizeArguments:
     """Text to tokenize; none: --file, or standard input."""
     tokenizer: str
     """A run directory, prepared data, a Hugging Face directory, a tokenizer.json, a .gguf or .tiktoken file, or gpt2,
-    cl100k_base or o200k_base."""
+    cl100k_base, o200k_base or smollm2."""
     file: str | None = None
     """File to tokenize."""
     special: bool = False
@@ -72,7 +72,7 @@ class EvaluateArguments:
     """Score a model on a text, or on the validation split of prepared data as training does."""
 
     checkpoint: str
-    """Run directory that train.py wrote, Hugging Face directory or GGUF file."""
+    """Run directory that train.py wrote, Hugging Face directory, GGUF file, or a published model: smollm2."""
     text: str | None = None
     """File to score as one document, in windows that do not see each other."""
     data: str | None = None

@@ -13,10 +13,20 @@ def metrics(directory, split):
     return [line for line in lines if line["split"] == split]
 
 
+def contents(directory):
+    """Every file below a directory but locks, by path."""
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
 def saved_arrays(run, step):
     """Every array of a checkpoint, by path."""
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        items = [checkpointer.restore(run / "checkpoints" / str(step) / name) for name in ("params", "rest")]
+    items = []
+    for name in ("params", "rest"):
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            path = run / "checkpoints" / str(step) / name
+            tree = checkpointer.metadata(path).item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)  # of any processes
+            items.append(checkpointer.restore(path, restore_args=as_numpy))
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(items)}
 
 

@@ -20,7 +20,9 @@ LAYERS = [  # a module imports from the rows below its own
     ("convert_cli", "plan_cli", "text_cli"),
     ("doctor", "resume_proof"),
     ("conversation", "evaluation", "harness", "plan"),
-    ("llm", "verify", "machine", "convert"),
+    ("llm", "verify", "machine"),
+    ("import_cache",),
+    ("convert",),
     ("training", "inference"),
     ("data", "model"),
     ("interop",),
@@ -33,10 +35,14 @@ LAYERS = [  # a module imports from the rows below its own
     ("config_checks",),
     ("distributed",),
     ("hardware", "ops", "process", "rendezvous", "tokenizer"),
+    ("published_models",),
     ("errors",),
 ]
 FOLDERS = {  # inside a folder a file imports from those to its left
-    "ops": ("rope", "linear", "cross_entropy", "quantized", "splash", "attention"),
+    "ops": (
+        *("rope", "linear", "cross_entropy", "quantized"),
+        *("scores", "attention", "blockwise", "ring", "splash", "cudnn"),
+    ),
     "model": ("layers", "kv_cache", "attention_kernel", "attention", "transformer", "quantize", "accounting"),
     "tokenizer": (
         "backends",
@@ -63,7 +69,7 @@ FOLDERS = {  # inside a folder a file imports from those to its left
             "resume_guard",
             "run_directory",
         ),
-        *("writers", "signals", "program", "flight_recorder", "loop", "diagnosis", "replay"),
+        *("writers", "signals", "program", "flight_recorder", "profiler", "loop", "diagnosis", "replay"),
     ),
     "plan": (
         *("topology", "hlo", "collectives", "compile", "estimate", "roofline", "advice", "training", "decoding"),

@@ -5,9 +5,7 @@ import shutil
 
 import pytest
 
-
-def contents(directory):
-    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file() and path.name != ".lock"}
+from tests.runs import contents
 
 
 @pytest.fixture

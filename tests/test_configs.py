@@ -96,6 +96,7 @@ def test_parameter_counts_of_llama_3(name: str, published: int) -> None:
         (CheckpointConfig, {"keep_every_steps": -1}, ["checkpoint.keep_every_steps is -1"]),
         (MeshConfig, {"tensor": 0}, ["mesh.tensor is 0"]),
         (MeshConfig, {"data": -1, "fsdp": -1}, ["only one mesh axis"]),
+        (MeshConfig, {"slices": 0}, ["mesh.slices is 0"]),
         (
             Config,
             {"data": DataConfig(sequence_length=512), "model": ModelConfig(context_length=256)},

@@ -17,7 +17,16 @@ from nextllm_jax.data.shards import Dataset
 from nextllm_jax.distributed import LAST_SECONDS
 from nextllm_jax.sharding import make_mesh, sharding
 from tests.conftest import ROOT
-from tests.processes import RUN, Processes, assert_same_losses, devices, free_port, saved_steps
+from tests.processes import (
+    RUN,
+    Processes,
+    assert_same_losses,
+    assert_same_metrics,
+    devices,
+    free_port,
+    saved_steps,
+)
+from tests.runs import saved_arrays
 
 
 def assert_sentence(output, pattern):
@@ -38,6 +47,24 @@ def test_two_processes_stopped_by_a_signal_to_one_and_continued_by_one_process(t
     door.run("train.py", "--config", "config.py")
     assert_same_losses(door.directory, trained.directory)
     assert (door.directory / RUN / "samples.txt").read_text() == (trained.directory / RUN / "samples.txt").read_text()
+
+
+def test_four_processes_in_two_slices_end_with_what_one_process_has(trained, door):
+    """Data is divided over the slices and parameters inside of them; each process saves what it alone holds."""
+    with Processes(door, 4, "--mesh.slices", "2", "--mesh.fsdp", "2", slices=2) as four:
+        codes, _ = four.end()
+        assert codes == [0] * 4, four.outputs()
+        assert "4 x cpu (data 2, fsdp 2)" in four.output(0)
+        assert "step 40/40" in four.output(0)
+        for number in (1, 2, 3):
+            assert not re.search("step|loss|parameters", four.output(number)), four.output(number)
+    assert_same_metrics(door.directory, trained.directory)
+    ours, theirs = (saved_arrays(where.directory / RUN, 40) for where in (door, trained))
+    assert ours.keys() == theirs.keys()
+    for path in ours:
+        np.testing.assert_allclose(ours[path], theirs[path], atol=1e-5, err_msg=path)
+    shards = (door.directory / RUN / "checkpoints" / "40" / "params").glob("ocdbt.process_*")
+    assert len(list(shards)) == 4
 
 
 @pytest.mark.parametrize("victim", [0, 1])

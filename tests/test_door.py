@@ -20,10 +20,13 @@ def test_a_run_leaves_what_the_readme_promises(trained):
     train, validation = metrics(run, "train"), metrics(run, "validation")
     assert [line["step"] for line in train] == list(range(1, 41))
     assert [line["step"] for line in validation] == [20, 40]
-    assert {"learning_rate", "grad_norm", "tokens_per_second", "mfu"} | ISSUED_FIELDS <= train[0].keys()
+    assert {"learning_rate", "grad_norm", "tokens_per_second", "mfu", "input_wait_fraction"} | ISSUED_FIELDS <= train[
+        0
+    ].keys()
     assert {"bits_per_byte"} | ISSUED_FIELDS <= validation[0].keys()
     assert validation[-1]["loss"] < validation[0]["loss"] < np.log(320)
     assert train[0]["mfu"] is None
+    assert all(0 <= line["input_wait_fraction"] <= 1 for line in train if line["tokens_per_second"])
     assert sorted(path.name for path in (run / "checkpoints").iterdir() if path.name.isdigit()) == ["30", "40"]
     assert re.search(r"step\D+40\b.*ETA|finished at step 40", trained.log.stderr + trained.log.stdout)
 
@@ -34,6 +37,23 @@ def test_a_finished_run_says_so_and_changes_nothing(trained):
     again = trained.run("train.py", "--config", "config.py")
     assert "finished at step 40" in again.stderr + again.stdout
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_attention_is_named_at_the_start_and_a_ring_of_two_devices_learns_the_same(trained, door):
+    assert "xla attention (auto on cpu)" in trained.log.stdout + trained.log.stderr
+    refused = door.run("train.py", "--config", "config.py", "--model.attention", "splash", exit_code=2)
+    assert refused.stderr.strip().endswith("splash, but it needs TPUs and the devices are cpu; set it to auto")
+    ring = door.run(
+        "train.py", "--config", "config.py", "--mesh.data", "1", "--mesh.sequence", "2", "--training.steps", "4",
+        "--mesh.context-parallelism", "ring", "--optimizer.schedule-steps", "40", "--training.sample-tokens", "0",
+        XLA_FLAGS="--xla_force_host_platform_device_count=2",
+    )  # fmt: skip
+    assert "blockwise attention (auto on cpu, a ring of keys)" in ring.stdout + ring.stderr
+    ours, theirs = (
+        [line["loss"] for line in metrics(where.directory / "runs" / "config", "train")[:4]]
+        for where in (door, trained)
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 import concurrent.futures
 import contextlib
+import http.server
 import socket
+import threading
 
 import pytest
 
@@ -147,6 +149,100 @@ def test_the_cluster_says_who_a_process_is(monkeypatch, environment, place):
         monkeypatch.setenv(name, value)
     assert find_place(DistributedConfig()) == place
     assert find_place(DistributedConfig(num_processes=1)) is None
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {**SLURM, "SLURM_STEP_NUM_NODES": "4", "SLURM_STEP_NUM_TASKS": "4"},
+        {**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"},
+    ],
+)
+def test_a_process_alone_on_its_machine_takes_all_devices(monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    place = find_place(DistributedConfig())
+    assert place is not None
+    assert place.local_device_ids is None
+
+
+@pytest.fixture
+def tpu_vm(monkeypatch):
+    """A machine that jax takes for a TPU VM; gives a function that sets its environment variables."""
+    from jax._src.clusters import cloud_tpu_cluster, cluster
+
+    for module in (cloud_tpu_cluster, cluster):
+        monkeypatch.setattr(module, "running_in_cloud_tpu_vm", True)
+    for name in ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "MEGASCALE_NUM_SLICES"):
+        monkeypatch.delenv(name, raising=False)
+    return lambda **environment: [monkeypatch.setenv(name, value) for name, value in environment.items()]
+
+
+@contextlib.contextmanager
+def metadata_server(attributes):
+    """What Google's metadata server answers for a TPU VM, at an address of our own."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            value = attributes.get(self.path.rpartition("/")[2])
+            self.send_response(404 if value is None else 200)
+            self.end_headers()
+            self.wfile.write((value or "").encode())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def slice_of(number, slices):
+    return (
+        f"MEGASCALE_COORDINATOR_ADDRESS: '127.0.0.9'\nMEGASCALE_NUM_SLICES: '{slices}'\nMEGASCALE_SLICE_ID: '{number}'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("attributes", "place"),
+    [
+        ({"agent-worker-number": "0", "worker-network-endpoints": "127.0.0.1"}, None),
+        (
+            {"agent-worker-number": "2", "worker-network-endpoints": "a:1:127.0.0.5,b:2:127.0.0.6,c:3:127.0.0.7"},
+            Place("127.0.0.5:8482", 3, 2),
+        ),
+        (
+            {
+                "agent-worker-number": "1",
+                "worker-network-endpoints": "127.0.0.5,127.0.0.6",
+                "tpu-env": slice_of(2, 4),
+            },
+            Place("127.0.0.9:8482", 8, 5),
+        ),
+    ],
+)
+def test_tpu_vms_are_found_by_their_metadata(tpu_vm, attributes, place):
+    pytest.importorskip("requests")  # comes with jax[tpu]
+    with metadata_server({"tpu-env": "ACCELERATOR_TYPE: 'v5litepod-16'", **attributes}) as address:
+        tpu_vm(GCE_METADATA_IP=address)
+        assert find_place(DistributedConfig()) == place
+
+
+@pytest.mark.parametrize(
+    ("slices", "place"),
+    [
+        ({}, Place("127.0.0.5:8482", 2, 1)),
+        ({"COORDINATOR_ADDRESS": "127.0.0.9:8081", "NUM_SLICES": "3", "SLICE_ID": "2"}, Place("127.0.0.9:8482", 6, 5)),
+    ],
+)
+def test_tpus_in_gke_are_found_by_their_environment(tpu_vm, slices, place):
+    unset = {"COORDINATOR_ADDRESS": "", "NUM_SLICES": "", "SLICE_ID": ""}
+    tpu_vm(TPU_WORKER_HOSTNAMES="127.0.0.5,127.0.0.6", TPU_WORKER_ID="1", TPU_SKIP_MDS_QUERY="true")
+    tpu_vm(**{f"MEGASCALE_{name}": value for name, value in {**unset, **slices}.items()})
+    with metadata_server({"tpu-env": ""}) as address:
+        tpu_vm(GCE_METADATA_IP=address)
+        assert find_place(DistributedConfig()) == place
 
 
 def test_flags_overrule_the_cluster(monkeypatch):

@@ -51,6 +51,58 @@ def test_mesh_that_does_not_fit_the_devices_is_refused(axes: dict[str, int]) -> 
         assert f"{name} {size}" in str(caught.value)
 
 
+class Chip:
+    """What the order of a mesh depends on; real devices of several slices are compiled for in test_slices.py."""
+
+    def __init__(self, number, platform, slice_index):
+        self.id, self.platform, self.device_kind, self.slice_index = number, platform, platform, slice_index
+
+    def __repr__(self):
+        return f"{self.platform}{self.id} of slice {self.slice_index}"
+
+
+def chips(platform: str, slice_indices: list[int]) -> list[Any]:
+    """Chips of these slices, in an order that mixes them."""
+    found = [Chip(number, platform, index) for number, index in enumerate(slice_indices)]
+    return found[1::2] + found[::2]
+
+
+def slices_at(mesh: jax.sharding.Mesh) -> list[list[int]]:
+    """The slices at each place of the data axis."""
+    return [sorted({chip.slice_index for chip in part.flat}) for part in mesh.devices]
+
+
+def test_slices_are_contiguous_parts_of_the_data_axis() -> None:
+    config = MeshConfig(data=4, fsdp=2, slices=2)
+    mesh = sharding.make_mesh(config, chips("gpu", [0] * 4 + [1] * 4))
+    assert slices_at(mesh) == [[0], [0], [1], [1]]
+    simulated = sharding.make_mesh(config)
+    assert [device.id for device in simulated.devices.flat] == list(range(8))
+    assert simulated.axis_types == sharding.make_mesh(MeshConfig()).axis_types
+
+
+def test_nodes_of_gpus_may_be_crossed_by_any_axis_and_then_stay_in_order() -> None:
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2), chips("gpu", [0] * 4 + [1] * 4))
+    assert [chip.id for chip in mesh.devices.flat] == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("platform", "slice_indices", "config", "sentence"),
+    [
+        ("tpu", [0] * 4 + [1] * 4, MeshConfig(), "mesh.slices is 1, but the devices form 2; set --mesh.slices 2"),
+        ("gpu", [0, 0, 1, 1, 2, 2, 3, 3], MeshConfig(slices=2), "devices form 4; set --mesh.slices 4, or 1 to let"),
+        ("tpu", [0] * 8, MeshConfig(slices=2), "mesh.slices is 2, but the devices form 1"),
+        ("cpu", [0] * 8, MeshConfig(data=2, fsdp=4, slices=4), "mesh.slices 4 does not divide mesh.data 2; no other"),
+        ("cpu", [0] * 8, MeshConfig(slices=3), "mesh.slices 3 does not divide mesh.data 8"),
+    ],
+)
+def test_slices_that_do_not_fit_are_refused(
+    platform: str, slice_indices: list[int], config: MeshConfig, sentence: str
+) -> None:
+    with pytest.raises(InputError, match=sentence):
+        sharding.make_mesh(config, chips(platform, slice_indices))
+
+
 def test_spec_translates_logical_axes() -> None:
     assert sharding.spec(("batch", "seq", "heads", "head_dim")) == PartitionSpec(
         ("data", "fsdp"), "sequence", "tensor", None

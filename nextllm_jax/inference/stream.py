@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from nextllm_jax.inference.generate import CHUNK_TOKENS, Generation, Speeds
+from nextllm_jax.inference.generate import CHUNK_TOKENS, CachedRow, Generation, Speeds
 from nextllm_jax.tokenizer.tokenizer import IncrementalDecoder, Tokenizer
 
 FinishReason = Literal["stop", "length"]
@@ -156,6 +156,10 @@ class TextStream:
                 first = waiting[current].pop(0)
                 yield first
                 current += first.sample is not None
+
+    def cached_row(self, tokens: Sequence[int]) -> CachedRow:
+        """The cache of the only row, as `Generation.cached_row` gives it."""
+        return self._generation.cached_row(tokens)
 
     @property
     def speeds(self) -> Speeds:

@@ -34,17 +34,24 @@ def is_foreign(path: Path) -> bool:
     return isinstance(values, dict) and "model_type" in values
 
 
-def open_foreign(path: Path) -> Foreign:
+def open_foreign(path: Path, step: str | int | None = None) -> Foreign:
     """The model at a path for which `is_foreign` is true.
 
-    Raises InputError for files that are damaged, or say what this model cannot honour.
+    Raises InputError for files that are damaged, or say what this model cannot honour, and if a step is asked for.
     """
+    require_no_step(path, step)
     try:
         return _open_huggingface(path) if path.is_dir() else _open_gguf(path)
     except ModuleNotFoundError as error:
         raise InputError(
             f"reading {path} needs the package {error.name}; install the extra with pip install '.[interop]'"
         ) from error
+
+
+def require_no_step(path: Path, step: str | int | None) -> None:
+    """Raise InputError if a step of foreign files is asked for."""
+    if step is not None:
+        raise InputError(f"{path} is no run directory and has no steps; leave the step out")
 
 
 def _open_huggingface(path: Path) -> Foreign:

@@ -13,7 +13,7 @@ import numpy as np
 
 from nextllm_jax.config_model import LayerKind, ModelConfig
 from nextllm_jax.errors import InputError
-from nextllm_jax.interop.huggingface_config import canonical, layer_kinds, shortest_pattern
+from nextllm_jax.interop.huggingface_config import fields_that_differ, layer_kinds, shortest_pattern
 from nextllm_jax.interop.keys import Keys
 from nextllm_jax.ops import rope
 
@@ -144,7 +144,8 @@ def _of_architecture(keys: Keys, name: str, fields: Mapping[str, Any]) -> dict[s
     if name == "qwen3":
         return {"qk_norm": True}
     if name == "olmo2":
-        return {"norm_placement": "post", "qk_norm": True, "qk_norm_over": "projection"}
+        # llama.cpp reads no file of this architecture without a head of its own.
+        return {"norm_placement": "post", "qk_norm": True, "qk_norm_over": "projection", "tie_embeddings": False}
     if name == "smollm3":
         return {
             "layer_pattern": shortest_pattern(["global_nope" if i % 4 == 3 else "global" for i in range(num_layers)])
@@ -233,22 +234,17 @@ def write_gguf_config(
     Raises InputError, naming the fields, where no architecture says the same model.
     """
     model_type = {"mistral": "llama"}.get(model_type or "", model_type)  # one architecture, as long as it has no window
-    wanted, differences = canonical(config), {}
+    differences: dict[str, list[str]] = {}
     for name, architecture in ARCHITECTURES.items():
         if model_type != architecture.model_type and (model_type is not None or _is_unusual(config, name)):
             continue
         metadata, factors = _metadata(config, name), _factors(config, name)
         try:
-            found = canonical(read_gguf_config(metadata, tensors, factors, config.vocab_size, name))
+            found = read_gguf_config(metadata, tensors, factors, config.vocab_size, name)
         except InputError as error:
             differences[name] = [str(error)]
             continue
-        fields = [field.name for field in dataclasses.fields(ModelConfig)]
-        differences[name] = [
-            f"model.{field} {getattr(config, field)}"
-            for field in fields
-            if field != "init_std" and not _same(getattr(found, field), getattr(wanted, field))
-        ]
+        differences[name] = fields_that_differ(config, dataclasses.replace(found, init_std=config.init_std), _same)
         if not differences[name]:
             return name, metadata, factors
     if not differences:

@@ -7,6 +7,8 @@ them. Writing is checked by reading: a family fits a ModelConfig if its config.j
 
 import dataclasses
 import math
+import operator
+from collections.abc import Callable
 from typing import Any
 
 from nextllm_jax.config_model import LayerKind, ModelConfig
@@ -169,25 +171,32 @@ def write_model_config(config: ModelConfig, *, model_type: str | None = None) ->
 
     Raises InputError, naming the fields, where none says the same model.
     """
-    wanted = canonical(config)
     differences: dict[str, list[str]] = {}
     for candidate in (model_type,) if model_type else FAMILIES:
         values = _values(config, candidate)
         try:
-            found = canonical(read_model_config(values, "its config.json"))
+            found = read_model_config(values, "its config.json")
         except InputError as error:
             differences[candidate] = [str(error)]
             continue
-        differences[candidate] = [
-            f"model.{field.name} {getattr(config, field.name)}"
-            for field in dataclasses.fields(ModelConfig)
-            if getattr(found, field.name) != getattr(wanted, field.name)
-        ]
+        differences[candidate] = fields_that_differ(config, found)
         if not differences[candidate]:
             return values
     nearest = min(differences, key=lambda candidate: len(differences[candidate]))
     reasons = ", ".join(differences[nearest])
     raise InputError(f"no Hugging Face model_type can say this model; {nearest} comes closest but not with {reasons}")
+
+
+def fields_that_differ(
+    config: ModelConfig, found: ModelConfig, same: Callable[[Any, Any], bool] = operator.eq
+) -> list[str]:
+    """The fields of `config`, with their values, for which `found` has values that describe another model."""
+    wanted, found = canonical(config), canonical(found)
+    return [
+        f"model.{field.name} {getattr(config, field.name)}"
+        for field in dataclasses.fields(ModelConfig)
+        if not same(getattr(found, field.name), getattr(wanted, field.name))
+    ]
 
 
 def layer_kinds(config: ModelConfig) -> list[LayerKind]:

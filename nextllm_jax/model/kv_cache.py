@@ -5,6 +5,7 @@ stored: a query at position p sees the slots s <= p. The pads of a right-padded 
 slots beyond the prompt; each is overwritten by the token that reaches it before anything can see it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -39,6 +40,15 @@ class KVCache:
     def length(self) -> int:
         """Positions that a row can hold."""
         return self.keys[0].shape[3]
+
+    def split(self) -> list["KVCache"]:
+        """A cache of one layer for each of the many arrays."""
+        return [KVCache((keys,), (values,)) for keys, values in zip(self.keys, self.values, strict=True)]
+
+    @classmethod
+    def joined(cls, parts: Sequence["KVCache"]) -> "KVCache":
+        """The cache that was split."""
+        return cls(tuple(part.keys[0] for part in parts), tuple(part.values[0] for part in parts))
 
     def grown(self, length: int) -> "KVCache":
         """The cache with slots for `length` positions or, if it has them, as it is."""

@@ -135,6 +135,7 @@ class Transformer(nn.Module):
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )(config, self.dtype, self.kernel)
         block = _remat(config, prevent_cse=True)
+        block = block if self.scan_layers else nn.jit(block)  # traced once for all layers of a kind, not for each
         pattern = config.layer_pattern
         num_rest = config.num_layers - num_periods * len(pattern)
         self.remainder = [block(config, pattern[i % len(pattern)], self.dtype, self.kernel) for i in range(num_rest)]
@@ -167,8 +168,14 @@ class Transformer(nn.Module):
         num_periods = self._num_periods()
         if num_periods:
             (x_BTD, cache), _ = self.layers((x_BTD, cache), jnp.arange(num_periods), *context)
-        for i, block in enumerate(self.remainder):
-            x_BTD, cache = block(x_BTD, *context, cache, num_periods * len(config.layer_pattern) + i)
+        if self.scan_layers or cache is None:
+            for i, block in enumerate(self.remainder):
+                x_BTD, cache = block(x_BTD, *context, cache, num_periods * len(config.layer_pattern) + i)
+        else:
+            parts = cache.split()
+            for i, block in enumerate(self.remainder):
+                x_BTD, parts[i] = block(x_BTD, *context, parts[i], 0)
+            cache = KVCache.joined(parts)
         keep_mean_square(self, "before_final_norm", x_BTD)
         hidden_BTD = self.final_norm(x_BTD)
         if self.is_initializing():

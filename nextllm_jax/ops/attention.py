@@ -3,43 +3,13 @@
 Dimension letters: B batch, T query time, S key time, N query heads, K key heads, G = N / K, H head dim.
 """
 
-import functools
 import itertools
-import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-# Finite, since -inf minus a row maximum of -inf would be NaN.
-_MASKED = -1e30
-
-# Products of bfloat16 arrays accumulate and come out in float32.
-_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-
-
-class _Rule(NamedTuple):
-    """How scores are made: the window of visible positions, what divides products, and what bounds them."""
-
-    window: int | None
-    divisor: float
-    soft_cap: float | None
-
-    @classmethod
-    def of(cls, head_dim: int, window: int | None, scale: float | None, soft_cap: float | None) -> "_Rule":
-        return cls(window, math.sqrt(head_dim) if scale is None else 1 / scale, soft_cap)
-
-    def scores(self, products: jax.Array) -> jax.Array:
-        """Scores before the mask."""
-        scores = products / self.divisor
-        return scores if self.soft_cap is None else self.soft_cap * jnp.tanh(scores / self.soft_cap)
-
-    def d_products(self, d_scores: jax.Array, scores: jax.Array) -> jax.Array:
-        """The gradient for the products, of that for the masked scores."""
-        if self.soft_cap is not None:
-            # d tanh = 1 - tanh^2; a masked score counts as one at its bound, whose gradient is 0.
-            d_scores *= 1 - jnp.square(jnp.clip(scores / self.soft_cap, -1, 1))
-        return d_scores / self.divisor
+from nextllm_jax.ops.scores import MASKED, ScoreRule, einsum, group, visible
 
 
 def causal_attention(
@@ -58,11 +28,12 @@ def causal_attention(
     are scaled by `scale` (none: 1/sqrt(H)) and then bounded as soft_cap * tanh(score / soft_cap) (none: not);
     scores and softmax are float32 whatever the input dtype. No array over all pairs of positions outlives a pass:
     the backward pass makes the probabilities again from the log-sum-exp, one block of queries after another (Dao et
-    al., FlashAttention, arXiv:2205.14135).
+    al., FlashAttention, arXiv:2205.14135). For `jax.checkpoint` the output is named "attention_out", and the
+    log-sum-exp "attention_residuals".
     """
     K = k_BTKH.shape[2]
-    rule = _Rule.of(q_BTNH.shape[-1], window, scale, soft_cap)
-    return _attend(rule, _group(q_BTNH, K), k_BTKH, v_BTKH, segment_ids_BT).reshape(q_BTNH.shape)
+    rule = ScoreRule.of(q_BTNH.shape[-1], window, scale, soft_cap)
+    return _attend(rule, group(q_BTNH, K), k_BTKH, v_BTKH, segment_ids_BT).reshape(q_BTNH.shape)
 
 
 def cached_attention(
@@ -80,24 +51,14 @@ def cached_attention(
     A query at position p sees slot s if s <= p and p - s < window (if given); what later slots hold does not matter
     as long as it is finite. Scale, soft cap and softmax as in `causal_attention`.
     """
-    rule = _Rule.of(q_BTNH.shape[-1], window, scale, soft_cap)
-    q_BKGTH = jnp.einsum("BTKGH->BKGTH", _group(q_BTNH, k_BKSH.shape[1]))
-    scores_BKGTS = rule.scores(_einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH))
+    rule = ScoreRule.of(q_BTNH.shape[-1], window, scale, soft_cap)
+    q_BKGTH = jnp.einsum("BTKGH->BKGTH", group(q_BTNH, k_BKSH.shape[1]))
+    scores_BKGTS = rule.scores(einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH))
     distance_BTS = positions_BT[:, :, None] - jnp.arange(k_BKSH.shape[2])[None, None, :]
-    visible_BTS = _visible(distance_BTS, window)
-    weights_BKGTS = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], scores_BKGTS, _MASKED), axis=-1)
-    out_BKGTH = _einsum("BKGTS,BKSH->BKGTH", weights_BKGTS.astype(v_BKSH.dtype), v_BKSH)
+    visible_BTS = visible(distance_BTS, window)
+    weights_BKGTS = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], scores_BKGTS, MASKED), axis=-1)
+    out_BKGTH = einsum("BKGTS,BKSH->BKGTH", weights_BKGTS.astype(v_BKSH.dtype), v_BKSH)
     return jnp.einsum("BKGTH->BTKGH", out_BKGTH).reshape(q_BTNH.shape).astype(q_BTNH.dtype)
-
-
-def _group(x_BTNH: jax.Array, num_kv_heads: int) -> jax.Array:
-    B, T, N, H = x_BTNH.shape
-    return x_BTNH.reshape(B, T, num_kv_heads, N // num_kv_heads, H)
-
-
-def _visible(distance: jax.Array, window: int | None) -> jax.Array:
-    """Whether a query sees a key that is `distance` positions before it."""
-    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
 def _query_blocks(T: int, window: int | None) -> list[tuple[slice, slice]]:
@@ -111,22 +72,22 @@ def _query_blocks(T: int, window: int | None) -> list[tuple[slice, slice]]:
     return [(slice(start, stop), slice(max(0, start - reach), stop)) for start, stop in itertools.pairwise(edges)]
 
 
-def _scores(q_BTKGH, k_BTKH, segment_ids_BT, queries: slice, keys: slice, rule: _Rule) -> jax.Array:
+def _scores(q_BTKGH, k_BTKH, segment_ids_BT, queries: slice, keys: slice, rule: ScoreRule) -> jax.Array:
     """Masked float32 scores [B, K, S, G, T] of one block.
 
     Keys come before queries so that softmax reduces over whole rows of numbers, and so that every product of either
     pass takes the large array as it lies: only operands of H columns are transposed.
     """
     q_BKHGT, k_BKSH = jnp.einsum("BTKGH->BKHGT", q_BTKGH[:, queries]), jnp.einsum("BSKH->BKSH", k_BTKH[:, keys])
-    scores_BKSGT = rule.scores(_einsum("BKSH,BKHGT->BKSGT", k_BKSH, q_BKHGT))
+    scores_BKSGT = rule.scores(einsum("BKSH,BKHGT->BKSGT", k_BKSH, q_BKHGT))
     distance_ST = jnp.arange(queries.start, queries.stop)[None, :] - jnp.arange(keys.start, keys.stop)[:, None]
-    visible_BST = _visible(distance_ST, rule.window)[None]
+    visible_BST = visible(distance_ST, rule.window)[None]
     if segment_ids_BT is not None:
         visible_BST &= segment_ids_BT[:, keys, None] == segment_ids_BT[:, None, queries]
-    return jnp.where(visible_BST[:, None, :, None, :], scores_BKSGT, _MASKED)
+    return jnp.where(visible_BST[:, None, :, None, :], scores_BKSGT, MASKED)
 
 
-def _attend_primal(rule: _Rule, q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT) -> jax.Array:
+def _attend_primal(rule: ScoreRule, q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT) -> jax.Array:
     return _attend_forward(rule, q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT)[0]
 
 
@@ -137,7 +98,7 @@ def _attend_forward(rule, q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT):
         max_BKGT = scores_BKSGT.max(axis=2)
         weights_BKSGT = jnp.exp(scores_BKSGT - max_BKGT[:, :, None])
         sum_BKGT = weights_BKSGT.sum(axis=2)
-        out_BKHGT = _einsum(
+        out_BKHGT = einsum(
             "BKHS,BKSGT->BKHGT", jnp.einsum("BSKH->BKHS", v_BTKH[:, keys]), weights_BKSGT.astype(v_BTKH.dtype)
         )
         # Dividing after the product touches T x H numbers, not T x S.
@@ -145,6 +106,8 @@ def _attend_forward(rule, q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT):
         outs.append(jnp.einsum("BKHGT->BTKGH", out_BKHGT))
         log_sums.append(max_BKGT + jnp.log(sum_BKGT))
     out_BTKGH, log_sum_BKGT = jnp.concatenate(outs, axis=1), jnp.concatenate(log_sums, axis=3)
+    out_BTKGH = checkpoint_name(out_BTKGH, "attention_out")
+    log_sum_BKGT = checkpoint_name(log_sum_BKGT, "attention_residuals")
     return out_BTKGH, (q_BTKGH, k_BTKH, v_BTKH, segment_ids_BT, out_BTKGH, log_sum_BKGT)
 
 
@@ -159,15 +122,15 @@ def _attend_backward(rule, residuals, d_out_BTKGH):
         q, d_out, k, v = q_BTKGH[:, queries], d_out_BTKGH[:, queries], k_BTKH[:, keys], v_BTKH[:, keys]
         scores_BKSGT = _scores(q_BTKGH, k_BTKH, segment_ids_BT, queries, keys, rule)
         weights_BKSGT = jnp.exp(scores_BKSGT - log_sum_BKGT[:, :, None, :, queries])
-        d_weights_BKSGT = _einsum("BKSH,BKHGT->BKSGT", jnp.einsum("BSKH->BKSH", v), jnp.einsum("BTKGH->BKHGT", d_out))
+        d_weights_BKSGT = einsum("BKSH,BKHGT->BKSGT", jnp.einsum("BSKH->BKSH", v), jnp.einsum("BTKGH->BKHGT", d_out))
         d_scores_BKSGT = weights_BKSGT * (d_weights_BKSGT - row_BKGT[:, :, None, :, queries])
         d_scores_BKSGT = rule.d_products(d_scores_BKSGT, scores_BKSGT)
         weights_BKSGT, d_scores_BKSGT = weights_BKSGT.astype(dtype), d_scores_BKSGT.astype(dtype)
-        d_q_BKHGT = _einsum("BKHS,BKSGT->BKHGT", jnp.einsum("BSKH->BKHS", k), d_scores_BKSGT)
+        d_q_BKHGT = einsum("BKHS,BKSGT->BKHGT", jnp.einsum("BSKH->BKHS", k), d_scores_BKSGT)
         d_qs.append(jnp.einsum("BKHGT->BTKGH", d_q_BKHGT.astype(dtype)))
         outside = ((0, 0), (0, 0), (keys.start, T - keys.stop), (0, 0))
-        d_ks.append(jnp.pad(_einsum("BKSGT,BKGTH->BKSH", d_scores_BKSGT, jnp.einsum("BTKGH->BKGTH", q)), outside))
-        d_vs.append(jnp.pad(_einsum("BKSGT,BKGTH->BKSH", weights_BKSGT, jnp.einsum("BTKGH->BKGTH", d_out)), outside))
+        d_ks.append(jnp.pad(einsum("BKSGT,BKGTH->BKSH", d_scores_BKSGT, jnp.einsum("BTKGH->BKGTH", q)), outside))
+        d_vs.append(jnp.pad(einsum("BKSGT,BKGTH->BKSH", weights_BKSGT, jnp.einsum("BTKGH->BKGTH", d_out)), outside))
     d_k_BTKH, d_v_BTKH = (jnp.einsum("BKTH->BTKH", sum(d_xs)) for d_xs in (d_ks, d_vs))
     return jnp.concatenate(d_qs, axis=1), d_k_BTKH.astype(k_BTKH.dtype), d_v_BTKH.astype(v_BTKH.dtype), None
 

@@ -17,6 +17,21 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 LANES = 128
 """Width of a TPU's vector registers: blocks are multiples of it."""
 
+# Blocks of queries and keys by jax's name of a device. A block of scores is float32 and lies in the chip's vector
+# memory, of which a kernel gets 16 MiB (v6e: 32 MiB) unless XLA is told otherwise; larger blocks read keys less often.
+_BLOCKS = {
+    "TPU v5": (1024, 512),
+    "TPU v5p": (1024, 512),
+    "TPU v6 lite": (1024, 1024),
+    "TPU v6e": (1024, 1024),
+    "TPU7x": (1024, 1024),
+}
+
+
+def default_blocks(device_kind: str) -> tuple[int, int]:
+    """Positions in a block of queries and in one of keys, for `jax.Device.device_kind`."""
+    return _BLOCKS.get(device_kind, (512, 512))
+
 
 def splash_attention(
     q_BTNH: jax.Array,
@@ -73,6 +88,24 @@ def _part(leaf: np.ndarray, *, shards: int, shard: jax.Array | int) -> jax.Array
     return jax.lax.dynamic_slice_in_dim(jnp.asarray(leaf), shard * size, size, axis)
 
 
+class _Mask(masks.LocalMask):
+    """The causal mask, within a window if there is one.
+
+    JAX looks at every block several times, only to ask whether any or all of it is visible. Where two corners say so,
+    one element answers for the block: of 131,072 positions the whole mask would take minutes.
+    """
+
+    def __getitem__(self, idx: tuple[slice, slice]) -> np.ndarray:
+        rows, columns = idx
+        nearest, farthest = rows.start - (columns.stop - 1), rows.stop - 1 - columns.start
+        reach = self.shape[1] if self.window_size[0] is None else self.window_size[0]
+        if farthest < 0 or nearest > reach:
+            return np.zeros((1, 1), np.bool_)
+        if nearest >= 0 and farthest <= reach:
+            return np.ones((1, 1), np.bool_)
+        return super().__getitem__(idx)
+
+
 @functools.lru_cache(maxsize=64)
 def _kernel(
     num_heads: int,
@@ -85,8 +118,7 @@ def _kernel(
     interpret: bool,
 ) -> Any:
     """The kernel for whole sequences, in numpy: going over the blocks of a long mask takes seconds."""
-    shape = (length, length)
-    mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
+    mask = _Mask((length, length), (None if window is None else window - 1, 0), 0)
     make = functools.partial(
         splash.make_splash_mha,
         masks.MultiHeadMask([mask] * num_heads),

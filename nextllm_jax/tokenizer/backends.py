@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Literal
 
 import tiktoken
@@ -67,13 +67,8 @@ class ByteBPE:
         pattern = {"all": self._all, "added": self._added, "none": None}[recognize]
         if pattern is None:
             return self._encode_plain(text)
-        ids: list[int] = []
-        start = 0
-        for found in pattern.finditer(text):
-            ids += self._encode_plain(text[start : found.start()])
-            ids.append(self.tokens[found[0]])
-            start = found.end()
-        return ids + self._encode_plain(text[start:])
+        parts = split_at(pattern, self.tokens, text)
+        return [id for part in parts for id in ([part] if isinstance(part, int) else self._encode_plain(part))]
 
     def split(self, text: str) -> Iterator[str | int]:
         """The text cut at the tokens that it spells out: these as ids, what is between as text."""
@@ -177,7 +172,7 @@ def from_json(description: str) -> Any:
     return tokenizer
 
 
-def match_any(tokens: dict[str, int], flags: dict[str, Any] | None = None) -> re.Pattern[str] | None:
+def match_any(tokens: Collection[str], flags: dict[str, Any] | None = None) -> re.Pattern[str] | None:
     """A pattern for the first, longest of the tokens, with the blanks that they swallow; None if there are none."""
     if not tokens:
         return None

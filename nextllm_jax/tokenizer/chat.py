@@ -7,10 +7,11 @@ reach nothing of Python's, and a control token that a message spells out stays o
 import datetime
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from nextllm_jax.errors import InputError
+from nextllm_jax.tokenizer.backends import match_any
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 Message = dict[str, Any]
@@ -208,10 +209,9 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _spelled(tokens: Any) -> re.Pattern[str] | None:
+def _spelled(tokens: Iterable[str]) -> re.Pattern[str] | None:
     """A pattern for the tokens that a mark can be put into."""
-    longest_first = sorted((token for token in tokens if len(token) > 1), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+    return match_any([token for token in tokens if len(token) > 1])
 
 
 def _without(text: str, marks: _Marks) -> str:

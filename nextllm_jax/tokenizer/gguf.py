@@ -7,7 +7,7 @@ from typing import Any
 
 from nextllm_jax.errors import InputError
 from nextllm_jax.tokenizer.backends import ByteBPE, HuggingFaceBPE, bytes_to_letters
-from nextllm_jax.tokenizer.huggingface import added_token, from_description, merges
+from nextllm_jax.tokenizer.huggingface import added_token, byte_level_description, from_description, merges
 from nextllm_jax.tokenizer.patterns import (
     DIGITS_PATTERN,
     LLAMA3_PATTERN,
@@ -126,38 +126,19 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str], types: list[int]) -
     pre = metadata["tokenizer.ggml.pre"]
     if pre not in PATTERNS:
         raise InputError(f"tokenizer.ggml.pre is {pre}; {', '.join(PATTERNS)} can be used")
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    if PATTERNS[pre] == DIGITS_PATTERN:
-        steps = [{"type": "Digits", "individual_digits": True}, byte_level | {"use_regex": True}]
-    else:
-        regex = {"Regex": PATTERNS[pre]}
-        steps = [{"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}, byte_level]
-    description = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
+    kinds = list(zip(tokens, types, strict=True))
+    description = byte_level_description(
+        PATTERNS[pre],
+        added_tokens=[
             added_token(id, token, special=kind == CONTROL)
-            for id, (token, kind) in enumerate(zip(tokens, types, strict=True))
+            for id, (token, kind) in enumerate(kinds)
             if kind in (CONTROL, USER_DEFINED)
         ],
-        "normalizer": {"type": "NFC"} if pre in _COMPOSED else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": pre in _WHOLE_WORDS_FIRST,
-            "vocab": {token: id for id, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED},
-            "merges": [merge.split(" ") for merge in metadata["tokenizer.ggml.merges"]],
-        },
-    }
+        vocab={token: id for id, (token, kind) in enumerate(kinds) if kind != UNUSED},
+        merges=[merge.split(" ") for merge in metadata["tokenizer.ggml.merges"]],
+        nfc=pre in _COMPOSED,
+        ignore_merges=pre in _WHOLE_WORDS_FIRST,
+    )
     return description, pre in _BEGINS_WITH_BOS
 
 

@@ -187,21 +187,47 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 def _describe(backend: ByteBPE) -> dict[str, Any]:
     """tokenizer.json of a tiktoken encoding, without the post-processor."""
     spelling = {token: bytes_to_letters(token) for token in backend.ranks}
-    pattern = PLAIN.get(backend.pattern, backend.pattern)
+    return byte_level_description(
+        PLAIN.get(backend.pattern, backend.pattern),
+        added_tokens=[
+            added_token(id, token, special=token in backend.special_tokens)
+            for token, id in sorted(backend.tokens.items(), key=lambda item: item[1])
+        ],
+        vocab={spelling[token]: id for token, id in backend.ranks.items()} | backend.tokens,
+        merges=[[spelling[left], spelling[right]] for left, right in merges(backend.ranks)],
+        nfc=backend.nfc,
+        ignore_merges=True,
+    )
+
+
+def byte_level_description(
+    pattern: str,
+    *,
+    added_tokens: list[dict[str, Any]],
+    vocab: dict[str, int],
+    merges: list[list[str]],
+    nfc: bool,
+    ignore_merges: bool,
+) -> dict[str, Any]:
+    """tokenizer.json, without post-processor, of a byte-level BPE that cuts text by `pattern`.
+
+    `merges` are pairs of spellings; with `ignore_merges` a word of the vocabulary is taken whole first.
+    """
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    if pattern == DIGITS_PATTERN:
+        steps = [{"type": "Digits", "individual_digits": True}, byte_level | {"use_regex": True}]
+    else:
+        regex = {"Regex": pattern}
+        steps = [{"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}, byte_level]
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            added_token(id, token, special=token in backend.special_tokens)
-            for token, id in sorted(backend.tokens.items(), key=lambda item: item[1])
-        ],
-        "normalizer": {"type": "NFC"} if backend.nfc else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "added_tokens": added_tokens,
+        "normalizer": {"type": "NFC"} if nfc else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
         "post_processor": None,
-        "decoder": byte_level | {"use_regex": True},
+        "decoder": byte_level,
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -210,9 +236,9 @@ def _describe(backend: ByteBPE) -> dict[str, Any]:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": True,
-            "vocab": {spelling[token]: id for token, id in backend.ranks.items()} | backend.tokens,
-            "merges": [[spelling[left], spelling[right]] for left, right in merges(backend.ranks)],
+            "ignore_merges": ignore_merges,
+            "vocab": vocab,
+            "merges": merges,
         },
     }
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from tiktoken_ext import openai_public
 
 from nextllm_jax.errors import InputError
+from nextllm_jax.published_models import PUBLISHED_MODELS, resolve
 from nextllm_jax.tokenizer.backends import ByteBPE, format_ranks, missing_bytes, parse_ranks, sha256
 from nextllm_jax.tokenizer.gguf import from_gguf, read_metadata
 from nextllm_jax.tokenizer.huggingface import load_huggingface
@@ -57,13 +58,13 @@ KNOWN_ENCODINGS = {
 
 def load_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer that `spec` names: gpt2, cl100k_base, o200k_base, a ranks file, a saved directory (or the run or
-    data directory that it is in), a Hugging Face directory or tokenizer.json, or a GGUF file.
+    data directory that it is in), a Hugging Face directory or tokenizer.json, a GGUF file, or a published model.
 
     Only a named encoding that tiktoken has not cached uses the network. Raises InputError.
     """
     if str(spec) in KNOWN_ENCODINGS:
         return _load_named(str(spec))
-    path = Path(spec)
+    path = Path(resolve(str(spec)))
     if path.name == "tokenizer.json" or any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         return load_huggingface(path)
     if path.is_dir():
@@ -74,7 +75,8 @@ def load_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
         return _load_ranks_file(path)
     raise InputError(
         f"tokenizer {spec} is not {', '.join(KNOWN_ENCODINGS)} and there is no such file or directory; give a "
-        ".tiktoken ranks file, a directory with a saved or Hugging Face tokenizer, a tokenizer.json or a .gguf file"
+        ".tiktoken ranks file, a directory with a saved or Hugging Face tokenizer, a tokenizer.json, a .gguf file or "
+        f"a published model ({', '.join(PUBLISHED_MODELS)})"
     )
 
 

@@ -49,11 +49,10 @@ def json_number(value: float) -> float | str:
 def measured(config: Config, metrics: StepMetrics) -> dict[str, Any]:
     """What a step's metrics say, as JSON; equal for equal steps. Waits for the step."""
     metrics = jax.device_get(metrics)
-    count = int(metrics.num_tokens)
     return {
-        "reason": SKIP_REASONS[int(metrics.reason)],
-        "loss": json_number(float(metrics.nll_sum) / max(count, 1)),
-        "num_tokens": count,
+        "reason": _reason(metrics),
+        "loss": json_number(_loss(metrics)),
+        "num_tokens": int(metrics.num_tokens),
         **{
             name: json_number(float(getattr(metrics, name)))
             for name in ("nll_sum", "grad_norm", "learning_rate", "loss_limit")
@@ -62,6 +61,14 @@ def measured(config: Config, metrics: StepMetrics) -> dict[str, Any]:
         "gradient_norms": [json_number(norm) for norm in metrics.gradient_norms.tolist()],
         "activation_rms": [json_number(rms) for rms in metrics.activation_rms.tolist()],
     }
+
+
+def _reason(metrics: StepMetrics) -> str:
+    return SKIP_REASONS[int(metrics.reason)]
+
+
+def _loss(metrics: StepMetrics) -> float:
+    return float(metrics.nll_sum) / max(int(metrics.num_tokens), 1)
 
 
 def environment(mesh: jax.sharding.Mesh, dtype: np.dtype) -> dict[str, Any]:
@@ -107,10 +114,10 @@ class FlightRecorder:
         if not metrics.skipped:
             self._bad = False
             return
-        why, in_a_row = _WHY[SKIP_REASONS[int(metrics.reason)]], int(metrics.skipped_in_a_row)
-        if SKIP_REASONS[int(metrics.reason)] == "spike":
-            loss = float(metrics.nll_sum) / max(int(metrics.num_tokens), 1)
-            why += f" (loss {loss:.4f}, limit {float(metrics.loss_limit):.4f})"
+        reason, in_a_row = _reason(metrics), int(metrics.skipped_in_a_row)
+        why = _WHY[reason]
+        if reason == "spike":
+            why += f" (loss {_loss(metrics):.4f}, limit {float(metrics.loss_limit):.4f})"
         recorded = "" if self._bad else self._record(step, metrics)
         self._bad = True
         self._writers.message(f"step {step}: {why}; it is skipped ({in_a_row} in a row){recorded}")

@@ -29,6 +29,7 @@ from nextllm_jax.training.checks import check_fits, check_not_beyond, check_plat
 from nextllm_jax.training.evaluate import evaluate
 from nextllm_jax.training.flight_recorder import FlightRecorder, environment
 from nextllm_jax.training.metrics import TrainMeter
+from nextllm_jax.training.profiler import StepProfiler
 from nextllm_jax.training.program import Program, build_program, to_save
 from nextllm_jax.training.resume_guard import local_workdir, require_same_data
 from nextllm_jax.training.run_directory import open_run
@@ -107,15 +108,17 @@ def train(
     *,
     overwrite: bool = False,
     allow_change: Collection[str] = (),
+    profile_steps: int = 0,
     sample_text: SampleText | None = None,
     group: Group | None = None,
     stop: StopRequest | None = None,
 ) -> Outcome:
     """Train as configured, from the latest checkpoint if the run directory holds one.
 
-    `allow_change` names the fields, dotted, in which a continued run may differ from what it was. `sample_text`
-    makes the texts of samples.txt; every process calls it, since it computes on the mesh. `group` are the processes
-    that train together (none: this one alone), `stop` a request to stop that is in force already.
+    `allow_change` names the fields, dotted, in which a continued run may differ from what it was. `profile_steps`
+    steps are traced into the run's profile/. `sample_text` makes the texts of samples.txt; every process calls it,
+    since it computes on the mesh. `group` are the processes that train together (none: this one alone), `stop` a
+    request to stop that is in force already.
 
     Raises InputError for what the user can fix, and RunFailed if too many steps in a row are skipped.
     """
@@ -159,8 +162,10 @@ def train(
             writers.message(f"changed: {change}")
         about = environment(mesh, program.model.dtype)
         recorder = FlightRecorder(run.path, config, loader, checkpoints, writers, about)
-        parts = (config, program, mesh, dataset, loader, tokenizer, checkpoints, writers, recorder, stop, sample_text)
-        return _steps(Session(*parts), state, record)
+        profiler = StepProfiler(run.path / "profile", step, profile_steps if enabled else 0, writers.message)
+        stack.enter_context(contextlib.closing(profiler))
+        parts = (config, program, mesh, dataset, loader, tokenizer, checkpoints, writers, recorder, profiler, stop)
+        return _steps(Session(*parts, sample_text), state, record)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +181,7 @@ class Session:
     checkpoints: Checkpoints
     writers: Writers
     recorder: FlightRecorder
+    profiler: StepProfiler
     stop: StopRequest
     sample_text: SampleText | None
 
@@ -198,6 +204,7 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
     meter = _make_meter(session, record)
     last: StepMetrics | None = None
     while True:
+        session.profiler.end_if_due(step, meter.pause)
         loss = None
         if session.due(config.training.evaluate_every_steps, step) and not evaluated:
             meter.pause()
@@ -221,7 +228,10 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
         if last is None:
             session.checkpoints.wait()
             stop.nothing_to_lose("compiling the train step and taking the first")
-        state, metrics = session.program.train_step(state, next(batches))
+        session.profiler.begin_if_due(step, meter.pause)
+        batch = meter.wait_for(batches)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+            state, metrics = session.program.train_step(state, batch)
         step, evaluated = step + 1, False
         meter.add(metrics)
         session.checkpoints.check()

@@ -2,11 +2,12 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
+from nextllm_jax.data.packing import Batch
 from nextllm_jax.training.evaluate import perplexity
 from nextllm_jax.training.step import StepMetrics
 
@@ -45,6 +46,7 @@ class TrainMeter:
         self._num_tokens = 0
         self._timed_tokens = 0
         self._timed_seconds = 0.0
+        self._waited_seconds = 0.0
         self._last: StepMetrics | None = None
 
     def totals(self) -> dict[str, Any]:
@@ -55,6 +57,14 @@ class TrainMeter:
         """
         self._drain()
         return {"tokens_seen": self._tokens_seen, "elapsed_seconds": self._clock() - self._began}
+
+    def wait_for(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch; what time that takes is input_wait_fraction of the time that the clock runs."""
+        began = self._clock()
+        batch = next(batches)
+        if self._running_since is not None:
+            self._waited_seconds += self._clock() - began
+        return batch
 
     def add(self, metrics: StepMetrics) -> None:
         """Take a step's device scalars, without waiting for them."""
@@ -90,7 +100,8 @@ class TrainMeter:
         """The record of the steps since the last read, with the names that `metrics.jsonl` has.
 
         `loss` is the mean over the loss-bearing tokens of the steps that were not skipped (NaN if all were);
-        `learning_rate` and `grad_norm` are the last step's. `tokens_per_second` is None if no step was timed.
+        `learning_rate` and `grad_norm` are the last step's. `tokens_per_second` and `input_wait_fraction`, the share of
+        that time in which the host waited for data, are None if no step was timed.
         Waits for the last step.
         """
         self._drain()
@@ -112,6 +123,7 @@ class TrainMeter:
             "grad_norm": float(self._last.grad_norm) if self._last else None,
             "tokens_per_second": tokens_per_second,
             "mfu": mfu,
+            "input_wait_fraction": self._waited_seconds / self._timed_seconds if timed else None,
             **self.totals(),
         }
         self._start_window()

@@ -148,9 +148,7 @@ def _lock(path: epath.Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(
-                f"{path} is being trained by {_holder(descriptor)}; stop that, or choose another --workdir"
-            ) from error
+            raise _in_use(path, _holder(descriptor)) from error
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
                 raise
@@ -167,21 +165,24 @@ def _lock(path: epath.Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def holder_of(path: epath.PathLike) -> str | None:
-    """Who trains in the run directory `path` now; None for nobody, and where there are no locks."""
+def require_unlocked(path: epath.PathLike) -> None:
+    """Raise InputError, naming the holder, if a process trains in the run directory `path` now; needs locks."""
     try:
         descriptor = os.open(os.fspath(epath.Path(path) / _LOCK), os.O_RDONLY)
     except OSError:
-        return None
+        return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _holder(descriptor)
+    except BlockingIOError as error:
+        raise _in_use(path, _holder(descriptor)) from error
     except OSError:
-        return None
+        return
     finally:
         os.close(descriptor)  # which lets go of the lock too
-    return None
+
+
+def _in_use(path: epath.PathLike, holder: str) -> InputError:
+    return InputError(f"{path} is being trained by {holder}; stop that, or choose another --workdir")
 
 
 def _holder(descriptor: int) -> str:

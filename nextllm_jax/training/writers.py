@@ -18,7 +18,7 @@ from nextllm_jax.training.run_directory import write_atomically
 
 # The fields of a line of metrics.jsonl, in order; bits_per_byte is in the validation lines alone.
 _FIELDS = ("step", "split", "loss", "perplexity", "bits_per_byte", "learning_rate", "grad_norm",
-           "tokens_per_second", "mfu", "tokens_seen", "elapsed_seconds")  # fmt: skip
+           "tokens_per_second", "mfu", "input_wait_fraction", "tokens_seen", "elapsed_seconds")  # fmt: skip
 _SAMPLES_HEADER = re.compile(rb"^===== step (\d+) =====$")
 _INDENT = "    "
 

@@ -66,6 +66,19 @@ def test_batches_are_global_arrays_with_the_sharding(dataset):
         assert array.addressable_shards[0].data.shape == (2, 4)
 
 
+def test_batches_are_on_their_devices_before_they_are_asked_for(dataset, monkeypatch):
+    """So that the transfer of a batch overlaps with the steps before."""
+    loader, read = make_loader(dataset), []
+    host_batches = loader.host_batches
+    monkeypatch.setattr(
+        loader, "host_batches", lambda step: (read.append(batch) or batch for batch in host_batches(step))
+    )
+    batches = loader.batches(0)
+    for taken in range(1, 4):
+        next(batches)
+        assert len(read) == taken + 2
+
+
 def test_each_epoch_holds_every_window_once_in_a_new_order(dataset):
     split = dataset.split("train")
     windows = num_windows(split.num_tokens, T, partial=False)

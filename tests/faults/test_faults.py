@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, Door
-from tests.runs import assert_same_end, interrupt
+from tests.runs import assert_same_end, contents, interrupt
 
 INJECT = Path(__file__).parent / "inject.py"
 STEPS = 40
@@ -216,29 +216,26 @@ def tiny_disk(case: Case) -> None:
     kept.rename(checkpoints)
 
 
-def removed_while_saving(case: Case) -> None:
-    """The checkpoints are removed under a training that has saved some; the next begins again."""
-    process = case.fresh().door.start("train.py", "--config", "config.py")
-    for line in process.stdout:
-        if re.search(r"step\D*32\b", line):
-            (case.run / "checkpoints").rename(case.door.directory / "gone")  # all at once
-            break
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 1, err
-    assert re.search("^error: .*could not be saved", err, re.MULTILINE), err
-    assert "Traceback" not in err, err
-
-
-def run_removed(case: Case) -> None:
+def removed(case: Case, directory: Path, says: str) -> None:
+    """A directory is removed under a training, all at once, which ends with the sentence."""
     process = case.door.start("train.py", "--config", "config.py")
     for line in process.stdout:
         if re.search(r"step\D*32\b", line):
-            case.run.rename(case.door.directory / "gone")
+            directory.rename(case.door.directory / "gone")
             break
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1, err
-    assert re.search("^error: ", err, re.MULTILINE), err
+    assert re.search(says, err, re.MULTILINE), err
     assert "Traceback" not in err, err
+
+
+def checkpoints_removed(case: Case) -> None:
+    """Once some are saved; the next training begins again."""
+    removed(case.fresh(), case.run / "checkpoints", "^error: .*could not be saved")
+
+
+def run_removed(case: Case) -> None:
+    removed(case, case.run, "^error: ")
 
 
 def files_of_tomorrow(case: Case) -> None:
@@ -292,7 +289,7 @@ ROWS = {
     "full disk at the arrays": Row(full_disk(SAVE), slow=True),
     "full disk at a manifest": Row(full_disk(f"{FILES}:write_manifest")),
     "full disk at metrics.jsonl": Row(full_disk("nextllm_jax.training.writers:Writers._append", 3)),
-    "checkpoints removed while training": Row(removed_while_saving),
+    "checkpoints removed while training": Row(checkpoints_removed),
     "run removed while training": Row(run_removed, slow=True),
     # damage to the latest checkpoint
     "bit flipped in an array": Row(checkpoint(flip, "params/d/*"), "damaged \\(params/d/"),
@@ -344,10 +341,6 @@ def case(trained, stopped, tmp_path) -> Case:
     shutil.copytree(trained.directory / "data", tmp_path / "data", symlinks=True)
     shutil.copytree(stopped, tmp_path / "runs" / "config")
     return Case(door)
-
-
-def contents(directory: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 def named(slow: bool) -> list:

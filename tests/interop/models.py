@@ -10,6 +10,7 @@ from flax import linen as nn
 from nextllm_jax.config_model import ModelConfig
 from nextllm_jax.interop import huggingface
 from nextllm_jax.model.transformer import abstract_params
+from nextllm_jax.sharding import on_device
 from nextllm_jax.tokenizer.bpe import train_tokenizer
 from nextllm_jax.tokenizer.huggingface import save_huggingface
 from tests import reference
@@ -30,11 +31,7 @@ CONFIG = ModelConfig(
 
 def on_one_device(config: ModelConfig, *, scan_layers: bool = True) -> Any:
     """Abstract parameters on the first device."""
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    boxed = abstract_params(config, scan_layers=scan_layers)
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), nn.meta.unbox(boxed)
-    )
+    return on_device(abstract_params(config, scan_layers=scan_layers), jax.devices()[0])
 
 
 def random_params(config: ModelConfig) -> Any:

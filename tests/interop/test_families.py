@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from flax import linen as nn
 
 torch = pytest.importorskip("torch", reason="torch is missing; install the extra 'parity'")
 pytest.importorskip("transformers", reason="transformers is missing; install the extra 'parity'")
@@ -18,20 +17,13 @@ from nextllm_jax.config_model import ModelConfig  # noqa: E402
 from nextllm_jax.interop import huggingface  # noqa: E402
 from nextllm_jax.interop.huggingface_config import canonical  # noqa: E402
 from nextllm_jax.model.kv_cache import KVCache  # noqa: E402
-from nextllm_jax.model.transformer import Transformer, abstract_params  # noqa: E402
+from nextllm_jax.model.transformer import Transformer  # noqa: E402
 from tests.interop.families import CASES, TIME, save_model  # noqa: E402
+from tests.interop.models import on_one_device  # noqa: E402
 
 TOLERANCE = 1e-4
 """Of the greatest logit."""
 CONTINUED = 24
-
-
-def on_one_device(config: ModelConfig, *, scan_layers: bool = True) -> Any:
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    boxed = abstract_params(config, scan_layers=scan_layers)
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), nn.meta.unbox(boxed)
-    )
 
 
 def load(directory: Path) -> tuple[ModelConfig, Any]:

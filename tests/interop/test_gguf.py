@@ -36,7 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama, yarn": {"rope_scaling": "yarn", "rope_scaling_factor": 4.0, "rope_original_context_length": 16},
     "qwen2": {"attention_bias": True},
     "qwen3": {"qk_norm": True},
-    "olmo2": {"norm_placement": "post", "qk_norm": True, "qk_norm_over": "projection"},
+    "olmo2": {"norm_placement": "post", "qk_norm": True, "qk_norm_over": "projection", "tie_embeddings": False},
     "smollm3": {"num_layers": 5, "layer_pattern": ("global", "global", "global", "global_nope")},
     "granite": {"embedding_scale": 12.0, "residual_scale": 0.22, "attention_scale": 0.0625, "logit_divisor": 8.0},
     "phi3": {
@@ -233,6 +233,7 @@ def load(file: Path) -> Any:
         ({"layer_pattern": ("local",), "sliding_window": 8}, "GGUF cannot say this model"),
         ({"rope_scaling": "llama3", "rope_scaling_factor": 4.0, "rope_low_freq_factor": 2.0}, "GGUF cannot say"),
         ({"norm_placement": "post"}, "GGUF cannot say"),
+        ({**MODELS["olmo2"], "tie_embeddings": True}, r"olmo2 comes closest but not with model\.tie_embeddings True"),
     ],
 )
 def test_what_an_architecture_cannot_say_is_refused(changes, message, tmp_path):

@@ -87,9 +87,30 @@ def test_throughput_leaves_out_what_is_paused(meter, clock):
     assert meter.read(7)["tokens_per_second"] == pytest.approx(20.0)  # since the last read alone
 
 
+def test_the_share_of_time_that_the_host_waits_for_data(meter, clock):
+    def slow_batches():
+        while True:
+            clock.now += 0.25
+            yield "a batch"
+
+    batches = slow_batches()
+    meter.wait_for(batches)  # the clock is still paused
+    meter.add(step_metrics(1.0, 10))
+    meter.resume()
+    for _ in range(3):
+        assert meter.wait_for(batches) == "a batch"
+        clock.now += 0.75
+        meter.add(step_metrics(1.0, 10))
+    assert meter.read(4)["input_wait_fraction"] == pytest.approx(0.25)
+    clock.now += 1.0
+    meter.add(step_metrics(1.0, 10))
+    assert meter.read(5)["input_wait_fraction"] == 0.0  # since the last read alone
+
+
 def test_without_timed_steps_there_is_no_throughput(meter):
     meter.add(step_metrics(1.0, 10))
-    assert meter.read(1)["tokens_per_second"] is None
+    record = meter.read(1)
+    assert (record["tokens_per_second"], record["input_wait_fraction"]) == (None, None)
     record = meter.read(1)
     assert record["mfu"] is None
     assert math.isnan(record["loss"])

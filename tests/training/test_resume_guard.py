@@ -68,7 +68,7 @@ FREE = {
     *("data.verify", "training.accumulation_steps", "training.log_every_steps", "training.evaluate_every_steps"),
     *("training.evaluation_batch_size", "training.max_skipped_steps", "training.sample_prompts"),
     *("training.sample_tokens", "checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_every_steps"),
-    *("checkpoint.strict", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor"),
+    *("checkpoint.strict", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor", "mesh.slices"),
     *("model.attention", "model.attention_blocks", "mesh.context_parallelism"),
 }
 NEVER = {

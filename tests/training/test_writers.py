@@ -15,7 +15,7 @@ from nextllm_jax.errors import RunFailed
 from nextllm_jax.training.writers import Writers, draw_losses
 
 TRAIN_FIELDS = ["step", "split", "loss", "perplexity", "learning_rate", "grad_norm", "tokens_per_second", "mfu",
-                "tokens_seen", "elapsed_seconds"]  # fmt: skip
+                "input_wait_fraction", "tokens_seen", "elapsed_seconds"]  # fmt: skip
 
 
 def train_record(step, loss=2.0):
@@ -27,6 +27,7 @@ def train_record(step, loss=2.0):
         "grad_norm": 0.5,
         "tokens_per_second": 1000.0,
         "mfu": None,
+        "input_wait_fraction": 0.25,
         "tokens_seen": step * 100,
         "elapsed_seconds": float(step),
     }

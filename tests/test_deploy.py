@@ -1,0 +1,178 @@
+"""The launch recipes, run with engines that only note what they are asked: what they would start is parsed as we do."""
+
+import os
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nextllm_jax import cli
+from nextllm_jax.rendezvous import Place, find_place
+from tests.conftest import ROOT
+
+DEPLOY = ROOT / "deploy"
+SHELL = ("tpu_vm.sh", "gke_xpk.sh", "slurm.sbatch")
+YAML = ("gke_jobset.yaml", "skypilot.yaml")
+JAX_READS = {"JAX_COMPILATION_CACHE_DIR"}  # as nextllm_jax/process.py expects
+
+# What an engine does with a command: gcloud and xpk run what --command holds, srun the words after its options.
+ENGINES = {
+    "gcloud": 'for word; do case $word in --command=*) bash -c "${word#--command=}";; esac; done',
+    "xpk": 'for word; do case $word in --command=*) bash -c "${word#--command=}";; esac; done',
+    "srun": 'while [ "${1#-}" != "$1" ]; do shift; done; "$@"',
+    "scontrol": "true",
+    "nohup": '"$@"',
+}
+
+
+class Machine:
+    """A directory in which the engines, and python, only write down how they were called."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.calls = directory / "calls"
+        self.calls.touch()
+        (directory / "bin").mkdir()
+        for place in (".venv/bin", "nextllm/.venv/bin"):
+            (directory / place).mkdir(parents=True)
+            (directory / place / "activate").touch()
+        for name, behaviour in ENGINES.items():
+            self._program(name, behaviour)
+
+    def _program(self, name: str, behaviour: str) -> None:
+        note = f'{{ echo {name}; printf "%s\\n" "$@"; echo END; }} >> {self.calls}'
+        path = self.directory / "bin" / name
+        path.write_text(f"#!/usr/bin/env bash\n{note}\n{behaviour}\n")
+        path.chmod(0o755)
+
+    def run(self, *command: str, exit_codes=(0,), **environment: str) -> int:
+        """Run a recipe, whose trainings end with these exit codes one after the other; its own exit code."""
+        codes = self.directory / "codes"
+        codes.write_text("".join(f"{code}\n" for code in exit_codes))
+        self._program("python", f"code=$(head -n 1 {codes}); sed -i 1d {codes}; exit $code")
+        path = f"{self.directory / 'bin'}:{os.environ['PATH']}"
+        done = subprocess.run(command, cwd=self.directory, env={"PATH": path, **environment}, timeout=60, check=False)
+        deadline = time.monotonic() + 60
+        while codes.read_text():  # what a recipe leaves running in the background
+            assert time.monotonic() < deadline, f"{command} ended with {done.returncode}"
+            time.sleep(0.01)
+        return done.returncode
+
+    def called(self, name: str) -> list[list[str]]:
+        """The arguments of each call of a program."""
+        lines, calls = self.calls.read_text().splitlines(), []
+        for start, line in enumerate(lines):
+            if line == name and (start == 0 or lines[start - 1] == "END"):
+                calls.append(lines[start + 1 : lines.index("END", start)])
+        return calls
+
+    def trainings(self) -> list[cli.TrainArguments]:
+        """What the calls of python train.py ask for, as our own command line reads it, from the repository."""
+        found = []
+        for script, *arguments in self.called("python"):
+            assert script == "train.py"
+            found.append(cli.parse_train(arguments))
+        return found
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)  # the configs that the recipes name
+    return Machine(tmp_path)
+
+
+def check_mesh(arguments: cli.TrainArguments, chips: int, slices: int) -> None:
+    sizes = arguments.run.mesh.sizes(chips)
+    assert arguments.run.mesh.slices == slices
+    assert sizes[1] == chips // slices, "parameters are divided over all chips of a slice"
+    assert arguments.run.training.global_batch_size % (sizes[0] * sizes[1]) == 0
+
+
+def test_every_file_is_tested_here():
+    assert {path.name for path in DEPLOY.iterdir()} == {*SHELL, *YAML, "Dockerfile"}
+
+
+@pytest.mark.parametrize("name", SHELL)
+def test_scripts_are_valid(name):
+    subprocess.run(["bash", "-n", DEPLOY / name], check=True)
+
+
+@pytest.mark.parametrize("name", [*SHELL, *YAML])
+def test_variables_that_they_set_are_read(name):
+    text = (DEPLOY / name).read_text()
+    exported = re.findall(r"(?:export |--env=)(\w+)=", text) + re.findall(r"- name: ([A-Z_]+)\n", text)
+    assert set(exported) == (JAX_READS if name != "slurm.sbatch" else set())
+    assert all(variable in (ROOT / "nextllm_jax" / "process.py").read_text() for variable in exported)
+
+
+@pytest.mark.parametrize(("slices", "engine"), [(1, "tpu-vm"), (2, "queued-resources")])
+def test_tpu_vms(machine, slices, engine):
+    """A training that was interrupted and saved is started again; another failure is not."""
+    code = machine.run(str(DEPLOY / "tpu_vm.sh"), "train", exit_codes=(75, 75, 1), SLICES=str(slices), NAME="mine")
+    assert code == 0  # it goes on in the background
+    trainings = machine.trainings()
+    assert len(trainings) == 3
+    check_mesh(trainings[0], chips=16 * slices, slices=slices)
+    assert (trainings[0].run.workdir, trainings[0].run.platform) == ("/share/runs/mine", "tpu")
+    (call,) = machine.called("gcloud")
+    assert call[:5] == ["compute", "tpus", engine, "ssh", "mine"]
+    assert "--worker=all" in call
+    assert ("--node=all" in call) == (slices > 1)
+
+
+def test_xpk(machine):
+    assert machine.run(str(DEPLOY / "gke_xpk.sh"), SLICES="2", WORKLOAD="mine") == 0
+    (training,), (call,) = machine.trainings(), machine.called("xpk")
+    check_mesh(training, chips=32, slices=2)
+    assert training.run.workdir == "/share/runs/mine"
+    assert {"--num-slices=2", "--restart-on-exit-codes=1,75"} <= set(call)
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (75, True)])
+def test_slurm(machine, code, requeued):
+    assert machine.run("bash", str(DEPLOY / "slurm.sbatch"), exit_codes=(code,), SLURM_JOB_ID="17") == code
+    assert machine.called("scontrol") == ([["requeue", "17"]] if requeued else [])
+    (training,) = machine.trainings()
+    check_mesh(training, chips=16, slices=1)
+    options = re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?", (DEPLOY / "slurm.sbatch").read_text(), re.MULTILINE)
+    assert dict(options)["ntasks-per-node"] == dict(options)["gpus-per-node"]
+
+
+def test_jobset(machine):
+    content = yaml.safe_load((DEPLOY / "gke_jobset.yaml").read_text())
+    (job,) = content["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    assert machine.run(*container["command"]) == 0
+    (training,) = machine.trainings()
+    chips = int(spec["parallelism"]) * container["resources"]["limits"]["google.com/tpu"] * job["replicas"]
+    check_mesh(training, chips=chips, slices=job["replicas"])
+    # The Job fails at once for exit code 75, with a reason for which the JobSet starts all again without counting it.
+    rules = spec["podFailurePolicy"]["rules"]
+    assert rules[0]["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [75]}
+    assert (spec["backoffLimit"], pod["restartPolicy"]) == (0, "Never")
+    (rule,) = content["spec"]["failurePolicy"]["rules"]
+    assert rule == {"action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": ["PodFailurePolicy"]}
+
+
+def test_skypilot(machine):
+    content = yaml.safe_load((DEPLOY / "skypilot.yaml").read_text())
+    count, gpus = content["num_nodes"], int(content["resources"]["accelerators"].split(":")[1])
+    nodes = {"SKYPILOT_NODE_IPS": "10.0.0.4\n10.0.0.7", "SKYPILOT_NUM_NODES": str(count), "SKYPILOT_NODE_RANK": "1"}
+    assert machine.run("bash", "-c", content["run"], **nodes) == 0
+    (training,) = machine.trainings()
+    check_mesh(training, chips=count * gpus, slices=1)
+    assert find_place(training.distributed) == Place("10.0.0.4:8476", count, 1)
+    assert content["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
+
+
+def test_the_image_has_what_a_training_needs():
+    text = (DEPLOY / "Dockerfile").read_text()
+    for copied in re.findall(r"^COPY (.*)$", text, re.MULTILINE):
+        *sources, _ = copied.split()
+        assert all((ROOT / source).exists() for source in sources)
+    assert "FROM python:3.12" in text
