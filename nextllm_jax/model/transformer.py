@@ -77,6 +77,10 @@ class Block(nn.Module):
         return out_BTD if self.config.residual_scale == 1 else out_BTD * self.config.residual_scale
 
 
+_traced_once = nn.jit(lambda block, *args: block(*args))
+"""A layer's call that is traced once for all layers of a kind, not for each."""
+
+
 class Period(nn.Module):
     """One period of the layer pattern, the body of the scan over depth."""
 
@@ -130,7 +134,6 @@ class Transformer(nn.Module):
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )(config, self.dtype)
         block = _remat(config, prevent_cse=True)
-        block = block if self.scan_layers else nn.jit(block)  # traced once for all layers of a kind, not for each
         pattern = config.layer_pattern
         num_rest = config.num_layers - num_periods * len(pattern)
         self.remainder = [block(config, pattern[i % len(pattern)], self.dtype) for i in range(num_rest)]
@@ -169,7 +172,7 @@ class Transformer(nn.Module):
         else:
             parts = cache.split()
             for i, block in enumerate(self.remainder):
-                x_BTD, parts[i] = block(x_BTD, *context, parts[i], 0)
+                x_BTD, parts[i] = _traced_once(block, x_BTD, *context, parts[i], 0)
             cache = KVCache.joined(parts)
         keep_mean_square(self, "before_final_norm", x_BTD)
         hidden_BTD = self.final_norm(x_BTD)
