@@ -158,10 +158,6 @@ def test_conversations_are_learnt_from_a_file_of_messages(place):
     assert (score.nll, score.bits_per_byte) == pytest.approx((after["loss"], after["bits_per_byte"]), rel=1e-5)
 
 
-def on_one_device(boxed):
-    return on_device(boxed, jax.devices()[0])
-
-
 def resolve(config=None, file=None, **changes):
     file = file or Config(model=ModelConfig(), data=DataConfig(sequence_length=64))
     return with_source(dataclasses.replace(config or file, **{"workdir": "nowhere", **changes}), file)

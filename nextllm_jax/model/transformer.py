@@ -79,6 +79,10 @@ class Block(nn.Module):
         return out_BTD if self.config.residual_scale == 1 else out_BTD * self.config.residual_scale
 
 
+_traced_once = nn.jit(lambda block, *args: block(*args))
+"""A layer's call that is traced once for all layers of a kind, not for each."""
+
+
 class Period(nn.Module):
     """One period of the layer pattern, the body of the scan over depth."""
 
@@ -135,7 +139,6 @@ class Transformer(nn.Module):
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )(config, self.dtype, self.kernel)
         block = _remat(config, prevent_cse=True)
-        block = block if self.scan_layers else nn.jit(block)  # traced once for all layers of a kind, not for each
         pattern = config.layer_pattern
         num_rest = config.num_layers - num_periods * len(pattern)
         self.remainder = [block(config, pattern[i % len(pattern)], self.dtype, self.kernel) for i in range(num_rest)]
@@ -174,7 +177,7 @@ class Transformer(nn.Module):
         else:
             parts = []
             for block, part in zip(self.remainder, cache.split(), strict=True):
-                x_BTD, part = block(x_BTD, *context, part, 0)
+                x_BTD, part = _traced_once(block, x_BTD, *context, part, 0)
                 parts.append(part)
             cache = KVCache.joined(parts)
         keep_mean_square(self, "before_final_norm", x_BTD)
