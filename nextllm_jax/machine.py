@@ -70,10 +70,8 @@ def memory(config: Config, mesh: Mesh) -> tuple[str, Status]:
         moments /= mesh.shape["data"]
     if optimizer.offload_state and device.platform != "cpu":
         moments = 0
-    # Gradients are as large as what is trained.
-    needed = (
-        2 * parameter_bytes(config.model, config.lora) + frozen_bytes(config.model, config.lora) + moments
-    ) / parts
+    frozen, trained = frozen_bytes(config.model, config.lora), parameter_bytes(config.model, config.lora)
+    needed = (frozen + 2 * trained + moments) / parts  # gradients are as large as what is trained
     what = f"parameters, gradients and AdamW's moments take {readable_bytes(needed)} a device"
     free_host = hardware.available_host_memory()
     if device.platform == "cpu":

@@ -23,7 +23,7 @@ class PlanArguments:
     config: str
     """Python file that defines get_config() -> Config, as for train."""
     topology: str | None = None
-    """TPU generation and shape, such as v5e:4x4, v5p:4x4x4, v6e:16x16 or tpu7x:4x4x4."""
+    """TPU generation and shape, such as v5e:4x4, v5p:4x4x4, v6e:16x16 or tpu7x:4x4x4; of one of --mesh.slices."""
     fast: bool = False
     """Estimate by arithmetic in a second, and compile nothing."""
     chip: str | None = None
@@ -95,7 +95,7 @@ def _plan(arguments: PlanArguments, say: Callable[[str], None]) -> tuple[dict[st
     if arguments.chip is not None:
         place = topology.counted(arguments.chip, arguments.devices or 0)
     else:
-        place = topology.tpu_slices(arguments.topology or "")
+        place = topology.tpu_slices(arguments.topology or "", config.mesh.slices)
     if arguments.decode:
         request = Request(
             batch_size=arguments.batch_size, prompt_tokens=arguments.prompt_tokens, new_tokens=arguments.new_tokens

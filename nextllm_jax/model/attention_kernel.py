@@ -18,7 +18,7 @@ from nextllm_jax.sharding import RULES, per_shard
 
 KernelName = Literal["xla", "blockwise", "splash", "cudnn"]
 
-# From here on blockwise is as fast as xla on a CPU and needs a quarter of its temporaries; see benchmarks/attention.py.
+# From here on blockwise is about as fast as xla on a CPU, with a quarter of its temporaries; benchmarks/attention.py.
 _LONG = 2048
 # cuDNN's mask of documents takes 2 T^2 bytes a sequence: 32 MiB here.
 _LONGEST_MASK = 4096

@@ -79,6 +79,10 @@ class Block(nn.Module):
         return out_BTD if self.config.residual_scale == 1 else out_BTD * self.config.residual_scale
 
 
+_traced_once = nn.jit(lambda block, *args: block(*args))
+"""A layer's call that is traced once for all layers of a kind, not for each."""
+
+
 class Period(nn.Module):
     """One period of the layer pattern, the body of the scan over depth."""
 
@@ -119,8 +123,6 @@ class Transformer(nn.Module):
     dtype: Any = jnp.float32
     scan_layers: bool = True
     kernel: AttentionKernel = AttentionKernel()
-    jit_layers: bool = True
-    """Without scan_layers, trace a layer once for all of its kind; not for who looks at the arrays inside of each."""
 
     def setup(self) -> None:
         config, param_dtype = self.config, jnp.dtype(self.config.param_dtype)
@@ -137,7 +139,6 @@ class Transformer(nn.Module):
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )(config, self.dtype, self.kernel)
         block = _remat(config, prevent_cse=True)
-        block = nn.jit(block) if self.jit_layers and not self.scan_layers else block
         pattern = config.layer_pattern
         num_rest = config.num_layers - num_periods * len(pattern)
         self.remainder = [block(config, pattern[i % len(pattern)], self.dtype, self.kernel) for i in range(num_rest)]
@@ -176,7 +177,7 @@ class Transformer(nn.Module):
         else:
             parts = []
             for block, part in zip(self.remainder, cache.split(), strict=True):
-                x_BTD, part = block(x_BTD, *context, part, 0)
+                x_BTD, part = _traced_once(block, x_BTD, *context, part, 0)
                 parts.append(part)
             cache = KVCache.joined(parts)
         keep_mean_square(self, "before_final_norm", x_BTD)

@@ -46,9 +46,10 @@ def _changed(config: Config, **sections: dict[str, Any]) -> tuple[Config, str]:
 
 
 def _fsdp(config: Config, mesh: Mapping[str, int]) -> _Proposal:
-    if mesh["data"] == 1:
+    slices = config.mesh.slices  # which data alone may cross
+    if mesh["data"] == slices:
         return None
-    changed, flags = _changed(config, mesh={"data": 1, "fsdp": mesh["fsdp"] * mesh["data"]})
+    changed, flags = _changed(config, mesh={"data": slices, "fsdp": mesh["fsdp"] * mesh["data"] // slices})
     return changed, f"{flags}: parameters and moments are divided, of which each device now keeps a copy"
 
 
