@@ -113,20 +113,21 @@ def _plan(arguments: PlanArguments, say: Callable[[str], None]) -> tuple[dict[st
 
 
 class _Progress:
-    """One line on standard error: rewritten on a terminal, elsewhere repeated every half minute."""
+    """One line on standard error: rewritten on a terminal, elsewhere repeated for each stage and every half minute."""
 
     def __init__(self) -> None:
-        self._last = time.monotonic() - 30
+        self._stage, self._said = "", 0.0
         self._is_terminal = sys.stderr.isatty()
 
     def __enter__(self) -> Callable[[str], None]:
         return self._say
 
     def _say(self, text: str) -> None:
+        stage, now = text.partition(",")[0], time.monotonic()
         if self._is_terminal:
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-        elif time.monotonic() - self._last >= 30:
-            self._last = time.monotonic()
+        elif stage != self._stage or now - self._said >= 30:
+            self._stage, self._said = stage, now
             print(text, file=sys.stderr, flush=True)
 
     def __exit__(self, *_: object) -> None:

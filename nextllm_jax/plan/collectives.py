@@ -22,7 +22,7 @@ class Collective(NamedTuple):
 
     kind: str
     axes: str
-    """Mesh axes joined by "+"; "other" for groups that no axes give."""
+    """Mesh axes joined by "+"; "slices" between slices of TPUs; "other" for groups that no axes give."""
     dtype: str
 
 
@@ -43,10 +43,14 @@ class Collectives(NamedTuple):
     """Loops with collectives whose trip count the program does not say; they count as one trip."""
 
 
-def collectives(hlo: str, mesh_shape: Mapping[str, int]) -> Collectives:
-    """The collectives of a program's text, on a mesh whose devices are numbered as in `mesh.devices.flat`."""
+def collectives(hlo: str, mesh_shape: Mapping[str, int], slices: int = 1) -> Collectives:
+    """The collectives of a program's text, on a mesh whose devices are numbered as in `mesh.devices.flat`.
+
+    A TPU program of several slices, which divide the axis "data", numbers the devices of one.
+    """
     program = parse(hlo)
-    walk = _Walk(program, _Axes(mesh_shape))
+    inside = {name: size // slices if name == "data" else size for name, size in mesh_shape.items()}
+    walk = _Walk(program, _Axes(inside), slices)
     totals = walk.totals(program.entry)
     return Collectives({key: totals[key] for key in sorted(totals)}, walk.unknown_loops)
 
@@ -62,9 +66,10 @@ def _add(totals: _Totals, key: Collective, more: Traffic, times: float = 1) -> N
 class _Walk:
     """Sums over computations, each of them once."""
 
-    def __init__(self, program: Program, axes: "_Axes") -> None:
+    def __init__(self, program: Program, axes: "_Axes", slices: int) -> None:
         self._program = program
         self._axes = axes
+        self._slices = slices
         self._totals: dict[str, _Totals] = {}
         self._started = {
             self._chain(instruction)
@@ -85,8 +90,12 @@ class _Walk:
         steps_seen: set[str] = set()
         for instruction in computation.instructions.values():
             kind = instruction.opcode.removesuffix("-start")
+            between = instruction.attribute(r'_xla_megascale_transfer_type="(\w+)"')
             if kind in KINDS:
-                self._add_collective(totals, kind, instruction, computation)
+                self._add_collective(totals, kind, self._axes.of(instruction), instruction, computation)
+            elif between and instruction.opcode == "send":
+                kind = between.lower().replace("_", "-")
+                self._add_collective(totals, kind, (self._slices, "slices"), instruction, computation)
             elif instruction.callees and not instruction.opcode.endswith(("-done", "-update")):
                 chain = self._chain(instruction)
                 again = chain in steps_seen or (chain in self._started and not _starts(instruction))
@@ -95,9 +104,16 @@ class _Walk:
                 steps_seen |= {chain} if chain else set()
         return totals
 
-    def _add_collective(self, totals: _Totals, kind: str, instruction: Instruction, computation: Computation) -> None:
-        """Add one collective, by the types of its operands."""
-        members, axes = self._axes.of(instruction)
+    def _add_collective(
+        self,
+        totals: _Totals,
+        kind: str,
+        group: tuple[int, str],
+        instruction: Instruction,
+        computation: Computation,
+    ) -> None:
+        """Add one collective over (devices, their axes), by the types of its operands."""
+        members, axes = group
         if members == 1:
             return
         share = {

@@ -183,9 +183,11 @@ class _Clock:
 
     def _tick(self) -> None:
         began = time.monotonic()
-        while not self._done.wait(1.0):
+        while True:
             seconds = time.monotonic() - began
             self._say(f"compiling the {self._name}, {seconds:.0f} s; models of billions take 1 to 3 minutes")
+            if self._done.wait(1.0):
+                return
 
     def __enter__(self) -> None:
         self._thread.start()

@@ -195,7 +195,7 @@ class _Work:
         tokens = self.request.batch_size * tokens_per_row
         if not compiled.hlo:
             return Phase(compiled=compiled, traffic=None, roofline=None, tokens=tokens)
-        traffic = collectives(compiled.hlo, self.mesh.shape).traffic
+        traffic = collectives(compiled.hlo, self.mesh.shape, self.config.mesh.slices).traffic
         ici, network = communication_seconds(traffic, self.mesh, self.chip)
         devices = self.mesh.devices.size
         flops = tokens * flops_per_token(self.config.model, tokens_per_row) / 3

@@ -115,15 +115,18 @@ def minimum_traffic(config: Config, mesh: Mapping[str, int]) -> dict[Collective,
     """What must be sent at least, per device and step, where every matrix is divided over fsdp and tensor.
 
     In bfloat16, weights are gathered for the forward and for the backward pass of each microbatch, and gradients are
-    reduced and scattered once for each; over `data` the gradients' shards are all-reduced in float32. Tensor
+    reduced and scattered once for each; over `data`, and what is left of them between slices, the gradients' shards are
+    all-reduced in float32. Tensor
     parallelism adds up what attention and MLP give, forward and backward, in bfloat16.
     """
     model, steps = config.model, config.training.accumulation_steps
     traffic: dict[Collective, Traffic] = {}
     weights = matrix_parameters(model) / mesh["tensor"]
+    slices = config.mesh.slices
+    sizes = {**mesh, "data": mesh["data"] // slices, "slices": slices}
 
     def add(kind: str, axis: str, dtype: str, count: float, full_bytes: float) -> None:
-        members = mesh[axis]
+        members = sizes[axis]
         if members > 1:
             factor = (2 if kind == "all-reduce" else 1) * (members - 1) / members
             traffic[Collective(kind, axis, dtype)] = Traffic(count, full_bytes * factor)
@@ -132,6 +135,7 @@ def minimum_traffic(config: Config, mesh: Mapping[str, int]) -> dict[Collective,
     add("all-gather", "fsdp", "bf16", 2 * matrices * steps, 2 * steps * _BF16 * weights)
     add("reduce-scatter", "fsdp", "bf16", matrices * steps, steps * _BF16 * weights)
     add("all-reduce", "data", "f32", matrices, _FLOAT32 * weights / mesh["fsdp"])
+    add("all-reduce", "slices", "f32", matrices, _FLOAT32 * weights / mesh["fsdp"] / sizes["data"])
     tokens = tokens_per_device(config, mesh) * mesh["tensor"]
     sums = 4 * model.num_layers
     add("all-reduce", "tensor", "bf16", sums * steps, sums * _BF16 * tokens * model.embed_dim)

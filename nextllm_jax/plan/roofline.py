@@ -55,7 +55,7 @@ def communication_seconds(
 
 
 def axes_bandwidth(mesh: Mesh | AbstractMesh, axes: str, chip: Chip) -> tuple[float | None, bool]:
-    """(bytes per second that a device sends along mesh axes joined by "+", whether that goes through the network).
+    """(bytes per second that a device sends along a Collective's axes, whether that goes through the network).
 
     A device of a slice has two links along each dimension of the torus that the axes run through, if it is a ring, and
     one at the end of a line, which is where a line's collectives wait. Where nothing but the number of devices is
@@ -64,11 +64,14 @@ def axes_bandwidth(mesh: Mesh | AbstractMesh, axes: str, chip: Chip) -> tuple[fl
     if isinstance(mesh, AbstractMesh):
         links = 2 * chip.ici_link_bandwidth if chip.ici_link_bandwidth else None
         return links or chip.network_bandwidth, links is None
+    if axes == "slices":
+        return chip.network_bandwidth, True
     names = [name for name in axes.split("+") if name in mesh.axis_names]
     positions = [mesh.axis_names.index(name) for name in names] or list(range(mesh.devices.ndim))
-    members = _along(mesh.devices, positions)
-    if not chip.ici_link_bandwidth or len({getattr(device, "slice_index", None) for device in members}) > 1:
+    if not chip.ici_link_bandwidth:
         return chip.network_bandwidth, True
+    members = _along(mesh.devices, positions)
+    members = [device for device in members if device.slice_index == members[0].slice_index]
     extents = [len(set(column)) for column in zip(*(device.coords for device in members), strict=True)]
     full = [len(set(column)) for column in zip(*(device.coords for device in mesh.devices.flat), strict=True)]
     links = sum(

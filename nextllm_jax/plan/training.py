@@ -133,7 +133,7 @@ def plan_training(config: Config, place: Place, say: Say, *, check: bool = True)
         say("counting the FLOPs of two layers")
     flops_check = FlopsCheck(*flops_of_two_layers(config)) if check else None
     compiled = compile_train_step(config, mesh, say)
-    found = collectives(compiled.hlo, mesh.shape) if compiled.hlo else None
+    found = collectives(compiled.hlo, mesh.shape, config.mesh.slices) if compiled.hlo else None
     traffic = found.traffic if found else None
     plan = dataclasses.replace(
         estimate,

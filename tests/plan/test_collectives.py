@@ -167,6 +167,25 @@ ENTRY %main (p: f32[16]) -> f32[16] {{
     assert collectives(text, MESH_SHAPE).traffic == {}
 
 
+def test_between_slices_a_program_sends() -> None:
+    text = """HloModule m
+
+ENTRY %main (p: bf16[16]) -> bf16[16] {
+  %p = bf16[16]{0} parameter(0)
+  %token = token[] after-all()
+  %send = (bf16[16]{0}, u32[], token[]) send(%p, %token), channel_id=2, is_host_transfer=true, """ + (
+        """frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent = token[] send-done(%send), channel_id=2
+  ROOT %r = bf16[16]{0} all-reduce(%p), replica_groups={{0,1,2,3}}
+}
+"""
+    )
+    assert collectives(text, MESH_SHAPE, slices=2).traffic == {
+        Collective("all-reduce", "slices", "bf16"): (1, 2 * 32 / 2),
+        Collective("all-reduce", "fsdp", "bf16"): (1, 2 * 32 * 3 / 4),
+    }
+
+
 def test_sizes_by_type() -> None:
     shapes = "(bf16[2,3]{1,0:T(8,128)(2,1)}, f32[], /*index=2*/(s4[10], pred[7]), u32[<=5]{0}, f8e4m3fn[4])"
     assert sizes(shapes) == {"bf16": 12, "f32": 4, "s4": 5, "pred": 7, "u32": 20, "f8e4m3fn": 4}

@@ -2,19 +2,13 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 
 from nextllm_jax.errors import InputError
 from nextllm_jax.plan.topology import tpu_slices
 
-# Small to compile, but with more activations than a TPU keeps out of its main memory.
-MANY_TOKENS = (
-    *("--model.num-layers", "2", "--model.embed-dim", "256", "--model.mlp-dim", "1024", "--model.num-heads", "4"),
-    *("--model.head-dim", "64", "--model.context-length", "256", "--data.sequence-length", "256"),
-    *("--model.vocab-size", "2048", "--training.global-batch-size", "1024", "--model.remat", "full"),
-    *("--model.dtype", "bfloat16"),
-)
 COMMAND = ("nextllm_jax.cli", "plan", "--config", "config.py")
 
 
@@ -62,22 +56,23 @@ def test_a_topology_that_does_not_exist(door) -> None:
 @pytest.mark.tpu
 def test_a_train_step_for_four_tpus(door) -> None:
     pytest.importorskip("libtpu")
-    arguments = ("--topology", "v5e:2x2", "--mesh.data", "1", "--mesh.fsdp", "4", "--json", "--hlo", "step.hlo")
-    done = door.run(*COMMAND, *arguments, *MANY_TOKENS)
+    config = str(Path(__file__).parent.parent.parent / "configs" / "tiny.py")
+    mesh = ("--topology", "v5e:2x2", "--mesh.data", "1", "--mesh.fsdp", "4")
+    done = door.run(*COMMAND[:-1], config, *mesh, "--model.remat", "full", "--json", "--hlo", "step.hlo")
     values = json.loads(done.stdout)
     assert (door.directory / "step.hlo").read_text().startswith("HloModule")
     assert values["device_kind"] == "TPU v5 lite"
     assert values["devices"] == 4
     assert values["fits"]
     memory = values["memory"]
-    assert memory["argument_bytes"] >= 12 * values["parameters"] / 4
-    assert 0 < memory["temporary_bytes"] < memory["peak_bytes"] < values["hbm_bytes"]
-    assert values["estimated_peak_bytes"] == pytest.approx(memory["peak_bytes"], rel=0.15)
+    assert memory["argument_bytes"] > 12 * values["parameters"] / 4  # a chip pads small arrays
+    assert memory["temporary_bytes"] > 0
+    assert memory["argument_bytes"] < memory["peak_bytes"] < values["hbm_bytes"]
     sent, least = (
         sum(row["sent_bytes"] for row in values[name] if row["axes"] == "fsdp" and row["dtype"] == "bf16")
         for name in ("collectives", "collectives_minimum")
     )
-    assert sent == pytest.approx(least, rel=0.25)  # nothing large in float32, and every loop multiplied out
+    assert sent == pytest.approx(least, rel=0.25)  # every loop multiplied out, and nothing counted twice
     assert values["unknown_loops"] == 0
     assert abs(values["flops_check"]["relative_difference"]) < 0.1
     assert values["roofline"]["ici_seconds"] > 0

@@ -41,10 +41,12 @@ def test_links_of_a_slice(kind, shape, torus, axes, bandwidth) -> None:
 def test_what_crosses_slices_goes_through_the_network() -> None:
     two, limits = mesh((2, 16, 1), (4, 4), slices=2), chip("TPU v5 lite")
     assert axes_bandwidth(two, "fsdp", limits) == (2 * 50 * GB, False)
-    assert axes_bandwidth(two, "data", limits) == (3.125 * GB, True)
+    assert axes_bandwidth(two, "slices", limits) == (3.125 * GB, True)
+    four = mesh((4, 8, 1), (4, 4), slices=2)
+    assert axes_bandwidth(four, "data", limits) == (50 * GB, False)  # the part of it within a slice
     traffic = {
         Collective("all-gather", "fsdp", "bf16"): Traffic(1, 100 * GB),
-        Collective("all-reduce", "data", "f32"): Traffic(1, 6.25 * GB),
+        Collective("all-reduce", "slices", "f32"): Traffic(1, 6.25 * GB),
     }
     assert communication_seconds(traffic, two, limits) == (1.0, 2.0)
 
