@@ -71,7 +71,7 @@ def axes_bandwidth(mesh: Mesh | AbstractMesh, axes: str, chip: Chip) -> tuple[fl
     if not chip.ici_link_bandwidth:
         return chip.network_bandwidth, True
     members = _along(mesh.devices, positions)
-    members = [device for device in members if device.slice_index == members[0].slice_index]
+    members = [device for device in members if _slice(device) == _slice(members[0])]
     extents = [len(set(column)) for column in zip(*(device.coords for device in members), strict=True)]
     full = [len(set(column)) for column in zip(*(device.coords for device in mesh.devices.flat), strict=True)]
     links = sum(
@@ -80,6 +80,10 @@ def axes_bandwidth(mesh: Mesh | AbstractMesh, axes: str, chip: Chip) -> tuple[fl
         if extent > 1
     )
     return (links or 1) * chip.ici_link_bandwidth, False
+
+
+def _slice(device: Any) -> int | None:
+    return getattr(device, "slice_index", None)  # which a topology of one slice does not have
 
 
 def _along(devices: np.ndarray, positions: list[int]) -> list[Any]:

@@ -25,9 +25,7 @@ def search(config: Config, place: Place, minutes: float, say: Say) -> list[Train
     arithmetic are compiled, as long as the time lasts; one that is being compiled is waited for.
     """
     began = time.monotonic()
-    estimates = sorted(
-        _estimates(config, place, say), key=lambda plan: (plan.roofline.seconds, plan.estimated_peak_bytes)
-    )
+    estimates = sorted(_estimates(config, place, say), key=_slowness)
     if not estimates:
         raise InputError(
             f"no mesh, remat policy or accumulation steps make this config fit {place.name}, by arithmetic; give more "
@@ -45,8 +43,13 @@ def search(config: Config, place: Place, minutes: float, say: Say) -> list[Train
         compiled.append(
             plan_training(rest.pop(0).config, place, lambda text, bar=bar: say(f"{bar} {text}"), check=False)
         )
-    confirmed = sorted((plan for plan in compiled if plan.fits), key=lambda plan: plan.roofline.seconds)
+    confirmed = sorted((plan for plan in compiled if plan.fits), key=_slowness)
     return confirmed + [plan for plan in rest if plan.fits]
+
+
+def _slowness(plan: TrainingPlan) -> tuple[float, float]:
+    """The least time of a step; among equals, that of all its work in turn."""
+    return plan.roofline.seconds, plan.roofline.seconds_in_turn
 
 
 def _estimates(config: Config, place: Place, say: Say) -> Iterator[TrainingPlan]:

@@ -17,7 +17,10 @@ def mesh(shape, torus, *, slices=1):
     """A stand-in for a Mesh with axes (data, fsdp, tensor), its devices numbered along the torus, slices outermost."""
     places = [(index, *coords) for index in range(slices) for coords in np.ndindex(torus)]
     devices = np.empty(len(places), dtype=object)
-    devices[:] = [types.SimpleNamespace(slice_index=index, coords=coords) for index, *coords in places]
+    of_a_slice = [{"slice_index": index} if slices > 1 else {} for index, *_ in places]
+    devices[:] = [
+        types.SimpleNamespace(coords=place[1:], **more) for place, more in zip(places, of_a_slice, strict=True)
+    ]
     return types.SimpleNamespace(devices=devices.reshape(shape), axis_names=("data", "fsdp", "tensor"))
 
 
