@@ -78,6 +78,11 @@ def _check(arguments: PlanArguments) -> None:
         raise InputError("--hlo writes the one train step that is compiled; leave out --fast, --search and --decode")
     if arguments.hlo is not None and Path(arguments.hlo).exists():
         raise InputError(f"{arguments.hlo} exists already; give --hlo a new file")
+    if arguments.run.init_from is not None:
+        raise InputError(
+            f"init_from is {arguments.run.init_from}; a plan does not look into other models, nor does it count "
+            "adapters: give it a config that states the model, and no init_from"
+        )
     for name in ("days", "tokens", "search_minutes", "batch_size", "prompt_tokens", "new_tokens"):
         value = getattr(arguments, name)
         if value is not None and value <= 0:
