@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from nextllm_jax.config import ModelConfig
+from nextllm_jax.sharding import constrain
 
 
 @flax.struct.dataclass
@@ -33,7 +34,7 @@ class KVCache:
         """An empty cache for `batch_size` rows of at most `length` positions; `scan_layers` as the Transformer's."""
         parts, layers = (1, config.num_layers) if scan_layers else (config.num_layers, 1)
         shape = (layers, batch_size, config.num_kv_heads, length, config.head_dim)
-        keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(parts)) for _ in range(2))
+        keys, values = (tuple(_laid_out(jnp.zeros(shape, dtype)) for _ in range(parts)) for _ in range(2))
         return cls(keys, values)
 
     @property
@@ -65,7 +66,7 @@ class KVCache:
         def written(arrays: tuple[jax.Array, ...], new_BTKH: jax.Array) -> tuple[jax.Array, ...]:
             old_LBKSH = arrays[part]
             place = old_LBKSH.at[jnp.full_like(positions_BT, index), rows_BT, :, positions_BT]
-            new_LBKSH = place.set(new_BTKH.astype(old_LBKSH.dtype), mode="drop")
+            new_LBKSH = _laid_out(place.set(new_BTKH.astype(old_LBKSH.dtype), mode="drop"))
             return (*arrays[:part], new_LBKSH, *arrays[part + 1 :])
 
         return KVCache(written(self.keys, k_BTKH), written(self.values, v_BTKH))
@@ -80,3 +81,8 @@ class KVCache:
     def _place(self, layer: Any) -> tuple[int, jax.Array | int]:
         """Which array a layer is in, and its index there."""
         return (0, layer) if len(self.keys) == 1 else (layer, 0)
+
+
+def _laid_out(x_LBKSH: jax.Array) -> jax.Array:
+    """Rows and heads divided over the mesh in force, as queries are; otherwise XLA may keep all heads everywhere."""
+    return constrain(x_LBKSH, "layers", "batch", "kv_heads", None, None)

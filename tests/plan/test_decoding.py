@@ -22,9 +22,9 @@ def test_prefill_and_a_decode_step() -> None:
     cache_on_a_device = plan.cache_bytes / 8
     decode, prefill = plan.decode.compiled.memory, plan.prefill.compiled.memory
     in_a_cache = decode.argument_bytes - plan.parameter_bytes
-    assert cache_on_a_device < in_a_cache < plan.cache_bytes / 2  # the compiler may keep keys of all heads
-    assert decode.alias_bytes >= cache_on_a_device / 2  # at least one of the two is written in place
-    assert cache_on_a_device < prefill.output_bytes < plan.cache_bytes / 2
+    assert cache_on_a_device < in_a_cache < 1.2 * cache_on_a_device
+    assert decode.alias_bytes >= cache_on_a_device  # both are written in place
+    assert cache_on_a_device < prefill.output_bytes < 1.2 * cache_on_a_device
     assert {collective.axes for collective in plan.decode.traffic} >= {"tensor"}
     values = decoding_json(plan)
     assert values["decode"]["tokens"] == 4
