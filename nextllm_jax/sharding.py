@@ -25,6 +25,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "lookup_batch": ("data",),  # while the embedding is read
     "seq": ("sequence",),
+    "residual_seq": ("sequence", "tensor"),  # between attention and MLP, in training
     "activation_embed": (),
     # parameters; heads, kv_heads, mlp and vocab divide activations in the same way
     "embed": ("fsdp",),

@@ -56,21 +56,25 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """Return the residual stream [B, T, D] and the cache after this layer."""
         config = self.config
-        x_BTD = checkpoint_name(constrain(x_BTD, "batch", "seq", "activation_embed"), _BLOCK_INPUT)
+        # What tensor parallelism would copy, the residual stream and its norms, is divided along time between sublayers
+        # (Korthikanti et al. 2022, arXiv:2205.05198).
+        seq = "residual_seq" if cache is None else "seq"
+        x_BTD = checkpoint_name(constrain(x_BTD, "batch", seq, "activation_embed"), _BLOCK_INPUT)
         keep_mean_square(self, "before_attention", x_BTD)
         attended, cache = Attention(config, self.kind, self.dtype, self.kernel, name="attention")(
             self._before("attention_norm", x_BTD), ropes.get(self.kind), positions_BT, segment_ids_BT, cache, layer
         )
-        x_BTD = x_BTD + self._after("attention_post_norm", attended)
+        x_BTD = constrain(x_BTD + self._after("attention_post_norm", attended), "batch", seq, "activation_embed")
         keep_mean_square(self, "before_mlp", x_BTD)
         with jax.named_scope("mlp"):
             out_BTD = SwiGLU(config, self.dtype, name="mlp")(self._before("mlp_norm", x_BTD))
             x_BTD = x_BTD + self._after("mlp_post_norm", out_BTD)
-        return constrain(x_BTD, "batch", "seq", "activation_embed"), cache
+        return constrain(x_BTD, "batch", seq, "activation_embed"), cache
 
     def _before(self, name: str, x_BTD: jax.Array) -> jax.Array:
-        """What a sublayer reads of the residual stream."""
-        return x_BTD if self.config.norm_placement == "post" else make_norm(self.config, name)(x_BTD)
+        """What a sublayer reads of the residual stream, whole once for all of its matrices."""
+        x_BTD = x_BTD if self.config.norm_placement == "post" else make_norm(self.config, name)(x_BTD)
+        return constrain(x_BTD, "batch", "seq", "activation_embed")
 
     def _after(self, name: str, out_BTD: jax.Array) -> jax.Array:
         """What a sublayer adds to the residual stream."""

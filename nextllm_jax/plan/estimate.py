@@ -56,13 +56,14 @@ def peak_bytes(config: Config, mesh: Mapping[str, int], arguments: int) -> int:
 
 def _kept_bytes_per_token(model: ModelConfig, tensor: int) -> float:
     """Of one layer, between the forward and the backward pass, in bfloat16."""
-    embed, mlp = model.embed_dim, model.mlp_dim / tensor
+    # The residual stream is divided over tensor too, what norms give to a sublayer is not.
+    embed, residual, mlp = model.embed_dim, model.embed_dim / tensor, model.mlp_dim / tensor
     q, kv = (model.head_dim * heads / tensor for heads in (model.num_heads, 2 * model.num_kv_heads))
     widths = {
-        "full": embed,
-        "save_attention": embed + q,
-        "dots": 3 * embed + 2 * q + kv + 2 * mlp,
-        "none": 7 * embed + 3 * q + 2 * kv + 4 * mlp,
+        "full": residual,
+        "save_attention": residual + q,
+        "dots": 3 * residual + 2 * q + kv + 2 * mlp,
+        "none": 2 * embed + 5 * residual + 3 * q + 2 * kv + 4 * mlp,
     }
     return _BF16 * widths[model.remat]
 
@@ -115,9 +116,9 @@ def minimum_traffic(config: Config, mesh: Mapping[str, int]) -> dict[Collective,
     """What must be sent at least, per device and step, where every matrix is divided over fsdp and tensor.
 
     In bfloat16, weights are gathered for the forward and for the backward pass of each microbatch, and gradients are
-    reduced and scattered once for each; over `data`, and what is left of them between slices, the gradients' shards are
-    all-reduced in float32. Tensor
-    parallelism adds up what attention and MLP give, forward and backward, in bfloat16.
+    reduced and scattered once for each; over `data`, and what is left of them between slices, the gradients' shards
+    are all-reduced in float32. Tensor parallelism adds up what attention and MLP give, forward and backward, in
+    bfloat16; to scatter the sums and gather them again after the norm, as the model does, sends as much.
     """
     model, steps = config.model, config.training.accumulation_steps
     traffic: dict[Collective, Traffic] = {}
