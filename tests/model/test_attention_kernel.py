@@ -176,7 +176,7 @@ def test_splash_compiles_for_a_tpu_mesh_in_both_passes(monkeypatch):
         for shape, names in (q, k, k, ids, q)
     ]
     kernel = AttentionKernel("splash", (128, 128))
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), jax.default_matmul_precision("default"):
         run = jax.jit(functools.partial(both_passes, functools.partial(attend, kernel, window=200, soft_cap=30.0)))
         text = run.lower(*shapes).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 3  # forward, and backward for queries and for keys

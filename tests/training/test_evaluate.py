@@ -29,6 +29,7 @@ class FakeSplit:
     stream = np.random.default_rng(0).integers(0, 64, 203).astype(np.uint16)
     num_tokens = len(stream)
     document_starts = np.array([0, 50, 51, 203])
+    holds_conversations = False
 
     def tokens(self, start, stop):
         return self.stream[start:stop]
