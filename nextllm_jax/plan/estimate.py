@@ -62,8 +62,8 @@ def _kept_bytes_per_token(model: ModelConfig, tensor: int) -> float:
     widths = {
         "full": residual,
         "save_attention": residual + q,
-        "dots": 3 * residual + 2 * q + kv + 2 * mlp,
-        "none": 2 * embed + 5 * residual + 3 * q + 2 * kv + 4 * mlp,
+        "dots": 2 * residual + q + kv + 2 * mlp,
+        "none": 2 * embed + 12 * residual + 3 * q + 2 * kv + 6 * mlp,  # norms keep what they compute in float32
     }
     return _BF16 * widths[model.remat]
 

@@ -161,19 +161,13 @@ def _training_memory(plan: TrainingPlan) -> Iterator[str]:
     yield "memory of a device"
     yield from _memory_lines(plan.memory, plan.out_of_memory, plan.argument_bytes)
     if plan.compile_seconds is None:
-        yield _line("peak", readable_bytes(plan.estimated_peak_bytes), _estimate_note(plan))
+        yield _line("peak", readable_bytes(plan.estimated_peak_bytes), "estimated; leave out --fast to compile")
     if plan.needed_bytes:
         yield _line("needed", readable_bytes(plan.needed_bytes))
     yield _line("there", readable_bytes(plan.limit_bytes))
     yield "it fits" if plan.fits else "it does NOT fit; what to change, in this order:"
     for number, sentence in enumerate(plan.advice, 1):
         yield f"  {number}. {sentence}"
-
-
-def _estimate_note(plan: TrainingPlan) -> str:
-    remat = plan.config.model.remat
-    compared = "within 15% where compared" if remat in ("full", "save_attention") else f"not compared for remat {remat}"
-    return f"estimated, {compared}; leave out --fast to compile"
 
 
 def _memory_lines(memory: Memory | None, out_of_memory: OutOfMemory | None, argument_bytes: int) -> Iterator[str]:
