@@ -132,6 +132,7 @@ def train(mesh_config, config, *, steps=3):
     return losses, jax.device_get(state.params), score, merged
 
 
+@pytest.mark.slow
 def test_eight_devices_train_adapters_as_one_does():
     losses, params, score, merged = train(MeshConfig(data=1), ALL)
     assert losses[2] < losses[1] < losses[0]

@@ -34,6 +34,9 @@ class FakeSplit:
     def tokens(self, start, stop):
         return self.stream[start:stop]
 
+    def learnt(self, start, stop):
+        return np.ones(stop - start, np.bool_)
+
 
 @pytest.fixture(scope="module")
 def params():
