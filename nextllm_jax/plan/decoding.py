@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +20,7 @@ from nextllm_jax.plan.collectives import Collective, Traffic, collectives
 from nextllm_jax.plan.compile import Compiled, compile_lowered
 from nextllm_jax.plan.roofline import Roofline, communication_seconds
 from nextllm_jax.plan.topology import Place, Say
-from nextllm_jax.sharding import tree_shardings
+from nextllm_jax.training.state import placed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,9 +113,7 @@ def _check(config: Config, request: Request, mesh: Mesh) -> None:
 
 def _abstract_params(model: Transformer, mesh: Mesh) -> Any:
     """Shapes, types and shardings of the parameters as sampling has them: matrices in the type of the products."""
-    boxed = abstract_params(model.config, scan_layers=model.scan_layers)
-    cast = cast_matrices(nn.meta.unbox(boxed), model.dtype)
-    return jax.tree.map(lambda leaf, layout: leaf.update(sharding=layout), cast, tree_shardings(mesh, boxed))
+    return cast_matrices(placed(mesh, abstract_params(model.config, scan_layers=model.scan_layers)), model.dtype)
 
 
 def _shard_bytes(tree: Any) -> int:
