@@ -145,10 +145,7 @@ def minimum_traffic(config: Config, mesh: Mapping[str, int]) -> dict[Collective,
 
 def tokens_per_device(config: Config, mesh: Mapping[str, int]) -> float:
     """Tokens of a global batch, divided over all devices."""
-    devices = 1
-    for size in mesh.values():
-        devices *= size
-    return config.training.global_batch_size * config.data.sequence_length / devices
+    return config.training.global_batch_size * config.data.sequence_length / math.prod(mesh.values())
 
 
 def memory_traffic_bytes(config: Config, mesh: Mapping[str, int], state_bytes: float) -> float:
