@@ -26,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nextllm_jax.ops.attention import causal_attention
 from nextllm_jax.ops.blockwise import blockwise_attention
+from nextllm_jax.ops.cudnn import cudnn_attention
 from nextllm_jax.ops.splash import splash_attention
 
 
@@ -37,6 +38,9 @@ def kernels(blocks: tuple[int, int], platform: str) -> dict:
     }
     if platform == "tpu":
         found["splash"] = lambda q, k, v, ids: splash_attention(q, k, v, segment_ids_BS=ids, blocks=blocks)
+    if platform == "gpu":
+        found["cudnn"] = lambda q, k, v, ids: cudnn_attention(q, k, v, segment_ids_BT=ids)
+        found["cudnn, one document"] = lambda q, k, v, ids: cudnn_attention(q, k, v)
     return found
 
 
@@ -98,8 +102,8 @@ def main() -> None:
         for name, program in programs.items():
             memory = program.memory_analysis()
             assert memory is not None
-            took = f"{statistics.median(times[name][1:]) * 1e3:>9,.1f} ms" if times[name] else ""
-            print(f"{T:>7,} {name:<10} {memory.temp_size_in_bytes / 2**20:>9,.1f} MiB {took}", flush=True)
+            took = f"{statistics.median(times[name][1:]) * 1e3:>9,.2f} ms" if times[name] else ""
+            print(f"{T:>7,} {name:<20} {memory.temp_size_in_bytes / 2**20:>9,.1f} MiB {took}", flush=True)
 
 
 if __name__ == "__main__":

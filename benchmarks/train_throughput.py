@@ -1,15 +1,19 @@
-"""Training tokens/s of our train step beside transformers' Llama and litgpt's in torch, on this machine's CPU.
+"""Training tokens/s of our train step beside transformers' Llama and litgpt's in torch, on a CPU or a GPU.
 
     python benchmarks/train_throughput.py [--rounds 5] [--steps 5]
+    python benchmarks/train_throughput.py --platform cuda --shape 124m --batch-size 32 --sequence-length 1024
 
 Both sides train the same model on the same shapes: float32 parameters, AdamW, clipping at 1, matmuls in float32 or
 bfloat16 (torch: autocast). Each measurement is a process of its own, since equal processes differ here by tens of
 percent; sides alternate within a round, and ratios are taken within a round. We run with the process settings that
-train.py makes for itself, transformers both with torch's defaults and with ours. Needs `pip install
+train.py makes for itself, transformers on a CPU both with torch's defaults and with ours, on a GPU both as it is and
+through torch.compile. Needs `pip install
 'nextllm_jax[parity]'`; litgpt is measured too where it is installed (`pip install litgpt`).
 """
 
 import argparse
+import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -27,32 +31,44 @@ sys.path.insert(0, str(ROOT))
 from nextllm_jax.config import Config, DataConfig, ModelConfig, TrainingConfig  # noqa: E402
 from nextllm_jax.process import TRAINING_ENVIRONMENT  # noqa: E402
 
-VOCAB, LAYERS, WIDTH, MLP, HEADS, KV_HEADS, HEAD = 8192, 8, 256, 688, 8, 4, 32
+SHAPES = {
+    "8m": ModelConfig(
+        vocab_size=8192, num_layers=8, embed_dim=256, mlp_dim=688, num_heads=8, num_kv_heads=4, head_dim=32
+    ),
+    "124m": ModelConfig(
+        vocab_size=50304, num_layers=12, embed_dim=768, mlp_dim=2048, num_heads=12, num_kv_heads=4, head_dim=64
+    ),
+    "1b": ModelConfig(
+        vocab_size=128256, num_layers=16, embed_dim=2048, mlp_dim=8192, num_heads=32, num_kv_heads=8, head_dim=64
+    ),
+}
 WARMUP_STEPS = 2
-SIDES = ("ours", "torch", "torch with our settings", "litgpt")
+SIDES = {
+    "cpu": ("ours", "torch", "torch with our settings", "litgpt"),
+    "cuda": ("ours", "torch", "torch compiled"),
+}
 
 
-def make_our_step(dtype: str, batch_size: int, length: int) -> Callable[[], float]:
+def make_our_step(shape: ModelConfig, dtype: str, batch_size: int, length: int) -> Callable[[], float]:
     """A function that takes one step of the train step that train.py runs, and returns its loss."""
     import jax
     import jax.numpy as jnp
 
     from nextllm_jax.data.packing import Batch
+    from nextllm_jax.model.transformer import set_matmul_precision
     from nextllm_jax.sharding import make_mesh
     from nextllm_jax.training.program import build_program
 
-    model = ModelConfig(
-        vocab_size=VOCAB, num_layers=LAYERS, embed_dim=WIDTH, mlp_dim=MLP, num_heads=HEADS, num_kv_heads=KV_HEADS,
-        head_dim=HEAD, dtype="bfloat16" if dtype == "bfloat16" else "float32",
-    )  # fmt: skip
+    model = dataclasses.replace(shape, dtype="bfloat16" if dtype == "bfloat16" else "float32")
     config = Config(
         model=model, data=DataConfig(sequence_length=length), training=TrainingConfig(global_batch_size=batch_size)
     )
+    set_matmul_precision(jnp.dtype(dtype))
     mesh = make_mesh(config.mesh)
     jax.set_mesh(mesh)
     program = build_program(config, mesh)
     state = program.create_state()
-    stream = jax.random.randint(jax.random.key(0), (batch_size, length + 1), 0, VOCAB, jnp.int32)
+    stream = jax.random.randint(jax.random.key(0), (batch_size, length + 1), 0, shape.vocab_size, jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch_size, length))
     batch = Batch(stream[:, :-1], stream[:, 1:], jnp.ones_like(positions), positions, positions >= 0)
 
@@ -64,49 +80,56 @@ def make_our_step(dtype: str, batch_size: int, length: int) -> Callable[[], floa
     return step
 
 
-def make_transformers_step(dtype: str, batch_size: int, length: int) -> Callable[[], float]:
+def make_transformers_step(
+    shape: ModelConfig, dtype: str, batch_size: int, length: int, compiled: bool = False
+) -> Callable[[], float]:
     """A function that takes one step of transformers' Llama (SDPA attention, fused AdamW), and returns its loss."""
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=MLP, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HEAD, tie_word_embeddings=True,
-        use_cache=False,
+        vocab_size=shape.vocab_size, hidden_size=shape.embed_dim, intermediate_size=shape.mlp_dim,
+        num_hidden_layers=shape.num_layers, num_attention_heads=shape.num_heads, head_dim=shape.head_dim,
+        num_key_value_heads=shape.num_kv_heads, tie_word_embeddings=True, use_cache=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config).train()
-    return make_torch_step(model, lambda tokens: model(input_ids=tokens).logits, dtype, batch_size, length)
+    forward = torch.compile(model, dynamic=False) if compiled else model
+    return make_torch_step(model, lambda tokens: forward(input_ids=tokens).logits, shape, dtype, batch_size, length)
 
 
-def make_litgpt_step(dtype: str, batch_size: int, length: int) -> Callable[[], float]:
+def make_litgpt_step(shape: ModelConfig, dtype: str, batch_size: int, length: int) -> Callable[[], float]:
     """A function that takes one step of litgpt's Llama, and returns its loss."""
     import litgpt  # pyright: ignore[reportMissingImports]
 
     config = litgpt.Config(
-        padded_vocab_size=VOCAB, vocab_size=VOCAB, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_query_groups=KV_HEADS,
-        head_size=HEAD, intermediate_size=MLP, mlp_class_name="LLaMAMLP", norm_class_name="RMSNorm", bias=False,
+        padded_vocab_size=shape.vocab_size, vocab_size=shape.vocab_size, n_embd=shape.embed_dim,
+        n_layer=shape.num_layers, n_head=shape.num_heads, n_query_groups=shape.num_kv_heads, head_size=shape.head_dim,
+        intermediate_size=shape.mlp_dim, mlp_class_name="LLaMAMLP", norm_class_name="RMSNorm", bias=False,
         parallel_residual=False, rotary_percentage=1.0, block_size=length,
     )  # fmt: skip
     model = litgpt.GPT(config)
     model.transformer.wte.weight = model.lm_head.weight
-    return make_torch_step(model, model, dtype, batch_size, length)
+    return make_torch_step(model, model, shape, dtype, batch_size, length)
 
 
 def make_torch_step(
-    model: Any, logits_of: Callable[[Any], Any], dtype: str, batch_size: int, length: int
+    model: Any, logits_of: Callable[[Any], Any], shape: ModelConfig, dtype: str, batch_size: int, length: int
 ) -> Callable[[], float]:
     """A function that takes one step of a torch model, and returns its loss."""
     import torch
 
     torch.manual_seed(0)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    device = "cuda" if "cuda" in os.environ["JAX_PLATFORMS"] else "cpu"
+    model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    stream = torch.randint(0, VOCAB, (batch_size, length + 1))
+    stream = torch.randint(0, shape.vocab_size, (batch_size, length + 1), device=device)
     tokens, targets = stream[:, :-1].contiguous(), stream[:, 1:].reshape(-1)
 
     def step() -> float:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
             logits = logits_of(tokens)
-        loss = torch.nn.functional.cross_entropy(logits.float().view(-1, VOCAB), targets)
+        loss = torch.nn.functional.cross_entropy(logits.float().view(-1, shape.vocab_size), targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -121,9 +144,13 @@ def measure(side: str, dtype: str, arguments: argparse.Namespace) -> tuple[float
 
     The median step counts, and none of the warmup. The second figure stands when other programs take the cores.
     """
-    makers = {"ours": make_our_step, "litgpt": make_litgpt_step}
+    makers = {
+        "ours": make_our_step,
+        "litgpt": make_litgpt_step,
+        "torch compiled": functools.partial(make_transformers_step, compiled=True),
+    }
     make_step = makers.get(side, make_transformers_step)
-    step = make_step(dtype, arguments.batch_size, arguments.sequence_length)
+    step = make_step(SHAPES[arguments.shape], dtype, arguments.batch_size, arguments.sequence_length)
     for _ in range(WARMUP_STEPS):
         step()
     seconds, processor_seconds = [], []
@@ -136,18 +163,18 @@ def measure(side: str, dtype: str, arguments: argparse.Namespace) -> tuple[float
     return tokens / statistics.median(seconds), tokens / statistics.median(processor_seconds)
 
 
-def measure_in_new_process(side: str, dtype: str) -> tuple[float, float]:
+def measure_in_new_process(side: str, dtype: str, platform: str) -> tuple[float, float]:
     """`measure`, in a process with the side's settings."""
     settings = TRAINING_ENVIRONMENT if side in ("ours", "torch with our settings") else {}
     environment = {name: value for name, value in os.environ.items() if name not in TRAINING_ENVIRONMENT}
-    environment |= {"JAX_PLATFORMS": "cpu", "TRANSFORMERS_VERBOSITY": "error", **settings}
+    environment |= {"JAX_PLATFORMS": platform, "TRANSFORMERS_VERBOSITY": "error", **settings}
     command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--dtype", dtype]
     result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     measured = json.loads(result.stdout.splitlines()[-1])
     return measured["tokens_per_second"], measured["tokens_per_processor_second"]
 
 
-def report(rounds: dict[tuple[str, str], list[tuple[float, float]]], dtypes: list[str]) -> None:
+def report(rounds: dict[tuple[str, str], list[tuple[float, float]]], dtypes: list[str], sides: tuple[str, ...]) -> None:
     """Print the median of each side, and of the ratio to torch's faster settings within a round."""
     print(f"\n{'side':<26}{'dtype':<10}{'tokens/s':>9}{'per proc. second':>18}  lowest to highest tokens/s")
     for (side, dtype), measured in rounds.items():
@@ -166,7 +193,7 @@ def report(rounds: dict[tuple[str, str], list[tuple[float, float]]], dtypes: lis
                 speeds = [[measured[column] for measured in rounds[key]] for key in chosen]
                 return max(speeds, key=statistics.median, default=[])
 
-            ours, theirs = best(SIDES[:1]), best(SIDES[1:])
+            ours, theirs = best(sides[:1]), best(sides[1:])
             if theirs:
                 ratio = statistics.median(mine / other for mine, other in zip(ours, theirs, strict=True))
                 print(f"ours / torch, {of_what}, {unit}: {ratio:.2f}")
@@ -179,7 +206,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--side", choices=SIDES, help="measure this side in this process and print one JSON line")
+    parser.add_argument("--platform", choices=list(SIDES), default="cpu")
+    parser.add_argument("--shape", choices=list(SHAPES), default="8m", help="parameters of the model, about")
+    parser.add_argument("--side", help="measure this side in this process and print one JSON line")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="for --side")
     arguments = parser.parse_args()
     if arguments.side:
@@ -187,11 +216,14 @@ def main() -> None:
         print(json.dumps({"tokens_per_second": speed, "tokens_per_processor_second": processor_speed}))
         return
     missing = {name for name in ("torch", "transformers", "litgpt") if not importlib.util.find_spec(name)}
-    sides = SIDES[:1] if missing & {"torch", "transformers"} else SIDES[:3] if missing else SIDES
+    sides = SIDES[arguments.platform]
+    sides = sides[:1] if missing & {"torch", "transformers"} else sides[:3] if missing else sides
     if missing:
         print(f"without {', '.join(sorted(missing))}, which is not installed (see --help), {len(sides)} sides remain")
+    shape = SHAPES[arguments.shape]
     print(
-        f"{LAYERS} layers, width {WIDTH}, {HEADS}/{KV_HEADS} heads of {HEAD}, SwiGLU {MLP}, vocabulary {VOCAB}, "
+        f"{shape.num_layers} layers, width {shape.embed_dim}, {shape.num_heads}/{shape.num_kv_heads} heads of "
+        f"{shape.head_dim}, SwiGLU {shape.mlp_dim}, vocabulary {shape.vocab_size}, "
         f"{arguments.batch_size} x {arguments.sequence_length} tokens a step, {len(os.sched_getaffinity(0))} cores\n"
         f"our settings: {', '.join(f'{name}={value}' for name, value in TRAINING_ENVIRONMENT.items())}"
     )
@@ -200,13 +232,13 @@ def main() -> None:
     }
     for number in range(arguments.rounds):
         for (side, dtype), measured in rounds.items():
-            measured.append(measure_in_new_process(side, dtype))
+            measured.append(measure_in_new_process(side, dtype, arguments.platform))
             speed, processor_speed = measured[-1]
             print(
                 f"{number + 1}: {side}, {dtype}: {speed:,.0f} tokens/s, {processor_speed:,.0f} per processor second",
                 flush=True,
             )
-    report(rounds, arguments.dtypes)
+    report(rounds, arguments.dtypes, sides)
 
 
 if __name__ == "__main__":

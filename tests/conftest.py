@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORMS", "cpu")
+os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the commands run beside this process on one GPU
 _EIGHT_DEVICES = " --xla_force_host_platform_device_count=8"
 # A test worker inherits the flag from the process that started it.
 _OUTER_XLA_FLAGS = os.environ.get("XLA_FLAGS", "").replace(_EIGHT_DEVICES, "")

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -122,7 +123,8 @@ def test_a_process_that_does_not_come_is_named(door):
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_signal_while_compiling_ends_all_at_once(door, count):
     with Processes(door, count, JAX_ENABLE_COMPILATION_CACHE="0") as processes:
-        processes.wait_for(r"parameters, ")
+        processes.wait_for("compiling the train step")
+        time.sleep(0.3)  # the other process says nothing when it comes here
         processes.signal(signal.SIGINT, count - 1)
         codes, _ = processes.end()
         assert codes == [75] * count, processes.outputs()

@@ -257,6 +257,7 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
         if last is None:
             session.checkpoints.wait()
             stop.nothing_to_lose("compiling the train step and taking the first")
+            writers.message("compiling the train step")
         session.profiler.begin_if_due(step, meter.pause)
         batch = meter.wait_for(batches)
         with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
