@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import jax
 import numpy as np
@@ -41,14 +42,16 @@ def assert_same_end(one, other, step):
     assert (one / "samples.txt").read_text() == (other / "samples.txt").read_text()
 
 
-def interrupt(door, pattern, number, *arguments):
+def interrupt(door, pattern, number, *arguments, times=1):
     """Start training, send the signal once a line of output matches, and return exit code and output."""
     process = door.start("train.py", "--config", "config.py", *arguments)
     seen = ""
     for line in process.stdout:
         seen += line
         if re.search(pattern, line):
-            process.send_signal(number)
+            for _ in range(times):
+                process.send_signal(number)
+                time.sleep(0.02)
             break
     out, err = process.communicate(timeout=120)
     return process.returncode, seen + out + err

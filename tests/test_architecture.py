@@ -65,6 +65,7 @@ FOLDERS = {  # inside a folder a file imports from those to its left
             "optimizer",
             "state",
             "layer_norms",
+            "update",
             "step",
             "evaluate",
             "metrics",

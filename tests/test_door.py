@@ -57,10 +57,14 @@ def test_attention_is_named_at_the_start_and_a_ring_of_two_devices_learns_the_sa
 
 
 @pytest.mark.parametrize(
-    ("number", "pattern"), [(signal.SIGINT, r"compiled the train step"), (signal.SIGTERM, r"step\D*25\b")]
+    ("number", "pattern", "times"),
+    [
+        (signal.SIGINT, r"compiled the train step", 1),
+        (signal.SIGTERM, r"step\D*25\b", 2),  # as `timeout` sends it, to the process and to its group
+    ],
 )
-def test_interrupted_and_continued_ends_where_an_uninterrupted_run_ends(trained, door, number, pattern):
-    code, output = interrupt(door, pattern, number)
+def test_interrupted_and_continued_ends_where_an_uninterrupted_run_ends(trained, door, number, pattern, times):
+    code, output = interrupt(door, pattern, number, times=times)
     assert code == 75, output
     run = door.directory / "runs" / "config"
     assert not (run / "checkpoints" / "40").exists()

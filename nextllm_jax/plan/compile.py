@@ -36,6 +36,8 @@ class Memory:
     """The program itself."""
     peak_bytes: int
     """The most that is alive at once, arguments included."""
+    host_bytes: int
+    """In the host's memory: what is offloaded."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,7 +144,9 @@ def memory_of(compiled: Any) -> Memory:
         alias_bytes=stats.alias_size_in_bytes,
         temporary_bytes=stats.temp_size_in_bytes,
         code_bytes=stats.generated_code_size_in_bytes,
-        peak_bytes=stats.peak_memory_in_bytes,
+        # The compiler counts outputs in the host's memory too, though it takes programs that fit without them.
+        peak_bytes=stats.peak_memory_in_bytes - stats.host_output_size_in_bytes,
+        host_bytes=stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes,
     )
 
 

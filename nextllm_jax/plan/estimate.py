@@ -49,7 +49,9 @@ def peak_bytes(config: Config, mesh: Mapping[str, int], arguments: int) -> int:
     kept = 0 if model.remat_offload else model.num_layers * tokens * _kept_bytes_per_token(model, mesh["tensor"])
     # Several microbatches add up their gradients in float32.
     sums = 0 if steps == 1 else matrices * _FLOAT32
-    always = arguments + _BF16 * matrices + _FLOAT32 * tables + kept + sums
+    # Of moments on the host those of the tables come whole.
+    fetched = 2 * _FLOAT32 * tables if config.optimizer.offload_state else 0
+    always = arguments + _BF16 * matrices + _FLOAT32 * tables + kept + sums + fetched
     backward = _BF16 * matrices + _layer_bytes(model, mesh, tokens)
     return int(always + max(backward, _loss_bytes(model, mesh, tokens)))
 

@@ -175,6 +175,8 @@ def _memory_lines(memory: Memory | None, out_of_memory: OutOfMemory | None, argu
     if memory:
         yield _line("temporaries", readable_bytes(memory.temporary_bytes))
         yield _line("peak", readable_bytes(memory.peak_bytes))
+        if memory.host_bytes:
+            yield _line("on the host", readable_bytes(memory.host_bytes))
     elif out_of_memory and out_of_memory.temporary_bytes:
         yield _line("temporaries", readable_bytes(out_of_memory.temporary_bytes))
 

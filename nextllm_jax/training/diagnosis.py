@@ -23,7 +23,8 @@ from nextllm_jax.model.transformer import Transformer, head_embedding, unstack_l
 from nextllm_jax.ops.cross_entropy import cross_entropy
 from nextllm_jax.training.optimizer import make_optimizer, schedule
 from nextllm_jax.training.state import TrainState
-from nextllm_jax.training.step import LOSS_LAYOUT, mean_gradient, updated
+from nextllm_jax.training.step import LOSS_LAYOUT, mean_gradient
+from nextllm_jax.training.update import Update
 
 HEAD_AND_LOSS = "head and loss"
 _PARTS = ("attention_norm", "attention", "attention_post_norm", "mlp_norm", "mlp", "mlp_post_norm")
@@ -169,7 +170,8 @@ def _sum_and_update(config: Config, model: Transformer, state: TrainState, batch
     optimizer = make_optimizer(config.optimizer)
     learning_rate = jnp.asarray(schedule(config.optimizer, config.training.steps)(state.step), jnp.float32)
     gradients = mean_gradient(model, state.params, batch, config.training.accumulation_steps, state.frozen).gradients
-    params, _ = updated(optimizer, learning_rate, gradients, state)
+    update = Update(optimizer, learning_rate, gradients, optax.tree.norm(gradients))
+    params, _ = update.apply(state.params, state.opt_state, gradients)
     trees = [unstack_layers(config.model, tree) for tree in (gradients, params)]
     summed, after = (_modules(config.model, tree) for tree in trees)
     backward = [_seen(name, *leaves, squares=optax.tree.norm(leaves)) for name, leaves in reversed(summed)]

@@ -46,13 +46,26 @@ def decay_mask(config: OptimizerConfig, params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm`, for updates that may be a part of the gradient with this global `grad_norm`."""
+
+    def clip(updates: Any, state: Any, params: Any = None, *, grad_norm: Any = None, **_: Any) -> tuple[Any, Any]:
+        norm = optax.tree.norm(updates) if grad_norm is None else grad_norm
+        return jax.tree.map(
+            lambda u: jnp.where(norm < max_norm, u, u / norm.astype(u.dtype) * max_norm), updates
+        ), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), clip)
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     """Clipping and AdamW at a learning rate of 1: the train step scales the update by the schedule.
 
-    The schedule reads the step that counts skipped updates too, which optax's own count does not know.
+    The schedule reads the step that counts skipped updates too, which optax's own count does not know. Updates take
+    the `grad_norm` of the whole gradient, or else compute it.
     """
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=jnp.dtype(config.first_moment_dtype)),
         optax.add_decayed_weights(config.weight_decay, mask=lambda params: decay_mask(config, params)),
     )

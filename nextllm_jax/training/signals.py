@@ -16,6 +16,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -24,12 +25,16 @@ from nextllm_jax.errors import EXIT_INTERRUPTED
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
+_ONE_REQUEST_SECONDS = 1.0
+"""Signals within this time are one request: `timeout`, for one, sends its signal to a process and to its group."""
+
 
 class StopRequest:
     """Context manager that turns the first SIGINT or SIGTERM into a request to all processes of a group.
 
     With `may_exit`, as on the command line, the process ends at once for a signal after `nothing_to_lose`, with exit
-    code 75, and for a second signal, with 128 + its number. Without, a second signal acts as if this were not here.
+    code 75, and for a second signal, over a second after the first, with 128 + its number. Without, a second signal
+    acts as if this were not here.
     """
 
     def __init__(self, group: Group | None = None, *, may_exit: bool = False) -> None:
@@ -44,6 +49,7 @@ class StopRequest:
         self._agreeing = False
         self._stop_at: int | None = None
         self._losing_nothing: str | None = None
+        self._handled: float | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def reached(self) -> str | None:
@@ -90,21 +96,26 @@ class StopRequest:
 
     def _listen(self, numbers: socket.socket) -> None:
         """Take signals as the system's handler writes them, one byte each, whatever the main thread is doing."""
-        came = 0
+        first = None
         while received := numbers.recv(1):
             number = received[0]
             if number not in STOP_SIGNALS:
                 continue
-            came += 1
             name = signal.Signals(number).name
-            if came == 1:
+            if first is None:
+                first = time.monotonic()
                 self._group.send("stop", name)
-            elif self._may_exit:
+            elif self._may_exit and time.monotonic() - first > _ONE_REQUEST_SECONDS:
                 _print_at_once(f"error: a second signal, {name}: ended without saving; the latest checkpoint stands")
                 os._exit(128 + number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._restore()
+        now = time.monotonic()
+        if self._handled is None:
+            self._handled = now
+        elif now - self._handled > _ONE_REQUEST_SECONDS:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -1,6 +1,5 @@
 """The loss, the train step and the evaluation step."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from nextllm_jax.ops.cross_entropy import Layout, cross_entropy
 from nextllm_jax.sharding import RULES, constrain
 from nextllm_jax.training import layer_norms
 from nextllm_jax.training.state import TrainState
+from nextllm_jax.training.update import make_update
 
 SKIP_REASONS = ("none", "loss", "gradient", "update", "spike")
 """Why a step was skipped: not finite are its loss, its gradient (or the norm of it), or the parameters that its update
@@ -144,29 +144,6 @@ def mean_gradient(
     return MeanGradient(total_nll, num_tokens, gradients, mean_squares / accumulation_steps)
 
 
-def updated(
-    optimizer: optax.GradientTransformation, learning_rate: jax.Array, gradients: Any, state: TrainState
-) -> tuple[Any, Any]:
-    """(parameters, optimizer state) after an update, finite or not."""
-    with jax.named_scope("optimizer"):
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        updates = jax.tree.map(lambda u: -learning_rate * u, updates)
-        return optax.apply_updates(state.params, updates), opt_state
-
-
-def _update_is_finite(
-    optimizer: optax.GradientTransformation, learning_rate: jax.Array, gradients: Any, state: TrainState
-) -> jax.Array:
-    """Whether `updated` gives finite parameters: a bool.
-
-    It is computed apart from the update that is taken, which then goes straight into the buffers of the old state;
-    one computation for both would hold all of the new parameters beside the old ones until this is known.
-    """
-    gradients, state = jax.lax.optimization_barrier((gradients, dataclasses.replace(state, frozen=None)))
-    params, _ = updated(optimizer, learning_rate, gradients, state)
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
-
-
 def _skip_reason(*found: jax.Array) -> jax.Array:
     """Index in SKIP_REASONS of the first that was found, of the ones after "none"; 0: nothing was."""
     return jnp.where(jnp.any(jnp.stack(found)), jnp.argmax(jnp.stack(found)) + 1, 0).astype(jnp.int32)
@@ -191,30 +168,28 @@ def make_train_step(
     (see `state.shardings_of`). Call it under `jax.set_mesh`.
     """
 
-    # Where the moments are while they are used, and with them gradients and updates.
-    moments = jax.tree.map(lambda sharding: sharding.with_memory_kind("device"), state_shardings.opt_state)
+    # Gradients and updates are divided as the moments are.
+    divided = jax.tree.map(
+        lambda place: place.with_memory_kind("device"), optax.tree.get(state_shardings.opt_state, "mu")
+    )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        state = dataclasses.replace(state, opt_state=jax.device_put(state.opt_state, moments))
         total_nll, num_tokens, gradients, mean_squares = mean_gradient(
             model, state.params, batch, accumulation_steps, state.frozen
         )
-        gradients = jax.lax.with_sharding_constraint(gradients, optax.tree.get(moments, "mu"))
+        gradients = jax.lax.with_sharding_constraint(gradients, divided)
         grad_norm = optax.tree.norm(gradients)
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
-        updates_finite = _update_is_finite(optimizer, learning_rate, gradients, state)
+        update = make_update(optimizer, learning_rate, gradients, grad_norm, state_shardings.opt_state)
 
         losses, loss_limit, spikes = state.recent_losses, jnp.asarray(jnp.nan, jnp.float32), jnp.asarray(False)
         loss = total_nll / jnp.maximum(num_tokens, 1)
         if losses is not None:
             loss_limit = spike_factor * jnp.median(losses)  # NaN, and so never passed, until the window is full
             spikes = loss > loss_limit
-        reason = _skip_reason(~jnp.isfinite(total_nll), ~jnp.isfinite(grad_norm), ~updates_finite, spikes)
+        reason = _skip_reason(~jnp.isfinite(total_nll), ~jnp.isfinite(grad_norm), ~update.is_finite(state), spikes)
         taken = reason == 0
-        params, opt_state = updated(optimizer, learning_rate, gradients, state)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(taken, new, old), (params, opt_state), (state.params, state.opt_state)
-        )
+        params, opt_state = update.take(state, taken)
         if losses is not None:
             losses = jnp.where(jnp.isfinite(loss), jnp.append(losses[1:], loss), losses)
         skipped_in_a_row = jnp.where(taken, 0, state.skipped_in_a_row + 1)

@@ -150,7 +150,7 @@ class Writers:
         self._curves: dict[str, list[tuple[int, float]]] = {"train": [], "validation": []}
         self._tensorboard: _TensorBoard | None = None
         self._bar: Any = None
-        self._first_progress: tuple[float, int] = (time.monotonic(), initial_step)
+        self._first_progress: tuple[float, int] | None = None
         if enabled:
             for record in _cut_metrics(self._path / "metrics.jsonl", initial_step):
                 self._remember(record)
@@ -214,6 +214,8 @@ class Writers:
         """Show how far the run is: a bar on a terminal, elsewhere a line for each call that has a loss."""
         if not self._enabled:
             return
+        if self._first_progress is None:
+            self._first_progress = (time.monotonic(), step)
         words = [] if loss is None else [f"loss {loss:.4f}"]
         words += [] if tokens_per_second is None else [f"{tokens_per_second:,.0f} tokens/s"]
         if sys.stderr.isatty():
@@ -236,13 +238,12 @@ class Writers:
             self._bar.set_postfix_str(", ".join(words))
 
     def _eta(self, step: int) -> str:
-        """Time to the end at the pace since the first line, which waited for the compiler."""
-        (began, first), now = self._first_progress, time.monotonic()
-        if first == self._initial_step:
-            self._first_progress = (now, step)
+        """Time to the end at the pace since progress was first told of, when the first step had been compiled."""
+        assert self._first_progress is not None
+        began, first = self._first_progress
         if step <= first:
             return "?"
-        return _duration((now - began) / (step - first) * (self._total_steps - step))
+        return _duration((time.monotonic() - began) / (step - first) * (self._total_steps - step))
 
     def message(self, text: str) -> None:
         """Print a line, above the bar if there is one."""

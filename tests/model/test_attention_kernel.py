@@ -124,7 +124,8 @@ def chosen(platform, *, length=256, dtype="bfloat16", context="all_gather", kind
         ({"platform": "gpu", "dtype": "float32"}, "xla", "cudnn is out, it needs bfloat16 and model.dtype is float32"),
         ({"platform": "gpu", "attention_soft_cap": 30.0}, "xla", "soft cap"),
         ({"platform": "gpu", "head_dim": 36}, "xla", "model.head_dim is 36"),
-        ({"platform": "gpu", "length": 8192}, "blockwise", "up to 4096, not 8192, length 8,192"),
+        ({"platform": "gpu", "length": 8192}, "blockwise", "much memory beyond .* 4096, length 8,192"),
+        ({"platform": "gpu", "length": 8192, "attention": "cudnn"}, "cudnn", "as configured"),
         ({"platform": "cpu", "attention": "blockwise"}, "blockwise", "as configured"),
     ],
 )

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,8 @@ from nextllm_jax.data.packing import Batch
 from nextllm_jax.errors import InputError
 from nextllm_jax.sharding import make_mesh, sharding
 from nextllm_jax.training.program import build_program
+from nextllm_jax.training.step import SKIP_REASONS
+from tests.conftest import ROOT
 
 MODEL = ModelConfig(
     vocab_size=64, num_layers=3, embed_dim=32, mlp_dim=48, num_heads=4, num_kv_heads=2, head_dim=8, context_length=16,
@@ -106,6 +111,38 @@ def test_a_first_moment_in_bfloat16_is_rounded_and_nothing_else():
 
 
 def test_what_is_offloaded_computes_the_same():
-    config = change(optimizer={"offload_state": True}, model={"remat": "full", "remat_offload": True})
+    optimizer = {"offload_state": True, "shard_over_data": True}
+    config = change(optimizer=optimizer, model={"remat": "full", "remat_offload": True})
     assert_same(config)
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(moments(run(config)[1]))} == {"pinned_host"}
+
+
+def test_a_step_that_is_skipped_leaves_offloaded_moments_as_they_were():
+    """The update of one layer alone is not finite: the learning rate is, and so is the gradient."""
+    config = change(optimizer={"offload_state": True, "learning_rate": 1e38, "warmup_steps": 0, "weight_decay": 100.0})
+    mesh = make_mesh(config.mesh)
+    program = build_program(config, mesh)
+    with jax.set_mesh(mesh):
+        state = program.create_state()
+        kernel = state.params["layers"]["block_1"]["mlp"]["up"]["kernel"]
+        state.params["layers"]["block_1"]["mlp"]["up"]["kernel"] = kernel.at[0, 0, 0].set(1e3)
+        before = jax.device_get((state.params, state.opt_state))
+        state, metrics = program.train_step(state, jax.device_put(make_batch(0), sharding(mesh, "batch", "seq")))
+    assert SKIP_REASONS[int(metrics.reason)] == "update"
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get((state.params, state.opt_state)), before)
+
+
+@pytest.mark.tpu
+def test_a_tpu_holds_the_moments_of_a_layer_at_a_time():
+    """Compiled for four chips: what stays on the host is not in the peak either."""
+    pytest.importorskip("libtpu")
+    command = [sys.executable, "-m", "nextllm_jax.cli", "plan", "--config", ROOT / "configs" / "llama3_1b.py"]
+    command += ["--topology", "v5e:2x2", "--data.sequence-length", "512", "--training.global-batch-size", "4", "--json"]
+    command += ["--model.vocab-size", "8192", "--model.num-layers", "8"]
+    plain, offloaded = (
+        json.loads(subprocess.run([*command, *more], check=True, capture_output=True, text=True).stdout)["memory"]
+        for more in ([], ["--optimizer.offload-state"])
+    )
+    on_host = offloaded["host_bytes"]
+    assert plain["argument_bytes"] - offloaded["argument_bytes"] == pytest.approx(on_host, rel=0.01)
+    assert plain["peak_bytes"] - offloaded["peak_bytes"] > 0.6 * on_host

@@ -32,7 +32,16 @@ def test_the_first_signal_is_a_request_by_name(number):
     assert signal.set_wakeup_fd(wakeup) == -1
 
 
-def test_a_second_ctrl_c_does_not_wait():
+def test_signals_at_once_are_one_request():
+    with StopRequest() as stop:
+        send(signal.SIGTERM)
+        assert reached_within_seconds(stop) == "SIGTERM"
+        send(signal.SIGTERM)  # would end this process
+        assert stop.reached() == "SIGTERM"
+
+
+def test_a_second_ctrl_c_does_not_wait(monkeypatch):
+    monkeypatch.setattr("nextllm_jax.training.signals._ONE_REQUEST_SECONDS", 0.0)
     with StopRequest() as stop:
         send(signal.SIGINT)
         assert reached_within_seconds(stop) == "SIGINT"

@@ -173,17 +173,16 @@ def test_processes_other_than_the_first_write_nothing(tmp_path, capsys):
 def test_log_has_plain_lines_at_log_steps(writers, capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    writers._first_progress = (0.0, 0)
-    for step, seconds in ((10, 100.0), (11, None), (20, 110.0)):  # the compiler took the first 90 seconds
-        if seconds is None:
+    for step, seconds in ((1, 90.0), (10, 99.0), (11, 100.0), (20, 109.0)):  # the compiler took the first 90 seconds
+        now[0] = seconds
+        if step % 10:
             writers.progress(step)
         else:
-            now[0] = seconds
             writers.train(train_record(step) | {"tokens_per_second": 12345.6})
     writers.train(train_record(100) | {"tokens_per_second": None, "loss": math.nan})
     writers.message("saved")
     assert capsys.readouterr().out.splitlines() == [
-        "step 10/100, loss 2.0000, 12,346 tokens/s, ETA 0:15:00",
+        "step 10/100, loss 2.0000, 12,346 tokens/s, ETA 0:01:30",
         "step 20/100, loss 2.0000, 12,346 tokens/s, ETA 0:01:20",
         "step 100/100, loss nan, ETA 0:00:00",
         "saved",
