@@ -3,6 +3,7 @@
 Parameters are kept in `param_dtype` and cast to `dtype` where they are used; norms compute in float32.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -43,10 +44,15 @@ class RMSNorm(nn.Module):
         """Return the normed array, computed in float32, in the type of `x`."""
         init = nn.initializers.constant(1.0 - self.scale_offset)
         scale = _parameter(self, "scale", init, ("norm",), (x.shape[-1],), self.param_dtype)
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,)) + self.scale_offset
-        return (normed * scale).astype(x.dtype)
+        return _rms_norm(x, scale, self.eps)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
+def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """The backward pass computes its float32 arrays again from `x`, which is there in any case."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps) * scale).astype(x.dtype)
 
 
 class Linear(nn.Module):
@@ -136,7 +142,9 @@ class SwiGLU(nn.Module):
         activation = nn.silu if config.activation == "silu" else nn.gelu  # which is the tanh approximation
         gate_BTF = Linear("BTD,DF->BTF", **into, name="gate")(x_BTD)
         up_BTF = Linear("BTD,DF->BTF", **into, name="up")(x_BTD)
-        inner_BTF = constrain(activation(gate_BTF) * up_BTF, "batch", "seq", "mlp")
+        # The backward pass computes what is between its two inputs and the product again, instead of keeping it.
+        gated = jax.checkpoint(lambda gate, up: activation(gate) * up, prevent_cse=False)
+        inner_BTF = constrain(gated(gate_BTF, up_BTF), "batch", "seq", "mlp")
         return Linear("BTF,FD->BTD", (mlp, embed), ("mlp", "embed"), residual_init_std(config), **types, name="down")(
             inner_BTF
         )

@@ -65,7 +65,7 @@ def _kept_bytes_per_token(model: ModelConfig, tensor: int) -> float:
         "full": residual,
         "save_attention": residual + q,
         "dots": 2 * residual + q + kv + 2 * mlp,
-        "none": 2 * embed + 12 * residual + 3 * q + 2 * kv + 6 * mlp,  # norms keep what they compute in float32
+        "none": 2 * embed + 2 * residual + 3 * q + kv + 3 * mlp,
     }
     return _BF16 * widths[model.remat]
 
@@ -84,12 +84,13 @@ def _loss_bytes(model: ModelConfig, mesh: Mapping[str, int], tokens: float) -> f
     """Of a chunk of the loss: float32 logits, and their gradient in bfloat16; see `ops.cross_entropy`.
 
     The devices that share a head hold a part of the vocabulary each, if their tokens are fewer than its rows;
-    otherwise each gathers the head, and sums its gradient in float32.
+    otherwise each gathers the head, and sums its gradient in float32 if there are several chunks.
     """
     vocabulary, fsdp = model.vocab_size / mesh["tensor"], mesh["fsdp"]
     if fsdp > 1 and tokens * fsdp <= model.vocab_size and model.vocab_size % (fsdp * mesh["tensor"]) == 0:
         return min(tokens * fsdp, _LOSS_CHUNK_TOKENS) * vocabulary / fsdp * (_FLOAT32 + _BF16)
-    head = vocabulary * model.embed_dim * (_BF16 + _FLOAT32) if fsdp > 1 else 0
+    gradient = _FLOAT32 if tokens > _LOSS_CHUNK_TOKENS else _BF16
+    head = vocabulary * model.embed_dim * (_BF16 + gradient) if fsdp > 1 else 0
     return min(tokens, _LOSS_CHUNK_TOKENS) * vocabulary * (_FLOAT32 + _BF16) + head
 
 
