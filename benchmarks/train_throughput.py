@@ -139,6 +139,17 @@ def make_torch_step(
     return step
 
 
+def peak_gpu_bytes(side: str) -> int:
+    """The most GPU memory that a side has used in this process."""
+    if side == "ours":
+        import jax
+
+        return (jax.devices()[0].memory_stats() or {})["peak_bytes_in_use"]
+    import torch
+
+    return torch.cuda.max_memory_allocated()
+
+
 def measure(side: str, dtype: str, arguments: argparse.Namespace) -> tuple[float, float]:
     """Training tokens per second, and per second of processor time, of one side in this process.
 
@@ -159,6 +170,8 @@ def measure(side: str, dtype: str, arguments: argparse.Namespace) -> tuple[float
         step()
         seconds.append(time.perf_counter() - started)
         processor_seconds.append(time.process_time() - processor_started)
+    if arguments.platform == "cuda":
+        print(f"{side}, {dtype}: {peak_gpu_bytes(side) / 2**30:.2f} GiB at the peak", file=sys.stderr)
     tokens = arguments.batch_size * arguments.sequence_length
     return tokens / statistics.median(seconds), tokens / statistics.median(processor_seconds)
 
@@ -208,6 +221,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--platform", choices=list(SIDES), default="cpu")
     parser.add_argument("--shape", choices=list(SHAPES), default="8m", help="parameters of the model, about")
+    parser.add_argument("--sides", nargs="+", help="measure these alone")
     parser.add_argument("--side", help="measure this side in this process and print one JSON line")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="for --side")
     arguments = parser.parse_args()
@@ -218,6 +232,7 @@ def main() -> None:
     missing = {name for name in ("torch", "transformers", "litgpt") if not importlib.util.find_spec(name)}
     sides = SIDES[arguments.platform]
     sides = sides[:1] if missing & {"torch", "transformers"} else sides[:3] if missing else sides
+    sides = tuple(side for side in sides if side in (arguments.sides or sides))
     if missing:
         print(f"without {', '.join(sorted(missing))}, which is not installed (see --help), {len(sides)} sides remain")
     shape = SHAPES[arguments.shape]

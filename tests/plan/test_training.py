@@ -84,7 +84,7 @@ def test_flops_of_two_layers_agree(plan) -> None:
 def test_the_step_takes_at_least_what_its_slowest_resource_takes(plan) -> None:
     flops = flops_per_token(CONFIG.model, 64) * 16 * 64
     assert plan.roofline.compute == pytest.approx(flops / 8e9)
-    assert plan.roofline.network == sum(sent.sent_bytes for sent in plan.traffic.values()) / 1e9
+    assert plan.roofline.network == pytest.approx(sum(sent.sent_bytes for sent in plan.traffic.values()) / 1e9)
     assert plan.roofline.seconds == max(plan.roofline.compute, plan.roofline.hbm, plan.roofline.network)
     assert plan.mfu_bound == pytest.approx(flops / 8e9 / plan.roofline.seconds)
 
