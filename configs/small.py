@@ -7,7 +7,7 @@ from nextllm_jax.config import CheckpointConfig, Config, DataConfig, ModelConfig
 
 
 def get_config() -> Config:
-    """7.9M parameters, 5,000 steps of 4,096 tokens: two hours on two CPU cores, minutes on an accelerator."""
+    """7.9M parameters, 2,500 steps of 4,096 tokens: an hour on two CPU cores, minutes on an accelerator."""
     return Config(
         model=ModelConfig(
             vocab_size=8192,
@@ -21,6 +21,6 @@ def get_config() -> Config:
         ),
         data=DataConfig(vocab_size=8192, sequence_length=256),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=200),
-        training=TrainingConfig(steps=5000, global_batch_size=16, evaluate_every_steps=500),
-        checkpoint=CheckpointConfig(every_steps=500),
+        training=TrainingConfig(steps=2500, global_batch_size=16, evaluate_every_steps=250),
+        checkpoint=CheckpointConfig(every_steps=250),
     )

@@ -30,7 +30,7 @@ class Door:
         self.log: subprocess.CompletedProcess | None = None
         self.environment = {
             **os.environ,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "XLA_FLAGS": _OUTER_XLA_FLAGS,
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "PYTHONUNBUFFERED": "1",
