@@ -1,7 +1,7 @@
 """Training tokens/s of our train step beside transformers' Llama and litgpt's in torch, on a CPU or a GPU.
 
     python benchmarks/train_throughput.py [--rounds 5] [--steps 5]
-    python benchmarks/train_throughput.py --platform cuda --shape 124m --batch-size 32 --sequence-length 1024
+    python benchmarks/train_throughput.py --platform cuda --shape 114m --batch-size 32 --sequence-length 1024
 
 Both sides train the same model on the same shapes: float32 parameters, AdamW, clipping at 1, matmuls in float32 or
 bfloat16 (torch: autocast). Each measurement is a process of its own, since equal processes differ here by tens of
@@ -35,7 +35,7 @@ SHAPES = {
     "8m": ModelConfig(
         vocab_size=8192, num_layers=8, embed_dim=256, mlp_dim=688, num_heads=8, num_kv_heads=4, head_dim=32
     ),
-    "124m": ModelConfig(
+    "114m": ModelConfig(
         vocab_size=50304, num_layers=12, embed_dim=768, mlp_dim=2048, num_heads=12, num_kv_heads=4, head_dim=64
     ),
     "1b": ModelConfig(
@@ -43,6 +43,7 @@ SHAPES = {
     ),
 }
 WARMUP_STEPS = 2
+NEEDS = {"ours": (), "litgpt": ("torch", "litgpt")}
 SIDES = {
     "cpu": ("ours", "torch", "torch with our settings", "litgpt"),
     "cuda": ("ours", "torch", "torch compiled"),
@@ -120,7 +121,7 @@ def make_torch_step(
 
     torch.manual_seed(0)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    device = "cuda" if "cuda" in os.environ["JAX_PLATFORMS"] else "cpu"
+    device = os.environ.get("JAX_PLATFORMS", "cpu")
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     stream = torch.randint(0, shape.vocab_size, (batch_size, length + 1), device=device)
@@ -187,7 +188,7 @@ def measure_in_new_process(side: str, dtype: str, platform: str) -> tuple[float,
     return measured["tokens_per_second"], measured["tokens_per_processor_second"]
 
 
-def report(rounds: dict[tuple[str, str], list[tuple[float, float]]], dtypes: list[str], sides: tuple[str, ...]) -> None:
+def report(rounds: dict[tuple[str, str], list[tuple[float, float]]], dtypes: list[str], sides: list[str]) -> None:
     """Print the median of each side, and of the ratio to torch's faster settings within a round."""
     print(f"\n{'side':<26}{'dtype':<10}{'tokens/s':>9}{'per proc. second':>18}  lowest to highest tokens/s")
     for (side, dtype), measured in rounds.items():
@@ -200,14 +201,14 @@ def report(rounds: dict[tuple[str, str], list[tuple[float, float]]], dtypes: lis
         of_what = candidates[0] if len(candidates) == 1 else "fastest of each"
         for column, unit in enumerate(("tokens/s", "tokens a processor second")):
 
-            def best(names: tuple[str, ...], candidates=candidates, column=column) -> list[float]:
+            def best(names: list[str], candidates=candidates, column=column) -> list[float]:
                 """The speeds of the fastest of these sides and types, by median."""
                 chosen = [key for key in rounds if key[0] in names and key[1] in candidates]
                 speeds = [[measured[column] for measured in rounds[key]] for key in chosen]
                 return max(speeds, key=statistics.median, default=[])
 
-            ours, theirs = best(sides[:1]), best(sides[1:])
-            if theirs:
+            ours, theirs = best(["ours"]), best([side for side in sides if side != "ours"])
+            if ours and theirs:
                 ratio = statistics.median(mine / other for mine, other in zip(ours, theirs, strict=True))
                 print(f"ours / torch, {of_what}, {unit}: {ratio:.2f}")
 
@@ -221,20 +222,22 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--platform", choices=list(SIDES), default="cpu")
     parser.add_argument("--shape", choices=list(SHAPES), default="8m", help="parameters of the model, about")
-    parser.add_argument("--sides", nargs="+", help="measure these alone")
-    parser.add_argument("--side", help="measure this side in this process and print one JSON line")
+    every_side = sorted({side for sides in SIDES.values() for side in sides})
+    parser.add_argument("--sides", nargs="+", choices=every_side, help="measure these alone")
+    parser.add_argument("--side", choices=every_side, help="measure this side in this process and print one JSON line")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="for --side")
     arguments = parser.parse_args()
     if arguments.side:
         speed, processor_speed = measure(arguments.side, arguments.dtype, arguments)
         print(json.dumps({"tokens_per_second": speed, "tokens_per_processor_second": processor_speed}))
         return
-    missing = {name for name in ("torch", "transformers", "litgpt") if not importlib.util.find_spec(name)}
-    sides = SIDES[arguments.platform]
-    sides = sides[:1] if missing & {"torch", "transformers"} else sides[:3] if missing else sides
-    sides = tuple(side for side in sides if side in (arguments.sides or sides))
-    if missing:
-        print(f"without {', '.join(sorted(missing))}, which is not installed (see --help), {len(sides)} sides remain")
+    sides = []
+    for side in SIDES[arguments.platform]:
+        missing = [name for name in NEEDS.get(side, ("torch", "transformers")) if not importlib.util.find_spec(name)]
+        if missing:
+            print(f"without {side}: {' and '.join(missing)} is not installed (see --help)")
+        elif side in (arguments.sides or every_side):
+            sides.append(side)
     shape = SHAPES[arguments.shape]
     print(
         f"{shape.num_layers} layers, width {shape.embed_dim}, {shape.num_heads}/{shape.num_kv_heads} heads of "

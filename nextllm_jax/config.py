@@ -100,8 +100,8 @@ class OptimizerConfig:
     shard_over_data: bool = False
     """Divide AdamW's moments over mesh.data too (ZeRO-1): less memory, and new parameters travel after each step."""
     offload_state: bool = False
-    """Keep AdamW's moments in the host's memory (TPU and GPU): a device has those of one layer at a time, which come
-    twice in each step, for the check that the update is finite and for the update."""
+    """Keep AdamW's moments in the host's memory (TPU and GPU). A device has those of a few layers at a time, and those
+    of embedding and head; the layers' come twice in each step, to check that the update is finite and to take it."""
 
     def __post_init__(self) -> None:
         _check_types(self, "optimizer.")

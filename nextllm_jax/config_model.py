@@ -97,7 +97,8 @@ class ModelConfig:
     """Type of the matmuls; auto: bfloat16, but float32 on a CPU without bfloat16 units."""
     attention: Literal["auto", "xla", "blockwise", "splash", "cudnn"] = "auto"
     """How training attends: plain XLA; blockwise in XLA, for long sequences; splash, a Pallas kernel for TPUs; cuDNN's
-    flash attention, for GPUs. auto: what is best on the devices, printed at the start."""
+    flash attention, for GPUs. auto: what is best on the devices, on GPUs without much memory,
+    printed at the start."""
     attention_blocks: tuple[int, ...] = ()
     """Positions in a block of queries and in one of keys, for blockwise and splash; none: by the chip."""
     param_dtype: DType = "float32"

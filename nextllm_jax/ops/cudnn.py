@@ -17,7 +17,8 @@ def cudnn_attention(
 ) -> jax.Array:
     """`ops.attention.causal_attention` by cuDNN, for bfloat16 and head dims that are multiples of 8.
 
-    Causality and windows are the kernel's own. Documents become a bias over all pairs of positions, B T T numbers:
+    Causality and windows are the kernel's own. Documents become a bias over all pairs of positions, B T T numbers
+    (and the backward pass takes B N T T for it):
     other documents' scores are lowered by 1e9, so that their exponential beside a visible score is exactly 0, and
     nothing overflows in a row whose first block of keys is all masked. Without segment ids there is no such array.
     Only the output has a name for `jax.checkpoint`: the rest is out of reach.

@@ -24,7 +24,7 @@ from nextllm_jax.ops.cross_entropy import cross_entropy
 from nextllm_jax.training.optimizer import make_optimizer, schedule
 from nextllm_jax.training.state import TrainState
 from nextllm_jax.training.step import LOSS_LAYOUT, mean_gradient
-from nextllm_jax.training.update import Update
+from nextllm_jax.training.update import Update, in_memory
 
 HEAD_AND_LOSS = "head and loss"
 _PARTS = ("attention_norm", "attention", "attention_post_norm", "mlp_norm", "mlp", "mlp_post_norm")
@@ -171,7 +171,7 @@ def _sum_and_update(config: Config, model: Transformer, state: TrainState, batch
     learning_rate = jnp.asarray(schedule(config.optimizer, config.training.steps)(state.step), jnp.float32)
     gradients = mean_gradient(model, state.params, batch, config.training.accumulation_steps, state.frozen).gradients
     update = Update(optimizer, learning_rate, gradients, optax.tree.norm(gradients))
-    params, _ = update.apply(state.params, state.opt_state, gradients)
+    params, _ = update.apply(state.params, in_memory(state.opt_state, jax.memory.Space.Device), gradients)
     trees = [unstack_layers(config.model, tree) for tree in (gradients, params)]
     summed, after = (_modules(config.model, tree) for tree in trees)
     backward = [_seen(name, *leaves, squares=optax.tree.norm(leaves)) for name, leaves in reversed(summed)]

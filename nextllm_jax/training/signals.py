@@ -113,7 +113,7 @@ class StopRequest:
         now = time.monotonic()
         if self._handled is None:
             self._handled = now
-        elif now - self._handled > _ONE_REQUEST_SECONDS:
+        elif not self._may_exit and now - self._handled > _ONE_REQUEST_SECONDS:
             self._restore()
             signal.raise_signal(number)
 

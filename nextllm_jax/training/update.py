@@ -47,15 +47,17 @@ class Update:
 
 @dataclasses.dataclass(frozen=True)
 class OffloadedUpdate(Update):
-    """An update with moments in the host's memory, of which a device holds those of a few layers at a time.
+    """An update with moments in the host's memory, of which a device holds only a few layers' at a time.
 
-    They come twice, for the check and for the update that is taken. The compiler fetches what it can as early as it
-    can, but nothing of a later turn of a loop; so the stacked layers are updated one by one.
+    The compiler fetches what it can as early as it can, but nothing of a later turn of a loop; so the stacked layers
+    are updated period by period, and their moments come twice, for the check and for the update that is taken. What
+    is not stacked (embedding, head, layers outside the scan) comes whole.
     """
 
     def is_finite(self, state: TrainState) -> jax.Array:
         """As `Update.is_finite`."""
-        rest, layers = _parts((state.params, state.opt_state, self.gradients))
+        params, gradients = jax.lax.optimization_barrier((state.params, self.gradients))
+        rest, layers = _parts((params, state.opt_state, gradients))
         params, _ = self._apply_fetched(rest)[0]
 
         def check(i: jax.Array, finite: jax.Array) -> jax.Array:
@@ -70,7 +72,7 @@ class OffloadedUpdate(Update):
 
         def taken_from(part: tuple[Any, Any, Any]) -> tuple[Any, Any]:
             params, opt_state = _where(taken, *self._apply_fetched(part))
-            return params, _moved(opt_state, jax.memory.Space.Host)
+            return params, in_memory(opt_state, jax.memory.Space.Host)
 
         def update(i: jax.Array, kept: tuple[Any, Any]) -> tuple[Any, Any]:
             return _with_layer(kept, taken_from(_layer((*kept, layers[2]), i)), i)
@@ -84,7 +86,7 @@ class OffloadedUpdate(Update):
         All are in the device's memory.
         """
         params, opt_state, gradients = part
-        old = params, _moved(opt_state, jax.memory.Space.Device)
+        old = params, in_memory(opt_state, jax.memory.Space.Device)
         return self.apply(*old, gradients), old
 
 
@@ -128,8 +130,8 @@ def _with_layer(layers: Any, layer: Any, i: jax.Array) -> Any:
     return jax.tree.map(put, layers, layer)
 
 
-def _moved(opt_state: Any, memory: Any) -> Any:
-    """An optimizer state with its moments in another memory."""
+def in_memory(opt_state: Any, memory: Any) -> Any:
+    """An optimizer state with its moments in this `jax.memory.Space`."""
     return jax.tree.map(lambda x: jax.device_put(x, memory) if x.ndim else x, opt_state)
 
 

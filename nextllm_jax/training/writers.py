@@ -145,7 +145,6 @@ class Writers:
     ) -> None:
         self._path = epath.Path(workdir)
         self._total_steps = total_steps
-        self._initial_step = initial_step
         self._enabled = enabled
         self._curves: dict[str, list[tuple[int, float]]] = {"train": [], "validation": []}
         self._tensorboard: _TensorBoard | None = None

@@ -117,7 +117,7 @@ def signalled(number: signal.Signals, place: str, count: int = 1, *, fresh: bool
 
 
 def signalled_twice(case: Case) -> None:
-    """The second comes while the first is being honoured; what it ends with says so, unless the save was faster."""
+    """At once, as by a key that bounces, or as `timeout` signals a process and its group: one request."""
     process = case.door.start("train.py", "--config", "config.py")
     for line in process.stdout:
         if re.search(r"step\D*32\b", line):
@@ -126,7 +126,7 @@ def signalled_twice(case: Case) -> None:
             process.send_signal(signal.SIGINT)
             break
     process.communicate(timeout=120)
-    assert process.returncode in (75, 130), process.returncode
+    assert process.returncode == 75, process.returncode
 
 
 def files_in(case: Case, pattern: str) -> list[Path]:

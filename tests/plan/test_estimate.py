@@ -18,13 +18,14 @@ CONFIGS = Path(__file__).parent.parent.parent / "configs"
 GIB = 2**30
 
 
-def variant(name, batch, length, remat):
+def variant(name, batch, length, remat, offload_state=False):
     config = load_config_file(str(CONFIGS / f"{name}.py"))
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, remat=remat),
         data=dataclasses.replace(config.data, sequence_length=length),
         training=dataclasses.replace(config.training, global_batch_size=batch),
+        optimizer=dataclasses.replace(config.optimizer, offload_state=offload_state),
     )
 
 
@@ -46,6 +47,12 @@ def test_peak_is_within_15_percent(name, kind, devices, batch, length, remat, ar
     plan = estimate_training(variant(name, batch, length, remat), counted(kind, devices))
     assert plan.argument_bytes / GIB == pytest.approx(arguments, abs=0.05)
     assert plan.estimated_peak_bytes / GIB == pytest.approx(peak, rel=0.15)
+
+
+def test_the_peak_with_moments_on_the_host_is_within_15_percent() -> None:
+    plan = estimate_training(variant("llama3_8b", 8, 2048, "full", offload_state=True), counted("TPU v5e", 8))
+    assert plan.argument_bytes / GIB == pytest.approx(3.74, abs=0.05)
+    assert plan.estimated_peak_bytes / GIB == pytest.approx(9.6, rel=0.15)
 
 
 def test_more_of_anything_takes_more_memory() -> None:

@@ -100,10 +100,12 @@ def test_the_backward_pass_names_the_last_layer_whose_gradient_overflows(mesh, s
     assert np.isfinite(found.window_losses).all()
 
 
-def test_an_update_that_overflows_is_named(mesh, state):
-    rate = dataclasses.replace(
-        CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, learning_rate=3e38, weight_decay=1e4)
-    )
+@pytest.mark.parametrize("offload_state", [False, True])
+def test_an_update_that_overflows_is_named(mesh, state, offload_state):
+    settings = {"learning_rate": 3e38, "weight_decay": 1e4, "offload_state": offload_state}
+    rate = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, **settings))
+    if offload_state:
+        state = build_program(rate, mesh).create_state()
     found = diagnosed(mesh, state, config=rate)
     assert (found.direction, found.place) == ("update", "layer 0 attention"), str(found)
 

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -47,6 +49,31 @@ def test_a_second_ctrl_c_does_not_wait(monkeypatch):
         assert reached_within_seconds(stop) == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
+
+
+_BUSY = """
+import time
+from nextllm_jax.training.signals import StopRequest
+
+with StopRequest(may_exit=True):
+    print("here", flush=True)
+    time.sleep(0.2)  # what a signal cuts short
+    for _ in range(200):
+        time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_later_signal_ends_a_command_and_says_what_is_lost(number, code):
+    command = [sys.executable, "-c", _BUSY]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        for pause in (0.1, 1.2, 0.0):  # the second counts as the first
+            process.send_signal(number)
+            time.sleep(pause)
+        _, said = process.communicate(timeout=10)
+    assert process.returncode == code
+    assert f"a second signal, {number.name}: ended without saving" in said
 
 
 def test_another_signal_is_no_request():
