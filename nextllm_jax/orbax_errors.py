@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import types
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,8 +52,9 @@ def silence_tracebacks() -> None:
     """Keep quiet, in this process, about what follows a failure to read or write one array.
 
     Orbax gives up at the first and closes its event loop; each array still under way then ends in a traceback of its
-    own from a thread of tensorstore, which asyncio's first frame gives away.
+    own from a thread of tensorstore, which asyncio's first frame gives away, or in a warning that nobody awaited it.
     """
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_not_a_background_traceback)
     print_uncaught, print_unraisable = sys.excepthook, sys.unraisablehook

@@ -261,14 +261,14 @@ PREPARE = "nextllm_jax.data.prepare"
 
 ROWS = {
     # kill -9
-    **{f"kill -9 at random, seed {seed}": Row(killed_at_random(seed), slow=seed > 1) for seed in range(20)},
+    **{f"kill -9 at random, seed {seed}": Row(killed_at_random(seed), slow=seed > 0) for seed in range(20)},
     "kill -9 before the first step": Row(killed(f"{LOOP}:TrainLoader.batches", fresh=True)),
     "kill -9 in an evaluation": Row(killed(f"{LOOP}:evaluate")),
     "kill -9 before the arrays are written": Row(killed(SAVE), slow=True),
     "kill -9 before a manifest": Row(killed(f"{FILES}:write_manifest")),
     "kill -9 before the first manifest": Row(killed(f"{FILES}:write_manifest", fresh=True), slow=True),
     "kill -9 between manifest and name": Row(killed(f"{FILES}:damaged_files", 3), slow=True),
-    "kill -9 before an old checkpoint goes": Row(killed(f"{FILES}:delete")),
+    "kill -9 before an old checkpoint goes": Row(killed(f"{FILES}:delete"), slow=True),
     "kill -9 before config.json": Row(killed(f"{LOOP}:open_run", fresh=True), slow=True),
     "kill -9 while samples are written": Row(killed("nextllm_jax.training.writers:Writers.samples"), slow=True),
     "kill -9 while loss.png is drawn": Row(killed("nextllm_jax.training.writers:draw_losses"), slow=True),
@@ -285,11 +285,11 @@ ROWS = {
     "SIGINT while saving": Row(signalled(signal.SIGINT, SAVE, fresh=True), slow=True),
     "Ctrl-C twice": Row(signalled_twice),
     # disks
-    "a small disk": Row(tiny_disk),
+    "a small disk": Row(tiny_disk, slow=True),
     "full disk at the arrays": Row(full_disk(SAVE), slow=True),
-    "full disk at a manifest": Row(full_disk(f"{FILES}:write_manifest")),
+    "full disk at a manifest": Row(full_disk(f"{FILES}:write_manifest"), slow=True),
     "full disk at metrics.jsonl": Row(full_disk("nextllm_jax.training.writers:Writers._append", 3)),
-    "checkpoints removed while training": Row(checkpoints_removed),
+    "checkpoints removed while training": Row(checkpoints_removed, slow=True),
     "run removed while training": Row(run_removed, slow=True),
     # damage to the latest checkpoint
     "bit flipped in an array": Row(checkpoint(flip, "params/d/*"), "damaged \\(params/d/"),
@@ -320,7 +320,7 @@ ROWS = {
     "bit flipped in the data's tokenizer": Row(shard(flip, "tokenizer/ranks-*"), "ranks-", refuses=True, slow=True),
     "another tokenizer in the data": Row(other_tokenizer, "tokenizer", refuses=True),
     # the clock
-    "the clock is set back while training": Row(clock_set_back),
+    "the clock is set back while training": Row(clock_set_back, slow=True),
     "files from tomorrow": Row(files_of_tomorrow),
 }
 
