@@ -4,7 +4,6 @@ TEST_PLATFORMS=cuda,cpu python -m pytest -o addopts="" -m gpu
 """
 
 import dataclasses
-import json
 import re
 
 import jax
@@ -18,6 +17,7 @@ from nextllm_jax.ops.cudnn import cudnn_attention
 from nextllm_jax.sharding import make_mesh, sharding
 from nextllm_jax.training.program import build_program
 from tests.ops.test_attention import inputs, reference, segments, value_and_gradients, visible
+from tests.runs import metrics
 
 pytestmark = [
     pytest.mark.gpu,
@@ -136,16 +136,13 @@ def test_activations_and_moments_on_the_host_compute_the_same(remat):
     assert {leaf.sharding.memory_kind for leaf in moments} == {"pinned_host"}
 
 
-def losses_of(door, run: str) -> dict[int, float]:
-    with open(door.directory / run / "metrics.jsonl") as lines:
-        rows = [json.loads(line) for line in lines]
-    return {row["step"]: row["loss"] for row in rows if row["split"] == "train"}
-
-
 def test_the_commands_on_a_gpu_have_the_losses_and_the_text_of_the_cpu(trained, door):
     assert re.search(r"1 x NVIDIA", trained.log.stdout + trained.log.stderr)
     door.run("train.py", "--config", "config.py", JAX_PLATFORMS="cpu")
-    ours, expected = losses_of(trained, "runs/config"), losses_of(door, "runs/config")
+    ours, expected = (
+        {line["step"]: line["loss"] for line in metrics(one.directory / "runs" / "config", "train")}
+        for one in (trained, door)
+    )
     np.testing.assert_allclose([ours[step] for step in expected], list(expected.values()), rtol=1e-3)
     command = ["sample.py", "--checkpoint", door.directory / "runs/config", "--prompt", "the cat", "--temperature", "0"]
     command += ["--max-new-tokens", "60"]

@@ -194,14 +194,14 @@ def test_lock_ends_with_its_process(run):
 def test_lock_is_let_go_when_training_fails(run):
     with contextlib.suppress(RuntimeError), open_run(run, CONFIG):
         raise RuntimeError
-    with open_run(run, CONFIG):
-        pass
+    with open_run(run, CONFIG) as again:
+        assert os.fspath(again.path) == os.fspath(run)
 
 
 def test_file_system_without_locks_is_used_without(run, monkeypatch):
     monkeypatch.setattr(run_directory.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(95, "not supported")))
-    with open_run(run, CONFIG):
-        pass
+    with open_run(run, CONFIG) as used:
+        assert os.fspath(used.path) == os.fspath(run)
 
 
 def test_directory_that_cannot_be_made(tmp_path):
