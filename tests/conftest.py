@@ -97,6 +97,17 @@ def write_corpus(directory: Path, *, documents: int = 40) -> None:
         (directory / f"{i:03}.txt").write_text("".join(sentences), encoding="utf-8")
 
 
+@pytest.fixture
+def four_tpus(monkeypatch) -> list:
+    """Devices of v5e:2x2 to compile for, which are not here; skips without libtpu."""
+    pytest.importorskip("libtpu")
+    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        monkeypatch.setenv(name, "1")
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+
+
 @pytest.fixture(scope="session")
 def compilation_cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("compiled")

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import os
 import re
 import types
 
@@ -161,14 +160,8 @@ def test_blocks_come_from_the_config_or_from_the_chip():
 
 
 @pytest.mark.tpu
-def test_splash_compiles_for_a_tpu_mesh_in_both_passes(monkeypatch):
-    pytest.importorskip("libtpu")
-    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
-        monkeypatch.setitem(os.environ, name, "1")
-    from jax.experimental import topologies
-
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), devices)
+def test_splash_compiles_for_a_tpu_mesh_in_both_passes(four_tpus):
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), four_tpus)
     q, k, ids = ((4, 300, 4, 64), ("heads", None)), ((4, 300, 2, 64), ("kv_heads", None)), ((4, 300), ())
     shapes = [
         jax.ShapeDtypeStruct(

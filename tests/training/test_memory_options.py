@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -137,14 +136,9 @@ def test_a_step_that_is_skipped_leaves_offloaded_moments_as_they_were():
 
 
 @pytest.mark.tpu
-def test_a_tpu_holds_the_moments_of_a_few_layers_at_a_time(monkeypatch):
+def test_a_tpu_holds_the_moments_of_a_few_layers_at_a_time(four_tpus):
     """The check and the update of 16 layers, compiled for four chips."""
-    pytest.importorskip("libtpu")
-    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
-        monkeypatch.setitem(os.environ, name, "1")
-    from jax.experimental import topologies
-
-    mesh = make_mesh(MeshConfig(fsdp=4), topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices)
+    mesh = make_mesh(MeshConfig(fsdp=4), four_tpus)
     model = dataclasses.replace(MODEL, num_layers=16, embed_dim=1024, mlp_dim=4096, layer_pattern=("global",))
     settings = dataclasses.replace(CONFIG.optimizer, offload_state=True)
     state = abstract_state(Transformer(model), make_optimizer(settings), mesh, settings)
