@@ -126,7 +126,8 @@ def _start(arguments: TrainArguments, file: Config, group: Group, stop: StopRequ
     """
     from nextllm_jax.data.prepare import ensure_prepared
     from nextllm_jax.init_from import require_tokenizer, with_source
-    from nextllm_jax.training.resume_guard import allowed_fields, local_workdir, require_resumable
+    from nextllm_jax.training.resume_guard import allowed_fields, local_workdir
+    from nextllm_jax.training.run_directory import require_unlocked, require_usable
 
     stop.nothing_to_lose("waiting for the other processes")
     workdir, consent = local_workdir(arguments.run), allowed_fields(arguments.allow_change)
@@ -136,8 +137,8 @@ def _start(arguments: TrainArguments, file: Config, group: Group, stop: StopRequ
     group.check_same({**choices, **facts_of(config)})
     stop.nothing_to_lose("preparing data")
     if group.process_id == 0:
-        if not arguments.overwrite:
-            require_resumable(workdir, config, consent)
+        require_unlocked(workdir)
+        require_usable(workdir, config, overwrite=arguments.overwrite, allow_change=consent)
         ensure_prepared(config.data)
         require_tokenizer(config, overwrite=arguments.overwrite)
     group.gather(None, "process 0 to prepare the data")

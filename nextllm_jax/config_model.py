@@ -8,6 +8,9 @@ from nextllm_jax.config_checks import check_types, require, require_positive
 LayerKind = Literal["global", "local", "global_nope"]
 DType = Literal["float32", "bfloat16"]
 
+EXECUTION_FIELDS = ("dtype", "attention", "attention_blocks", "remat", "remat_offload")
+"""The fields of a ModelConfig that say how a model is computed, not which model it is."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -128,6 +131,10 @@ class ModelConfig:
             f"model.attention_blocks is {blocks}; it must be two positive numbers, of queries and of keys, or none",
         )
         self._check_rope()
+
+    def without_remat(self) -> "ModelConfig":
+        """The same model where nothing is recomputed or offloaded, as inference wants it."""
+        return dataclasses.replace(self, remat="none", remat_offload=False)
 
     def _check_rope(self) -> None:
         for name in ("rope_theta", "rope_local_theta"):

@@ -1,38 +1,36 @@
 """What would go wrong if `train.py` were started now, in the order in which it would, without starting it.
 
-Each check is the one that training itself makes. Nothing is written but a temporary file beside the run directory, to
-see that files can be made there and what time the file system has.
+The checks are those that training itself makes. Nothing is written but temporary files: one next to the run directory,
+to see that files can be made there and what time the file system has, and a small part of a corpus that is not prepared
+yet, as training would prepare it.
 """
 
 import contextlib
 import dataclasses
 import importlib.util
+import io
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-import jax
-from jax.sharding import Mesh
-
 from nextllm_jax import machine
+from nextllm_jax.base import DIRECTORY as BASE
 from nextllm_jax.checkpoint import Checkpoints
 from nextllm_jax.config import Config
 from nextllm_jax.data.corpora import find_files
-from nextllm_jax.data.packing import count_windows, describe_windows
-from nextllm_jax.data.prepare import default_data_path, find_prepared, remark
+from nextllm_jax.data.prepare import default_data_path, find_prepared, prepare_sample, remark
 from nextllm_jax.data.shards import Dataset, partial_path
 from nextllm_jax.errors import InputError, RunFailed
+from nextllm_jax.init_from import require_tokenizer
 from nextllm_jax.machine import Status
-from nextllm_jax.model.accounting import parameter_count
-from nextllm_jax.sharding import make_mesh
-from nextllm_jax.tokenizer.published import KNOWN_ENCODINGS, files_to_fetch, load_tokenizer
-from nextllm_jax.tokenizer.tokenizer import Tokenizer
-from nextllm_jax.training.checks import check_fits, check_not_beyond, check_platform
-from nextllm_jax.training.loop import make_loader
-from nextllm_jax.training.program import build_program
-from nextllm_jax.training.resume_guard import CONFIG, local_workdir, require_resumable, require_same_data
-from nextllm_jax.training.run_directory import require_run_or_empty, require_unlocked
+from nextllm_jax.tokenizer.published import KNOWN_ENCODINGS, files_to_fetch
+from nextllm_jax.training.resume_guard import CONFIG, local_workdir, require_same_data
+from nextllm_jax.training.start import DEVICE_CHECKS, RUN_CHECKS, Check, Start
 from nextllm_jax.verify import check_steps, find_steps
+
+SAMPLE_CHARACTERS = 1_000_000
+"""How much of a corpus that is not prepared yet is read and tokenized."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,19 +54,30 @@ class Report:
         self._show = show
 
     def add(self, name: str, message: str, status: Status = "ok") -> None:
-        """Take a finding."""
-        self.findings.append(Finding(name, status, message))
-        self._show(self.findings[-1])
+        """Take a finding; one that was made before, under whatever name, is left out."""
+        if message not in (finding.message for finding in self.findings):
+            self.findings.append(Finding(name, status, message))
+            self._show(self.findings[-1])
 
     @contextlib.contextmanager
-    def check(self, name: str) -> Iterator[None]:
-        """A context in which what training would end with becomes a PROBLEM."""
+    def check(self, name: str, status: Status = "PROBLEM") -> Iterator[None]:
+        """A context in which what training would end with becomes a finding."""
         try:
             yield
         except (InputError, RunFailed) as error:
-            self.add(name, str(error), "PROBLEM")
+            self.add(name, str(error), status)
         except OSError as error:
-            self.add(name, f"{error.strerror or error} ({error.filename})", "PROBLEM")
+            self.add(name, f"{error.strerror or error} ({error.filename})", status)
+
+    def make(self, check: Check, start: Start, failure: Status = "PROBLEM") -> None:
+        """Make one of training's checks."""
+        with self.check(check.name, failure):
+            for text, is_warning in check.run(start):
+                self.add(check.name, text, "warning" if is_warning else "ok")
+
+    def passed(self, name: str) -> bool:
+        """Whether no finding of this name is a problem."""
+        return not any(found.status == "PROBLEM" for found in self.findings if found.name == name)
 
 
 def diagnose(
@@ -81,169 +90,117 @@ def diagnose(
     """The findings for a start of `train.py` with this config and these options. `show` gets each as it comes."""
     report, clocks = Report(show), (time.time(), time.monotonic())
     report.add("versions", *machine.versions())
-    workdir, resumable = None, False
-    with report.check("run"):
-        workdir = Path(local_workdir(config))
-        for change in [] if overwrite else require_resumable(workdir, config, allow_change):
-            report.add("run", f"changed: {change}", "warning")
-        resumable = True
-    prepared, tokenizer, data_bytes = None, None, 0
-    with report.check("data"):
-        prepared = find_prepared(config.data)
-        _report_preparation(report, config, prepared)
-        data_bytes = _data_bytes(config) if prepared is None else 0
-    if prepared is None and config.data.path is None:
-        with report.check("tokenizer"):
-            tokenizer = _tokenizer_to_be(report, config)
-    mesh = None
-    with report.check("devices"):
-        check_platform(config)
-        mesh = make_mesh(config.mesh)
-        _report_devices(report, mesh)
-    dataset = None
-    if prepared is not None:
+    with tempfile.TemporaryDirectory(prefix="nextllm-doctor-") as temporary:
+        data = _Data(config, Path(temporary), report)
+        start = Start(config, data.open, overwrite, allow_change)
+        for check in RUN_CHECKS:
+            report.make(check, start)
         with report.check("data"):
-            dataset = Dataset.open(prepared, verify=config.data.verify)
-            tokenizer = dataset.tokenizer()
-            _report_data(report, config, dataset, tokenizer)
-    if mesh is not None:
-        _check_program(report, config, mesh, dataset, tokenizer)
-    if resumable:
-        with report.check("run"):
-            step = _check_run(report, config, overwrite)
-            if step is not None and dataset is not None and mesh is not None:
-                _check_same_data(config, step, dataset, mesh, allow_change)
-    if mesh is not None:
-        report.add("memory", *machine.memory(config, mesh))
-    if workdir is not None:
-        with report.check("disk"):
-            report.add("disk", *machine.disk(config, data_bytes=data_bytes))
-            report.add("clock", *machine.clock(workdir, clocks))
+            data.find()
+        for check in DEVICE_CHECKS:
+            if data.is_there or not check.needs_data:
+                # What holds of a part of the corpus may not hold of all of it.
+                report.make(check, start, "warning" if check.needs_data and data.is_part else "PROBLEM")
+        if data.is_prepared:
+            with report.check("tokenizer"):
+                require_tokenizer(config, overwrite=overwrite)
+        if report.passed("devices"):
+            report.add("memory", *machine.memory(config, start.mesh))
+        if report.passed("run"):
+            with report.check("run"):
+                _check_run(report, start, with_data=data.is_prepared)
+            with report.check("disk"):
+                report.add("disk", *machine.disk(config, data_bytes=data.bytes_to_write))
+                report.add("clock", *machine.clock(Path(local_workdir(config)), clocks))
     return report.findings
 
 
-def _check_program(
-    report: Report, config: Config, mesh: Mesh, dataset: Dataset | None, tokenizer: Tokenizer | None
-) -> None:
-    """Check what data, model and mesh ask of each other, as far as they are there."""
-    if tokenizer is not None:
-        with report.check("fit"):
-            check_fits(config, tokenizer, mesh)
-            report.add("fit", "vocabulary, batch, sequences and sample prompts suit the model and the mesh")
-    with report.check("model"):
-        build_program(config, mesh)
-        report.add("model", f"{parameter_count(config.model):,} parameters, which the mesh divides")
-    if dataset is not None:
-        with report.check("batches"):
-            _check_batches(report, config, dataset, mesh)
+class _Data:
+    """The data of a config: prepared data, or else what the beginning of the corpus gives in `temporary`."""
+
+    def __init__(self, config: Config, temporary: Path, report: Report) -> None:
+        self._config, self._temporary, self._report = config, temporary, report
+        self._path: Path | None = None
+        self.is_prepared = self.is_part = False
+        self.bytes_to_write = 0
+        """About the disk that preparing takes; 0 where the size of the corpus is not known."""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there is data to look at."""
+        return self._path is not None
+
+    def open(self) -> Dataset:
+        """The data."""
+        assert self._path is not None
+        return Dataset.open(self._path, verify=self._config.data.verify)
+
+    def find(self) -> None:
+        """Look for the data, or prepare a part of it, and say which; raises InputError as preparing would."""
+        config = self._config.data
+        prepared = find_prepared(config)
+        if prepared is not None:
+            self._path, self.is_prepared = prepared, True
+            self._report.add("data", str(prepared))
+            if said := remark(config, prepared):
+                self._report.add("data", said.removeprefix("warning: "), "warning")
+            return
+        path = default_data_path(config)
+        state = "an interrupted preparation would continue" if partial_path(path).is_dir() else "would be prepared"
+        self._report.add("data", f"{path}: {state} from {config.corpus}")
+        if missing := self._to_fetch():
+            self._report.add("data", f"the network is needed for {', '.join(missing)}", "warning")
+            return
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            self.is_part = not prepare_sample(config, self._temporary, SAMPLE_CHARACTERS)
+        self._path = self._temporary
+        if self.is_part:
+            self._report.add(
+                "data", f"the checks below are made on the first {SAMPLE_CHARACTERS:,} characters of the corpus"
+            )
+        if config.corpus != "stdlib" and not config.corpus.startswith("hf:"):
+            # Tokens of two bytes, three bytes of text each or more, twice: parts and shards.
+            self.bytes_to_write = sum(path.stat().st_size for _, path in find_files(config.corpus)) * 4 // 3
+
+    def _to_fetch(self) -> list[str]:
+        """What preparing would take from the network. Raises InputError if the package for that is missing."""
+        config = self._config.data
+        missing = files_to_fetch(config.tokenizer) if config.tokenizer in KNOWN_ENCODINGS else []
+        name = config.corpus.removeprefix("hf:")
+        if name != config.corpus:
+            if importlib.util.find_spec("datasets") is None:
+                raise InputError(f"data.corpus {config.corpus} needs an extra package: pip install 'nextllm_jax[hf]'")
+            missing += [] if Path(name).is_dir() else [config.corpus]
+        return missing
 
 
-def _report_preparation(report: Report, config: Config, prepared: Path | None) -> None:
-    """Say what data is there, or would be made; raise InputError for a corpus that cannot be found."""
-    corpus = config.data.corpus
-    if prepared is not None:
-        said = remark(config.data, prepared)
-        if said:
-            report.add("data", said.removeprefix("warning: "), "warning")
-        return
-    if corpus.startswith("hf:"):
-        if importlib.util.find_spec("datasets") is None:
-            raise InputError(f"data.corpus {corpus} needs an extra package: pip install 'nextllm_jax[hf]'")
-    elif corpus != "stdlib":
-        find_files(corpus)
-    path = default_data_path(config.data)
-    state = "an interrupted preparation would continue" if partial_path(path).is_dir() else "would be prepared first"
-    report.add("data", f"{path}: {state}, from {corpus}")
-
-
-def _data_bytes(config: Config) -> int:
-    """About the disk that preparing takes, parts and shards together; 0 where the size of the corpus is not known."""
-    corpus = config.data.corpus
-    if corpus == "stdlib" or corpus.startswith("hf:"):
-        return 0
-    # Tokens of two bytes, three bytes of text each or more, twice.
-    return sum(path.stat().st_size for _, path in find_files(corpus)) * 4 // 3
-
-
-def _tokenizer_to_be(report: Report, config: Config) -> Tokenizer | None:
-    """The tokenizer that preparing would use, if it is on this machine. Raises InputError if it cannot be read."""
-    spec = config.data.tokenizer
-    if spec == "train":
-        report.add("tokenizer", f"a byte-level BPE of {config.data.vocab_size:,} tokens would be trained on the corpus")
-        return None
-    missing = files_to_fetch(spec) if spec in KNOWN_ENCODINGS else []
-    if missing:
-        report.add("tokenizer", f"{spec} is not cached; the network is needed for {', '.join(missing)}", "warning")
-        return None
-    tokenizer = load_tokenizer(spec)
-    report.add("tokenizer", f"{spec} is on this machine, {tokenizer.vocab_size:,} tokens")
-    return tokenizer
-
-
-def _report_devices(report: Report, mesh: Mesh) -> None:
-    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    kind = mesh.devices.flat[0].device_kind
-    report.add("devices", f"{mesh.devices.size} x {kind} ({jax.default_backend()}); mesh {axes}")
-
-
-def _report_data(report: Report, config: Config, dataset: Dataset, tokenizer: Tokenizer) -> None:
-    counts = ", ".join(f"{dataset.split(name).num_tokens:,} {name}" for name in ("train", "validation"))
-    report.add(
-        "data", f"{dataset.path}: {counts} tokens, id {dataset.data_id}, undamaged (verify {config.data.verify})"
-    )
-    report.add("tokenizer", f"{tokenizer.name}, {tokenizer.vocab_size:,} tokens, the one that made the data")
-
-
-def _check_batches(report: Report, config: Config, dataset: Dataset, mesh: Mesh) -> None:
-    """Raise InputError, as training would, if the data does not fill a window or the mesh does not divide a batch."""
-    make_loader(config, dataset, mesh)
-    length, batch = config.data.sequence_length, config.training.global_batch_size
-    windows = count_windows(dataset.split("train"), length, partial=False)
-    epochs = config.training.steps * batch / windows
-    said = (
-        f"{windows:,} windows of {length} tokens; {config.training.steps:,} steps of {batch} are {epochs:,.2f} epochs"
-    )
-    if how := describe_windows(dataset.split("train"), length):
-        said = f"{said}; {how}"
-    if batch > windows:
-        report.add("batches", f"{said}; each step repeats windows: more data, or a smaller batch", "warning")
-    else:
-        report.add("batches", said)
-
-
-def _check_run(report: Report, config: Config, overwrite: bool) -> int | None:
-    """Say what the run directory would be used for, and give the step that a run would continue from, if any.
-
-    Raises InputError if the directory could not be used.
-    """
-    workdir = Path(local_workdir(config))
-    require_run_or_empty(workdir)
-    require_unlocked(workdir)
+def _check_run(report: Report, start: Start, *, with_data: bool) -> None:
+    """Say what the run directory would be used for; raise InputError if the run there was trained on other data."""
+    config, workdir = start.config, Path(local_workdir(start.config))
     if not (workdir / CONFIG).exists():
         report.add("run", f"{workdir} is free for a new run")
-        return None
-    if overwrite:
+        return
+    if start.overwrite:
         report.add("run", f"the run in {workdir} would move into overwritten/ there", "warning")
-        return None
-    whole, damaged = [], {}
-    for found in check_steps(find_steps(workdir)):
-        if found.state == "ok":
-            whole.append(int(found.path.name))
-        elif found.state == "damaged":
-            damaged[int(found.path.name)] = found
-    latest = max(whole, default=0)
-    for step, found in damaged.items():
-        fate = "it would be set aside" if step > latest else "it is not the one to continue from"
-        fatal = config.checkpoint.strict and step > latest
-        report.add("run", f"{found}; {fate}", "PROBLEM" if fatal else "warning")
-    check_not_beyond(config, latest)
+        return
+    found = list(check_steps(find_steps(workdir)))
+    whole = [int(step.path.name) for step in found if step.state == "ok" and step.path.parent.name != BASE]
+    latest = max(whole, default=None)
+    for step in found:
+        if step.state != "damaged":
+            continue
+        newer = latest is None or int(step.path.name) > latest
+        if step.path.parent.name == BASE or latest is None:
+            report.add("run", f"{step}; train needs it", "PROBLEM")
+        elif newer:
+            report.add("run", f"{step}; it would be set aside", "PROBLEM" if config.checkpoint.strict else "warning")
+        else:
+            report.add("run", f"{step}; it is not the one to continue from", "warning")
+    if latest is None:
+        report.add("run", f"{workdir} has no whole checkpoint; a training starts at step 0")
+        return
     state = "is finished at" if latest == config.training.steps else "would continue from"
     report.add("run", f"{workdir} {state} step {latest} of {config.training.steps}")
-    return latest or None
-
-
-def _check_same_data(config: Config, step: int, dataset: Dataset, mesh: Mesh, allow_change: Collection[str]) -> None:
-    """Raise InputError if the data is not that of the checkpoint that a run would continue from."""
-    record = Checkpoints(Path(local_workdir(config)) / "checkpoints").record(step)
-    position = make_loader(config, dataset, mesh).position(0)
-    require_same_data(record["data"], position, dataset.path, allow_change)
+    if with_data and report.passed("devices"):
+        record = Checkpoints(workdir / "checkpoints").record(latest)
+        require_same_data(record["data"], start.loader.position(0), start.dataset.path, start.allow_change)

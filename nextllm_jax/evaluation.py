@@ -1,6 +1,5 @@
 """Scores of a model on a text or on prepared data: the story of `nextllm evaluate`."""
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -40,7 +39,7 @@ def score_data(
         )
     check_windows(window, batch_size, llm.config.context_length)
     training_dtype = resolve_dtype(dtype or llm.config.dtype, jax.default_backend(), training=True)
-    model = Transformer(dataclasses.replace(llm.config, remat="none"), training_dtype, llm.scan_layers)
+    model = Transformer(llm.config.without_remat(), training_dtype, llm.scan_layers)
     split = dataset.split("validation")
     batches = validation_batches(
         split,

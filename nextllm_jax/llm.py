@@ -50,8 +50,8 @@ class Score:
     """Mean negative log-likelihood of the scored tokens, in nats."""
     tokens: int
     """Scored tokens: those of the text, and the end of the document."""
-    bits_per_byte: float
-    """Summed negative log-likelihood in bits, over the UTF-8 bytes of the text."""
+    bits_per_byte: float | None
+    """Summed negative log-likelihood in bits, over the UTF-8 bytes of the text; None if there are none."""
 
     @property
     def perplexity(self) -> float:
@@ -76,7 +76,7 @@ class LLM:
     @functools.cached_property
     def model(self) -> Transformer:
         """The module that the parameters belong to."""
-        return Transformer(dataclasses.replace(self.config, remat="none"), self.dtype, self.scan_layers)
+        return Transformer(self.config.without_remat(), self.dtype, self.scan_layers)
 
     def logits(self, tokens: Any) -> jax.Array:
         """Logits, float32 [B, T, V], of a causal forward pass without cache over tokens, int [B, T].
@@ -226,6 +226,10 @@ class LLM:
             raise InputError("the text to score is empty; bits per byte need at least one byte")
         check_windows(window, batch_size, self.config.context_length)
         document = self.tokenizer.encode_document(text)
+        if len(document) < 2:
+            raise InputError(
+                "the text to score is one token of this tokenizer, and nothing predicts it; give more text"
+            )
         windows = _windows(document, window, batch_size)
         starts = range(0, len(windows[0]), batch_size)
         nll_sum = math.fsum(

@@ -4,7 +4,6 @@ Each function gives a sentence and how bad it is.
 """
 
 import importlib.metadata
-import os
 import platform
 import shutil
 import tempfile
@@ -104,7 +103,6 @@ def disk(config: Config, *, data_bytes: int) -> tuple[str, Status]:
     At the most there are those that are kept, and the next one before an old one goes.
     """
     workdir = Path(config.workdir or ".")
-    _require_writable(workdir)
     each = state_bytes(config)
     kept = config.checkpoint.keep_last + 1  # the best
     if every := config.checkpoint.keep_every_steps:
@@ -119,13 +117,6 @@ def disk(config: Config, *, data_bytes: int) -> tuple[str, Status]:
     if needed > free or data_bytes > free_for_data:
         return f"{said}: make room, keep fewer checkpoints, or choose another --workdir", "PROBLEM"
     return said, "ok" if needed + data_bytes < 0.8 * free else "warning"
-
-
-def _require_writable(workdir: Path) -> None:
-    """Raise OSError unless the run directory can be written, or made."""
-    place = _existing(workdir)
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise PermissionError(13, "cannot be written; make it writable, or choose another --workdir", str(place))
 
 
 def clock(workdir: Path, before: tuple[float, float]) -> tuple[str, Status]:

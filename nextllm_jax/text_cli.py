@@ -125,8 +125,9 @@ def evaluate_command(argv: list[str]) -> int:
         "perplexity": score.perplexity,
         "bits_per_byte": score.bits_per_byte,
     }
-    line = f"{score.tokens:,} tokens, nll {score.nll:.4f}, perplexity {score.perplexity:.2f}, {score.bits_per_byte:.4f}"
-    print(json.dumps(result) if arguments.json else f"{line} bits per byte")
+    line = f"{score.tokens:,} tokens, nll {score.nll:.4f}, perplexity {score.perplexity:.2f}"
+    bits = "" if score.bits_per_byte is None else f", {score.bits_per_byte:.4f} bits per byte"
+    print(json.dumps(result) if arguments.json else line + bits)
     return 0
 
 

@@ -69,11 +69,10 @@ FOLDERS = {  # inside a folder a file imports from those to its left
             "step",
             "evaluate",
             "metrics",
-            "checks",
             "resume_guard",
             "run_directory",
         ),
-        *("writers", "signals", "program", "flight_recorder", "profiler", "loop", "diagnosis", "replay"),
+        *("writers", "signals", "program", "flight_recorder", "profiler", "start", "loop", "diagnosis", "replay"),
     ),
     "plan": (
         *("topology", "hlo", "collectives", "compile", "estimate", "roofline", "advice", "training", "decoding"),

@@ -12,6 +12,8 @@ import numpy as np
 
 from nextllm_jax.data.shards import Split
 
+_SCAN_TOKENS = 1 << 24
+
 
 class Batch(NamedTuple):
     """Windows of T tokens and the tokens that follow each; int32, and bool for the mask.
@@ -54,6 +56,18 @@ def describe_windows(split: Split, sequence_length: int) -> str | None:
         f"{split.num_documents:,} {split.name} conversations in {len(windows):,} windows, {filled:.0%} full; "
         f"{int((lengths > sequence_length + 1).sum()):,} are longer than data.sequence_length and are cut"
     )
+
+
+def has_targets(split: Split) -> bool:
+    """Whether a split has a token in the loss mask: one that does not open a document, and is the assistant's."""
+    for start in range(0, split.num_tokens, _SCAN_TOKENS):
+        stop = min(start + _SCAN_TOKENS, split.num_tokens)
+        in_loss = split.learnt(start, stop)
+        first, last = np.searchsorted(split.document_starts, [start, stop])
+        in_loss[split.document_starts[first:last] - start] = False
+        if in_loss.any():
+            return True
+    return False
 
 
 @functools.lru_cache(8)

@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -199,7 +199,7 @@ def prepare(config: DataConfig, output: Path, *, overwrite: bool = False) -> Non
         with claimed(partial, output):
             start_or_continue(partial, settings)
             if not is_prepared(partial):
-                _write_dataset(config, partial)
+                _write_dataset(config, lambda: read_documents(config), partial)
             if (partial / "parts").exists():
                 shutil.rmtree(partial / "parts")
             check_replaceable(output, overwrite)
@@ -211,10 +211,31 @@ def prepare(config: DataConfig, output: Path, *, overwrite: bool = False) -> Non
     _print_counts(output)
 
 
-def _write_dataset(config: DataConfig, partial: Path) -> None:
-    limit = validation_limit(read_documents(config), config.validation_fraction)
-    tokenizer = _make_tokenizer(config, limit, partial / "tokenizer")
-    part_paths = _tokenize_corpus(config, limit, partial, tokenizer.hash)
+def prepare_sample(config: DataConfig, output: Path, characters: int) -> bool:
+    """Prepare the beginning of the corpus, documents of about so many characters, in an empty directory.
+
+    Returns whether these are all documents. Raises InputError as `prepare` does.
+    """
+    documents: list[Document] = []
+    is_all = True
+    for document in read_documents(config):
+        if characters <= 0 and len(documents) > 1:
+            is_all = False
+            break
+        documents.append(document)
+        characters -= len(document.text)
+    _write_dataset(dataclasses.replace(config, num_processes=1), lambda: documents, output)
+    return is_all
+
+
+Documents = Callable[[], Iterable[Document]]
+"""Reads a corpus from its beginning."""
+
+
+def _write_dataset(config: DataConfig, read: Documents, partial: Path) -> None:
+    limit = validation_limit(read(), config.validation_fraction)
+    tokenizer = _make_tokenizer(config, read, limit, partial / "tokenizer")
+    part_paths = _tokenize_corpus(config, read, limit, partial, tokenizer.hash)
     splits = {
         name: write_split(
             partial,
@@ -231,13 +252,13 @@ def _write_dataset(config: DataConfig, partial: Path) -> None:
     write_index(partial, tokenizer, splits)
 
 
-def _make_tokenizer(config: DataConfig, limit: int, directory: Path) -> Tokenizer:
+def _make_tokenizer(config: DataConfig, read: Documents, limit: int, directory: Path) -> Tokenizer:
     """The tokenizer of the config, saved in `directory`; one trained by an interrupted run is taken up."""
     if (directory / "encoding.json").is_file():
         return Tokenizer.load(directory)
     if config.tokenizer == "train":
         print(f"training a tokenizer of {config.vocab_size:,} tokens on the corpus", flush=True)
-        texts = _sample_training_texts(read_documents(config), limit)
+        texts = _sample_training_texts(read(), limit)
         tokenizer = train_tokenizer(map(words_of, texts) if config.messages_field else texts, config.vocab_size)
         if tokenizer.vocab_size < config.vocab_size:
             print(f"the corpus has pairs enough for {tokenizer.vocab_size:,} tokens only", flush=True)
@@ -278,13 +299,13 @@ def _sample_training_texts(documents: Iterable[Document], limit: int) -> Iterato
             left -= len(document.text)
 
 
-def _tokenize_corpus(config: DataConfig, limit: int, partial: Path, tokenizer_hash: str) -> list[Path]:
+def _tokenize_corpus(config: DataConfig, read: Documents, limit: int, partial: Path, tokenizer_hash: str) -> list[Path]:
     """Tokenize every part that is not there yet; returns the paths of all parts, in order."""
     (partial / "parts").mkdir(exist_ok=True)
     paths: list[Path] = []
 
     def missing_parts() -> Iterator[Part]:
-        for part in _cut_into_parts(read_documents(config), limit, partial / "parts", bool(config.messages_field)):
+        for part in _cut_into_parts(read(), limit, partial / "parts", bool(config.messages_field)):
             paths.append(part.path)
             if not _is_whole(part.path):
                 yield part

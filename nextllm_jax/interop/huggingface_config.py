@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-from nextllm_jax.config_model import LayerKind, ModelConfig
+from nextllm_jax.config_model import EXECUTION_FIELDS, LayerKind, ModelConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.interop.families import ACTIVATIONS, COMMON, DEFAULTS, FAMILIES, FIXED, HARMLESS, SIZES, Family
 from nextllm_jax.interop.huggingface_rope import read_rope, write_rope
@@ -208,7 +208,7 @@ def layer_kinds(config: ModelConfig) -> list[LayerKind]:
 def canonical(config: ModelConfig) -> ModelConfig:
     """The config with defaults in the fields that do not matter to it, and numbers in place of None where it can be.
 
-    Two that describe one model are equal; how it is computed (dtype, remat) does not count.
+    Two that describe one model are equal; how it is computed (EXECUTION_FIELDS) does not count.
     """
     kinds, plain = layer_kinds(config), ModelConfig()
     scale = config.attention_scale or 1 / math.sqrt(config.head_dim)
@@ -222,7 +222,7 @@ def canonical(config: ModelConfig) -> ModelConfig:
         "embedding_scale": float(f"{config.embedding_scale:.9g}"),
         "rope_attention_factor": float(f"{attention_factor:.9g}"),
         "rotary_dim": None if config.rotary_dim == config.head_dim else config.rotary_dim,
-        **{name: getattr(plain, name) for name in ("dtype", "param_dtype", "remat")},
+        **{name: getattr(plain, name) for name in ("param_dtype", *EXECUTION_FIELDS)},
     }
     ignored = [] if "local" in kinds else ["sliding_window", "rope_local_theta"]
     ignored += [] if config.qk_norm else ["qk_norm_over"]

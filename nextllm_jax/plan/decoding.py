@@ -77,8 +77,8 @@ def plan_decoding(config: Config, place: Place, request: Request, say: Say) -> D
         raise InputError(f"{place.name} cannot be compiled for without such devices; give a --topology")
     _check(config, request, mesh)
     dtype = resolve_dtype(config.model.dtype, mesh.devices.flat[0].platform)
-    model_config = dataclasses.replace(config.model, remat="none")
-    model = Transformer(model_config, dtype, scan_layers=config.model.num_layers > MAX_UNROLLED_LAYERS)
+    scan_layers = config.model.num_layers > MAX_UNROLLED_LAYERS
+    model = Transformer(config.model.without_remat(), dtype, scan_layers)
     params = _abstract_params(model, mesh)
     programs = _Programs(model, params, mesh, request, say)
     first, state = programs.prefill()

@@ -22,7 +22,7 @@ _LOSS_CHUNK_TOKENS = 2048
 
 def argument_bytes(config: Config, mesh: Mesh | AbstractMesh) -> int:
     """Bytes of a step's arguments on one device: the state and the batch, without the padding of a chip's tiles."""
-    plain = dataclasses.replace(config.model, remat="none", remat_offload=False, attention="auto")
+    plain = dataclasses.replace(config.model.without_remat(), attention="auto")
     tokens = tokens_per_device(config, mesh.shape) * mesh.shape["tensor"]
     return _state_bytes(plain, config.optimizer, mesh) + int(tokens * _BATCH_BYTES_PER_TOKEN)
 

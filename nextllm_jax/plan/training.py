@@ -23,7 +23,7 @@ from nextllm_jax.plan.estimate import (
 )
 from nextllm_jax.plan.roofline import Roofline, communication_seconds
 from nextllm_jax.plan.topology import Place, Say
-from nextllm_jax.training.checks import check_divides
+from nextllm_jax.training.start import check_divides
 
 
 class FlopsCheck(NamedTuple):

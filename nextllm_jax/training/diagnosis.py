@@ -196,7 +196,7 @@ def diagnose(
     `sharding` is that of [B, T] arrays; call it under `jax.set_mesh`. Parameters take twice their memory meanwhile.
     """
     # Without remat, which would trace the layers where their arrays cannot be looked at.
-    open_model = model.clone(config=dataclasses.replace(config.model, remat="none"), scan_layers=False)
+    open_model = model.clone(config=config.model.without_remat(), scan_layers=False)
     parts = config.training.accumulation_steps
     row_losses = np.zeros(len(batch.tokens_BT))
     found: dict[str, tuple[str, bool]] = {}

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from nextllm_jax.data.packing import Batch
+from nextllm_jax.errors import InputError
 
 
 def perplexity(loss: float) -> float:
@@ -22,8 +23,8 @@ class Evaluation(NamedTuple):
     """Mean negative log likelihood per scored token, in nats."""
     perplexity: float
     """exp(loss)."""
-    bits_per_byte: float
-    """Summed negative log likelihood in bits over the UTF-8 bytes of the text."""
+    bits_per_byte: float | None
+    """Summed negative log likelihood in bits over the UTF-8 bytes of the text; None if there are none."""
     num_tokens: int
     """Scored tokens."""
 
@@ -34,9 +35,15 @@ def evaluate(
     batches: Iterable[Batch],
     num_bytes: int,
 ) -> Evaluation:
-    """The score of `params` over all batches, whose text has `num_bytes` bytes; sums in float64 on the host."""
+    """The score of `params` over all batches, whose text has `num_bytes` bytes; sums in float64 on the host.
+
+    Raises InputError if no token of the batches is in the loss mask.
+    """
     results = [eval_step(params, batch) for batch in batches]
     nll = float(np.sum([np.asarray(nll, np.float64) for nll, _ in results]))
     num_tokens = int(np.sum([np.asarray(count) for _, count in results]))
+    if not num_tokens:
+        raise InputError("the data to score has no token in its loss mask; give other data")
     loss = nll / num_tokens
-    return Evaluation(loss, perplexity(loss), nll / math.log(2) / num_bytes, num_tokens)
+    bits_per_byte = nll / math.log(2) / num_bytes if num_bytes else None
+    return Evaluation(loss, perplexity(loss), bits_per_byte, num_tokens)

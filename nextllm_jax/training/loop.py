@@ -11,13 +11,14 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from nextllm_jax import hardware
 from nextllm_jax.base import RECORD, base_id, save_base
 from nextllm_jax.checkpoint import Checkpoints, DamagedCheckpoint
 from nextllm_jax.config import Config, ModelConfig
-from nextllm_jax.data.loader import TrainLoader, validation_batches
+from nextllm_jax.data.loader import validation_batches
 from nextllm_jax.data.packing import Batch, describe_windows
 from nextllm_jax.data.prepare import default_data_path
 from nextllm_jax.data.shards import SPLITS, Dataset
@@ -25,17 +26,17 @@ from nextllm_jax.distributed import Group
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.accounting import adapter_count, flops_per_token, parameter_count
 from nextllm_jax.model.transformer import set_matmul_precision
-from nextllm_jax.sharding import make_mesh, sharding
+from nextllm_jax.sharding import sharding
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
-from nextllm_jax.training.checks import check_fits, check_not_beyond, check_platform
 from nextllm_jax.training.evaluate import evaluate
 from nextllm_jax.training.flight_recorder import FlightRecorder, environment
 from nextllm_jax.training.metrics import TrainMeter
 from nextllm_jax.training.profiler import StepProfiler
-from nextllm_jax.training.program import Program, build_program, to_save
+from nextllm_jax.training.program import Program, to_save
 from nextllm_jax.training.resume_guard import local_workdir, require_same_data
-from nextllm_jax.training.run_directory import open_run
+from nextllm_jax.training.run_directory import RunDirectory, open_run
 from nextllm_jax.training.signals import StopRequest
+from nextllm_jax.training.start import DEVICE_CHECKS, RUN_CHECKS, Start, require
 from nextllm_jax.training.state import TrainState, placed, require_finite, whole_params
 from nextllm_jax.training.step import StepMetrics
 from nextllm_jax.training.writers import Writers
@@ -62,7 +63,6 @@ def _restore_or_create(
     InputError instead if checkpoint.strict is set, or if there is none before it to go on from.
     """
     while (step := checkpoints.latest_step()) is not None:
-        check_not_beyond(config, step)
         try:
             return program.restore_state(checkpoints, step)
         except DamagedCheckpoint as error:
@@ -79,7 +79,7 @@ def _restore_or_create(
     return start(), {}
 
 
-def _start(program: Program, config: Config, mesh: Mesh, run: epath.Path, initial_params: InitialParams | None) -> Any:
+def _begin(program: Program, config: Config, mesh: Mesh, run: epath.Path, initial_params: InitialParams | None) -> Any:
     """The state of a run's first step; weights that it leaves as they are have been saved beside its checkpoints."""
     if config.init_from is None:
         return program.create_state()
@@ -101,27 +101,27 @@ def _checkpoints(directory: epath.Path, config: Config, dataset: Dataset) -> Che
     )
 
 
-def _describe(config: Config, program: Program, mesh: Mesh, dataset: Dataset) -> str:
+def _describe(writers: Writers, run: RunDirectory, start: Start, step: int | None) -> None:
+    """Say what is trained, on what and from where."""
+    config, mesh, dataset, model = start.config, start.mesh, start.dataset, start.program.model
+    if run.set_aside:
+        writers.message(f"the run that was here is in {run.set_aside}")
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     trained = adapter_count(config.model, config.lora)
-    return (
+    writers.message(
         f"{parameter_count(config.model):,} parameters{f' below {trained:,} in adapters' if trained else ''}, "
-        f"{np.dtype(program.model.dtype).name} matmuls, "
+        f"{np.dtype(model.dtype).name} matmuls, "
         f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}{f' ({axes})' if axes else ''}, "
-        f"{program.model.kernel.name} attention ({program.model.kernel.reason}); "
+        f"{model.kernel.name} attention ({model.kernel.reason}); "
         f"{dataset.split('train').num_tokens:,} training tokens"
     )
-
-
-def make_loader(config: Config, dataset: Dataset, mesh: Mesh) -> TrainLoader:
-    """The training batches of a config on a mesh. Raises InputError if data, batch and mesh do not go together."""
-    return TrainLoader(
-        dataset.split("train"),
-        sequence_length=config.data.sequence_length,
-        global_batch_size=config.training.global_batch_size,
-        seed=config.seed,
-        sharding=sharding(mesh, "batch", "seq"),
-    )
+    for split in SPLITS:
+        if said := describe_windows(dataset.split(split), config.data.sequence_length):
+            writers.message(said)
+    if step is not None:
+        writers.message(f"continuing from step {step} of {run.path}")
+    for change in run.changes:
+        writers.message(f"changed: {change}")
 
 
 def train(
@@ -146,15 +146,18 @@ def train(
     Raises InputError for what the user can fix, and RunFailed if too many steps in a row are skipped.
     """
     workdir = local_workdir(config)
-    check_platform(config)
-    mesh = make_mesh(config.mesh)
-    dataset = Dataset.open(default_data_path(config.data), verify=config.data.verify)
-    tokenizer = dataset.tokenizer()
-    check_fits(config, tokenizer, mesh)
-    program = build_program(config, mesh)
-    set_matmul_precision(program.model.dtype)
-    loader = make_loader(config, dataset, mesh)
+    start = Start(
+        config,
+        lambda: Dataset.open(default_data_path(config.data), verify=config.data.verify),
+        overwrite=overwrite,
+        allow_change=allow_change,
+    )
     group = group or Group()
+    if group.process_id == 0:
+        require(RUN_CHECKS, start)
+    require(DEVICE_CHECKS, start)
+    program, mesh, dataset = start.program, start.mesh, start.dataset
+    set_matmul_precision(program.model.dtype)
     group.check_same({f"the data in {dataset.path} with id": dataset.data_id})
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopRequest(group))
@@ -164,53 +167,50 @@ def train(
         )
         checkpoints = stack.enter_context(_checkpoints(run.path / "checkpoints", config, dataset))
         stack.push(group.report)  # before the checkpoints close, which can wait for the others
-        start = functools.partial(_start, program, config, mesh, run.path, initial_params)
-        state, record = _restore_or_create(program, checkpoints, config, start)
+        begin = functools.partial(_begin, program, config, mesh, run.path, initial_params)
+        state, record = _restore_or_create(program, checkpoints, config, begin)
         if record:
-            require_same_data(record["data"], loader.position(0), dataset.path, allow_change)
-            loader.resume(record["data"])
+            require_same_data(record["data"], start.loader.position(0), dataset.path, allow_change)
+            start.loader.resume(record["data"])
         require_finite(state, workdir)
-        if group.process_id == 0:
-            tokenizer.save(run.path / "tokenizer")  # only now: this is the run's data
+        if run.writes:
+            start.tokenizer.save(run.path / "tokenizer")  # only now: this is the run's data
         run.accept(config)
-        step = int(state.step)
-        enabled = group.process_id == 0
-        writers = Writers(run.path, total_steps=config.training.steps, initial_step=step, enabled=enabled)
+        step = int(state.step) if record else None
+        writers = Writers(
+            run.path,
+            total_steps=config.training.steps,
+            initial_step=step,
+            evaluated=record.get("evaluated", False),
+            enabled=run.writes,
+        )
         stack.enter_context(contextlib.closing(writers))
-        if run.set_aside:
-            writers.message(f"the run that was here is in {run.set_aside}")
-        writers.message(_describe(config, program, mesh, dataset))
-        for split in SPLITS:
-            if said := describe_windows(dataset.split(split), config.data.sequence_length):
-                writers.message(said)
-        if step:
-            writers.message(f"continuing from step {step} of {run.path}")
-        for change in run.changes:
-            writers.message(f"changed: {change}")
+        _describe(writers, run, start, step)
         about = environment(mesh, program.model.dtype)
-        recorder = FlightRecorder(run.path, config, loader, checkpoints, writers, about)
-        profiler = StepProfiler(run.path / "profile", step, profile_steps if enabled else 0, writers.message)
+        recorder = FlightRecorder(run.path, config, start.loader, checkpoints, writers, about)
+        traced = profile_steps if run.writes else 0
+        profiler = StepProfiler(run.path / "profile", step or 0, traced, writers.message)
         stack.enter_context(contextlib.closing(profiler))
-        parts = (config, program, mesh, dataset, loader, tokenizer, checkpoints, writers, recorder, profiler, stop)
-        return _steps(Session(*parts, sample_text), state, record)
+        session = Session(start, checkpoints, writers, recorder, profiler, stop, sample_text)
+        return _steps(session, state, record)
 
 
 @dataclasses.dataclass(frozen=True)
 class Session:
     """The parts of a run that its steps work with."""
 
-    config: Config
-    program: Program
-    mesh: Mesh
-    dataset: Dataset
-    loader: TrainLoader
-    tokenizer: Tokenizer
+    start: Start
     checkpoints: Checkpoints
     writers: Writers
     recorder: FlightRecorder
     profiler: StepProfiler
     stop: StopRequest
     sample_text: SampleText | None
+
+    @property
+    def config(self) -> Config:
+        """The run's config."""
+        return self.start.config
 
     def due(self, every: int, step: int) -> bool:
         """True at every `every` steps and at the end; and before the first step on another model's weights."""
@@ -222,34 +222,30 @@ class Session:
 def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outcome:
     """Train from `state` to the end or to a request to stop.
 
-    What is due at a step (evaluation, saving, stopping) is done before the next one is taken, so that a
-    continued run does first what an interruption kept it from doing.
+    What is due at a step (saving, evaluation, stopping) is done before the next one is taken, so a continued run does
+    first what an interruption kept it from doing. A save comes first: nothing after it can cost more than itself.
     """
     config, writers, stop = session.config, session.writers, session.stop
     step = int(state.step)
     evaluated = record.get("evaluated", False)
     stop.something_to_lose()
-    batches = session.loader.batches(step)
+    batches = session.start.loader.batches(step)
     meter = _make_meter(session, record)
     last: StepMetrics | None = None
     while True:
         session.profiler.end_if_due(step, meter.pause)
-        loss = None
-        if session.due(config.training.evaluate_every_steps, step) and not evaluated:
-            meter.pause()
-            loss = _evaluate(session, state, step, meter)
-            evaluated = loss is not None
-        signal = stop.reached()
-        due = signal is not None or session.due(config.checkpoint.every_steps, step)
-        if due or loss is not None:
-            meter.pause()
-            if last is not None:
-                session.recorder.look(step, last)  # before a save, after which the checkpoint before it may go
-            facts = {"evaluated": evaluated, "data": session.loader.position(step), **meter.totals()}
-            _save(session, state, step, loss, facts, due=due)
+        if session.due(config.checkpoint.every_steps, step):
+            _save(session, state, last, meter, evaluated=evaluated)
+        if session.due(config.training.evaluate_every_steps, step):
+            if not evaluated and (loss := _evaluate(session, state, meter)) is not None:
+                evaluated = True
+                _save(session, state, last, meter, evaluated=True, loss=loss)
+            if evaluated:
+                _show(session, state, step)
         if evaluated and step == config.training.steps:
             return _finish(session, state, last)
-        if signal:
+        if signal := stop.reached():
+            _save(session, state, last, meter, evaluated=evaluated)
             session.checkpoints.wait()
             writers.message(f"{signal}: saved step {step} and stopped; run the same command again to continue")
             return "interrupted"
@@ -261,7 +257,7 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
         session.profiler.begin_if_due(step, meter.pause)
         batch = meter.wait_for(batches)
         with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
-            state, metrics = session.program.train_step(state, batch)
+            state, metrics = session.start.program.train_step(state, batch)
         step, evaluated = step + 1, False
         meter.add(metrics)
         session.checkpoints.check()
@@ -279,13 +275,12 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
 
 
 def _make_meter(session: Session, record: dict[str, Any]) -> TrainMeter:
-    devices, config = session.mesh.devices, session.config
+    devices, config = session.start.mesh.devices, session.config
     chip = hardware.chip(devices.flat[0].device_kind)
     return TrainMeter(
         flops_per_token=flops_per_token(config.model, config.data.sequence_length, config.lora),
         peak_flops=chip.peak_flops_bf16 * devices.size if chip else None,
-        tokens_seen=record.get("tokens_seen", 0),
-        elapsed_seconds=record.get("elapsed_seconds", 0.0),
+        record=record,
     )
 
 
@@ -296,60 +291,92 @@ def _until_stopped(batches: Iterable[Batch], stop: StopRequest) -> Iterator[Batc
         yield batch
 
 
-def _evaluate(session: Session, state: TrainState, step: int, meter: TrainMeter) -> float | None:
-    """The validation loss, reported together with samples; None if a stop was requested meanwhile."""
-    config, split = session.config, session.dataset.split("validation")
-    parts = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
+def _evaluate(session: Session, state: TrainState, meter: TrainMeter) -> float | None:
+    """The validation loss, which is reported; None if a stop was requested meanwhile."""
+    meter.pause()
+    config, mesh, split = session.config, session.start.mesh, session.start.dataset.split("validation")
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
     batches = validation_batches(
         split,
         sequence_length=config.data.sequence_length,
         batch_size=-(-config.training.evaluation_batch_size // parts) * parts,
-        sharding=sharding(session.mesh, "batch", "seq"),
+        sharding=sharding(mesh, "batch", "seq"),
     )
     try:
-        eval_step = functools.partial(session.program.eval_step, frozen=state.frozen)
+        eval_step = functools.partial(session.start.program.eval_step, frozen=state.frozen)
         result = evaluate(eval_step, state.params, _until_stopped(batches, session.stop), split.num_bytes)
     except _Stopped:
         return None
     session.writers.validation(
         {
-            "step": step,
+            "step": int(state.step),
             "loss": result.loss,
             "perplexity": result.perplexity,
             "bits_per_byte": result.bits_per_byte,
             **meter.totals(),
         }
     )
-    if session.sample_text and config.training.sample_tokens and config.training.sample_prompts:
-        texts = session.sample_text(
-            config.model,
-            whole_params(state, config.model, session.mesh),
-            session.tokenizer,
-            config.training.sample_prompts,
-            config.training.sample_tokens,
-        )
-        session.writers.samples(step, texts)
     return result.loss
 
 
+def _is_best(checkpoints: Checkpoints, loss: float) -> bool:
+    best = checkpoints.best_step()
+    return best is None or loss < (checkpoints.validation_loss(best) or math.inf)
+
+
 def _save(
-    session: Session, state: TrainState, step: int, loss: float | None, facts: dict[str, Any], *, due: bool
+    session: Session,
+    state: TrainState,
+    last: StepMetrics | None,
+    meter: TrainMeter,
+    *,
+    evaluated: bool,
+    loss: float | None = None,
 ) -> None:
-    """Save a step that is due or a new best; a step that is saved already only gets its validation loss."""
-    checkpoints = session.checkpoints
-    checkpoints.wait()
-    items, more_facts = to_save(state)
-    record = facts | more_facts
+    """Save the step that `state` is at, or only if it is the best with its `loss`; a saved one is given its `loss`.
+
+    `last` are the metrics of the step, None for the one that a run continues from.
+    """
+    checkpoints, step = session.checkpoints, int(state.step)
+    meter.pause()
+    if last is not None:
+        session.recorder.look(step, last)  # first: the checkpoint that a replay starts from may go with the save
+    checkpoints.wait()  # several processes must see the same steps here
+    saved = step in checkpoints.steps()
+    if loss is None and saved:
+        return
+    if loss is not None and not saved and not _is_best(checkpoints, loss):
+        return
+    items, facts = to_save(state)
+    record = {"evaluated": evaluated, "data": session.start.loader.position(step), **meter.state(), **facts}
     if state.frozen is not None:
         record[RECORD] = base_id(checkpoints.directory.parent)
-    if step in checkpoints.steps():
-        if loss is not None:
-            checkpoints.add_validation_loss(step, loss, record)
-        return
-    best = checkpoints.best_step()
-    improves = loss is not None and (best is None or loss < (checkpoints.validation_loss(best) or math.inf))
-    if due or improves:
+    if not saved:
         checkpoints.save(step, items, record, validation_loss=loss)
+    elif loss is not None:
+        checkpoints.add_validation_loss(step, loss, record)
+
+
+def _show(session: Session, state: TrainState, step: int) -> None:
+    """Redraw loss.png and write the samples of an evaluated step, which a run can do without."""
+    writers, start, training, sample_text = session.writers, session.start, session.config.training, session.sample_text
+    writers.picture()
+    if sample_text is None or not (training.sample_tokens and training.sample_prompts):
+        return
+
+    def write_samples() -> None:
+        params = whole_params(state, session.config.model, start.mesh)
+        prompts, tokens = training.sample_prompts, training.sample_tokens
+        writers.samples(step, sample_text(session.config.model, params, start.tokenizer, prompts, tokens))
+
+    written = writers.last_samples_step == step
+    if jax.process_count() == 1:
+        if not written:
+            writers.optional("samples.txt", write_samples)
+        return
+    # All sample together, by what process 0 knows of the file; they cannot go on without one that fails.
+    if not multihost_utils.broadcast_one_to_all(np.array(written)):
+        write_samples()
 
 
 def _finish(session: Session, state: TrainState, last: StepMetrics | None) -> Outcome:

@@ -19,8 +19,8 @@ class TrainMeter:
     the throughput; so do not evaluation, saving, or whatever else happens between `pause` and `resume`.
 
     `flops_per_token`: forward and backward, of one loss-bearing token. `peak_flops`: of all devices together,
-    or None where the chip is unknown, and then there is no MFU. `tokens_seen` and `elapsed_seconds` are what
-    an earlier part of the same run came to.
+    or None where the chip is unknown, and then there is no MFU. `record` is the `state` of an earlier part of the same
+    run, if there was one.
     """
 
     def __init__(
@@ -28,18 +28,19 @@ class TrainMeter:
         *,
         flops_per_token: float,
         peak_flops: float | None,
-        tokens_seen: int = 0,
-        elapsed_seconds: float = 0.0,
+        record: dict[str, Any] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
         self._clock = clock
-        self._began = clock() - elapsed_seconds
+        record = record or {}
+        self._began = clock() - record.get("elapsed_seconds", 0.0)
         self._running_since: float | None = None
         self._pending: list[tuple[StepMetrics, bool]] = []
-        self._tokens_seen = tokens_seen
+        self._tokens_seen = record.get("tokens_seen", 0)
         self._start_window()
+        self._nll_sum, self._num_tokens = record.get("unread", (0.0, 0))
 
     def _start_window(self) -> None:
         self._nll_sum = 0.0
@@ -49,8 +50,12 @@ class TrainMeter:
         self._waited_seconds = 0.0
         self._last: StepMetrics | None = None
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON: the totals, and the sums of the steps since the last `read`."""
+        return {**self.totals(), "unread": [self._nll_sum, self._num_tokens]}
+
     def totals(self) -> dict[str, Any]:
-        """What the run came to so far, to be kept with a checkpoint; waits for the last step.
+        """What the run came to so far; waits for the last step.
 
         `tokens_seen`: loss-bearing tokens of all steps, skipped ones included. `elapsed_seconds`: wall time,
         pauses included.

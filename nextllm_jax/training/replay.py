@@ -24,11 +24,10 @@ from nextllm_jax.data.shards import Dataset
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.transformer import set_matmul_precision
 from nextllm_jax.sharding import make_mesh, sharding
-from nextllm_jax.training.checks import check_platform
 from nextllm_jax.training.diagnosis import Diagnosis, diagnose
 from nextllm_jax.training.flight_recorder import BATCH, BUNDLE, DIRECTORY, FORMAT, environment, json_number, measured
-from nextllm_jax.training.loop import make_loader
 from nextllm_jax.training.program import Program, build_program
+from nextllm_jax.training.start import check_platform, make_loader
 from nextllm_jax.training.state import TrainState
 from nextllm_jax.training.step import StepMetrics
 

@@ -12,6 +12,7 @@ from etils import epath
 
 from nextllm_jax.config import Config
 from nextllm_jax.config_files import read_config
+from nextllm_jax.config_model import EXECUTION_FIELDS
 from nextllm_jax.errors import InputError
 
 CONFIG = "config.json"
@@ -21,8 +22,8 @@ _NEW_RUN = "start a new run: another --workdir, or --overwrite to set the old ru
 # data.path is free as long as the data there is the same, which `require_same_data` sees.
 _FREE = frozenset(
     [
-        *("workdir", "platform", "mesh", "checkpoint", "model.dtype", "model.remat", "model.remat_offload"),
-        *("model.attention", "model.attention_blocks", "optimizer.shard_over_data", "optimizer.offload_state"),
+        *("workdir", "platform", "mesh", "checkpoint", "optimizer.shard_over_data", "optimizer.offload_state"),
+        *(f"model.{name}" for name in EXECUTION_FIELDS),
         *("data.path", "data.num_processes", "data.tokens_per_shard", "data.verify"),
         *("training.accumulation_steps", "training.log_every_steps", "training.evaluate_every_steps"),
         *("training.evaluation_batch_size", "training.max_skipped_steps"),
@@ -97,11 +98,6 @@ def _values(config: Config) -> dict[str, Any]:
 
 def _is_free(name: str) -> bool:
     return name in _FREE or name.partition(".")[0] in _FREE
-
-
-def free_model_fields() -> list[str]:
-    """The fields of a model that may change freely: how it is computed."""
-    return sorted(name.removeprefix("model.") for name in _FREE if name.startswith("model."))
 
 
 def _is_allowable(name: str) -> bool:

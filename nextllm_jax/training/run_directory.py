@@ -9,10 +9,11 @@ import os
 import socket
 import time
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 
-import jax
 from etils import epath
 
+from nextllm_jax import checkpoint_files
 from nextllm_jax.config import Config
 from nextllm_jax.distributed import Group
 from nextllm_jax.errors import InputError
@@ -21,18 +22,9 @@ from nextllm_jax.training.resume_guard import CONFIG, Change, read_run, require_
 
 _LOCK = ".lock"
 _OVERWRITTEN = "overwritten"
-# What a run writes. config.json is the last: as long as it is there, a directory is known for a run.
-_FILES = (
-    "metrics.jsonl",
-    "loss.png",
-    "samples.txt",
-    "tensorboard",
-    "tokenizer",
-    "flight",
-    "checkpoints",
-    "base",
-    CONFIG,
-)
+_FILES = ("metrics.jsonl", "loss.png", "samples.txt", CONFIG)
+_DIRECTORIES = ("tensorboard", "tokenizer", "flight", "profile", "checkpoints", "base")
+_CHECKPOINTS = "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +32,8 @@ class RunDirectory:
     """An open run."""
 
     path: epath.Path
+    writes: bool = True
+    """Whether this process writes the run's files."""
     set_aside: epath.Path | None = None
     """Where the files of an overwritten run went."""
     changes: Sequence[Change] = ()
@@ -47,7 +41,7 @@ class RunDirectory:
 
     def accept(self, config: Config) -> None:
         """Make `config` the one in config.json, once a continued run has passed its checks."""
-        if jax.process_index() == 0:
+        if self.writes:
             write_atomically(self.path / CONFIG, config.to_json().encode())
 
 
@@ -64,11 +58,10 @@ def open_run(
 
     Writes the config to config.json of a new run; a continued run keeps its own until `accept`. With `overwrite`
     the files of the run that is there go to overwritten/<n>; whatever else lies in the directory stays.
-    Every process of `group` calls it; process 0 does the work and the others wait for it. No lock on gs:// and the
-    like, nor on file systems that have none.
+    Every process of `group` calls it; process 0 does the work and the others wait for it. File systems without locks
+    get none.
 
-    Raises InputError for a directory that is not a run and not empty, a run of another config (but for fields that
-    may differ, `allow_change` among them), a run that another process trains, and a directory that cannot be written.
+    Raises InputError as `require_usable` does, and for a run that another process trains.
     """
     path, group = epath.Path(workdir), group or Group()
     if group.process_id != 0:
@@ -78,15 +71,15 @@ def open_run(
                 f"process {group.process_id} does not see {path / CONFIG}, which process 0 wrote; --workdir must name "
                 "a directory that all processes share"
             )
-        yield RunDirectory(path)
+        yield RunDirectory(path, writes=False)
         return
     with contextlib.ExitStack() as stack:
         try:
             require_run_or_empty(path)
             path.mkdir(parents=True, exist_ok=True)
-            if "://" not in str(path):
-                stack.enter_context(_lock(path))
+            stack.enter_context(_lock(path))
             run = _take_over(path, config, overwrite, allow_change)
+            (path / _CHECKPOINTS).mkdir(exist_ok=True)  # from here on, a run without it has lost its checkpoints
         except OSError as error:
             raise InputError(
                 f"run directory {path} cannot be used ({error.strerror or error}); "
@@ -100,8 +93,13 @@ def write_atomically(path: epath.Path, content: bytes) -> None:
     """Replace a file by `content`, whole or not at all. Raises RunFailed if it cannot be written."""
     new = path.parent / f".{path.name}.new"
     with writing(path):
-        new.write_bytes(content)
-        new.replace(path)
+        try:
+            new.write_bytes(content)
+            new.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                new.unlink()
+            raise
 
 
 def require_run_or_empty(workdir: epath.PathLike) -> None:
@@ -123,15 +121,96 @@ def require_run_or_empty(workdir: epath.PathLike) -> None:
     read_run(path)
 
 
+def require_usable(
+    workdir: epath.PathLike, config: Config, *, overwrite: bool = False, allow_change: Collection[str] = ()
+) -> list[Change]:
+    """Raise InputError if `config` cannot be trained in `workdir`, as a new run or as one that is continued.
+
+    That is a directory that is not a run and not empty, a run of another config (but for fields that may differ,
+    `allow_change` among them) or beyond the last step, one that has lost its checkpoints or its base weights, and
+    files that cannot be written. Returns the changes by consent of a run that is continued.
+    """
+    path = epath.Path(workdir)
+    require_run_or_empty(path)
+    _require_writable(path)
+    if overwrite or not (path / CONFIG).exists():
+        return []
+    changes = require_resumable(path, config, allow_change)
+    for name in _FILES + _DIRECTORIES:
+        _require_writable_entry(path / name, is_directory=name in _DIRECTORIES)
+    saved = _saved_steps(path)
+    if not saved:
+        _require_nothing_lost(path)
+    elif max(saved) > config.training.steps:
+        raise InputError(f"the run is at step {max(saved)} already, beyond training.steps {config.training.steps}")
+    elif config.lora.rank:
+        from nextllm_jax.base import base_id  # imports jax, which other runs do not need yet
+
+        base_id(path)
+    return changes
+
+
+def _require_writable(path: epath.Path) -> None:
+    """Raise InputError unless files can be made in a directory, or the directory itself."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise InputError(f"{place} is a file; --workdir must name a directory")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"{place} is not writable; choose another --workdir, or make it writable")
+
+
+def _require_writable_entry(path: epath.Path, *, is_directory: bool) -> None:
+    if not path.exists():
+        return
+    if path.is_dir() != is_directory:
+        kinds = ("a file", "a directory")
+        raise InputError(f"{path} is {kinds[not is_directory]}, but a run keeps {kinds[is_directory]} there; move it")
+    if not os.access(path, os.W_OK | os.X_OK if is_directory else os.W_OK):
+        raise InputError(f"{path} is not writable; make it writable, or choose another --workdir")
+
+
+def _saved_steps(run: epath.Path) -> list[int]:
+    directory = run / _CHECKPOINTS
+    entries = directory.iterdir() if directory.is_dir() else ()
+    return [int(entry.name) for entry in entries if checkpoint_files.is_step(entry)]
+
+
+def _require_nothing_lost(path: epath.Path) -> None:
+    """Raise InputError if a run without a checkpoint has had one, by its metrics: it would start over and lose them.
+
+    A save is complete for certain once the run has come to what is due after it.
+    """
+    config, last = read_run(path), _last_metrics_step(path / "metrics.jsonl")
+    first_save = min(config.checkpoint.every_steps, config.training.evaluate_every_steps)
+    certain = 0 if config.init_from is not None else 2 * first_save
+    if last is not None and (last > certain or not (path / _CHECKPOINTS).exists()):
+        raise InputError(
+            f"{path} has metrics up to step {last}, but no checkpoint in {path / _CHECKPOINTS}; bring that directory "
+            "back (is its disk mounted?), or start over with --overwrite"
+        )
+
+
+def _last_metrics_step(path: epath.Path) -> int | None:
+    """The last step of metrics.jsonl; None without any."""
+    last = None
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line of a process that was killed
+            last = int(json.loads(line)["step"])
+    return last
+
+
 def _take_over(path: epath.Path, config: Config, overwrite: bool, allow_change: Collection[str]) -> RunDirectory:
     """Make the directory the run of `config`: a new one, or the one that is there if it may go on so."""
+    changes = require_usable(path, config, overwrite=overwrite, allow_change=allow_change)
     set_aside = None
     if (path / CONFIG).exists():
         if not overwrite:
-            return RunDirectory(path, changes=require_resumable(path, config, allow_change))
+            return RunDirectory(path, changes=changes)
         set_aside = _set_aside(path)
     write_atomically(path / CONFIG, config.to_json().encode())
-    return RunDirectory(path, set_aside)
+    return RunDirectory(path, set_aside=set_aside)
 
 
 def _set_aside(path: epath.Path) -> epath.Path:
@@ -141,7 +220,7 @@ def _set_aside(path: epath.Path) -> epath.Path:
         number += 1
     target = path / _OVERWRITTEN / str(number)
     target.mkdir(parents=True)
-    for name in _FILES:
+    for name in (*_DIRECTORIES, *_FILES):  # config.json last: as long as it is there, the directory is a run
         if (path / name).exists():
             (path / name).rename(target / name)
     return target

@@ -1,5 +1,6 @@
 """What a run shows: progress, metrics.jsonl, TensorBoard, loss.png and samples.txt."""
 
+import contextlib
 import datetime
 import io
 import json
@@ -8,11 +9,13 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from etils import epath
 
+from nextllm_jax import orbax_errors
+from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.orbax_errors import writing
 from nextllm_jax.training.run_directory import write_atomically
 
@@ -35,8 +38,11 @@ def _duration(seconds: float) -> str:
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
-def _cut_metrics(path: epath.Path, last_step: int) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl up to and with `last_step` (none of them if that is 0), and cuts the others."""
+def _cut_metrics(path: epath.Path, last_step: int | None, evaluated: bool) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl up to and with `last_step` (None: none of them), and cuts the others.
+
+    The validation record of `last_step` itself stays if that step is `evaluated`.
+    """
     if not path.exists():
         return []
     content = path.read_bytes()
@@ -44,7 +50,8 @@ def _cut_metrics(path: epath.Path, last_step: int) -> list[dict[str, Any]]:
     for line in content.splitlines(keepends=True):
         try:
             record = json.loads(line)
-            keep = last_step > 0 and record["step"] <= last_step and line.endswith(b"\n")
+            keep = last_step is not None and record["step"] <= last_step and line.endswith(b"\n")
+            keep = keep and (evaluated or record["step"] < last_step or record["split"] != "validation")
         except (ValueError, KeyError, TypeError):
             continue  # half a line, of a process that was killed
         if keep:
@@ -56,26 +63,40 @@ def _cut_metrics(path: epath.Path, last_step: int) -> list[dict[str, Any]]:
     return records
 
 
-def _cut_samples(path: epath.Path, last_step: int) -> None:
-    """Cut the blocks of samples.txt beyond `last_step`, all of them if that is 0."""
+def _cut_samples(path: epath.Path, last_step: int | None) -> int | None:
+    """The last step of samples.txt up to and with `last_step` (None: none); cuts the blocks beyond."""
     if not path.exists():
-        return
-    content = path.read_bytes()
-    kept, keep = [], last_step > 0
+        return None
+    content, last = path.read_bytes(), None
+    kept, keep = [], last_step is not None
     for line in content.split(b"\n"):
         header = _SAMPLES_HEADER.match(line)
         if header:
-            keep = 0 < int(header.group(1)) <= last_step
+            step = int(header.group(1))
+            keep = last_step is not None and step <= last_step
+            last = step if keep else last
         if keep:
             kept.append(line)
     if len(kept) < content.count(b"\n") + 1:
         write_atomically(path, b"\n".join([*kept, b""]) if kept else b"")
+    return last
+
+
+@contextlib.contextmanager
+def _without_environment(name: str) -> Iterator[None]:
+    value = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[name] = value
 
 
 def draw_losses(train: list[tuple[int, float]], validation: list[tuple[int, float]]) -> bytes:
     """A PNG with the two losses, as (step, loss), against the step."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with _without_environment("MPLBACKEND"):  # of a notebook, say: matplotlib cannot be imported with an unknown one
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
@@ -103,63 +124,86 @@ class _TensorBoard:
     disk, training waits for the queue for ever. So this uses the file writer under it.
     """
 
-    def __init__(self, directory: epath.Path, initial_step: int) -> None:
+    def __init__(self, directory: epath.Path, initial_step: int | None) -> None:
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
         self._event, self._summary = Event, Summary
-        self._path = directory
-        with writing(directory):
-            directory.mkdir(parents=True, exist_ok=True)
-            # The name that the writer makes is the same for all writers of one second.
-            self._writer = EventsWriter(os.fspath(directory / "events"), f".{os.getpid()}.{time.monotonic_ns()}")
+        directory.mkdir(parents=True, exist_ok=True)
+        # The name that the writer makes is the same for all writers of one second.
+        self._writer = EventsWriter(os.fspath(directory / "events"), f".{os.getpid()}.{time.monotonic_ns()}")
         # TensorBoard hides what an earlier part of the run wrote beyond the step that it continues from.
         start = SessionLog(status=SessionLog.START)
-        self._write(Event(step=initial_step + 1 if initial_step else 0, session_log=start))
+        self._write(Event(step=0 if initial_step is None else initial_step + 1, session_log=start))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         scalars = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         self._write(self._event(step=step, wall_time=time.time(), summary=self._summary(value=scalars)))
 
     def _write(self, event: Any) -> None:
-        with writing(self._path):
-            self._writer.write_event(event)
-            self._writer.flush()
+        self._writer.write_event(event)
+        self._writer.flush()
 
     def close(self) -> None:
-        with writing(self._path):
-            self._writer.close()
+        self._writer.close()
 
 
 class Writers:
     """Everything that tells of a run, in its directory and on the terminal.
 
-    `initial_step`: what the files hold beyond it is cut, since a continued run writes it again. With
-    `enabled` False (every process but the first) nothing is read, written or printed. A full disk raises
-    RunFailed.
+    `initial_step` is the step that a run continues from, None for a new one: what the files hold beyond it is cut,
+    since it is written again, and so is that step's own validation unless it was `evaluated`. With `enabled` False
+    (every process but the first) nothing is read, written or printed. If metrics.jsonl cannot be written, RunFailed
+    is raised; a run can do without the other files, so a failure there is reported and ends that output alone.
     """
 
     def __init__(
-        self, workdir: epath.PathLike, *, total_steps: int, initial_step: int = 0, enabled: bool = True
+        self,
+        workdir: epath.PathLike,
+        *,
+        total_steps: int,
+        initial_step: int | None = None,
+        evaluated: bool = False,
+        enabled: bool = True,
     ) -> None:
         self._path = epath.Path(workdir)
         self._total_steps = total_steps
         self._enabled = enabled
+        self._failed: set[str] = set()
+        self.last_samples_step: int | None = None
+        """The last step in samples.txt, None without any."""
         self._curves: dict[str, list[tuple[int, float]]] = {"train": [], "validation": []}
         self._tensorboard: _TensorBoard | None = None
         self._bar: Any = None
         self._first_progress: tuple[float, int] | None = None
         if enabled:
-            for record in _cut_metrics(self._path / "metrics.jsonl", initial_step):
+            for record in _cut_metrics(self._path / "metrics.jsonl", initial_step, evaluated):
                 self._remember(record)
-            _cut_samples(self._path / "samples.txt", initial_step)
+            self.optional("samples.txt", lambda: self._cut_samples(initial_step))
             # Here and not at the first record: the import would count as time of a train step.
-            self._tensorboard = _TensorBoard(self._path / "tensorboard", initial_step)
+            self.optional("TensorBoard", lambda: self._open_tensorboard(initial_step))
+
+    def _cut_samples(self, initial_step: int | None) -> None:
+        self.last_samples_step = _cut_samples(self._path / "samples.txt", initial_step)
+
+    def _open_tensorboard(self, initial_step: int | None) -> None:
+        self._tensorboard = _TensorBoard(self._path / "tensorboard", initial_step)
 
     def _remember(self, record: dict[str, Any]) -> None:
         if record.get("split") in self._curves and record.get("loss") is not None:
             self._curves[record["split"]].append((record["step"], record["loss"]))
+
+    def optional(self, output: str, write: Callable[[], object]) -> None:
+        """Write what a run can do without; the first failure is reported, and nothing is done from then on."""
+        if output in self._failed:
+            return
+        try:
+            write()
+        except Exception as error:
+            self._failed.add(output)
+            kind = "" if isinstance(error, OSError | InputError | RunFailed) else f"{type(error).__name__}: "
+            self.message(f"WARNING: no more {output} in this training ({kind}{orbax_errors.cause(error)})")
 
     def train(self, record: dict[str, Any]) -> None:
         """Write what `TrainMeter.read` gave, and show it as progress."""
@@ -167,22 +211,26 @@ class Writers:
         self.progress(record["step"], record["loss"], record.get("tokens_per_second"))
 
     def validation(self, record: dict[str, Any]) -> None:
-        """Write an evaluation's record, report it, and redraw loss.png."""
+        """Write an evaluation's record, and report it."""
         self._record("validation", record)
-        if not self._enabled:
-            return
+        bits = record["bits_per_byte"]
         self.message(
-            f"step {record['step']}: validation loss {record['loss']:.4f}, "
-            f"perplexity {record['perplexity']:.2f}, {record['bits_per_byte']:.4f} bits per byte"
+            f"step {record['step']}: validation loss {record['loss']:.4f}, perplexity {record['perplexity']:.2f}"
+            + ("" if bits is None else f", {bits:.4f} bits per byte")
         )
-        write_atomically(self._path / "loss.png", draw_losses(self._curves["train"], self._curves["validation"]))
+
+    def picture(self) -> None:
+        """Redraw loss.png."""
+        path, curves = self._path / "loss.png", self._curves
+        if self._enabled:
+            self.optional("loss.png", lambda: write_atomically(path, draw_losses(**curves)))
 
     def _record(self, split: str, record: dict[str, Any]) -> None:
         """Append a line with every field of the split, null where the record has none."""
         unknown = set(record) - set(_FIELDS)
         if unknown:
             raise ValueError(f"metrics.jsonl has no fields {sorted(unknown)}")
-        if self._tensorboard is None:
+        if not self._enabled:
             return
         fields = [name for name in _FIELDS if split == "validation" or name != "bits_per_byte"]
         line = {name: _json_value((record | {"split": split}).get(name)) for name in fields}
@@ -192,7 +240,8 @@ class Writers:
             f"{split}/{name}": value for name, value in line.items() if isinstance(value, (int, float))
         }
         del values[f"{split}/step"]
-        self._tensorboard.scalars(line["step"], values)
+        if board := self._tensorboard:
+            self.optional("TensorBoard", lambda: board.scalars(line["step"], values))
 
     def samples(self, step: int, texts: Iterable[tuple[str, str]]) -> None:
         """Append a block of (prompt, text) to samples.txt; each text is what follows its prompt, and indented."""
@@ -203,11 +252,20 @@ class Writers:
             indented = (prompt + text).replace("\n", "\n" + _INDENT)
             blocks.append(f"prompt: {prompt!r}\n{_INDENT}{indented}\n")
         self._append("samples.txt", "\n".join(blocks) + "\n")
+        self.last_samples_step = step
 
     def _append(self, name: str, text: str) -> None:
+        """Append to a file of the run, whole or not at all. Raises RunFailed if it cannot be written."""
         path = self._path / name
-        with writing(path), path.open("ab") as file:
-            file.write(text.encode("utf-8", errors="replace"))
+        size = path.stat().length if path.exists() else 0
+        with writing(path):
+            try:
+                with path.open("ab") as file:
+                    file.write(text.encode("utf-8", errors="replace"))
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.truncate(path, size)
+                raise
 
     def progress(self, step: int, loss: float | None = None, tokens_per_second: float | None = None) -> None:
         """Show how far the run is: a bar on a terminal, elsewhere a line for each call that has a loss."""
@@ -259,5 +317,5 @@ class Writers:
             self._bar.close()
             self._bar = None
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            self.optional("TensorBoard", self._tensorboard.close)
             self._tensorboard = None

@@ -1,0 +1,201 @@
+"""What a training starts from, and the named checks of it: `train` runs them, `nextllm doctor` prints them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import NamedTuple
+
+import jax
+from jax.sharding import AbstractMesh, Mesh
+
+from nextllm_jax.config import Config
+from nextllm_jax.data.loader import TrainLoader
+from nextllm_jax.data.packing import count_windows, describe_windows, has_targets
+from nextllm_jax.data.shards import SPLITS, Dataset
+from nextllm_jax.errors import InputError
+from nextllm_jax.model.accounting import parameter_count
+from nextllm_jax.sharding import make_mesh, sharding
+from nextllm_jax.tokenizer.tokenizer import Tokenizer
+from nextllm_jax.training.program import Program, build_program
+from nextllm_jax.training.resume_guard import local_workdir
+from nextllm_jax.training.run_directory import require_unlocked, require_usable
+
+
+class Remark(NamedTuple):
+    """What a check that passed has to say."""
+
+    text: str
+    is_warning: bool = False
+
+
+@dataclasses.dataclass
+class Start:
+    """A training that is about to start. Each part is made when it is first asked for, and raises InputError."""
+
+    config: Config
+    open_dataset: Callable[[], Dataset]
+    """Opens the data to train on, which is prepared by then."""
+    overwrite: bool = False
+    allow_change: Collection[str] = ()
+
+    @functools.cached_property
+    def dataset(self) -> Dataset:
+        """The data to train on."""
+        return self.open_dataset()
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the data."""
+        return self.dataset.tokenizer()
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """The devices."""
+        check_platform(self.config)
+        return make_mesh(self.config.mesh)
+
+    @functools.cached_property
+    def program(self) -> Program:
+        """The model and its steps, not compiled yet."""
+        return build_program(self.config, self.mesh)
+
+    @functools.cached_property
+    def loader(self) -> TrainLoader:
+        """The training batches."""
+        return make_loader(self.config, self.dataset, self.mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A named condition of a start; `run` raises InputError where it does not hold."""
+
+    name: str
+    run: Callable[[Start], Iterable[Remark]]
+    needs_data: bool = False
+    """Whether the result depends on the data."""
+
+
+def require(checks: Iterable[Check], start: Start) -> None:
+    """Raise InputError for the first check that fails."""
+    for check in checks:
+        for _ in check.run(start):
+            pass
+
+
+def make_loader(config: Config, dataset: Dataset, mesh: Mesh) -> TrainLoader:
+    """The training batches of a config on a mesh. Raises InputError if data, batch and mesh do not go together."""
+    return TrainLoader(
+        dataset.split("train"),
+        sequence_length=config.data.sequence_length,
+        global_batch_size=config.training.global_batch_size,
+        seed=config.seed,
+        sharding=sharding(mesh, "batch", "seq"),
+    )
+
+
+def check_platform(config: Config) -> None:
+    """Raise InputError if jax finds no device, or another platform than the config's."""
+    try:
+        found = jax.default_backend()
+    except RuntimeError as error:
+        raise InputError(f"jax finds no device to run on ({str(error).splitlines()[0]}); see JAX_PLATFORMS") from error
+    if config.platform not in ("auto", found):
+        raise InputError(
+            f"platform is {config.platform}, but jax found {found}; install jax for it, set JAX_PLATFORMS, or "
+            "change --platform"
+        )
+
+
+def check_divides(config: Config, mesh: Mesh | AbstractMesh) -> None:
+    """Raise InputError if the mesh does not divide the batch and the sequences of a step."""
+    rows = config.training.global_batch_size // config.training.accumulation_steps
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % parts:
+        raise InputError(
+            f"training.global_batch_size / accumulation_steps is {rows}, which mesh.data x mesh.fsdp = {parts} "
+            "does not divide"
+        )
+    length, parts = config.data.sequence_length, mesh.shape["sequence"]
+    if length % parts:
+        raise InputError(f"data.sequence_length {length} is not divisible by mesh.sequence {parts}")
+
+
+def _check_run(start: Start) -> Iterator[Remark]:
+    workdir = local_workdir(start.config)
+    require_unlocked(workdir)
+    for change in require_usable(workdir, start.config, overwrite=start.overwrite, allow_change=start.allow_change):
+        yield Remark(f"changed: {change}", is_warning=True)
+
+
+def _check_devices(start: Start) -> Iterator[Remark]:
+    axes = ", ".join(f"{name} {size}" for name, size in start.mesh.shape.items())
+    kind = start.mesh.devices.flat[0].device_kind
+    yield Remark(f"{start.mesh.devices.size} x {kind} ({jax.default_backend()}); mesh {axes}")
+
+
+def _check_model(start: Start) -> Iterator[Remark]:
+    check_divides(start.config, start.mesh)
+    program = start.program
+    yield Remark(
+        f"{parameter_count(start.config.model):,} parameters, {program.model.kernel.name} attention "
+        f"({program.model.kernel.reason}); the mesh divides model, batch and sequences"
+    )
+
+
+def _check_data(start: Start) -> Iterator[Remark]:
+    dataset, tokenizer = start.dataset, start.tokenizer
+    counts = ", ".join(f"{dataset.split(name).num_tokens:,} {name}" for name in SPLITS)
+    yield Remark(f"{counts} tokens of {tokenizer.name}, undamaged (data.verify {start.config.data.verify})")
+
+
+def _check_fit(start: Start) -> Iterator[Remark]:
+    config, tokenizer = start.config, start.tokenizer
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise InputError(
+            f"the data's tokenizer has {tokenizer.vocab_size} tokens but model.vocab_size is "
+            f"{config.model.vocab_size}; set --model.vocab-size {tokenizer.vocab_size} or more"
+        )
+    training = config.training
+    for prompt in training.sample_prompts if training.sample_tokens else ():
+        needed = 1 + len(tokenizer.encode(prompt)) + training.sample_tokens
+        if needed > config.model.context_length:
+            raise InputError(
+                f"training.sample_prompts has {prompt[:20]!r}..., which needs {needed} tokens with "
+                f"training.sample_tokens, over model.context_length {config.model.context_length}"
+            )
+    yield Remark("vocabulary and sample prompts fit the model")
+
+
+def _check_batches(start: Start) -> Iterator[Remark]:
+    config, train = start.config, start.dataset.split("train")
+    _ = start.loader
+    for split in map(start.dataset.split, SPLITS):
+        if not has_targets(split):
+            raise InputError(
+                f"the {split.name} split of {start.dataset.path} has no token in its loss mask (of conversations only "
+                "what the assistant says is in it); bring other data, or check data.chat_template"
+            )
+    length, batch = config.data.sequence_length, config.training.global_batch_size
+    windows = count_windows(train, length, partial=False)
+    epochs = config.training.steps * batch / windows
+    said = (
+        f"{windows:,} windows of {length} tokens; {config.training.steps:,} steps of {batch} are {epochs:,.2f} epochs"
+    )
+    if how := describe_windows(train, length):
+        said = f"{said}; {how}"
+    if batch > windows:
+        yield Remark(f"{said}; each step repeats windows: more data, or a smaller batch", is_warning=True)
+    else:
+        yield Remark(said)
+
+
+RUN_CHECKS = (Check("run", _check_run),)
+"""Of the run directory; process 0 makes them, before data is prepared and devices are touched."""
+DEVICE_CHECKS = (
+    Check("devices", _check_devices),
+    Check("model", _check_model),
+    Check("data", _check_data, needs_data=True),
+    Check("fit", _check_fit, needs_data=True),
+    Check("batches", _check_batches, needs_data=True),
+)
+"""Of everything else; all processes make them, once the data is prepared."""
