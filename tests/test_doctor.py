@@ -11,6 +11,7 @@ import pytest
 
 from nextllm_jax import doctor, hardware, machine
 from nextllm_jax.config_files import load_config_file
+from nextllm_jax.data import prepare
 from nextllm_jax.data.shards import Dataset
 from nextllm_jax.doctor import diagnose
 from nextllm_jax.training.run_directory import open_run
@@ -58,7 +59,7 @@ def test_a_sound_start_is_found_sound_in_the_order_of_train_and_nothing_is_writt
     assert findings == shown
     assert {found.status for found in findings} == {"ok"}, findings
     assert [found.name for found in findings] == [
-        *("versions", "devices", "data", "tokenizer", "fit", "model", "batches", "run", "memory", "disk", "clock")
+        *("versions", "data", "devices", "model", "data", "fit", "batches", "memory", "run", "disk", "clock")
     ]
     assert contents(door.directory) == before
 
@@ -68,10 +69,16 @@ def test_a_sound_start_is_found_sound_in_the_order_of_train_and_nothing_is_writt
     [
         ({"workdir": "gs://bucket/run"}, "run: .* must name a local directory"),
         ({"workdir": "corpus"}, "run: corpus is not empty and not a run"),
-        ({"workdir": "config.py/run"}, "disk: .*"),
+        ({"workdir": "config.py/run"}, "run: .*config.py is a file; --workdir must name a directory"),
         ({"data.path": "data/knwon"}, "data: data.path data/knwon holds no prepared data"),
         ({"data.corpus": "nowhere"}, "data: data.corpus nowhere holds no text"),
-        ({"data.corpus": "config.py", "data.tokenizer": "no.tiktoken"}, "tokenizer: tokenizer no.tiktoken is not"),
+        ({"data.corpus": "corpus", "data.tokenizer": "no.tiktoken"}, "data: tokenizer no.tiktoken is not"),
+        ({"data.corpus": "config.py"}, "data: data.corpus holds one document; at least two documents are needed"),
+        ({"data.messages_field": "m", "data.corpus": "stdlib"}, "data: data.messages_field needs a corpus of rows"),
+        (
+            {"data.vocab_size": 300, "model.context_length": 50_000, "data.sequence_length": 50_000},
+            "batches: data.sequence_length 50000 is too long for the train split",
+        ),
         ({"platform": "tpu"}, "devices: platform is tpu, but jax found cpu"),
         ({"mesh.data": 3}, "devices: .* does not use 8 devices exactly"),
         (
@@ -79,7 +86,7 @@ def test_a_sound_start_is_found_sound_in_the_order_of_train_and_nothing_is_writt
             "fit: the data's tokenizer has 320 tokens but model.vocab_size is 300",
         ),
         ({"training.sample_tokens": 126}, "fit: .* over model.context_length 128"),
-        ({"training.global_batch_size": 12}, "fit: .* mesh.data x mesh.fsdp = 8 does not divide"),
+        ({"training.global_batch_size": 12}, "model: .* mesh.data x mesh.fsdp = 8 does not divide"),
         ({"mesh.data": 1, "mesh.tensor": 8}, "model: .*kernel: its '.*heads' axis of size . cannot be divided over 8"),
     ],
 )
@@ -88,6 +95,45 @@ def test_what_train_would_end_with_is_a_problem(door, config, changes, problem):
     found = problems(changed(config, changes))
     assert re.match(problem, found[0]), found
     assert contents(door.directory) == before
+
+
+ANSWERS = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "roles", "problem"),
+    [
+        (None, ("user", "assistant"), "data: the tokenizer bpe-\\d+ has no chat template"),
+        ("nope", ("user", "assistant"), "data: data.chat_template template.jinja cannot be read"),
+        ("{% for", ("user", "assistant"), "data: the chat template .*"),
+        (ANSWERS, ("user", "assistant"), None),
+        (ANSWERS, ("assistant", "user"), "batches: the train split .* has no token in its loss mask"),
+    ],
+)
+def test_conversations_are_looked_at_as_preparing_does(door, config, template, roles, problem):
+    """Where the assistant speaks first, its one token opens the document, and nothing predicts that."""
+    rows = [[dict(role=role, content=content) for role, content in zip(roles, "abc", strict=False)] for _ in range(40)]
+    rows = [[*row, {"role": "user", "content": str(i)}] for i, row in enumerate(rows)]
+    (door.directory / "rows.jsonl").write_text("\n".join(json.dumps({"messages": row}) for row in rows))
+    if template not in (None, "nope"):
+        (door.directory / "template.jinja").write_text(template)
+    changes = {"data.corpus": "rows.jsonl", "data.messages_field": "messages", "data.sequence_length": 8}
+    config = changed(config, changes | {"data.chat_template": template and "template.jinja"})
+    before = contents(door.directory)
+    found = problems(config)
+    assert re.match(problem, found[0]) if problem else not found, found
+    assert contents(door.directory) == before
+
+
+def test_of_a_long_corpus_the_beginning_is_looked_at(config, monkeypatch):
+    monkeypatch.setattr(doctor, "SAMPLE_CHARACTERS", 1000)
+    long = changed(config, {"data.vocab_size": 300, "model.context_length": 50_000, "data.sequence_length": 50_000})
+    assert "the first 1,000 characters" in "".join(found.message for found in diagnose(long))
+    assert problems(long) == []
+    assert [found.split(":")[0] for found in warnings(long)] == ["batches"]
 
 
 def test_a_used_run_directory(door, run):
@@ -129,6 +175,15 @@ def test_damage_is_named(door, run):
     (found,) = warnings(run)
     assert "checkpoints/40: damaged: " in found
     assert "it would be set aside" in found
+    shutil.copytree(door.directory / "runs", "copied runs")
+    shutil.rmtree("copied runs/config/checkpoints/30")
+    shutil.rmtree("copied runs/config/checkpoints/20", ignore_errors=True)
+    (found,) = problems(changed(run, {"workdir": "copied runs/config"}))
+    assert "checkpoints/40: damaged: " in found
+    assert "train needs it" in found
+    shutil.rmtree("copied runs/config/checkpoints")
+    (found,) = problems(changed(run, {"workdir": "copied runs/config"}))
+    assert "run: copied runs/config has metrics up to step 40, but no checkpoint" in found
     assert "checkpoints/40: damaged: " in problems(changed(run, {"checkpoint.strict": True}))[0]
     shutil.copytree("data/known", "copied")
     (door.directory / "copied" / "train-00000.bin").write_bytes(b"")
@@ -141,9 +196,9 @@ def test_a_tokenizer_that_would_be_fetched_is_told_of(config, monkeypatch, tmp_p
     named = changed(config, {"data.tokenizer": "cl100k_base"})
     found = warnings(named)
     address = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
-    assert found == [f"tokenizer: cl100k_base is not cached; the network is needed for {address}"]
+    assert found == [f"data: the network is needed for {address}"]
     (tmp_path / hashlib.sha1(address.encode()).hexdigest()).write_bytes(b"YQ== 0")
-    monkeypatch.setattr(doctor, "load_tokenizer", lambda name: Dataset.open("data/known").tokenizer())
+    monkeypatch.setattr(prepare, "load_tokenizer", lambda name: Dataset.open("data/known").tokenizer())
     assert warnings(named) == []
 
 

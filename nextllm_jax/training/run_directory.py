@@ -221,7 +221,7 @@ def _set_aside(path: epath.Path) -> epath.Path:
     target = path / _OVERWRITTEN / str(number)
     target.mkdir(parents=True)
     for name in (*_DIRECTORIES, *_FILES):  # config.json last: as long as it is there, the directory is a run
-        if (path / name).exists():
+        if os.path.lexists(path / name):  # a link to nothing goes too
             (path / name).rename(target / name)
     return target
 

@@ -1,3 +1,4 @@
+import json
 import math
 
 import jax
@@ -128,12 +129,27 @@ def test_unknown_chip_has_no_mfu(clock):
 
 
 def test_totals_continue_those_of_an_earlier_part(clock):
-    meter = TrainMeter(flops_per_token=1.0, peak_flops=None, tokens_seen=10**12, elapsed_seconds=50.0, clock=clock)
+    before = {"tokens_seen": 10**12, "elapsed_seconds": 50.0}  # a checkpoint of before there was "unread"
+    meter = TrainMeter(flops_per_token=1.0, peak_flops=None, record=before, clock=clock)
     clock.now = 8.0
     meter.add(step_metrics(1.0, 10))
     assert meter.totals() == {"tokens_seen": 10**12 + 10, "elapsed_seconds": 58.0}
     record = meter.read(1)  # totals did not use the step up
     assert (record["loss"], record["tokens_seen"], record["elapsed_seconds"]) == (0.1, 10**12 + 10, 58.0)
+
+
+def test_a_window_continues_where_an_earlier_part_was_saved(clock):
+    steps = [step_metrics(1.0, 10), step_metrics(7.0, 20), step_metrics(3.0, 5)]
+    whole = TrainMeter(flops_per_token=1.0, peak_flops=None, clock=clock)
+    for step in steps:
+        whole.add(step)
+    first = TrainMeter(flops_per_token=1.0, peak_flops=None, clock=clock)
+    for step in steps[:2]:
+        first.add(step)
+    second = TrainMeter(flops_per_token=1.0, peak_flops=None, record=json.loads(json.dumps(first.state())), clock=clock)
+    second.add(steps[2])
+    assert second.read(3) == whole.read(3)
+    assert second.state()["unread"] == [0.0, 0]
 
 
 def test_nothing_is_read_from_the_device_before_it_is_asked_for(meter, monkeypatch):

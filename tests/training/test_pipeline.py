@@ -11,7 +11,7 @@ import pytest
 
 from nextllm_jax.config_files import load_config_file
 from nextllm_jax.sharding import make_mesh
-from nextllm_jax.training import loop
+from nextllm_jax.training import loop, start
 from nextllm_jax.training.profiler import StepProfiler
 from tests.runs import metrics
 
@@ -36,7 +36,7 @@ def test_the_host_reads_nothing_of_a_step_before_the_next_is_dispatched(door, mo
     """But where something is due: the first step, a line of metrics.jsonl, the end."""
     monkeypatch.chdir(door.directory)
     events, kept = [], []
-    build = loop.build_program
+    build = start.build_program
 
     def watched_program(config, mesh):
         program = build(config, mesh)
@@ -50,8 +50,8 @@ def test_the_host_reads_nothing_of_a_step_before_the_next_is_dispatched(door, mo
 
         return dataclasses.replace(program, train_step=train_step)
 
-    monkeypatch.setattr(loop, "build_program", watched_program)
-    monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    monkeypatch.setattr(start, "build_program", watched_program)
+    monkeypatch.setattr(start, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     config = load_config_file("config.py")
     training = dataclasses.replace(config.training, steps=20, log_every_steps=10, sample_tokens=0)
     data = dataclasses.replace(config.data, path=str(door.directory / "data" / "known"))

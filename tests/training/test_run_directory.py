@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,7 +11,16 @@ import textwrap
 import pytest
 from etils import epath
 
-from nextllm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from nextllm_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
 from nextllm_jax.config_files import from_json
 from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.training import run_directory
@@ -98,11 +108,82 @@ def test_overwrite_moves_the_files_of_the_run_and_nothing_else(run):
     for number, config in ((1, other), (2, CONFIG)):
         with open_run(run, config, overwrite=True) as opened:
             assert opened.set_aside == epath.Path(run / "overwritten" / str(number))
-            assert not (run / "checkpoints").exists()
+            assert not list((run / "checkpoints").iterdir())
         assert from_json((run / "config.json").read_text(), "here") == config
     old = {name: content for name, content in before.items() if name != "notes.txt"}
     assert files(run / "overwritten" / "1") == old
     assert (run / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["profile", "loss.png", "samples.txt", "tensorboard", "flight", "base"])
+def test_overwrite_moves_everything_that_a_run_writes(run, name):
+    path = run / name
+    path.write_text("") if "." in name else path.mkdir()
+    with open_run(run, CONFIG, overwrite=True):
+        assert not path.exists()
+    assert (run / "overwritten" / "1" / name).exists()
+
+
+def metrics_up_to(run, step):
+    lines = [json.dumps({"step": i, "split": "train", "loss": 1.0}) for i in range(1, step + 1)]
+    (run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+
+
+@pytest.mark.parametrize("lost", ["moved away", "not mounted", "a link to nothing"])
+def test_a_run_that_lost_its_checkpoints_is_refused(run, lost):
+    metrics_up_to(run, 21)
+    config = replace(checkpoint=CheckpointConfig(every_steps=10))
+    with open_run(run, config) as opened:
+        opened.accept(config)
+    shutil.rmtree(run / "checkpoints")
+    if lost == "not mounted":
+        (run / "checkpoints").mkdir()
+    elif lost == "a link to nothing":
+        (run / "checkpoints").symlink_to("/nowhere")
+    before = files(run)
+    with pytest.raises(InputError, match=r"metrics up to step 21, but no checkpoint in .*start over with --overwrite"):
+        open_run(run, config).__enter__()
+    assert files(run) == before
+    with open_run(run, config, overwrite=True):
+        assert (run / "checkpoints").is_dir()
+
+
+@pytest.mark.parametrize("step", [0, 5, 20])
+def test_a_run_that_ended_before_its_first_save_was_complete_starts_over(tmp_path, step):
+    config = replace(checkpoint=CheckpointConfig(every_steps=10))
+    with open_run(tmp_path, config):
+        metrics_up_to(tmp_path, step)
+    with open_run(tmp_path, config) as run:
+        assert run.set_aside is None
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"), [("metrics.jsonl", "is a directory, but a run keeps a file"), ("flight", "is a file")]
+)
+def test_what_stands_in_the_way_of_a_file_is_named(run, name, problem):
+    path = run / name
+    path.unlink(missing_ok=True)
+    path.mkdir() if "." in name else path.write_text("")
+    with pytest.raises(InputError, match=f"{name} {problem}.*move it"):
+        open_run(run, CONFIG).__enter__()
+
+
+@pytest.mark.parametrize("name", ["", "checkpoints", "metrics.jsonl"])
+def test_what_is_not_writable_is_named(run, name, monkeypatch):
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: os.fspath(path) != str(run / name) and access(path, mode))
+    with pytest.raises(InputError, match=f"{run / name} is not writable"):
+        open_run(run, CONFIG).__enter__()
+
+
+def test_adapters_without_their_base_are_refused(run):
+    config = replace(init_from="elsewhere", lora=LoraConfig(rank=2))
+    (run / "checkpoints" / "5" / "manifest.json").write_text("{}")
+    with open_run(run, config, allow_change=["init_from"], overwrite=True):
+        pass
+    (run / "overwritten" / "1" / "checkpoints" / "5").rename(run / "checkpoints" / "5")
+    with pytest.raises(InputError, match=r"base/0/manifest.json cannot be read"):
+        open_run(run, config).__enter__()
 
 
 def test_overwrite_of_nothing_is_a_new_run(tmp_path):

@@ -1,7 +1,10 @@
 import io
 import json
 import math
+import os
 import re
+import resource
+import signal
 import subprocess
 import sys
 
@@ -12,6 +15,7 @@ from matplotlib import image
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
 from nextllm_jax.errors import RunFailed
+from nextllm_jax.training import writers as module
 from nextllm_jax.training.writers import Writers, draw_losses
 
 TRAIN_FIELDS = ["step", "split", "loss", "perplexity", "learning_rate", "grad_norm", "tokens_per_second", "mfu",
@@ -97,6 +101,7 @@ def write_run(workdir, steps, **arguments):
         writers.train(train_record(step, loss=10 / step))
         if step % 20 == 0:
             writers.validation(validation_record(step))
+            writers.picture()
             writers.samples(step, [("def ", f"f{step}():\n    pass\n===== step 1 =====\n")])
     writers.close()
 
@@ -104,7 +109,7 @@ def write_run(workdir, steps, **arguments):
 def test_continued_run_cuts_what_it_writes_again(tmp_path):
     write_run(tmp_path / "whole", range(10, 101, 10))
     write_run(tmp_path / "parts", range(10, 61, 10))
-    write_run(tmp_path / "parts", range(50, 101, 10), initial_step=40)
+    write_run(tmp_path / "parts", range(50, 101, 10), initial_step=40, evaluated=True)
     for name in ("metrics.jsonl", "samples.txt"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     starts = [e.step for e in events(tmp_path / "parts") if e.session_log.status == SessionLog.START]
@@ -112,9 +117,76 @@ def test_continued_run_cuts_what_it_writes_again(tmp_path):
     assert (tmp_path / "parts" / "loss.png").read_bytes() == (tmp_path / "whole" / "loss.png").read_bytes()
 
 
+def test_a_run_that_continues_from_step_0_keeps_what_was_written_there(tmp_path):
+    writers = Writers(tmp_path, total_steps=100)
+    writers.validation(validation_record(0))
+    writers.samples(0, [("def ", "f()")])
+    writers.train(train_record(10))
+    writers.close()
+    samples = (tmp_path / "samples.txt").read_bytes()
+    writers = Writers(tmp_path, total_steps=100, initial_step=0, evaluated=True)
+    assert writers.last_samples_step == 0
+    writers.close()
+    assert [(line["step"], line["split"]) for line in lines(tmp_path)] == [(0, "validation")]
+    assert (tmp_path / "samples.txt").read_bytes() == samples
+
+
+def test_a_validation_that_is_repeated_is_cut(tmp_path):
+    """A run that ended between the line of a validation and the record of it in the checkpoint."""
+    write_run(tmp_path, range(10, 41, 10))
+    Writers(tmp_path, total_steps=100, initial_step=40, evaluated=False).close()
+    found = [(line["step"], line["split"]) for line in lines(tmp_path)]
+    assert found == [(10, "train"), (20, "train"), (20, "validation"), (30, "train"), (40, "train")]
+
+
+@pytest.mark.parametrize("backend", ["nonsense", "module://matplotlib_inline.backend_inline"])
+def test_the_picture_does_not_depend_on_the_backend_of_a_notebook(tmp_path, backend):
+    code = (
+        "import sys; from nextllm_jax.training.writers import Writers\n"
+        "writers = Writers(sys.argv[1], total_steps=1); writers.picture()"
+    )
+    environment = {**os.environ, "MPLBACKEND": backend}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == done.stderr == ""
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_output_that_fails_is_reported_once_and_ends_alone(tmp_path, writers, capsys, monkeypatch):
+    def broken(*_, **__):
+        raise ValueError("no fonts")
+
+    monkeypatch.setattr(module, "draw_losses", broken)
+    (tmp_path / "tensorboard").rename(tmp_path / "elsewhere")
+    writers._tensorboard.close()
+    for step in (10, 20):
+        writers.train(train_record(step))
+        writers.picture()
+        writers.optional("samples.txt", lambda: 1 / 0)
+    assert len(lines(tmp_path)) == 2
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
+    assert len(warnings) == 3
+    assert "no more loss.png in this training (ValueError: no fonts)" in warnings[1]
+
+
+def test_a_block_of_samples_is_written_whole_or_not_at_all(tmp_path, writers, monkeypatch):
+    writers.samples(5, [("def ", "f()")])
+    before = (tmp_path / "samples.txt").read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, resource.RLIM_INFINITY))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(RunFailed, match=r"samples.txt cannot be written \(File too large\)"):
+            writers.samples(10, [("def ", "f()" * 100)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert (tmp_path / "samples.txt").read_bytes() == before
+    assert writers.last_samples_step == 5
+
+
 def test_starting_over_before_the_first_checkpoint_cuts_everything(tmp_path):
     write_run(tmp_path, range(10, 41, 10))
-    Writers(tmp_path, total_steps=100, initial_step=0).close()
+    Writers(tmp_path, total_steps=100).close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == (tmp_path / "samples.txt").read_bytes() == b""
 
 
@@ -123,7 +195,7 @@ def test_half_a_line_of_a_killed_process_is_cut(tmp_path):
     whole = (tmp_path / "metrics.jsonl").read_bytes()
     for rest in (b'{"step": 15, "spl', b'{"step": 15}'):
         (tmp_path / "metrics.jsonl").write_bytes(whole + rest)
-        Writers(tmp_path, total_steps=100, initial_step=20).close()
+        Writers(tmp_path, total_steps=100, initial_step=20, evaluated=True).close()
         assert (tmp_path / "metrics.jsonl").read_bytes() == whole
 
 
