@@ -115,7 +115,9 @@ ANSWERS = (
 )
 def test_conversations_are_looked_at_as_preparing_does(door, config, template, roles, problem):
     """Where the assistant speaks first, its one token opens the document, and nothing predicts that."""
-    rows = [[dict(role=role, content=content) for role, content in zip(roles, "abc", strict=False)] for _ in range(40)]
+    rows = [
+        [{"role": role, "content": content} for role, content in zip(roles, "abc", strict=False)] for _ in range(40)
+    ]
     rows = [[*row, {"role": "user", "content": str(i)}] for i, row in enumerate(rows)]
     (door.directory / "rows.jsonl").write_text("\n".join(json.dumps({"messages": row}) for row in rows))
     if template not in (None, "nope"):

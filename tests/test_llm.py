@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 import subprocess
 import sys
 
@@ -15,7 +16,9 @@ import nextllm_jax
 import nextllm_jax.llm
 from nextllm_jax.checkpoint import Checkpoints
 from nextllm_jax.config import Config, DataConfig, ModelConfig
+from nextllm_jax.config_model import EXECUTION_FIELDS
 from nextllm_jax.errors import InputError
+from nextllm_jax.interop.huggingface_config import canonical
 from nextllm_jax.llm import LLM, cast_matrices
 from nextllm_jax.model.transformer import Transformer, unstack_layers
 from nextllm_jax.tokenizer.backends import ByteBPE
@@ -75,6 +78,19 @@ def test_load_takes_the_best_the_latest_or_a_step(llm, run_directory):
     assert equal(nextllm_jax.load(str(run_directory), step="best").params, expected)
     assert equal(nextllm_jax.load(str(run_directory), step=3).params, expected)
     assert not equal(nextllm_jax.load(str(run_directory), step="latest").params, expected)
+
+
+def test_how_a_model_was_trained_does_not_matter_to_its_use(run_directory, tmp_path):
+    """No setting of how training computes, nor two of them that only go together, stand in the way of anything."""
+    execution = {"dtype": "float32", "remat": "full", "remat_offload": True, "attention": "blockwise",
+                 "attention_blocks": (16, 16)}  # fmt: skip
+    assert execution.keys() == set(EXECUTION_FIELDS)
+    config = dataclasses.replace(CONFIG, **execution)
+    shutil.copytree(run_directory, tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text(Config(model=config, data=DataConfig(sequence_length=32)).to_json())
+    trained_so, plain = nextllm_jax.load(str(tmp_path / "run")), nextllm_jax.load(str(run_directory))
+    assert trained_so.score("some text") == plain.score("some text")
+    assert canonical(config) == canonical(CONFIG)  # so exports can say it
 
 
 def test_without_any_validation_loss_load_takes_the_latest(llm, run_directory, tmp_path):

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -321,7 +320,8 @@ def _evaluate(session: Session, state: TrainState, meter: TrainMeter) -> float |
 
 def _is_best(checkpoints: Checkpoints, loss: float) -> bool:
     best = checkpoints.best_step()
-    return best is None or loss < (checkpoints.validation_loss(best) or math.inf)
+    lowest = None if best is None else checkpoints.validation_loss(best)
+    return lowest is None or loss < lowest
 
 
 def _save(

@@ -14,7 +14,8 @@ REQUEST = Request(batch_size=4, prompt_tokens=16, new_tokens=16)
 
 
 def test_prefill_and_a_decode_step() -> None:
-    config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=4, tensor=2))
+    model = dataclasses.replace(CONFIG.model, remat="full", remat_offload=True)  # which decoding has no use for
+    config = dataclasses.replace(CONFIG, model=model, mesh=MeshConfig(data=4, tensor=2))
     plan = plan_decoding(config, here(), REQUEST, silent)
     assert plan.decode is not None
     # Keys and values of 4 layers, 2 heads of 16, 4 rows of 32 slots, in float32; a row and a head on a device.
