@@ -87,7 +87,9 @@ def test_how_a_model_was_trained_does_not_matter_to_its_use(run_directory, tmp_p
     assert execution.keys() == set(EXECUTION_FIELDS)
     config = dataclasses.replace(CONFIG, **execution)
     shutil.copytree(run_directory, tmp_path / "run")
-    (tmp_path / "run" / "config.json").write_text(Config(model=config, data=DataConfig(sequence_length=32)).to_json())
+    (tmp_path / "run" / "config.json").write_text(
+        Config(model=config, data=DataConfig(tokenizer="gpt2", sequence_length=32)).to_json()
+    )
     trained_so, plain = nextllm_jax.load(str(tmp_path / "run")), nextllm_jax.load(str(run_directory))
     assert trained_so.score("some text") == plain.score("some text")
     assert canonical(config) == canonical(CONFIG)  # so exports can say it
