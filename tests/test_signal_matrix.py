@@ -11,14 +11,14 @@ import pytest
 from tests.processes import RUN, Processes, assert_same_losses, saved_steps
 
 WHO = [(1, [0]), (2, [0]), (2, [1]), (2, [0, 1])]
-SIGNALS = [signal.SIGINT, signal.SIGTERM]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 NO_CACHE = {"JAX_ENABLE_COMPILATION_CACHE": "0"}
 LONG_EVALUATION = ["--training.evaluation-batch-size", "2"]
 
 # Environment and arguments that make a phase long enough to hit, and what is printed or there when it begins.
 PHASES = {
     "compiling": (NO_CACHE, [], r"compiling the train step"),
-    "step": ({}, [], r"step 25/40"),
+    "step": ({}, [], r"step 5/40"),
     "compiling an evaluation": (NO_CACHE, [], r"step 20/40"),
     "evaluation": ({}, LONG_EVALUATION, r"step 20/40"),
     "save": ({}, [], "checkpoints"),

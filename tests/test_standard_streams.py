@@ -53,10 +53,10 @@ def test_a_stream_that_is_closed_at_the_start_is_ignored(tmp_path, closed):
 
 def test_training_without_any_stream_ends_well(door):
     (door.directory / "data").unlink()  # that of the other tests: these are prepared, by two workers
-    arguments = ("--config", "config.py", "--training.steps", "3", "--data.num-processes", "2")
+    arguments = ("--config", "config.py", "--training.steps", "6", "--data.num-processes", "2")
     done = run("<&- >&- 2>&-", ROOT / "train.py", *arguments, directory=door.directory, **door.environment)
-    assert done.returncode == 0
-    assert saved_steps(door.directory / "runs" / "config") == [3]
+    assert done.returncode == 0, done
+    assert saved_steps(door.directory / "runs" / "config") == [6]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="stands in for a full disk")
@@ -136,7 +136,8 @@ def test_training_whose_reader_leaves_is_saved(door):
         if "step 3/" in line:
             break
     process.stdout.close()
-    said = process.stderr.read()
+    with process.stderr:
+        said = process.stderr.read()
     assert process.wait() == 75, said
     assert "the reader of standard output has left" in said
     assert saved_steps(door.directory / "runs" / "config")
