@@ -11,7 +11,7 @@ import pytest
 from tests.processes import RUN, Processes, assert_same_losses, saved_steps
 
 WHO = [(1, [0]), (2, [0]), (2, [1]), (2, [0, 1])]
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
 NO_CACHE = {"JAX_ENABLE_COMPILATION_CACHE": "0"}
 LONG_EVALUATION = ["--training.evaluation-batch-size", "2"]
 
