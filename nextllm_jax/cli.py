@@ -4,11 +4,11 @@ Nothing here imports jax until a command needs it, so that errors and `--help` c
 prepared before devices are touched.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import io
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import tyro
 
-from nextllm_jax import process
+from nextllm_jax import process, standard_streams
 from nextllm_jax.config import Config, DataConfig, ModelConfig
 from nextllm_jax.config_files import config_of_arguments
 from nextllm_jax.convert_cli import export_command, import_command
@@ -35,6 +35,7 @@ def run_main(command: Callable[[list[str]], int]) -> NoReturn:
     The user's mistakes end in one sentence and exit code 2, failures of the machine (a full disk) in one
     sentence and 1, Ctrl-C in 130; anything else is a bug and keeps its traceback.
     """
+    standard_streams.open_missing()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 must not end a sample
     try:
@@ -45,19 +46,20 @@ def run_main(command: Callable[[list[str]], int]) -> NoReturn:
     except RunFailed as error:
         code = _complain(str(error), EXIT_FAILED)
     except BrokenPipeError:
-        # The reader of a pipe has left; say nothing, and keep Python from flushing into it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = EXIT_FAILED
+        code = EXIT_FAILED  # the reader of a pipe has left; say nothing
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         code = _complain(f"{error.strerror or error}{where}", EXIT_FAILED)
     except KeyboardInterrupt:
         code = _complain("interrupted", 130)
+    finally:
+        standard_streams.drop_unwritten()
     sys.exit(code)
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(f"error: {message}", file=sys.stderr, flush=True)
     return code
 
 

@@ -23,6 +23,7 @@ from typing import Any, Self
 
 from nextllm_jax.errors import EXIT_BAD_INPUT, EXIT_FAILED, InputError, RunFailed
 from nextllm_jax.rendezvous import DistributedConfig, Line, Meeting, Place, find_place, report
+from nextllm_jax.standard_streams import write_at_once
 
 LAST_SECONDS = 10
 """Time that a process has to end by itself once another one has failed."""
@@ -265,7 +266,7 @@ class Group:
 
     def _exit(self, sentence: str | None, code: int) -> None:
         if sentence and threading.main_thread().is_alive():
-            os.write(2, f"error: {sentence}\n".encode())  # past Python's buffers, whose locks a thread may hold
+            write_at_once(f"error: {sentence}")
         self.linger()
         os._exit(code)
 

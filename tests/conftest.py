@@ -44,7 +44,7 @@ class Door:
 
     def start(self, *command, most_kib=None, stdin=None, **environment) -> subprocess.Popen:
         script, *arguments = command
-        program = ["-m", script] if script.startswith("nextllm_jax") else [str(ROOT / script)]
+        program = ["-m", script] if str(script).startswith("nextllm_jax") else [str(ROOT / script)]
         # A limit on file sizes, set by a shell: a function run after a fork would warn beside jax's threads.
         limit = ["bash", "-c", f'ulimit -f {most_kib}; exec "$@"', "bash"] if most_kib else []
         return subprocess.Popen(

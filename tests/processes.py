@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.conftest import ROOT, Door
+from tests.runs import INJECT
 
 PATIENCE_SECONDS = 240
 RUN = "runs/config"
@@ -26,18 +27,22 @@ class Processes:
     """A context: `count` processes of train.py that meet at a free port, killed at its end if they are left.
 
     `arguments` go to all, `own` to one process by its number; the numbers in `absent` are not started. With `slices`
-    the first of them are in slice 0, as if their machines were joined by a faster network, the next in slice 1.
+    the first of them are in slice 0, as if their machines were joined by a faster network, the next in slice 1. In
+    `held` a process's number has a function and a count: it prints "held" at that call and waits for `release`.
     """
 
-    def __init__(self, door: Door, count: int, *arguments, own=None, absent=(), slices=1, **environment) -> None:
+    def __init__(self, door: Door, count: int, *arguments, own=None, absent=(), slices=1, held=None, **environment):
+        self._directory = door.directory
         self.address = f"localhost:{free_port()}"
         self._started = {}
         self._outputs = {}
         for number in range(count):
             if number in absent:
                 continue
+            place, calls = (held or {}).get(number, (None, 0))
             command = [
                 sys.executable,
+                *([INJECT, "hold", place, calls] if place else []),
                 ROOT / "train.py",
                 "--config",
                 "config.py",
@@ -88,6 +93,10 @@ class Processes:
         """Send a signal to some processes, or to all."""
         for number in numbers or self._started:
             self._started[number].send_signal(signal_number)
+
+    def release(self) -> None:
+        """Let processes that are held go on."""
+        (self._directory / "released").touch()
 
     def end(self) -> tuple[list[int], float]:
         """The exit codes of all, and the seconds until the last had ended."""

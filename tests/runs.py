@@ -1,12 +1,16 @@
-"""What runs of train.py left behind, compared; and a run that gets a signal."""
+"""What runs of train.py left behind, compared; and a run that is interrupted at a step of its own."""
 
 import json
-import re
-import time
+from pathlib import Path
 
 import jax
 import numpy as np
 from orbax import checkpoint as ocp
+
+from tests.conftest import ROOT
+
+INJECT = Path(__file__).parent / "faults" / "inject.py"
+TRAINED_A_STEP = "nextllm_jax.training.writers:Writers.train"  # called after each step of the test's config
 
 
 def metrics(directory, split):
@@ -42,16 +46,8 @@ def assert_same_end(one, other, step):
     assert (one / "samples.txt").read_text() == (other / "samples.txt").read_text()
 
 
-def interrupt(door, pattern, number, *arguments, times=1):
-    """Start training, send the signal once a line of output matches, and return exit code and output."""
-    process = door.start("train.py", "--config", "config.py", *arguments)
-    seen = ""
-    for line in process.stdout:
-        seen += line
-        if re.search(pattern, line):
-            for _ in range(times):
-                process.send_signal(number)
-                time.sleep(0.02)
-            break
-    out, err = process.communicate(timeout=120)
-    return process.returncode, seen + out + err
+def interrupt(door, fault, steps, *arguments):
+    """Train with a fault of inject.py, such as a signal, after so many steps; exit code and output."""
+    process = door.start(INJECT, fault, TRAINED_A_STEP, steps, ROOT / "train.py", "--config", "config.py", *arguments)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out + err

@@ -39,7 +39,7 @@ LAYERS = [  # a module imports from the rows below its own
     ("distributed",),
     ("hardware", "ops", "process", "rendezvous", "tokenizer"),
     ("published_models",),
-    ("errors",),
+    ("errors", "standard_streams"),
 ]
 FOLDERS = {  # inside a folder a file imports from those to its left
     "ops": (

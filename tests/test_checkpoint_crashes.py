@@ -157,6 +157,7 @@ import jax.numpy as jnp
 from nextllm_jax import checkpoint_files
 from nextllm_jax.checkpoint import Checkpoints
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a script
 seal = checkpoint_files.seal
 def slow_seal(*args):
     os.kill(os.getpid(), signal.SIGINT)

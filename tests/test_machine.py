@@ -3,6 +3,7 @@
 import importlib.metadata
 import math
 import os
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,7 +96,7 @@ def test_a_clock_that_jumps_or_went_back_is_told_of(tmp_path):
     now = (time.time(), time.monotonic())
     assert machine.clock(tmp_path / "run", now)[1] == "ok"
     message, status = machine.clock(tmp_path / "run", (now[0] - 60, now[1]))
-    assert (message[:20], status) == ("it jumped by +60.0 s", "warning")
+    assert (re.match(r"it jumped by \+(59|60)\.", message) is not None, status) == (True, "warning")
     (tmp_path / "config.json").write_text("")
     os.utime(tmp_path / "config.json", (now[0] + 3600, now[0] + 3600))
     message, status = machine.clock(tmp_path, now)

@@ -93,7 +93,8 @@ def test_processes_that_do_not_go_together_are_refused(others, sentence):
     assert all(sentence in str(error) for error in errors)
 
 
-def test_a_process_that_does_not_come_is_named(capsys):
+def test_a_process_that_does_not_come_is_named(capsys, monkeypatch):
+    monkeypatch.setattr("nextllm_jax.rendezvous._REPORT_SECONDS", 0.5)  # several reports before the end
     port = free_port()
     errors = together([config(i, 4, port, seconds=4) for i in (0, 2)], lambda group: None)
     assert {type(error) for error in errors} == {RunFailed}

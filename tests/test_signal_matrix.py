@@ -18,7 +18,7 @@ LONG_EVALUATION = ["--training.evaluation-batch-size", "2"]
 # Environment and arguments that make a phase long enough to hit, and what is printed or there when it begins.
 PHASES = {
     "compiling": (NO_CACHE, [], r"compiling the train step"),
-    "step": ({}, [], r"step 25/40"),
+    "step": ({}, [], r"step 5/40"),
     "compiling an evaluation": (NO_CACHE, [], r"step 20/40"),
     "evaluation": ({}, LONG_EVALUATION, r"step 20/40"),
     "save": ({}, [], "checkpoints"),

@@ -42,8 +42,9 @@ def map_in_processes(work: Callable[[_Part], _Result], parts: Iterable[_Part], n
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it: a worker of a killed parent would wait for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leave Ctrl-C and SIGHUP to the parent, and end with it: a worker of a killed parent would wait for ever."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -1,4 +1,8 @@
-"""A request to stop, from Ctrl-C or SIGTERM to any process, that all processes of a run honour at the same place.
+"""A request to stop, by a signal to any process, that all processes of a run honour at the same place.
+
+Ctrl-C, SIGTERM and SIGHUP (the terminal is gone) are requests, and so is a pipe on standard output or error whose
+reader leaves (`train.py | head`). SIGHUP stays ignored where it was ignored at the start, as under nohup. SIGINT and
+SIGTERM do not: a shell makes every background job of a script ignore SIGINT, and whoever sends one wants a stop.
 
 The training loop calls `StopRequest.reached` at places that all processes pass in the same order: before each step,
 and before each batch of an evaluation. A thread learns of a signal at once, even while the main thread is in C++,
@@ -12,6 +16,7 @@ the threads end all processes at once, since a compilation can take minutes in w
 during another compilation (of the first evaluation) is honoured when that ends.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -22,19 +27,22 @@ from typing import Any, Self
 
 from nextllm_jax.distributed import Group
 from nextllm_jax.errors import EXIT_INTERRUPTED
+from nextllm_jax.standard_streams import unfailing_output, write_at_once
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_IMPATIENT = (signal.SIGINT, signal.SIGTERM)
+"""Signals that ask for an immediate end if they come a second time."""
+_STOP_SIGNALS = (*_IMPATIENT, signal.SIGHUP)
 
 _ONE_REQUEST_SECONDS = 1.0
 """Signals within this time are one request: `timeout`, for one, sends its signal to a process and to its group."""
 
 
 class StopRequest:
-    """Context manager that turns the first SIGINT or SIGTERM into a request to all processes of a group.
+    """Context manager that turns the first signal, or a closed pipe, into a request to all processes of a group.
 
     With `may_exit`, as on the command line, the process ends at once for a signal after `nothing_to_lose`, with exit
-    code 75, and for a second signal, over a second after the first, with 128 + its number. Without, a second signal
-    acts as if this were not here.
+    code 75, and for a second SIGINT or SIGTERM, over a second after the first signal, with 128 + its number. Without,
+    that second signal acts as if this were not here.
     """
 
     def __init__(self, group: Group | None = None, *, may_exit: bool = False) -> None:
@@ -49,7 +57,7 @@ class StopRequest:
         self._agreeing = False
         self._stop_at: int | None = None
         self._losing_nothing: str | None = None
-        self._handled: float | None = None
+        self._insisted = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def reached(self) -> str | None:
@@ -86,7 +94,9 @@ class StopRequest:
     def _agreed(self, process: int, states: list[tuple[int, bool]]) -> None:
         if all(may_exit for _, may_exit in states):
             if self._group.process_id == 0:
-                _print_at_once(f"{self.name} while {self._losing_nothing}: nothing is lost; run the same command again")
+                write_at_once(
+                    f"\n{self.name} while {self._losing_nothing}: nothing is lost; run the same command again"
+                )
             self._group.linger()
             os._exit(EXIT_INTERRUPTED)
         with self._changed:
@@ -99,48 +109,59 @@ class StopRequest:
         first = None
         while received := numbers.recv(1):
             number = received[0]
-            if number not in STOP_SIGNALS:
+            if number not in (*_STOP_SIGNALS, signal.SIGPIPE):
                 continue
-            name = signal.Signals(number).name
             if first is None:
                 first = time.monotonic()
-                self._group.send("stop", name)
-            elif self._may_exit and time.monotonic() - first > _ONE_REQUEST_SECONDS:
-                _print_at_once(f"error: a second signal, {name}: ended without saving; the latest checkpoint stands")
-                os._exit(128 + number)
+                self._group.send("stop", signal.Signals(number).name)
+            elif number in _IMPATIENT and not self._insisted and time.monotonic() - first > _ONE_REQUEST_SECONDS:
+                self._insist(number)
+
+    def _insist(self, number: int) -> None:
+        """A second signal has come: end, or let the main thread have it."""
+        if self._may_exit:
+            name = signal.Signals(number).name
+            write_at_once(f"\nerror: a second signal, {name}: ended without saving; the latest checkpoint stands")
+            os._exit(128 + number)
+        self._insisted = True
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self._handled is None:
-            self._handled = now
-        elif not self._may_exit and now - self._handled > _ONE_REQUEST_SECONDS:
+        """Nothing, until `_listen` says so: here, after a long call into C++, signals come late and together."""
+        if self._insisted:
             self._restore()
             signal.raise_signal(number)
+
+    def _reader_left(self) -> None:
+        write_at_once("\nthe reader of standard output has left: saving and stopping; run the same command again")
+        with contextlib.suppress(OSError):  # closed: it is too late to stop
+            self._writer.send(bytes([signal.SIGPIPE]))
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def __enter__(self) -> Self:
-        self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
-        self._numbers, writer = socket.socketpair()
-        writer.setblocking(False)
-        self._writer = writer
-        self._previous_wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        self._numbers, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._previous_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, args=[self._numbers], daemon=True)
         self._thread.start()
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        numbers = _IMPATIENT if nohup else _STOP_SIGNALS
+        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
+        self._output = unfailing_output(self._reader_left)
+        self._output.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._output.__exit__(None, None, None)
         self._restore()
         signal.set_wakeup_fd(self._previous_wakeup)
         self._writer.close()  # ends the thread
         self._thread.join()
         self._numbers.close()
-
-
-def _print_at_once(text: str) -> None:
-    """Write to standard error past Python's buffers, whose locks the main thread may hold."""
-    os.write(2, f"\n{text}\n".encode())

@@ -3,7 +3,9 @@
 The fault strikes when the named function is called for the COUNT-th time, before it does anything:
 
     kill       the process dies as if by kill -9
-    SIGTERM    the process gets that signal; any other signal's name will do
+    SIGTERM    the process gets that signal; any other signal's name will do, and several joined by +
+    hold       the process prints "held" and waits for a file named "released"
+    gone DIR   the directory is renamed to "gone"
     full       the function fails as on a disk without room
     clock      from here on the clock is a day behind
     MODULE:NAME is written with dots for nested names, as in nextllm_jax.training.writers:Writers.validation
@@ -26,8 +28,18 @@ def strike(fault: str) -> None:
     if fault == "clock":
         true_time = time.time
         time.time = lambda: true_time() - 86_400
+    elif fault == "hold":
+        print("held", flush=True)
+        while not os.path.exists("released"):
+            time.sleep(0.01)
+    elif fault.startswith("gone "):
+        os.rename(fault.removeprefix("gone "), "gone")
+    elif fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
     else:
-        os.kill(os.getpid(), signal.SIGKILL if fault == "kill" else signal.Signals[fault])
+        for name in fault.split("+"):
+            os.kill(os.getpid(), signal.Signals[name])
+        time.sleep(0.5)  # the thread that takes signals may have to wait for a processor
 
 
 def arm(fault: str, place: str, count: int) -> None:

@@ -18,9 +18,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, Door
-from tests.runs import assert_same_end, contents, interrupt
+from tests.runs import INJECT, TRAINED_A_STEP, assert_same_end, contents, interrupt
 
-INJECT = Path(__file__).parent / "inject.py"
 STEPS = 40
 
 
@@ -52,7 +51,7 @@ class Case:
     def strike(self, fault: str, place: str, count: int = 1, *arguments) -> subprocess.CompletedProcess:
         """Train with a fault at the count-th call of a function (see inject.py) until it ends in some way."""
         script = ROOT / "train.py"
-        process = self.door.start(str(INJECT), fault, place, count, script, "--config", "config.py", *arguments)
+        process = self.door.start(INJECT, fault, place, count, script, "--config", "config.py", *arguments)
         out, err = process.communicate(timeout=300)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
@@ -118,15 +117,8 @@ def signalled(number: signal.Signals, place: str, count: int = 1, *, fresh: bool
 
 def signalled_twice(case: Case) -> None:
     """At once, as by a key that bounces, or as `timeout` signals a process and its group: one request."""
-    process = case.door.start("train.py", "--config", "config.py")
-    for line in process.stdout:
-        if re.search(r"step\D*32\b", line):
-            process.send_signal(signal.SIGINT)
-            time.sleep(0.05)
-            process.send_signal(signal.SIGINT)
-            break
-    process.communicate(timeout=120)
-    assert process.returncode == 75, process.returncode
+    ended = case.strike("SIGINT+SIGINT", TRAINED_A_STEP, 2)
+    assert ended.returncode == 75, f"{ended.returncode}\n{ended.stdout}{ended.stderr}"
 
 
 def files_in(case: Case, pattern: str) -> list[Path]:
@@ -216,26 +208,21 @@ def tiny_disk(case: Case) -> None:
     kept.rename(checkpoints)
 
 
-def removed(case: Case, directory: Path, says: str) -> None:
+def removed(case: Case, directory: str, steps: int, says: str) -> None:
     """A directory is removed under a training, all at once, which ends with the sentence."""
-    process = case.door.start("train.py", "--config", "config.py")
-    for line in process.stdout:
-        if re.search(r"step\D*32\b", line):
-            directory.rename(case.door.directory / "gone")
-            break
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 1, err
-    assert re.search(says, err, re.MULTILINE), err
-    assert "Traceback" not in err, err
+    ended = case.strike(f"gone {directory}", TRAINED_A_STEP, steps)
+    assert ended.returncode == 1, ended.stderr
+    assert re.search(says, ended.stderr, re.MULTILINE), ended.stderr
+    assert "Traceback" not in ended.stderr, ended.stderr
 
 
 def checkpoints_removed(case: Case) -> None:
     """Once some are saved; the next training begins again."""
-    removed(case.fresh(), case.run / "checkpoints", "^error: .*could not be saved")
+    removed(case.fresh(), "runs/config/checkpoints", 32, "^error: .*could not be saved")
 
 
 def run_removed(case: Case) -> None:
-    removed(case, case.run, "^error: ")
+    removed(case, "runs/config", 2, "^error: ")
 
 
 def files_of_tomorrow(case: Case) -> None:
@@ -329,7 +316,7 @@ ROWS = {
 def stopped(trained, tmp_path_factory) -> Path:
     """The run directory of a training that a signal stopped at about step 30."""
     directory = tmp_path_factory.mktemp("stopped")
-    code, output = interrupt(trained.beside(directory), r"step\D*30\b", signal.SIGTERM)
+    code, output = interrupt(trained.beside(directory), "SIGTERM", 30)
     assert code == 75, output
     return directory / "runs" / "config"
 
