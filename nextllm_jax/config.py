@@ -80,7 +80,7 @@ class OptimizerConfig:
     schedule_steps: int | None = None
     """Length of the schedule, warmup included; none: training.steps. State it to extend a run later."""
     decay_steps_fraction: float = 0.2
-    """Share of the schedule that the wsd decay takes."""
+    """Share of the schedule that the wsd decay takes; it takes at most the steps that the warmup leaves."""
     final_learning_rate_fraction: float = 0.1
     """Learning rate at the end of a decay, as a share of the peak."""
     b1: float = 0.9

@@ -31,6 +31,33 @@ def test_linear_constant_and_wsd():
     assert wsd[-1] == pytest.approx(0, abs=1e-6)
 
 
+def rates_and_beyond(config, steps):
+    """The rates of a schedule's steps, and those of some later steps."""
+    later = steps + np.array([0, 1, steps, 10 * steps])
+    return np.split(np.array(jax.vmap(schedule(config, steps))(np.r_[:steps, later])), [steps])
+
+
+@pytest.mark.parametrize(
+    ("kind", "fraction"),
+    [("cosine", 0.2), ("linear", 0.2), ("constant", 0.2), ("wsd", 0.0), ("wsd", 0.2), ("wsd", 0.6), ("wsd", 1.0)],
+)
+@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+def test_a_schedule_rises_stays_and_falls_to_the_final_rate_at_its_last_step(kind, fraction, steps):
+    for warmup in [number for number in (0, 1, 2, 4, 9) if number < steps]:
+        config = OptimizerConfig(schedule=kind, learning_rate=1.0, warmup_steps=warmup, decay_steps_fraction=fraction)
+        got, beyond = rates_and_beyond(config, steps)
+        final = 1.0 if kind == "constant" else np.float32(0.1)
+        assert {got[-1], *beyond} == {final}, warmup
+        if steps > 1:
+            assert got.max() == 1, warmup
+        np.testing.assert_allclose(got[:warmup], np.arange(1, warmup + 1) / max(warmup, 1), rtol=1e-6)
+        assert np.all(np.diff(got[max(warmup - 1, 0) :]) <= 0), warmup
+        if kind == "wsd":
+            falling = np.flatnonzero(got[warmup:] < 1) + warmup
+            assert len(falling) == max(min(round(steps * fraction), steps - warmup - 1), 1), warmup
+            np.testing.assert_allclose(np.diff(got[falling]), -0.9 / len(falling), atol=1e-6)
+
+
 def test_schedule_steps_fixes_the_past_when_a_run_is_extended():
     config = OptimizerConfig(warmup_steps=5, schedule_steps=50)
     short, extended = schedule(config, 50), schedule(config, 80)
