@@ -14,9 +14,9 @@ def schedule(config: OptimizerConfig, training_steps: int) -> optax.Schedule:
 
     The first step has `learning_rate` divided by the steps of warmup, so none is wasted on a rate of zero. The last
     step of the schedule has the final rate, and every later step keeps it. The decay never overlaps the warmup: wsd
-    decays for at most the steps that the warmup leaves. Config checks that the warmup is shorter than the schedule.
+    decays for at most the steps that the warmup leaves. The warmup takes at most half of the schedule.
     """
-    steps, warmup = config.schedule_steps or training_steps, config.warmup_steps
+    steps, warmup = config.schedule_length(training_steps), config.warmup_length(training_steps)
     peak = config.learning_rate
     final = peak * config.final_learning_rate_fraction
     last = steps - warmup - 1  # the last step of the schedule, counted from the end of the warmup
@@ -34,6 +34,17 @@ def schedule(config: OptimizerConfig, training_steps: int) -> optax.Schedule:
         return main
     rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
     return optax.join_schedules([rise, main], [warmup])
+
+
+def describe_warmup(config: OptimizerConfig, training_steps: int) -> str | None:
+    """What to say of a warmup that is shorter than the config's, because the schedule is short."""
+    steps, warmup = config.schedule_length(training_steps), config.warmup_length(training_steps)
+    if warmup == config.warmup_steps:
+        return None
+    return (
+        f"warming up for {warmup} steps instead of optimizer.warmup_steps {config.warmup_steps}: "
+        f"at most half of the schedule's {steps} steps"
+    )
 
 
 def decay_mask(config: OptimizerConfig, params: Any) -> Any:
