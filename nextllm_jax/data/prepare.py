@@ -141,12 +141,13 @@ def ensure_prepared(config: DataConfig) -> Path:
 
     Data that `config.path` names is used as it is; a line on standard error says what it is where the config
     says otherwise, and where the files of a corpus changed since. Raises InputError if nothing is prepared there.
+    If another process is preparing the data, this waits for it, and goes on if that process dies.
     """
     path = find_prepared(config)
     if path is None:
         path = default_data_path(config)
         print(f"preparing {config.corpus} in {path}", file=sys.stderr)
-        prepare(config, path)
+        prepare(config, path, wait=True)
     elif said := remark(config, path):
         print(said, file=sys.stderr)
     return path
@@ -169,7 +170,7 @@ def _files_changed(config: DataConfig, settings: dict[str, Any]) -> bool:
         return False
 
 
-def prepare(config: DataConfig, output: Path, *, overwrite: bool = False) -> None:
+def prepare(config: DataConfig, output: Path, *, overwrite: bool = False, wait: bool = False) -> None:
     """Write the corpus as token shards into `output`, which appears only when it is complete.
 
     Does nothing if `output` was made with these settings already. Runs again after an interruption continue,
@@ -177,26 +178,19 @@ def prepare(config: DataConfig, output: Path, *, overwrite: bool = False) -> Non
 
     A script that calls this needs `if __name__ == "__main__":`, since worker processes are spawned.
     Raises InputError if `output` holds something else or was made of files that have changed (`overwrite` replaces
-    prepared data only), if another process prepares it, if the corpus or the tokenizer cannot be read, or if the
-    disk is full.
+    prepared data only), if another process prepares it (`wait` waits for that one instead), if the corpus or the
+    tokenizer cannot be read, or if the disk is full.
     """
     output = mounted_path(output)
-    settings = data_settings(config)
     partial = partial_path(output)
-    found = read_settings(output)
-    if not overwrite and is_prepared(output) and settings.items() <= found.items():
-        if _files_changed(config, found):
-            raise InputError(
-                f"the files of data.corpus {config.corpus} changed after {output} was prepared; "
-                "pass --overwrite to prepare it again, or name another directory"
-            )
-        remove_replaced(output)
-        print(f"{output} is prepared already")
+    if not overwrite and _is_prepared_already(config, output):
         return
-    check_replaceable(output, overwrite)
-    settings["files"] = listing_hash(config.corpus)
+    settings = data_settings(config) | {"files": listing_hash(config.corpus)}
     try:
-        with claimed(partial, output):
+        with claimed(partial, output, wait=wait):
+            if not overwrite and _is_prepared_already(config, output):  # by another process, meanwhile
+                return
+            check_replaceable(output, overwrite)
             start_or_continue(partial, settings)
             if not is_prepared(partial):
                 _write_dataset(config, partial)
@@ -209,6 +203,20 @@ def prepare(config: DataConfig, output: Path, *, overwrite: bool = False) -> Non
             raise
         raise InputError(f"the disk of {output} is full; free space and run again, finished parts are kept") from error
     _print_counts(output)
+
+
+def _is_prepared_already(config: DataConfig, output: Path) -> bool:
+    """Whether `output` was prepared with these settings. Raises InputError if it was, of files that have changed."""
+    if not is_prepared(output) or not data_settings(config).items() <= (found := read_settings(output)).items():
+        return False
+    if _files_changed(config, found):
+        raise InputError(
+            f"the files of data.corpus {config.corpus} changed after {output} was prepared; "
+            "pass --overwrite to prepare it again, or name another directory"
+        )
+    remove_replaced(output)
+    print(f"{output} is prepared already")
+    return True
 
 
 def _write_dataset(config: DataConfig, partial: Path) -> None:

@@ -17,7 +17,6 @@ import pytest
 from nextllm_jax.config import DataConfig
 from nextllm_jax.data import prepare as prepare_module
 from nextllm_jax.data.corpora import document_hash, read_documents, validation_limit
-from nextllm_jax.data.data_directory import claimed
 from nextllm_jax.data.prepare import default_data_path, ensure_prepared, prepare
 from nextllm_jax.data.shards import SPLITS, Dataset
 from nextllm_jax.errors import InputError
@@ -208,14 +207,6 @@ def test_parts_of_other_settings_are_not_used(config, tmp_path, monkeypatch):
 def test_an_address_is_refused(config):
     with pytest.raises(InputError, match="mounted disk"):
         prepare(config, default_data_path(dataclasses.replace(config, path="gs://bucket/data")))
-
-
-def test_two_preparations_of_one_output_are_refused(config, tmp_path):
-    output = tmp_path / "out"
-    held = claimed(tmp_path / "out.partial", output)
-    with held, pytest.raises(InputError, match="another process is preparing"):
-        prepare(config, output)
-    prepare(config, output)
 
 
 def test_a_full_disk_is_one_sentence_and_keeps_what_is_done(config, tmp_path, monkeypatch):
