@@ -1,6 +1,7 @@
 """The directory of prepared data: who may write it, and that nothing else in it is lost."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -11,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nextllm_jax.data.shards import FORMAT, SPLITS, files_of
-from nextllm_jax.errors import InputError
+from nextllm_jax.data.shards import FORMAT, SPLITS, files_of, partial_path
+from nextllm_jax.errors import InputError, failed_place
 
 _SETTINGS = "settings.json"
 _INDEX = "index.json"
@@ -29,7 +30,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
 
 def is_prepared(directory: Path) -> bool:
     """True if `directory` holds prepared data, whole, by the look of it."""
-    return (directory / _INDEX).is_file()
+    return os.path.isfile(directory / _INDEX)  # Path.is_file raises for a directory that may not be searched
 
 
 def check_replaceable(output: Path, overwrite: bool) -> None:
@@ -50,6 +51,36 @@ def check_replaceable(output: Path, overwrite: bool) -> None:
         )
     if not overwrite:
         raise InputError(f"{output} was prepared with other settings; name another directory, or pass --overwrite")
+
+
+@contextlib.contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """A context in which a failure to create, write or rename the files of `output` becomes an InputError.
+
+    An OSError of any other file passes.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = f"the disk of {output} is full; free space and run again, finished parts are kept"
+            raise InputError(message) from error
+        if not _concerns(error, output):
+            raise
+        place = failed_place(error, output)
+        raise InputError(
+            f"data directory {output} cannot be written ({place}: {error.strerror or error}); make {place} a writable "
+            "directory, or prepare elsewhere: nextllm prepare --output DIR, then train with --data.path DIR"
+        ) from error
+
+
+def _concerns(error: OSError, output: Path) -> bool:
+    """Whether an error is about a file of `output`, or about a directory that it is in."""
+    if error.filename is None:  # from writing to an open file
+        return error.errno in (errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
+    path = Path(os.fsdecode(error.filename))
+    ours = (output, partial_path(output))
+    return any(path.is_relative_to(each) or each.is_relative_to(path) for each in ours)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ that was stopped continues from the parts that are there. Nothing here imports j
 
 import collections
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
@@ -37,6 +36,7 @@ from nextllm_jax.data.data_directory import (
     read_settings,
     remove_replaced,
     start_or_continue,
+    writing,
 )
 from nextllm_jax.data.processes import map_in_processes
 from nextllm_jax.data.shards import (
@@ -116,7 +116,8 @@ def find_prepared(config: DataConfig) -> Path | None:
         return path
     if config.path:
         raise InputError(
-            f"data.path {path} holds no prepared data; check the path, or make it: nextllm prepare --output {path}"
+            f"data.path {path} holds no prepared data that can be read; check the path, or make it: "
+            f"nextllm prepare --output {path}"
         )
     return None
 
@@ -179,29 +180,28 @@ def prepare(config: DataConfig, output: Path, *, overwrite: bool = False, wait: 
     A script that calls this needs `if __name__ == "__main__":`, since worker processes are spawned.
     Raises InputError if `output` holds something else or was made of files that have changed (`overwrite` replaces
     prepared data only), if another process prepares it (`wait` waits for that one instead), if the corpus or the
-    tokenizer cannot be read, or if the disk is full.
+    tokenizer cannot be read, or if `output` cannot be written.
     """
     output = mounted_path(output)
-    partial = partial_path(output)
+    if os.path.islink(output):
+        output = output.resolve()
     if not overwrite and _is_prepared_already(config, output):
         return
+    if not output.name or os.path.ismount(output):
+        raise InputError(f"{output} cannot be replaced by prepared data; name a directory in it")
+    partial = partial_path(output)
     settings = data_settings(config) | {"files": listing_hash(config.corpus)}
-    try:
-        with claimed(partial, output, wait=wait):
-            if not overwrite and _is_prepared_already(config, output):  # by another process, meanwhile
-                return
-            check_replaceable(output, overwrite)
-            start_or_continue(partial, settings)
-            if not is_prepared(partial):
-                _write_dataset(config, partial)
-            if (partial / "parts").exists():
-                shutil.rmtree(partial / "parts")
-            check_replaceable(output, overwrite)
-            publish(partial, output)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise InputError(f"the disk of {output} is full; free space and run again, finished parts are kept") from error
+    with writing(output), claimed(partial, output, wait=wait):
+        if not overwrite and _is_prepared_already(config, output):  # by another process, meanwhile
+            return
+        check_replaceable(output, overwrite)
+        start_or_continue(partial, settings)
+        if not is_prepared(partial):
+            _write_dataset(config, partial)
+        if (partial / "parts").exists():
+            shutil.rmtree(partial / "parts")
+        check_replaceable(output, overwrite)
+        publish(partial, output)
     _print_counts(output)
 
 
@@ -300,7 +300,8 @@ def _tokenize_corpus(config: DataConfig, limit: int, partial: Path, tokenizer_ha
     work = functools.partial(_tokenize_part, tokenizer_directory=partial / "tokenizer", tokenizer_hash=tokenizer_hash)
     tokens: collections.Counter[int] = collections.Counter()
     seconds: collections.defaultdict[int, float] = collections.defaultdict(float)
-    with tqdm(desc="tokenizing", unit=" tokens", unit_scale=True, mininterval=_bar_interval()) as bar:
+    redraw_seconds = 0.2 if sys.stderr.isatty() else 10.0  # often on a terminal, seldom in a log
+    with tqdm(desc="tokenizing", unit=" tokens", unit_scale=True, mininterval=redraw_seconds) as bar:
         for report in map_in_processes(work, missing_parts(), config.num_processes or os.cpu_count() or 1):
             tokens[report.process] += report.num_tokens
             seconds[report.process] += report.seconds
@@ -388,11 +389,6 @@ def _load_part(path: Path, name: SplitName) -> TokenizedDocuments:
 def _load_mask(path: Path, name: SplitName) -> np.ndarray:
     with np.load(path) as arrays:
         return arrays[f"{name}_mask"]
-
-
-def _bar_interval() -> float:
-    """Seconds between redraws: often on a terminal, seldom in a log."""
-    return 0.2 if sys.stderr.isatty() else 10.0
 
 
 def _print_counts(output: Path) -> None:
