@@ -14,6 +14,10 @@ from nextllm_jax.config_checks import require as _require
 from nextllm_jax.config_checks import require_positive as _require_positive
 from nextllm_jax.config_model import ModelConfig
 
+FORMAT, FIRST_FORMAT = "nextllm_jax config 2", "nextllm_jax config 1"
+"""Formats of config.json. The first, which the file does not state, is of runs that warmed up for all of
+warmup_steps, however short the schedule, and whose wsd decay could overlap the warmup."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -76,11 +80,11 @@ class OptimizerConfig:
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     """What follows the warmup: cosine decay, stable then linear decay, linear decay, or nothing."""
     warmup_steps: int = 100
-    """Steps of linear warmup; the first step already has learning_rate / warmup_steps."""
+    """Steps of linear warmup, at most half of the schedule; it begins at learning_rate / steps, not at 0."""
     schedule_steps: int | None = None
     """Length of the schedule, warmup included; none: training.steps. State it to extend a run later."""
     decay_steps_fraction: float = 0.2
-    """Share of the schedule that the wsd decay takes."""
+    """Share of the schedule that the wsd decay takes; it takes at most the steps that the warmup leaves."""
     final_learning_rate_fraction: float = 0.1
     """Learning rate at the end of a decay, as a share of the peak."""
     b1: float = 0.9
@@ -115,6 +119,16 @@ class OptimizerConfig:
         for name in ("b1", "b2"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"optimizer.{name} is {value}; it must be at least 0 and below 1")
+        length = self.schedule_steps or 0
+        _require(length >= 0, f"optimizer.schedule_steps is {length}; it cannot be negative")
+
+    def schedule_length(self, training_steps: int) -> int:
+        """Steps of the schedule, warmup included."""
+        return self.schedule_steps or training_steps
+
+    def warmup_length(self, training_steps: int) -> int:
+        """Steps that the schedule warms up for: warmup_steps, but at most half of the schedule."""
+        return min(self.warmup_steps, self.schedule_length(training_steps) // 2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -294,12 +308,6 @@ class Config:
     def __post_init__(self) -> None:
         _check_types(self, "")
         _require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must lie between 0 and 2^32 - 1")
-        warmup, steps = self.optimizer.warmup_steps, self.optimizer.schedule_steps or self.training.steps
-        _require(
-            warmup < steps,
-            f"optimizer.warmup_steps {warmup} is not below the schedule's {steps} steps "
-            "(optimizer.schedule_steps, or training.steps)",
-        )
         _require(
             not self.lora.rank or self.init_from is not None,
             f"lora.rank is {self.lora.rank}, but adapters need weights to stand on; set init_from",
@@ -317,4 +325,4 @@ class Config:
 
     def to_json(self) -> str:
         """The whole config as indented JSON, read back by `from_json`."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n"

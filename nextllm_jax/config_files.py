@@ -16,7 +16,7 @@ from typing import Any
 from etils import epath
 
 from nextllm_jax import config as definitions
-from nextllm_jax.config import Config
+from nextllm_jax.config import FIRST_FORMAT, FORMAT, Config
 from nextllm_jax.config_checks import require
 from nextllm_jax.errors import InputError
 
@@ -52,10 +52,23 @@ def from_json(text: str, where: str) -> Config:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{where} is not JSON ({error}); it should be a config that a run wrote") from error
-    config = from_dict(Config, values, where)
+    return config_of_values(values, where)
+
+
+def config_of_values(values: dict[str, Any], where: str) -> Config:
+    """The Config of the JSON object that `Config.to_json` wrote; `where` names the file in errors."""
+    fields = {name: value for name, value in values.items() if name != "format"} if isinstance(values, dict) else values
+    config = from_dict(Config, fields, where)
     # Another program's config.json may well hold none of the names that are unknown here.
     require({"model", "data", "training"} <= values.keys(), f"{where} is not a config that a run wrote")
+    version = values.get("format", FIRST_FORMAT)
+    require(version in (FIRST_FORMAT, FORMAT), f"{where} has format '{version}'; use the version that wrote it")
     return config
+
+
+def is_of_first_format(path: epath.PathLike) -> bool:
+    """Whether the config.json that `read_config` can read is of the first format."""
+    return json.loads(epath.Path(path).read_text()).get("format", FIRST_FORMAT) == FIRST_FORMAT
 
 
 def read_config(path: epath.PathLike) -> Config:

@@ -15,7 +15,7 @@ import jax
 from nextllm_jax.checkpoint import Checkpoints
 from nextllm_jax.config import Config, DataConfig, ModelConfig
 from nextllm_jax.config_files import read_config
-from nextllm_jax.errors import InputError, RunFailed
+from nextllm_jax.errors import InputError, RunFailed, failed_place
 from nextllm_jax.interop.foreign import is_foreign, open_foreign
 from nextllm_jax.model.transformer import abstract_params
 from nextllm_jax.published_models import resolve
@@ -146,22 +146,26 @@ def _appearing(output: Path) -> Iterator[Path]:
 
     Raises InputError if there is something at `output` already, and RunFailed if the disk does not take it.
     """
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise InputError(f"{output} exists; choose another --output, or remove it")
-    partial = output.with_name(f".{output.name}.partial")
+    partial = output.parent / f".{output.name}.partial"
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        _remove(partial)
-        yield partial
-        if output.is_dir():
-            output.rmdir()  # an empty one, which a file could not replace
-        partial.rename(output)
+        if not output.name or (output.exists() and not (output.is_dir() and not any(output.iterdir()))):
+            raise InputError(f"{output} exists; choose another --output, or remove it")
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            _remove(partial)
+            yield partial
+            if output.is_dir():
+                output.rmdir()  # an empty one, which a file could not replace
+            partial.rename(output)
+        finally:
+            with contextlib.suppress(OSError):
+                _remove(partial)
     except OSError as error:
+        place = failed_place(error, output)
         raise RunFailed(
-            f"{output} cannot be written ({error.strerror or error}); make room, or mend permissions"
+            f"{output} cannot be written ({place}: {error.strerror or error}); make room, make {place} a "
+            "writable directory, or choose another --output"
         ) from error
-    finally:
-        _remove(partial)
 
 
 def _remove(path: Path) -> None:

@@ -1,5 +1,8 @@
 """The exceptions that the command line turns into one sentence and an exit code, and the codes."""
 
+import os
+from pathlib import Path
+
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 75
 
 
@@ -15,3 +18,9 @@ class RunFailed(Exception):
 
     The command line prints the message without a traceback and exits 1.
     """
+
+
+def failed_place(error: OSError, default: os.PathLike[str]) -> Path:
+    """What a failure to write is about: the path that the system named, or the nearest directory of it that exists."""
+    path = Path(os.fsdecode(error.filename2 or error.filename or default))
+    return next((place for place in (path, *path.parents) if os.path.lexists(place)), path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -78,6 +79,10 @@ def _check(arguments: PlanArguments) -> None:
         raise InputError("--hlo writes the one train step that is compiled; leave out --fast, --search and --decode")
     if arguments.hlo is not None and Path(arguments.hlo).exists():
         raise InputError(f"{arguments.hlo} exists already; give --hlo a new file")
+    if arguments.hlo is not None and not os.access(Path(arguments.hlo).parent, os.W_OK):
+        raise InputError(
+            f"--hlo {arguments.hlo} cannot be written; name a file in a directory that exists and is writable"
+        )
     if arguments.run.init_from is not None:
         raise InputError(
             f"init_from is {arguments.run.init_from}; a plan does not look into other models, nor does it count "

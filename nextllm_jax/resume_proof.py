@@ -82,7 +82,7 @@ def prove(config: Config, *, steps: int, say: Callable[[str], None]) -> list[Com
 
 def _shortened(config: Config, steps: int, data: Path) -> Config:
     """The config for `steps` steps of its own schedule, a line for each, evaluated once and saved a few times."""
-    length = config.optimizer.schedule_steps or config.training.steps
+    length = config.optimizer.schedule_length(config.training.steps)
     training = dataclasses.replace(config.training, steps=steps, log_every_steps=1, evaluate_every_steps=steps)
     return dataclasses.replace(
         config,

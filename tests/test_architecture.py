@@ -59,7 +59,9 @@ FOLDERS = {  # inside a folder a file imports from those to its left
         "published",
         "chat",
     ),
-    "data": (*("conversations", "corpora", "shards", "data_directory", "processes", "prepare", "packing", "loader"),),
+    "data": (
+        *("conversations", "corpora", "shards", "data_directory", "processes", "parts", "prepare", "packing", "loader"),
+    ),
     "training": (
         *(
             "optimizer",

@@ -1,7 +1,9 @@
 """Import and export at the user's door: what is written loads as the same model, and failures leave nothing behind."""
 
+import errno
 import json
 import os
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,8 +14,8 @@ pytest.importorskip("gguf", reason="gguf is missing; install the extra 'interop'
 pytest.importorskip("tokenizers", reason="tokenizers is missing; install the extra 'interop'")
 
 import nextllm_jax
-from nextllm_jax.convert import export_model, import_model
-from nextllm_jax.errors import InputError
+from nextllm_jax.convert import _appearing, export_model, import_model
+from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 from tests.interop.models import CONFIG, TOKENIZER, assert_equal_trees, write_huggingface
 
@@ -86,6 +88,34 @@ def test_an_output_that_exists_is_refused_and_kept(huggingface, tmp_path):
     with pytest.raises(InputError, match="exists; choose another --output"):
         import_model(str(huggingface), str(tmp_path / "run"))
     assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_output_that_cannot_be_written_is_named_with_what_is_in_the_way(huggingface, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFailed, match=r"run cannot be written \(.*/file: .*make .*/file a writable directory"):
+        import_model(str(huggingface), str(tmp_path / "file" / "run"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", not_permitted)
+        patch.setattr(Path, "is_dir", not_permitted)
+        with (
+            pytest.raises(RunFailed, match=r"run cannot be written \(.*: Permission denied\)"),
+            _appearing(tmp_path / "run"),
+        ):
+            pass
+    monkeypatch.setattr("nextllm_jax.interop.huggingface.save_file", full_disk)
+    with pytest.raises(RunFailed, match=r"out cannot be written \(.*No space left.*make room"):
+        export_model(str(huggingface), str(tmp_path / "out"), file_format="huggingface", dtype="float32")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "hf"]
+
+
+def not_permitted(path):
+    raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+
+def full_disk(*args, **settings):
+    from safetensors import SafetensorError
+
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
 def test_other_paths_are_refused(tmp_path):

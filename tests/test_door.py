@@ -79,9 +79,10 @@ def test_killed_and_continued_ends_where_an_uninterrupted_run_ends(trained, door
 
 def test_best_and_latest_both_survive(door):
     """With a learning rate that diverges the best is early; the latest two are the last ones."""
-    door.run("train.py", "--config", "config.py", "--training.evaluate-every-steps", "10",
-             "--training.sample-tokens", "0", "--optimizer.learning-rate", "20",
-             "--optimizer.warmup-steps", "30")  # fmt: skip
+    log = door.run("train.py", "--config", "config.py", "--training.evaluate-every-steps", "10",
+                   "--training.sample-tokens", "0", "--optimizer.learning-rate", "20",
+                   "--optimizer.warmup-steps", "30").stdout  # fmt: skip
+    assert "warming up for 20 steps instead of optimizer.warmup_steps 30: at most half of" in log
     run = door.directory / "runs" / "config"
     losses = {line["step"]: line["loss"] for line in metrics(run, "validation")}
     best = min(losses, key=losses.get)
@@ -174,7 +175,7 @@ REFUSED = {
     "tokenizer": (["--data.tokenizer", "gpt2"], "  data.tokenizer train -> gpt2"),
     "model": (["--model.mlp-dim", "48", "--optimizer.b1", "0.8"], r"(?s)  model.mlp_dim 64 -> 48 .*  optimizer.b1 0"),
     "wrong name": (["--allow-change", "sed"], "did you mean seed"),
-    "overwriting a bad config": (["--overwrite", "--optimizer.warmup-steps", "99"], "warmup_steps 99"),
+    "overwriting a bad config": (["--overwrite", "--optimizer.schedule-steps", "-9"], "schedule_steps is -9"),
 }
 
 

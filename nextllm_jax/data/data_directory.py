@@ -1,21 +1,26 @@
 """The directory of prepared data: who may write it, and that nothing else in it is lost."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import shutil
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nextllm_jax.data.shards import FORMAT, SPLITS, files_of
-from nextllm_jax.errors import InputError
+from nextllm_jax.data.shards import FORMAT, SPLITS, files_of, partial_path
+from nextllm_jax.errors import InputError, failed_place
 
 _SETTINGS = "settings.json"
 _INDEX = "index.json"
 _REPLACED = ".replaced-by-nextllm-prepare"
 _ANY_FORMAT = FORMAT.rstrip("0123456789")
+_POLL_SECONDS, _SILENT_SECONDS = 0.2, 1.0
+"""How often a waiting process tries the lock, and after how long it says that it waits."""
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
@@ -25,7 +30,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
 
 def is_prepared(directory: Path) -> bool:
     """True if `directory` holds prepared data, whole, by the look of it."""
-    return (directory / _INDEX).is_file()
+    return os.path.isfile(directory / _INDEX)  # Path.is_file raises for a directory that may not be searched
 
 
 def check_replaceable(output: Path, overwrite: bool) -> None:
@@ -49,20 +54,94 @@ def check_replaceable(output: Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def claimed(partial: Path, output: Path) -> Iterator[None]:
-    """Hold a lock on the partial directory, made if need be. Raises InputError if another process holds it."""
-    partial.mkdir(parents=True, exist_ok=True)
-    handle = os.open(partial, os.O_RDONLY)
+def writing(output: Path) -> Iterator[None]:
+    """A context in which a failure to create, write or rename the files of `output` becomes an InputError.
+
+    An OSError of any other file passes.
+    """
     try:
-        # Some network file systems have no locks; there the lock is best effort.
-        with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(f"another process is preparing {output}; wait for it") from error
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = f"the disk of {output} is full; free space and run again, finished parts are kept"
+            raise InputError(message) from error
+        if not _concerns(error, output):
+            raise
+        place = failed_place(error, output)
+        raise InputError(
+            f"data directory {output} cannot be written ({place}: {error.strerror or error}); make {place} a writable "
+            "directory, or prepare elsewhere: nextllm prepare --output DIR, then train with --data.path DIR"
+        ) from error
+
+
+def _concerns(error: OSError, output: Path) -> bool:
+    """Whether an error is about a file of `output`, or about a directory that it is in."""
+    if error.filename is None:  # from writing to an open file
+        return error.errno in (errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
+    path = Path(os.fsdecode(error.filename))
+    ours = (output, partial_path(output))
+    return any(path.is_relative_to(each) or each.is_relative_to(path) for each in ours)
+
+
+@contextlib.contextmanager
+def claimed(partial: Path, output: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a lock on the partial directory, which is created if need be, and removed if it is empty at the end.
+
+    While another process holds it, `wait` waits for that process to finish or to die; without, raises InputError.
+    That process may have published `output` meanwhile, so look at it again.
+    """
+    handle = _claim(partial, output, wait)
+    try:
         yield
     finally:
+        if _is_at(handle, partial):
+            with contextlib.suppress(OSError):
+                partial.rmdir()
         os.close(handle)
+
+
+def _claim(partial: Path, output: Path, wait: bool) -> int:
+    """An open handle of the partial directory with its lock, which goes when the handle is closed.
+
+    The process that held the lock may have renamed the directory to `output`, so what is locked may no longer be at
+    that path; then this starts over.
+    """
+    started, said = time.monotonic(), False
+    while True:
+        partial.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(partial, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        is_locked, is_current = _lock(handle), _is_at(handle, partial)
+        if is_locked and is_current:
+            return handle
+        os.close(handle)
+        if is_current:
+            if not wait:
+                raise InputError(f"another process is preparing {output}; wait for it")
+            if not said and time.monotonic() - started > _SILENT_SECONDS:
+                print(f"waiting for another process, which is preparing {output}", file=sys.stderr, flush=True)
+                said = True
+            time.sleep(_POLL_SECONDS)
+
+
+def _lock(handle: int) -> bool:
+    """Lock a directory unless another process has it locked. Some network file systems have no locks: true there."""
+    with contextlib.suppress(OSError):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether the open directory is the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def start_or_continue(partial: Path, settings: dict[str, Any]) -> None:
@@ -97,8 +176,9 @@ def publish(partial: Path, output: Path) -> None:
 
 def remove_replaced(output: Path) -> None:
     """Remove the older data that a process killed while it published has left in `output`."""
-    if (output / _REPLACED).is_dir():
-        shutil.rmtree(output / _REPLACED)
+    while (output / _REPLACED).is_dir():
+        with contextlib.suppress(FileNotFoundError):  # another process may be removing it too
+            shutil.rmtree(output / _REPLACED)
 
 
 def _read_ours(file: Path) -> dict[str, Any]:

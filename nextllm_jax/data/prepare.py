@@ -8,7 +8,6 @@ that was stopped continues from the parts that are there. Nothing here imports j
 
 import collections
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
@@ -17,17 +16,14 @@ import platform
 import re
 import shutil
 import sys
-import time
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from nextllm_jax.config import DataConfig
-from nextllm_jax.data.conversations import Encoded, encode_conversation, words_of
+from nextllm_jax.data.conversations import words_of
 from nextllm_jax.data.corpora import Document, document_hash, listing_hash, read_documents, validation_limit
 from nextllm_jax.data.data_directory import (
     check_replaceable,
@@ -37,17 +33,16 @@ from nextllm_jax.data.data_directory import (
     read_settings,
     remove_replaced,
     start_or_continue,
+    writing,
 )
+from nextllm_jax.data.parts import Part, cut_into_parts, is_whole, load_mask, load_part, tokenize_part
 from nextllm_jax.data.processes import map_in_processes
 from nextllm_jax.data.shards import (
     FORMAT,
     SPLITS,
     Dataset,
-    SplitName,
-    TokenizedDocuments,
     mounted_path,
     partial_path,
-    token_dtype,
     write_index,
     write_masks,
     write_split,
@@ -58,27 +53,8 @@ from nextllm_jax.tokenizer.chat import ChatTemplate
 from nextllm_jax.tokenizer.published import load_tokenizer
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
-PART_CHARACTERS = 1_000_000
 TOKENIZER_SAMPLE_CHARACTERS = 100_000_000
 """A tokenizer is trained on the first training documents, up to this much text."""
-
-
-class Part(NamedTuple):
-    """Consecutive documents, which of them are held out, and the file that their tokens go to."""
-
-    texts: list[str]
-    held_out: list[bool]
-    path: Path
-    places: list[str]
-    """Where conversations come from, for errors; empty for others."""
-
-
-class PartReport(NamedTuple):
-    """What tokenizing a part took."""
-
-    process: int
-    num_tokens: int
-    seconds: float
 
 
 def data_settings(config: DataConfig) -> dict[str, Any]:
@@ -116,7 +92,8 @@ def find_prepared(config: DataConfig) -> Path | None:
         return path
     if config.path:
         raise InputError(
-            f"data.path {path} holds no prepared data; check the path, or make it: nextllm prepare --output {path}"
+            f"data.path {path} holds no prepared data that can be read; check the path, or make it: "
+            f"nextllm prepare --output {path}"
         )
     return None
 
@@ -141,12 +118,13 @@ def ensure_prepared(config: DataConfig) -> Path:
 
     Data that `config.path` names is used as it is; a line on standard error says what it is where the config
     says otherwise, and where the files of a corpus changed since. Raises InputError if nothing is prepared there.
+    If another process is preparing the data, this waits for it, and goes on if that process dies.
     """
     path = find_prepared(config)
     if path is None:
         path = default_data_path(config)
         print(f"preparing {config.corpus} in {path}", file=sys.stderr)
-        prepare(config, path)
+        prepare(config, path, wait=True)
     elif said := remark(config, path):
         print(said, file=sys.stderr)
     return path
@@ -169,7 +147,7 @@ def _files_changed(config: DataConfig, settings: dict[str, Any]) -> bool:
         return False
 
 
-def prepare(config: DataConfig, output: Path, *, overwrite: bool = False) -> None:
+def prepare(config: DataConfig, output: Path, *, overwrite: bool = False, wait: bool = False) -> None:
     """Write the corpus as token shards into `output`, which appears only when it is complete.
 
     Does nothing if `output` was made with these settings already. Runs again after an interruption continue,
@@ -177,38 +155,44 @@ def prepare(config: DataConfig, output: Path, *, overwrite: bool = False) -> Non
 
     A script that calls this needs `if __name__ == "__main__":`, since worker processes are spawned.
     Raises InputError if `output` holds something else or was made of files that have changed (`overwrite` replaces
-    prepared data only), if another process prepares it, if the corpus or the tokenizer cannot be read, or if the
-    disk is full.
+    prepared data only), if another process prepares it (`wait` waits for that one instead), if the corpus or the
+    tokenizer cannot be read, or if `output` cannot be written.
     """
     output = mounted_path(output)
-    settings = data_settings(config)
-    partial = partial_path(output)
-    found = read_settings(output)
-    if not overwrite and is_prepared(output) and settings.items() <= found.items():
-        if _files_changed(config, found):
-            raise InputError(
-                f"the files of data.corpus {config.corpus} changed after {output} was prepared; "
-                "pass --overwrite to prepare it again, or name another directory"
-            )
-        remove_replaced(output)
-        print(f"{output} is prepared already")
+    if os.path.islink(output):
+        output = output.resolve()
+    if not overwrite and _is_prepared_already(config, output):
         return
-    check_replaceable(output, overwrite)
-    settings["files"] = listing_hash(config.corpus)
-    try:
-        with claimed(partial, output):
-            start_or_continue(partial, settings)
-            if not is_prepared(partial):
-                _write_dataset(config, lambda: read_documents(config), partial)
-            if (partial / "parts").exists():
-                shutil.rmtree(partial / "parts")
-            check_replaceable(output, overwrite)
-            publish(partial, output)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise InputError(f"the disk of {output} is full; free space and run again, finished parts are kept") from error
+    if not output.name or os.path.ismount(output):
+        raise InputError(f"{output} cannot be replaced by prepared data; name a directory in it")
+    partial = partial_path(output)
+    settings = data_settings(config) | {"files": listing_hash(config.corpus)}
+    with writing(output), claimed(partial, output, wait=wait):
+        if not overwrite and _is_prepared_already(config, output):  # by another process, meanwhile
+            return
+        check_replaceable(output, overwrite)
+        start_or_continue(partial, settings)
+        if not is_prepared(partial):
+            _write_dataset(config, lambda: read_documents(config), partial)
+        if (partial / "parts").exists():
+            shutil.rmtree(partial / "parts")
+        check_replaceable(output, overwrite)
+        publish(partial, output)
     _print_counts(output)
+
+
+def _is_prepared_already(config: DataConfig, output: Path) -> bool:
+    """Whether `output` was prepared with these settings. Raises InputError if it was, of files that have changed."""
+    if not is_prepared(output) or not data_settings(config).items() <= (found := read_settings(output)).items():
+        return False
+    if _files_changed(config, found):
+        raise InputError(
+            f"the files of data.corpus {config.corpus} changed after {output} was prepared; "
+            "pass --overwrite to prepare it again, or name another directory"
+        )
+    remove_replaced(output)
+    print(f"{output} is prepared already")
+    return True
 
 
 def prepare_sample(config: DataConfig, output: Path, characters: int) -> bool:
@@ -240,14 +224,14 @@ def _write_dataset(config: DataConfig, read: Documents, partial: Path) -> None:
         name: write_split(
             partial,
             name,
-            (_load_part(path, name) for path in part_paths),
+            (load_part(path, name) for path in part_paths),
             vocab_size=tokenizer.vocab_size,
             tokens_per_shard=config.tokens_per_shard,
         )
         for name in SPLITS
     }
     for name in SPLITS if config.messages_field else ():
-        masks = (_load_mask(path, name) for path in part_paths)
+        masks = (load_mask(path, name) for path in part_paths)
         splits[name]["masks"] = write_masks(partial, name, masks, tokens_per_shard=config.tokens_per_shard)
     write_index(partial, tokenizer, splits)
 
@@ -305,15 +289,16 @@ def _tokenize_corpus(config: DataConfig, read: Documents, limit: int, partial: P
     paths: list[Path] = []
 
     def missing_parts() -> Iterator[Part]:
-        for part in _cut_into_parts(read(), limit, partial / "parts", bool(config.messages_field)):
+        for part in cut_into_parts(read(), limit, partial / "parts", bool(config.messages_field)):
             paths.append(part.path)
-            if not _is_whole(part.path):
+            if not is_whole(part.path):
                 yield part
 
-    work = functools.partial(_tokenize_part, tokenizer_directory=partial / "tokenizer", tokenizer_hash=tokenizer_hash)
+    work = functools.partial(tokenize_part, tokenizer_directory=partial / "tokenizer", tokenizer_hash=tokenizer_hash)
     tokens: collections.Counter[int] = collections.Counter()
     seconds: collections.defaultdict[int, float] = collections.defaultdict(float)
-    with tqdm(desc="tokenizing", unit=" tokens", unit_scale=True, mininterval=_bar_interval()) as bar:
+    redraw_seconds = 0.2 if sys.stderr.isatty() else 10.0  # often on a terminal, seldom in a log
+    with tqdm(desc="tokenizing", unit=" tokens", unit_scale=True, mininterval=redraw_seconds) as bar:
         for report in map_in_processes(work, missing_parts(), config.num_processes or os.cpu_count() or 1):
             tokens[report.process] += report.num_tokens
             seconds[report.process] += report.seconds
@@ -321,91 +306,6 @@ def _tokenize_corpus(config: DataConfig, read: Documents, limit: int, partial: P
     for number, process in enumerate(tokens, 1):
         print(f"process {number}: {tokens[process]:,} tokens, {tokens[process] / seconds[process]:,.0f} tokens/s")
     return paths
-
-
-def _cut_into_parts(documents: Iterable[Document], limit: int, directory: Path, conversations: bool) -> Iterator[Part]:
-    held: list[Document] = []
-    size = 0
-    for document in documents:
-        held.append(document)
-        size += len(document.text)
-        if size >= PART_CHARACTERS:
-            yield _make_part(held, limit, directory, conversations)
-            held, size = [], 0
-    if held:
-        yield _make_part(held, limit, directory, conversations)
-
-
-def _make_part(documents: list[Document], limit: int, directory: Path, conversations: bool) -> Part:
-    texts = [document.text for document in documents]
-    held_out = [document_hash(document) <= limit for document in documents]
-    content = hashlib.sha256(bytes(held_out))
-    for text in texts:
-        encoded = text.encode()
-        content.update(b"%d:" % len(encoded))
-        content.update(encoded)
-    places = [document.place for document in documents] if conversations else []
-    return Part(texts, held_out, directory / f"{content.hexdigest()[:32]}.npz", places)
-
-
-def _tokenize_part(part: Part, *, tokenizer_directory: Path, tokenizer_hash: str) -> PartReport:
-    """Tokenize a part into its file, an array for each split. Runs in a worker process."""
-    tokenizer = _load_tokenizer_once(tokenizer_directory, tokenizer_hash)
-    dtype = token_dtype(tokenizer.vocab_size)
-    started = time.perf_counter()
-    arrays: dict[str, np.ndarray] = {}
-    template = ChatTemplate(tokenizer) if part.places else None
-    for name in SPLITS:
-        chosen = [i for i, held_out in enumerate(part.held_out) if held_out == (name == "validation")]
-        if template:
-            encoded = [encode_conversation(tokenizer, template, part.texts[i], part.places[i]) for i in chosen]
-            masks = [np.array(each.mask, np.uint8) for each in encoded]
-            arrays[f"{name}_mask"] = np.concatenate([np.empty(0, np.uint8), *masks])
-        else:
-            texts = [part.texts[i] for i in chosen]
-            encoded = [Encoded(tokenizer.encode_document(text), [], len(text.encode())) for text in texts]
-        documents = [np.array(each.ids, dtype) for each in encoded]
-        arrays[f"{name}_tokens"] = np.concatenate([np.empty(0, dtype), *documents])
-        arrays[f"{name}_lengths"] = np.array([len(tokens) for tokens in documents], np.int64)
-        arrays[f"{name}_bytes"] = np.array(sum(each.num_bytes for each in encoded))
-    temporary = part.path.with_suffix(f".{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-    temporary.replace(part.path)
-    num_tokens = sum(len(arrays[f"{name}_tokens"]) for name in SPLITS)
-    return PartReport(os.getpid(), num_tokens, time.perf_counter() - started)
-
-
-@functools.lru_cache(1)
-def _load_tokenizer_once(directory: Path, expected_hash: str) -> Tokenizer:
-    """The tokenizer in `directory`; the hash is part of the key, since a directory may come to hold another."""
-    tokenizer = Tokenizer.load(directory)
-    assert tokenizer.hash == expected_hash
-    return tokenizer
-
-
-def _is_whole(part: Path) -> bool:
-    """Whether a part is there and is what was written, by the checksums in it."""
-    try:
-        with zipfile.ZipFile(part) as file:
-            return file.testzip() is None
-    except (OSError, zipfile.BadZipFile):
-        return False
-
-
-def _load_part(path: Path, name: SplitName) -> TokenizedDocuments:
-    with np.load(path) as arrays:
-        return TokenizedDocuments(arrays[f"{name}_tokens"], arrays[f"{name}_lengths"], int(arrays[f"{name}_bytes"]))
-
-
-def _load_mask(path: Path, name: SplitName) -> np.ndarray:
-    with np.load(path) as arrays:
-        return arrays[f"{name}_mask"]
-
-
-def _bar_interval() -> float:
-    """Seconds between redraws: often on a terminal, seldom in a log."""
-    return 0.2 if sys.stderr.isatty() else 10.0
 
 
 def _print_counts(output: Path) -> None:

@@ -65,7 +65,7 @@ def mounted_path(path: str | os.PathLike[str]) -> Path:
 
 def partial_path(output: Path) -> Path:
     """Where data is prepared that becomes `output` when it is complete."""
-    return output.with_name(f"{output.name}.partial")
+    return output.parent / f"{output.name}.partial"
 
 
 def write_split(

@@ -188,7 +188,10 @@ class _Shards:
 
     def _write(self) -> None:
         part = self._directory / f"part-{len(self._written)}"
-        save_file(self._pending, part, metadata={"format": "pt"})
+        try:
+            save_file(self._pending, part, metadata={"format": "pt"})
+        except SafetensorError as error:  # on a full disk, for one
+            raise OSError(str(error)) from error
         part.chmod(0o644)  # the library lets the owner alone read it
         self._written.append(list(self._pending))
         self._total_bytes += self._pending_bytes

@@ -30,6 +30,7 @@ from nextllm_jax.tokenizer.tokenizer import Tokenizer
 from nextllm_jax.training.evaluate import evaluate
 from nextllm_jax.training.flight_recorder import FlightRecorder, environment
 from nextllm_jax.training.metrics import TrainMeter
+from nextllm_jax.training.optimizer import describe_warmup
 from nextllm_jax.training.profiler import StepProfiler
 from nextllm_jax.training.program import Program, to_save
 from nextllm_jax.training.resume_guard import local_workdir, require_same_data
@@ -117,6 +118,8 @@ def _describe(writers: Writers, run: RunDirectory, start: Start, step: int | Non
     for split in SPLITS:
         if said := describe_windows(dataset.split(split), config.data.sequence_length):
             writers.message(said)
+    if said := describe_warmup(config.optimizer, config.training.steps):
+        writers.message(said)
     if step is not None:
         writers.message(f"continuing from step {step} of {run.path}")
     for change in run.changes:

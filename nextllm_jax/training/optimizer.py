@@ -12,27 +12,39 @@ from nextllm_jax.config import OptimizerConfig
 def schedule(config: OptimizerConfig, training_steps: int) -> optax.Schedule:
     """The learning rate as a function of the step, warmup first.
 
-    The first step has `learning_rate / warmup_steps`, so that none is wasted on a rate of zero, and the
-    last step of the schedule has the final rate. Config checks that the warmup is shorter than the schedule.
+    The first step has `learning_rate` divided by the steps of warmup, so none is wasted on a rate of zero. The last
+    step of the schedule has the final rate, and every later step keeps it. The decay never overlaps the warmup: wsd
+    decays for at most the steps that the warmup leaves. The warmup takes at most half of the schedule.
     """
-    steps = config.schedule_steps or training_steps
+    steps, warmup = config.schedule_length(training_steps), config.warmup_length(training_steps)
     peak = config.learning_rate
     final = peak * config.final_learning_rate_fraction
-    after_warmup = steps - config.warmup_steps
-    decay = max(after_warmup - 1, 1)
-    if config.schedule == "cosine":
-        main = optax.cosine_decay_schedule(peak, decay, alpha=config.final_learning_rate_fraction)
-    elif config.schedule == "linear":
-        main = optax.linear_schedule(peak, final, decay)
-    elif config.schedule == "wsd":
-        decay = max(round(steps * config.decay_steps_fraction), 1)
-        main = optax.linear_schedule(peak, final, decay, transition_begin=max(after_warmup - 1 - decay, 0))
-    else:
+    last = steps - warmup - 1  # the last step of the schedule, counted from the end of the warmup
+    if config.schedule == "constant":
         main = optax.constant_schedule(peak)
-    if not config.warmup_steps:
+    elif last == 0:
+        main = optax.constant_schedule(final)
+    elif config.schedule == "cosine":
+        main = optax.cosine_decay_schedule(peak, last, alpha=config.final_learning_rate_fraction)
+    else:
+        wsd_decay = min(max(round(steps * config.decay_steps_fraction), 1), last)
+        decay = wsd_decay if config.schedule == "wsd" else last
+        main = optax.linear_schedule(peak, final, decay, transition_begin=last - decay)
+    if not warmup:
         return main
-    warmup = optax.linear_schedule(peak / config.warmup_steps, peak, max(config.warmup_steps - 1, 1))
-    return optax.join_schedules([warmup, main], [config.warmup_steps])
+    rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+    return optax.join_schedules([rise, main], [warmup])
+
+
+def describe_warmup(config: OptimizerConfig, training_steps: int) -> str | None:
+    """What to say of a warmup that is shorter than the config's, because the schedule is short."""
+    steps, warmup = config.schedule_length(training_steps), config.warmup_length(training_steps)
+    if warmup == config.warmup_steps:
+        return None
+    return (
+        f"warming up for {warmup} steps instead of optimizer.warmup_steps {config.warmup_steps}: "
+        f"at most half of the schedule's {steps} steps"
+    )
 
 
 def decay_mask(config: OptimizerConfig, params: Any) -> Any:

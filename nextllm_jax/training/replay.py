@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from nextllm_jax.checkpoint import Checkpoints
 from nextllm_jax.config import Config
-from nextllm_jax.config_files import from_dict
+from nextllm_jax.config_files import config_of_values
 from nextllm_jax.data.loader import TrainLoader
 from nextllm_jax.data.packing import Batch
 from nextllm_jax.data.prepare import default_data_path
@@ -77,7 +77,7 @@ class Bundle:
                 raise InputError(f"{path / BUNDLE} is damaged: '{name}' is not what a run writes there")
         if (content["checkpoint"] or 0) >= content["step"]:
             raise InputError(f"{path / BUNDLE} is damaged: 'checkpoint' is not before 'step'")
-        return cls(path, content, from_dict(Config, content["config"], str(path / BUNDLE)), windows, batch)
+        return cls(path, content, config_of_values(content["config"], str(path / BUNDLE)), windows, batch)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from nextllm_jax.config import Config
-from nextllm_jax.config_files import read_config
+from nextllm_jax.config_files import is_of_first_format, read_config
 from nextllm_jax.config_model import EXECUTION_FIELDS
 from nextllm_jax.errors import InputError
 
@@ -133,11 +133,14 @@ def allowed_fields(allow_change: Collection[str]) -> frozenset[str]:
 def _schedule_change(old: Config, new: Config) -> Change | None:
     """The change by which the learning rates of steps already taken would have been others; None without one.
 
-    More steps on a schedule of stated length, and any length of a constant one, leave the past as it was.
+    More steps on a schedule of stated length leave the past as it was; so does any length of a constant one that does
+    not change the warmup.
     """
-    before = old.optimizer.schedule_steps or old.training.steps
-    after = new.optimizer.schedule_steps or new.training.steps
-    if before == after or old.optimizer.schedule == new.optimizer.schedule == "constant":
+    before = old.optimizer.schedule_length(old.training.steps)
+    after = new.optimizer.schedule_length(new.training.steps)
+    warmup = old.optimizer.warmup_steps
+    constant = old.optimizer.schedule == new.optimizer.schedule == "constant"
+    if before == after or (constant and min(warmup, before // 2) == min(warmup, after // 2)):
         return None
     if old.optimizer.schedule_steps == new.optimizer.schedule_steps:
         meaning = (
@@ -147,6 +150,21 @@ def _schedule_change(old: Config, new: Config) -> Change | None:
         return Change("training.steps", old.training.steps, new.training.steps, meaning, True)
     lengths = f"the schedule would have {after} steps instead of {before}, so that the learning rate would jump"
     return Change("optimizer.schedule_steps", old.optimizer.schedule_steps, new.optimizer.schedule_steps, lengths, True)
+
+
+def _changes_since_first_format(old: Config, new: Config) -> list[Change]:
+    """The settings of a run of the first format whose schedule this version computes in another way."""
+    length = new.optimizer.schedule_length(new.training.steps)
+    warmup, fraction = old.optimizer.warmup_steps, old.optimizer.decay_steps_fraction
+    found = []
+    if warmup > length // 2:
+        meaning = "a warmup takes at most half of the schedule now, so the learning rate would jump"
+        found.append(Change("optimizer.warmup_steps", warmup, length // 2, meaning, True))
+    room = length - warmup - 1
+    if old.optimizer.schedule == "wsd" and round(length * fraction) > max(room, 1):
+        meaning = "the decay never overlaps the warmup now, so the learning rate would jump"
+        found.append(Change("optimizer.decay_steps_fraction", fraction, max(room, 0) / length, meaning, True))
+    return found
 
 
 def changes(old: Config, new: Config) -> list[Change]:
@@ -172,7 +190,11 @@ def require_resumable(workdir: epath.PathLike, config: Config, allow_change: Col
     allowed = allowed_fields(allow_change)
     if not (epath.Path(workdir) / CONFIG).exists():
         return []
-    found = changes(read_run(workdir), config)
+    old = read_run(workdir)
+    found = changes(old, config)
+    if is_of_first_format(epath.Path(workdir) / CONFIG):
+        named = {change.name for change in found}
+        found += [change for change in _changes_since_first_format(old, config) if change.name not in named]
     refused = [change for change in found if change.name not in allowed]
     if not refused:
         return found

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from nextllm_jax.config import DataConfig
+from nextllm_jax.data import parts
 from nextllm_jax.data import prepare as prepare_module
 from nextllm_jax.data.corpora import document_hash, read_documents, validation_limit
-from nextllm_jax.data.data_directory import claimed
 from nextllm_jax.data.prepare import default_data_path, ensure_prepared, prepare
 from nextllm_jax.data.shards import SPLITS, Dataset
 from nextllm_jax.errors import InputError
@@ -42,7 +42,7 @@ def config(tmp_path):
 @pytest.fixture
 def small_parts(monkeypatch):
     """Parts of about 5,000 characters, so that a small corpus has many."""
-    monkeypatch.setattr(prepare_module, "PART_CHARACTERS", 5000)
+    monkeypatch.setattr(parts, "PART_CHARACTERS", 5000)
 
 
 def contents(directory):
@@ -80,7 +80,7 @@ def test_any_number_of_processes_gives_the_same_bytes(config, tmp_path, small_pa
 @pytest.mark.parametrize("damage", [lambda part: part[:2], lambda part: part[:300] + b"?" + part[301:]])
 def test_a_failed_run_goes_on_from_its_parts(config, tmp_path, small_parts, monkeypatch, damage):
     prepare(config, tmp_path / "expected")
-    real = prepare_module._tokenize_part
+    real = prepare_module.tokenize_part
     done = []
 
     def stops_at_the_third(part, **settings):
@@ -89,7 +89,7 @@ def test_a_failed_run_goes_on_from_its_parts(config, tmp_path, small_parts, monk
         done.append(part.path.name)
         return real(part, **settings)
 
-    monkeypatch.setattr(prepare_module, "_tokenize_part", stops_at_the_third)
+    monkeypatch.setattr(prepare_module, "tokenize_part", stops_at_the_third)
     with pytest.raises(RuntimeError, match="stopped"):
         prepare(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -118,11 +118,11 @@ KILLED_RUN = """
 import sys, time
 from pathlib import Path
 from nextllm_jax.config import DataConfig
-from nextllm_jax.data import prepare as module
+from nextllm_jax.data import parts, prepare as module
 
 if __name__ == "__main__":
     assert "jax" not in sys.modules, "preparing must not import jax"
-    module.PART_CHARACTERS = 5000
+    parts.PART_CHARACTERS = 5000
     documents = module.read_documents
     def slowly(config):
         for number, document in enumerate(documents(config)):
@@ -210,14 +210,6 @@ def test_an_address_is_refused(config):
         prepare(config, default_data_path(dataclasses.replace(config, path="gs://bucket/data")))
 
 
-def test_two_preparations_of_one_output_are_refused(config, tmp_path):
-    output = tmp_path / "out"
-    held = claimed(tmp_path / "out.partial", output)
-    with held, pytest.raises(InputError, match="another process is preparing"):
-        prepare(config, output)
-    prepare(config, output)
-
-
 def test_a_full_disk_is_one_sentence_and_keeps_what_is_done(config, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -236,7 +228,7 @@ def _dies(part, **settings):
 
 
 def test_a_killed_worker_is_one_sentence(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "_tokenize_part", _dies)
+    monkeypatch.setattr(prepare_module, "tokenize_part", _dies)
     with pytest.raises(InputError, match=r"smaller data.num_processes"):
         prepare(dataclasses.replace(config, num_processes=2), tmp_path / "out")
 
@@ -376,9 +368,9 @@ KILLED_AT_EVERY_CHANGE = """
 import os, shutil, signal, sys
 from pathlib import Path
 from nextllm_jax.config import DataConfig
-from nextllm_jax.data import prepare as module
+from nextllm_jax.data import parts, prepare as module
 
-module.PART_CHARACTERS = 5000
+parts.PART_CHARACTERS = 5000
 module.tqdm.monitor_interval = 0  # its thread would not live on in the forks
 corpus, directory = sys.argv[1], Path(sys.argv[2])
 config = DataConfig(corpus=corpus, vocab_size=300, num_processes=1, validation_fraction=0.2, tokens_per_shard=3000)

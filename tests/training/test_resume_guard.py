@@ -1,6 +1,8 @@
 """Which settings may differ when a run goes on, field by field."""
 
 import dataclasses
+import json
+import re
 
 import pytest
 
@@ -179,6 +181,7 @@ def length(steps, schedule_steps=None, schedule="cosine"):
         (length(200, 300), length(400, 200), "optimizer.schedule_steps"),
         (length(200, 300), length(200), "optimizer.schedule_steps"),
         (length(200, schedule="constant"), length(400, schedule="constant"), None),
+        (length(100, schedule="constant"), length(400, schedule="constant"), "training.steps"),  # another warmup
         (length(200, schedule="wsd"), length(400, schedule="wsd"), "training.steps"),
     ],
 )
@@ -186,7 +189,34 @@ def test_a_run_is_extended_without_bending_its_schedule(old, new, name):
     found = changes(old, new)
     assert [change.name for change in found] == ([name] if name else [])
     if name == "training.steps":
-        assert "--optimizer.schedule-steps 200 to keep the schedule" in str(found[0])
+        assert f"--optimizer.schedule-steps {old.training.steps} to keep the schedule" in str(found[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "change"),
+    [
+        ({"warmup_steps": 15}, "optimizer.warmup_steps 15 -> 10 (a warmup takes at most half of the schedule now"),
+        ({"warmup_steps": 10}, None),
+        (
+            {"warmup_steps": 5, "schedule": "wsd", "decay_steps_fraction": 1.0},
+            "optimizer.decay_steps_fraction 1.0 -> 0.7 (the decay never overlaps the warmup now",
+        ),
+        ({"warmup_steps": 5, "schedule": "wsd", "decay_steps_fraction": 0.7}, None),
+    ],
+)
+def test_a_run_of_an_older_version_does_not_silently_get_another_schedule(tmp_path, settings, change):
+    """Its config.json states no format."""
+    config = dataclasses.replace(CONFIG, optimizer=OptimizerConfig(**settings), training=TrainingConfig(steps=20))
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    if change is None:
+        assert require_resumable(tmp_path, config, []) == []
+    else:
+        with pytest.raises(InputError, match=re.escape(f"\n  {change}")):
+            require_resumable(tmp_path, config, [])
+        (found,) = require_resumable(tmp_path, config, [change.split()[0]])
+        assert str(found).startswith(change)
+    (tmp_path / "config.json").write_text(config.to_json())
+    assert require_resumable(tmp_path, config, []) == []
 
 
 def test_another_programs_config_is_not_a_run(tmp_path):
