@@ -18,7 +18,7 @@ import tyro
 
 from nextllm_jax import process, standard_streams
 from nextllm_jax.config import Config, DataConfig, ModelConfig
-from nextllm_jax.config_files import config_of_arguments
+from nextllm_jax.config_files import config_of_arguments, local_workdir
 from nextllm_jax.convert_cli import export_command, import_command
 from nextllm_jax.distributed import Group, facts_of
 from nextllm_jax.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, InputError, RunFailed
@@ -128,7 +128,7 @@ def _start(arguments: TrainArguments, file: Config, group: Group, stop: StopRequ
     """
     from nextllm_jax.data.prepare import ensure_prepared
     from nextllm_jax.init_from import require_tokenizer, with_source
-    from nextllm_jax.training.resume_guard import allowed_fields, local_workdir
+    from nextllm_jax.training.resume_guard import allowed_fields
     from nextllm_jax.training.run_directory import require_unlocked, require_usable
 
     stop.nothing_to_lose("waiting for the other processes")

@@ -20,6 +20,9 @@ from nextllm_jax.config import FIRST_FORMAT, FORMAT, Config
 from nextllm_jax.config_checks import require
 from nextllm_jax.errors import InputError
 
+CONFIG = "config.json"
+"""File of a run with its config."""
+
 
 def _suggest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
@@ -118,3 +121,10 @@ def config_of_arguments(argv: list[str]) -> Config:
     if len(files) > 1:
         raise InputError(f"--config is given {len(files)} times; give one file, and change fields by their names")
     return load_config_file(files[0]) if files else Config()
+
+
+def local_workdir(config: Config) -> str:
+    """The run directory of a config. Raises InputError for none, and for an address such as gs://bucket/run."""
+    if config.workdir is None or "://" in config.workdir:
+        raise InputError(f"workdir is {config.workdir}; it must name a local directory for the run")
+    return config.workdir

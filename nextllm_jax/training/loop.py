@@ -17,6 +17,7 @@ from nextllm_jax import hardware
 from nextllm_jax.base import RECORD, base_id, save_base
 from nextllm_jax.checkpoint import Checkpoints, DamagedCheckpoint
 from nextllm_jax.config import Config, ModelConfig
+from nextllm_jax.config_files import local_workdir
 from nextllm_jax.data.loader import validation_batches
 from nextllm_jax.data.packing import Batch, describe_windows
 from nextllm_jax.data.prepare import default_data_path
@@ -33,7 +34,7 @@ from nextllm_jax.training.metrics import TrainMeter
 from nextllm_jax.training.optimizer import describe_warmup
 from nextllm_jax.training.profiler import StepProfiler
 from nextllm_jax.training.program import Program, to_save
-from nextllm_jax.training.resume_guard import local_workdir, require_same_data
+from nextllm_jax.training.resume_guard import require_same_data
 from nextllm_jax.training.run_directory import RunDirectory, open_run
 from nextllm_jax.training.signals import StopRequest
 from nextllm_jax.training.start import DEVICE_CHECKS, RUN_CHECKS, Start, require

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from nextllm_jax.config import Config
-from nextllm_jax.config_files import is_of_first_format, read_config
+from nextllm_jax.config_files import CONFIG, is_of_first_format, read_config
 from nextllm_jax.config_model import EXECUTION_FIELDS
 from nextllm_jax.errors import InputError
 
-CONFIG = "config.json"
 _NEW_RUN = "start a new run: another --workdir, or --overwrite to set the old run aside"
 
 # Free to change: where a run is, how it is computed (to rounding) and how it is watched. A whole section, or a field.
@@ -103,13 +102,6 @@ def _is_free(name: str) -> bool:
 def _is_allowable(name: str) -> bool:
     fixed = name in _FIXED or name.startswith("model.")
     return _is_free(name) or not fixed or name in _FLEXIBLE_MODEL
-
-
-def local_workdir(config: Config) -> str:
-    """The run directory of a config. Raises InputError for none, and for an address such as gs://bucket/run."""
-    if config.workdir is None or "://" in config.workdir:
-        raise InputError(f"workdir is {config.workdir}; it must name a local directory for the run")
-    return config.workdir
 
 
 def allowed_fields(allow_change: Collection[str]) -> frozenset[str]:

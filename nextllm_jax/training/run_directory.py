@@ -15,10 +15,11 @@ from etils import epath
 
 from nextllm_jax import checkpoint_files
 from nextllm_jax.config import Config
+from nextllm_jax.config_files import CONFIG
 from nextllm_jax.distributed import Group
 from nextllm_jax.errors import InputError
 from nextllm_jax.orbax_errors import writing
-from nextllm_jax.training.resume_guard import CONFIG, Change, read_run, require_resumable
+from nextllm_jax.training.resume_guard import Change, read_run, require_resumable
 
 _LOCK = ".lock"
 _OVERWRITTEN = "overwritten"

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from nextllm_jax.config import Config
+from nextllm_jax.config_files import local_workdir
 from nextllm_jax.data.loader import TrainLoader
 from nextllm_jax.data.packing import count_windows, describe_windows, has_targets
 from nextllm_jax.data.shards import SPLITS, Dataset
@@ -17,7 +18,6 @@ from nextllm_jax.model.accounting import parameter_count
 from nextllm_jax.sharding import make_mesh, sharding
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 from nextllm_jax.training.program import Program, build_program
-from nextllm_jax.training.resume_guard import local_workdir
 from nextllm_jax.training.run_directory import require_unlocked, require_usable
 
 
