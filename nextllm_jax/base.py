@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from nextllm_jax import checkpoint_files, orbax_errors
-from nextllm_jax.checkpoint import Checkpoints
+from nextllm_jax.checkpoint import Checkpoints, DamagedCheckpoint
 from nextllm_jax.errors import InputError
 
 DIRECTORY = "base"
@@ -53,7 +53,9 @@ def restore_base(checkpoints: Checkpoints, step: int, abstract: Any) -> Any:
         )
     try:
         return Checkpoints(run / DIRECTORY).restore(0, "params", abstract)
-    except InputError as error:  # of whatever kind: no checkpoint of the run is to blame
+    except DamagedCheckpoint as error:  # no longer of that kind: no checkpoint of the run is to blame
         raise InputError(
             f"the frozen weights below the adapters are lost: {error}; bring {run / DIRECTORY} back"
         ) from error
+    except InputError as error:
+        raise InputError(f"the frozen weights below the adapters cannot be used: {error}") from error

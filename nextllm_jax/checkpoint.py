@@ -15,6 +15,7 @@ import contextlib
 import errno
 import math
 import sys
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import jax
@@ -24,6 +25,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from nextllm_jax import checkpoint_files, orbax_errors
+from nextllm_jax.checkpoint_leaves import leaves_of, mismatch
 from nextllm_jax.errors import InputError, RunFailed
 
 _TEXT_BYTES = 1000  # of a sentence that processes exchange
@@ -35,28 +37,6 @@ class DamagedCheckpoint(InputError):
     def __init__(self, step: int, message: str) -> None:
         super().__init__(message)
         self.step = step
-
-
-def _leaves(tree: Any) -> dict[str, list[Any]]:
-    """Path of each leaf, such as "layers/mlp/up/kernel" -> [dtype, shape]."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): [str(leaf.dtype), list(leaf.shape)]
-        for path, leaf in leaves
-    }
-
-
-def _mismatch(saved: dict[str, list[Any]], wanted: dict[str, list[Any]]) -> str | None:
-    """What is wrong with the first leaf that differs, or None."""
-    for path in [*wanted, *saved]:
-        if path not in saved:
-            return f"{path} is not there"
-        if path not in wanted:
-            return f"{path} is there but not wanted"
-        if saved[path] != wanted[path]:
-            (dtype, shape), (wanted_dtype, wanted_shape) = saved[path], wanted[path]
-            return f"{path} is {dtype}{shape} there, {wanted_dtype}{wanted_shape} is wanted"
-    return None
 
 
 def _finite(loss: float | None) -> float | None:
@@ -100,7 +80,7 @@ class Checkpoints:
         self._checkpointer: ocp.AsyncCheckpointer | None = None
         self._background: concurrent.futures.ThreadPoolExecutor | None = None
         self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
-        self._warned: set[int] = set()
+        self._warned: set[epath.Path] = set()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -149,10 +129,14 @@ class Checkpoints:
                 losses[step] = self.validation_loss(step)
             except InputError as error:
                 # Unless the run that is training deleted it just now.
-                if self._path(step).exists() and step not in self._warned and jax.process_index() == 0:
-                    self._warned.add(step)
-                    print(f"WARNING: {error}", file=sys.stderr, flush=True)
+                if self._path(step).exists() and jax.process_index() == 0:
+                    self._warn_once(self._path(step), str(error))
         return losses
+
+    def _warn_once(self, path: epath.Path, message: str) -> None:
+        if path not in self._warned:
+            self._warned.add(path)
+            print(f"WARNING: {message}", file=sys.stderr, flush=True)
 
     def validation_loss(self, step: int) -> float | None:
         """The validation loss that a step was saved with; None if there was none or it was not finite."""
@@ -165,6 +149,8 @@ class Checkpoints:
     def _manifest(self, step: int) -> dict[str, Any]:
         try:
             return checkpoint_files.read_manifest(self._path(step))
+        except checkpoint_files.UnknownManifest as error:
+            raise InputError(self._unusable(step, f"cannot be read ({error})")) from error
         except checkpoint_files.DamagedFile as damage:
             raise DamagedCheckpoint(step, self._unusable(step, f"is damaged ({damage})")) from damage
         except OSError as error:
@@ -216,11 +202,10 @@ class Checkpoints:
         saved = manifest["items"]
         if name not in saved:
             raise InputError(f"checkpoint {self._path(step)} has no {name}; it has {', '.join(saved)}")
-        mismatch = _mismatch(saved[name], _leaves(abstract))
-        if mismatch:
-            raise InputError(
-                f"checkpoint {self._path(step)} does not fit, {name}: {mismatch}; use the config that it was saved with"
-            )
+        difference = mismatch(saved[name], leaves_of(abstract))
+        if difference:
+            why = f"does not fit, {name}: {difference}"
+            raise InputError(f"checkpoint {self._path(step)} {why}; use the config that it was saved with")
         orbax_errors.silence_tracebacks()
         try:
             self._verify(step, name, manifest)
@@ -251,9 +236,10 @@ class Checkpoints:
         if step in self.steps():
             raise ValueError(f"step {step} is already saved in {self._directory}")
         manifest = {
+            "format": checkpoint_files.FORMAT,
             "step": step,
             "validation_loss": _finite(validation_loss),
-            "items": {name: _leaves(tree) for name, tree in items.items()},
+            "items": {name: leaves_of(tree) for name, tree in items.items()},
             "record": record,
             "run": self._run,
             "versions": checkpoint_files.versions(),
@@ -272,11 +258,14 @@ class Checkpoints:
         if self._checkpointer is None or self._background is None:
             self._directory.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0:
-                checkpoint_files.remove_leftovers(self._directory)
+                self._clean_up()
             orbax_errors.silence_tracebacks()
-            self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+            # Orbax's default creates directories in threads, and other threads wait for them without end if that fails.
+            options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+            items = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(async_options=options))
+            self._checkpointer = ocp.AsyncCheckpointer(items, async_options=options)
             self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        elif not self._directory.is_dir():  # orbax would make it anew, and the run lose its earlier steps unseen
+        elif not self._directory.is_dir():  # orbax would create it, and nobody would see that the steps are gone
             raise FileNotFoundError(errno.ENOENT, "the directory is gone")
         return self._checkpointer, self._background
 
@@ -305,7 +294,8 @@ class Checkpoints:
     def wait(self) -> None:
         """Return once the step being saved is whole and verified, then delete what is not to be kept.
 
-        Raises RunFailed if it could not be saved, or an older one not deleted; the checkpoints before it stand.
+        Raises RunFailed if it could not be saved; the checkpoints before it stand. One that cannot be deleted is a
+        warning, and the next save tries again.
         """
         if self._saving is None:
             return
@@ -351,42 +341,58 @@ class Checkpoints:
     def _let_go(self) -> None:
         if self._checkpointer is not None and self._background is not None:
             self._background.shutdown()
-            self._checkpointer.close()
+            with contextlib.suppress(Exception):  # more of what a failed save has raised already
+                self._checkpointer.close()
             self._checkpointer = self._background = None
 
     def set_aside(self, step: int) -> epath.Path:
-        """Rename a damaged step to <step>.damaged, so that it counts no more; returns the new path."""
+        """Rename a damaged step to <step>.damaged, which is not a checkpoint; returns the new path.
+
+        Raises RunFailed if it cannot be renamed.
+        """
         aside = self._path(step).with_suffix(checkpoint_files.DAMAGED)
         if jax.process_index() == 0:
-            checkpoint_files.move_aside(self._path(step))
+            with orbax_errors.writing(aside):
+                checkpoint_files.move_aside(self._path(step))
         ocp.utils.sync_global_processes(f"set_aside_{step}")
         return aside
 
     def _failed(self, step: int, error: BaseException) -> NoReturn:
         """Free what the failed save took and raise RunFailed."""
-        # A thread of orbax may still be writing there; what it leaves goes before the next save.
+        self._let_go()
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):
-                checkpoint_files.remove_leftovers(self._directory)
+                checkpoint_files.clean_up(self._directory)  # what is left goes before the next save
         raise RunFailed(self._sentence(step, error)) from error
 
     def _sentence(self, step: int, error: BaseException) -> str:
-        latest = self.latest_step()
+        try:
+            latest = self.latest_step()
+            stands = f"step {latest} stands" if latest is not None else "there is no earlier checkpoint"
+        except OSError:
+            stands = "the directory cannot be read either"
         return (
-            f"step {step} could not be saved in {self._directory} ({orbax_errors.cause(error)}); "
-            + (f"step {latest} stands" if latest is not None else "there is no earlier checkpoint")
-            + "; make room or mend the directory, and run the same command again"
+            f"step {step} could not be saved in {self._directory} ({orbax_errors.cause(error)}); {stands}; "
+            "make room or mend the directory, and run the same command again"
         )
 
     def _delete_superseded(self) -> None:
-        """Delete what retention does not keep. A step that cannot be read is not deleted: it may be the best."""
         if jax.process_index() == 0:
-            losses = self._losses()
-            keep = {*list(losses)[-self._keep_last :], _best(losses)}
-            for step in losses:
-                every = self._keep_every_steps
-                kept = step in keep or (every and step and step % every == 0)
-                if not kept and not (self._path(step) / checkpoint_files.PINNED).exists():
-                    with orbax_errors.writing(self._path(step)):
-                        checkpoint_files.delete(self._path(step))
+            try:
+                self._clean_up(self._superseded())
+            except OSError as error:
+                self._warn_once(self._directory, f"{self._directory} cannot be read ({orbax_errors.cause(error)})")
         ocp.utils.sync_global_processes("deleted_superseded")
+
+    def _superseded(self) -> list[int]:
+        """The steps that retention does not keep. One that cannot be read is kept: it may be the best."""
+        losses, every = self._losses(), self._keep_every_steps
+        keep = {*list(losses)[-self._keep_last :], _best(losses)}
+        keep |= {step for step in losses if every and step and step % every == 0}
+        keep |= {step for step in losses if (self._path(step) / checkpoint_files.PINNED).exists()}
+        return [step for step in losses if step not in keep]
+
+    def _clean_up(self, steps: Iterable[int] = ()) -> None:
+        """Delete some steps, and what interrupted saves and deletions left; what cannot be deleted is a warning."""
+        for path, error in checkpoint_files.clean_up(self._directory, map(self._path, steps)).items():
+            self._warn_once(path, f"{path} cannot be deleted ({orbax_errors.cause(error)}); the next save tries again")

@@ -7,6 +7,7 @@ and found right, so a directory of another name is not a checkpoint:
     <step>.deleted      a deletion that is under way, or was cut short
     <step>.damaged      set aside, for its files are not what was saved
 
+Files that no save made (a file browser's, an editor's backup) may lie anywhere: only `unknown_files` looks for them.
 Nothing here imports jax or orbax: a run can be checked anywhere, and beside a training that holds the devices.
 """
 
@@ -16,14 +17,18 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import PurePosixPath
 from typing import IO, Any
 
 from etils import epath
 
+FORMAT = 1
+"""Format of the manifests written; one without a format has the first. A reader refuses a higher one."""
 MANIFEST = "manifest.json"
 """File of a step with what is known of it and size and sha256 of its other files."""
 PINNED = "pinned"
@@ -48,6 +53,19 @@ class DamagedFile(Exception):
         self.file, self.problem = file, problem
 
 
+class UnknownManifest(DamagedFile):
+    """The manifest of a step is what was written, but not what this version reads."""
+
+    def __init__(self, problem: str, manifest: Any = None) -> None:
+        match manifest:
+            case {"versions": dict(versions)} if versions:
+                names = ", ".join(f"{name} {version}" for name, version in versions.items())
+                written_with = f" (it was written with {names[:200]})"
+            case _:
+                written_with = ""
+        super().__init__(MANIFEST, f"{problem}; another version may have written it{written_with}")
+
+
 def is_saved(path: epath.Path) -> bool:
     """True for a directory that a save made, whole or damaged, whatever its name is."""
     return any((path / name).exists() for name in (MANIFEST, _ORBAX_METADATA))
@@ -68,25 +86,37 @@ def is_set_aside(path: epath.Path) -> bool:
     return path.name.endswith(DAMAGED) and path.name.removesuffix(DAMAGED).isdecimal()
 
 
-def remove_leftovers(directory: epath.Path) -> None:
-    """Remove what interrupted saves and deletions left."""
-    for path in list(directory.iterdir()):
-        if is_leftover(path):
+def clean_up(directory: epath.Path, steps: Iterable[epath.Path] = ()) -> dict[epath.Path, OSError]:
+    """Delete some steps, and what interrupted saves and deletions left; returns what cannot be deleted, and why."""
+    failures = {}
+    for step in steps:
+        try:
+            delete(step)
+        except OSError as error:
+            failures[step] = error
+    for path in filter(is_leftover, list(directory.iterdir())):
+        try:
             path.rmtree() if path.is_dir() else path.unlink()
+        except OSError as error:
+            failures[path] = error
+    return failures
 
 
 def delete(path: epath.Path) -> None:
-    """Delete a step; a deletion that is cut short leaves nothing that counts as a step."""
+    """Delete a step; what cannot be deleted is left under a name that does not count as a step."""
     deleted = path.with_suffix(DELETED)
+    if deleted.exists():
+        deleted.rmtree()
     path.rename(deleted)
-    deleted.rmtree()
+    with contextlib.suppress(OSError):
+        deleted.rmtree()
 
 
 def move_aside(path: epath.Path) -> epath.Path:
     """Rename a step to <step>.damaged, in the place of an earlier one; returns the new path."""
     aside = path.with_suffix(DAMAGED)
     if aside.exists():
-        aside.rmtree()
+        delete(aside)
     return path.rename(aside)
 
 
@@ -101,7 +131,7 @@ def versions() -> dict[str, str]:
 
 
 def _files(path: epath.Path) -> dict[str, epath.Path]:
-    """Every file below a step but for the manifest and the pin, by its path from there."""
+    """Every file below a step that was just written, by its path from there."""
     files, directories = {}, [path]
     while directories:
         for entry in directories.pop().iterdir():
@@ -109,7 +139,29 @@ def _files(path: epath.Path) -> dict[str, epath.Path]:
                 directories.append(entry)
             else:
                 files[entry.relative_to(path).as_posix()] = entry
-    return {name: files[name] for name in sorted(files.keys() - {MANIFEST, PINNED})}
+    return dict(sorted(files.items()))
+
+
+def unknown_files(path: epath.Path, manifest: dict[str, Any]) -> list[str]:
+    """What lies in a step but was not saved with it, by its path from there; a whole directory as `name/`."""
+    saved = {PurePosixPath(name) for name in (MANIFEST, PINNED, *manifest["files"])}
+    directories = {directory for name in saved for directory in name.parents}
+    unknown = []
+    for directory in directories:
+        if (path / directory).is_dir():
+            for entry in sorted({directory / name for name in _names(path / directory)} - saved - directories):
+                name = os.fsencode(entry).decode(errors="backslashreplace")
+                unknown.append(f"{name}/" if (path / entry).is_dir() else name)
+    return sorted(unknown)
+
+
+def _names(directory: epath.Path) -> list[str]:
+    # Not iterdir() of a local directory: epath leaves out names that end in "~".
+    return os.listdir(directory) if _is_local(directory) else [entry.name for entry in directory.iterdir()]
+
+
+def _is_local(path: epath.Path) -> bool:
+    return "://" not in str(path)
 
 
 def _sha256(file: IO[bytes], progress: Progress | None) -> str:
@@ -162,7 +214,10 @@ def _sealed(body: bytes) -> bytes:
 
 
 def read_manifest(path: epath.Path) -> dict[str, Any]:
-    """The manifest of a step. Raises DamagedFile if a byte of it is not what was written."""
+    """The manifest of a step.
+
+    Raises DamagedFile if a byte of it is not what was written, UnknownManifest if this version cannot read it.
+    """
     try:
         content = (path / MANIFEST).read_bytes()
     except FileNotFoundError as error:
@@ -170,7 +225,56 @@ def read_manifest(path: epath.Path) -> dict[str, Any]:
     body = content.partition(b'"manifest": ')[2][:-2]
     if content != _sealed(body):
         raise DamagedFile(MANIFEST, "is not what was written" if content else "is empty")
-    return json.loads(body)
+    try:
+        manifest = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise UnknownManifest("is not JSON") from error
+    problem = _problem_of_manifest(manifest)
+    if problem:
+        raise UnknownManifest(problem, manifest)
+    return manifest
+
+
+def _problem_of_manifest(manifest: Any) -> str | None:
+    """Why this version cannot read a manifest that is what was written, or None."""
+    if not isinstance(manifest, dict):
+        return "is no JSON object"
+    version = manifest.get("format", 1)
+    if version not in range(1, FORMAT + 1):
+        return f"has format {version}, this version reads up to {FORMAT}"
+    missing = [name for name in _FIELDS if name not in manifest]
+    if missing:
+        return f"has no {' and no '.join(missing)}"
+    wrong = [name for name, is_valid in _FIELDS.items() if not is_valid(manifest[name])]
+    return f"has values of another kind in {' and '.join(wrong)}" if wrong else None
+
+
+def _is_table(value: Any, is_entry: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(map(is_entry, value.values()))
+
+
+def _is_leaf(value: Any) -> bool:
+    match value:
+        case [str(), [*shape]]:
+            return all(isinstance(size, int) for size in shape)
+    return False
+
+
+def _is_file(value: Any) -> bool:
+    match value:
+        case {"size": int(), "sha256": str()}:
+            return True
+    return False
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "step": lambda value: isinstance(value, int),
+    "validation_loss": lambda value: value is None or (isinstance(value, int | float) and math.isfinite(value)),
+    "items": lambda value: _is_table(value, lambda tree: _is_table(tree, _is_leaf)),
+    "record": lambda value: isinstance(value, dict),
+    "files": lambda value: _is_table(value, _is_file),
+}
+"""What is read of a manifest, and whether a value is of its kind; the rest is for people."""
 
 
 def damaged_files(
@@ -185,24 +289,23 @@ def damaged_files(
     """What is wrong with the files of a step: first those that a look at their sizes gives away, then by sha256.
 
     With `item` only the files of that item and of the step as a whole are looked at; of `share` (i, n) only every
-    n-th, from the i-th on, is read. A file that was not saved with the step counts as damaged.
+    n-th, from the i-th on, is read.
     """
-
-    def wanted(name: str) -> bool:
-        return item is None or "/" not in name or name.startswith(f"{item}/")
-
-    saved = {name: entry for name, entry in manifest["files"].items() if wanted(name)}
-    there = {name: file for name, file in _files(path).items() if wanted(name)}
+    saved = {
+        name: entry
+        for name, entry in sorted(manifest["files"].items())
+        if item is None or "/" not in name or name.startswith(f"{item}/")
+    }
     sound = []
-    for name in sorted(saved.keys() | there.keys()):
-        problem = _problem_of_size(saved.get(name), there.get(name))
+    for name, entry in saved.items():
+        problem = _problem_of_size(path / name, entry["size"])
         if problem:
             yield DamagedFile(name, problem)
         else:
             sound.append(name)
 
     def problem_of_content(name: str) -> str | None:
-        with there[name].open("rb") as file:
+        with (path / name).open("rb") as file:
             same = _sha256(file, progress) == saved[name]["sha256"]
         return None if same else "is not what was saved (its sha256 differs)"
 
@@ -215,10 +318,13 @@ def damaged_files(
                 yield DamagedFile(name, problem)
 
 
-def _problem_of_size(saved: dict[str, Any] | None, there: epath.Path | None) -> str | None:
-    if saved is None:
-        return "was not saved with the checkpoint"
-    if there is None:
+def _problem_of_size(file: epath.Path, saved: int) -> str | None:
+    if not file.exists() or file.is_dir():
         return "is missing"
-    size = there.stat().length
-    return None if size == saved["size"] else f"has {size:,} bytes instead of {saved['size']:,}"
+    size = _size(file)
+    return None if size == saved else f"has {size:,} bytes instead of {saved:,}"
+
+
+def _size(file: epath.Path) -> int:
+    # epath's own stat looks up the name of the owner, and raises KeyError for one who has none, as in a container.
+    return os.stat(file).st_size if _is_local(file) else file.stat().length

@@ -191,7 +191,7 @@ def prepare_command(argv: list[str]) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VerifyArguments:
-    """Check every byte of a run's checkpoints; exit 0 if all are whole, 1 if a file is damaged, 2 if it is no run."""
+    """Check every byte of a run's checkpoints; exit 0 if all are whole, 1 if one is damaged, 2 if it is no run."""
 
     path: tyro.conf.Positional[str]
     """Run directory, its checkpoints directory, or the directory of one step."""
@@ -210,13 +210,13 @@ def verify_command(argv: list[str]) -> int:
     steps = verify.find_steps(arguments.path)
     if not steps:
         print(f"{arguments.path} holds no checkpoint yet", file=sys.stderr)
-    damaged = False
+    failed = False
     with tqdm(total=verify.count_bytes(steps), unit="B", unit_scale=True, leave=False, delay=1, disable=None) as bar:
         for report in verify.check_steps(steps, bar.update):
             with bar.external_write_mode():
                 print(json.dumps(report.to_json()) if arguments.json else report, flush=True)
-            damaged |= report.state == "damaged"
-    return EXIT_FAILED if damaged else 0
+            failed |= report.failed
+    return EXIT_FAILED if failed else 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,7 @@ class Group:
         self._place = Place("", 1, 0)
         self._changed = threading.Condition(threading.RLock())
         self._lines: dict[int, Line] = {}  # of process 0: to all others; of others: to process 0
+        self._closed: set[int] = set()  # the processes at the other ends of lines that have closed
         self._jax_started = False
         self._ended = False
         self._failure: Exception | None = None
@@ -70,8 +71,9 @@ class Group:
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         self.report(kind, error, traceback)
-        for line in self._lines.values():
-            line.close()
+        if self._failure is None:  # else the end of the process closes them, which process 0 waits for
+            for line in self._lines.values():
+                line.close()
 
     def meet(self) -> None:
         """Wait until all processes that the flags or the cluster say have come; nothing if it is this one alone.
@@ -212,6 +214,8 @@ class Group:
                                 self._deliver(message)
                         if messages is None:
                             selector.unregister(key.fileobj)
+                            self._closed.add(key.data.process)
+                            self._changed.notify_all()
                             self._lost(key.data.process)
 
     def _relay(self, message: dict[str, Any]) -> None:
@@ -267,8 +271,14 @@ class Group:
     def _exit(self, sentence: str | None, code: int) -> None:
         if sentence and threading.main_thread().is_alive():
             write_at_once(f"error: {sentence}")
-        self.linger()
+        self._wait_for_others() if self._failure else self.linger()
         os._exit(code)
+
+    def _wait_for_others(self) -> None:
+        """Process 0: stay until all others have ended, since jax aborts a process that loses process 0."""
+        if self.process_id == 0:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed == self._lines.keys(), timeout=LAST_SECONDS + 1)
 
     def linger(self) -> None:
         """Process 0: leave the others the time to read what was sent, which closing with unread data would drop."""

@@ -188,10 +188,10 @@ def _check_run(report: Report, start: Start, *, with_data: bool) -> None:
     whole = [int(step.path.name) for step in found if step.state == "ok" and step.path.parent.name != BASE]
     latest = max(whole, default=None)
     for step in found:
-        if step.state != "damaged":
+        if not step.failed:
             continue
         newer = latest is None or int(step.path.name) > latest
-        if step.path.parent.name == BASE or latest is None:
+        if step.path.parent.name == BASE or latest is None or (newer and step.state == "unreadable"):
             report.add("run", f"{step}; train needs it", "PROBLEM")
         elif newer:
             report.add("run", f"{step}; it would be set aside", "PROBLEM" if config.checkpoint.strict else "warning")

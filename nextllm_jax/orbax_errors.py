@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 import types
 import warnings
 from collections.abc import Iterator
@@ -43,8 +44,15 @@ def writing(path: epath.Path) -> Iterator[None]:
 
 def _not_a_background_traceback(record: logging.LogRecord) -> bool:
     """False for what orbax's threads and tasks log of an exception, which itself comes out of a call."""
-    of_a_task = record.name == "asyncio" and "orbax" in record.getMessage()
-    return not (of_a_task or (record.exc_info and "orbax" in record.pathname))
+    error = record.exc_info[1] if record.exc_info else None
+    if record.name == "asyncio":  # of a task or, without its name in the message, of a future
+        return not ("orbax" in record.getMessage() or (error and _passed_orbax(error)))
+    return not (error and "orbax" in record.pathname)
+
+
+def _passed_orbax(error: BaseException) -> bool:
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(f"{os.sep}orbax{os.sep}" in frame.f_code.co_filename for frame, _ in frames)
 
 
 @functools.cache

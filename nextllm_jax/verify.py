@@ -21,10 +21,18 @@ class StepReport:
     """What a check of one directory found."""
 
     path: epath.Path
-    state: Literal["ok", "damaged", "unfinished", "set aside"]
+    state: Literal["ok", "damaged", "unreadable", "unfinished", "set aside"]
+    """unreadable: whole, but not by this version."""
     manifest: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """The step's manifest; empty if it is damaged or was not looked at."""
+    """The step's manifest; empty if it cannot be read or was not looked at."""
     damages: tuple[checkpoint_files.DamagedFile, ...] = ()
+    unknown: tuple[str, ...] = ()
+    """What lies in the step and was not saved with it; it does no harm."""
+
+    @property
+    def failed(self) -> bool:
+        """True for a checkpoint that cannot be used."""
+        return self.state in ("damaged", "unreadable")
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON object."""
@@ -35,15 +43,18 @@ class StepReport:
             "bytes": _bytes(self.manifest),
             "validation_loss": self.manifest.get("validation_loss"),
             "damaged": [{"file": damage.file, "problem": damage.problem} for damage in self.damages],
+            "unknown": list(self.unknown),
         }
 
     def __str__(self) -> str:
+        unknown = f"; not saved with it and ignored: {', '.join(self.unknown)}" if self.unknown else ""
         if self.state == "ok":
             loss = self.manifest["validation_loss"]
             scored = "" if loss is None else f", validation loss {loss:.4f}"
-            return f"{self.path}: ok, {len(self.manifest['files'])} files, {_bytes(self.manifest):,} bytes{scored}"
-        if self.state == "damaged":
-            return f"{self.path}: damaged: {'; '.join(map(str, self.damages))}"
+            size = f"{len(self.manifest['files'])} files, {_bytes(self.manifest):,} bytes"
+            return f"{self.path}: ok, {size}{scored}{unknown}"
+        if self.failed:
+            return f"{self.path}: {self.state}: {'; '.join(map(str, self.damages))}{unknown}"
         why = {
             "unfinished": "a save or a deletion under way, or cut short; not a checkpoint",
             "set aside": "damaged when it was found; not a checkpoint",
@@ -91,13 +102,16 @@ def check_steps(paths: Iterable[epath.Path], progress: checkpoint_files.Progress
 
 
 def _check_step(path: epath.Path, progress: checkpoint_files.Progress | None) -> StepReport:
-    manifest = {}
+    manifest, unknown = {}, []
     try:
         manifest = checkpoint_files.read_manifest(path)
         damages = tuple(checkpoint_files.damaged_files(path, manifest, progress=progress))
+        unknown = checkpoint_files.unknown_files(path, manifest)
+    except checkpoint_files.UnknownManifest as error:
+        return StepReport(path, "unreadable", damages=(error,))
     except checkpoint_files.DamagedFile as damage:
         damages = (damage,)
     except OSError as error:
         file = epath.Path(error.filename).relative_to(path).as_posix() if error.filename else "a file"
         damages = (checkpoint_files.DamagedFile(file, f"cannot be read ({error.strerror or error})"),)
-    return StepReport(path, "damaged" if damages else "ok", manifest, damages)
+    return StepReport(path, "damaged" if damages else "ok", manifest, damages, tuple(unknown))

@@ -30,7 +30,7 @@ LAYERS = [  # a module imports from the rows below its own
     ("interop",),
     ("base",),
     ("checkpoint",),
-    ("checkpoint_files", "orbax_errors"),
+    ("checkpoint_files", "checkpoint_leaves", "orbax_errors"),
     ("sharding",),
     ("config_files",),
     ("config",),

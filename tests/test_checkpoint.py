@@ -155,21 +155,6 @@ def test_what_is_not_complete_is_ignored_and_leftovers_go(tmp_path):
     assert names(tmp_path) == ["07", "3", "3.damaged", "4", "8", "notes"]
 
 
-def test_deletion_cut_short_leaves_nothing_that_looks_complete(tmp_path, monkeypatch):
-    with Checkpoints(tmp_path) as checkpoints:
-        save(checkpoints, 1)
-        monkeypatch.setattr(type(checkpoints._path(1)), "rmtree", lambda *_: (_ for _ in ()).throw(OSError("killed")))
-        with pytest.raises(RunFailed, match=r"/1 cannot be written \(killed\); make room"):
-            save(checkpoints, 2)
-        monkeypatch.undo()
-    assert names(tmp_path) == ["1.deleted", "2"]
-    again = Checkpoints(tmp_path)
-    assert again.steps() == [2]
-    with again:
-        save(again, 3)
-    assert names(tmp_path) == ["3"]
-
-
 def test_resolve_says_what_is_there(tmp_path):
     with pytest.raises(InputError, match="nowhere holds no complete checkpoint"):
         Checkpoints(tmp_path / "nowhere").resolve("latest")

@@ -1,6 +1,9 @@
 """No damage to a file of a checkpoint goes unseen, whoever looks: restoring, retention, `nextllm verify`."""
 
+import json
+import pwd
 import random
+import re
 import shutil
 
 import jax
@@ -100,14 +103,31 @@ def test_damage_to_any_file_is_found_and_named(directory, how):
     assert {"manifest.json", "_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA"} < kinds
 
 
-@pytest.mark.parametrize("name", ["extra", "params/extra", "params/d/extra", "params/more/extra"])
-def test_a_file_that_was_not_saved_is_found_and_named(directory, name):
-    path = directory / "1" / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(b"")
-    with pytest.raises(DamagedCheckpoint, match=rf"/1 is damaged \({name} was not saved with the checkpoint\)"):
-        restore(directory, 1, "params")
-    assert reports(directory)["1"] == ("damaged", [name])
+def test_files_that_were_not_saved_do_no_harm_and_are_reported(directory):
+    """A file browser's, an editor's, in every directory of a step; and next to the steps."""
+    step, expected = directory / "1", []
+    for place in [step, *(path for path in step.rglob("*") if path.is_dir())]:
+        for name in (".DS_Store", "_METADATA~", "copy.zarray"):
+            (place / name).write_bytes(b"\0")
+        (place / "notes").mkdir()
+        (place / "notes" / "7").write_text("")
+        expected += [place / name for name in (".DS_Store", "_METADATA~", "copy.zarray", "notes/")]
+    for name in (".DS_Store", "3~", "4"):
+        (directory / name).write_text("")
+    for name in ("2 copy", "1.bak", "5"):
+        (directory / name).mkdir()
+        (directory / name / ".DS_Store").write_text("")
+    shutil.copytree(directory / "2", directory / "2.bak")
+    checkpoints = Checkpoints(directory)
+    assert (checkpoints.steps(), checkpoints.best_step()) == ([1, 2], 1)
+    restored = restore(directory, 1, *ITEMS)
+    np.testing.assert_array_equal(restored["params"]["layers"]["kernel"], np.full((8, 4), 1.0))
+    one, two = check(directory)
+    names = sorted(str(path.relative_to(step)) + "/" * (path.name == "notes") for path in expected)
+    assert (one.state, one.failed, one.to_json()["unknown"]) == ("ok", False, names)
+    assert str(one).endswith(f"; not saved with it and ignored: {', '.join(names)}")
+    assert (two.state, two.to_json()["unknown"]) == ("ok", [])
+    assert "ignored" not in str(two)
 
 
 @pytest.mark.parametrize("gone", ["params", "params/d", "params/ocdbt.process_0"])
@@ -132,6 +152,79 @@ def test_no_byte_of_a_manifest_can_change(directory):
     path.write_bytes(content.replace(b'"validation_loss": 1.0', b'"validation_loss": 0.1'))
     with pytest.raises(DamagedCheckpoint, match=r"\(manifest.json is not what was written\)"):
         Checkpoints(directory).record(1)
+
+
+def rewrite_manifest(step, change):
+    """Change a manifest as another version might have written it, with the checksum of its own."""
+    path = checkpoint_files.epath.Path(step)
+    manifest = checkpoint_files.read_manifest(path)
+    (path / checkpoint_files.MANIFEST).write_bytes(checkpoint_files._sealed(change(manifest)))
+
+
+def without(*names):
+    return lambda manifest: json.dumps({name: value for name, value in manifest.items() if name not in names}).encode()
+
+
+def with_values(**values):
+    return lambda manifest: json.dumps({**manifest, **values}).encode()
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (without("items", "record"), "has no items and no record"),
+        (without("validation_loss"), "has no validation_loss"),
+        (without("files"), "has no files"),
+        (with_values(items=["params"]), "has values of another kind in items"),
+        (with_values(items={"params": {"norm": ["float32", 3]}}), "has values of another kind in items"),
+        (with_values(record=None, validation_loss="1.0"), "has values of another kind in validation_loss and record"),
+        (with_values(validation_loss=float("nan")), "has values of another kind in validation_loss"),
+        (with_values(files={"a": {"size": "1"}}), "has values of another kind in files"),
+        (with_values(format=2), "has format 2, this version reads up to 1"),
+        (with_values(format="new"), "has format new, this version reads up to 1"),
+        (lambda _: b"[1]", "is no JSON object"),
+        (lambda _: b"manifest", "is not JSON"),
+        (lambda _: b"[" * 100_000, "is not JSON"),
+    ],
+)
+def test_a_manifest_of_another_version_is_a_sentence(directory, change, problem, capsys):
+    rewrite_manifest(directory / "2", change)
+    checkpoints = Checkpoints(directory)
+    found = rf"/2 cannot be read \(manifest.json {problem}; another version may have written it( \(it was written with "
+    found += r"python \S+, .*jax .*\))?\); use another step of: 1$"
+    uses = (
+        lambda: restore(directory, 2, "params"),
+        lambda: checkpoints.record(2),
+        lambda: checkpoints.validation_loss(2),
+        lambda: checkpoints.resolve("best"),
+    )
+    for use in uses:
+        with pytest.raises(InputError, match=found) as caught:
+            use()
+        assert not isinstance(caught.value, DamagedCheckpoint)  # training must not set it aside
+    assert checkpoints.best_step() == 1
+    assert re.match(rf"WARNING: checkpoint \S+/2 cannot be read \(manifest.json {problem};", capsys.readouterr().err)
+    one, two = check(directory)
+    assert (one.state, two.state, two.failed) == ("ok", "unreadable", True)
+    assert str(two).startswith(f"{directory / '2'}: unreadable: manifest.json {problem}; another version may have")
+    assert two.to_json()["damaged"][0]["file"] == "manifest.json"
+    restore(directory, 1, *ITEMS)
+
+
+def test_a_manifest_without_a_format_has_the_first(directory):
+    manifest = checkpoint_files.read_manifest(checkpoint_files.epath.Path(directory / "2"))
+    assert manifest["format"] == checkpoint_files.FORMAT
+    rewrite_manifest(directory / "2", without("format", "run", "versions"))
+    restore(directory, 2, *ITEMS)
+    assert reports(directory) == {"1": ("ok", []), "2": ("ok", [])}
+
+
+def test_files_of_an_owner_without_a_name(directory, monkeypatch):
+    """In a container the user may have a number alone."""
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: (_ for _ in ()).throw(KeyError(number)))
+    restore(directory, 2, *ITEMS)
+    with Checkpoints(directory) as checkpoints:
+        save(checkpoints, 3, 3.0)
 
 
 def test_a_damaged_best_neither_ends_a_run_nor_is_deleted(directory, capsys):

@@ -11,6 +11,7 @@ import threading
 import time
 
 import pytest
+from etils import epath
 
 from nextllm_jax import checkpoint_files
 from nextllm_jax.checkpoint import Checkpoints
@@ -65,6 +66,56 @@ def test_a_pinned_step_stays(tmp_path):
         (tmp_path / "1" / "pinned").unlink()
         save(checkpoints, 5)
     assert checkpoints.steps() == [3, 5]
+
+
+def refuse(*_):
+    raise OSError(1, "Operation not permitted")
+
+
+@pytest.mark.parametrize("refused", ["rmtree", "rename"])
+def test_a_step_that_cannot_be_deleted_is_a_warning_and_goes_later(tmp_path, monkeypatch, capsys, refused):
+    directory, steps = type(epath.Path(tmp_path)), ["1", "2", "3"]
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1)
+        if refused == "rmtree":
+            monkeypatch.setattr(directory, "rmtree", refuse)
+            steps[:2] = ["1.deleted", "2.deleted"]
+        else:
+            monkeypatch.setattr(checkpoint_files, "delete", refuse)
+        save(checkpoints, 2)
+        save(checkpoints, 3)
+        assert names(tmp_path) == steps
+        for name, line in zip(steps[:2], capsys.readouterr().err.splitlines(), strict=True):  # once each
+            problem = "cannot be deleted (Operation not permitted); the next save tries again"
+            assert line == f"WARNING: {tmp_path / name} {problem}"
+        monkeypatch.undo()
+        save(checkpoints, 4)
+        assert names(tmp_path) == ["4"]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_leftover_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch, capsys):
+    (tmp_path / "9.unfinished").mkdir()
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "rmtree", refuse)
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1)
+        save(checkpoints, 2)
+    assert checkpoints.steps() == [2]
+    warnings = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in warnings] == [str(tmp_path / "9.unfinished"), str(tmp_path / "1.deleted")]
+
+
+def test_a_step_is_set_aside_over_one_that_cannot_be_deleted(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1)
+        (tmp_path / "1.damaged").mkdir()
+        monkeypatch.setattr(type(epath.Path(tmp_path)), "rmtree", refuse)
+        checkpoints.set_aside(1)
+        assert names(tmp_path) == ["1.damaged", "1.deleted"]
+        save(checkpoints, 1)
+        monkeypatch.setattr(type(epath.Path(tmp_path)), "rename", refuse)
+        with pytest.raises(RunFailed, match=r"1\.damaged cannot be written \(Operation not permitted\)"):
+            checkpoints.set_aside(1)
 
 
 def test_hashing_does_not_hold_up_training_and_nothing_goes_before_it_is_done(tmp_path, monkeypatch):
