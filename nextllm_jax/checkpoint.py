@@ -106,9 +106,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The saved steps, in order, whole or damaged. An unfinished save is none of them."""
-        if not self._directory.is_dir():
-            return []
-        return sorted(int(path.name) for path in self._directory.iterdir() if checkpoint_files.is_step(path))
+        return checkpoint_files.saved_steps(self._directory)
 
     def latest_step(self) -> int | None:
         """The highest step."""

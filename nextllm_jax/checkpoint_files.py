@@ -76,6 +76,12 @@ def is_step(path: epath.Path) -> bool:
     return path.name.isdecimal() and str(int(path.name)) == path.name and is_saved(path)
 
 
+def saved_steps(directory: epath.Path) -> list[int]:
+    """The steps in a directory, in order; none if it is missing."""
+    entries = directory.iterdir() if directory.is_dir() else ()
+    return sorted(int(path.name) for path in entries if is_step(path))
+
+
 def is_leftover(path: epath.Path) -> bool:
     """True for what a save or a deletion that was cut short left behind."""
     return _LEFTOVER.fullmatch(path.name) is not None

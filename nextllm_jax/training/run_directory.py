@@ -139,7 +139,7 @@ def require_usable(
     changes = require_resumable(path, config, allow_change)
     for name in _FILES + _DIRECTORIES:
         _require_writable_entry(path / name, is_directory=name in _DIRECTORIES)
-    saved = _saved_steps(path)
+    saved = checkpoint_files.saved_steps(path / _CHECKPOINTS)
     if not saved:
         _require_nothing_lost(path)
     elif max(saved) > config.training.steps:
@@ -170,12 +170,6 @@ def _require_writable_entry(path: epath.Path, *, is_directory: bool) -> None:
         raise InputError(f"{path} is {kinds[not is_directory]}, but a run keeps {kinds[is_directory]} there; move it")
     if not os.access(path, os.W_OK | os.X_OK if is_directory else os.W_OK):
         raise InputError(f"{path} is not writable; make it writable, or choose another --workdir")
-
-
-def _saved_steps(run: epath.Path) -> list[int]:
-    directory = run / _CHECKPOINTS
-    entries = directory.iterdir() if directory.is_dir() else ()
-    return [int(entry.name) for entry in entries if checkpoint_files.is_step(entry)]
 
 
 def _require_nothing_lost(path: epath.Path) -> None:
