@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from nextllm_jax.cli import run_main
+from nextllm_jax.cli.main import run_main
+from nextllm_jax.cli.text import read_text
 from nextllm_jax.config import SamplingConfig
 from nextllm_jax.errors import EXIT_FAILED, InputError
 from nextllm_jax.process import use_compilation_cache
-from nextllm_jax.text_cli import read_text
 
 if TYPE_CHECKING:
-    from nextllm_jax.conversation import Conversation
+    from nextllm_jax.inference.chat import Conversation
     from nextllm_jax.inference.stream import TextStream
 
 
@@ -60,7 +60,7 @@ def sample_command(argv: list[str]) -> int:
     """Load the model and print what it says; the exit code."""
     arguments = tyro.cli(SampleArguments, args=argv, description=SampleArguments.__doc__)
 
-    from nextllm_jax.llm import MAX_NEW_TOKENS, load  # late, so that --help does not wait for jax
+    from nextllm_jax.inference.llm import MAX_NEW_TOKENS, load  # late, so that --help does not wait for jax
 
     if arguments.chat:
         return chat(arguments)
@@ -85,8 +85,8 @@ def sample_command(argv: list[str]) -> int:
 
 def chat(arguments: SampleArguments) -> int:
     """Answer each prompt, or hold a conversation; the exit code, 1 if a message of a pipe got no answer."""
-    from nextllm_jax.conversation import MAX_ANSWER_TOKENS, Conversation
-    from nextllm_jax.llm import load
+    from nextllm_jax.inference.chat import MAX_ANSWER_TOKENS, Conversation
+    from nextllm_jax.inference.llm import load
 
     if arguments.num_samples != 1:
         raise InputError("a chat answers once; leave --num-samples out, and change --seed for another answer")
@@ -109,7 +109,7 @@ def chat(arguments: SampleArguments) -> int:
 
 def converse(conversation: "Conversation", *, as_json: bool) -> int:
     """Answer line after line of the standard input, and print what goes wrong; the exit code."""
-    from nextllm_jax.conversation import ContextFull
+    from nextllm_jax.inference.chat import ContextFull
 
     interactive = sys.stdin.isatty()
     if interactive:

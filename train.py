@@ -1,6 +1,6 @@
 """Train a model: `python train.py --config configs/small.py`; `--help` lists every setting."""
 
-from nextllm_jax.cli import run_main, train_command
+from nextllm_jax.cli.main import run_main, train_command
 
 if __name__ == "__main__":
     run_main(train_command)

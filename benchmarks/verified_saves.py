@@ -23,15 +23,15 @@ sys.path.insert(0, str(ROOT))
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-from nextllm_jax import checkpoint_files  # noqa: E402
-from nextllm_jax.checkpoint import Checkpoints  # noqa: E402
+from nextllm_jax.checkpoint import step_files  # noqa: E402
+from nextllm_jax.checkpoint.manager import Checkpoints  # noqa: E402
 
 SIDES = ("plain", "verified")
 ARRAYS = 16
 
 
 def write_manifest_alone(path, content) -> None:
-    checkpoint_files.write_manifest(path, {**content, "files": {}})
+    step_files.write_manifest(path, {**content, "files": {}})
 
 
 @contextlib.contextmanager
@@ -39,8 +39,8 @@ def side(name: str) -> Iterator[None]:
     """What a side leaves out."""
     with contextlib.ExitStack() as stack:
         if name == "plain":
-            stack.enter_context(mock.patch.object(checkpoint_files, "seal", write_manifest_alone))
-            stack.enter_context(mock.patch.object(checkpoint_files, "damaged_files", return_value=iter(())))
+            stack.enter_context(mock.patch.object(step_files, "seal", write_manifest_alone))
+            stack.enter_context(mock.patch.object(step_files, "damaged_files", return_value=iter(())))
         yield
 
 

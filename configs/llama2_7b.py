@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from nextllm_jax.config import Config
-from nextllm_jax.config_files import load_config_file
+from nextllm_jax.config.files import load_config_file
 
 
 def get_config() -> Config:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nextllm_jax.llm import load as load
+    from nextllm_jax.inference.llm import load as load
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
@@ -12,7 +12,7 @@ __all__ = ["__version__", "load"]
 def __getattr__(name: str) -> Any:
     # Lazy, so that reading a config does not import jax.
     if name == "load":
-        from nextllm_jax.llm import load
+        from nextllm_jax.inference.llm import load
 
         return load
     raise AttributeError(f"module {__name__} has no attribute {name}")

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from nextllm_jax.checkpoint import Checkpoints, DamagedCheckpoint
+from nextllm_jax.checkpoint.manager import Checkpoints, DamagedCheckpoint
 from nextllm_jax.errors import InputError, RunFailed
 from tests.checkpoint_tree import abstract, names, save, tree
 
@@ -224,7 +224,7 @@ def test_a_full_disk_is_nothing_but_a_sentence(tmp_path):
         """
         import resource, sys, threading
         import jax
-        from nextllm_jax.checkpoint import Checkpoints
+        from nextllm_jax.checkpoint.manager import Checkpoints
         from nextllm_jax.errors import RunFailed
 
         arrays = {str(i): jax.random.normal(jax.random.key(i), (20_000,)) for i in range(12)}

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from nextllm_jax.checkpoint import Checkpoints
-from nextllm_jax.verify import check_steps, find_steps
+from nextllm_jax.checkpoint.manager import Checkpoints
+from nextllm_jax.checkpoint.verify import check_steps, find_steps
 from tests.checkpoint_tree import abstract, names, save, tree
 
 PROGRAM = """
@@ -21,8 +21,8 @@ import json, os, sys
 from pathlib import Path
 import orbax.checkpoint as ocp
 from etils import epath
-from nextllm_jax import checkpoint_files
-from nextllm_jax.checkpoint import Checkpoints
+from nextllm_jax.checkpoint import step_files
+from nextllm_jax.checkpoint.manager import Checkpoints
 from tests.checkpoint_tree import save, tree
 
 def die_at(owner, name, call, *, after=False):
@@ -40,15 +40,15 @@ def die_at(owner, name, call, *, after=False):
 # _sealed is called by each writing and each reading of a manifest.
 POINTS = {
     "arrays under way": lambda: die_at(ocp.AsyncCheckpointer, "save", 2, after=True),
-    "arrays written": lambda: die_at(checkpoint_files, "seal", 2),
-    "files hashed": lambda: die_at(checkpoint_files, "write_manifest", 2),
-    "manifest begun": lambda: die_at(checkpoint_files, "_sealed", 4),
-    "manifest written": lambda: die_at(checkpoint_files, "sync_directory", 3),
-    "read back": lambda: die_at(checkpoint_files, "damaged_files", 2, after=True),
-    "renamed": lambda: die_at(checkpoint_files, "sync_directory", 4),
-    "deleting": lambda: die_at(checkpoint_files, "delete", 1),
+    "arrays written": lambda: die_at(step_files, "seal", 2),
+    "files hashed": lambda: die_at(step_files, "write_manifest", 2),
+    "manifest begun": lambda: die_at(step_files, "_sealed", 4),
+    "manifest written": lambda: die_at(step_files, "sync_directory", 3),
+    "read back": lambda: die_at(step_files, "damaged_files", 2, after=True),
+    "renamed": lambda: die_at(step_files, "sync_directory", 4),
+    "deleting": lambda: die_at(step_files, "delete", 1),
     "deletion begun": lambda: die_at(type(epath.Path("/")), "rmtree", 1),
-    "scoring begun": lambda: die_at(checkpoint_files, "_sealed", 9),
+    "scoring begun": lambda: die_at(step_files, "_sealed", 9),
 }
 
 def child(point, directory):
@@ -123,7 +123,7 @@ def test_killed_while_saving(tmp_path):
     script = """
 import itertools, sys
 import jax.numpy as jnp
-from nextllm_jax.checkpoint import Checkpoints
+from nextllm_jax.checkpoint.manager import Checkpoints
 
 checkpoints = Checkpoints(sys.argv[1])
 for step in itertools.count(1):
@@ -154,16 +154,16 @@ def test_a_save_goes_on_to_its_end_after_a_second_interrupt(tmp_path):
     script = """
 import os, signal, sys, threading, time
 import jax.numpy as jnp
-from nextllm_jax import checkpoint_files
-from nextllm_jax.checkpoint import Checkpoints
+from nextllm_jax.checkpoint import step_files
+from nextllm_jax.checkpoint.manager import Checkpoints
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a script
-seal = checkpoint_files.seal
+seal = step_files.seal
 def slow_seal(*args):
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(0.5)
     seal(*args)
-checkpoint_files.seal = slow_seal
+step_files.seal = slow_seal
 with Checkpoints(sys.argv[1]) as checkpoints:
     checkpoints.save(1, {"params": {"x": jnp.ones(3)}}, {}, validation_loss=None)
     raise KeyboardInterrupt

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from nextllm_jax import checkpoint_files
-from nextllm_jax.checkpoint import Checkpoints, DamagedCheckpoint
+from nextllm_jax.checkpoint import step_files
+from nextllm_jax.checkpoint.manager import Checkpoints, DamagedCheckpoint
+from nextllm_jax.checkpoint.verify import check_steps, find_steps
 from nextllm_jax.errors import InputError, RunFailed
-from nextllm_jax.verify import check_steps, find_steps
 from tests.checkpoint_tree import abstract, names, save, tree
 
 ITEMS = ("params", "rest")
@@ -69,7 +69,7 @@ def files_of(step):
 
 
 def test_the_manifest_says_what_there_is(directory):
-    manifest = checkpoint_files.read_manifest(checkpoint_files.epath.Path(directory / "2"))
+    manifest = step_files.read_manifest(step_files.epath.Path(directory / "2"))
     there = {path.relative_to(directory / "2").as_posix(): path.stat().st_size for path in files_of(directory / "2")}
     del there["manifest.json"]
     assert {name: entry["size"] for name, entry in manifest["files"].items()} == there
@@ -147,8 +147,8 @@ def test_no_byte_of_a_manifest_can_change(directory):
         changed = bytearray(content)
         changed[position] ^= 1 << position % 8
         path.write_bytes(changed)
-        with pytest.raises(checkpoint_files.DamagedFile):
-            checkpoint_files.read_manifest(checkpoint_files.epath.Path(directory / "1"))
+        with pytest.raises(step_files.DamagedFile):
+            step_files.read_manifest(step_files.epath.Path(directory / "1"))
     path.write_bytes(content.replace(b'"validation_loss": 1.0', b'"validation_loss": 0.1'))
     with pytest.raises(DamagedCheckpoint, match=r"\(manifest.json is not what was written\)"):
         Checkpoints(directory).record(1)
@@ -156,9 +156,9 @@ def test_no_byte_of_a_manifest_can_change(directory):
 
 def rewrite_manifest(step, change):
     """Change a manifest as another version might have written it, with the checksum of its own."""
-    path = checkpoint_files.epath.Path(step)
-    manifest = checkpoint_files.read_manifest(path)
-    (path / checkpoint_files.MANIFEST).write_bytes(checkpoint_files._sealed(change(manifest)))
+    path = step_files.epath.Path(step)
+    manifest = step_files.read_manifest(path)
+    (path / step_files.MANIFEST).write_bytes(step_files._sealed(change(manifest)))
 
 
 def without(*names):
@@ -212,8 +212,8 @@ def test_a_manifest_of_another_version_is_a_sentence(directory, change, problem,
 
 
 def test_a_manifest_without_a_format_has_the_first(directory):
-    manifest = checkpoint_files.read_manifest(checkpoint_files.epath.Path(directory / "2"))
-    assert manifest["format"] == checkpoint_files.FORMAT
+    manifest = step_files.read_manifest(step_files.epath.Path(directory / "2"))
+    assert manifest["format"] == step_files.FORMAT
     rewrite_manifest(directory / "2", without("format", "run", "versions"))
     restore(directory, 2, *ITEMS)
     assert reports(directory) == {"1": ("ok", []), "2": ("ok", [])}
@@ -262,7 +262,7 @@ def test_set_aside(directory):
 
 def test_files_that_are_wrong_on_disk_are_not_saved(tmp_path, monkeypatch):
     """What was hashed is read back before the step counts, and before an older one goes."""
-    seal = checkpoint_files.seal
+    seal = step_files.seal
 
     def seal_and_damage(path, content):
         seal(path, content)
@@ -270,7 +270,7 @@ def test_files_that_are_wrong_on_disk_are_not_saved(tmp_path, monkeypatch):
 
     with Checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 1)
-        monkeypatch.setattr(checkpoint_files, "seal", seal_and_damage)
+        monkeypatch.setattr(step_files, "seal", seal_and_damage)
         with pytest.raises(
             RunFailed, match=r"step 2 could not be saved in .* \(params/manifest.ocdbt is not what was .*step 1 stands"
         ):

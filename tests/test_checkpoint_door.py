@@ -59,10 +59,10 @@ def test_a_save_that_fails_in_the_background_ends_the_run_with_a_sentence(door):
     program = door.directory / "program.py"
     program.write_text(
         "import shutil\n"
-        "from nextllm_jax import checkpoint_files\n"
-        "from nextllm_jax.cli import run_main, train_command\n"
-        "seal = checkpoint_files.seal\n"
-        "checkpoint_files.seal = lambda path, content: (shutil.rmtree(path.parent), seal(path, content))\n"
+        "from nextllm_jax.checkpoint import step_files\n"
+        "from nextllm_jax.cli.main import run_main, train_command\n"
+        "seal = step_files.seal\n"
+        "step_files.seal = lambda path, content: (shutil.rmtree(path.parent), seal(path, content))\n"
         "run_main(train_command)\n"
     )
     failed = door.run(str(program), "--config", "config.py", "--training.sample-tokens", "0", exit_code=1)

@@ -15,7 +15,7 @@ PROGRAM = """
 import subprocess, sys
 from pathlib import Path
 import jax.numpy as jnp
-from nextllm_jax.checkpoint import Checkpoints
+from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.errors import RunFailed
 from tests.checkpoint_tree import tree
 

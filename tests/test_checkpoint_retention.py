@@ -13,8 +13,8 @@ import time
 import pytest
 from etils import epath
 
-from nextllm_jax import checkpoint_files
-from nextllm_jax.checkpoint import Checkpoints
+from nextllm_jax.checkpoint import step_files
+from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.errors import InputError, RunFailed
 from tests.checkpoint_tree import abstract, names, save, tree
 
@@ -81,7 +81,7 @@ def test_a_step_that_cannot_be_deleted_is_a_warning_and_goes_later(tmp_path, mon
             monkeypatch.setattr(directory, "rmtree", refuse)
             steps[:2] = ["1.deleted", "2.deleted"]
         else:
-            monkeypatch.setattr(checkpoint_files, "delete", refuse)
+            monkeypatch.setattr(step_files, "delete", refuse)
         save(checkpoints, 2)
         save(checkpoints, 3)
         assert names(tmp_path) == steps
@@ -119,10 +119,10 @@ def test_a_step_is_set_aside_over_one_that_cannot_be_deleted(tmp_path, monkeypat
 
 
 def test_hashing_does_not_hold_up_training_and_nothing_goes_before_it_is_done(tmp_path, monkeypatch):
-    seal, may_go_on = checkpoint_files.seal, threading.Event()
+    seal, may_go_on = step_files.seal, threading.Event()
     with Checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 1)
-        monkeypatch.setattr(checkpoint_files, "seal", lambda *args: may_go_on.wait(30) and seal(*args))
+        monkeypatch.setattr(step_files, "seal", lambda *args: may_go_on.wait(30) and seal(*args))
         checkpoints.save(2, {"params": tree()}, {}, validation_loss=None)
         checkpoints.check()
         assert checkpoints.steps() == [1]
@@ -152,7 +152,7 @@ def fail(*_):
 
 
 def test_an_exception_beside_a_failed_save_is_not_hidden_and_both_are_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint_files, "seal", fail)
+    monkeypatch.setattr(step_files, "seal", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         save_and_raise(tmp_path, RuntimeError("a bug"))
     (line,) = capsys.readouterr().err.splitlines()
@@ -170,7 +170,7 @@ def test_a_save_that_failed_is_noticed_before_the_next(tmp_path, monkeypatch):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.check()
         save(checkpoints, 1)
-        monkeypatch.setattr(checkpoint_files, "seal", fail)
+        monkeypatch.setattr(step_files, "seal", fail)
         checkpoints.save(2, {"params": tree()}, {}, validation_loss=None)
         with pytest.raises(RunFailed, match=r"step 2 .* \(No space left on device\); step 1 stands; make room"):
             check_until_it_raises(checkpoints)
@@ -189,8 +189,8 @@ def test_a_directory_that_is_gone_is_not_made_anew(tmp_path):
 
 
 def test_a_directory_that_goes_during_a_save(tmp_path, monkeypatch):
-    seal = checkpoint_files.seal
-    monkeypatch.setattr(checkpoint_files, "seal", lambda path, content: (shutil.rmtree(tmp_path), seal(path, content)))
+    seal = step_files.seal
+    monkeypatch.setattr(step_files, "seal", lambda path, content: (shutil.rmtree(tmp_path), seal(path, content)))
     with (
         Checkpoints(tmp_path) as checkpoints,
         pytest.raises(RunFailed, match=r"step 1 .*\(No such file or directory\)"),
@@ -204,7 +204,7 @@ from pathlib import Path
 import jax, numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from nextllm_jax.checkpoint import Checkpoints, DamagedCheckpoint
+from nextllm_jax.checkpoint.manager import Checkpoints, DamagedCheckpoint
 
 directory, address, index = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 jax.distributed.initialize(address, 2, index)

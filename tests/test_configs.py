@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nextllm_jax import config_files
 from nextllm_jax.config import (
     CheckpointConfig,
     Config,
@@ -21,6 +20,7 @@ from nextllm_jax.config import (
     SamplingConfig,
     TrainingConfig,
 )
+from nextllm_jax.config import files as config_files
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.accounting import parameter_count
 from nextllm_jax.model.transformer import Transformer

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from nextllm_jax.config import ModelConfig, SamplingConfig
-from nextllm_jax.conversation import ContextFull, Conversation
 from nextllm_jax.errors import InputError
+from nextllm_jax.inference.chat import ContextFull, Conversation
 from nextllm_jax.inference.generate import Generation
-from nextllm_jax.llm import LLM
+from nextllm_jax.inference.llm import LLM
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.tokenizer.backends import ByteBPE
 from nextllm_jax.tokenizer.chat import ChatTemplate

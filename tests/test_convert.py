@@ -14,8 +14,8 @@ pytest.importorskip("gguf", reason="gguf is missing; install the extra 'interop'
 pytest.importorskip("tokenizers", reason="tokenizers is missing; install the extra 'interop'")
 
 import nextllm_jax
-from nextllm_jax.convert import _appearing, export_model, import_model
 from nextllm_jax.errors import InputError, RunFailed
+from nextllm_jax.pretrained.convert import _appearing, export_model, import_model
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 from tests.interop.models import CONFIG, TOKENIZER, assert_equal_trees, write_huggingface
 

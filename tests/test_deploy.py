@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nextllm_jax import cli
-from nextllm_jax.config_files import config_of_arguments
-from nextllm_jax.rendezvous import Place, find_place
+from nextllm_jax.cli import main as cli
+from nextllm_jax.config.files import config_of_arguments
+from nextllm_jax.distributed.rendezvous import Place, find_place
 from tests.conftest import ROOT
 
 DEPLOY = ROOT / "deploy"

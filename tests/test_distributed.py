@@ -14,7 +14,7 @@ import pytest
 from nextllm_jax.config import MeshConfig
 from nextllm_jax.data.loader import TrainLoader
 from nextllm_jax.data.shards import Dataset
-from nextllm_jax.distributed import LAST_SECONDS
+from nextllm_jax.distributed.process_group import LAST_SECONDS
 from nextllm_jax.sharding import make_mesh, sharding
 from tests.conftest import ROOT
 from tests.processes import (

@@ -9,11 +9,12 @@ import shutil
 
 import pytest
 
-from nextllm_jax import doctor, hardware, machine
-from nextllm_jax.config_files import load_config_file
+from nextllm_jax import hardware
+from nextllm_jax.config.files import load_config_file
 from nextllm_jax.data import prepare
 from nextllm_jax.data.shards import Dataset
-from nextllm_jax.doctor import diagnose
+from nextllm_jax.diagnostics import doctor, machine
+from nextllm_jax.diagnostics.doctor import diagnose
 from nextllm_jax.training.run_directory import open_run
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from nextllm_jax.config import ModelConfig
 from nextllm_jax.errors import InputError
-from nextllm_jax.llm import LLM
+from nextllm_jax.inference.llm import LLM
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.tokenizer.backends import ByteBPE
 from nextllm_jax.tokenizer.tokenizer import Roles, Tokenizer
@@ -71,7 +71,7 @@ def run(llm, directory, name, *, stop="zz", **kwargs):
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    from nextllm_jax.harness import HarnessModel
+    from nextllm_jax.evaluation.harness import HarnessModel
 
     (directory / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
     source = f"task: local_{name}\ndataset_path: json\ntest_split: test\ndataset_kwargs: {{data_files: {{test: "
@@ -134,7 +134,7 @@ def test_generation_ends_at_the_task_s_stop_strings(llm, tmp_path):
 
 def test_a_chat_s_control_tokens_are_meant(llm, tmp_path):
     pytest.importorskip("jinja2", reason="pip install '.[interop]'")
-    from nextllm_jax.harness import HarnessModel
+    from nextllm_jax.evaluation.harness import HarnessModel
 
     model = HarnessModel(llm=llm)
     text = model.apply_chat_template([{"role": "user", "content": "hi"}])
@@ -145,7 +145,7 @@ def test_a_chat_s_control_tokens_are_meant(llm, tmp_path):
 
 
 def test_settings_that_cannot_be_honoured_are_refused(llm):
-    from nextllm_jax.harness import HarnessModel, _settings
+    from nextllm_jax.evaluation.harness import HarnessModel, _settings
 
     with pytest.raises(InputError, match="num_beams, which cannot be honoured"):
         _settings({"until": ["x"], "num_beams": 4}, 8)

@@ -13,16 +13,16 @@ pytest.importorskip("gguf", reason="gguf is missing; install the extra 'interop'
 pytest.importorskip("safetensors", reason="safetensors is missing; install the extra 'interop'")
 
 import nextllm_jax
+from nextllm_jax.checkpoint.verify import check_steps, find_steps
 from nextllm_jax.config import Config, DataConfig, LoraConfig, ModelConfig
-from nextllm_jax.config_files import read_config
-from nextllm_jax.convert import export_model
+from nextllm_jax.config.files import read_config
 from nextllm_jax.data.shards import Dataset
 from nextllm_jax.errors import InputError
-from nextllm_jax.evaluation import score_data
-from nextllm_jax.init_from import initial_params, require_tokenizer, with_source
+from nextllm_jax.evaluation.scoring import score_data
+from nextllm_jax.pretrained.convert import export_model
+from nextllm_jax.pretrained.init_from import initial_params, require_tokenizer, with_source
 from nextllm_jax.sharding import on_device
 from nextllm_jax.training.resume_guard import require_resumable
-from nextllm_jax.verify import check_steps, find_steps
 from tests.conftest import CONFIG_FILE, Door
 from tests.processes import Processes
 from tests.runs import metrics, saved_arrays

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 import nextllm_jax
-import nextllm_jax.llm
-from nextllm_jax.checkpoint import Checkpoints
+import nextllm_jax.inference.llm
+from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.config import Config, DataConfig, ModelConfig
-from nextllm_jax.config_model import EXECUTION_FIELDS
+from nextllm_jax.config.model import EXECUTION_FIELDS
 from nextllm_jax.errors import InputError
+from nextllm_jax.inference.llm import LLM, cast_matrices
 from nextllm_jax.interop.huggingface_config import canonical
-from nextllm_jax.llm import LLM, cast_matrices
 from nextllm_jax.model.transformer import Transformer, unstack_layers
 from nextllm_jax.tokenizer.backends import ByteBPE
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
@@ -107,7 +107,7 @@ def test_without_any_validation_loss_load_takes_the_latest(llm, run_directory, t
 
 def test_layers_are_unrolled_up_to_a_depth_and_say_the_same(llm, run_directory, monkeypatch):
     unrolled = nextllm_jax.load(str(run_directory))
-    monkeypatch.setattr(nextllm_jax.llm, "MAX_UNROLLED_LAYERS", CONFIG.num_layers - 1)
+    monkeypatch.setattr(nextllm_jax.inference.llm, "MAX_UNROLLED_LAYERS", CONFIG.num_layers - 1)
     scanned = nextllm_jax.load(str(run_directory))
     assert equal(scanned.params, llm.params)
     assert unrolled.params.keys() > {"remainder_0", "remainder_1"}
@@ -197,7 +197,7 @@ def test_bad_requests_are_refused(llm, monkeypatch):
         llm.generate("a", temperature=-1)
     with pytest.raises(InputError, match="context_length 48"):
         llm.generate("a" * 40, max_new_tokens=8)
-    monkeypatch.setattr(nextllm_jax.llm, "Generation", None)  # what follows must not reach the prefill
+    monkeypatch.setattr(nextllm_jax.inference.llm, "Generation", None)  # what follows must not reach the prefill
     with pytest.raises(InputError, match="stop string is empty"):
         llm.generate("a", max_new_tokens=4, stop=[""])
 

@@ -12,9 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from nextllm_jax import hardware, machine
+from nextllm_jax import hardware
 from nextllm_jax.config import CheckpointConfig, Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
-from nextllm_jax.config_files import load_config_file
+from nextllm_jax.config.files import load_config_file
+from nextllm_jax.diagnostics import machine
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.sharding import make_mesh
 from nextllm_jax.training.optimizer import make_optimizer

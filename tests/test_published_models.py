@@ -13,12 +13,13 @@ pytest.importorskip("tokenizers", reason="tokenizers is missing; install the ext
 
 import nextllm_jax
 import sample
-from nextllm_jax import import_cache, text_cli
-from nextllm_jax.convert_cli import export_command, import_command
+from nextllm_jax.cli import text as text_cli
+from nextllm_jax.cli.convert import export_command, import_command
+from nextllm_jax.cli.text import evaluate_command, tokenize_command
 from nextllm_jax.errors import InputError
 from nextllm_jax.interop.gguf import export
+from nextllm_jax.pretrained import import_cache
 from nextllm_jax.published_models import PUBLISHED_MODELS, PublishedModel, is_published, resolve
-from nextllm_jax.text_cli import evaluate_command, tokenize_command
 from nextllm_jax.tokenizer.gguf import to_gguf
 from tests.interop.models import CONFIG, TOKENIZER, random_params
 

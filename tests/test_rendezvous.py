@@ -9,9 +9,9 @@ import threading
 import pytest
 
 from nextllm_jax.config import Config
-from nextllm_jax.distributed import Group, facts_of
+from nextllm_jax.distributed.process_group import Group, facts_of
+from nextllm_jax.distributed.rendezvous import DistributedConfig, Place, find_place
 from nextllm_jax.errors import InputError, RunFailed
-from nextllm_jax.rendezvous import DistributedConfig, Place, find_place
 from tests.processes import free_port
 
 
@@ -94,7 +94,7 @@ def test_processes_that_do_not_go_together_are_refused(others, sentence):
 
 
 def test_a_process_that_does_not_come_is_named(capsys, monkeypatch):
-    monkeypatch.setattr("nextllm_jax.rendezvous._REPORT_SECONDS", 0.5)  # several reports before the end
+    monkeypatch.setattr("nextllm_jax.distributed.rendezvous._REPORT_SECONDS", 0.5)  # several reports before the end
     port = free_port()
     errors = together([config(i, 4, port, seconds=4) for i in (0, 2)], lambda group: None)
     assert {type(error) for error in errors} == {RunFailed}

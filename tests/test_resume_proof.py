@@ -5,8 +5,8 @@ import shutil
 
 import jax.numpy as jnp
 
-from nextllm_jax.config_files import read_config
-from nextllm_jax.resume_proof import compare, hash_of_arrays
+from nextllm_jax.config.files import read_config
+from nextllm_jax.diagnostics.resume_proof import compare, hash_of_arrays
 
 
 def test_the_proof_of_a_killed_training(door):

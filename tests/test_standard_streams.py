@@ -13,7 +13,7 @@ from tests.processes import saved_steps
 
 TALKS = """
 import os, subprocess, sys
-from nextllm_jax.cli import run_main
+from nextllm_jax.cli.main import run_main
 
 def command(argv):
     with open("file", "w") as file:

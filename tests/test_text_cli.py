@@ -8,9 +8,9 @@ import pytest
 
 import nextllm_jax
 import sample
-from nextllm_jax import text_cli
+from nextllm_jax.cli import text as text_cli
+from nextllm_jax.cli.text import evaluate_command, tokenize_command
 from nextllm_jax.errors import InputError
-from nextllm_jax.text_cli import evaluate_command, tokenize_command
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a{% endif %}"

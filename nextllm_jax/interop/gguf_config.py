@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nextllm_jax.config_model import LayerKind, ModelConfig
+from nextllm_jax.config.model import LayerKind, ModelConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.interop.huggingface_config import fields_that_differ, layer_kinds, shortest_pattern
 from nextllm_jax.interop.keys import Keys

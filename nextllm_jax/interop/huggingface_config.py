@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-from nextllm_jax.config_model import EXECUTION_FIELDS, LayerKind, ModelConfig
+from nextllm_jax.config.model import EXECUTION_FIELDS, LayerKind, ModelConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.interop.families import ACTIVATIONS, COMMON, DEFAULTS, FAMILIES, FIXED, HARMLESS, SIZES, Family
 from nextllm_jax.interop.huggingface_rope import read_rope, write_rope

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from nextllm_jax.config_model import ModelConfig
+from nextllm_jax.config.model import ModelConfig
 from nextllm_jax.interop.keys import Keys
 
 _ORIGINAL = "original_max_position_embeddings"

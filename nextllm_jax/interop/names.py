@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from nextllm_jax.config_model import ModelConfig
+from nextllm_jax.config.model import ModelConfig
 
 Format = Literal["huggingface", "gguf"]
 

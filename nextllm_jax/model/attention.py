@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nextllm_jax.config_model import LayerKind, ModelConfig
+from nextllm_jax.config.model import LayerKind, ModelConfig
 from nextllm_jax.model.attention_kernel import AttentionKernel, attend
 from nextllm_jax.model.kv_cache import KVCache
 from nextllm_jax.model.layers import Linear, make_norm, residual_init_std

@@ -17,7 +17,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from nextllm_jax import hardware
-from nextllm_jax.config_model import LayerKind, ModelConfig
+from nextllm_jax.config.model import LayerKind, ModelConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.attention import Attention
 from nextllm_jax.model.attention_kernel import AttentionKernel

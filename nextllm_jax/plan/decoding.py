@@ -13,7 +13,7 @@ from nextllm_jax.config import Config, SamplingConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.hardware import Chip
 from nextllm_jax.inference.generate import decode, prefill
-from nextllm_jax.llm import MAX_UNROLLED_LAYERS, cast_matrices
+from nextllm_jax.inference.llm import MAX_UNROLLED_LAYERS, cast_matrices
 from nextllm_jax.model.accounting import flops_per_token, kv_cache_bytes
 from nextllm_jax.model.transformer import Transformer, abstract_params, resolve_dtype
 from nextllm_jax.plan.collectives import Collective, Traffic, collectives

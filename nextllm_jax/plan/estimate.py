@@ -9,7 +9,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from nextllm_jax.config import Config, OptimizerConfig
-from nextllm_jax.config_model import ModelConfig
+from nextllm_jax.config.model import ModelConfig
 from nextllm_jax.model.accounting import flops_per_token, layer_matrices, parameter_count
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.plan.collectives import Collective, Traffic

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from tqdm import tqdm
 
 from nextllm_jax.config import Config
-from nextllm_jax.config_model import ModelConfig
+from nextllm_jax.config.model import ModelConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.plan.topology import Place, Say
 from nextllm_jax.plan.training import TrainingPlan, estimate_training, plan_training

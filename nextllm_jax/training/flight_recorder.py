@@ -18,8 +18,8 @@ import jax
 import jaxlib.version
 import numpy as np
 
-from nextllm_jax.checkpoint import Checkpoints
-from nextllm_jax.checkpoint_files import versions
+from nextllm_jax.checkpoint.manager import Checkpoints
+from nextllm_jax.checkpoint.step_files import versions
 from nextllm_jax.config import Config
 from nextllm_jax.data.loader import TrainLoader
 from nextllm_jax.errors import RunFailed

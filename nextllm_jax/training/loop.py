@@ -14,21 +14,22 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from nextllm_jax import hardware
-from nextllm_jax.base import RECORD, base_id, save_base
-from nextllm_jax.checkpoint import Checkpoints, DamagedCheckpoint
+from nextllm_jax.checkpoint.base import RECORD, base_id, save_base
+from nextllm_jax.checkpoint.manager import Checkpoints, DamagedCheckpoint
 from nextllm_jax.config import Config, ModelConfig
-from nextllm_jax.config_files import local_workdir
+from nextllm_jax.config.files import local_workdir
 from nextllm_jax.data.loader import validation_batches
 from nextllm_jax.data.packing import Batch, describe_windows
 from nextllm_jax.data.prepare import default_data_path
 from nextllm_jax.data.shards import SPLITS, Dataset
-from nextllm_jax.distributed import Group
+from nextllm_jax.distributed.process_group import Group
+from nextllm_jax.distributed.signals import StopRequest
 from nextllm_jax.errors import InputError
+from nextllm_jax.evaluation.evaluate import evaluate
 from nextllm_jax.model.accounting import adapter_count, flops_per_token, parameter_count
 from nextllm_jax.model.transformer import set_matmul_precision
 from nextllm_jax.sharding import sharding
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
-from nextllm_jax.training.evaluate import evaluate
 from nextllm_jax.training.flight_recorder import FlightRecorder, environment
 from nextllm_jax.training.metrics import TrainMeter
 from nextllm_jax.training.optimizer import describe_warmup
@@ -36,7 +37,6 @@ from nextllm_jax.training.profiler import StepProfiler
 from nextllm_jax.training.program import Program, to_save
 from nextllm_jax.training.resume_guard import require_same_data
 from nextllm_jax.training.run_directory import RunDirectory, open_run
-from nextllm_jax.training.signals import StopRequest
 from nextllm_jax.training.start import DEVICE_CHECKS, RUN_CHECKS, Start, require
 from nextllm_jax.training.state import TrainState, placed, require_finite, whole_params
 from nextllm_jax.training.step import StepMetrics

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from nextllm_jax.base import restore_base
-from nextllm_jax.checkpoint import Checkpoints
+from nextllm_jax.checkpoint.base import restore_base
+from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.config import Config
 from nextllm_jax.data.packing import Batch
 from nextllm_jax.model.attention_kernel import choose_kernel

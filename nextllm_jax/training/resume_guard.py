@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from nextllm_jax.config import Config
-from nextllm_jax.config_files import CONFIG, is_of_first_format, read_config
-from nextllm_jax.config_model import EXECUTION_FIELDS
+from nextllm_jax.config.files import CONFIG, is_of_first_format, read_config
+from nextllm_jax.config.model import EXECUTION_FIELDS
 from nextllm_jax.errors import InputError
 
 _NEW_RUN = "start a new run: another --workdir, or --overwrite to set the old run aside"

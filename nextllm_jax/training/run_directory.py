@@ -13,12 +13,12 @@ from pathlib import Path
 
 from etils import epath
 
-from nextllm_jax import checkpoint_files
+from nextllm_jax.checkpoint import step_files
+from nextllm_jax.checkpoint.orbax_errors import writing
 from nextllm_jax.config import Config
-from nextllm_jax.config_files import CONFIG
-from nextllm_jax.distributed import Group
+from nextllm_jax.config.files import CONFIG
+from nextllm_jax.distributed.process_group import Group
 from nextllm_jax.errors import InputError
-from nextllm_jax.orbax_errors import writing
 from nextllm_jax.training.resume_guard import Change, read_run, require_resumable
 
 _LOCK = ".lock"
@@ -139,13 +139,13 @@ def require_usable(
     changes = require_resumable(path, config, allow_change)
     for name in _FILES + _DIRECTORIES:
         _require_writable_entry(path / name, is_directory=name in _DIRECTORIES)
-    saved = checkpoint_files.saved_steps(path / _CHECKPOINTS)
+    saved = step_files.saved_steps(path / _CHECKPOINTS)
     if not saved:
         _require_nothing_lost(path)
     elif max(saved) > config.training.steps:
         raise InputError(f"the run is at step {max(saved)} already, beyond training.steps {config.training.steps}")
     elif config.lora.rank:
-        from nextllm_jax.base import base_id  # imports jax, which other runs do not need yet
+        from nextllm_jax.checkpoint.base import base_id  # imports jax, which other runs do not need yet
 
         base_id(path)
     return changes

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from nextllm_jax.config import Config
-from nextllm_jax.config_files import local_workdir
+from nextllm_jax.config.files import local_workdir
 from nextllm_jax.data.loader import TrainLoader
 from nextllm_jax.data.packing import count_windows, describe_windows, has_targets
 from nextllm_jax.data.shards import SPLITS, Dataset

@@ -14,9 +14,9 @@ from typing import Any
 
 from etils import epath
 
-from nextllm_jax import orbax_errors
+from nextllm_jax.checkpoint import orbax_errors
+from nextllm_jax.checkpoint.orbax_errors import writing
 from nextllm_jax.errors import InputError, RunFailed
-from nextllm_jax.orbax_errors import writing
 from nextllm_jax.training.run_directory import write_atomically
 
 # The fields of a line of metrics.jsonl, in order; bits_per_byte is in the validation lines alone.

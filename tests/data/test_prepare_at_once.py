@@ -8,7 +8,7 @@ import types
 import pytest
 
 from nextllm_jax.config import DataConfig
-from nextllm_jax.config_files import load_config_file
+from nextllm_jax.config.files import load_config_file
 from nextllm_jax.data import data_directory
 from nextllm_jax.data import prepare as prepare_module
 from nextllm_jax.data.data_directory import claimed, remove_replaced

@@ -242,7 +242,7 @@ def half_a_line(case: Case) -> None:
 
 
 LOOP = "nextllm_jax.training.loop"
-FILES = "nextllm_jax.checkpoint_files"
+FILES = "nextllm_jax.checkpoint.step_files"
 SAVE = "orbax.checkpoint:AsyncCheckpointer.save"
 PREPARE = "nextllm_jax.data.prepare"
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from nextllm_jax.config_model import ModelConfig
+from nextllm_jax.config.model import ModelConfig
 from nextllm_jax.interop import huggingface
 from nextllm_jax.model.transformer import abstract_params
 from nextllm_jax.sharding import on_device

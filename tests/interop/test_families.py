@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch", reason="torch is missing; install the extra
 pytest.importorskip("transformers", reason="transformers is missing; install the extra 'parity'")
 pytest.importorskip("safetensors", reason="safetensors is missing; install the extra 'interop'")
 
-from nextllm_jax.config_model import ModelConfig  # noqa: E402
+from nextllm_jax.config.model import ModelConfig  # noqa: E402
 from nextllm_jax.interop import huggingface  # noqa: E402
 from nextllm_jax.interop.huggingface_config import canonical  # noqa: E402
 from nextllm_jax.model.kv_cache import KVCache  # noqa: E402

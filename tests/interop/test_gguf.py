@@ -14,7 +14,7 @@ pytest.importorskip("tokenizers", reason="tokenizers is missing; install the ext
 import gguf
 from gguf import quants
 
-from nextllm_jax.config_model import ModelConfig
+from nextllm_jax.config.model import ModelConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.interop import huggingface
 from nextllm_jax.interop.gguf import GGUFFile, export

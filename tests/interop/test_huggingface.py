@@ -18,7 +18,7 @@ pytest.importorskip("tokenizers", reason="tokenizers is missing; install the ext
 from safetensors.numpy import load_file, save_file
 
 from nextllm_jax.config import MeshConfig
-from nextllm_jax.config_model import ModelConfig
+from nextllm_jax.config.model import ModelConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.interop import huggingface
 from nextllm_jax.interop.huggingface_config import read_model_config, write_model_config

@@ -14,7 +14,7 @@ pytest.importorskip("gguf", reason="gguf is missing; install the extra 'interop'
 pytest.importorskip("tokenizers", reason="tokenizers is missing; install the extra 'interop'")
 
 import nextllm_jax  # noqa: E402
-from nextllm_jax.convert import export_model  # noqa: E402
+from nextllm_jax.pretrained.convert import export_model  # noqa: E402
 from tests.interop.models import TOKENIZER  # noqa: E402
 from tests.interop.test_gguf import MODELS, make_config, write  # noqa: E402
 

@@ -15,12 +15,12 @@ pytest.importorskip("safetensors", reason="safetensors is missing; install the e
 
 import nextllm_jax  # noqa: E402
 from nextllm_jax.config import SamplingConfig  # noqa: E402
-from nextllm_jax.convert import export_model  # noqa: E402
 from nextllm_jax.inference.generate import Generation  # noqa: E402
 from nextllm_jax.interop import huggingface  # noqa: E402
 from nextllm_jax.interop.gguf import GGUFFile  # noqa: E402
 from nextllm_jax.interop.names import parts_of  # noqa: E402
 from nextllm_jax.interop.streaming import tensors_of  # noqa: E402
+from nextllm_jax.pretrained.convert import export_model  # noqa: E402
 from tests.interop.models import on_one_device  # noqa: E402
 
 pytestmark = pytest.mark.slow

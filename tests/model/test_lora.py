@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from nextllm_jax.config import Config, DataConfig, LoraConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from nextllm_jax.diagnostics.diagnosis import diagnose
 from nextllm_jax.model import lora
 from nextllm_jax.model.accounting import adapter_count, frozen_bytes
 from nextllm_jax.model.transformer import Transformer, abstract_params
 from nextllm_jax.sharding import make_mesh, sharding
-from nextllm_jax.training.diagnosis import diagnose
 from nextllm_jax.training.optimizer import make_optimizer, schedule
 from nextllm_jax.training.state import TrainState, abstract_state, placed, shardings_of, state_from, whole_params
 from nextllm_jax.training.step import make_eval_step, make_train_step, mean_gradient

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nextllm_jax.config_files import load_config_file
+from nextllm_jax.config.files import load_config_file
 from nextllm_jax.plan.estimate import memory_traffic_bytes, recomputed_flops_per_token
 from nextllm_jax.plan.topology import counted
 from nextllm_jax.plan.training import estimate_training

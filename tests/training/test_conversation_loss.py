@@ -11,8 +11,8 @@ transformers = pytest.importorskip("transformers", reason="transformers is missi
 pytest.importorskip("safetensors", reason="safetensors is missing; install the extra 'interop'")
 
 from nextllm_jax.data.packing import count_windows, read_batch  # noqa: E402
+from nextllm_jax.evaluation.evaluate import evaluate  # noqa: E402
 from nextllm_jax.model.transformer import Transformer  # noqa: E402
-from nextllm_jax.training.evaluate import evaluate  # noqa: E402
 from nextllm_jax.training.step import make_eval_step  # noqa: E402
 from tests.data.test_conversations import documents, prepared  # noqa: E402
 from tests.interop import models  # noqa: E402

@@ -11,9 +11,9 @@ import pytest
 
 from nextllm_jax.config import Config, ModelConfig, TrainingConfig
 from nextllm_jax.data.packing import Batch
+from nextllm_jax.diagnostics.replay import Bundle, replay
 from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.training.flight_recorder import MAX_BUNDLES, FlightRecorder
-from nextllm_jax.training.replay import Bundle, replay
 from nextllm_jax.training.step import SKIP_REASONS, StepMetrics
 
 CONFIG = Config(model=ModelConfig(num_layers=1), training=TrainingConfig(global_batch_size=2, max_skipped_steps=4))

@@ -8,9 +8,9 @@ from unittest import mock
 import jax
 import pytest
 
-from nextllm_jax.checkpoint import Checkpoints
-from nextllm_jax.config_files import load_config_file
-from nextllm_jax.init_from import initial_params, with_source
+from nextllm_jax.checkpoint.manager import Checkpoints
+from nextllm_jax.config.files import load_config_file
+from nextllm_jax.pretrained.init_from import initial_params, with_source
 from nextllm_jax.sharding import make_mesh
 from nextllm_jax.training import loop, start, writers
 from tests.runs import metrics

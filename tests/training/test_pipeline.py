@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from nextllm_jax.config_files import load_config_file
+from nextllm_jax.config.files import load_config_file
 from nextllm_jax.sharding import make_mesh
 from nextllm_jax.training import loop, start
 from nextllm_jax.training.profiler import StepProfiler

@@ -21,7 +21,7 @@ from nextllm_jax.config import (
     OptimizerConfig,
     TrainingConfig,
 )
-from nextllm_jax.config_files import from_json
+from nextllm_jax.config.files import from_json
 from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.training import run_directory
 from nextllm_jax.training.run_directory import open_run, write_atomically

@@ -9,8 +9,8 @@ import types
 
 import pytest
 
+from nextllm_jax.distributed.signals import StopRequest
 from nextllm_jax.training import signals
-from nextllm_jax.training.signals import StopRequest
 from tests.test_standard_streams import stream_to
 
 
@@ -121,7 +121,7 @@ def test_a_reader_that_leaves_is_a_request(monkeypatch, clock, name):
 
 _BUSY = """
 import time
-from nextllm_jax.training.signals import StopRequest
+from nextllm_jax.distributed.signals import StopRequest
 
 with StopRequest(may_exit=True):
     print("here", flush=True)

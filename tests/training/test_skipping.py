@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nextllm_jax.checkpoint import Checkpoints
+from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from nextllm_jax.data.packing import Batch
 from nextllm_jax.errors import InputError

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from etils import epath
 
-from nextllm_jax import checkpoint_files
+from nextllm_jax.checkpoint import step_files
 from nextllm_jax.errors import InputError
 
 
@@ -25,7 +25,7 @@ class StepReport:
     """unreadable: whole, but not by this version."""
     manifest: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The step's manifest; empty if it cannot be read or was not looked at."""
-    damages: tuple[checkpoint_files.DamagedFile, ...] = ()
+    damages: tuple[step_files.DamagedFile, ...] = ()
     unknown: tuple[str, ...] = ()
     """What lies in the step and was not saved with it; it does no harm."""
 
@@ -68,11 +68,11 @@ def find_steps(path: epath.PathLike) -> list[epath.Path]:
     Raises InputError if `path` is none of these.
     """
     path = epath.Path(path)
-    if path.is_dir() and checkpoint_files.is_saved(path):
+    if path.is_dir() and step_files.is_saved(path):
         return [path]
     of_a_run = [path / name for name in ("checkpoints", "config.json") if (path / name).exists()]
     directory = path / "checkpoints" if of_a_run else path
-    kinds = checkpoint_files.is_step, checkpoint_files.is_leftover, checkpoint_files.is_set_aside
+    kinds = step_files.is_step, step_files.is_leftover, step_files.is_set_aside
     directories = [directory, path / "base"] if of_a_run else [directory]  # base: what adapters stand on
     entries = [entry for place in directories if place.is_dir() for entry in place.iterdir()]
     ours = [entry for entry in entries if entry.is_dir() and any(is_kind(entry) for is_kind in kinds)]
@@ -84,34 +84,34 @@ def find_steps(path: epath.PathLike) -> list[epath.Path]:
 def count_bytes(paths: Iterable[epath.Path]) -> int:
     """How many bytes `check_steps` will read, by the manifests, for its progress."""
     count = 0
-    for path in filter(checkpoint_files.is_step, paths):
-        with contextlib.suppress(OSError, checkpoint_files.DamagedFile):
-            count += _bytes(checkpoint_files.read_manifest(path))
+    for path in filter(step_files.is_step, paths):
+        with contextlib.suppress(OSError, step_files.DamagedFile):
+            count += _bytes(step_files.read_manifest(path))
     return count
 
 
-def check_steps(paths: Iterable[epath.Path], progress: checkpoint_files.Progress | None = None) -> Iterator[StepReport]:
+def check_steps(paths: Iterable[epath.Path], progress: step_files.Progress | None = None) -> Iterator[StepReport]:
     """The reports of directories that `find_steps` gave; none of one that goes meanwhile, as a run trains."""
     for path in paths:
-        if checkpoint_files.is_leftover(path):
+        if step_files.is_leftover(path):
             yield StepReport(path, "unfinished")
-        elif checkpoint_files.is_set_aside(path):
+        elif step_files.is_set_aside(path):
             yield StepReport(path, "set aside")
         elif (report := _check_step(path, progress)) and path.exists():
             yield report
 
 
-def _check_step(path: epath.Path, progress: checkpoint_files.Progress | None) -> StepReport:
+def _check_step(path: epath.Path, progress: step_files.Progress | None) -> StepReport:
     manifest, unknown = {}, []
     try:
-        manifest = checkpoint_files.read_manifest(path)
-        damages = tuple(checkpoint_files.damaged_files(path, manifest, progress=progress))
-        unknown = checkpoint_files.unknown_files(path, manifest)
-    except checkpoint_files.UnknownManifest as error:
+        manifest = step_files.read_manifest(path)
+        damages = tuple(step_files.damaged_files(path, manifest, progress=progress))
+        unknown = step_files.unknown_files(path, manifest)
+    except step_files.UnknownManifest as error:
         return StepReport(path, "unreadable", damages=(error,))
-    except checkpoint_files.DamagedFile as damage:
+    except step_files.DamagedFile as damage:
         damages = (damage,)
     except OSError as error:
         file = epath.Path(error.filename).relative_to(path).as_posix() if error.filename else "a file"
-        damages = (checkpoint_files.DamagedFile(file, f"cannot be read ({error.strerror or error})"),)
+        damages = (step_files.DamagedFile(file, f"cannot be read ({error.strerror or error})"),)
     return StepReport(path, "damaged" if damages else "ok", manifest, damages, tuple(unknown))

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from nextllm_jax.convert import LAYOUT, import_model
 from nextllm_jax.errors import InputError
+from nextllm_jax.pretrained.convert import LAYOUT, import_model
 from nextllm_jax.process import cache_directory
 
 Result = TypeVar("Result")

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from nextllm_jax.checkpoint import Checkpoints
+from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.config import ModelConfig, SamplingConfig
-from nextllm_jax.config_files import read_config
+from nextllm_jax.config.files import read_config
 from nextllm_jax.errors import InputError, RunFailed
-from nextllm_jax.import_cache import use_imported
 from nextllm_jax.inference.generate import CHUNK_TOKENS, CachedRow, Generation, bucket
 from nextllm_jax.inference.stream import Sample, TextStream
 from nextllm_jax.interop.foreign import Foreign, is_foreign, open_foreign, require_no_step
@@ -30,9 +29,10 @@ from nextllm_jax.model.transformer import (
     unstack_layers,
 )
 from nextllm_jax.ops.cross_entropy import cross_entropy
+from nextllm_jax.pretrained.import_cache import use_imported
+from nextllm_jax.pretrained.source import restore_params
 from nextllm_jax.published_models import PUBLISHED_MODELS, is_published, resolve
 from nextllm_jax.sharding import on_device
-from nextllm_jax.source import restore_params
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 128

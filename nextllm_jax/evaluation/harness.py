@@ -15,7 +15,7 @@ import numpy as np
 from nextllm_jax.config import SamplingConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.generate import bucket
-from nextllm_jax.llm import LLM, load
+from nextllm_jax.inference.llm import LLM, load
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.tokenizer.chat import ChatTemplate
 

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from nextllm_jax import hardware
-from nextllm_jax.checkpoint import Checkpoints
+from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.config import Config
 from nextllm_jax.hardware import readable_bytes
 from nextllm_jax.model.accounting import frozen_bytes, moment_bytes, parameter_bytes

@@ -1,4 +1,4 @@
-"""The `nextllm` command, with `train`, `prepare`, `verify`, `doctor` and `replay`; more in the files named *_cli.
+"""The `nextllm` command, with `train`, `prepare`, `verify`, `doctor` and `replay`; its siblings have the others.
 
 Nothing here imports jax until a command needs it, so that errors and `--help` come at once, and data is
 prepared before devices are touched.
@@ -17,16 +17,16 @@ from typing import Annotated, Any, NoReturn
 import tyro
 
 from nextllm_jax import process, standard_streams
+from nextllm_jax.cli.convert import export_command, import_command
+from nextllm_jax.cli.plan import plan_command
+from nextllm_jax.cli.text import evaluate_command, lm_eval_command, tokenize_command
 from nextllm_jax.config import Config, DataConfig, ModelConfig
-from nextllm_jax.config_files import config_of_arguments, local_workdir
-from nextllm_jax.convert_cli import export_command, import_command
-from nextllm_jax.distributed import Group, facts_of
+from nextllm_jax.config.files import config_of_arguments, local_workdir
+from nextllm_jax.distributed.process_group import Group, facts_of
+from nextllm_jax.distributed.rendezvous import DistributedConfig
+from nextllm_jax.distributed.signals import StopRequest
 from nextllm_jax.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, InputError, RunFailed
-from nextllm_jax.plan_cli import plan_command
 from nextllm_jax.process import use_compilation_cache
-from nextllm_jax.rendezvous import DistributedConfig
-from nextllm_jax.text_cli import evaluate_command, lm_eval_command, tokenize_command
-from nextllm_jax.training.signals import StopRequest
 
 
 def run_main(command: Callable[[list[str]], int]) -> NoReturn:
@@ -104,7 +104,7 @@ def train_command(argv: list[str]) -> int:
     with StopRequest(group, may_exit=True) as stop, group:
         config = _start(arguments, file, group, stop)
 
-        from nextllm_jax.init_from import initial_params
+        from nextllm_jax.pretrained.init_from import initial_params
         from nextllm_jax.training.loop import train
 
         outcome = train(
@@ -127,7 +127,7 @@ def _start(arguments: TrainArguments, file: Config, group: Group, stop: StopRequ
     Returns the config to train, with the model of init_from. `file` is the config before the command line changed it.
     """
     from nextllm_jax.data.prepare import ensure_prepared
-    from nextllm_jax.init_from import require_tokenizer, with_source
+    from nextllm_jax.pretrained.init_from import require_tokenizer, with_source
     from nextllm_jax.training.resume_guard import allowed_fields
     from nextllm_jax.training.run_directory import require_unlocked, require_usable
 
@@ -156,7 +156,7 @@ def _sample_text(
     """What `train` writes to samples.txt: one continuation of each prompt."""
     import jax
 
-    from nextllm_jax.llm import LLM, cast_matrices
+    from nextllm_jax.inference.llm import LLM, cast_matrices
     from nextllm_jax.model.transformer import resolve_dtype
 
     dtype = resolve_dtype(config.dtype, jax.default_backend())
@@ -205,7 +205,7 @@ def verify_command(argv: list[str]) -> int:
 
     from tqdm import tqdm
 
-    from nextllm_jax import verify
+    from nextllm_jax.checkpoint import verify
 
     steps = verify.find_steps(arguments.path)
     if not steps:
@@ -248,7 +248,7 @@ def doctor_command(argv: list[str]) -> int:
     default = DoctorArguments(config=tyro.MISSING, run=file)
     arguments = tyro.cli(DoctorArguments, args=argv, prog="nextllm doctor", default=default)
 
-    from nextllm_jax.init_from import with_source
+    from nextllm_jax.pretrained.init_from import with_source
 
     config = with_source(arguments.run, file, overwrite=arguments.overwrite)
     arguments = dataclasses.replace(arguments, run=config)
@@ -256,7 +256,7 @@ def doctor_command(argv: list[str]) -> int:
 
 
 def _diagnose(arguments: DoctorArguments) -> int:
-    from nextllm_jax.doctor import diagnose
+    from nextllm_jax.diagnostics.doctor import diagnose
     from nextllm_jax.training.resume_guard import allowed_fields
 
     show = (lambda _: None) if arguments.json else (lambda finding: print(finding, flush=True))
@@ -271,7 +271,7 @@ def _diagnose(arguments: DoctorArguments) -> int:
 
 
 def _prove_resuming(arguments: DoctorArguments) -> int:
-    from nextllm_jax.resume_proof import prove
+    from nextllm_jax.diagnostics.resume_proof import prove
 
     say = (lambda _: None) if arguments.json else (lambda text: print(text, flush=True))
     comparisons = prove(arguments.run, steps=arguments.steps, say=say)
@@ -306,7 +306,7 @@ def replay_command(argv: list[str]) -> int:
     process.restart_with_settings()
     use_compilation_cache()
 
-    from nextllm_jax.training.replay import replay
+    from nextllm_jax.diagnostics.replay import replay
 
     found = replay(Path(arguments.bundle), data=arguments.data)
     print(json.dumps(found.to_json()) if arguments.json else found)
@@ -346,7 +346,3 @@ def nextllm_command(argv: list[str]) -> int:
 def main() -> NoReturn:
     """Run the `nextllm` command."""
     run_main(nextllm_command)
-
-
-if __name__ == "__main__":
-    main()

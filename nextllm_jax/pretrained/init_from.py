@@ -8,12 +8,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from nextllm_jax.config import Config, DataConfig, ModelConfig
-from nextllm_jax.config_files import CONFIG, local_workdir, read_config
-from nextllm_jax.config_model import EXECUTION_FIELDS
+from nextllm_jax.config.files import CONFIG, local_workdir, read_config
+from nextllm_jax.config.model import EXECUTION_FIELDS
 from nextllm_jax.data.prepare import default_data_path
 from nextllm_jax.data.shards import Dataset
 from nextllm_jax.errors import InputError
-from nextllm_jax.source import Place, cast, open_source
+from nextllm_jax.pretrained.source import Place, cast, open_source
 from nextllm_jax.tokenizer.published import load_tokenizer
 
 _OURS = ("param_dtype", *EXECUTION_FIELDS)

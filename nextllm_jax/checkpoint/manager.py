@@ -24,8 +24,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from nextllm_jax import checkpoint_files, orbax_errors
-from nextllm_jax.checkpoint_leaves import leaves_of, mismatch
+from nextllm_jax.checkpoint import orbax_errors, step_files
+from nextllm_jax.checkpoint.leaves import leaves_of, mismatch
 from nextllm_jax.errors import InputError, RunFailed
 
 _TEXT_BYTES = 1000  # of a sentence that processes exchange
@@ -106,7 +106,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The saved steps, in order, whole or damaged. An unfinished save is none of them."""
-        return checkpoint_files.saved_steps(self._directory)
+        return step_files.saved_steps(self._directory)
 
     def latest_step(self) -> int | None:
         """The highest step."""
@@ -146,13 +146,13 @@ class Checkpoints:
 
     def _manifest(self, step: int) -> dict[str, Any]:
         try:
-            return checkpoint_files.read_manifest(self._path(step))
-        except checkpoint_files.UnknownManifest as error:
+            return step_files.read_manifest(self._path(step))
+        except step_files.UnknownManifest as error:
             raise InputError(self._unusable(step, f"cannot be read ({error})")) from error
-        except checkpoint_files.DamagedFile as damage:
+        except step_files.DamagedFile as damage:
             raise DamagedCheckpoint(step, self._unusable(step, f"is damaged ({damage})")) from damage
         except OSError as error:
-            cause = f"cannot be read ({checkpoint_files.MANIFEST}: {orbax_errors.cause(error)})"
+            cause = f"cannot be read ({step_files.MANIFEST}: {orbax_errors.cause(error)})"
             raise InputError(self._unusable(step, cause)) from error
 
     def _unusable(self, step: int, why: str) -> str:
@@ -218,7 +218,7 @@ class Checkpoints:
     def _verify(self, step: int, name: str, manifest: dict[str, Any]) -> None:
         """Raise DamagedCheckpoint, on every process, if a file of an item is damaged; each process reads a share."""
         share = jax.process_index(), jax.process_count()
-        damages = checkpoint_files.damaged_files(self._path(step), manifest, item=name, share=share)
+        damages = step_files.damaged_files(self._path(step), manifest, item=name, share=share)
         found = _first_found(str(next(damages, "")))
         if found:
             raise DamagedCheckpoint(step, self._unusable(step, f"is damaged ({found})"))
@@ -234,16 +234,16 @@ class Checkpoints:
         if step in self.steps():
             raise ValueError(f"step {step} is already saved in {self._directory}")
         manifest = {
-            "format": checkpoint_files.FORMAT,
+            "format": step_files.FORMAT,
             "step": step,
             "validation_loss": _finite(validation_loss),
             "items": {name: leaves_of(tree) for name, tree in items.items()},
             "record": record,
             "run": self._run,
-            "versions": checkpoint_files.versions(),
+            "versions": step_files.versions(),
         }
         trees = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        unfinished = self._directory / f"{step}{checkpoint_files.UNFINISHED}"
+        unfinished = self._directory / f"{step}{step_files.UNFINISHED}"
         try:
             checkpointer, background = self._open()
             checkpointer.save(unfinished, args=ocp.args.Composite(**trees), force=True)
@@ -274,15 +274,15 @@ class Checkpoints:
         checkpointer.wait_until_finished()
         if jax.process_index() != 0:
             return
-        checkpoint_files.seal(unfinished, manifest)
-        read_back = checkpoint_files.read_manifest(unfinished)
-        damage = next(checkpoint_files.damaged_files(unfinished, read_back, readers=1), None)
+        step_files.seal(unfinished, manifest)
+        read_back = step_files.read_manifest(unfinished)
+        damage = next(step_files.damaged_files(unfinished, read_back, readers=1), None)
         if damage:
             raise damage
         if self._path(step).exists():
-            checkpoint_files.move_aside(self._path(step))
+            step_files.move_aside(self._path(step))
         unfinished.rename(self._path(step))
-        checkpoint_files.sync_directory(self._directory)
+        step_files.sync_directory(self._directory)
 
     def check(self) -> None:
         """Raise RunFailed if the step being saved has failed already; returns at once."""
@@ -313,8 +313,8 @@ class Checkpoints:
         manifest = self._manifest(self.resolve(step))
         manifest |= {"validation_loss": _finite(validation_loss), "record": record}
         if jax.process_index() == 0:
-            with orbax_errors.writing(self._path(step) / checkpoint_files.MANIFEST):
-                checkpoint_files.write_manifest(self._path(step), manifest)
+            with orbax_errors.writing(self._path(step) / step_files.MANIFEST):
+                step_files.write_manifest(self._path(step), manifest)
         ocp.utils.sync_global_processes(f"added_validation_loss_{step}")
         self._delete_superseded()
 
@@ -325,8 +325,8 @@ class Checkpoints:
         """
         step = self.resolve(step)
         if jax.process_index() == 0:
-            with orbax_errors.writing(self._path(step) / checkpoint_files.PINNED):
-                (self._path(step) / checkpoint_files.PINNED).touch()
+            with orbax_errors.writing(self._path(step) / step_files.PINNED):
+                (self._path(step) / step_files.PINNED).touch()
         ocp.utils.sync_global_processes(f"pinned_{step}")
 
     def close(self) -> None:
@@ -348,10 +348,10 @@ class Checkpoints:
 
         Raises RunFailed if it cannot be renamed.
         """
-        aside = self._path(step).with_suffix(checkpoint_files.DAMAGED)
+        aside = self._path(step).with_suffix(step_files.DAMAGED)
         if jax.process_index() == 0:
             with orbax_errors.writing(aside):
-                checkpoint_files.move_aside(self._path(step))
+                step_files.move_aside(self._path(step))
         ocp.utils.sync_global_processes(f"set_aside_{step}")
         return aside
 
@@ -360,7 +360,7 @@ class Checkpoints:
         self._let_go()
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):
-                checkpoint_files.clean_up(self._directory)  # what is left goes before the next save
+                step_files.clean_up(self._directory)  # what is left goes before the next save
         raise RunFailed(self._sentence(step, error)) from error
 
     def _sentence(self, step: int, error: BaseException) -> str:
@@ -387,10 +387,10 @@ class Checkpoints:
         losses, every = self._losses(), self._keep_every_steps
         keep = {*list(losses)[-self._keep_last :], _best(losses)}
         keep |= {step for step in losses if every and step and step % every == 0}
-        keep |= {step for step in losses if (self._path(step) / checkpoint_files.PINNED).exists()}
+        keep |= {step for step in losses if (self._path(step) / step_files.PINNED).exists()}
         return [step for step in losses if step not in keep]
 
     def _clean_up(self, steps: Iterable[int] = ()) -> None:
         """Delete some steps, and what interrupted saves and deletions left; what cannot be deleted is a warning."""
-        for path, error in checkpoint_files.clean_up(self._directory, map(self._path, steps)).items():
+        for path, error in step_files.clean_up(self._directory, map(self._path, steps)).items():
             self._warn_once(path, f"{path} cannot be deleted ({orbax_errors.cause(error)}); the next save tries again")

@@ -7,8 +7,8 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from nextllm_jax import checkpoint_files, orbax_errors
-from nextllm_jax.checkpoint import Checkpoints, DamagedCheckpoint
+from nextllm_jax.checkpoint import orbax_errors, step_files
+from nextllm_jax.checkpoint.manager import Checkpoints, DamagedCheckpoint
 from nextllm_jax.errors import InputError
 
 DIRECTORY = "base"
@@ -21,7 +21,7 @@ def save_base(run: epath.PathLike, params: Any) -> None:
     base = epath.Path(run) / DIRECTORY
     if jax.process_index() == 0 and (base / "0").exists():  # of a start that was cut short
         with orbax_errors.writing(base):
-            checkpoint_files.delete(base / "0")
+            step_files.delete(base / "0")
     ocp.utils.sync_global_processes("base")
     with Checkpoints(base) as checkpoints:
         checkpoints.save(0, {"params": params}, {}, validation_loss=None)
@@ -29,7 +29,7 @@ def save_base(run: epath.PathLike, params: Any) -> None:
 
 def base_id(run: epath.PathLike) -> str:
     """The identity of a run's base: a hash of its manifest, which has those of all files. Raises InputError."""
-    manifest = epath.Path(run) / DIRECTORY / "0" / checkpoint_files.MANIFEST
+    manifest = epath.Path(run) / DIRECTORY / "0" / step_files.MANIFEST
     try:
         return hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]
     except OSError as error:

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from nextllm_jax.config import SamplingConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.generate import CachedRow, Speeds
+from nextllm_jax.inference.llm import LLM
 from nextllm_jax.inference.stream import Sample
-from nextllm_jax.llm import LLM
 from nextllm_jax.tokenizer.chat import ChatTemplate, Message
 
 MAX_ANSWER_TOKENS = 512

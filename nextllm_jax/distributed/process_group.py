@@ -21,8 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
+from nextllm_jax.distributed.rendezvous import DistributedConfig, Line, Meeting, Place, find_place, report
 from nextllm_jax.errors import EXIT_BAD_INPUT, EXIT_FAILED, InputError, RunFailed
-from nextllm_jax.rendezvous import DistributedConfig, Line, Meeting, Place, find_place, report
 from nextllm_jax.standard_streams import write_at_once
 
 LAST_SECONDS = 10
@@ -307,7 +307,7 @@ def facts_of(config: Any) -> dict[str, str]:
 
     flatten("", dataclasses.asdict(config))
     code = hashlib.sha256()
-    package = Path(__file__).parent
+    package = Path(__file__).parent.parent
     for file in sorted(package.rglob("*.py")):
         code.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
     facts["the package nextllm_jax with sha256"] = code.hexdigest()[:12]

@@ -13,7 +13,7 @@ import tyro
 
 from nextllm_jax import process
 from nextllm_jax.config import Config
-from nextllm_jax.config_files import config_of_arguments
+from nextllm_jax.config.files import config_of_arguments
 from nextllm_jax.errors import InputError
 
 

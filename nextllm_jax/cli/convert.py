@@ -27,7 +27,7 @@ def import_command(argv: list[str]) -> int:
     """Import a model; the exit code."""
     arguments = tyro.cli(ImportArguments, args=argv, prog="nextllm import", description=ImportArguments.__doc__)
 
-    from nextllm_jax.convert import import_model
+    from nextllm_jax.pretrained.convert import import_model
 
     import_model(
         arguments.source,
@@ -67,7 +67,7 @@ def export_command(argv: list[str]) -> int:
     if arguments.shard_gigabytes <= 0:
         raise InputError(f"shard_gigabytes is {arguments.shard_gigabytes}; it must be positive")
 
-    from nextllm_jax.convert import export_model
+    from nextllm_jax.pretrained.convert import export_model
 
     export_model(
         arguments.checkpoint,

@@ -25,7 +25,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from nextllm_jax.distributed import Group
+from nextllm_jax.distributed.process_group import Group
 from nextllm_jax.errors import EXIT_INTERRUPTED
 from nextllm_jax.standard_streams import unfailing_output, write_at_once
 

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from nextllm_jax.checkpoint import Checkpoints
+from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.config import Config
 from nextllm_jax.data.prepare import ensure_prepared
 from nextllm_jax.errors import InputError, RunFailed
@@ -27,7 +27,7 @@ from nextllm_jax.sharding import make_mesh
 from nextllm_jax.training.program import build_program, to_save
 
 FEWEST_STEPS = 8
-_CONFIG_FILE = """from nextllm_jax.config_files import read_config
+_CONFIG_FILE = """from nextllm_jax.config.files import read_config
 
 
 def get_config():
@@ -99,7 +99,7 @@ def _train(directory: Path, workdir: Path, *, kill_after: int | None = None) -> 
 
     Raises RunFailed if it ends by itself in any other way.
     """
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parent.parent.parent
     paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
     output = ""
     with subprocess.Popen(

@@ -9,10 +9,10 @@ import json
 import math
 from typing import Literal
 
-from nextllm_jax.config_checks import check_types as _check_types
-from nextllm_jax.config_checks import require as _require
-from nextllm_jax.config_checks import require_positive as _require_positive
-from nextllm_jax.config_model import ModelConfig
+from nextllm_jax.config.checks import check_types as _check_types
+from nextllm_jax.config.checks import require as _require
+from nextllm_jax.config.checks import require_positive as _require_positive
+from nextllm_jax.config.model import ModelConfig
 
 FORMAT, FIRST_FORMAT = "nextllm_jax config 2", "nextllm_jax config 1"
 """Formats of config.json. The first, which the file does not state, is of runs that warmed up for all of

@@ -12,15 +12,15 @@ from typing import Any, Literal
 
 import jax
 
-from nextllm_jax.checkpoint import Checkpoints
+from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.config import Config, DataConfig, ModelConfig
-from nextllm_jax.config_files import read_config
+from nextllm_jax.config.files import read_config
 from nextllm_jax.errors import InputError, RunFailed, failed_place
 from nextllm_jax.interop.foreign import is_foreign, open_foreign
 from nextllm_jax.model.transformer import abstract_params
+from nextllm_jax.pretrained.source import restore_params
 from nextllm_jax.published_models import resolve
 from nextllm_jax.sharding import on_device
-from nextllm_jax.source import restore_params
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 Format = Literal["huggingface", "gguf"]

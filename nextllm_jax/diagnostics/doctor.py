@@ -14,21 +14,21 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from nextllm_jax import machine
-from nextllm_jax.base import DIRECTORY as BASE
-from nextllm_jax.checkpoint import Checkpoints
+from nextllm_jax.checkpoint.base import DIRECTORY as BASE
+from nextllm_jax.checkpoint.manager import Checkpoints
+from nextllm_jax.checkpoint.verify import check_steps, find_steps
 from nextllm_jax.config import Config
-from nextllm_jax.config_files import CONFIG, local_workdir
+from nextllm_jax.config.files import CONFIG, local_workdir
 from nextllm_jax.data.corpora import find_files
 from nextllm_jax.data.prepare import default_data_path, find_prepared, prepare_sample, remark
 from nextllm_jax.data.shards import Dataset, partial_path
+from nextllm_jax.diagnostics import machine
+from nextllm_jax.diagnostics.machine import Status
 from nextllm_jax.errors import InputError, RunFailed
-from nextllm_jax.init_from import require_tokenizer
-from nextllm_jax.machine import Status
+from nextllm_jax.pretrained.init_from import require_tokenizer
 from nextllm_jax.tokenizer.published import KNOWN_ENCODINGS, files_to_fetch
 from nextllm_jax.training.resume_guard import require_same_data
 from nextllm_jax.training.start import DEVICE_CHECKS, RUN_CHECKS, Check, Start
-from nextllm_jax.verify import check_steps, find_steps
 
 SAMPLE_CHARACTERS = 1_000_000
 """How much of a corpus that is not prepared yet is read and tokenized."""

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from nextllm_jax.config_checks import check_types, require, require_positive
+from nextllm_jax.config.checks import check_types, require, require_positive
 
 LayerKind = Literal["global", "local", "global_nope"]
 DType = Literal["float32", "bfloat16"]

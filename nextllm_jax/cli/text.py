@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import tyro
 
-from nextllm_jax.config_files import read_config
+from nextllm_jax.config.files import read_config
 from nextllm_jax.errors import InputError
 from nextllm_jax.process import use_compilation_cache
 
@@ -98,8 +98,8 @@ def evaluate_command(argv: list[str]) -> int:
 
     from tqdm import tqdm
 
-    from nextllm_jax.evaluation import score_data
-    from nextllm_jax.llm import load
+    from nextllm_jax.evaluation.scoring import score_data
+    from nextllm_jax.inference.llm import load
 
     def progress(batches: Iterable[Any], total: int) -> Iterable[Any]:
         return tqdm(batches, total=total, unit="batch", disable=None, leave=False)
@@ -140,7 +140,7 @@ def trained_window(checkpoint: str) -> int | None:
 
 def lm_eval_command(argv: list[str]) -> int:
     """Run the lm-evaluation-harness, whose options these are, on `--model_args checkpoint=PATH`; the exit code."""
-    from nextllm_jax.harness import run_harness
+    from nextllm_jax.evaluation.harness import run_harness
 
     use_compilation_cache()
     run_harness(argv)

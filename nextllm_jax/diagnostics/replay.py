@@ -14,17 +14,17 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from nextllm_jax.checkpoint import Checkpoints
+from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.config import Config
-from nextllm_jax.config_files import config_of_values
+from nextllm_jax.config.files import config_of_values
 from nextllm_jax.data.loader import TrainLoader
 from nextllm_jax.data.packing import Batch
 from nextllm_jax.data.prepare import default_data_path
 from nextllm_jax.data.shards import Dataset
+from nextllm_jax.diagnostics.diagnosis import Diagnosis, diagnose
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.transformer import set_matmul_precision
 from nextllm_jax.sharding import make_mesh, sharding
-from nextllm_jax.training.diagnosis import Diagnosis, diagnose
 from nextllm_jax.training.flight_recorder import BATCH, BUNDLE, DIRECTORY, FORMAT, environment, json_number, measured
 from nextllm_jax.training.program import Program, build_program
 from nextllm_jax.training.start import check_platform, make_loader

@@ -16,8 +16,8 @@ from typing import Any
 from etils import epath
 
 from nextllm_jax import config as definitions
-from nextllm_jax.config import FIRST_FORMAT, FORMAT, Config
-from nextllm_jax.config_checks import require
+from nextllm_jax.config.checks import require
+from nextllm_jax.config.run import FIRST_FORMAT, FORMAT, Config
 from nextllm_jax.errors import InputError
 
 CONFIG = "config.json"

@@ -9,9 +9,9 @@ from nextllm_jax.data.loader import validation_batches
 from nextllm_jax.data.packing import count_windows
 from nextllm_jax.data.shards import Dataset
 from nextllm_jax.errors import InputError
-from nextllm_jax.llm import LLM, Score, check_windows
+from nextllm_jax.evaluation.evaluate import evaluate
+from nextllm_jax.inference.llm import LLM, Score, check_windows
 from nextllm_jax.model.transformer import Transformer, resolve_dtype
-from nextllm_jax.training.evaluate import evaluate
 from nextllm_jax.training.step import make_eval_step
 
 

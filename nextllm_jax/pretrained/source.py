@@ -8,11 +8,11 @@ from typing import Any
 import jax
 from etils import epath
 
-from nextllm_jax.base import restore_base
-from nextllm_jax.checkpoint import Checkpoints
+from nextllm_jax.checkpoint.base import restore_base
+from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.config import Config
-from nextllm_jax.config_files import read_config
-from nextllm_jax.config_model import ModelConfig
+from nextllm_jax.config.files import read_config
+from nextllm_jax.config.model import ModelConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.interop.foreign import is_foreign, open_foreign
 from nextllm_jax.model import lora

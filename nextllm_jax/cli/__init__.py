@@ -1,0 +1,1 @@
+"""The `nextllm` command and its subcommands, one module for each family."""

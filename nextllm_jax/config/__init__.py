@@ -1,0 +1,25 @@
+"""Every setting of a run. Nothing here imports jax."""
+
+from nextllm_jax.config.model import ModelConfig
+from nextllm_jax.config.run import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LoraConfig,
+    MeshConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "LoraConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "SamplingConfig",
+    "TrainingConfig",
+]

@@ -1,0 +1,1 @@
+"""What is wrong, or would go wrong, with a training: before it starts, at a bad step, and in resuming."""

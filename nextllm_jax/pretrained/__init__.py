@@ -1,0 +1,1 @@
+"""Models that exist already, from this and other programs."""
