@@ -112,13 +112,12 @@ def finish_logits(products: jax.Array, divisor: float, soft_cap: float | None) -
 
 def _divided(function, layout: Layout, out_specs):
     """`function(hidden, head, targets, mask)`, run on each device's part of them."""
-    axes = {axis for axes in layout for axis in axes}
-    if not axes:
+    if not any(layout):
         return function
     tokens, head = PartitionSpec(layout.batch, layout.sequence), PartitionSpec(layout.vocab, layout.embed)
-    return jax.shard_map(
-        function, in_specs=(tokens, head, tokens, tokens), out_specs=out_specs, axis_names=axes, check_vma=False
-    )
+    # Over all axes of the mesh, one-device axes too: where some are left to XLA, its CPU compiler aborts on the
+    # bfloat16 sums inside ("Invalid binary instruction opcode copy", jax 0.10 to 0.12).
+    return jax.shard_map(function, in_specs=(tokens, head, tokens, tokens), out_specs=out_specs, check_vma=False)
 
 
 def _take_head(rule: _Rule, head_VD: jax.Array) -> jax.Array:

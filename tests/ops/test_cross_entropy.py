@@ -148,6 +148,23 @@ def test_divided_over_devices_it_is_the_same_and_reduces_the_head_gradient_once(
     assert travels <= (2 * (fsdp > 1)) + (data * sequence > 1)
 
 
+@pytest.mark.parametrize("axis", range(4))
+def test_bfloat16_is_summed_over_one_axis_of_a_mesh(axis):
+    """The tokens outnumber the vocabulary, so the head's gradient is summed over each axis that divides tokens."""
+    mesh = jax.make_mesh(
+        tuple(2 if i == axis else 1 for i in range(4)),
+        ("data", "fsdp", "sequence", "tensor"),
+        axis_types=(AxisType.Auto,) * 4,
+        devices=jax.devices()[:2],
+    )
+    arguments = inputs(B=4, T=24, D=32, V=48, dtype=jnp.bfloat16)
+    with jax.set_mesh(mesh):
+        ours = value_and_gradients(functools.partial(cross_entropy, layout=LAYOUT), *arguments)
+    for mine, alone in zip(ours, value_and_gradients(cross_entropy, *arguments), strict=True):
+        mine, alone = np.asarray(mine, np.float32), np.asarray(alone, np.float32)
+        assert np.linalg.norm(mine - alone) < 0.01 * np.linalg.norm(alone)
+
+
 def sizes(shapes: str) -> list[int]:
     """Elements of the arrays in the result type of an HLO instruction."""
     return [math.prod(map(int, dims.split(","))) if dims else 1 for dims in re.findall(r"\w\d+\[([\d,]*)\]", shapes)]

@@ -11,6 +11,7 @@ import pytest
 
 from nextllm_jax.config import MeshConfig, ModelConfig, OptimizerConfig
 from nextllm_jax.data.packing import Batch
+from nextllm_jax.model.attention_kernel import AttentionKernel
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.sharding import make_mesh, sharding
 from nextllm_jax.training.optimizer import make_optimizer, schedule
@@ -42,11 +43,11 @@ def make_batch(seed=0):
     )
 
 
-def run(mesh_config, *, steps=3, accumulation_steps=1, batches=None, config=CONFIG):
+def run(mesh_config, *, steps=3, accumulation_steps=1, batches=None, config=CONFIG, dtype="float32", **kernel):
     """Losses, last gradient norm and final parameters of a few steps on a mesh of simulated devices."""
     sizes = [getattr(mesh_config, name) for name in ("data", "fsdp", "sequence", "tensor")]
     mesh = make_mesh(mesh_config, jax.devices()[: int(np.prod(sizes))])
-    model = Transformer(config, jnp.float32)
+    model = Transformer(config, jnp.dtype(dtype), **kernel)
     optimizer = make_optimizer(OPTIMIZER)
     with jax.set_mesh(mesh):
         state = create_state(model, optimizer, mesh, seed=0)
@@ -87,6 +88,19 @@ def test_every_mesh_gives_what_one_device_gives(one_device, data, fsdp, sequence
     np.testing.assert_allclose(metrics.activation_rms, metrics_1.activation_rms, rtol=1e-3)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state.opt_state, state_1.opt_state)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-4), state.params, state_1.params)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "context"),
+    [
+        (MeshConfig(data=2, sequence=2), "ring"),
+        pytest.param(MeshConfig(data=1, fsdp=2, sequence=2, tensor=2), "all_gather", marks=pytest.mark.slow),
+    ],
+)
+def test_bfloat16_trains_on_a_mesh(one_device, mesh, context):
+    losses, metrics, _ = run(mesh, dtype="bfloat16", kernel=AttentionKernel("blockwise", (8, 8), context))
+    np.testing.assert_allclose(losses, one_device[0], rtol=5e-3)
+    np.testing.assert_allclose(metrics.grad_norm, one_device[1].grad_norm, rtol=0.03)
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(data=1), MeshConfig(data=2, fsdp=2)])
