@@ -217,7 +217,7 @@ def removed(case: Case, directory: str, steps: int, says: str) -> None:
 
 
 def checkpoints_removed(case: Case) -> None:
-    """Once some are saved; the next training begins again."""
+    """Once some are saved; the next training is refused, and loses nothing more."""
     removed(case.fresh(), "runs/config/checkpoints", 32, "^error: .*could not be saved")
 
 
@@ -276,7 +276,7 @@ ROWS = {
     "full disk at the arrays": Row(full_disk(SAVE), slow=True),
     "full disk at a manifest": Row(full_disk(f"{FILES}:write_manifest"), slow=True),
     "full disk at metrics.jsonl": Row(full_disk("nextllm_jax.training.writers:Writers._append", 3)),
-    "checkpoints removed while training": Row(checkpoints_removed, slow=True),
+    "checkpoints removed while training": Row(checkpoints_removed, "no checkpoint in", refuses=True, slow=True),
     "run removed while training": Row(run_removed, slow=True),
     # damage to the latest checkpoint
     "bit flipped in an array": Row(checkpoint(flip, "params/d/*"), "damaged \\(params/d/"),
