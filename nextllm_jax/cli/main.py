@@ -10,9 +10,9 @@ import difflib
 import io
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import tyro
 
@@ -20,13 +20,12 @@ from nextllm_jax import process, standard_streams
 from nextllm_jax.cli.convert import export_command, import_command
 from nextllm_jax.cli.plan import plan_command
 from nextllm_jax.cli.text import evaluate_command, lm_eval_command, tokenize_command
-from nextllm_jax.config import Config, DataConfig, ModelConfig
-from nextllm_jax.config.files import config_of_arguments, local_workdir
-from nextllm_jax.distributed.process_group import Group, facts_of
+from nextllm_jax.config import Config, DataConfig
+from nextllm_jax.config.files import config_of_arguments
 from nextllm_jax.distributed.rendezvous import DistributedConfig
-from nextllm_jax.distributed.signals import StopRequest
 from nextllm_jax.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, InputError, RunFailed
 from nextllm_jax.process import use_compilation_cache
+from nextllm_jax.training.launch import train
 
 
 def run_main(command: Callable[[list[str]], int]) -> NoReturn:
@@ -100,68 +99,16 @@ def train_command(argv: list[str]) -> int:
     arguments = parse_train(argv, file)
     process.restart_with_settings()
 
-    group = Group(arguments.distributed)
-    with StopRequest(group, may_exit=True) as stop, group:
-        config = _start(arguments, file, group, stop)
-
-        from nextllm_jax.pretrained.init_from import initial_params
-        from nextllm_jax.training.loop import train
-
-        outcome = train(
-            config,
-            overwrite=arguments.overwrite,
-            allow_change=arguments.allow_change,
-            profile_steps=arguments.profile,
-            sample_text=_sample_text,
-            initial_params=initial_params,
-            group=group,
-            stop=stop,
-        )
-        group.end()
+    outcome = train(
+        arguments.run,
+        overwrite=arguments.overwrite,
+        allow_change=arguments.allow_change,
+        profile_steps=arguments.profile,
+        distributed=arguments.distributed,
+        file=file,
+        may_exit=True,
+    )
     return EXIT_INTERRUPTED if outcome == "interrupted" else 0
-
-
-def _start(arguments: TrainArguments, file: Config, group: Group, stop: StopRequest) -> Config:
-    """Meet the other processes, if there are any, and have the data prepared; then connect jax.
-
-    Returns the config to train, with the model of init_from. `file` is the config before the command line changed it.
-    """
-    from nextllm_jax.data.prepare import ensure_prepared
-    from nextllm_jax.pretrained.init_from import require_tokenizer, with_source
-    from nextllm_jax.training.resume_guard import allowed_fields
-    from nextllm_jax.training.run_directory import require_unlocked, require_usable
-
-    stop.nothing_to_lose("waiting for the other processes")
-    workdir, consent = local_workdir(arguments.run), allowed_fields(arguments.allow_change)
-    group.meet()
-    config = with_source(arguments.run, file, overwrite=arguments.overwrite)
-    choices = {"--overwrite": str(arguments.overwrite), "--allow-change": ", ".join(sorted(consent))}
-    group.check_same({**choices, **facts_of(config)})
-    stop.nothing_to_lose("preparing data")
-    if group.process_id == 0:
-        require_unlocked(workdir)
-        require_usable(workdir, config, overwrite=arguments.overwrite, allow_change=consent)
-        ensure_prepared(config.data)
-        require_tokenizer(config, overwrite=arguments.overwrite)
-    group.gather(None, "process 0 to prepare the data")
-    stop.nothing_to_lose("starting")
-    use_compilation_cache()
-    group.start_jax()
-    return config
-
-
-def _sample_text(
-    config: ModelConfig, params: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int
-) -> list[tuple[str, str]]:
-    """What `train` writes to samples.txt: one continuation of each prompt."""
-    import jax
-
-    from nextllm_jax.inference.llm import LLM, cast_matrices
-    from nextllm_jax.model.transformer import resolve_dtype
-
-    dtype = resolve_dtype(config.dtype, jax.default_backend())
-    llm = LLM(config, cast_matrices(params, dtype), tokenizer, dtype)
-    return [(sample.prompt, sample.text) for sample in llm.generate(prompts, max_new_tokens=max_new_tokens)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,7 @@ class StopRequest:
 
     With `may_exit`, as on the command line, the process ends at once for a signal after `nothing_to_lose`, with exit
     code 75, and for a second SIGINT or SIGTERM, over a second after the first signal, with 128 + its number. Without,
-    that second signal acts as if this were not here.
+    that second signal acts as if this were not here. Outside of the main thread no signal is taken.
     """
 
     def __init__(self, group: Group | None = None, *, may_exit: bool = False) -> None:
@@ -146,12 +146,13 @@ class StopRequest:
     def __enter__(self) -> Self:
         self._numbers, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        self._previous_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, args=[self._numbers], daemon=True)
         self._thread.start()
-        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        numbers = _IMPATIENT if nohup else _STOP_SIGNALS
-        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
+            self._previous_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+            nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            numbers = _IMPATIENT if nohup else _STOP_SIGNALS
+            self._previous = {number: signal.signal(number, self._handle) for number in numbers}
         self._output = unfailing_output(self._reader_left)
         self._output.__enter__()
         return self
@@ -160,8 +161,9 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._output.__exit__(None, None, None)
-        self._restore()
-        signal.set_wakeup_fd(self._previous_wakeup)
+        if self._previous:
+            self._restore()
+            signal.set_wakeup_fd(self._previous_wakeup)
         self._writer.close()  # ends the thread
         self._thread.join()
         self._numbers.close()

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from nextllm_jax import hardware
 from nextllm_jax.checkpoint.base import RECORD, base_id, save_base
 from nextllm_jax.checkpoint.manager import Checkpoints, DamagedCheckpoint
-from nextllm_jax.config import Config, ModelConfig
+from nextllm_jax.config import Config
 from nextllm_jax.config.files import local_workdir
 from nextllm_jax.data.loader import validation_batches
 from nextllm_jax.data.packing import Batch, describe_windows
@@ -28,8 +28,8 @@ from nextllm_jax.errors import InputError
 from nextllm_jax.evaluation.evaluate import evaluate
 from nextllm_jax.model.accounting import adapter_count, flops_per_token, parameter_count
 from nextllm_jax.model.transformer import set_matmul_precision
+from nextllm_jax.pretrained.init_from import initial_params
 from nextllm_jax.sharding import sharding
-from nextllm_jax.tokenizer.tokenizer import Tokenizer
 from nextllm_jax.training.flight_recorder import FlightRecorder, environment
 from nextllm_jax.training.metrics import TrainMeter
 from nextllm_jax.training.optimizer import describe_warmup
@@ -37,18 +37,13 @@ from nextllm_jax.training.profiler import StepProfiler
 from nextllm_jax.training.program import Program, to_save
 from nextllm_jax.training.resume_guard import require_same_data
 from nextllm_jax.training.run_directory import RunDirectory, open_run
+from nextllm_jax.training.samples import sample_text
 from nextllm_jax.training.start import DEVICE_CHECKS, RUN_CHECKS, Start, require
 from nextllm_jax.training.state import TrainState, placed, require_finite, whole_params
 from nextllm_jax.training.step import StepMetrics
 from nextllm_jax.training.writers import Writers
 
 Outcome = Literal["finished", "interrupted"]
-
-SampleText = Callable[[ModelConfig, Any, Tokenizer, Sequence[str], int], list[tuple[str, str]]]
-"""(config, params, tokenizer, prompts, max_new_tokens) -> [(prompt, text), ...]."""
-
-InitialParams = Callable[[Config, Callable[[Any], Any]], Any]
-"""(config, what places abstract parameters in boxes on the mesh) -> the parameters of `config.init_from`."""
 
 
 class _Stopped(Exception):
@@ -80,12 +75,10 @@ def _restore_or_create(
     return start(), {}
 
 
-def _begin(program: Program, config: Config, mesh: Mesh, run: epath.Path, initial_params: InitialParams | None) -> Any:
+def _begin(program: Program, config: Config, mesh: Mesh, run: epath.Path) -> TrainState:
     """The state of a run's first step; weights that it leaves as they are have been saved beside its checkpoints."""
     if config.init_from is None:
         return program.create_state()
-    if initial_params is None:
-        raise ValueError("config.init_from is set, but nothing reads it; pass initial_params")
     state = program.state_from(initial_params(config, functools.partial(placed, mesh)))
     if state.frozen is not None:
         save_base(run, state.frozen.params)
@@ -133,18 +126,13 @@ def train(
     overwrite: bool = False,
     allow_change: Collection[str] = (),
     profile_steps: int = 0,
-    sample_text: SampleText | None = None,
-    initial_params: InitialParams | None = None,
     group: Group | None = None,
     stop: StopRequest | None = None,
 ) -> Outcome:
-    """Train as configured, from the latest checkpoint if the run directory holds one.
+    """Train on data that is prepared, from the latest checkpoint if the run directory holds one.
 
-    `allow_change` names the fields, dotted, in which a continued run may differ from what it was. `profile_steps`
-    steps are traced into the run's profile/. `sample_text` makes the texts of samples.txt; every process calls it,
-    since it computes on the mesh. `initial_params` reads the weights of `config.init_from`, whose model `config` has;
-    a continued run does not call it. `group` are the processes that train together (none: this one alone), `stop` a
-    request to stop that is in force already.
+    `config` has the model of its `init_from`. `group` are the processes that train together (none: this one alone),
+    `stop` a request to stop that is in force already; the rest is as in `launch.train`.
 
     Raises InputError for what the user can fix, and RunFailed if too many steps in a row are skipped.
     """
@@ -170,7 +158,7 @@ def train(
         )
         checkpoints = stack.enter_context(_checkpoints(run.path / "checkpoints", config, dataset))
         stack.push(group.report)  # before the checkpoints close, which can wait for the others
-        begin = functools.partial(_begin, program, config, mesh, run.path, initial_params)
+        begin = functools.partial(_begin, program, config, mesh, run.path)
         state, record = _restore_or_create(program, checkpoints, config, begin)
         if record:
             require_same_data(record["data"], start.loader.position(0), dataset.path, allow_change)
@@ -194,7 +182,7 @@ def train(
         traced = profile_steps if run.writes else 0
         profiler = StepProfiler(run.path / "profile", step or 0, traced, writers.message)
         stack.enter_context(contextlib.closing(profiler))
-        session = Session(start, checkpoints, writers, recorder, profiler, stop, sample_text)
+        session = Session(start, checkpoints, writers, recorder, profiler, stop)
         return _steps(session, state, record)
 
 
@@ -208,7 +196,6 @@ class Session:
     recorder: FlightRecorder
     profiler: StepProfiler
     stop: StopRequest
-    sample_text: SampleText | None
 
     @property
     def config(self) -> Config:
@@ -363,9 +350,9 @@ def _save(
 
 def _show(session: Session, state: TrainState, step: int) -> None:
     """Redraw loss.png and write the samples of an evaluated step, which a run can do without."""
-    writers, start, training, sample_text = session.writers, session.start, session.config.training, session.sample_text
+    writers, start, training = session.writers, session.start, session.config.training
     writers.picture()
-    if sample_text is None or not (training.sample_tokens and training.sample_prompts):
+    if not (training.sample_tokens and training.sample_prompts):
         return
 
     def write_samples() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.config.files import load_config_file
-from nextllm_jax.pretrained.init_from import initial_params, with_source
+from nextllm_jax.pretrained.init_from import with_source
 from nextllm_jax.sharding import make_mesh
 from nextllm_jax.training import loop, start, writers
 from tests.runs import metrics
@@ -53,7 +53,8 @@ def test_an_interruption_a_failed_evaluation_and_failed_output_lose_nothing(trai
 
     monkeypatch.setattr(writers, "draw_losses", mock.Mock(side_effect=ValueError("no fonts")))
     capsys.readouterr()
-    assert loop.train(config, sample_text=mock.Mock(side_effect=RuntimeError("no sampler"))) == "finished"
+    monkeypatch.setattr(loop, "sample_text", mock.Mock(side_effect=RuntimeError("no sampler")))
+    assert loop.train(config) == "finished"
     out = capsys.readouterr().out
     assert out.count("no more loss.png in this training (ValueError: no fonts)") == 1
     assert out.count("no more samples.txt in this training (RuntimeError: no sampler)") == 1
@@ -71,16 +72,16 @@ def test_an_interruption_a_failed_evaluation_and_failed_output_lose_nothing(trai
         assert line["loss"] == pytest.approx(nll / (seen[line["step"]] - seen[line["step"] - 10]), rel=1e-5)
 
 
-def test_the_score_before_the_first_step_outlives_an_interruption(trained, config, capsys):
+def test_the_score_before_the_first_step_outlives_an_interruption(trained, config, monkeypatch, capsys):
     """A run that starts from other weights is saved, evaluated and sampled at step 0."""
     config = dataclasses.replace(config, init_from=str(trained.directory / "runs" / "config"))
     config = with_source(config, config)
     sample_text = mock.Mock(return_value=[("def ", "f()")])
+    monkeypatch.setattr(loop, "sample_text", sample_text)
     stop = mock.Mock(reached=lambda: "SIGTERM" if sample_text.called else None)
     written = []
     for _ in range(2):
-        outcome = loop.train(config, initial_params=initial_params, stop=stop, sample_text=sample_text)
-        assert outcome == "interrupted"
+        assert loop.train(config, stop=stop) == "interrupted"
         written.append([(RUN / name).read_bytes() for name in ("metrics.jsonl", "samples.txt")])
     assert "continuing from step 0 of" in capsys.readouterr().out
     assert written[0] == written[1]

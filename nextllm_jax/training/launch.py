@@ -1,0 +1,83 @@
+"""`train(config)` from the outside: the processes meet, process 0 prepares the data, and the loop takes over.
+
+Nothing here imports jax before the data is there, so that mistakes are told at once and preparing has the machine.
+"""
+
+from collections.abc import Collection
+from typing import Literal
+
+from nextllm_jax.config import Config
+from nextllm_jax.config.files import local_workdir
+from nextllm_jax.distributed.process_group import Group, facts_of
+from nextllm_jax.distributed.rendezvous import DistributedConfig
+from nextllm_jax.distributed.signals import StopRequest
+from nextllm_jax.process import use_compilation_cache
+
+
+def train(
+    config: Config,
+    *,
+    overwrite: bool = False,
+    allow_change: Collection[str] = (),
+    profile_steps: int = 0,
+    distributed: DistributedConfig | None = None,
+    file: Config | None = None,
+    may_exit: bool = False,
+) -> Literal["finished", "interrupted"]:
+    """Train as configured, or continue the run in `config.workdir`; data that is not there is prepared first.
+
+    With `overwrite` the run that is there is set aside. `allow_change` names the fields, dotted, in which a continued
+    run may differ from what it was. `profile_steps` steps are traced into the run's profile/. `distributed` says how
+    the processes that train together find each other; None: this one trains alone. `file` is the config before a
+    command line changed it. `may_exit` is for commands: a signal may end the process where nothing is lost.
+
+    A first SIGINT, SIGTERM or SIGHUP saves and gives "interrupted", if this is the main thread. Raises InputError for
+    what the user can fix, and RunFailed for a failure of the machine.
+    """
+    group = Group(distributed or DistributedConfig(num_processes=1))
+    with StopRequest(group, may_exit=may_exit) as stop, group:
+        config = _prepare(config, file or config, group, stop, overwrite, allow_change)
+
+        from nextllm_jax.training import loop
+
+        outcome = loop.train(
+            config,
+            overwrite=overwrite,
+            allow_change=allow_change,
+            profile_steps=profile_steps,
+            group=group,
+            stop=stop,
+        )
+        group.end()
+    return outcome
+
+
+def _prepare(
+    config: Config, file: Config, group: Group, stop: StopRequest, overwrite: bool, allow_change: Collection[str]
+) -> Config:
+    """Meet the other processes, if there are any, and have the data prepared; then connect jax.
+
+    Returns the config to train, with the model of init_from.
+    """
+    from nextllm_jax.data.prepare import ensure_prepared
+    from nextllm_jax.pretrained.init_from import require_tokenizer, with_source
+    from nextllm_jax.training.resume_guard import allowed_fields
+    from nextllm_jax.training.run_directory import require_unlocked, require_usable
+
+    stop.nothing_to_lose("waiting for the other processes")
+    workdir, consent = local_workdir(config), allowed_fields(allow_change)
+    group.meet()
+    config = with_source(config, file, overwrite=overwrite)
+    choices = {"--overwrite": str(overwrite), "--allow-change": ", ".join(sorted(consent))}
+    group.check_same({**choices, **facts_of(config)})
+    stop.nothing_to_lose("preparing data")
+    if group.process_id == 0:
+        require_unlocked(workdir)
+        require_usable(workdir, config, overwrite=overwrite, allow_change=consent)
+        ensure_prepared(config.data)
+        require_tokenizer(config, overwrite=overwrite)
+    group.gather(None, "process 0 to prepare the data")
+    stop.nothing_to_lose("starting")
+    use_compilation_cache()
+    group.start_jax()
+    return config

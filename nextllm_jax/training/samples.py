@@ -1,0 +1,20 @@
+"""The texts of samples.txt."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from nextllm_jax.config import ModelConfig
+from nextllm_jax.inference.llm import LLM, cast_matrices
+from nextllm_jax.model.transformer import resolve_dtype
+from nextllm_jax.tokenizer.tokenizer import Tokenizer
+
+
+def sample_text(
+    config: ModelConfig, params: Any, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int
+) -> list[tuple[str, str]]:
+    """(prompt, continuation) of each prompt. Every process calls it, since it computes on the mesh."""
+    dtype = resolve_dtype(config.dtype, jax.default_backend())
+    llm = LLM(config, cast_matrices(params, dtype), tokenizer, dtype)
+    return [(sample.prompt, sample.text) for sample in llm.generate(prompts, max_new_tokens=max_new_tokens)]
