@@ -10,7 +10,7 @@ import types
 import pytest
 
 from nextllm_jax.distributed.signals import StopRequest
-from nextllm_jax.training import signals
+from nextllm_jax.distributed import signals
 from tests.test_standard_streams import stream_to
 
 
