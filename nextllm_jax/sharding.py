@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
@@ -71,10 +72,13 @@ def num_slices(devices: Sequence[Any]) -> int:
 def spec(names: Sequence[str | None]) -> PartitionSpec:
     """The PartitionSpec of an array whose dimensions have these logical names (None: not divided).
 
+    Inside `jax.shard_map` it leaves out the axes that are manual there: a device has its own part along them.
+
     Raises ValueError for a name that RULES lacks and for two names that claim one mesh axis.
     """
     entries: list[str | tuple[str, ...] | None] = []
     claimed: dict[str, str] = {}
+    manual = jax.sharding.get_abstract_mesh().manual_axes
     for name in names:
         if name is not None and name not in RULES:
             raise ValueError(f"logical axis '{name}' is unknown; sharding.RULES has {', '.join(RULES)}")
@@ -83,6 +87,7 @@ def spec(names: Sequence[str | None]) -> PartitionSpec:
             if axis in claimed:
                 raise ValueError(f"logical axes '{claimed[axis]}' and '{name}' of {tuple(names)} both claim '{axis}'")
             claimed[axis] = str(name)
+        axes = tuple(axis for axis in axes if axis not in manual)
         entries.append(None if not axes else axes[0] if len(axes) == 1 else axes)
     return PartitionSpec(*entries)
 
@@ -102,6 +107,24 @@ def per_shard(f: Callable[..., Any], in_names: Sequence[Sequence[str]], out_name
     if jax.sharding.get_abstract_mesh().empty:
         return f
     return jax.shard_map(f, in_specs=tuple(map(spec, in_names)), out_specs=spec(out_names), check_vma=False)
+
+
+def sum_over_data(f: Callable[[Any, Any], Any], whole: Any, batch: Any) -> Any:
+    """`f(whole, rows)` of the rows of `batch` at each index of the mesh axis "data", summed: a tree of arrays.
+
+    `f` sends nothing over "data"; its results do, once. Without such an axis in the mesh in force this is
+    `f(whole, batch)`.
+    """
+    if jax.sharding.get_abstract_mesh().shape.get("data", 1) == 1:
+        return f(whole, batch)
+    part = jax.shard_map(
+        lambda *arguments: jax.tree.map(lambda x: x[None], f(*arguments)),
+        in_specs=(PartitionSpec(), PartitionSpec("data")),
+        out_specs=PartitionSpec("data"),
+        axis_names={"data"},
+        check_vma=False,
+    )
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), part(whole, batch))
 
 
 def sharding(mesh: Mesh | AbstractMesh, *names: str | None) -> NamedSharding:
@@ -161,3 +184,8 @@ def also_over_data(sharding: NamedSharding, shape: Sequence[int]) -> NamedShardi
             entries[i] = axes
             return NamedSharding(mesh, PartitionSpec(*entries), memory_kind=sharding.memory_kind)
     return sharding
+
+
+def is_over_data(sharding: NamedSharding) -> bool:
+    """Whether an array with this sharding is divided over "data"."""
+    return any("data" in (entry or ()) for entry in sharding.spec)

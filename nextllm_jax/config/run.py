@@ -102,7 +102,8 @@ class OptimizerConfig:
     first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which AdamW's first moment is kept."""
     shard_over_data: bool = False
-    """Divide AdamW's moments over mesh.data too (ZeRO-1): less memory, and new parameters travel after each step."""
+    """Divide AdamW's moments over mesh.data too (ZeRO-1), and the accumulated gradient: less memory, but new parameters
+    travel after each step, and gradients after each microbatch instead of once a step."""
     offload_state: bool = False
     """Keep AdamW's moments in the host's memory (TPU and GPU). A device has those of a few layers at a time, and those
     of embedding and head; the layers' come twice in each step, to check that the update is finite and to take it."""

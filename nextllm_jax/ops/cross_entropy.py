@@ -26,9 +26,10 @@ class Layout(NamedTuple):
     embed: tuple[str, ...] = ()
 
     def present(self) -> "Layout":
-        """Without the axes along which the mesh in force (`jax.set_mesh`) has one device, or none."""
-        shape = jax.sharding.get_abstract_mesh().shape
-        return Layout(*(tuple(axis for axis in axes if shape.get(axis, 1) > 1) for axes in self))
+        """Without the axes along which the mesh in force (`jax.set_mesh`) has one device, or none, or is manual."""
+        mesh = jax.sharding.get_abstract_mesh()
+        there = {axis for axis, size in mesh.shape.items() if size > 1 and axis not in mesh.manual_axes}
+        return Layout(*(tuple(axis for axis in axes if axis in there) for axes in self))
 
     @property
     def tokens(self) -> tuple[str, ...]:

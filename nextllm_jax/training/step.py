@@ -11,7 +11,7 @@ from nextllm_jax.data.packing import Batch
 from nextllm_jax.model.lora import Frozen, variables, weights
 from nextllm_jax.model.transformer import Transformer, head_embedding
 from nextllm_jax.ops.cross_entropy import Layout, cross_entropy
-from nextllm_jax.sharding import RULES, constrain
+from nextllm_jax.sharding import RULES, constrain, is_over_data, sum_over_data
 from nextllm_jax.training import layer_norms
 from nextllm_jax.training.state import TrainState
 from nextllm_jax.training.update import make_update
@@ -106,42 +106,72 @@ def _cast_kernels(params: Any, dtype: Any) -> Any:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def _sums(model: Transformer, params: Any, batch: Batch, accumulation_steps: int, frozen: Frozen | None) -> Any:
-    """((summed nll, summed mean squares), summed gradient) of the batch's microbatches, which share one buffer.
+def _sums(
+    model: Transformer,
+    params: Any,
+    batch: Batch,
+    accumulation_steps: int,
+    frozen: Frozen | None,
+    gradients_over_data: bool,
+) -> Any:
+    """((summed nll, mean squares), summed gradient) of the batch's microbatches.
 
     Kernels are cast before they are differentiated: their gradients, in the type of the matmuls already, are then
     kept in it instead of wider.
     """
     params = _cast_kernels(params, model.dtype)
-    value_and_grad = jax.value_and_grad(
-        lambda p, microbatch: _nll_and_mean_squares(model, p, microbatch, frozen), has_aux=True
-    )
+
+    def value_and_grad(weights: Any, microbatch: Batch) -> Any:
+        params, frozen = weights
+        return jax.value_and_grad(lambda p: _nll_and_mean_squares(model, p, microbatch, frozen), has_aux=True)(params)
+
     if accumulation_steps == 1:
-        return value_and_grad(params, batch)
+        return value_and_grad((params, frozen), batch)
+    num_rows = len(batch.tokens_BT)
 
-    def accumulate(sums: Any, microbatch: Batch) -> tuple[Any, None]:
-        microbatch = jax.tree.map(lambda x: constrain(x, "batch", "seq"), microbatch)
-        return jax.tree.map(lambda total, x: total + x, sums, value_and_grad(params, microbatch)), None
+    def accumulated(weights: Any, batch: Batch) -> Any:
+        def accumulate(sums: Any, microbatch: Batch) -> tuple[Any, None]:
+            microbatch = jax.tree.map(lambda x: constrain(x, "batch", "seq"), microbatch)
+            (nll, squares), gradients = value_and_grad(weights, microbatch)
+            found = (nll, squares * (len(microbatch.tokens_BT) / num_rows)), gradients
+            return jax.tree.map(lambda total, x: total + x, sums, found), None
 
-    # Microbatch i takes rows i, i + A, ...: so every device keeps the rows that it already holds.
-    microbatches = jax.tree.map(
-        lambda x: constrain(jnp.swapaxes(x.reshape(-1, accumulation_steps, *x.shape[1:]), 0, 1), None, "batch", "seq"),
-        batch,
-    )
-    scalars = (jnp.zeros((), jnp.float32), jnp.zeros(2 * model.config.num_layers + 1, jnp.float32))
-    zeros = (scalars, jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params))
-    return jax.lax.scan(accumulate, zeros, microbatches)[0]
+        # Microbatch i takes rows i, i + A, ...: so every device keeps the rows that it already holds.
+        microbatches = jax.tree.map(
+            lambda x: constrain(
+                jnp.swapaxes(x.reshape(-1, accumulation_steps, *x.shape[1:]), 0, 1), None, "batch", "seq"
+            ),
+            batch,
+        )
+        scalars = (jnp.zeros((), jnp.float32), jnp.zeros(2 * model.config.num_layers + 1, jnp.float32))
+        zeros = (scalars, jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), weights[0]))
+        return jax.lax.scan(accumulate, zeros, microbatches)[0]
+
+    # The microbatches share one buffer, and each of them is reduced over the axes that shard it, which keeps it small:
+    # "fsdp", and "data" if the gradients are sharded over that too. Otherwise "data" is summed over once, at the end.
+    if gradients_over_data:
+        return accumulated((params, frozen), batch)
+    return sum_over_data(accumulated, (params, frozen), batch)
 
 
 def mean_gradient(
-    model: Transformer, params: Any, batch: Batch, accumulation_steps: int, frozen: Frozen | None = None
+    model: Transformer,
+    params: Any,
+    batch: Batch,
+    accumulation_steps: int,
+    frozen: Frozen | None = None,
+    *,
+    gradients_over_data: bool = False,
 ) -> MeanGradient:
-    """Loss and gradient of a global batch, whatever the microbatches: a mean over all its loss-bearing tokens."""
-    (total_nll, mean_squares), gradients = _sums(model, params, batch, accumulation_steps, frozen)
+    """Loss and gradient of a global batch, whatever the microbatches: a mean over all its loss-bearing tokens.
+
+    `gradients_over_data`: the caller shards the gradients over "data" too.
+    """
+    (total_nll, mean_squares), gradients = _sums(model, params, batch, accumulation_steps, frozen, gradients_over_data)
     num_tokens = jnp.sum(batch.loss_mask_BT, dtype=jnp.int32)
     scale = 1.0 / jnp.maximum(num_tokens, 1).astype(jnp.float32)
     gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, gradients)
-    return MeanGradient(total_nll, num_tokens, gradients, mean_squares / accumulation_steps)
+    return MeanGradient(total_nll, num_tokens, gradients, mean_squares)
 
 
 def _skip_reason(*found: jax.Array) -> jax.Array:
@@ -175,7 +205,12 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         total_nll, num_tokens, gradients, mean_squares = mean_gradient(
-            model, state.params, batch, accumulation_steps, state.frozen
+            model,
+            state.params,
+            batch,
+            accumulation_steps,
+            state.frozen,
+            gradients_over_data=any(is_over_data(place) for place in jax.tree.leaves(divided)),
         )
         gradients = jax.lax.with_sharding_constraint(gradients, divided)
         grad_norm = optax.tree.norm(gradients)

@@ -31,6 +31,7 @@ CONFIG = Config(
     optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=2),
     mesh=MeshConfig(data=4, fsdp=2),
 )
+IN_MICROBATCHES = {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}, "training": {"accumulation_steps": 2}}
 
 
 def make_batch(seed: int) -> Batch:
@@ -89,6 +90,11 @@ def moments(state):
     return {name: optax.tree.get(state.opt_state, name) for name in ("mu", "nu")}
 
 
+@pytest.mark.slow
+def test_moments_divided_over_data_give_the_same_step_in_microbatches():
+    assert_same(change(optimizer={"shard_over_data": True}, **IN_MICROBATCHES))
+
+
 def test_moments_divided_over_data_give_the_same_step():
     config = change(optimizer={"shard_over_data": True})
     assert_same(config)
@@ -113,9 +119,12 @@ def test_a_first_moment_in_bfloat16_is_rounded_and_nothing_else():
         np.testing.assert_allclose(got, wanted, atol=2e-3)
 
 
-def test_what_is_offloaded_computes_the_same():
-    optimizer = {"offload_state": True, "shard_over_data": True}
-    config = change(optimizer=optimizer, model={"remat": "full", "remat_offload": True})
+@pytest.mark.parametrize(
+    ("shard_over_data", "others"), [(True, {}), pytest.param(False, IN_MICROBATCHES, marks=pytest.mark.slow)]
+)
+def test_what_is_offloaded_computes_the_same(shard_over_data, others):
+    optimizer = {"offload_state": True, "shard_over_data": shard_over_data}
+    config = change(optimizer=optimizer, model={"remat": "full", "remat_offload": True}, **others)
     assert_same(config)
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(moments(run(config)[1]))} == {"pinned_host"}
 

@@ -60,8 +60,8 @@ def program(mesh):
             # No loss, and a gradient that is finite in each microbatch: two of them overflow.
             return nll + jnp.where(poison == HUGE_PARTS, 2e38, 0.0) * (value - jax.lax.stop_gradient(value)), squares
 
-        def mean_gradient(model, params, batch, accumulation_steps, frozen):
-            found = plain_gradient(model, params, batch, accumulation_steps, frozen)
+        def mean_gradient(model, params, batch, *others, **options):
+            found = plain_gradient(model, params, batch, *others, **options)
             kernel = found.gradients["layers"]["block_0"]["attention"]["q"]["kernel"]
             poisoned = kernel.at[0, 0, 0, 0].set(
                 jnp.where(batch.positions_BT[0, 0] == INF_LEAF, jnp.inf, kernel[0, 0, 0, 0])
