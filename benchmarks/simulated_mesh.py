@@ -38,7 +38,7 @@ def measure(name: str, steps: int) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from nextllm_jax.data.packing import Batch
+    from nextllm_jax.model.objective import Batch
     from nextllm_jax.sharding import make_mesh, sharding
     from nextllm_jax.training.program import build_program
 

@@ -55,7 +55,7 @@ def make_our_step(shape: ModelConfig, dtype: str, batch_size: int, length: int) 
     import jax
     import jax.numpy as jnp
 
-    from nextllm_jax.data.packing import Batch
+    from nextllm_jax.model.objective import Batch
     from nextllm_jax.model.transformer import set_matmul_precision
     from nextllm_jax.sharding import make_mesh
     from nextllm_jax.training.program import build_program

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nextllm_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
-from nextllm_jax.data.packing import Batch
+from nextllm_jax.model.objective import Batch
 from nextllm_jax.ops.cudnn import cudnn_attention
 from nextllm_jax.sharding import make_mesh, sharding
 from nextllm_jax.training.program import build_program

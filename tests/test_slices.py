@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from nextllm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainingConfig
-from nextllm_jax.data.packing import Batch
+from nextllm_jax.model.objective import Batch
 from nextllm_jax.sharding import make_mesh, sharding
 from nextllm_jax.training.program import build_program
 

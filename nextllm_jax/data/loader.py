@@ -11,9 +11,10 @@ import grain
 import jax
 import numpy as np
 
-from nextllm_jax.data.packing import Batch, count_windows, read_batch
+from nextllm_jax.data.packing import count_windows, read_batch
 from nextllm_jax.data.shards import Split
 from nextllm_jax.errors import InputError
+from nextllm_jax.model.objective import Batch
 
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 _BATCHES_ON_DEVICE = 2

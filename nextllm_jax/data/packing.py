@@ -6,28 +6,13 @@ window: one that does not fit behind the others goes to the next window, and the
 
 import functools
 import itertools
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from nextllm_jax.data.shards import Split
+from nextllm_jax.model.objective import Batch
 
 _SCAN_TOKENS = 1 << 24
-
-
-class Batch(NamedTuple):
-    """Windows of T tokens and the tokens that follow each; int32, and bool for the mask.
-
-    `segment_ids_BT` number the documents of a window from 1 (0: padding), `positions_BT` restart at each
-    document, and `loss_mask_BT` is False where the target opens another document, on padding, and in conversations
-    where the target is not what the assistant says.
-    """
-
-    tokens_BT: Any
-    targets_BT: Any
-    segment_ids_BT: Any
-    positions_BT: Any
-    loss_mask_BT: Any
 
 
 def num_windows(num_tokens: int, sequence_length: int, *, partial: bool) -> int:

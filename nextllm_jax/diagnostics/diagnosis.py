@@ -16,14 +16,14 @@ import numpy as np
 import optax
 
 from nextllm_jax.config import Config, ModelConfig
-from nextllm_jax.data.packing import Batch
 from nextllm_jax.model.layers import Embed, Linear, RMSNorm
 from nextllm_jax.model.lora import Frozen, variables, weights
+from nextllm_jax.model.objective import LOSS_LAYOUT, Batch
 from nextllm_jax.model.transformer import Transformer, head_embedding, unstack_layers
 from nextllm_jax.ops.cross_entropy import cross_entropy
 from nextllm_jax.training.optimizer import make_optimizer, schedule
 from nextllm_jax.training.state import TrainState
-from nextllm_jax.training.step import LOSS_LAYOUT, mean_gradient
+from nextllm_jax.training.step import mean_gradient
 from nextllm_jax.training.update import Update, in_memory
 
 HEAD_AND_LOSS = "head and loss"

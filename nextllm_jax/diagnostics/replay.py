@@ -18,11 +18,11 @@ from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.config import Config
 from nextllm_jax.config.files import config_of_values
 from nextllm_jax.data.loader import TrainLoader
-from nextllm_jax.data.packing import Batch
 from nextllm_jax.data.prepare import default_data_path
 from nextllm_jax.data.shards import Dataset
 from nextllm_jax.diagnostics.diagnosis import Diagnosis, diagnose
 from nextllm_jax.errors import InputError
+from nextllm_jax.model.objective import Batch
 from nextllm_jax.model.transformer import set_matmul_precision
 from nextllm_jax.sharding import make_mesh, sharding
 from nextllm_jax.training.flight_recorder import BATCH, BUNDLE, DIRECTORY, FORMAT, environment, json_number, measured

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from nextllm_jax.data.packing import Batch
 from nextllm_jax.errors import InputError
+from nextllm_jax.model.objective import Batch
 
 
 def perplexity(loss: float) -> float:

@@ -11,8 +11,8 @@ from nextllm_jax.data.shards import Dataset
 from nextllm_jax.errors import InputError
 from nextllm_jax.evaluation.evaluate import evaluate
 from nextllm_jax.inference.llm import LLM, Score, check_windows
+from nextllm_jax.model.objective import make_eval_step
 from nextllm_jax.model.transformer import Transformer, resolve_dtype
-from nextllm_jax.training.step import make_eval_step
 
 
 def score_data(

@@ -12,9 +12,9 @@ from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
 
 from nextllm_jax.config import Config, MeshConfig
-from nextllm_jax.data.packing import Batch
 from nextllm_jax.errors import RunFailed
 from nextllm_jax.model.accounting import flops_per_token
+from nextllm_jax.model.objective import Batch
 from nextllm_jax.plan.topology import Say
 from nextllm_jax.sharding import make_mesh, sharding
 from nextllm_jax.training.program import build_program

@@ -19,7 +19,7 @@ from nextllm_jax.checkpoint.manager import Checkpoints, DamagedCheckpoint
 from nextllm_jax.config import Config
 from nextllm_jax.config.files import local_workdir
 from nextllm_jax.data.loader import validation_batches
-from nextllm_jax.data.packing import Batch, describe_windows
+from nextllm_jax.data.packing import describe_windows
 from nextllm_jax.data.prepare import default_data_path
 from nextllm_jax.data.shards import SPLITS, Dataset
 from nextllm_jax.distributed.process_group import Group
@@ -27,6 +27,7 @@ from nextllm_jax.distributed.signals import StopRequest
 from nextllm_jax.errors import InputError
 from nextllm_jax.evaluation.evaluate import evaluate
 from nextllm_jax.model.accounting import adapter_count, flops_per_token, parameter_count
+from nextllm_jax.model.objective import Batch
 from nextllm_jax.model.transformer import set_matmul_precision
 from nextllm_jax.pretrained.init_from import initial_params
 from nextllm_jax.sharding import sharding

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from nextllm_jax.checkpoint.base import restore_base
 from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.config import Config
-from nextllm_jax.data.packing import Batch
 from nextllm_jax.model.attention_kernel import choose_kernel
+from nextllm_jax.model.objective import Batch, make_eval_step
 from nextllm_jax.model.transformer import Transformer, resolve_dtype
 from nextllm_jax.training.optimizer import make_optimizer, schedule
 from nextllm_jax.training.state import (
@@ -23,7 +23,7 @@ from nextllm_jax.training.state import (
     state_from,
     with_recent_losses,
 )
-from nextllm_jax.training.step import StepMetrics, make_eval_step, make_train_step
+from nextllm_jax.training.step import StepMetrics, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The loss, the train step and the evaluation step."""
+"""The train step."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nextllm_jax.data.packing import Batch
 from nextllm_jax.model.lora import Frozen, variables, weights
-from nextllm_jax.model.transformer import Transformer, head_embedding
-from nextllm_jax.ops.cross_entropy import Layout, cross_entropy
-from nextllm_jax.sharding import RULES, constrain, is_over_data, sum_over_data
+from nextllm_jax.model.objective import Batch, head_nll
+from nextllm_jax.model.transformer import Transformer
+from nextllm_jax.sharding import constrain, is_over_data, sum_over_data
 from nextllm_jax.training import layer_norms
 from nextllm_jax.training.state import TrainState
 from nextllm_jax.training.update import make_update
@@ -19,10 +18,6 @@ from nextllm_jax.training.update import make_update
 SKIP_REASONS = ("none", "loss", "gradient", "update", "spike")
 """Why a step was skipped: not finite are its loss, its gradient (or the norm of it), or the parameters that its update
 would give; or its loss is a spike."""
-
-
-LOSS_LAYOUT = Layout(RULES["batch"], RULES["seq"], RULES["vocab"], RULES["embed"])
-"""How hidden states and head lie on the mesh."""
 
 
 class StepMetrics(NamedTuple):
@@ -63,29 +58,6 @@ class MeanGradient(NamedTuple):
     """float32 [M]: of the residual stream, see `layer_norms.mean_squares`."""
 
 
-def nll_sum(model: Transformer, params: Any, batch: Batch, frozen: Frozen | None = None) -> jax.Array:
-    """float32 scalar: negative log likelihood in nats, summed over the batch's loss-bearing tokens.
-
-    Here and below `params` are adapters if there are `frozen` weights.
-    """
-    hidden_BTD, _ = model.apply(variables(params, frozen), batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
-    return _head_nll(model, weights(params, frozen), hidden_BTD, batch)
-
-
-def _head_nll(model: Transformer, params: Any, hidden_BTD: jax.Array, batch: Batch) -> jax.Array:
-    head_VD = head_embedding(model.config, params).astype(model.dtype)
-    with jax.named_scope("loss"):
-        return cross_entropy(
-            hidden_BTD,
-            head_VD,
-            batch.targets_BT,
-            batch.loss_mask_BT,
-            logit_divisor=model.config.logit_divisor,
-            soft_cap=model.config.logit_soft_cap,
-            layout=LOSS_LAYOUT,
-        )
-
-
 def _nll_and_mean_squares(
     model: Transformer, params: Any, batch: Batch, frozen: Frozen | None
 ) -> tuple[jax.Array, jax.Array]:
@@ -94,7 +66,7 @@ def _nll_and_mean_squares(
         variables(params, frozen), batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT, mutable=["intermediates"]
     )
     squares = layer_norms.mean_squares(model.config, recorded["intermediates"])
-    return _head_nll(model, weights(params, frozen), hidden_BTD, batch), jax.lax.stop_gradient(squares)
+    return head_nll(model, weights(params, frozen), hidden_BTD, batch), jax.lax.stop_gradient(squares)
 
 
 def _cast_kernels(params: Any, dtype: Any) -> Any:
@@ -252,12 +224,3 @@ def make_train_step(
         )
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, None))
-
-
-def make_eval_step(model: Transformer) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """A jitted `(params, batch, frozen=None) -> (summed nll in nats, loss-bearing tokens)`."""
-
-    def eval_step(params: Any, batch: Batch, frozen: Frozen | None = None) -> tuple[jax.Array, jax.Array]:
-        return nll_sum(model, params, batch, frozen), jnp.sum(batch.loss_mask_BT, dtype=jnp.int32)
-
-    return jax.jit(eval_step)

@@ -13,9 +13,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nextllm_jax.data.loader import TrainLoader, validation_batches
-from nextllm_jax.data.packing import Batch, num_windows, read_batch
+from nextllm_jax.data.packing import num_windows, read_batch
 from nextllm_jax.data.shards import Dataset, SplitName, TokenizedDocuments, write_index, write_split
 from nextllm_jax.errors import InputError
+from nextllm_jax.model.objective import Batch
 from nextllm_jax.tokenizer.bpe import train_tokenizer
 
 T, B = 8, 8

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextllm_jax.data.packing import Batch, num_windows, read_batch
+from nextllm_jax.data.packing import num_windows, read_batch
+from nextllm_jax.model.objective import Batch
 
 
 class MemorySplit(types.SimpleNamespace):

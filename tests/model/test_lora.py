@@ -13,11 +13,12 @@ from nextllm_jax.config import Config, DataConfig, LoraConfig, MeshConfig, Model
 from nextllm_jax.diagnostics.diagnosis import diagnose
 from nextllm_jax.model import lora
 from nextllm_jax.model.accounting import adapter_count, frozen_bytes
+from nextllm_jax.model.objective import make_eval_step
 from nextllm_jax.model.transformer import Transformer, abstract_params
 from nextllm_jax.sharding import make_mesh, sharding
 from nextllm_jax.training.optimizer import make_optimizer, schedule
 from nextllm_jax.training.state import TrainState, abstract_state, placed, shardings_of, state_from, whole_params
-from nextllm_jax.training.step import make_eval_step, make_train_step, mean_gradient
+from nextllm_jax.training.step import make_train_step, mean_gradient
 from tests import reference
 from tests.training.test_step import make_batch
 

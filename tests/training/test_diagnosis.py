@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from nextllm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
-from nextllm_jax.data.packing import Batch
 from nextllm_jax.diagnostics.diagnosis import diagnose
+from nextllm_jax.model.objective import Batch
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.sharding import make_mesh, sharding
 from nextllm_jax.training.program import build_program

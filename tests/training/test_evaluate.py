@@ -12,11 +12,11 @@ from nextllm_jax.config import MeshConfig, ModelConfig, OptimizerConfig
 from nextllm_jax.data.loader import validation_batches
 from nextllm_jax.data.packing import num_windows, read_batch
 from nextllm_jax.evaluation.evaluate import evaluate, perplexity
+from nextllm_jax.model.objective import make_eval_step
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.sharding import make_mesh, sharding
 from nextllm_jax.training.optimizer import make_optimizer
 from nextllm_jax.training.state import create_state
-from nextllm_jax.training.step import make_eval_step
 
 CONFIG = ModelConfig(vocab_size=64, num_layers=1, embed_dim=16, mlp_dim=32, num_heads=2, num_kv_heads=1, head_dim=8)
 NUM_BYTES = 555

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from nextllm_jax.config import Config, ModelConfig, TrainingConfig
-from nextllm_jax.data.packing import Batch
 from nextllm_jax.diagnostics.replay import Bundle, replay
 from nextllm_jax.errors import InputError, RunFailed
+from nextllm_jax.model.objective import Batch
 from nextllm_jax.training.flight_recorder import MAX_BUNDLES, FlightRecorder
 from nextllm_jax.training.step import SKIP_REASONS, StepMetrics
 

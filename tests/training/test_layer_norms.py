@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nextllm_jax.config import ModelConfig
-from nextllm_jax.data.packing import Batch
+from nextllm_jax.model.objective import Batch
 from nextllm_jax.model.transformer import Transformer, unstack_layers
 from nextllm_jax.training import layer_norms
 from nextllm_jax.training.step import mean_gradient

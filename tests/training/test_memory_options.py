@@ -10,8 +10,8 @@ import optax
 import pytest
 
 from nextllm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
-from nextllm_jax.data.packing import Batch
 from nextllm_jax.errors import InputError
+from nextllm_jax.model.objective import Batch
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.plan.compile import memory_of
 from nextllm_jax.sharding import make_mesh, sharding

@@ -9,8 +9,8 @@ import types
 
 import pytest
 
-from nextllm_jax.distributed.signals import StopRequest
 from nextllm_jax.distributed import signals
+from nextllm_jax.distributed.signals import StopRequest
 from tests.test_standard_streams import stream_to
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
-from nextllm_jax.data.packing import Batch
 from nextllm_jax.errors import InputError
+from nextllm_jax.model.objective import Batch
 from nextllm_jax.sharding import make_mesh, sharding
 from nextllm_jax.training import program as program_module
 from nextllm_jax.training import step as step_module

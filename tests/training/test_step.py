@@ -10,14 +10,14 @@ import optax
 import pytest
 
 from nextllm_jax.config import MeshConfig, ModelConfig, OptimizerConfig
-from nextllm_jax.data.packing import Batch
 from nextllm_jax.model.attention_kernel import AttentionKernel
+from nextllm_jax.model.objective import Batch, make_eval_step
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.plan.collectives import collectives
 from nextllm_jax.sharding import make_mesh, sharding
 from nextllm_jax.training.optimizer import make_optimizer, schedule
 from nextllm_jax.training.state import abstract_state, create_state, shardings_of
-from nextllm_jax.training.step import make_eval_step, make_train_step
+from nextllm_jax.training.step import make_train_step
 
 CONFIG = ModelConfig(
     vocab_size=64, num_layers=2, embed_dim=32, mlp_dim=64, num_heads=4, num_kv_heads=4, head_dim=8, context_length=16
