@@ -68,10 +68,19 @@ def test_four_processes_in_two_slices_end_with_what_one_process_has(trained, doo
     assert len(list(shards)) == 4
 
 
+@pytest.mark.slow
+def test_two_processes_train_with_the_default_type_and_mesh(door):
+    """They sum over `data` in bfloat16 on a CPU that has bfloat16 units."""
+    short = ("--training.steps", "3", "--optimizer.schedule-steps", "40", "--training.sample-tokens", "0")
+    with Processes(door, 2, "--model.dtype", "auto", *short) as two:
+        codes, _ = two.end()
+        assert codes == [0, 0], two.outputs()
+        assert "2 x cpu (data 2)" in two.output(0)
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_other_and_the_checkpoint_stands(door, victim):
-    """With the default mesh and type, which sums over `data` in bfloat16 on a CPU that has bfloat16 units."""
-    with Processes(door, 2, "--model.dtype", "auto", held={victim: (TRAINED_A_STEP, 19)}) as two:
+    with Processes(door, 2, "--mesh.fsdp", "2", held={victim: (TRAINED_A_STEP, 19)}) as two:
         two.wait_for("held", victim)
         two.wait_until(lambda: 15 in saved_steps(door.directory / RUN), "the checkpoint of step 15")
         two.signal(signal.SIGKILL, victim)

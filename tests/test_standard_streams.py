@@ -139,5 +139,5 @@ def test_training_whose_reader_leaves_is_saved(door):
     with process.stderr:
         said = process.stderr.read()
     assert process.wait() == 75, said
-    assert "the reader of standard output has left" in said
+    assert "the reader of the output pipe has exited" in said
     assert saved_steps(door.directory / "runs" / "config")

@@ -2,7 +2,7 @@
 
 Orbax writes the arrays of a step under another name. Then, in a thread, the files are hashed as they lie on disk, a
 manifest with the hashes and the step's validation loss is written last, everything is read back, and the directory is
-renamed to the step (see checkpoint_files.py); only after that are older steps deleted. Restoring checks each byte
+renamed to the step (see step_files.py); only after that are older steps deleted. Restoring checks each byte
 first: orbax alone restores a flipped bit without a word.
 
 Which step is the latest and which the best always follows from the steps that are there; nothing else records it.
@@ -349,6 +349,7 @@ class Checkpoints:
         Raises RunFailed if it cannot be renamed.
         """
         aside = self._path(step).with_suffix(step_files.DAMAGED)
+        ocp.utils.sync_global_processes(f"damaged_{step}")  # all must have seen it before it goes
         if jax.process_index() == 0:
             with orbax_errors.writing(aside):
                 step_files.move_aside(self._path(step))

@@ -52,6 +52,7 @@ class Group:
         self._jax_started = False
         self._ended = False
         self._failure: Exception | None = None
+        self._reported: BaseException | None = None
         self._rounds = 0
         self._gathering: dict[str, dict[int, Any]] = {}
         self._handlers: dict[str, Handler] = {"failed": self._other_failed, "lost": lambda _, lost: self._lost(lost)}
@@ -177,7 +178,7 @@ class Group:
 
         For `ExitStack.push`, inside of what waits for other processes when it closes.
         """
-        if error is None or self.num_processes == 1:
+        if error is None or self.num_processes == 1 or error is self._reported:
             return
         if not isinstance(error, InputError | RunFailed | KeyboardInterrupt):
             with self._changed:  # a collective that breaks is faster than the message that says why
@@ -196,6 +197,7 @@ class Group:
             if self._ended:
                 return
             self._failure = error if isinstance(error, Exception) else RunFailed(sentence)
+            self._reported = error
         self.send("failed", [sentence, code])
         self._end_within(LAST_SECONDS, sentence, code)
 

@@ -135,7 +135,7 @@ class StopRequest:
             signal.raise_signal(number)
 
     def _reader_left(self) -> None:
-        write_at_once("\nthe reader of standard output has left: saving and stopping; run the same command again")
+        write_at_once("\nthe reader of the output pipe has exited; saving and stopping; run the same command again")
         with contextlib.suppress(OSError):  # closed: it is too late to stop
             self._writer.send(bytes([signal.SIGPIPE]))
 

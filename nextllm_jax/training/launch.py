@@ -1,6 +1,6 @@
 """`train(config)` from the outside: the processes meet, process 0 prepares the data, and the loop takes over.
 
-Nothing here imports jax before the data is there, so that mistakes are told at once and preparing has the machine.
+Without init_from, jax is imported only once the data is prepared, so mistakes are reported at once.
 """
 
 from collections.abc import Collection
@@ -26,10 +26,10 @@ def train(
 ) -> Literal["finished", "interrupted"]:
     """Train as configured, or continue the run in `config.workdir`; data that is not there is prepared first.
 
-    With `overwrite` the run that is there is set aside. `allow_change` names the fields, dotted, in which a continued
-    run may differ from what it was. `profile_steps` steps are traced into the run's profile/. `distributed` says how
-    the processes that train together find each other; None: this one trains alone. `file` is the config before a
-    command line changed it. `may_exit` is for commands: a signal may end the process where nothing is lost.
+    `overwrite` moves an existing run to overwritten/. `allow_change` lists dotted fields that may differ from the run
+    being continued. `profile_steps` steps are traced into the run's profile/. `distributed` configures several
+    processes; None: a single process. `file` is the config before command-line overrides. `may_exit` (commands only):
+    a signal may exit the process when no work would be lost.
 
     A first SIGINT, SIGTERM or SIGHUP saves and gives "interrupted", if this is the main thread. Raises InputError for
     what the user can fix, and RunFailed for a failure of the machine.
@@ -59,23 +59,27 @@ def _prepare(
 
     Returns the config to train, with the model of init_from.
     """
-    from nextllm_jax.data.prepare import ensure_prepared
-    from nextllm_jax.pretrained.init_from import require_tokenizer, with_source
-    from nextllm_jax.training.resume_guard import allowed_fields
-    from nextllm_jax.training.run_directory import require_unlocked, require_usable
-
     stop.nothing_to_lose("waiting for the other processes")
-    workdir, consent = local_workdir(config), allowed_fields(allow_change)
+
+    from nextllm_jax.data.prepare import ensure_prepared
+    from nextllm_jax.training.resume_guard import allowed_fields
+    from nextllm_jax.training.run_directory import require_startable
+
+    consent = allowed_fields(allow_change)
+    local_workdir(config)  # raises InputError for none
     group.meet()
-    config = with_source(config, file, overwrite=overwrite)
+    if config.init_from is not None:
+        from nextllm_jax.pretrained.init_from import require_tokenizer, with_source  # imports jax
+
+        config = with_source(config, file, overwrite=overwrite)
     choices = {"--overwrite": str(overwrite), "--allow-change": ", ".join(sorted(consent))}
     group.check_same({**choices, **facts_of(config)})
     stop.nothing_to_lose("preparing data")
     if group.process_id == 0:
-        require_unlocked(workdir)
-        require_usable(workdir, config, overwrite=overwrite, allow_change=consent)
+        require_startable(config, overwrite=overwrite, allow_change=consent)
         ensure_prepared(config.data)
-        require_tokenizer(config, overwrite=overwrite)
+        if config.init_from is not None:
+            require_tokenizer(config, overwrite=overwrite)
     group.gather(None, "process 0 to prepare the data")
     stop.nothing_to_lose("starting")
     use_compilation_cache()

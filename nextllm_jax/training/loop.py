@@ -39,7 +39,7 @@ from nextllm_jax.training.program import Program, to_save
 from nextllm_jax.training.resume_guard import require_same_data
 from nextllm_jax.training.run_directory import RunDirectory, open_run
 from nextllm_jax.training.samples import sample_text
-from nextllm_jax.training.start import DEVICE_CHECKS, RUN_CHECKS, Start, require
+from nextllm_jax.training.start import DEVICE_CHECKS, Start, require
 from nextllm_jax.training.state import TrainState, placed, require_finite, whole_params
 from nextllm_jax.training.step import StepMetrics
 from nextllm_jax.training.writers import Writers
@@ -145,9 +145,7 @@ def train(
         allow_change=allow_change,
     )
     group = group or Group()
-    if group.process_id == 0:
-        require(RUN_CHECKS, start)
-    require(DEVICE_CHECKS, start)
+    remarks = require(DEVICE_CHECKS, start)
     program, mesh, dataset = start.program, start.mesh, start.dataset
     set_matmul_precision(program.model.dtype)
     group.check_same({f"the data in {dataset.path} with id": dataset.data_id})
@@ -178,6 +176,9 @@ def train(
         )
         stack.enter_context(contextlib.closing(writers))
         _describe(writers, run, start, step)
+        for remark in remarks:
+            if remark.is_warning:
+                writers.message(f"WARNING: {remark.text}")
         about = environment(mesh, program.model.dtype)
         recorder = FlightRecorder(run.path, config, start.loader, checkpoints, writers, about)
         traced = profile_steps if run.writes else 0
@@ -204,7 +205,7 @@ class Session:
         return self.start.config
 
     def due(self, every: int, step: int) -> bool:
-        """True at every `every` steps and at the end; and before the first step on another model's weights."""
+        """True every `every` steps and at the last step. Step 0 counts only with init_from."""
         return (step > 0 or self.config.init_from is not None) and (
             step % every == 0 or step == self.config.training.steps
         )
@@ -213,8 +214,8 @@ class Session:
 def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outcome:
     """Train from `state` to the end or to a request to stop.
 
-    What is due at a step (saving, evaluation, stopping) is done before the next one is taken, so a continued run does
-    first what an interruption kept it from doing. A save comes first: nothing after it can cost more than itself.
+    Work due at a step (save, evaluate, stop) happens before the next step, so a continued run first does what the
+    interruption prevented. Saving comes first, because a failure in anything later must not cost the step.
     """
     config, writers, stop = session.config, session.writers, session.stop
     step = int(state.step)
@@ -238,7 +239,8 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
         if signal := stop.reached():
             _save(session, state, last, meter, evaluated=evaluated)
             session.checkpoints.wait()
-            writers.message(f"{signal}: saved step {step} and stopped; run the same command again to continue")
+            again = "without --overwrite" if session.start.overwrite else "the same command again"
+            writers.message(f"{signal}: saved step {step} and stopped; run {again} to continue")
             return "interrupted"
         started = time.perf_counter()
         if last is None:
@@ -325,7 +327,7 @@ def _save(
     evaluated: bool,
     loss: float | None = None,
 ) -> None:
-    """Save the step that `state` is at, or only if it is the best with its `loss`; a saved one is given its `loss`.
+    """Save the current step. With `loss`, save only a new best; if the step is already saved, add `loss` to it.
 
     `last` are the metrics of the step, None for the one that a run continues from.
     """
@@ -356,19 +358,21 @@ def _show(session: Session, state: TrainState, step: int) -> None:
     if not (training.sample_tokens and training.sample_prompts):
         return
 
-    def write_samples() -> None:
+    def make_texts() -> list[tuple[str, str]]:
         params = whole_params(state, session.config.model, start.mesh)
-        prompts, tokens = training.sample_prompts, training.sample_tokens
-        writers.samples(step, sample_text(session.config.model, params, start.tokenizer, prompts, tokens))
+        return sample_text(
+            session.config.model, params, start.tokenizer, training.sample_prompts, training.sample_tokens
+        )
 
     written = writers.last_samples_step == step
     if jax.process_count() == 1:
         if not written:
-            writers.optional("samples.txt", write_samples)
+            writers.optional("samples.txt", lambda: writers.samples(step, make_texts()))
         return
-    # All sample together, by what process 0 knows of the file; they cannot go on without one that fails.
+    # All processes sample together, if process 0 has not written the block yet; without one of them none can go on.
     if not multihost_utils.broadcast_one_to_all(np.array(written)):
-        write_samples()
+        texts = make_texts()
+        writers.optional("samples.txt", lambda: writers.samples(step, texts))
 
 
 def _finish(session: Session, state: TrainState, last: StepMetrics | None) -> Outcome:

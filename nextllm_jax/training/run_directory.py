@@ -16,7 +16,7 @@ from etils import epath
 from nextllm_jax.checkpoint import step_files
 from nextllm_jax.checkpoint.orbax_errors import writing
 from nextllm_jax.config import Config
-from nextllm_jax.config.files import CONFIG
+from nextllm_jax.config.files import CONFIG, local_workdir
 from nextllm_jax.distributed.process_group import Group
 from nextllm_jax.errors import InputError
 from nextllm_jax.training.resume_guard import Change, read_run, require_resumable
@@ -122,14 +122,21 @@ def require_run_or_empty(workdir: epath.PathLike) -> None:
     read_run(path)
 
 
+def require_startable(config: Config, *, overwrite: bool, allow_change: Collection[str]) -> list[Change]:
+    """`require_usable` of the config's run directory, which no process may be training in."""
+    workdir = local_workdir(config)
+    require_unlocked(workdir)
+    return require_usable(workdir, config, overwrite=overwrite, allow_change=allow_change)
+
+
 def require_usable(
     workdir: epath.PathLike, config: Config, *, overwrite: bool = False, allow_change: Collection[str] = ()
 ) -> list[Change]:
     """Raise InputError if `config` cannot be trained in `workdir`, as a new run or as one that is continued.
 
-    That is a directory that is not a run and not empty, a run of another config (but for fields that may differ,
-    `allow_change` among them) or beyond the last step, one that has lost its checkpoints or its base weights, and
-    files that cannot be written. Returns the changes by consent of a run that is continued.
+    Raises if the directory is neither empty nor a run, if the config differs in a field that may not change, if the
+    run is past training.steps, if checkpoints or base weights are missing, or if a file is not writable. Returns the
+    changes of a continued run that `allow_change` permits.
     """
     path = epath.Path(workdir)
     require_run_or_empty(path)
@@ -173,17 +180,17 @@ def _require_writable_entry(path: epath.Path, *, is_directory: bool) -> None:
 
 
 def _require_nothing_lost(path: epath.Path) -> None:
-    """Raise InputError if a run without a checkpoint has had one, by its metrics: it would start over and lose them.
+    """Raise InputError if metrics.jsonl shows that a checkpoint must have existed and none does.
 
-    A save is complete for certain once the run has come to what is due after it.
+    A save is certain to be complete once the next one was due.
     """
     config, last = read_run(path), _last_metrics_step(path / "metrics.jsonl")
     first_save = min(config.checkpoint.every_steps, config.training.evaluate_every_steps)
     certain = 0 if config.init_from is not None else 2 * first_save
     if last is not None and (last > certain or not (path / _CHECKPOINTS).exists()):
         raise InputError(
-            f"{path} has metrics up to step {last}, but no checkpoint in {path / _CHECKPOINTS}; bring that directory "
-            "back (is its disk mounted?), or start over with --overwrite"
+            f"{path} has metrics up to step {last}, but no checkpoint in {path / _CHECKPOINTS}; restore that "
+            "directory (is its disk mounted?), or start over with --overwrite"
         )
 
 
@@ -209,15 +216,20 @@ def _take_over(path: epath.Path, config: Config, overwrite: bool, allow_change: 
 
 
 def _set_aside(path: epath.Path) -> epath.Path:
-    """Move the files of the run in `path` to the first free overwritten/<n>, and nothing else."""
+    """Move the files of the run in `path` to overwritten/<n>, and nothing else; config.json is copied, as the last.
+
+    A directory there without it is a move that was cut short, and goes on. The run keeps a config.json until the new
+    one replaces it, so the directory is known for a run at any time.
+    """
     number = 1
-    while (path / _OVERWRITTEN / str(number)).exists():
+    while (path / _OVERWRITTEN / str(number) / CONFIG).exists():
         number += 1
     target = path / _OVERWRITTEN / str(number)
-    target.mkdir(parents=True)
-    for name in (*_DIRECTORIES, *_FILES):  # config.json last: as long as it is there, the directory is a run
-        if os.path.lexists(path / name):  # a link to nothing goes too
+    target.mkdir(parents=True, exist_ok=True)
+    for name in (*_DIRECTORIES, *_FILES):
+        if name != CONFIG and os.path.lexists(path / name):  # a link to nothing goes too
             (path / name).rename(target / name)
+    write_atomically(target / CONFIG, (path / CONFIG).read_bytes())
     return target
 
 

@@ -9,7 +9,6 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from nextllm_jax.config import Config
-from nextllm_jax.config.files import local_workdir
 from nextllm_jax.data.loader import TrainLoader
 from nextllm_jax.data.packing import count_windows, describe_windows, has_targets
 from nextllm_jax.data.shards import SPLITS, Dataset
@@ -18,7 +17,7 @@ from nextllm_jax.model.accounting import parameter_count
 from nextllm_jax.sharding import make_mesh, sharding
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 from nextllm_jax.training.program import Program, build_program
-from nextllm_jax.training.run_directory import require_unlocked, require_usable
+from nextllm_jax.training.run_directory import require_startable
 
 
 class Remark(NamedTuple):
@@ -30,7 +29,7 @@ class Remark(NamedTuple):
 
 @dataclasses.dataclass
 class Start:
-    """A training that is about to start. Each part is made when it is first asked for, and raises InputError."""
+    """A training about to start. Each part is built on first use; building raises InputError."""
 
     config: Config
     open_dataset: Callable[[], Dataset]
@@ -67,7 +66,7 @@ class Start:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """A named condition of a start; `run` raises InputError where it does not hold."""
+    """A named precondition; `run` raises InputError if it fails."""
 
     name: str
     run: Callable[[Start], Iterable[Remark]]
@@ -75,11 +74,9 @@ class Check:
     """Whether the result depends on the data."""
 
 
-def require(checks: Iterable[Check], start: Start) -> None:
-    """Raise InputError for the first check that fails."""
-    for check in checks:
-        for _ in check.run(start):
-            pass
+def require(checks: Iterable[Check], start: Start) -> list[Remark]:
+    """The remarks of all checks. Raises InputError for the first check that fails."""
+    return [remark for check in checks for remark in check.run(start)]
 
 
 def make_loader(config: Config, dataset: Dataset, mesh: Mesh) -> TrainLoader:
@@ -121,9 +118,7 @@ def check_divides(config: Config, mesh: Mesh | AbstractMesh) -> None:
 
 
 def _check_run(start: Start) -> Iterator[Remark]:
-    workdir = local_workdir(start.config)
-    require_unlocked(workdir)
-    for change in require_usable(workdir, start.config, overwrite=start.overwrite, allow_change=start.allow_change):
+    for change in require_startable(start.config, overwrite=start.overwrite, allow_change=start.allow_change):
         yield Remark(f"changed: {change}", is_warning=True)
 
 
@@ -172,8 +167,8 @@ def _check_batches(start: Start) -> Iterator[Remark]:
     for split in map(start.dataset.split, SPLITS):
         if not has_targets(split):
             raise InputError(
-                f"the {split.name} split of {start.dataset.path} has no token in its loss mask (of conversations only "
-                "what the assistant says is in it); bring other data, or check data.chat_template"
+                f"the {split.name} split of {start.dataset.path} has no token in its loss mask (in conversations only "
+                "assistant text is in the mask); use other data, or check data.chat_template"
             )
     length, batch = config.data.sequence_length, config.training.global_batch_size
     windows = count_windows(train, length, partial=False)
@@ -190,7 +185,7 @@ def _check_batches(start: Start) -> Iterator[Remark]:
 
 
 RUN_CHECKS = (Check("run", _check_run),)
-"""Of the run directory; process 0 makes them, before data is prepared and devices are touched."""
+"""Of the run directory. `launch` makes them in process 0 before data is prepared, `open_run` again under its lock."""
 DEVICE_CHECKS = (
     Check("devices", _check_devices),
     Check("model", _check_model),
@@ -198,4 +193,4 @@ DEVICE_CHECKS = (
     Check("fit", _check_fit, needs_data=True),
     Check("batches", _check_batches, needs_data=True),
 )
-"""Of everything else; all processes make them, once the data is prepared."""
+"""Of everything else. The loop makes them in all processes once the data is prepared."""

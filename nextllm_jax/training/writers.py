@@ -257,8 +257,8 @@ class Writers:
     def _append(self, name: str, text: str) -> None:
         """Append to a file of the run, whole or not at all. Raises RunFailed if it cannot be written."""
         path = self._path / name
-        size = path.stat().length if path.exists() else 0
         with writing(path):
+            size = os.path.getsize(path) if path.exists() else 0
             try:
                 with path.open("ab") as file:
                     file.write(text.encode("utf-8", errors="replace"))
