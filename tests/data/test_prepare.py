@@ -386,7 +386,7 @@ def kill_before_change(number):
             return change(*args, **kwargs)
         return before
     for owner, name in [(Path, "rename"), (Path, "replace"), (Path, "write_bytes"), (Path, "write_text"),
-                        (Path, "mkdir"), (shutil, "rmtree"), (module.np, "savez")]:
+                        (Path, "mkdir"), (shutil, "rmtree"), (parts.np, "savez")]:
         setattr(owner, name, counted(getattr(owner, name)))
 
 replacing = len(sys.argv) > 3
@@ -404,7 +404,9 @@ for number in range(200):
     output = directory / f"{number}"
     if replacing:
         shutil.copytree(sys.argv[3], output)
-    killed = os.WIFSIGNALED(prepare_in_a_fork(output, killed_before=number))
+    status = prepare_in_a_fork(output, killed_before=number)
+    killed = os.WIFSIGNALED(status)
+    assert killed or status == 0
     print("killed" if killed else "finished", number, flush=True)
     assert not killed or prepare_in_a_fork(output) == 0
     if not killed:

@@ -249,7 +249,7 @@ PREPARE = "nextllm_jax.data.prepare"
 ROWS = {
     # kill -9
     **{f"kill -9 at random, seed {seed}": Row(killed_at_random(seed), slow=seed > 0) for seed in range(20)},
-    "kill -9 before the first step": Row(killed(f"{LOOP}:TrainLoader.batches", fresh=True)),
+    "kill -9 before the first step": Row(killed("nextllm_jax.data.loader:TrainLoader.batches", fresh=True)),
     "kill -9 in an evaluation": Row(killed(f"{LOOP}:evaluate")),
     "kill -9 before the arrays are written": Row(killed(SAVE), slow=True),
     "kill -9 before a manifest": Row(killed(f"{FILES}:write_manifest")),
@@ -263,7 +263,9 @@ ROWS = {
     "kill -9 before the data is published": Row(killed_prepare(f"{PREPARE}:publish"), slow=True),
     "kill -9 before the second split": Row(killed_prepare(f"{PREPARE}:write_split", 2), slow=True),
     # signals
-    "SIGTERM in the first step": Row(signalled(signal.SIGTERM, f"{LOOP}:TrainLoader.batches", fresh=True), slow=True),
+    "SIGTERM in the first step": Row(
+        signalled(signal.SIGTERM, "nextllm_jax.data.loader:TrainLoader.batches", fresh=True), slow=True
+    ),
     "SIGTERM in a step": Row(signalled(signal.SIGTERM, "nextllm_jax.training.writers:Writers.train", 4)),
     "SIGINT in a step": Row(signalled(signal.SIGINT, "nextllm_jax.training.writers:Writers.train", 5), slow=True),
     "SIGTERM in an evaluation": Row(signalled(signal.SIGTERM, f"{LOOP}:evaluate"), slow=True),
