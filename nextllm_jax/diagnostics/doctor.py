@@ -27,7 +27,7 @@ from nextllm_jax.diagnostics.machine import Status
 from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.pretrained.init_from import require_tokenizer
 from nextllm_jax.tokenizer.published import KNOWN_ENCODINGS, files_to_fetch
-from nextllm_jax.training.resume_guard import require_same_data
+from nextllm_jax.training.resume_guard import recorded_data, require_same_data
 from nextllm_jax.training.start import DEVICE_CHECKS, RUN_CHECKS, Check, Start
 
 SAMPLE_CHARACTERS = 1_000_000
@@ -204,4 +204,4 @@ def _check_run(report: Report, start: Start, *, with_data: bool) -> None:
     report.add("run", f"{workdir} {state} step {latest} of {config.training.steps}")
     if with_data and report.passed("devices"):
         record = Checkpoints(workdir / "checkpoints").record(latest)
-        require_same_data(record["data"], start.loader.position(0), start.dataset.path, start.allow_change)
+        require_same_data(recorded_data(record), start.loader.position(0), start.dataset.path, start.allow_change)

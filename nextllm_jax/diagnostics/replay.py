@@ -27,6 +27,7 @@ from nextllm_jax.model.transformer import set_matmul_precision
 from nextllm_jax.sharding import make_mesh, sharding
 from nextllm_jax.training.flight_recorder import BATCH, BUNDLE, DIRECTORY, FORMAT, environment, json_number, measured
 from nextllm_jax.training.program import Program, build_program
+from nextllm_jax.training.resume_guard import recorded_data
 from nextllm_jax.training.start import check_platform, make_loader
 from nextllm_jax.training.state import TrainState
 from nextllm_jax.training.step import StepMetrics
@@ -225,7 +226,7 @@ def _find_checkpoint(bundle: Bundle, loader: TrainLoader) -> Checkpoints | None:
             f"checkpoint {step}, which {bundle.path} starts from, is not in {directory}; a bundle must stay in its "
             f"run's {DIRECTORY}/, and its checkpoint in the run"
         )
-    loader.resume(checkpoints.record(step)["data"])
+    loader.resume(recorded_data(checkpoints.record(step)))
     return checkpoints
 
 

@@ -36,7 +36,7 @@ from nextllm_jax.training.metrics import TrainMeter
 from nextllm_jax.training.optimizer import describe_warmup
 from nextllm_jax.training.profiler import StepProfiler
 from nextllm_jax.training.program import Program, to_save
-from nextllm_jax.training.resume_guard import require_same_data
+from nextllm_jax.training.resume_guard import recorded_data, require_same_data
 from nextllm_jax.training.run_directory import RunDirectory, open_run
 from nextllm_jax.training.samples import sample_text
 from nextllm_jax.training.start import DEVICE_CHECKS, Start, require
@@ -160,8 +160,9 @@ def train(
         begin = functools.partial(_begin, program, config, mesh, run.path)
         state, record = _restore_or_create(program, checkpoints, config, begin)
         if record:
-            require_same_data(record["data"], start.loader.position(0), dataset.path, allow_change)
-            start.loader.resume(record["data"])
+            position = recorded_data(record)
+            require_same_data(position, start.loader.position(0), dataset.path, allow_change)
+            start.loader.resume(position)
         require_finite(state, workdir)
         if run.writes:
             start.tokenizer.save(run.path / "tokenizer")  # only now: this is the run's data

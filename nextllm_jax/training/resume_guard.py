@@ -204,6 +204,16 @@ def read_run(workdir: epath.PathLike) -> Config:
         raise InputError(f"{workdir} is not empty and not a run ({error}); choose another --workdir") from error
 
 
+def recorded_data(record: dict[str, Any]) -> dict[str, Any]:
+    """The position in the data that a checkpoint's record holds. Raises InputError if there is none."""
+    if not isinstance(record.get("data"), dict):
+        raise InputError(
+            "the checkpoint does not say which data it was trained on; another version may have written it: use that "
+            f"version, or {_NEW_RUN}"
+        )
+    return record["data"]
+
+
 def require_same_data(
     recorded: dict[str, Any], found: dict[str, Any], where: epath.PathLike, allow_change: Collection[str]
 ) -> None:

@@ -143,6 +143,7 @@ def require_usable(
     _require_writable(path)
     if overwrite or not (path / CONFIG).exists():
         return []
+    _require_no_move_cut_short(path)
     changes = require_resumable(path, config, allow_change)
     for name in _FILES + _DIRECTORIES:
         _require_writable_entry(path / name, is_directory=name in _DIRECTORIES)
@@ -175,6 +176,8 @@ def _require_writable_entry(path: epath.Path, *, is_directory: bool) -> None:
     if path.is_dir() != is_directory:
         kinds = ("a file", "a directory")
         raise InputError(f"{path} is {kinds[not is_directory]}, but a run keeps {kinds[is_directory]} there; move it")
+    if not is_directory and not os.path.isfile(path):
+        raise InputError(f"{path} is no regular file, as a run keeps there; move it")
     if not os.access(path, os.W_OK | os.X_OK if is_directory else os.W_OK):
         raise InputError(f"{path} is not writable; make it writable, or choose another --workdir")
 
@@ -218,19 +221,33 @@ def _take_over(path: epath.Path, config: Config, overwrite: bool, allow_change: 
 def _set_aside(path: epath.Path) -> epath.Path:
     """Move the files of the run in `path` to overwritten/<n>, and nothing else; config.json is copied, as the last.
 
-    A directory there without it is a move that was cut short, and goes on. The run keeps a config.json until the new
-    one replaces it, so the directory is known for a run at any time.
+    A move that was cut short goes on where it was. The run keeps its config.json until the new one replaces it, so the
+    directory is known for a run at any time.
     """
+    names = [name for name in (*_DIRECTORIES, *_FILES) if name != CONFIG and os.path.lexists(path / name)]
     number = 1
-    while (path / _OVERWRITTEN / str(number) / CONFIG).exists():
+    while _is_taken(target := path / _OVERWRITTEN / str(number), names):
         number += 1
-    target = path / _OVERWRITTEN / str(number)
     target.mkdir(parents=True, exist_ok=True)
-    for name in (*_DIRECTORIES, *_FILES):
-        if name != CONFIG and os.path.lexists(path / name):  # a link to nothing goes too
-            (path / name).rename(target / name)
+    for name in names:
+        (path / name).rename(target / name)
     write_atomically(target / CONFIG, (path / CONFIG).read_bytes())
     return target
+
+
+def _is_taken(target: epath.Path, names: Collection[str]) -> bool:
+    return (target / CONFIG).exists() or any(os.path.lexists(target / name) for name in names)
+
+
+def _require_no_move_cut_short(path: epath.Path) -> None:
+    """Raise InputError if an --overwrite was killed while it moved the run's files."""
+    moved = (path / _OVERWRITTEN).iterdir() if (path / _OVERWRITTEN).is_dir() else ()
+    for directory in moved:
+        if directory.name.isdecimal() and not (directory / CONFIG).exists():
+            raise InputError(
+                f"an --overwrite of {path} was cut short, and part of the run is in {directory}; run it again with "
+                f"--overwrite to finish it, or move what is in there back to {path}"
+            )
 
 
 @contextlib.contextmanager

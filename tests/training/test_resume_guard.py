@@ -12,6 +12,7 @@ from nextllm_jax.training.resume_guard import (
     allowed_fields,
     changes,
     read_run,
+    recorded_data,
     require_resumable,
     require_same_data,
 )
@@ -243,3 +244,9 @@ def test_other_data_needs_consent_and_another_tokenizer_never_fits():
 def test_the_data_may_lie_elsewhere_and_the_model_in_another_type():
     new = dataclasses.replace(CONFIG, data=DataConfig(path="elsewhere"), model=ModelConfig(dtype="float32"))
     assert changes(CONFIG, new) == []
+
+
+@pytest.mark.parametrize("record", [{}, {"data": None}, {"data": "stdlib"}])
+def test_a_record_that_does_not_name_its_data_is_an_error(record):
+    with pytest.raises(InputError, match="another version may have written it"):
+        recorded_data(record)

@@ -186,6 +186,29 @@ def test_adapters_without_their_base_are_refused(run):
         open_run(run, config).__enter__()
 
 
+def test_a_device_is_no_file_of_a_run(run):
+    (run / "samples.txt").symlink_to("/dev/full")  # which never ends when it is read
+    with pytest.raises(InputError, match=r"samples.txt is no regular file"):
+        open_run(run, CONFIG).__enter__()
+
+
+def test_a_run_whose_overwrite_was_killed_is_refused_until_that_is_finished(run):
+    before = files(run)
+    (run / "overwritten" / "1").mkdir(parents=True)
+    (run / "checkpoints").rename(run / "overwritten" / "1" / "checkpoints")
+    with pytest.raises(InputError, match=r"was cut short, and part of the run is in .*overwritten/1; run it again"):
+        open_run(run, CONFIG).__enter__()
+    with open_run(run, CONFIG, overwrite=True) as opened:
+        assert opened.set_aside == epath.Path(run / "overwritten" / "1")
+    assert files(run / "overwritten" / "1") == {name: before[name] for name in before if name != "notes.txt"}
+
+
+def test_overwrite_never_moves_onto_something(run):
+    (run / "overwritten" / "1" / "checkpoints").mkdir(parents=True)
+    with open_run(run, CONFIG, overwrite=True) as opened:
+        assert opened.set_aside == epath.Path(run / "overwritten" / "2")
+
+
 def test_overwrite_of_nothing_is_a_new_run(tmp_path):
     with open_run(tmp_path / "new", CONFIG, overwrite=True) as run:
         assert run.set_aside is None
