@@ -12,8 +12,8 @@ pytest.importorskip("safetensors", reason="safetensors is missing; install the e
 
 from nextllm_jax.data.packing import count_windows, read_batch  # noqa: E402
 from nextllm_jax.evaluation.evaluate import evaluate  # noqa: E402
+from nextllm_jax.model.objective import make_eval_step  # noqa: E402
 from nextllm_jax.model.transformer import Transformer  # noqa: E402
-from nextllm_jax.training.step import make_eval_step  # noqa: E402
 from tests.data.test_conversations import documents, prepared  # noqa: E402
 from tests.interop import models  # noqa: E402
 
