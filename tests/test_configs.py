@@ -153,6 +153,12 @@ def test_json_keeps_every_field() -> None:
     assert hash(read) == hash(config)
 
 
+@pytest.mark.parametrize("value", ["all_gather", "ring"])
+def test_a_removed_field_is_ignored_where_that_changes_nothing(value: str) -> None:
+    text = '{"model": {}, "data": {}, "training": {}, "mesh": {"context_parallelism": "%s", "data": 2}}' % value
+    assert config_files.from_json(text, "config.json") == Config(mesh=MeshConfig(data=2))
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -165,6 +171,10 @@ def test_json_keeps_every_field() -> None:
         ('{"model": 3}', ["model is 3"]),
         ('{"model": {"num_layer": 3}}', ["runs/a/config.json", "model", "did you mean num_layers?"]),
         ('{"model": {"num_layers": "3"}}', ["model.num_layers is '3'"]),
+        (
+            '{"mesh": {"context_parallelism": "sideways"}}',
+            ["runs/a/config.json: mesh has context_parallelism 'sideways', which nextllm_jax config 2 dropped"],
+        ),
     ],
 )
 def test_a_broken_config_json_is_named(text: str, words: list[str]) -> None:

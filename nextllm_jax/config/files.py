@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -24,6 +24,18 @@ CONFIG = "config.json"
 """File of a run with its config."""
 
 
+class _Removed(NamedTuple):
+    """A field that this version does not have."""
+
+    dropped_by: str
+    """The first format without the field."""
+    ignored: tuple[Any, ...]
+    """Values that are ignored on reading: the old default, and those whose effect is the same now."""
+
+
+_REMOVED = {"MeshConfig.context_parallelism": _Removed("nextllm_jax config 2", ("all_gather", "ring"))}
+
+
 def _suggest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""
@@ -32,15 +44,19 @@ def _suggest(name: str, known: Iterable[str]) -> str:
 def from_dict(cls: type[Any], values: dict[str, Any], where: str) -> Any:
     """A config dataclass from plain values; `where` names the source in errors.
 
-    Raises InputError for an unknown field or a bad value.
+    A removed field is ignored where that changes nothing. Raises InputError for another value of it, for an unknown
+    field or a bad value.
     """
     require(isinstance(values, dict), f"{where} must hold a JSON object, the fields of {cls.__name__}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    for name in values:
-        hint = _suggest(name, fields)
-        require(name in fields, f"{where} has a field '{name}' that {cls.__name__} does not know{hint}")
     arguments: dict[str, Any] = {}
     for name, value in values.items():
+        if removed := _REMOVED.get(f"{cls.__name__}.{name}"):
+            message = f"{where} has {name} {value!r}, which {removed.dropped_by} dropped; use an earlier version"
+            require(value in removed.ignored, message)
+            continue
+        hint = _suggest(name, fields)
+        require(name in fields, f"{where} has a field '{name}' that {cls.__name__} does not know{hint}")
         nested = fields[name].default_factory
         if isinstance(value, dict) and dataclasses.is_dataclass(nested):
             arguments[name] = from_dict(nested, value, f"{where}: {name}")  # pyright: ignore[reportArgumentType]

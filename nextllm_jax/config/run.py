@@ -249,10 +249,7 @@ class MeshConfig:
     fsdp: int = 1
     """Fully sharded data parallelism: batch, parameters and optimizer state are divided."""
     sequence: int = 1
-    """Context parallelism: each sequence is divided."""
-    context_parallelism: Literal["all_gather", "ring"] = "all_gather"
-    """How divided sequences attend: each device gathers all keys and values, or these go around in a ring, which
-    holds fewer of them at a time."""
+    """Context parallelism: each sequence is split, and each device gathers all keys and values."""
     tensor: int = 1
     """Tensor parallelism: heads, mlp and vocabulary are divided."""
     slices: int = 1
