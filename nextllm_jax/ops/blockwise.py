@@ -81,8 +81,9 @@ def _join(x_nBT: jax.Array, T: int) -> jax.Array:
 def _in_blocks(sizes: Blocks, q_BTKGH, k_BSKH, v_BSKH, ids_BS, start) -> Inputs:
     """Queries from position `start` on, and the keys of the whole sequence."""
     q_ids_BT = lax.dynamic_slice_in_dim(ids_BS, start, q_BTKGH.shape[1], axis=1)
-    queries = _split(q_BTKGH, sizes.queries), _split(q_ids_BT, sizes.queries), start
-    return Inputs(*queries, *(_split(x, sizes.keys) for x in (k_BSKH, v_BSKH, ids_BS)), k_BSKH.shape[1])
+    q_nBTKGH, q_ids_nBT = (_split(x, sizes.queries) for x in (q_BTKGH, q_ids_BT))
+    k_mBSKH, v_mBSKH, k_ids_mBS = (_split(x, sizes.keys) for x in (k_BSKH, v_BSKH, ids_BS))
+    return Inputs(q_nBTKGH, q_ids_nBT, start, k_mBSKH, v_mBSKH, k_ids_mBS, k_BSKH.shape[1])
 
 
 def _key_blocks(rule: ScoreRule, x: Inputs, i: jax.Array) -> tuple[jax.Array, jax.Array]:
