@@ -29,7 +29,7 @@ from nextllm_jax.model.transformer import (
     unstack_layers,
 )
 from nextllm_jax.ops.cross_entropy import cross_entropy
-from nextllm_jax.pretrained.import_cache import use_imported
+from nextllm_jax.pretrained.import_cache import imported_run
 from nextllm_jax.pretrained.source import restore_params
 from nextllm_jax.published_models import PUBLISHED_MODELS, is_published, resolve
 from nextllm_jax.sharding import on_device
@@ -306,12 +306,12 @@ def load(path: str, *, step: str | int | None = None, dtype: str | None = None) 
 
 
 def _load_published(name: str, file: Path, step: str | int | None, dtype: str | None) -> LLM:
-    """The model in the file of a published name, by way of its import, or from the file where that cannot be kept."""
+    """The model in the file of a published name, by way of its import, or from the file where that cannot be used."""
     require_no_step(file, step)
     try:
-        return _assemble(*use_imported(name, file, lambda run: _read_run(epath.Path(run), None)), dtype)
-    except (OSError, RunFailed) as error:
-        print(f"{name} is read from {file}, for its import cannot be kept: {error}", file=sys.stderr, flush=True)
+        return _assemble(*_read_run(epath.Path(imported_run(name, file)), None), dtype)
+    except (OSError, RunFailed, InputError) as error:
+        print(f"{name} is read from {file}, for its import cannot be used: {error}", file=sys.stderr, flush=True)
         return _load_foreign(open_foreign(file), dtype)
 
 
