@@ -14,7 +14,7 @@ from typing import Any
 from nextllm_jax.config.model import EXECUTION_FIELDS, LayerKind, ModelConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.interop.families import ACTIVATIONS, COMMON, DEFAULTS, FAMILIES, FIXED, HARMLESS, SIZES, Family
-from nextllm_jax.interop.huggingface_rope import read_rope, write_rope
+from nextllm_jax.interop.huggingface_rope import read_rope, scaling_fields, write_rope
 from nextllm_jax.interop.keys import Keys
 from nextllm_jax.ops import rope
 
@@ -226,22 +226,8 @@ def canonical(config: ModelConfig) -> ModelConfig:
     }
     ignored = [] if "local" in kinds else ["sliding_window", "rope_local_theta"]
     ignored += [] if config.qk_norm else ["qk_norm_over"]
-    used = {
-        "none": (),
-        "linear": ("rope_scaling_factor",),
-        "llama3": (
-            "rope_scaling_factor", "rope_original_context_length", "rope_low_freq_factor", "rope_high_freq_factor",
-        ),
-        "yarn": (
-            "rope_scaling_factor", "rope_original_context_length", "rope_beta_fast", "rope_beta_slow",
-            "rope_attention_factor",
-        ),
-        "longrope": (
-            "rope_scaling_factor", "rope_original_context_length", "rope_attention_factor", "rope_short_factors",
-            "rope_long_factors",
-        ),
-    }[config.rope_scaling]  # fmt: skip
     scaling = {name for field in dataclasses.fields(ModelConfig) if (name := field.name).startswith("rope_")}
+    used = scaling_fields(config.rope_scaling).values()
     ignored += scaling - {"rope_theta", "rope_local_theta", "rope_scaling", *used}
     return dataclasses.replace(config, **fields | {name: getattr(plain, name) for name in ignored})
 
