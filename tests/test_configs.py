@@ -198,6 +198,7 @@ def test_a_broken_config_json_is_named(text: str, words: list[str]) -> None:
         ),
         ("from nextllm_jax.config import *\ndef get_config(): return Config(sed=3)", ["did you mean seed?"]),
         ("from nextllm_jax.config import *\nModelConfig(vocabsize=3)", ["did you mean vocab_size?"]),
+        ("from nextllm_jax.config import *\nMeshConfig(context_parallelism='ring')", ["config 2 dropped it, leave it"]),
         ("import sys\nsys.exit(0)", ["SystemExit"]),
     ],
 )

@@ -102,6 +102,8 @@ def read_config(path: epath.PathLike) -> Config:
 def _hint(error: BaseException) -> str:
     """What to do about an error in a config file: the nearest field for one that does not exist."""
     unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if unknown and (removed := _REMOVED.get(f"{unknown[1]}.{unknown[2]}")):
+        return f"; {removed.dropped_by} dropped it, leave it out"
     known = getattr(definitions, unknown[1], None) if unknown else None
     if unknown and dataclasses.is_dataclass(known):
         return _suggest(unknown[2], [field.name for field in dataclasses.fields(known)])
