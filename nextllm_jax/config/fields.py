@@ -38,17 +38,17 @@ class Field(NamedTuple):
     on_resume: OnResume
 
 
-def marks(config: Any, default: OnResume = _UNMARKED) -> dict[str, OnResume]:
+def marks(cls: type[Any], default: OnResume = _UNMARKED) -> dict[str, OnResume]:
     """What a new value of each field of a config dataclass means, `default` for unmarked ones."""
-    hints = typing.get_type_hints(config if isinstance(config, type) else type(config), include_extras=True)
-    found = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
-    return {name: next((m for m in all if isinstance(m, OnResume)), default) for name, all in found.items()}
+    hints = typing.get_type_hints(cls, include_extras=True)
+    metadata = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+    return {name: next((m for m in found if isinstance(m, OnResume)), default) for name, found in metadata.items()}
 
 
 def fields_of(config: Any, section: str = "", default: OnResume = _UNMARKED) -> dict[str, Field]:
     """Every field by its dotted name, such as "model.num_layers"; the mark of a section is that of all its fields."""
     found: dict[str, Field] = {}
-    for name, mark in marks(config, default).items():
+    for name, mark in marks(type(config), default).items():
         value = getattr(config, name)
         if dataclasses.is_dataclass(value):
             found |= fields_of(value, f"{section}{name}.", mark)
