@@ -184,8 +184,8 @@ class LoraConfig:
     """Rank of the adapters; 0: none, all weights are trained."""
     alpha: float = 16.0
     """The product of the adapters counts alpha / rank times."""
-    targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = ("q", "k", "v", "o", "gate", "up", "down")
-    """Matrices that get adapters."""
+    targets: tuple[str, ...] = ()
+    """Matrices that get adapters, such as q and v; none named: all."""
     frozen: Literal["unquantized", "int8"] = "unquantized"
     """How the frozen weights are kept: in model.param_dtype, or their matrices in 8 bits, a scale a channel."""
 
@@ -193,7 +193,6 @@ class LoraConfig:
         _check_types(self, "lora.")
         _require(self.rank >= 0, f"lora.rank is {self.rank}; it cannot be negative")
         _require_positive(self, "lora.", "alpha")
-        _require(len(self.targets) > 0, "lora.targets is empty; name at least one matrix, such as q")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

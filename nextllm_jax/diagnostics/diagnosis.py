@@ -19,7 +19,8 @@ from nextllm_jax.config import Config, ModelConfig
 from nextllm_jax.model.layers import Embed, Linear, RMSNorm
 from nextllm_jax.model.lora import Frozen, variables, weights
 from nextllm_jax.model.objective import LOSS_LAYOUT, Batch
-from nextllm_jax.model.transformer import Transformer, head_embedding, unstack_layers
+from nextllm_jax.model.transformer import Transformer, head_embedding
+from nextllm_jax.model.weights import unstack_layers
 from nextllm_jax.ops.cross_entropy import cross_entropy
 from nextllm_jax.training.optimizer import make_optimizer, schedule
 from nextllm_jax.training.state import TrainState
@@ -167,7 +168,7 @@ def _first(seen: list[_Seen]) -> tuple[str, bool] | None:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _sum_and_update(config: Config, model: Transformer, state: TrainState, batch: Batch) -> tuple[Any, Any]:
     """What the gradient of the global batch sees, and the parameters after an update with it."""
-    optimizer = make_optimizer(config.optimizer)
+    optimizer = make_optimizer(config.optimizer, config.model)
     learning_rate = jnp.asarray(schedule(config.optimizer, config.training.steps)(state.step), jnp.float32)
     gradients = mean_gradient(model, state.params, batch, config.training.accumulation_steps, state.frozen).gradients
     update = Update(optimizer, learning_rate, gradients, optax.tree.norm(gradients))

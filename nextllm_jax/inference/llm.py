@@ -26,8 +26,8 @@ from nextllm_jax.model.transformer import (
     head_embedding,
     resolve_dtype,
     set_matmul_precision,
-    unstack_layers,
 )
+from nextllm_jax.model.weights import Weight, map_weights, unstack_layers
 from nextllm_jax.ops.cross_entropy import cross_entropy
 from nextllm_jax.pretrained.import_cache import use_imported
 from nextllm_jax.pretrained.source import restore_params
@@ -334,7 +334,7 @@ def _assemble(config: ModelConfig, tokenizer: Tokenizer, params: Any, dtype: str
     """The LLM of a run's parameters."""
     compute_dtype = resolve_dtype(dtype or config.dtype, jax.default_backend())
     set_matmul_precision(compute_dtype)
-    params = cast_matrices(params, compute_dtype)
+    params = cast_matrices(abstract_params(config), params, compute_dtype)
     scan_layers = config.num_layers > MAX_UNROLLED_LAYERS
     if not scan_layers:
         params = unstack_layers(config, params)
@@ -347,17 +347,21 @@ def _load_foreign(foreign: Foreign, dtype: str | None) -> LLM:
     compute_dtype = resolve_dtype(dtype or config.dtype, jax.default_backend())
     set_matmul_precision(compute_dtype)
     scan_layers = config.num_layers > MAX_UNROLLED_LAYERS
-    abstract = on_device(abstract_params(config, scan_layers=scan_layers), jax.local_devices()[0])
-    params = foreign.load_params(cast_matrices(abstract, compute_dtype))
+    boxed = abstract_params(config, scan_layers=scan_layers)
+    abstract = on_device(boxed, jax.local_devices()[0])
+    params = foreign.load_params(cast_matrices(boxed, abstract, compute_dtype))
     return LLM(config, params, tokenizer, compute_dtype, scan_layers)
 
 
-def cast_matrices(params: Any, dtype: np.dtype) -> Any:
-    """The parameters, or their shapes, with all but the norms' scales in `dtype`, as the model would cast them."""
+def cast_matrices(boxed: Any, params: Any, dtype: np.dtype) -> Any:
+    """The parameters, or their shapes, with all but the norms' scales in `dtype`, as the model would cast them.
 
-    def cast(path: Any, leaf: Any) -> Any:
-        if path[-1].key == "scale":
+    `boxed` is the `abstract_params` of the same tree.
+    """
+
+    def cast(weight: Weight, leaf: Any) -> Any:
+        if weight.kind == "norm":
             return leaf
         return leaf.astype(dtype) if isinstance(leaf, jax.Array) else leaf.update(dtype=dtype)
 
-    return jax.tree_util.tree_map_with_path(cast, params)
+    return map_weights(cast, boxed, params)

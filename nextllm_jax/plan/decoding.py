@@ -113,7 +113,8 @@ def _check(config: Config, request: Request, mesh: Mesh) -> None:
 
 def _abstract_params(model: Transformer, mesh: Mesh) -> Any:
     """Shapes, types and shardings of the parameters as sampling has them: matrices in the type of the products."""
-    return cast_matrices(placed(mesh, abstract_params(model.config, scan_layers=model.scan_layers)), model.dtype)
+    boxed = abstract_params(model.config, scan_layers=model.scan_layers)
+    return cast_matrices(boxed, placed(mesh, boxed), model.dtype)
 
 
 def _shard_bytes(tree: Any) -> int:

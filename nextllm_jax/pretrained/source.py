@@ -1,6 +1,7 @@
 """Where a model's weights are: a run directory, a Hugging Face directory or a GGUF file, behind one face."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,8 @@ def restore_params(run: epath.PathLike, step: int, config: Config, place: Place)
     params = restore_base(checkpoints, step, place(lora.abstract_frozen(config.lora, boxed)))
     frozen = lora.Frozen(params, config.lora.alpha / config.lora.rank)
     adapters = checkpoints.restore(step, "params", trained)
-    merge = jax.jit(lora.merge, static_argnums=2, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, whole))
-    return merge(adapters, frozen, jax.numpy.dtype(config.model.param_dtype))
+    merge = functools.partial(lora.merge, boxed, dtype=jax.numpy.dtype(config.model.param_dtype))
+    return jax.jit(merge, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, whole))(adapters, frozen)
 
 
 def cast(params: Any, dtype: jax.typing.DTypeLike) -> Any:

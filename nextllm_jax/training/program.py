@@ -47,7 +47,7 @@ def build_program(config: Config, mesh: Mesh) -> Program:
     platform = mesh.devices.flat[0].platform  # of the mesh, which may be a topology that is not here
     dtype = resolve_dtype(config.model.dtype, platform, training=True)
     model = Transformer(config.model, dtype, kernel=choose_kernel(config, mesh, dtype))
-    optimizer = make_optimizer(config.optimizer)
+    optimizer = make_optimizer(config.optimizer, config.model)
     arrays = abstract_state(model, optimizer, mesh, config.optimizer, config.lora)
     training = config.training
     window_steps = training.spike_window_steps if training.spike_factor else 0

@@ -1,6 +1,7 @@
 """The training state, made sharded: abstract shapes, then shardings, then one jitted initialisation."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -182,5 +183,5 @@ def whole_params(state: TrainState, config: ModelConfig, mesh: Mesh) -> Any:
     if state.frozen is None:
         return state.params
     shardings = shardings_of(placed(mesh, abstract_params(config)))
-    merge = jax.jit(adapters.merge, static_argnums=2, out_shardings=shardings)
-    return merge(state.params, state.frozen, jnp.dtype(config.param_dtype))
+    merge = functools.partial(adapters.merge, abstract_params(config), dtype=jnp.dtype(config.param_dtype))
+    return jax.jit(merge, out_shardings=shardings)(state.params, state.frozen)

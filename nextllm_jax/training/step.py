@@ -9,7 +9,8 @@ import optax
 
 from nextllm_jax.model.lora import Frozen, variables, weights
 from nextllm_jax.model.objective import Batch, head_nll
-from nextllm_jax.model.transformer import Transformer
+from nextllm_jax.model.transformer import Transformer, abstract_params
+from nextllm_jax.model.weights import by_name, path_name
 from nextllm_jax.sharding import constrain, is_over_data, sum_over_data
 from nextllm_jax.training import layer_norms
 from nextllm_jax.training.state import TrainState
@@ -69,11 +70,13 @@ def _nll_and_mean_squares(
     return head_nll(model, weights(params, frozen), hidden_BTD, batch), jax.lax.stop_gradient(squares)
 
 
-def _cast_kernels(params: Any, dtype: Any) -> Any:
-    """The parameters with the matrices of the layers in `dtype`, as the model would cast them."""
+def _cast_matrices(model: Transformer, params: Any) -> Any:
+    """The parameters with the matrices of the layers in the type of the matmuls, as the model would cast them."""
+    weights = by_name(abstract_params(model.config))
 
     def cast(path: Any, leaf: jax.Array) -> jax.Array:
-        return leaf.astype(dtype) if path[-1].key == "kernel" else leaf
+        weight = weights.get(path_name(path))
+        return leaf.astype(model.dtype) if weight is not None and weight.kind == "matrix" else leaf
 
     return jax.tree_util.tree_map_with_path(cast, params)
 
@@ -88,10 +91,10 @@ def _sums(
 ) -> Any:
     """((summed nll, mean squares), summed gradient) of the batch's microbatches.
 
-    Kernels are cast before they are differentiated: their gradients, in the type of the matmuls already, are then
+    Matrices are cast before they are differentiated: their gradients, in the type of the matmuls already, are then
     kept in it instead of wider.
     """
-    params = _cast_kernels(params, model.dtype)
+    params = _cast_matrices(model, params)
 
     def value_and_grad(weights: Any, microbatch: Batch) -> Any:
         params, frozen = weights

@@ -82,7 +82,7 @@ def test_adapters_compute_what_the_merged_weights_do(config):
     found = apply(lora.variables(adapters, frozen), batch)
     np.testing.assert_allclose(found, apply({"params": by_hand}, batch), rtol=2e-5, atol=2e-5)
     assert np.abs(found - apply({"params": params}, batch)).max() > 0.05
-    merged = lora.merge(adapters, frozen, jnp.float32)
+    merged = lora.merge(abstract_params(CONFIG), adapters, frozen, jnp.float32)
     assert jax.tree.structure(merged) == jax.tree.structure(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), merged, by_hand)
 
@@ -112,7 +112,7 @@ def train(mesh_config, config, *, steps=3):
     """Losses, state and validation loss after a few steps on a mesh; 8 devices or 1."""
     sizes = [getattr(mesh_config, name) for name in ("data", "fsdp", "sequence", "tensor")]
     mesh = make_mesh(mesh_config, jax.devices()[: int(np.prod(sizes))])
-    model, optimizer = Transformer(CONFIG), make_optimizer(OPTIMIZER)
+    model, optimizer = Transformer(CONFIG), make_optimizer(OPTIMIZER, CONFIG)
     on_mesh = jax.device_put(base_params(), shardings_of(placed(mesh, abstract_params(CONFIG))))
     with jax.set_mesh(mesh):
         whole = Config(model=CONFIG, optimizer=OPTIMIZER, lora=config, data=DATA, init_from="x")
@@ -183,7 +183,7 @@ def test_a_bad_adapter_is_found():
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     adapters = random_adapters(ALL)
     adapters["layers"]["block_1"]["mlp"]["up"]["b"][0, 1, 2] = np.inf
-    zero, optimizer = jnp.zeros((), jnp.int32), make_optimizer(OPTIMIZER)
+    zero, optimizer = jnp.zeros((), jnp.int32), make_optimizer(OPTIMIZER, CONFIG)
     frozen = frozen_on(ALL, base_params())
     state = TrainState(zero, zero, zero, adapters, optimizer.init(adapters), frozen)
     with jax.set_mesh(mesh):

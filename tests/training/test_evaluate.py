@@ -41,7 +41,9 @@ class FakeSplit:
 @pytest.fixture(scope="module")
 def params():
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    return jax.device_get(create_state(Transformer(CONFIG), make_optimizer(OptimizerConfig()), mesh, seed=0).params)
+    return jax.device_get(
+        create_state(Transformer(CONFIG), make_optimizer(OptimizerConfig(), CONFIG), mesh, seed=0).params
+    )
 
 
 @pytest.mark.parametrize(("batch_size", "devices"), [(1, 1), (4, 1), (32, 1), (8, 8)])

@@ -10,7 +10,8 @@ import pytest
 
 from nextllm_jax.config import ModelConfig
 from nextllm_jax.model.objective import Batch
-from nextllm_jax.model.transformer import Transformer, unstack_layers
+from nextllm_jax.model.transformer import Transformer
+from nextllm_jax.model.weights import unstack_layers
 from nextllm_jax.training import layer_norms
 from nextllm_jax.training.step import mean_gradient
 
