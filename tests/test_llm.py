@@ -18,10 +18,10 @@ from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.config import Config, DataConfig, ModelConfig
 from nextllm_jax.config.model import EXECUTION_FIELDS
 from nextllm_jax.errors import InputError
-from nextllm_jax.inference.llm import LLM, cast_matrices
+from nextllm_jax.inference.llm import LLM
 from nextllm_jax.interop.huggingface_config import canonical
 from nextllm_jax.model.transformer import Transformer, abstract_params
-from nextllm_jax.model.weights import unstack_layers
+from nextllm_jax.model.weights import cast_matrices, unstack_layers
 from nextllm_jax.tokenizer.backends import ByteBPE
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 

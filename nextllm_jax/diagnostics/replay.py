@@ -186,7 +186,9 @@ def replay(path: Path, *, data: str | None = None) -> Replay:
         diagnosis = None
         if found["reason"] != "none":  # the step was skipped, so its parameters are still there
             before = dataclasses.replace(state, step=state.step - 1)
-            diagnosis = diagnose(config, program.model, before, bundle.batch, sharding(mesh, "batch", "seq"))
+            diagnosis = diagnose(
+                config, program.model, before, bundle.batch, sharding(mesh, "batch", "seq"), program.objective
+            )
     here = environment(mesh, program.model.dtype)
     return Replay(bundle, found, _differences(bundle.content, here), diagnosis)
 

@@ -14,6 +14,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nextllm_jax.config.model import ModelConfig
 
@@ -130,3 +131,17 @@ def subtree(tree: Any, name: str) -> Any:
     for step in name.split("/"):
         tree = tree.get(step, {})
     return tree
+
+
+def cast_matrices(boxed: Any, params: Any, dtype: np.dtype) -> Any:
+    """The parameters, or their shapes, with all but the norms' scales in `dtype`, as the model would cast them.
+
+    `boxed` is the `abstract_params` of the same tree.
+    """
+
+    def cast(weight: Weight, leaf: Any) -> Any:
+        if weight.kind == "norm":
+            return leaf
+        return leaf.astype(dtype) if isinstance(leaf, jax.Array) else leaf.update(dtype=dtype)
+
+    return map_weights(cast, boxed, params)

@@ -23,7 +23,7 @@ from nextllm_jax.checkpoint.step_files import versions
 from nextllm_jax.config import Config
 from nextllm_jax.data.loader import TrainLoader
 from nextllm_jax.errors import RunFailed
-from nextllm_jax.training import layer_norms
+from nextllm_jax.model import layer_norms
 from nextllm_jax.training.step import SKIP_REASONS, StepMetrics
 from nextllm_jax.training.writers import Writers
 

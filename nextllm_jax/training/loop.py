@@ -30,7 +30,7 @@ from nextllm_jax.model.accounting import adapter_count, flops_per_token, paramet
 from nextllm_jax.model.objective import Batch
 from nextllm_jax.model.transformer import set_matmul_precision
 from nextllm_jax.pretrained.init_from import initial_params
-from nextllm_jax.sharding import sharding
+from nextllm_jax.sharding import placed, sharding
 from nextllm_jax.training.flight_recorder import FlightRecorder, environment
 from nextllm_jax.training.metrics import TrainMeter
 from nextllm_jax.training.optimizer import describe_warmup
@@ -40,7 +40,7 @@ from nextllm_jax.training.resume_guard import recorded_data, require_same_data
 from nextllm_jax.training.run_directory import RunDirectory, open_run
 from nextllm_jax.training.samples import sample_text
 from nextllm_jax.training.start import DEVICE_CHECKS, Start, require
-from nextllm_jax.training.state import TrainState, placed, require_finite, whole_params
+from nextllm_jax.training.state import TrainState, require_finite, whole_params
 from nextllm_jax.training.step import StepMetrics
 from nextllm_jax.training.writers import Writers
 

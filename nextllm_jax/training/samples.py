@@ -6,8 +6,9 @@ from typing import Any
 import jax
 
 from nextllm_jax.config import ModelConfig
-from nextllm_jax.inference.llm import LLM, cast_matrices
+from nextllm_jax.inference.llm import LLM
 from nextllm_jax.model.transformer import abstract_params, resolve_dtype
+from nextllm_jax.model.weights import cast_matrices
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 

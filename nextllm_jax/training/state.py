@@ -17,7 +17,7 @@ from nextllm_jax.config import Config, LoraConfig, ModelConfig, OptimizerConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.model import lora as adapters
 from nextllm_jax.model.transformer import Transformer, abstract_params
-from nextllm_jax.sharding import also_over_data, tree_shardings
+from nextllm_jax.sharding import also_over_data, placed
 
 
 @flax.struct.dataclass
@@ -114,15 +114,6 @@ def abstract_state(
         frozen = adapters.Frozen(adapters.abstract_frozen(lora, boxed), lora.alpha / lora.rank)
         state = placed(mesh, dataclasses.replace(state, frozen=frozen))
     return state if placement is None else _place_moments(state, placement)
-
-
-def placed(mesh: Mesh | AbstractMesh, boxed: Any) -> Any:
-    """Abstract arrays out of their boxes, each with its sharding on the mesh. Raises InputError as `abstract_state`."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        nn.meta.unbox(boxed),
-        tree_shardings(mesh, boxed),
-    )
 
 
 def _place_moments(state: TrainState, config: OptimizerConfig) -> TrainState:

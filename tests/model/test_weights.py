@@ -13,15 +13,14 @@ from jax.sharding import PartitionSpec
 from nextllm_jax.config import Config, DataConfig, LoraConfig, MeshConfig, ModelConfig, OptimizerConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.interop import names
-from nextllm_jax.model import lora, transformer
+from nextllm_jax.model import layer_norms, lora, transformer
 from nextllm_jax.model.accounting import adapter_count, flops_per_token, matrix_size, parameter_count
 from nextllm_jax.model.layers import Linear
-from nextllm_jax.model.objective import make_eval_step
+from nextllm_jax.model.objective import make_eval_step, next_token
 from nextllm_jax.model.transformer import Transformer, abstract_params
 from nextllm_jax.model.weights import by_name, layer_paths, unstack_layers
 from nextllm_jax.ops.quantized import QTensor
 from nextllm_jax.sharding import make_mesh, tree_shardings
-from nextllm_jax.training import layer_norms
 from nextllm_jax.training.optimizer import decay_mask, make_optimizer, schedule
 from nextllm_jax.training.state import abstract_state, shardings_of, state_from
 from nextllm_jax.training.step import make_train_step
@@ -112,14 +111,14 @@ def test_adapters_train_on_quantized_weights() -> None:
         assert shapes["layers/block_0/mlp/mix/a"] == (1, 2, 24, 2)
         assert shapes["layers/block_0/mlp/mix/b"] == (1, 2, 16)
         assert len(shapes) == 4
-        step = make_train_step(model, optimizer, schedule(settings, 10), shardings_of(abstract))
+        step = make_train_step(next_token, model, optimizer, schedule(settings, 10), shardings_of(abstract))
         losses = []
         for _ in range(4):
             state, metrics = step(state, make_batch())
             losses.append(float(metrics.nll_sum))
         assert losses[-1] < losses[0] * 0.99
         merged = lora.merge(abstract_params(CONFIG), state.params, state.frozen, jnp.float32)
-        evaluate = make_eval_step(model)
+        evaluate = make_eval_step(next_token, model)
         expected = evaluate(state.params, make_batch(), state.frozen)[0]
         np.testing.assert_allclose(evaluate(merged, make_batch())[0], expected, rtol=1e-4)
 

@@ -11,7 +11,7 @@ import pytest
 
 from nextllm_jax.config import MeshConfig, ModelConfig, OptimizerConfig
 from nextllm_jax.model.attention_kernel import AttentionKernel
-from nextllm_jax.model.objective import Batch, make_eval_step
+from nextllm_jax.model.objective import Batch, make_eval_step, next_token
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.plan.collectives import collectives
 from nextllm_jax.sharding import make_mesh, sharding
@@ -53,7 +53,12 @@ def run(mesh_config, *, steps=3, accumulation_steps=1, batches=None, config=CONF
     with jax.set_mesh(mesh):
         state = create_state(model, optimizer, mesh, seed=0)
         step = make_train_step(
-            model, optimizer, schedule(OPTIMIZER, 10), shardings_of(state), accumulation_steps=accumulation_steps
+            next_token,
+            model,
+            optimizer,
+            schedule(OPTIMIZER, 10),
+            shardings_of(state),
+            accumulation_steps=accumulation_steps,
         )
         losses, metrics = [], None
         for i in range(steps):
@@ -129,7 +134,9 @@ def test_what_is_sent_over_data_does_not_grow_with_the_accumulation_steps():
     model, optimizer = Transformer(CONFIG, jnp.dtype("float32")), make_optimizer(OPTIMIZER, CONFIG)
     with jax.set_mesh(mesh):
         state = abstract_state(model, optimizer, mesh)
-        step = make_train_step(model, optimizer, schedule(OPTIMIZER, 10), shardings_of(state), accumulation_steps=2)
+        step = make_train_step(
+            next_token, model, optimizer, schedule(OPTIMIZER, 10), shardings_of(state), accumulation_steps=2
+        )
         batch = jax.device_put(make_batch(), sharding(mesh, "batch", "seq"))
         hlo = step.lower(state, batch).compile().as_text()
     traffic = collectives(hlo, mesh.shape).traffic
@@ -167,7 +174,7 @@ def test_a_non_finite_step_updates_nothing_and_counts():
     model, optimizer = Transformer(CONFIG, jnp.float32), make_optimizer(OPTIMIZER, CONFIG)
     with jax.set_mesh(mesh):
         state = create_state(model, optimizer, mesh, seed=0)
-        step = make_train_step(model, optimizer, schedule(OPTIMIZER, 10), shardings_of(state))
+        step = make_train_step(next_token, model, optimizer, schedule(OPTIMIZER, 10), shardings_of(state))
         batch = jax.device_put(make_batch(), sharding(mesh, "batch", "seq"))
         scale = jnp.copy(state.params["final_norm"]["scale"])
         state.params["final_norm"]["scale"] = scale.at[0].set(jnp.nan)
@@ -188,8 +195,8 @@ def test_evaluation_step_sums_over_the_mask():
     model, batch = Transformer(CONFIG, jnp.float32), make_batch()
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     params = create_state(model, make_optimizer(OPTIMIZER, CONFIG), mesh, seed=0).params
-    nll, count = make_eval_step(model)(params, batch)
+    nll, count = make_eval_step(next_token, model)(params, batch)
     nothing = batch._replace(loss_mask_BT=np.zeros_like(batch.loss_mask_BT))
     assert int(count) == batch.loss_mask_BT.sum()
     assert float(nll) / int(count) == pytest.approx(np.log(CONFIG.vocab_size), rel=0.05)
-    assert [float(x) for x in make_eval_step(model)(params, nothing)] == [0.0, 0]
+    assert [float(x) for x in make_eval_step(next_token, model)(params, nothing)] == [0.0, 0]
