@@ -11,11 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from nextllm_jax.checkpoint.manager import Checkpoints
+from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import ModelConfig, SamplingConfig
-from nextllm_jax.config.files import read_config
 from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.inference.generate import CHUNK_TOKENS, CachedRow, Generation, bucket
 from nextllm_jax.inference.stream import Sample, TextStream
@@ -302,30 +301,29 @@ def load(path: str, *, step: str | int | None = None, dtype: str | None = None) 
         return _load_published(path, file, step, dtype)
     if is_foreign(file):
         return _load_foreign(open_foreign(file, step), dtype)
-    return _assemble(*_read_run(epath.Path(path), step), dtype)
+    return _assemble(*_read_run(RunDir(path), step), dtype)
 
 
 def _load_published(name: str, file: Path, step: str | int | None, dtype: str | None) -> LLM:
     """The model in the file of a published name, by way of its import, or from the file where that cannot be kept."""
     require_no_step(file, step)
     try:
-        return _assemble(*use_imported(name, file, lambda run: _read_run(epath.Path(run), None)), dtype)
+        return _assemble(*use_imported(name, file, lambda run: _read_run(RunDir(run), None)), dtype)
     except (OSError, RunFailed) as error:
         print(f"{name} is read from {file}, for its import cannot be kept: {error}", file=sys.stderr, flush=True)
         return _load_foreign(open_foreign(file), dtype)
 
 
-def _read_run(run: epath.Path, step: str | int | None) -> tuple[ModelConfig, Tokenizer, Any]:
+def _read_run(run: RunDir, step: str | int | None) -> tuple[ModelConfig, Tokenizer, Any]:
     """Config, tokenizer and parameters, stacked and as they were trained, of a run directory."""
-    config_file = run / "config.json"
-    if not config_file.exists():
+    if not run.exists():
         raise InputError(
-            f"{run} is not a run directory; give the one that train.py wrote, such as runs/tiny, with config.json, "
+            f"{run.path} is not a run directory; give one that train.py wrote, such as runs/tiny, with config.json, "
             "tokenizer and checkpoints in it, or a Hugging Face directory, a .gguf file, or the name of a published "
             f"model ({', '.join(PUBLISHED_MODELS)})"
         )
-    config, tokenizer = read_config(config_file), Tokenizer.load(run / "tokenizer")
-    step = Checkpoints(run / "checkpoints").resolve(step)
+    config, tokenizer = run.read_config(), Tokenizer.load(run.tokenizer)
+    step = Checkpoints(run.checkpoints).resolve(step)
     place = functools.partial(on_device, device=jax.local_devices()[0])
     return config.model, tokenizer, restore_params(run, step, config, place)
 

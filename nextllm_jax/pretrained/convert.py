@@ -13,8 +13,8 @@ from typing import Any, Literal
 import jax
 
 from nextllm_jax.checkpoint.manager import Checkpoints
+from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config, DataConfig, ModelConfig
-from nextllm_jax.config.files import read_config
 from nextllm_jax.errors import InputError, RunFailed, failed_place
 from nextllm_jax.interop.foreign import is_foreign, open_foreign
 from nextllm_jax.model.transformer import abstract_params
@@ -49,14 +49,15 @@ def import_model(source: str, output: str, *, dtype: str = "float32", context_le
         model = dataclasses.replace(model, context_length=context_length)
     tokenizer, params = foreign.load_tokenizer(), foreign.load_params(_on_cpu(abstract_params(model)))
     data = DataConfig(
-        tokenizer=str(Path(output).absolute() / "tokenizer"), sequence_length=min(model.context_length, 1024)
+        tokenizer=str(RunDir(Path(output).absolute()).tokenizer), sequence_length=min(model.context_length, 1024)
     )
     with _appearing(Path(output)) as directory:
-        tokenizer.save(directory / "tokenizer")
+        run = RunDir(directory)
+        tokenizer.save(run.tokenizer)
         record = {ORIGIN: {"model_type": foreign.model_type, "vocab_size": model.vocab_size}}
-        with Checkpoints(directory / "checkpoints") as checkpoints:
+        with Checkpoints(run.checkpoints) as checkpoints:
             checkpoints.save(0, {"params": params}, record, validation_loss=None)
-        (directory / "config.json").write_text(Config(model=model, data=data).to_json())
+        run.write_config(Config(model=model, data=data))
 
 
 def export_model(
@@ -119,16 +120,16 @@ def _open(source: str, step: str | int | None) -> tuple[ModelConfig, Any, Tokeni
             foreign.load_tokenizer(),
             origin,
         )
-    run = Path(source)
-    if not (run / "config.json").exists():
+    run = RunDir(source)
+    if not run.exists():
         raise InputError(f"{source} is not a run directory; give one that train.py or nextllm import wrote")
-    run_config = read_config(run / "config.json")
+    run_config = run.read_config()
     config = run_config.model
-    with Checkpoints(run / "checkpoints") as checkpoints:
+    with Checkpoints(run.checkpoints) as checkpoints:
         number = checkpoints.resolve(step)
         origin = checkpoints.record(number).get(ORIGIN, {})
         params = restore_params(run, number, run_config, _on_cpu)
-    return config, params, Tokenizer.load(run / "tokenizer"), origin
+    return config, params, Tokenizer.load(run.tokenizer), origin
 
 
 def _on_cpu(boxed: Any) -> Any:

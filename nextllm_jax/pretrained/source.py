@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from etils import epath
 
 from nextllm_jax.checkpoint.base import restore_base
 from nextllm_jax.checkpoint.manager import Checkpoints
+from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config
-from nextllm_jax.config.files import read_config
 from nextllm_jax.config.model import ModelConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.interop.foreign import is_foreign, open_foreign
@@ -44,26 +43,26 @@ def open_source(path: str) -> Source:
         foreign = open_foreign(Path(path))
         config = foreign.config
         return Source(config, foreign.load_tokenizer, lambda place: foreign.load_params(place(abstract_params(config))))
-    run = epath.Path(path)
-    if not (run / "config.json").exists():
+    run = RunDir(path)
+    if not run.exists():
         raise InputError(
             f"{path} is no run directory, Hugging Face directory or .gguf file; give one with the weights to start from"
         )
-    config = read_config(run / "config.json")
-    step = Checkpoints(run / "checkpoints").resolve(None)
+    config = run.read_config()
+    step = Checkpoints(run.checkpoints).resolve(None)
     return Source(
         config.model,
-        lambda: Tokenizer.load(run / "tokenizer"),
+        lambda: Tokenizer.load(run.tokenizer),
         lambda place: restore_params(run, step, config, place),
     )
 
 
-def restore_params(run: epath.PathLike, step: int, config: Config, place: Place) -> Any:
+def restore_params(run: RunDir, step: int, config: Config, place: Place) -> Any:
     """The parameters of a run at a step, where `place` says; adapters are merged into the weights below them.
 
     Raises InputError as `Checkpoints.restore` and `restore_base` do.
     """
-    checkpoints, boxed = Checkpoints(epath.Path(run) / "checkpoints"), abstract_params(config.model)
+    checkpoints, boxed = Checkpoints(run.checkpoints), abstract_params(config.model)
     if not config.lora.rank:
         return checkpoints.restore(step, "params", place(boxed))
     whole = place(boxed)
