@@ -50,7 +50,7 @@ def test_the_only_checkpoint_damaged_ends_in_a_sentence_and_nothing_changes(door
     before = contents(run)
     refused = door.run("train.py", "--config", "config.py", exit_code=2).stderr
     assert f"damaged ({name} is not what was saved" in refused
-    assert "there is no other step; bring the file back, or start anew with --overwrite" in refused
+    assert "there is no other step; restore the file, or start over with --overwrite" in refused
     assert contents(run) == before
 
 

@@ -4,13 +4,12 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from nextllm_jax import hardware
 from nextllm_jax.checkpoint.base import RECORD, base_id, save_base
@@ -34,7 +33,7 @@ from nextllm_jax.training.flight_recorder import FlightRecorder, environment
 from nextllm_jax.training.metrics import TrainMeter
 from nextllm_jax.training.open_run import OpenRun, open_run
 from nextllm_jax.training.profiler import StepProfiler
-from nextllm_jax.training.program import Program, to_save
+from nextllm_jax.training.program import to_save
 from nextllm_jax.training.resume_guard import recorded_data, require_same_data
 from nextllm_jax.training.samples import sample_text
 from nextllm_jax.training.start import CHECKS, Remark, Start, require
@@ -49,21 +48,19 @@ class _Stopped(Exception):
     """A stop was requested during an evaluation."""
 
 
-def _restore_or_create(
-    program: Program, checkpoints: Checkpoints, config: Config, start: Callable[[], TrainState]
-) -> tuple[TrainState, dict[str, Any]]:
-    """The latest readable checkpoint's state and record, or the state that a run starts with and an empty record.
+def _restore_or_begin(start: Start, run: RunDir, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
+    """The latest readable checkpoint's state and record, or the state that a run begins with and an empty record.
 
     A damaged checkpoint is set aside with a message; otherwise its step could not be saved again. Raises
     InputError instead if checkpoint.strict is set, or if there is none before it to go on from.
     """
     while (step := checkpoints.latest_step()) is not None:
         try:
-            return program.restore_state(checkpoints, step)
+            return start.program.restore_state(checkpoints, step)
         except DamagedCheckpoint as error:
             if checkpoints.steps()[0] == error.step:
-                raise InputError(f"{error}; bring the file back, or start anew with --overwrite") from error
-            if config.checkpoint.strict:
+                raise InputError(f"{error}; restore the file, or start over with --overwrite") from error
+            if start.config.checkpoint.strict:
                 raise InputError(
                     f"{error}; leave out --checkpoint.strict to set it aside and go on from the one before it"
                 ) from error
@@ -71,14 +68,14 @@ def _restore_or_create(
             if jax.process_index() == 0:
                 left = checkpoints.latest_step()
                 print(f"WARNING: {error}\nWARNING: it is now {aside}; going on from step {left}", flush=True)
-    return start(), {}
+    return _begin(start, run), {}
 
 
-def _begin(program: Program, config: Config, mesh: Mesh, run: RunDir) -> TrainState:
+def _begin(start: Start, run: RunDir) -> TrainState:
     """The state of a run's first step. Frozen weights, if any, are saved to base/ first."""
-    if config.init_from is None:
-        return program.create_state()
-    state = program.state_from(initial_params(config, functools.partial(placed, mesh)))
+    if start.config.init_from is None:
+        return start.program.create_state()
+    state = start.program.state_from(initial_params(start.config, functools.partial(placed, start.mesh)))
     if state.frozen is not None:
         save_base(run, state.frozen.params)
     return state
@@ -122,7 +119,6 @@ def train(
 
     Raises InputError for what the user can fix, and RunFailed if too many steps in a row are skipped.
     """
-    workdir = local_workdir(config)
     start = Start(
         config,
         lambda: Dataset.open(default_data_path(config.data), verify=config.data.verify),
@@ -130,26 +126,26 @@ def train(
         allow_change=allow_change,
     )
     group = group or Group()
+    writes = group.process_id == 0
     remarks = require(CHECKS, start)
-    program, mesh, dataset = start.program, start.mesh, start.dataset
-    set_matmul_precision(program.model.dtype)
+    mesh, dtype, dataset = start.mesh, start.program.model.dtype, start.dataset
+    set_matmul_precision(dtype)
     group.check_same({f"the data in {dataset.path} with id": dataset.data_id})
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopRequest(group))
         stack.enter_context(jax.set_mesh(mesh))
         opened = stack.enter_context(
-            open_run(workdir, config, overwrite=overwrite, allow_change=allow_change, group=group)
+            open_run(local_workdir(config), config, overwrite=overwrite, allow_change=allow_change, group=group)
         )
-        run, writes = opened.dir, group.process_id == 0
+        run = opened.dir
         checkpoints = stack.enter_context(_checkpoints(run, config, dataset))
         stack.push(group.report)  # before the checkpoints close, which can wait for the others
-        begin = functools.partial(_begin, program, config, mesh, run)
-        state, record = _restore_or_create(program, checkpoints, config, begin)
+        state, record = _restore_or_begin(start, run, checkpoints)
         if record:
             position = recorded_data(record)
             require_same_data(position, start.loader.position(0), dataset.path, allow_change)
             start.loader.resume(position)
-        require_finite(state, workdir)
+        require_finite(state, str(run.path))
         if writes:  # only now, when a continued run has passed all checks
             start.tokenizer.save(run.tokenizer)
             run.write_config(config)
@@ -163,8 +159,7 @@ def train(
         )
         stack.enter_context(contextlib.closing(writers))
         _announce(writers, opened, remarks, step)
-        about = environment(mesh, program.model.dtype)
-        recorder = FlightRecorder(run, config, start.loader, checkpoints, writers, about)
+        recorder = FlightRecorder(run, config, start.loader, checkpoints, writers, environment(mesh, dtype))
         profiler = StepProfiler(run.profile, step or 0, profile_steps if writes else 0, writers.message)
         stack.enter_context(contextlib.closing(profiler))
         session = Session(start, run, checkpoints, writers, recorder, profiler, stop)
