@@ -318,9 +318,9 @@ def _read_run(run: RunDir, step: str | int | None) -> tuple[ModelConfig, Tokeniz
     """Config, tokenizer and parameters, stacked and as they were trained, of a run directory."""
     if not run.exists():
         raise InputError(
-            f"{run.path} is not a run directory; give one that train.py wrote, such as runs/tiny, with config.json, "
-            "tokenizer and checkpoints in it, or a Hugging Face directory, a .gguf file, or the name of a published "
-            f"model ({', '.join(PUBLISHED_MODELS)})"
+            f"{run.path} is not a run directory; give the one that train.py wrote, such as runs/tiny, with "
+            "config.json, tokenizer and checkpoints in it, or a Hugging Face directory, a .gguf file, or the name of a "
+            f"published model ({', '.join(PUBLISHED_MODELS)})"
         )
     config, tokenizer = run.read_config(), Tokenizer.load(run.tokenizer)
     step = Checkpoints(run.checkpoints).resolve(step)
