@@ -20,9 +20,6 @@ from nextllm_jax.config.checks import require
 from nextllm_jax.config.run import FIRST_FORMAT, FORMAT, Config
 from nextllm_jax.errors import InputError
 
-CONFIG = "config.json"
-"""File of a run with its config."""
-
 
 def _suggest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)

@@ -118,7 +118,7 @@ def in_layer_order(config: ModelConfig, tree: Any, value: Callable[[Any, int], j
     `value(subtree, n)` reduces all but the first n axes of its leaves: 1 for a stack of layers, 0 for a single layer.
     """
     size = len(config.layer_pattern)
-    num_periods, num_rest = divmod(config.num_layers, size)
+    num_periods, num_rest = divmod(config.num_layers, size) if STACK in tree else (0, config.num_layers)
     parts = [value(tree.get(f"{REMAINDER}{i}", {}), 0)[None] for i in range(num_rest)]
     if num_periods:
         stacks = jnp.stack([value(subtree(tree, f"{STACK}/block_{i}"), 1) for i in range(size)], axis=1)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 
 from nextllm_jax.checkpoint.manager import Checkpoints
+from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config, DataConfig, ModelConfig
 from nextllm_jax.errors import InputError, RunFailed, failed_place
 from nextllm_jax.model.transformer import abstract_params
@@ -42,14 +43,15 @@ def import_model(source: str, output: str, *, dtype: str = "float32", context_le
         model = dataclasses.replace(model, context_length=context_length)
     tokenizer, params = opened.load_tokenizer(), opened.load_params(_on_cpu(model))
     data = DataConfig(
-        tokenizer=str(Path(output).absolute() / "tokenizer"), sequence_length=min(model.context_length, 1024)
+        tokenizer=str(RunDir(Path(output).absolute()).tokenizer), sequence_length=min(model.context_length, 1024)
     )
     with _appearing(Path(output)) as directory:
-        tokenizer.save(directory / "tokenizer")
+        run = RunDir(directory)
+        tokenizer.save(run.tokenizer)
         record = {ORIGIN: {"model_type": opened.model_type, "vocab_size": model.vocab_size}}
-        with Checkpoints(directory / "checkpoints") as checkpoints:
+        with Checkpoints(run.checkpoints) as checkpoints:
             checkpoints.save(0, {"params": params}, record, validation_loss=None)
-        (directory / "config.json").write_text(Config(model=model, data=data).to_json())
+        run.write_config(Config(model=model, data=data))
 
 
 def export_model(

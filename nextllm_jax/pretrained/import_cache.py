@@ -4,19 +4,18 @@
 and by which importer, so that another file or another importer makes another directory.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from nextllm_jax.errors import InputError
 from nextllm_jax.pretrained.convert import LAYOUT, import_model
 from nextllm_jax.process import cache_directory
+from nextllm_jax.storage.disk import lock_file
 
 Result = TypeVar("Result")
 
@@ -43,21 +42,14 @@ def use_imported(name: str, file: Path, use: Callable[[Path], Result]) -> Result
 def _import(name: str, file: Path, run: Path, *, damaged: int | None) -> int | None:
     """Make `run`, in the place of the one with the identity `damaged`; the identity of the one that is there then."""
     run.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(run.with_name(f"{run.name}.lock")):
+    with open(run.with_name(f"{run.name}.lock"), "w") as lock:
+        lock_file(lock.fileno(), wait=True)  # on a file system without locks, two imports at once may both fail
         if damaged is not None and _identity(run) == damaged:
             shutil.rmtree(run)
         if _identity(run) is None:  # else another process was faster
             _say(f"importing {name} into {run}, once")
             import_model(str(file), str(run))
         return _identity(run)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        with contextlib.suppress(OSError):  # a file system without locks: two imports at once may then both fail
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _identity(run: Path) -> int | None:

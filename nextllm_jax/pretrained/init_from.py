@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config, DataConfig, ModelConfig
-from nextllm_jax.config.files import CONFIG, local_workdir, read_config
+from nextllm_jax.config.files import local_workdir
 from nextllm_jax.config.model import EXECUTION_FIELDS
 from nextllm_jax.data.prepare import default_data_path
 from nextllm_jax.data.shards import Dataset
@@ -69,8 +70,8 @@ def require_tokenizer(config: Config, *, overwrite: bool = False) -> None:
 
 def _begun(config: Config) -> Config | None:
     """The config of the run that this one would continue, if that began from other weights too."""
-    file = Path(local_workdir(config)) / CONFIG
-    begun = read_config(file) if file.is_file() else None
+    run = RunDir(local_workdir(config))
+    begun = run.read_config() if run.exists() else None
     return begun if begun and begun.init_from is not None else None
 
 

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from etils import epath
 from jax.sharding import NamedSharding
 
 from nextllm_jax.checkpoint.base import restore_base
 from nextllm_jax.checkpoint.manager import Checkpoints
+from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config
-from nextllm_jax.config.files import read_config
 from nextllm_jax.config.model import ModelConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.model import lora
@@ -49,8 +48,9 @@ def open_path(path: str, *, step: str | int | None = None) -> Source:
     """The model of a run directory, a Hugging Face directory or a GGUF file; see `open_model`."""
     file = Path(path)
     is_run = not file.is_file() and not _is_huggingface(file)
-    if is_run and (file / "config.json").exists():
-        return _open_run(epath.Path(path), step)
+    run = RunDir(path)
+    if is_run and run.exists():
+        return _open_run(run, step)
     if is_run:
         raise InputError(
             f"{path} is not a run directory (with config.json, tokenizer and checkpoints), a Hugging Face directory, "
@@ -105,14 +105,14 @@ def _open_gguf(path: Path) -> Source:
     )
 
 
-def _open_run(run: epath.Path, step: str | int | None) -> Source:
-    config = read_config(run / "config.json")
-    with Checkpoints(run / "checkpoints") as checkpoints:
+def _open_run(run: RunDir, step: str | int | None) -> Source:
+    config = run.read_config()
+    with Checkpoints(run.checkpoints) as checkpoints:
         number = checkpoints.resolve(step)
         origin = checkpoints.record(number).get(ORIGIN, {})
     return Source(
         config.model,
-        load_tokenizer=lambda: Tokenizer.load(run / "tokenizer"),
+        load_tokenizer=lambda: Tokenizer.load(run.tokenizer),
         load_params=lambda abstract: _restore_params(run, number, config, abstract),
         is_run=True,
         model_type=origin.get("model_type"),
@@ -120,7 +120,7 @@ def _open_run(run: epath.Path, step: str | int | None) -> Source:
     )
 
 
-def _restore_params(run: epath.Path, step: int, config: Config, abstract: Any) -> Any:
+def _restore_params(run: RunDir, step: int, config: Config, abstract: Any) -> Any:
     """The parameters of a run at a step, as `abstract` asks for them; adapters are merged into the frozen weights."""
     model, stacked = config.model, STACK in abstract or config.model.num_layers < len(config.model.layer_pattern)
     boxed = abstract_params(model)
@@ -141,9 +141,9 @@ def _placement(abstract: Any) -> Callable[[Any], Any]:
     return functools.partial(on_device, device=device)
 
 
-def _read_params(run: epath.Path, step: int, config: Config, place: Callable[[Any], Any]) -> Any:
+def _read_params(run: RunDir, step: int, config: Config, place: Callable[[Any], Any]) -> Any:
     """The parameters as they were saved; adapters are merged into the frozen weights."""
-    checkpoints, boxed = Checkpoints(run / "checkpoints"), abstract_params(config.model)
+    checkpoints, boxed = Checkpoints(run.checkpoints), abstract_params(config.model)
     if not config.lora.rank:
         return checkpoints.restore(step, "params", place(boxed))
     trained = place(jax.eval_shape(lambda: lora.create(config.lora, boxed, jax.random.key(0))))
