@@ -44,7 +44,8 @@ def make_params() -> Any:
     import jax
     import jax.numpy as jnp
 
-    from nextllm_jax.model.transformer import Transformer, unstack_layers
+    from nextllm_jax.model.transformer import Transformer
+    from nextllm_jax.model.weights import unstack_layers
 
     tokens_BT = jnp.zeros((1, 1), jnp.int32)
     variables = jax.jit(Transformer(MODEL).init)(jax.random.key(0), tokens_BT, tokens_BT)

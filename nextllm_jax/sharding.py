@@ -5,6 +5,7 @@ translation is strict: an unknown name, two logical axes that claim one mesh axi
 mesh axes do not divide are errors, where Flax would quietly copy the array to every device.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -62,6 +63,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         fit = f"{found}" if found == 1 or devices[0].platform == "tpu" else f"{found}, or 1 to let any axis cross them"
         raise InputError(f"mesh.slices is {config.slices}, but the devices form {found}; set --mesh.slices {fit}")
     return Mesh(order, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Puts a mesh in force; None leaves the one in force, if any, as it is."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def num_slices(devices: Sequence[Any]) -> int:
@@ -168,6 +174,18 @@ def tree_shardings(mesh: Mesh | AbstractMesh, abstract_tree: Any) -> Any:
         return result
 
     return jax.tree_util.tree_map_with_path(leaf_sharding, abstract_tree, is_leaf=_is_boxed)
+
+
+def placed(mesh: Mesh | AbstractMesh, boxed: Any) -> Any:
+    """The tree of abstract arrays without boxes, each with its sharding on the mesh.
+
+    Raises InputError if a dimension cannot be sharded over its mesh axes.
+    """
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.meta.unbox(boxed),
+        tree_shardings(mesh, boxed),
+    )
 
 
 def also_over_data(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:

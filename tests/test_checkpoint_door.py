@@ -50,7 +50,7 @@ def test_the_only_checkpoint_damaged_ends_in_a_sentence_and_nothing_changes(door
     before = contents(run)
     refused = door.run("train.py", "--config", "config.py", exit_code=2).stderr
     assert f"damaged ({name} is not what was saved" in refused
-    assert "there is no other step; bring the file back, or start anew with --overwrite" in refused
+    assert "there is no other step; restore the file, or start over with --overwrite" in refused
     assert contents(run) == before
 
 
@@ -68,4 +68,4 @@ def test_a_save_that_fails_in_the_background_ends_the_run_with_a_sentence(door):
     failed = door.run(str(program), "--config", "config.py", "--training.sample-tokens", "0", exit_code=1)
     (sentence,) = failed.stderr.splitlines()
     assert sentence.startswith("error: step 15 could not be saved in ")
-    assert "(No such file or directory); there is no earlier checkpoint; make room or mend the directory" in sentence
+    assert "(No such file or directory); there is no earlier checkpoint; make room or fix the directory" in sentence

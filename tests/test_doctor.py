@@ -15,7 +15,7 @@ from nextllm_jax.data import prepare
 from nextllm_jax.data.shards import Dataset
 from nextllm_jax.diagnostics import doctor, machine
 from nextllm_jax.diagnostics.doctor import diagnose
-from nextllm_jax.training.run_directory import open_run
+from nextllm_jax.training.open_run import open_run
 
 
 def contents(directory):
@@ -70,7 +70,7 @@ def test_a_sound_start_is_found_sound_in_the_order_of_train_and_nothing_is_writt
     [
         ({"workdir": "gs://bucket/run"}, "run: .* must name a local directory"),
         ({"workdir": "corpus"}, "run: corpus is not empty and not a run"),
-        ({"workdir": "config.py/run"}, "run: .*config.py is a file; --workdir must name a directory"),
+        ({"workdir": "config.py/run"}, "run: .*config.py is not a directory; move it, or choose another --workdir"),
         ({"data.path": "data/knwon"}, "data: data.path data/knwon holds no prepared data"),
         ({"data.corpus": "nowhere"}, "data: data.corpus nowhere holds no text"),
         ({"data.corpus": "corpus", "data.tokenizer": "no.tiktoken"}, "data: tokenizer no.tiktoken is not"),
@@ -153,7 +153,7 @@ def test_a_used_run_directory(door, run):
     assert warnings(longer, overwrite=True) == ["run: the run in runs/config would move into overwritten/ there"]
     with open_run("runs/config", run):
         (found,) = problems(run)
-        assert f"is being trained by process {os.getpid()} on" in found
+        assert f"is in use by process {os.getpid()} on" in found
     assert problems(run) == []
 
 

@@ -13,6 +13,7 @@ pytest.importorskip("gguf", reason="gguf is missing; install the extra 'interop'
 pytest.importorskip("safetensors", reason="safetensors is missing; install the extra 'interop'")
 
 import nextllm_jax
+from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.checkpoint.verify import check_steps, find_steps
 from nextllm_jax.config import Config, DataConfig, LoraConfig, ModelConfig
 from nextllm_jax.config.files import read_config
@@ -226,8 +227,8 @@ def test_adapters_of_a_run_keep_their_shape(tmp_path):
     config = Config(init_from="a", lora=LoraConfig(rank=4), workdir=str(tmp_path))
     (tmp_path / "config.json").write_text(config.to_json())
     with pytest.raises(InputError, match=r"lora\.rank 4 -> 8 \(never"):
-        require_resumable(tmp_path, dataclasses.replace(config, lora=LoraConfig(rank=8)), ["lora.alpha"])
+        require_resumable(RunDir(tmp_path), dataclasses.replace(config, lora=LoraConfig(rank=8)), ["lora.alpha"])
     more = dataclasses.replace(config, init_from="b", lora=LoraConfig(rank=4, alpha=8.0))
     with pytest.raises(InputError, match=r"init_from a -> b \(the weights are made"):
-        require_resumable(tmp_path, more, ["lora.alpha"])
-    assert len(require_resumable(tmp_path, more, ["lora.alpha", "init_from"])) == 2
+        require_resumable(RunDir(tmp_path), more, ["lora.alpha"])
+    assert len(require_resumable(RunDir(tmp_path), more, ["lora.alpha", "init_from"])) == 2

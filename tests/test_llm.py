@@ -18,9 +18,10 @@ from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.config import Config, DataConfig, ModelConfig
 from nextllm_jax.config.model import EXECUTION_FIELDS
 from nextllm_jax.errors import InputError
-from nextllm_jax.inference.llm import LLM, cast_matrices
+from nextllm_jax.inference.llm import LLM
 from nextllm_jax.interop.huggingface_config import canonical
-from nextllm_jax.model.transformer import Transformer, unstack_layers
+from nextllm_jax.model.transformer import Transformer, abstract_params
+from nextllm_jax.model.weights import cast_matrices, unstack_layers
 from nextllm_jax.tokenizer.backends import ByteBPE
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -130,7 +131,9 @@ def test_bfloat16_casts_the_matrices_and_not_the_norms(llm, run_directory):
     loaded = nextllm_jax.load(str(run_directory), dtype="bfloat16")
     assert loaded.params["embed"]["embedding"].dtype == jnp.bfloat16
     assert loaded.params["final_norm"]["scale"].dtype == jnp.float32
-    assert equal(loaded.params, unstack_layers(CONFIG, cast_matrices(llm.params, jnp.dtype("bfloat16"))))
+    assert equal(
+        loaded.params, unstack_layers(CONFIG, cast_matrices(abstract_params(CONFIG), llm.params, jnp.dtype("bfloat16")))
+    )
     # The cast at load is the cast that the model makes at each use.
     tokens_BT = np.arange(20)[None]
     uncast = dataclasses.replace(loaded, params=unstack_layers(CONFIG, llm.params))

@@ -44,7 +44,7 @@ def test_versions_out_of_range_are_named(monkeypatch):
 def test_the_bytes_of_the_state_are_those_of_the_arrays(param_dtype, first_moment_dtype):
     optimizer = OptimizerConfig(first_moment_dtype=first_moment_dtype)
     config = ModelConfig(num_layers=2, embed_dim=16, mlp_dim=32, vocab_size=50, head_dim=8, param_dtype=param_dtype)
-    state = abstract_state(Transformer(config), make_optimizer(optimizer), make_mesh(MeshConfig()))
+    state = abstract_state(Transformer(config), make_optimizer(optimizer, config), make_mesh(MeshConfig()))
     arrays = jax.tree.leaves((state.params, state.opt_state))
     counter = 4  # optax's own
     found = machine.state_bytes(Config(model=config, data=DataConfig(tokenizer="gpt2"), optimizer=optimizer))

@@ -5,6 +5,7 @@ import shutil
 
 import jax.numpy as jnp
 
+from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config.files import read_config
 from nextllm_jax.diagnostics.resume_proof import compare, hash_of_arrays
 
@@ -32,13 +33,13 @@ def test_each_difference_is_found(trained, tmp_path):
     run = trained.directory / "runs" / "config"
     other = shutil.copytree(run, tmp_path / "run")
     config = read_config(run / "config.json")
-    assert all(comparison.equal for comparison in compare(config, run, other))
+    assert all(comparison.equal for comparison in compare(config, RunDir(run), RunDir(other)))
     lines = (run / "metrics.jsonl").read_text().splitlines()
     line = json.loads(lines[6])
     lines[6] = json.dumps({**line, "loss": line["loss"] + 1e-7})
     (other / "metrics.jsonl").write_text("\n".join(lines))
     (other / "samples.txt").write_text("the cat")
-    losses, params, rest, text = compare(config, run, other)
+    losses, params, rest, text = compare(config, RunDir(run), RunDir(other))
     assert not losses.equal
     assert "first at step 7" in str(losses)
     assert params.equal

@@ -147,7 +147,7 @@ def test_constrain_lays_an_array_out_on_the_mesh_and_does_nothing_without_one() 
 
 @functools.cache
 def make_state(mesh: MeshConfig, seed: int = 0) -> TrainState:
-    return create_state(Transformer(SMALL), make_optimizer(OptimizerConfig()), sharding.make_mesh(mesh), seed)
+    return create_state(Transformer(SMALL), make_optimizer(OptimizerConfig(), SMALL), sharding.make_mesh(mesh), seed)
 
 
 def shard_shapes(tree: Any) -> dict[str, tuple[int, ...]]:

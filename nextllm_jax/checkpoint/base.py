@@ -5,37 +5,35 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 
 from nextllm_jax.checkpoint import orbax_errors, step_files
 from nextllm_jax.checkpoint.manager import Checkpoints, DamagedCheckpoint
+from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.errors import InputError
 
-DIRECTORY = "base"
 RECORD = "base"
 """Name, in the record of each checkpoint, of the identity of the base that its adapters belong to."""
 
 
-def save_base(run: epath.PathLike, params: Any) -> None:
+def save_base(run: RunDir, params: Any) -> None:
     """Write a run's base; returns when it is whole. Every process calls it."""
-    base = epath.Path(run) / DIRECTORY
-    if jax.process_index() == 0 and (base / "0").exists():  # of a start that was cut short
-        with orbax_errors.writing(base):
-            step_files.delete(base / "0")
+    if jax.process_index() == 0 and (run.base / "0").exists():  # of a start that was interrupted
+        with orbax_errors.writing(run.base):
+            step_files.delete(run.base / "0")
     ocp.utils.sync_global_processes("base")
-    with Checkpoints(base) as checkpoints:
+    with Checkpoints(run.base) as checkpoints:
         checkpoints.save(0, {"params": params}, {}, validation_loss=None)
 
 
-def base_id(run: epath.PathLike) -> str:
+def base_id(run: RunDir) -> str:
     """The identity of a run's base: a hash of its manifest, which has those of all files. Raises InputError."""
-    manifest = epath.Path(run) / DIRECTORY / "0" / step_files.MANIFEST
+    manifest = run.base / "0" / step_files.MANIFEST
     try:
         return hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]
     except OSError as error:
         raise InputError(
-            f"{manifest} cannot be read ({error.strerror or error}), so that the adapters have nothing to stand on; "
-            f"bring {manifest.parent} back"
+            f"{manifest} cannot be read ({error.strerror or error}), so the adapters' base weights are missing; "
+            f"restore {manifest.parent}"
         ) from error
 
 
@@ -44,18 +42,16 @@ def restore_base(checkpoints: Checkpoints, step: int, abstract: Any) -> Any:
 
     Raises InputError if they are damaged, or not those that the adapters were trained on.
     """
-    run = checkpoints.directory.parent
+    run = RunDir(checkpoints.directory.parent)
     found, recorded = base_id(run), checkpoints.record(step).get(RECORD)
     if recorded != found:
         raise InputError(
-            f"{run / DIRECTORY} holds other weights ({found}) than the adapters of checkpoint {step} were trained on "
+            f"{run.base} holds other weights ({found}) than the adapters of checkpoint {step} were trained on "
             f"({recorded}); bring the run's own back"
         )
     try:
-        return Checkpoints(run / DIRECTORY).restore(0, "params", abstract)
+        return Checkpoints(run.base).restore(0, "params", abstract)
     except DamagedCheckpoint as error:  # no longer of that kind: no checkpoint of the run is to blame
-        raise InputError(
-            f"the frozen weights below the adapters are lost: {error}; bring {run / DIRECTORY} back"
-        ) from error
+        raise InputError(f"the frozen weights below the adapters are lost: {error}; bring {run.base} back") from error
     except InputError as error:
         raise InputError(f"the frozen weights below the adapters cannot be used: {error}") from error

@@ -75,7 +75,7 @@ class Checkpoints:
         keep_every_steps: int = 0,
         run: dict[str, Any] | None = None,
     ) -> None:
-        self._directory = epath.Path(directory).absolute() if "://" not in str(directory) else epath.Path(directory)
+        self._directory = epath.Path(directory).absolute()
         self._keep_last, self._keep_every_steps, self._run = keep_last, keep_every_steps, run or {}
         self._checkpointer: ocp.AsyncCheckpointer | None = None
         self._background: concurrent.futures.ThreadPoolExecutor | None = None
@@ -372,7 +372,7 @@ class Checkpoints:
             stands = "the directory cannot be read either"
         return (
             f"step {step} could not be saved in {self._directory} ({orbax_errors.cause(error)}); {stands}; "
-            "make room or mend the directory, and run the same command again"
+            "make room or fix the directory, and run the same command again"
         )
 
     def _delete_superseded(self) -> None:

@@ -37,8 +37,7 @@ def writing(path: epath.Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunFailed(
-            f"{path} cannot be written ({cause(error)}); make room or mend the directory, "
-            "and run the same command again"
+            f"{path} cannot be written ({cause(error)}); make room or fix the directory, and run the same command again"
         ) from error
 
 

@@ -155,19 +155,11 @@ def unknown_files(path: epath.Path, manifest: dict[str, Any]) -> list[str]:
     unknown = []
     for directory in directories:
         if (path / directory).is_dir():
-            for entry in sorted({directory / name for name in _names(path / directory)} - saved - directories):
+            # Not iterdir(): epath leaves out names that end in "~".
+            for entry in sorted({directory / name for name in os.listdir(path / directory)} - saved - directories):
                 name = os.fsencode(entry).decode(errors="backslashreplace")
                 unknown.append(f"{name}/" if (path / entry).is_dir() else name)
     return sorted(unknown)
-
-
-def _names(directory: epath.Path) -> list[str]:
-    # Not iterdir() of a local directory: epath leaves out names that end in "~".
-    return os.listdir(directory) if _is_local(directory) else [entry.name for entry in directory.iterdir()]
-
-
-def _is_local(path: epath.Path) -> bool:
-    return "://" not in str(path)
 
 
 def _sha256(file: IO[bytes], progress: Progress | None) -> str:
@@ -327,10 +319,5 @@ def damaged_files(
 def _problem_of_size(file: epath.Path, saved: int) -> str | None:
     if not file.exists() or file.is_dir():
         return "is missing"
-    size = _size(file)
+    size = os.stat(file).st_size  # epath's own stat fails if the owner has no name, as in a container
     return None if size == saved else f"has {size:,} bytes instead of {saved:,}"
-
-
-def _size(file: epath.Path) -> int:
-    # epath's own stat looks up the name of the owner, and raises KeyError for one who has none, as in a container.
-    return os.stat(file).st_size if _is_local(file) else file.stat().length

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from etils import epath
 
 from nextllm_jax.checkpoint import step_files
+from nextllm_jax.checkpoint.run_dir import CHECKPOINTS, RunDir
 from nextllm_jax.errors import InputError
 
 
@@ -70,13 +71,13 @@ def find_steps(path: epath.PathLike) -> list[epath.Path]:
     path = epath.Path(path)
     if path.is_dir() and step_files.is_saved(path):
         return [path]
-    of_a_run = [path / name for name in ("checkpoints", "config.json") if (path / name).exists()]
-    directory = path / "checkpoints" if of_a_run else path
+    run = RunDir(path)
+    of_a_run = run.exists() or run.checkpoints.exists()
     kinds = step_files.is_step, step_files.is_leftover, step_files.is_set_aside
-    directories = [directory, path / "base"] if of_a_run else [directory]  # base: what adapters stand on
+    directories = [run.checkpoints, run.base] if of_a_run else [path]
     entries = [entry for place in directories if place.is_dir() for entry in place.iterdir()]
     ours = [entry for entry in entries if entry.is_dir() and any(is_kind(entry) for is_kind in kinds)]
-    if not (ours or of_a_run or (path.name == "checkpoints" and path.is_dir())):
+    if not (ours or of_a_run or (path.name == CHECKPOINTS and path.is_dir())):
         raise InputError(f"{path} is no run; give a run directory such as runs/tiny, its checkpoints, or one of them")
     return sorted(ours, key=lambda entry: (int(entry.name.partition(".")[0]), entry.name))
 

@@ -69,7 +69,7 @@ class TrainArguments:
     config: str
     """Python file that defines get_config() -> Config, such as configs/small.py."""
     overwrite: bool = False
-    """Start anew in a run directory that holds a run; its files move to overwritten/ in it."""
+    """Start over in a run directory that holds a run; its files move to overwritten/ in it."""
     allow_change: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Field in which a continued run may differ from what it was, such as optimizer.learning_rate; may be given
     several times."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import tyro
 
-from nextllm_jax.config.files import read_config
+from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.errors import InputError
 from nextllm_jax.process import use_compilation_cache
 
@@ -133,9 +133,8 @@ def evaluate_command(argv: list[str]) -> int:
 
 def trained_window(checkpoint: str) -> int | None:
     """The length of the windows that a run was trained on, None for what is no run."""
-    config = Path(checkpoint) / "config.json"
-    is_run = config.exists() and (Path(checkpoint) / "checkpoints").is_dir()
-    return read_config(config).data.sequence_length if is_run else None
+    run = RunDir(checkpoint)
+    return run.read_config().data.sequence_length if run.exists() and run.checkpoints.is_dir() else None
 
 
 def lm_eval_command(argv: list[str]) -> int:

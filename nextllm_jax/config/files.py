@@ -20,9 +20,6 @@ from nextllm_jax.config.checks import require
 from nextllm_jax.config.run import FIRST_FORMAT, FORMAT, Config
 from nextllm_jax.errors import InputError
 
-CONFIG = "config.json"
-"""File of a run with its config."""
-
 
 class _Removed(NamedTuple):
     """A field that this version does not have."""
@@ -82,6 +79,8 @@ def config_of_values(values: dict[str, Any], where: str) -> Config:
     require({"model", "data", "training"} <= values.keys(), f"{where} is not a config that a run wrote")
     version = values.get("format", FIRST_FORMAT)
     require(version in (FIRST_FORMAT, FORMAT), f"{where} has format '{version}'; use the version that wrote it")
+    if config.lora.targets == ("q", "k", "v", "o", "gate", "up", "down"):  # all that there were, spelled out as default
+        return dataclasses.replace(config, lora=dataclasses.replace(config.lora, targets=()))
     return config
 
 

@@ -190,16 +190,8 @@ class LoraConfig:
     """Rank of the adapters; 0: none, all weights are trained."""
     alpha: Annotated[float, _OTHER_ADAPTERS] = 16.0
     """The product of the adapters counts alpha / rank times."""
-    targets: Fixed[tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...]] = (
-        "q",
-        "k",
-        "v",
-        "o",
-        "gate",
-        "up",
-        "down",
-    )
-    """Matrices that get adapters."""
+    targets: Fixed[tuple[str, ...]] = ()
+    """Matrices that get adapters, such as q and v; none named: all."""
     frozen: Fixed[Literal["unquantized", "int8"]] = "unquantized"
     """How the frozen weights are kept: in model.param_dtype, or their matrices in 8 bits, a scale a channel."""
 
@@ -207,7 +199,6 @@ class LoraConfig:
         _check_types(self, "lora.")
         _require(self.rank >= 0, f"lora.rank is {self.rank}; it cannot be negative")
         _require_positive(self, "lora.", "alpha")
-        _require(len(self.targets) > 0, "lora.targets is empty; name at least one matrix, such as q")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

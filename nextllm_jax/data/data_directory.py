@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from typing import Any
 
 from nextllm_jax.data.shards import FORMAT, SPLITS, files_of, partial_path
 from nextllm_jax.errors import InputError, failed_place
+from nextllm_jax.storage.disk import lock_file
 
 _SETTINGS = "settings.json"
 _INDEX = "index.json"
@@ -113,7 +113,7 @@ def _claim(partial: Path, output: Path, wait: bool) -> int:
             handle = os.open(partial, os.O_RDONLY)
         except FileNotFoundError:
             continue
-        is_locked, is_current = _lock(handle), _is_at(handle, partial)
+        is_locked, is_current = lock_file(handle), _is_at(handle, partial)
         if is_locked and is_current:
             return handle
         os.close(handle)
@@ -124,16 +124,6 @@ def _claim(partial: Path, output: Path, wait: bool) -> int:
                 print(f"waiting for another process, which is preparing {output}", file=sys.stderr, flush=True)
                 said = True
             time.sleep(_POLL_SECONDS)
-
-
-def _lock(handle: int) -> bool:
-    """Lock a directory unless another process has it locked. Some network file systems have no locks: true there."""
-    with contextlib.suppress(OSError):
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
 
 
 def _is_at(handle: int, path: Path) -> bool:

@@ -17,10 +17,10 @@ import optax
 
 from nextllm_jax.config import Config, ModelConfig
 from nextllm_jax.model.layers import Embed, Linear, RMSNorm
-from nextllm_jax.model.lora import Frozen, variables, weights
-from nextllm_jax.model.objective import LOSS_LAYOUT, Batch
-from nextllm_jax.model.transformer import Transformer, head_embedding, unstack_layers
-from nextllm_jax.ops.cross_entropy import cross_entropy
+from nextllm_jax.model.lora import Frozen
+from nextllm_jax.model.objective import Batch, Objective, next_token, token_scores
+from nextllm_jax.model.transformer import Transformer
+from nextllm_jax.model.weights import unstack_layers
 from nextllm_jax.training.optimizer import make_optimizer, schedule
 from nextllm_jax.training.state import TrainState
 from nextllm_jax.training.step import mean_gradient
@@ -117,13 +117,16 @@ def _at(tree: Any, path: tuple[str, ...]) -> list[jax.Array]:
     return jax.tree.leaves(tree)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _passes(model: Transformer, params: Any, frozen: Frozen | None, batch: Batch) -> tuple[Any, Any, jax.Array]:
-    """What the forward and the backward pass of a microbatch see, in their orders, and the summed loss of each row."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _passes(
+    objective: Objective, model: Transformer, params: Any, frozen: Frozen | None, batch: Batch
+) -> tuple[list[_Seen], list[_Seen], jax.Array]:
+    """What the forward and the backward pass of a microbatch see, in their orders, and the summed nll of each row."""
     config = model.config
     paths: list[tuple[str, ...]] = []
 
-    def nll(params: Any, head_VD: jax.Array) -> tuple[jax.Array, Any]:
+    def loss(params: Any, zeros_BTD: jax.Array) -> tuple[jax.Array, list[_Seen]]:
+        """`zeros_BTD` is added to the last hidden states, so that their gradient can be looked at."""
         seen: list[_Seen] = []
         paths.clear()
 
@@ -135,27 +138,25 @@ def _passes(model: Transformer, params: Any, frozen: Frozen | None, batch: Batch
                     seen.append(_seen_input(config, module, args[0]))
                 seen.append(_seen(_name(module.path), result))
                 paths.append(module.path)
+                if module.path == ("final_norm",):
+                    result = result + zeros_BTD
             return result
 
         with nn.intercept_methods(look):
-            inputs = (batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
-            hidden_BTD, _ = model.apply(variables(params, frozen), *inputs)
-        loss = functools.partial(cross_entropy, logit_divisor=config.logit_divisor, soft_cap=config.logit_soft_cap)
-        total = loss(hidden_BTD, head_VD, batch.targets_BT, batch.loss_mask_BT, layout=LOSS_LAYOUT)
-        rows = (jax.lax.stop_gradient(hidden_BTD), batch.targets_BT, batch.loss_mask_BT)
-        row_nll_B = jax.lax.map(lambda row: loss(row[0][None], head_VD, row[1][None], row[2][None]), rows)
+            total, _, _ = objective(model, params, batch, frozen)
         seen.append(_seen(HEAD_AND_LOSS, total))
-        return total, (seen, jax.lax.stop_gradient(row_nll_B))
+        return total, seen
 
     params = unstack_layers(config, params)
     if frozen is not None:
         frozen = dataclasses.replace(frozen, params=unstack_layers(config, frozen.params))
-    head_VD = head_embedding(config, weights(params, frozen)).astype(model.dtype)
-    (_, (forward, row_nll_B)), (gradients, d_head_VD) = jax.value_and_grad(nll, (0, 1), has_aux=True)(params, head_VD)
-    backward = [_seen(HEAD_AND_LOSS, d_head_VD)]
+    zeros_BTD = jnp.zeros((*batch.tokens_BT.shape, config.embed_dim), model.dtype)
+    (_, forward), (gradients, d_hidden_BTD) = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, zeros_BTD)
+    backward = [_seen(HEAD_AND_LOSS, d_hidden_BTD, *_at(gradients, ("lm_head",)))]
     trained = [path for path in reversed(paths) if _at(gradients, path)]
     backward += [_seen(_name(path), *_at(gradients, path)) for path in trained]
-    return forward, backward, row_nll_B
+    logprobs_BT, _ = token_scores(model, params, batch, frozen)
+    return forward, backward, -jnp.sum(jnp.where(batch.loss_mask_BT, logprobs_BT, 0), axis=1)
 
 
 def _first(seen: list[_Seen]) -> tuple[str, bool] | None:
@@ -164,12 +165,15 @@ def _first(seen: list[_Seen]) -> tuple[str, bool] | None:
     return next(((place.name, bool(place.finite)) for place in bad), None)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _sum_and_update(config: Config, model: Transformer, state: TrainState, batch: Batch) -> tuple[Any, Any]:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _sum_and_update(
+    objective: Objective, config: Config, model: Transformer, state: TrainState, batch: Batch
+) -> tuple[Any, Any]:
     """What the gradient of the global batch sees, and the parameters after an update with it."""
-    optimizer = make_optimizer(config.optimizer)
+    optimizer = make_optimizer(config.optimizer, config.model)
     learning_rate = jnp.asarray(schedule(config.optimizer, config.training.steps)(state.step), jnp.float32)
-    gradients = mean_gradient(model, state.params, batch, config.training.accumulation_steps, state.frozen).gradients
+    steps = config.training.accumulation_steps
+    gradients = mean_gradient(objective, model, state.params, batch, steps, state.frozen).gradients
     update = Update(optimizer, learning_rate, gradients, optax.tree.norm(gradients))
     params, _ = update.apply(state.params, in_memory(state.opt_state, jax.memory.Space.Device), gradients)
     trees = [unstack_layers(config.model, tree) for tree in (gradients, params)]
@@ -189,7 +193,12 @@ def _modules(config: ModelConfig, tree: Any) -> list[tuple[str, list[jax.Array]]
 
 
 def diagnose(
-    config: Config, model: Transformer, state: TrainState, batch: Batch, sharding: jax.sharding.Sharding
+    config: Config,
+    model: Transformer,
+    state: TrainState,
+    batch: Batch,
+    sharding: jax.sharding.Sharding,
+    objective: Objective = next_token,
 ) -> Diagnosis:
     """Where the step that `state` takes with the model on `batch` (numpy, the global batch) is first not finite.
 
@@ -204,7 +213,7 @@ def diagnose(
         rows = slice(part, None, parts)  # as the train step cuts it
         microbatch = Batch(*(array[rows] for array in batch))
         forward, backward, row_nll_B = jax.device_get(
-            _passes(open_model, state.params, state.frozen, jax.device_put(microbatch, sharding))
+            _passes(objective, open_model, state.params, state.frozen, jax.device_put(microbatch, sharding))
         )
         row_losses[rows] = row_nll_B / np.maximum(microbatch.loss_mask_BT.sum(1), 1)
         for direction, seen in (("forward", forward), ("backward", backward)):
@@ -215,7 +224,7 @@ def diagnose(
         return Diagnosis("forward", *found["forward"], losses)
     if "backward" in found:
         return Diagnosis("backward", *found["backward"], losses)
-    whole = _sum_and_update(config, model, state, jax.device_put(batch, sharding))
+    whole = _sum_and_update(objective, config, model, state, jax.device_put(batch, sharding))
     summed, after = jax.device_get(whole)
     if (first := _first(summed)) is not None:
         return Diagnosis("sum", *first, losses)

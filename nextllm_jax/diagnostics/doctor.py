@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from nextllm_jax.checkpoint.base import DIRECTORY as BASE
 from nextllm_jax.checkpoint.manager import Checkpoints
+from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.checkpoint.verify import check_steps, find_steps
 from nextllm_jax.config import Config
-from nextllm_jax.config.files import CONFIG, local_workdir
+from nextllm_jax.config.files import local_workdir
 from nextllm_jax.data.corpora import find_files
 from nextllm_jax.data.prepare import default_data_path, find_prepared, prepare_sample, remark
 from nextllm_jax.data.shards import Dataset, partial_path
@@ -27,8 +27,9 @@ from nextllm_jax.diagnostics.machine import Status
 from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.pretrained.init_from import require_tokenizer
 from nextllm_jax.tokenizer.published import KNOWN_ENCODINGS, files_to_fetch
+from nextllm_jax.training.open_run import require_startable
 from nextllm_jax.training.resume_guard import recorded_data, require_same_data
-from nextllm_jax.training.start import DEVICE_CHECKS, RUN_CHECKS, Check, Start
+from nextllm_jax.training.start import CHECKS, Check, Start
 
 SAMPLE_CHARACTERS = 1_000_000
 """How much of a corpus that is not prepared yet is read and tokenized."""
@@ -94,11 +95,12 @@ def diagnose(
     with tempfile.TemporaryDirectory(prefix="nextllm-doctor-") as temporary:
         data = _Data(config, Path(temporary), report)
         start = Start(config, data.open, overwrite, allow_change)
-        for check in RUN_CHECKS:
-            report.make(check, start)
+        with report.check("run"):
+            for change in require_startable(config, overwrite=overwrite, allow_change=allow_change):
+                report.add("run", f"changed: {change}", "warning")
         with report.check("data"):
             data.find()
-        for check in DEVICE_CHECKS:
+        for check in CHECKS:
             if data.is_there or not check.needs_data:
                 # What holds of a part of the corpus may not hold of all of it.
                 report.make(check, start, "warning" if check.needs_data and data.is_part else "PROBLEM")
@@ -177,31 +179,31 @@ class _Data:
 
 def _check_run(report: Report, start: Start, *, with_data: bool) -> None:
     """Say what the run directory would be used for; raise InputError if the run there was trained on other data."""
-    config, workdir = start.config, Path(local_workdir(start.config))
-    if not (workdir / CONFIG).exists():
-        report.add("run", f"{workdir} is free for a new run")
+    config, run = start.config, RunDir(local_workdir(start.config))
+    if not run.exists():
+        report.add("run", f"{run.path} is free for a new run")
         return
     if start.overwrite:
-        report.add("run", f"the run in {workdir} would move into overwritten/ there", "warning")
+        report.add("run", f"the run in {run.path} would move into overwritten/ there", "warning")
         return
-    found = list(check_steps(find_steps(workdir)))
-    whole = [int(step.path.name) for step in found if step.state == "ok" and step.path.parent.name != BASE]
+    found = list(check_steps(find_steps(run.path)))
+    whole = [int(step.path.name) for step in found if step.state == "ok" and step.path.parent != run.base]
     latest = max(whole, default=None)
     for step in found:
         if not step.failed:
             continue
         newer = latest is None or int(step.path.name) > latest
-        if step.path.parent.name == BASE or latest is None or (newer and step.state == "unreadable"):
+        if step.path.parent == run.base or latest is None or (newer and step.state == "unreadable"):
             report.add("run", f"{step}; train needs it", "PROBLEM")
         elif newer:
             report.add("run", f"{step}; it would be set aside", "PROBLEM" if config.checkpoint.strict else "warning")
         else:
             report.add("run", f"{step}; it is not the one to continue from", "warning")
     if latest is None:
-        report.add("run", f"{workdir} has no whole checkpoint; a training starts at step 0")
+        report.add("run", f"{run.path} has no whole checkpoint; a training starts at step 0")
         return
     state = "is finished at" if latest == config.training.steps else "would continue from"
-    report.add("run", f"{workdir} {state} step {latest} of {config.training.steps}")
+    report.add("run", f"{run.path} {state} step {latest} of {config.training.steps}")
     if with_data and report.passed("devices"):
-        record = Checkpoints(workdir / "checkpoints").record(latest)
+        record = Checkpoints(run.checkpoints).record(latest)
         require_same_data(recorded_data(record), start.loader.position(0), start.dataset.path, start.allow_change)

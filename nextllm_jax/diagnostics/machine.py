@@ -17,6 +17,7 @@ from packaging.specifiers import SpecifierSet
 
 from nextllm_jax import hardware
 from nextllm_jax.checkpoint.manager import Checkpoints
+from nextllm_jax.checkpoint.run_dir import CONFIG, METRICS, RunDir
 from nextllm_jax.config import Config
 from nextllm_jax.hardware import readable_bytes
 from nextllm_jax.model.accounting import frozen_bytes, moment_bytes, parameter_bytes
@@ -107,7 +108,7 @@ def disk(config: Config, *, data_bytes: int) -> tuple[str, Status]:
     kept = config.checkpoint.keep_last + 1  # the best
     if every := config.checkpoint.keep_every_steps:
         kept += config.training.steps // every
-    there = len(Checkpoints(workdir / "checkpoints").steps())
+    there = len(Checkpoints(RunDir(workdir).checkpoints).steps())
     needed, free = max(kept + 1 - there, 1) * each, shutil.disk_usage(_existing(workdir)).free
     what = f"up to {kept} checkpoints of {readable_bytes(each)} are kept, {there} are there"
     free_for_data = shutil.disk_usage(_existing(Path("data"))).free if data_bytes else free
@@ -125,7 +126,7 @@ def clock(workdir: Path, before: tuple[float, float]) -> tuple[str, Status]:
     `before` is what `time.time()` and `time.monotonic()` said some time ago.
     """
     now, drift = time.time(), (time.time() - before[0]) - (time.monotonic() - before[1])
-    stamps = [path.stat().st_mtime for path in (workdir / "config.json", workdir / "metrics.jsonl") if path.exists()]
+    stamps = [path.stat().st_mtime for path in (workdir / CONFIG, workdir / METRICS) if path.exists()]
     with tempfile.NamedTemporaryFile(dir=_existing(workdir.absolute().parent), prefix=".nextllm-doctor-") as file:
         offset = Path(file.name).stat().st_mtime - now
     written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))

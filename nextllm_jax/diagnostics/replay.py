@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nextllm_jax.checkpoint.manager import Checkpoints
+from nextllm_jax.checkpoint.run_dir import FLIGHT, RunDir
 from nextllm_jax.config import Config
 from nextllm_jax.config.files import config_of_values
 from nextllm_jax.data.loader import TrainLoader
@@ -25,7 +26,7 @@ from nextllm_jax.errors import InputError
 from nextllm_jax.model.objective import Batch
 from nextllm_jax.model.transformer import set_matmul_precision
 from nextllm_jax.sharding import make_mesh, sharding
-from nextllm_jax.training.flight_recorder import BATCH, BUNDLE, DIRECTORY, FORMAT, environment, json_number, measured
+from nextllm_jax.training.flight_recorder import BATCH, BUNDLE, FORMAT, environment, json_number, measured
 from nextllm_jax.training.program import Program, build_program
 from nextllm_jax.training.resume_guard import recorded_data
 from nextllm_jax.training.start import check_platform, make_loader
@@ -62,7 +63,7 @@ class Bundle:
     def read(cls, path: Path) -> "Bundle":
         """The bundle in a directory. Raises InputError for a directory that is not one, naming the file."""
         if not (path / BUNDLE).is_file():
-            inside = sorted((path / DIRECTORY).glob("step-*"))
+            inside = sorted(RunDir(path).flight.glob("step-*"))
             hint = f"; there is {inside[0]}" if inside else ", such as runs/NAME/flight/step-N"
             raise InputError(f"{path} is not a bundle of the flight recorder: there is no {BUNDLE} in it{hint}")
         try:
@@ -186,7 +187,9 @@ def replay(path: Path, *, data: str | None = None) -> Replay:
         diagnosis = None
         if found["reason"] != "none":  # the step was skipped, so its parameters are still there
             before = dataclasses.replace(state, step=state.step - 1)
-            diagnosis = diagnose(config, program.model, before, bundle.batch, sharding(mesh, "batch", "seq"))
+            diagnosis = diagnose(
+                config, program.model, before, bundle.batch, sharding(mesh, "batch", "seq"), program.objective
+            )
     here = environment(mesh, program.model.dtype)
     return Replay(bundle, found, _differences(bundle.content, here), diagnosis)
 
@@ -219,12 +222,11 @@ def _find_checkpoint(bundle: Bundle, loader: TrainLoader) -> Checkpoints | None:
     step = bundle.content["checkpoint"]
     if step is None:
         return None
-    directory = bundle.path.absolute().parent.parent / "checkpoints"
-    checkpoints = Checkpoints(directory)
+    checkpoints = Checkpoints(RunDir(bundle.path.absolute().parent.parent).checkpoints)
     if step not in checkpoints.steps():
         raise InputError(
-            f"checkpoint {step}, which {bundle.path} starts from, is not in {directory}; a bundle must stay in its "
-            f"run's {DIRECTORY}/, and its checkpoint in the run"
+            f"checkpoint {step}, which {bundle.path} starts from, is not in {checkpoints.directory}; a bundle must "
+            f"stay in its run's {FLIGHT}/, and its checkpoint in the run"
         )
     loader.resume(recorded_data(checkpoints.record(step)))
     return checkpoints

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from nextllm_jax.checkpoint.manager import Checkpoints
+from nextllm_jax.checkpoint.run_dir import METRICS, SAMPLES, RunDir
 from nextllm_jax.config import Config
 from nextllm_jax.data.prepare import ensure_prepared
 from nextllm_jax.errors import InputError, RunFailed
@@ -68,12 +69,12 @@ def prove(config: Config, *, steps: int, say: Callable[[str], None]) -> list[Com
         directory = Path(name)
         (directory / "proof.py").write_text(_CONFIG_FILE)
         (directory / "proof.json").write_text(config.to_json())
-        straight, broken = directory / "uninterrupted", directory / "interrupted"
+        straight, broken = RunDir(directory / "uninterrupted"), RunDir(directory / "interrupted")
         say(f"training {steps} steps")
         _train(directory, straight)
         say(f"training {steps} steps again, with kill -9 in the middle")
         step = _last_step(_train(directory, broken, kill_after=max(2 * steps // 5, config.checkpoint.every_steps + 1)))
-        saved = Checkpoints(broken / "checkpoints").latest_step()
+        saved = Checkpoints(broken.checkpoints).latest_step()
         say(f"killed at step {step}; the last checkpoint is step {saved}; running it again")
         if f"continuing from step {saved} of" not in _train(directory, broken):
             raise RunFailed(f"the training did not continue from its checkpoint of step {saved}")
@@ -94,7 +95,7 @@ def _shortened(config: Config, steps: int, data: Path) -> Config:
     )
 
 
-def _train(directory: Path, workdir: Path, *, kill_after: int | None = None) -> str:
+def _train(directory: Path, run: RunDir, *, kill_after: int | None = None) -> str:
     """What `nextllm train` printed, run to its end, or killed once it has passed step `kill_after` and saved something.
 
     Raises RunFailed if it ends by itself in any other way.
@@ -103,7 +104,7 @@ def _train(directory: Path, workdir: Path, *, kill_after: int | None = None) -> 
     paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
     output = ""
     with subprocess.Popen(
-        [sys.executable, "-m", "nextllm_jax.cli", "train", "--config", directory / "proof.py", "--workdir", workdir],
+        [sys.executable, "-m", "nextllm_jax.cli", "train", "--config", directory / "proof.py", "--workdir", run.path],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -114,7 +115,7 @@ def _train(directory: Path, workdir: Path, *, kill_after: int | None = None) -> 
             for line in process.stdout:
                 output += line
                 passed = kill_after is not None and _last_step(line) >= kill_after
-                if passed and Checkpoints(workdir / "checkpoints").steps():
+                if passed and Checkpoints(run.checkpoints).steps():
                     process.kill()
         except BaseException:  # Ctrl-C too: no training stays behind
             process.kill()
@@ -123,7 +124,7 @@ def _train(directory: Path, workdir: Path, *, kill_after: int | None = None) -> 
         raise RunFailed("the training ended before it had saved anything to be killed after; raise --steps")
     if process.returncode != (0 if kill_after is None else -signal.SIGKILL):
         last = "".join(output.splitlines(keepends=True)[-3:]).strip()
-        raise RunFailed(f"the training in {workdir} ended with exit code {process.returncode}: {last}")
+        raise RunFailed(f"the training in {run.path} ended with exit code {process.returncode}: {last}")
     return output
 
 
@@ -132,7 +133,7 @@ def _last_step(output: str) -> int:
     return max(map(int, re.findall(r"^step (\d+)/", output, re.MULTILINE)), default=0)
 
 
-def compare(config: Config, straight: Path, broken: Path) -> list[Comparison]:
+def compare(config: Config, straight: RunDir, broken: RunDir) -> list[Comparison]:
     """What two run directories of `config` came to: losses, parameters, optimizer state and samples."""
     lines = [list(_losses(run)) for run in (straight, broken)]
     first = next((a[0] for a, b in zip(*lines, strict=False) if a != b), min(map(len, lines)) + 1)
@@ -142,17 +143,17 @@ def compare(config: Config, straight: Path, broken: Path) -> list[Comparison]:
     items, _ = to_save(program.abstract_state)
     for name, item in (("parameters", "params"), ("optimizer state", "rest")):
         trees = [
-            Checkpoints(run / "checkpoints").restore(config.training.steps, item, items[item])
-            for run in (straight, broken)
+            Checkpoints(run.checkpoints).restore(config.training.steps, item, items[item]) for run in (straight, broken)
         ]
         comparisons.append(Comparison(name, *map(hash_of_arrays, trees)))
-    comparisons.append(Comparison("sampled text", *(_hash_of_file(run / "samples.txt") for run in (straight, broken))))
+    samples = [run.read(SAMPLES) for run in (straight, broken)]
+    comparisons.append(Comparison("sampled text", *(_hash(text) if text else "none" for text in samples)))
     return comparisons
 
 
-def _losses(run: Path) -> Iterator[list[Any]]:
+def _losses(run: RunDir) -> Iterator[list[Any]]:
     """What metrics.jsonl says of each step that does not depend on time, the step first."""
-    for line in (run / "metrics.jsonl").read_text().splitlines():
+    for line in run.read(METRICS).splitlines():
         record = json.loads(line)
         yield [record[name] for name in _COMPARED]
 
@@ -165,10 +166,6 @@ def hash_of_arrays(tree: Any) -> str:
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()[:16]
-
-
-def _hash_of_file(path: Path) -> str:
-    return _hash(path.read_bytes()) if path.exists() else "none"
 
 
 def _hash(content: bytes) -> str:

@@ -40,7 +40,7 @@ _ONE_REQUEST_SECONDS = 1.0
 class StopRequest:
     """Context manager that turns the first signal, or a closed pipe, into a request to all processes of a group.
 
-    With `may_exit`, as on the command line, the process ends at once for a signal after `nothing_to_lose`, with exit
+    With `may_exit`, as on the command line, the process ends at once for a signal after `exit_at_once`, with exit
     code 75, and for a second SIGINT or SIGTERM, over a second after the first signal, with 128 + its number. Without,
     that second signal acts as if this were not here. Outside of the main thread no signal is taken.
     """
@@ -56,7 +56,7 @@ class StopRequest:
         self._passed = 0
         self._agreeing = False
         self._stop_at: int | None = None
-        self._losing_nothing: str | None = None
+        self._doing: str | None = None
         self._insisted = False
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -69,18 +69,18 @@ class StopRequest:
             self._passed += 1
             return None
 
-    def nothing_to_lose(self, doing: str) -> None:
-        """From here on the process may end at any moment without a loss; `doing` says in the message what it does."""
+    def exit_at_once(self, doing: str) -> None:
+        """From here on a signal ends the process at once: no work would be lost. `doing` is for the message."""
         self._set_doing(doing)
 
-    def something_to_lose(self) -> None:
+    def defer(self) -> None:
         """From here on a signal waits for `reached`."""
         self._set_doing(None)
 
     def _set_doing(self, doing: str | None) -> None:
         with self._changed:
             self._changed.wait_for(lambda: not self._agreeing)
-            self._losing_nothing = doing
+            self._doing = doing
 
     def _asked(self, process: int, name: str) -> None:
         """All processes, by the group's thread: say where this one is, and hold it there until all agree."""
@@ -88,15 +88,13 @@ class StopRequest:
             if self.name is not None:
                 return
             self.name, self._agreeing = name, True
-            state = [self._passed, self._may_exit and bool(self._losing_nothing)]
+            state = [self._passed, self._may_exit and bool(self._doing)]
         self._group.send("gather for stop", state)
 
     def _agreed(self, process: int, states: list[tuple[int, bool]]) -> None:
         if all(may_exit for _, may_exit in states):
             if self._group.process_id == 0:
-                write_at_once(
-                    f"\n{self.name} while {self._losing_nothing}: nothing is lost; run the same command again"
-                )
+                write_at_once(f"\n{self.name} while {self._doing}: nothing is lost; run the same command again")
             self._group.linger()
             os._exit(EXIT_INTERRUPTED)
         with self._changed:

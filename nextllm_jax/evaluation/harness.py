@@ -3,20 +3,18 @@
 `nextllm lm_eval --model_args checkpoint=runs/small --tasks arc_easy` is the harness's own command with this model.
 """
 
-import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from nextllm_jax.config import SamplingConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.generate import bucket
 from nextllm_jax.inference.llm import LLM, load
-from nextllm_jax.model.transformer import Transformer
+from nextllm_jax.model.objective import text_batch, token_scores
 from nextllm_jax.tokenizer.chat import ChatTemplate
 
 try:
@@ -30,8 +28,7 @@ try:
 except ImportError as error:
     raise InputError(f"the harness is not installed ({error}); pip install 'nextllm_jax[lm_eval]'") from error
 
-_LOGITS_AT_ONCE = 1 << 26
-"""Most logits that scoring holds at a time, so that a large vocabulary needs no memory for a whole batch of them."""
+_token_scores = jax.jit(token_scores, static_argnames=("model", "vocab_size"))
 
 
 @register_model("nextllm_jax")
@@ -176,8 +173,8 @@ class HarnessModel(TemplateLM):
         tokens_BT = np.zeros((self.batch_size, T + 1), np.int32)
         for i, row in enumerate(rows):
             tokens_BT[i, : len(row)] = row
-        logprobs_BT, greedy_BT = _score_targets(
-            self.llm.model, self.llm.params, tokens_BT, vocab_size=self.llm.tokenizer.vocab_size
+        logprobs_BT, greedy_BT = _token_scores(
+            self.llm.model, self.llm.params, text_batch(tokens_BT), vocab_size=self.llm.tokenizer.vocab_size
         )
         return np.asarray(logprobs_BT), np.asarray(greedy_BT)
 
@@ -189,29 +186,6 @@ class HarnessModel(TemplateLM):
         )
         finished = {piece.row: piece.sample.text for piece in pieces if piece.sample is not None}
         return [finished[row] for row in range(len(rows))]
-
-
-@functools.partial(jax.jit, static_argnames=("model", "vocab_size"))
-def _score_targets(
-    model: Transformer, params: Any, tokens_BT: jax.Array, *, vocab_size: int
-) -> tuple[jax.Array, jax.Array]:
-    """Log probability of tokens 1, ..., each given those before, and whether it is the likeliest of `vocab_size`."""
-    inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
-    B, T = inputs_BT.shape
-    positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-    hidden_BTD: Any = model.apply({"params": params}, inputs_BT, positions_BT)[0]
-
-    def score(row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        hidden_D, target = row
-        logits_V: Any = model.apply({"params": params}, hidden_D[None, None], method="logits")
-        logits_V = logits_V[0, 0]
-        logprob = logits_V[target] - jax.nn.logsumexp(logits_V)
-        return logprob, jnp.argmax(logits_V[:vocab_size]) == target
-
-    rows = (hidden_BTD.reshape(B * T, -1), targets_BT.reshape(-1))
-    at_once = max(1, min(B * T, _LOGITS_AT_ONCE // model.config.vocab_size))
-    logprobs, greedy = jax.lax.map(score, rows, batch_size=at_once)
-    return logprobs.reshape(B, T), greedy.reshape(B, T)
 
 
 def _settings(arguments: dict[str, Any], max_gen_toks: int) -> tuple[tuple[str, ...], int, SamplingConfig]:

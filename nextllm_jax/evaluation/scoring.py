@@ -11,7 +11,7 @@ from nextllm_jax.data.shards import Dataset
 from nextllm_jax.errors import InputError
 from nextllm_jax.evaluation.evaluate import evaluate
 from nextllm_jax.inference.llm import LLM, Score, check_windows
-from nextllm_jax.model.objective import make_eval_step
+from nextllm_jax.model.objective import make_eval_step, next_token
 from nextllm_jax.model.transformer import Transformer, resolve_dtype
 
 
@@ -48,5 +48,5 @@ def score_data(
         sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]),
     )
     total = -(-count_windows(split, window, partial=True) // batch_size)
-    result = evaluate(make_eval_step(model), llm.params, progress(batches, total), split.num_bytes)
+    result = evaluate(make_eval_step(next_token, model), llm.params, progress(batches, total), split.num_bytes)
     return Score(result.loss, result.num_tokens, result.bits_per_byte)

@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from nextllm_jax.config import SamplingConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.sampling import row_keys, sample
 from nextllm_jax.model.kv_cache import KVCache
 from nextllm_jax.model.transformer import Transformer
+from nextllm_jax.sharding import on_mesh
 
 CHUNK_TOKENS = 64
 """Most tokens a row gets in one call of the loop."""
@@ -180,7 +182,7 @@ class Generation:
     """Rows of tokens in the making: `advance` until `done`. Row i continues prompts[i].
 
     `samples[i]` is the index of row i among those of the same prompt; with `seed` and the position it decides
-    what is drawn. Works on one device, and on a mesh if the caller has set it (`jax.set_mesh`).
+    what is drawn. Computes on the parameters' device or on `mesh`; None: on the mesh in force, if there is one.
 
     With `cached`, a single row takes over the cache of another and reads only what its prompt does not share with
     that; a repetition penalty reads all of it. A cache has at least `least_cache_length` slots, as far as the context
@@ -203,12 +205,17 @@ class Generation:
         vocab_size: int,
         cached: CachedRow | None = None,
         least_cache_length: int = 0,
+        mesh: Mesh | None = None,
     ) -> None:
         self.num_rows = len(prompts)
         self._remaining = max_new_tokens
         self._params = params
+        self._mesh = mesh
         longest = _longest(prompts, max_new_tokens, model.config.context_length)
         batch_size = bucket(self.num_rows, 1)
+        if mesh is not None:  # as many rows on each device
+            parts = mesh.shape["data"] * mesh.shape["fsdp"]
+            batch_size = -(-batch_size // parts) * parts
         track_seen = sampling.repetition_penalty != 1
         start = 0 if cached is None or track_seen else _num_shared(cached.tokens, prompts)
         length = min(bucket(longest - start, 16), model.config.context_length)
@@ -221,13 +228,15 @@ class Generation:
         if cached is not None and start:
             cache = cached.cache.grown(cache_length)
             read = functools.partial(extend, model, params, cache, tokens_BT, lengths_B, np.int32(start))
-            extend.lower(*read.args).compile()  # kept for the call below, which the clock sees without it
+            program, static = extend, {}
         else:
             static = {"cache_length": cache_length, "track_seen": track_seen}
             read = functools.partial(prefill, model, params, tokens_BT, lengths_B, **static)
-            prefill.lower(*read.args, **static).compile()
-        started = time.perf_counter()
-        self._state = jax.block_until_ready(read())
+            program = prefill
+        with on_mesh(mesh):
+            program.lower(*read.args, **static).compile()  # kept for the call below, which the clock sees without it
+            started = time.perf_counter()
+            self._state = jax.block_until_ready(read())
         self.speeds = Speeds(prefill_tokens=int(lengths_B.sum()), prefill_seconds=time.perf_counter() - started)
         self._stopped_B = lengths_B == 0
         self._draw_from = (np.uint32(seed % 2**32), np.resize(np.asarray(samples, np.int32), batch_size))
@@ -268,9 +277,10 @@ class Generation:
         return rows
 
     def _run(self, limit: int) -> np.ndarray:
-        self._state, tokens_BC = self._decode(
-            self._params, self._state, np.int32(limit), self._stopped_B, *self._draw_from, self._stop_ids
-        )
+        with on_mesh(self._mesh):
+            self._state, tokens_BC = self._decode(
+                self._params, self._state, np.int32(limit), self._stopped_B, *self._draw_from, self._stop_ids
+            )
         self._stopped_B = self._stopped_B | _to_host(self._state.done_B)
         return _to_host(tokens_BC)
 

@@ -3,37 +3,24 @@
 import dataclasses
 import functools
 import math
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
+from jax.sharding import Mesh
 
-from nextllm_jax.checkpoint.manager import Checkpoints
-from nextllm_jax.config import ModelConfig, SamplingConfig
-from nextllm_jax.config.files import read_config
-from nextllm_jax.errors import InputError, RunFailed
+from nextllm_jax.config import MeshConfig, ModelConfig, SamplingConfig
+from nextllm_jax.errors import InputError
 from nextllm_jax.inference.generate import CHUNK_TOKENS, CachedRow, Generation, bucket
 from nextllm_jax.inference.stream import Sample, TextStream
-from nextllm_jax.interop.foreign import Foreign, is_foreign, open_foreign, require_no_step
-from nextllm_jax.model.transformer import (
-    Transformer,
-    abstract_params,
-    head_embedding,
-    resolve_dtype,
-    set_matmul_precision,
-    unstack_layers,
-)
-from nextllm_jax.ops.cross_entropy import cross_entropy
-from nextllm_jax.pretrained.import_cache import imported_run
-from nextllm_jax.pretrained.source import restore_params
-from nextllm_jax.published_models import PUBLISHED_MODELS, is_published, resolve
-from nextllm_jax.sharding import on_device
-from nextllm_jax.tokenizer.tokenizer import Tokenizer
+from nextllm_jax.model.objective import Batch, text_batch, token_scores
+from nextllm_jax.model.transformer import Transformer, abstract_params, resolve_dtype, set_matmul_precision
+from nextllm_jax.model.weights import cast_matrices
+from nextllm_jax.pretrained.open_model import open_model
+from nextllm_jax.sharding import make_mesh, on_device, on_mesh, placed
+from nextllm_jax.tokenizer.tokenizer import MissingTokenizer, Tokenizer
 
 MAX_NEW_TOKENS = 128
 
@@ -69,9 +56,18 @@ class LLM:
 
     config: ModelConfig
     params: Any
-    tokenizer: Tokenizer
+    tokenizer_or_error: Tokenizer | MissingTokenizer
     dtype: np.dtype
     scan_layers: bool = True
+    mesh: Mesh | None = None
+    """The devices that the parameters are sharded over; None: the mesh in force, or the parameters' one device."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises InputError if the model came without one."""
+        if isinstance(self.tokenizer_or_error, MissingTokenizer):
+            raise self.tokenizer_or_error
+        return self.tokenizer_or_error
 
     @functools.cached_property
     def model(self) -> Transformer:
@@ -94,7 +90,9 @@ class LLM:
         if tokens_BT.min() < 0 or tokens_BT.max() >= self.config.vocab_size:
             raise InputError(f"token ids must lie in 0 to {self.config.vocab_size - 1}, the model's vocab_size less 1")
         padding = min(bucket(T, 16), context_length) - T
-        return _logits(self.model, self.params, np.pad(tokens_BT.astype(np.int32), ((0, 0), (0, padding))))[:, :T]
+        tokens_BT = np.pad(tokens_BT.astype(np.int32), ((0, 0), (0, padding)))
+        with on_mesh(self.mesh):
+            return _logits(self.model, self.params, tokens_BT)[:, :T]
 
     def generate(
         self,
@@ -201,6 +199,7 @@ class LLM:
             vocab_size=self.tokenizer.vocab_size,
             cached=cached,
             least_cache_length=least_cache_length,
+            mesh=self.mesh,
             **ends,
         )
         return TextStream(generation, self.tokenizer, texts, stop=stop, chunk_tokens=chunk_tokens, **ends)
@@ -230,12 +229,13 @@ class LLM:
             raise InputError(
                 "the text to score is one token of this tokenizer, and nothing predicts it; give more text"
             )
-        windows = _windows(document, window, batch_size)
-        starts = range(0, len(windows[0]), batch_size)
-        nll_sum = math.fsum(
-            float(_nll_sum(self.model, self.params, *(x_WT[i : i + batch_size] for x_WT in windows)))
-            for i in progress(starts, len(starts))
-        )
+        batch = _windows(document, window, batch_size)
+        starts = range(0, len(batch.tokens_BT), batch_size)
+        with on_mesh(self.mesh):
+            nll_sum = math.fsum(
+                float(_nll_sum(self.model, self.params, Batch(*(x[i : i + batch_size] for x in batch))))
+                for i in progress(starts, len(starts))
+            )
         count = len(document) - 1
         return Score(nll_sum / count, count, nll_sum / math.log(2) / len(text.encode("utf-8", errors="replace")))
 
@@ -248,16 +248,16 @@ def check_windows(window: int, batch_size: int, context_length: int) -> None:
         raise InputError(f"batch_size is {batch_size}; it must be positive")
 
 
-def _windows(document: Sequence[int], window: int, batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, targets and mask, each [W, T]: windows at stride T, padded to whole ones and whole batches."""
+def _windows(document: Sequence[int], window: int, batch_size: int) -> Batch:
+    """All windows of a document, at stride T and padded to whole ones and to whole batches."""
     count = len(document) - 1
     T = min(bucket(count, 16), window)
     num_windows = -(-count // T)
     num_windows = num_windows if num_windows <= batch_size else -(-num_windows // batch_size) * batch_size
     padded = np.zeros(num_windows * T + 1, np.int32)
     padded[: count + 1] = document
-    mask = np.arange(num_windows * T) < count
-    return tuple(x.reshape(num_windows, T) for x in (padded[:-1], padded[1:], mask))  # pyright: ignore[reportReturnType]
+    rows = np.stack([padded[i : i + T + 1] for i in range(0, num_windows * T, T)])
+    return text_batch(rows)._replace(loss_mask_BT=(np.arange(num_windows * T) < count).reshape(num_windows, T))
 
 
 def _positions(tokens_BT: jax.Array) -> jax.Array:
@@ -271,93 +271,33 @@ def _logits(model: Transformer, params: Any, tokens_BT: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
-def _nll_sum(
-    model: Transformer, params: Any, tokens_BT: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array
-) -> jax.Array:
-    hidden_BTD, _ = model.apply({"params": params}, tokens_BT, _positions(tokens_BT))
-    config = model.config
-    return cross_entropy(
-        hidden_BTD,
-        head_embedding(config, params),
-        targets_BT,
-        mask_BT,
-        logit_divisor=config.logit_divisor,
-        soft_cap=config.logit_soft_cap,
-    )
+def _nll_sum(model: Transformer, params: Any, batch: Batch) -> jax.Array:
+    logprobs_BT, _ = token_scores(model, params, batch)
+    return -jnp.sum(jnp.where(batch.loss_mask_BT, logprobs_BT, 0))
 
 
-def load(path: str, *, step: str | int | None = None, dtype: str | None = None) -> LLM:
-    """The model of a run directory, a Hugging Face directory, a GGUF file or a published name, on one device.
+def load(path: str, *, step: str | int | None = None, dtype: str | None = None, mesh: MeshConfig | None = None) -> LLM:
+    """The model of a run directory, a Hugging Face directory, a GGUF file or a published name.
 
-    `step` of a run is a number, "best" or "latest"; None is the best, or the latest while no checkpoint has a
-    validation loss. A published model is imported into the user's cache directory the first time. `dtype` is the type
-    of the matmuls: "float32", "bfloat16", "auto" for what suits the platform, None for what the run's config says.
-    Matrices are cast to it once, here, norms stay as they were trained. float32 asks jax for full matmul precision,
-    for the whole process.
+    `path` and `step` are those of `open_model`. `dtype` is the type of the matmuls: "float32", "bfloat16", "auto" for
+    what suits the platform, None for what the model's config says. Matrices are cast to it once, here, norms stay as
+    they were trained. float32 asks jax for full matmul precision, for the whole process. `mesh` shards the model over
+    all devices; None: it is on one.
 
-    Raises InputError if path is none of these, or has no checkpoint of that step.
+    Raises InputError as `open_model` does, and if the mesh does not fit the devices or the model. A model without a
+    tokenizer loads; what needs text raises InputError.
     """
-    file = Path(resolve(path))
-    if is_published(path):
-        return _load_published(path, file, step, dtype)
-    if is_foreign(file):
-        return _load_foreign(open_foreign(file, step), dtype)
-    return _assemble(*_read_run(epath.Path(path), step), dtype)
-
-
-def _load_published(name: str, file: Path, step: str | int | None, dtype: str | None) -> LLM:
-    """The model in the file of a published name, by way of its import, or from the file where that cannot be used."""
-    require_no_step(file, step)
+    source = open_model(path, step=step)
+    config = source.config
     try:
-        return _assemble(*_read_run(epath.Path(imported_run(name, file)), None), dtype)
-    except (OSError, RunFailed, InputError) as error:
-        print(f"{name} is read from {file}, for its import cannot be used: {error}", file=sys.stderr, flush=True)
-        return _load_foreign(open_foreign(file), dtype)
-
-
-def _read_run(run: epath.Path, step: str | int | None) -> tuple[ModelConfig, Tokenizer, Any]:
-    """Config, tokenizer and parameters, stacked and as they were trained, of a run directory."""
-    config_file = run / "config.json"
-    if not config_file.exists():
-        raise InputError(
-            f"{run} is not a run directory; give the one that train.py wrote, such as runs/tiny, with config.json, "
-            "tokenizer and checkpoints in it, or a Hugging Face directory, a .gguf file, or the name of a published "
-            f"model ({', '.join(PUBLISHED_MODELS)})"
-        )
-    config, tokenizer = read_config(config_file), Tokenizer.load(run / "tokenizer")
-    step = Checkpoints(run / "checkpoints").resolve(step)
-    place = functools.partial(on_device, device=jax.local_devices()[0])
-    return config.model, tokenizer, restore_params(run, step, config, place)
-
-
-def _assemble(config: ModelConfig, tokenizer: Tokenizer, params: Any, dtype: str | None) -> LLM:
-    """The LLM of a run's parameters."""
-    compute_dtype = resolve_dtype(dtype or config.dtype, jax.default_backend())
-    set_matmul_precision(compute_dtype)
-    params = cast_matrices(params, compute_dtype)
-    scan_layers = config.num_layers > MAX_UNROLLED_LAYERS
-    if not scan_layers:
-        params = unstack_layers(config, params)
-    return LLM(config, params, tokenizer, compute_dtype, scan_layers)
-
-
-def _load_foreign(foreign: Foreign, dtype: str | None) -> LLM:
-    """The model in another program's files, each tensor read straight into the type and place where it is used."""
-    config, tokenizer = foreign.config, foreign.load_tokenizer()
+        tokenizer = source.load_tokenizer()
+    except MissingTokenizer as error:
+        tokenizer = error
     compute_dtype = resolve_dtype(dtype or config.dtype, jax.default_backend())
     set_matmul_precision(compute_dtype)
     scan_layers = config.num_layers > MAX_UNROLLED_LAYERS
-    abstract = on_device(abstract_params(config, scan_layers=scan_layers), jax.local_devices()[0])
-    params = foreign.load_params(cast_matrices(abstract, compute_dtype))
-    return LLM(config, params, tokenizer, compute_dtype, scan_layers)
-
-
-def cast_matrices(params: Any, dtype: np.dtype) -> Any:
-    """The parameters, or their shapes, with all but the norms' scales in `dtype`, as the model would cast them."""
-
-    def cast(path: Any, leaf: Any) -> Any:
-        if path[-1].key == "scale":
-            return leaf
-        return leaf.astype(dtype) if isinstance(leaf, jax.Array) else leaf.update(dtype=dtype)
-
-    return jax.tree_util.tree_map_with_path(cast, params)
+    boxed = abstract_params(config, scan_layers=scan_layers)
+    devices = make_mesh(mesh) if mesh is not None else None
+    abstract = on_device(boxed, jax.local_devices()[0]) if devices is None else placed(devices, boxed)
+    params = source.load_params(cast_matrices(boxed, abstract, compute_dtype))
+    return LLM(config, params, tokenizer, compute_dtype, scan_layers, devices)

@@ -6,13 +6,13 @@ apart in files. Some families fuse matrices that read the same input, one below 
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
 
 from nextllm_jax.config.model import ModelConfig
+from nextllm_jax.model.transformer import abstract_params
+from nextllm_jax.model.weights import STACK, Kind, by_name, layer_paths
 
 Format = Literal["huggingface", "gguf"]
 
@@ -75,20 +75,16 @@ class Part(NamedTuple):
     first_row: int = 0
     """First row in the tensor; over 0 only where tensors are fused."""
 
+    kind: Kind = "matrix"
+    inputs: int = 0
+    """Leading dimensions of `shape` that a matrix contracts; 0 for what is stored as it is."""
+
     @property
     def file_shape(self) -> tuple[int, ...]:
         """Shape of these rows in the file."""
-        inputs = self.inputs
-        if not inputs:
-            return self.shape if self.leaf.endswith("embedding") else (math.prod(self.shape),)
-        return math.prod(self.shape[inputs:]), math.prod(self.shape[:inputs])
-
-    @property
-    def inputs(self) -> int:
-        """Leading dimensions that a matrix contracts; 0 for what is stored as it is."""
-        if not self.leaf.endswith("kernel"):
-            return 0
-        return 2 if self.leaf.endswith("/o/kernel") else 1
+        if self.inputs:
+            return math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs])
+        return self.shape if self.kind == "embedding" else (math.prod(self.shape),)
 
     def to_file(self, array: np.ndarray) -> np.ndarray:
         """One layer of the leaf, as the file has it."""
@@ -96,37 +92,32 @@ class Part(NamedTuple):
         return rows.T if self.inputs else rows
 
 
-def leaves_of(tree: Any) -> dict[str, Any]:
-    """The leaves of a parameter tree by their paths."""
-    flat = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
-
-
 def parts_of(config: ModelConfig, abstract: Any, file_format: Format, *, fused: bool = False) -> list[Part]:
     """Every part of a parameter tree (of arrays or shapes), layer by layer, in the order of the table.
 
     The tree may be stacked over the layers or come from `unstack_layers`.
     """
-    leaves = leaves_of(abstract)
-    parts = [
-        Part(name.ours, None, leaves[name.ours].shape, getattr(name, file_format))
-        for name in MODEL
-        if name.ours in leaves
-    ]
-    for layer, (prefix, index) in enumerate(_places(config, leaves)):
+    leaves = by_name(abstract)
+    stacked = any(leaf.startswith(f"{STACK}/") for leaf in leaves)
+    weights = by_name(abstract_params(config, scan_layers=stacked))
+    layers = [(f"{prefix}/", index) for prefix, index in layer_paths(config, stacked=stacked)]
+    parts = []
+    for layer, (prefix, index) in [(None, ("", None)), *enumerate(layers)]:
         rows: dict[str, int] = {}
-        for name in LAYER:
-            leaf = f"{prefix}/{name.ours}"
+        for name in MODEL if layer is None else LAYER:
+            leaf = prefix + name.ours
             if leaf not in leaves:
                 continue
-            tensor = LAYER_PREFIX[file_format].format(layer) + _name_in(config, name, file_format, fused)
-            shape = leaves[leaf].shape if index is None else leaves[leaf].shape[1:]
-            part = Part(leaf, index, shape, tensor, rows.get(tensor, 0))
+            tensor = _name_in(config, name, file_format, fused)
+            if layer is not None:
+                tensor = LAYER_PREFIX[file_format].format(layer) + tensor
+            shape, weight = leaves[leaf].shape[0 if index is None else 1 :], weights[leaf]
+            part = Part(leaf, index, shape, tensor, rows.get(tensor, 0), weight.kind, weight.num_inputs)
             rows[tensor] = part.first_row + part.file_shape[0]
             parts.append(part)
-    forgotten = set(leaves) - {part.leaf for part in parts}
-    if forgotten:
-        raise ValueError(f"the table of names lacks {', '.join(sorted(forgotten))}")
+    unnamed = set(leaves) - {part.leaf for part in parts}
+    if unnamed:
+        raise ValueError(f"the table of names lacks {', '.join(sorted(unnamed))}")
     return parts
 
 
@@ -145,15 +136,3 @@ def _name_in(config: ModelConfig, name: Name, file_format: Format, fused: bool) 
     if name.ours == "mlp_norm/scale" and config.norm_placement == "sandwich" and file_format == "huggingface":
         return SANDWICH_MLP_NORM
     return getattr(name, file_format)
-
-
-def _places(config: ModelConfig, leaves: dict[str, Any]) -> Iterator[tuple[str, int | None]]:
-    """Where each layer lies in our tree: the path above it, and its index in the stack."""
-    size = len(config.layer_pattern)
-    stacked = any(leaf.startswith("layers/") for leaf in leaves)
-    num_scanned = config.num_layers // size * size if stacked else 0
-    for layer in range(config.num_layers):
-        if layer < num_scanned:
-            yield f"layers/block_{layer % size}", layer // size
-        else:
-            yield f"remainder_{layer - num_scanned}", None

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from nextllm_jax.errors import InputError
-from nextllm_jax.interop.names import Part, leaves_of, tensor_shapes
+from nextllm_jax.interop.names import Part, tensor_shapes
+from nextllm_jax.model.weights import by_name
 
 _BLOCK_NUMBERS = 4_000_000
 """Numbers that are read at a time."""
@@ -59,7 +60,7 @@ def read_params(source: Source, parts: list[Part], abstract: Any) -> Any:
     parts_by_leaf: dict[str, list[Part]] = {}
     for part in parts:
         parts_by_leaf.setdefault(part.leaf, []).append(part)
-    leaves = {path: _read_leaf(source, parts_by_leaf[path], leaf) for path, leaf in leaves_of(abstract).items()}
+    leaves = {path: _read_leaf(source, parts_by_leaf[path], leaf) for path, leaf in by_name(abstract).items()}
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves.values())
 
 
@@ -103,7 +104,7 @@ def _fill(layer: np.ndarray, source: Source, part: Part, spans: tuple[slice, ...
     if inputs:
         columns, rows = _flat(spans[:inputs], part.shape[:inputs]), _flat(spans[inputs:], part.shape[inputs:])
         target = layer.reshape(columns.stop - columns.start, -1).T
-    elif part.leaf.endswith("embedding"):
+    elif part.kind == "embedding":
         (rows, columns), target = spans, layer
     else:
         rows, columns, target = _flat(spans, part.shape), slice(0, 1), layer.reshape(-1)
@@ -130,12 +131,12 @@ def _flat(spans: tuple[slice, ...], shape: tuple[int, ...]) -> slice:
 
 def tensors_of(parts: list[Part], params: Any, *, rows: int) -> Iterator[tuple[str, np.ndarray]]:
     """(name, array) of every tensor of a file, one at a time; embedding and head have the first `rows` rows alone."""
-    leaves = leaves_of(params)
+    leaves = by_name(params)
     pending: list[np.ndarray] = []
     for place, part in enumerate(parts):
         leaf = leaves[part.leaf]
         array = part.to_file(np.asarray(leaf if part.index is None else leaf[part.index]))
-        pending.append(array[:rows] if part.leaf.endswith("embedding") else array)
+        pending.append(array[:rows] if part.kind == "embedding" else array)
         if place + 1 == len(parts) or parts[place + 1].tensor != part.tensor:
             yield part.tensor, pending[0] if len(pending) == 1 else np.concatenate(pending)
             pending = []

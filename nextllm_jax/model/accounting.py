@@ -1,36 +1,28 @@
-"""What a model costs, by arithmetic alone: parameters, FLOPs and cache bytes."""
+"""What a model costs: parameters, FLOPs and bytes, from the shapes of its weights."""
+
+import jax
 
 from nextllm_jax.config import LoraConfig, ModelConfig
+from nextllm_jax.model.lora import create
+from nextllm_jax.model.transformer import abstract_params
+from nextllm_jax.model.weights import by_name
 
 
 def parameter_count(config: ModelConfig) -> int:
     """Parameters of the model, padded vocabulary included; a tied embedding counts once."""
-    tables = 1 if config.tie_embeddings else 2
-    return tables * config.vocab_size * config.embed_dim + config.num_layers * layer_matrices(config) + _vectors(config)
+    return sum(weight.value.size for weight in by_name(abstract_params(config)).values())
 
 
-def layer_matrices(config: ModelConfig) -> int:
-    """Weights of one layer that multiply."""
-    attention = config.embed_dim * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
-    return attention + 3 * config.embed_dim * config.mlp_dim
-
-
-def _vectors(config: ModelConfig) -> int:
-    """Scales of all norms and all biases."""
-    embed, heads, kv_heads, head = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
-    layer = embed * (4 if config.norm_placement == "sandwich" else 2)
-    layer += head * (heads + 2 * kv_heads) if config.attention_bias else 0
-    layer += embed if config.attention_output_bias else 0
-    if config.qk_norm:
-        layer += 2 * head if config.qk_norm_over == "head" else head * (heads + kv_heads)
-    return config.num_layers * layer + embed
+def matrix_size(config: ModelConfig) -> int:
+    """Parameters in the matrices of all layers: those that multiply, without the embedding and the head."""
+    weights = by_name(abstract_params(config)).values()
+    return sum(weight.value.size for weight in weights if weight.kind == "matrix")
 
 
 def adapter_count(config: ModelConfig, lora: LoraConfig) -> int:
-    """Parameters of the adapters: rank times inputs and outputs of each adapted matrix."""
-    embed, heads, kv_heads = config.embed_dim, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    others = {"q": heads, "k": kv_heads, "v": kv_heads, "o": heads}  # the MLP's have mlp_dim
-    return config.num_layers * lora.rank * sum(embed + others.get(name, config.mlp_dim) for name in set(lora.targets))
+    """Parameters of the adapters. Raises InputError as `lora.create` does."""
+    shapes = jax.eval_shape(lambda: create(lora, abstract_params(config), jax.random.key(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 def parameter_bytes(config: ModelConfig, lora: LoraConfig | None = None) -> int:
@@ -55,7 +47,7 @@ def frozen_bytes(config: ModelConfig, lora: LoraConfig) -> int:
     if not lora.rank:
         return 0
     width = _width(config.param_dtype)
-    matrices = config.num_layers * layer_matrices(config)
+    matrices = matrix_size(config)
     return (parameter_count(config) - matrices) * width + matrices * (1 if lora.frozen == "int8" else width)
 
 
@@ -67,7 +59,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int, lora: LoraConfig 
     products, forward and backward), fewer in local layers.
     Source: the accounting of Chowdhery et al. 2022 (PaLM, appendix B), with causality.
     """
-    weights = config.num_layers * layer_matrices(config) + config.vocab_size * config.embed_dim
+    weights = matrix_size(config) + config.vocab_size * config.embed_dim
     pattern = config.layer_pattern
     visible = 0.0
     for layer in range(config.num_layers):

@@ -12,16 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from nextllm_jax.config import ModelConfig
+from nextllm_jax.model.weights import declare
 from nextllm_jax.ops.linear import linear
 from nextllm_jax.ops.quantized import product
 from nextllm_jax.sharding import constrain
-
-
-def _parameter(
-    module: nn.Module, name: str, init: Any, axes: tuple[str, ...], shape: tuple[int, ...], dtype: Any
-) -> jax.Array:
-    """A parameter whose dimensions have the given logical axes."""
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)  # pyright: ignore[reportReturnType]
 
 
 def keep_mean_square(module: nn.Module, name: str, x_BTD: jax.Array) -> None:
@@ -43,7 +37,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return the normed array, computed in float32, in the type of `x`."""
         init = nn.initializers.constant(1.0 - self.scale_offset)
-        scale = _parameter(self, "scale", init, ("norm",), (x.shape[-1],), self.param_dtype)
+        scale = declare(self, "scale", "norm", init, ("norm",), (x.shape[-1],), self.param_dtype)
         scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,)) + self.scale_offset
         return _rms_norm(x, scale, self.eps)
 
@@ -74,7 +68,10 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return `einsum(equation, x, kernel) + bias` in `dtype`; the kernel may be a QTensor."""
         init = nn.initializers.normal(self.init_std)
-        kernel = _parameter(self, "kernel", init, self.kernel_axes, self.kernel_shape, self.param_dtype)
+        num_inputs = len(self._inputs())
+        kernel = declare(
+            self, "kernel", "matrix", init, self.kernel_axes, self.kernel_shape, self.param_dtype, num_inputs=num_inputs
+        )
         x = x.astype(self.dtype)
         y = product(self.equation, x, kernel)
         if self.has_variable("adapters", "a"):
@@ -83,13 +80,18 @@ class Linear(nn.Module):
         if not self.bias_axes:
             return y
         bias_shape = self.kernel_shape[-len(self.bias_axes) :]
-        bias = _parameter(self, "bias", nn.initializers.zeros, self.bias_axes, bias_shape, self.param_dtype)
+        bias = declare(self, "bias", "bias", nn.initializers.zeros, self.bias_axes, bias_shape, self.param_dtype)
         return y + bias.astype(self.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+
+    def _inputs(self) -> str:
+        """The letters of the kernel's axes that the product contracts, which come first in it."""
+        x_dims, kernel_dims = self.equation.split("->")[0].split(",")
+        return "".join(dim for dim in kernel_dims if dim in x_dims)
 
     def _equation_of(self, adapter: str) -> str:
         """The equation of an adapter: "BTD,DF->BTF" is "BTD,DR->BTR", then "BTR,RF->BTF"."""
         (x_dims, kernel_dims), y_dims = self.equation.split("->")[0].split(","), self.equation.split("->")[1]
-        inputs = "".join(dim for dim in kernel_dims if dim in x_dims)
+        inputs = self._inputs()
         outputs = kernel_dims[len(inputs) :]
         low_dims = f"{y_dims.removesuffix(outputs)}R"
         return f"{x_dims},{inputs}R->{low_dims}" if adapter == "a" else f"{low_dims},R{outputs}->{y_dims}"
@@ -106,7 +108,7 @@ class Embed(nn.Module):
 
     def setup(self) -> None:
         init, shape = nn.initializers.normal(self.init_std), (self.vocab_size, self.embed_dim)
-        self.embedding = _parameter(self, "embedding", init, ("vocab", "embed"), shape, self.param_dtype)
+        self.embedding = declare(self, "embedding", "embedding", init, ("vocab", "embed"), shape, self.param_dtype)
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """Return the rows of the tokens, [B, T, D] in `dtype`."""

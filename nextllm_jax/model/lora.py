@@ -7,6 +7,7 @@ model is applied with a collection "adapters".
 
 import functools
 import math
+import zlib
 from typing import Any
 
 import flax.struct
@@ -14,6 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from nextllm_jax.config import LoraConfig
+from nextllm_jax.errors import InputError
+from nextllm_jax.model.weights import Weight, by_name, is_weight, map_weights, path_name
 from nextllm_jax.ops.quantized import QTensor, dequantize, quantize
 
 
@@ -43,47 +46,40 @@ def weights(params: Any, frozen: Frozen | None) -> Any:
     return params if frozen is None else frozen.params
 
 
-def _input_axes(module: str, names: tuple[str, ...]) -> tuple[int, ...]:
-    """The axes of a kernel (the logical names of all are given) that its module sums over."""
-    first = int(names[0] == "layers")
-    return (first, first + 1) if module == "o" else (first,)
-
-
 def create(config: LoraConfig, boxed: Any, key: jax.Array) -> Any:
-    """Adapters, float32 in Flax's boxes, for a model's parameters, arrays or shapes, in boxes."""
+    """Adapters, float32 in boxes, for a model's parameters, which are arrays or shapes in boxes.
 
-    def pair(box: Any, inputs: tuple[int, ...], key: jax.Array) -> dict[str, Any]:
-        shape, names, (first, *_, last) = box.value.shape, box.names, (inputs[0], inputs[-1])
-        layers, outputs = slice(0, first), slice(last + 1, None)
-        fan_in = math.prod(shape[axis] for axis in inputs)
-        a = jax.random.normal(key, (*shape[: last + 1], config.rank)) / math.sqrt(fan_in)
-        b = jnp.zeros((*shape[layers], config.rank, *shape[outputs]))
-        return {
-            "a": box.replace(value=a, names=(*names[: last + 1], "rank")),
-            "b": box.replace(value=b, names=(*names[layers], "rank", *names[outputs])),
-        }
-
-    def adapted(tree: Any, module: str, key: jax.Array) -> Any:
-        if "kernel" in tree:
-            box = tree["kernel"]
-            return pair(box, _input_axes(module, box.names), key) if module in config.targets else {}
-        subtrees = [(name, tree[name]) for name in sorted(tree) if isinstance(tree[name], dict)]
-        made = {name: adapted(sub, name, jax.random.fold_in(key, i)) for i, (name, sub) in enumerate(subtrees)}
-        return {name: sub for name, sub in made.items() if sub}
-
-    return adapted(boxed, "", key)
+    Raises InputError if `config.targets` names no matrix of the model.
+    """
+    matrices = {name: weight for name, weight in by_name(boxed).items() if weight.kind == "matrix"}
+    known = sorted({_module(name) for name in matrices})
+    unknown = [target for target in config.targets if target not in known]
+    if unknown:
+        raise InputError(f"lora.targets has {unknown[0]}, which is no matrix of the model; it has {', '.join(known)}")
+    adapters: dict[str, Any] = {}
+    for name, weight in matrices.items():
+        if not config.targets or _module(name) in config.targets:
+            *path, _ = name.split("/")
+            tree = functools.reduce(lambda tree, step: tree.setdefault(step, {}), path, adapters)
+            tree.update(_pair(weight, config.rank, jax.random.fold_in(key, zlib.crc32(name.encode()))))
+    return adapters
 
 
-def _map_kernels(change: Any, boxed: Any, *trees: Any) -> Any:
-    """The last tree, with `change(box, input axes, *leaves)` in place of each kernel; all have the tree of `boxed`."""
+def _module(name: str) -> str:
+    """The module of a weight: q of layers/block_0/attention/q/kernel."""
+    return name.split("/")[-2]
 
-    def one(path: Any, box: Any, *leaves: Any) -> Any:
-        names = [step.key for step in path]
-        if names[-1] != "kernel":
-            return (box, *leaves)[-1]
-        return change(box, _input_axes(names[-2], box.names), *leaves)
 
-    return jax.tree_util.tree_map_with_path(one, boxed, *trees, is_leaf=lambda leaf: hasattr(leaf, "names"))
+def _pair(weight: Weight, rank: int, key: jax.Array) -> dict[str, Weight]:
+    """The two factors of a matrix: [..., inputs, R] random, [..., R, outputs] zero."""
+    stacked, inputs = weight.num_stacked, weight.num_stacked + weight.num_inputs
+    shape, names = weight.value.shape, weight.names
+    a = jax.random.normal(key, (*shape[:inputs], rank)) / math.sqrt(math.prod(shape[stacked:inputs]))
+    b = jnp.zeros((*shape[:stacked], rank, *shape[inputs:]))
+    return {
+        "a": weight.replace(value=a, names=(*names[:inputs], "rank"), kind="adapter"),
+        "b": weight.replace(value=b, names=(*names[:stacked], "rank", *names[inputs:]), kind="adapter"),
+    }
 
 
 def abstract_frozen(config: LoraConfig, boxed: Any) -> Any:
@@ -91,12 +87,17 @@ def abstract_frozen(config: LoraConfig, boxed: Any) -> Any:
     if config.frozen == "unquantized":
         return boxed
 
-    def quantized(box: Any, inputs: tuple[int, ...]) -> QTensor:
-        shapes = jax.eval_shape(functools.partial(quantize, input_axes=inputs), box.value)
-        names = tuple(None if axis in inputs else name for axis, name in enumerate(box.names))
-        return QTensor(box.replace(value=shapes.q), box.replace(value=shapes.scale, names=names))
+    def quantized(weight: Weight) -> Weight | QTensor:
+        if weight.kind != "matrix":
+            return weight
+        inputs = weight.input_axes
+        shapes = jax.eval_shape(functools.partial(quantize, input_axes=inputs), weight.value)
+        names = tuple(None if axis in inputs else name for axis, name in enumerate(weight.names))
+        q: Any = weight.replace(value=shapes.q)
+        scale: Any = weight.replace(value=shapes.scale, names=names)
+        return QTensor(q, scale)
 
-    return _map_kernels(quantized, boxed)
+    return map_weights(quantized, boxed)
 
 
 def freeze(config: LoraConfig, boxed: Any, params: Any) -> Any:
@@ -108,35 +109,37 @@ def freeze(config: LoraConfig, boxed: Any, params: Any) -> Any:
         return params
     quantized = jax.jit(quantize, static_argnums=1)
 
-    def replaced(_: Any, inputs: tuple[int, ...], kernel: jax.Array) -> QTensor:
-        made = quantized(kernel, inputs)
-        kernel.delete()
+    def replaced(weight: Weight, leaf: jax.Array) -> jax.Array | QTensor:
+        if weight.kind != "matrix":
+            return leaf
+        made = quantized(leaf, weight.input_axes)
+        leaf.delete()
         return made
 
-    return _map_kernels(replaced, boxed, params)
+    return map_weights(replaced, boxed, params)
 
 
-def merge(params: Any, frozen: Frozen, dtype: jax.typing.DTypeLike) -> Any:
-    """The parameters, in `dtype`, of a model without adapters that computes the same: W + scale * A @ B."""
+def merge(boxed: Any, params: Any, frozen: Frozen, dtype: jax.typing.DTypeLike) -> Any:
+    """The parameters of a model without adapters that computes the same: W + scale * A @ B, matrices in `dtype`.
 
-    def merged(weights: Any, adapters: Any) -> Any:
-        if isinstance(weights, dict):
-            made = {name: merged(leaf, adapters.get(name, {})) for name, leaf in weights.items() if name != "kernel"}
-            if "kernel" in weights:
-                made["kernel"] = _merged_kernel(weights["kernel"], adapters, frozen.scale).astype(dtype)
-            return made
-        return weights
+    `boxed` holds the shapes of the model's parameters.
+    """
+    adapters = by_name(params)
 
-    return merged(frozen.params, params)
+    def merged(path: Any, weight: Weight, leaf: Any) -> Any:
+        if weight.kind != "matrix":
+            return leaf
+        dense = dequantize(leaf, jnp.float32) if isinstance(leaf, QTensor) else leaf
+        module = path_name(path).rpartition("/")[0]
+        if f"{module}/a" in adapters:
+            delta = _product(adapters[f"{module}/a"], adapters[f"{module}/b"], stacked=bool(weight.num_stacked))
+            dense = dense.astype(jnp.float32) + frozen.scale * delta
+        return dense.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(merged, boxed, frozen.params, is_leaf=is_weight)
 
 
-def _merged_kernel(kernel: jax.Array | QTensor, adapters: dict[str, jax.Array], scale: float) -> jax.Array:
-    dense = dequantize(kernel, jnp.float32) if isinstance(kernel, QTensor) else kernel
-    if not adapters:
-        return dense
-    a, b = adapters["a"], adapters["b"]
-    stacked = a.ndim + b.ndim == dense.ndim + 3
-    # Products of float32 in full, whatever a platform takes for good enough.
+def _product(a: jax.Array, b: jax.Array, *, stacked: bool) -> jax.Array:
+    """A @ B, in full float32 whatever a platform takes for good enough."""
     multiply = functools.partial(jnp.tensordot, axes=1, precision=jax.lax.Precision.HIGHEST)
-    delta = (jax.vmap(multiply) if stacked else multiply)(a, b)
-    return dense.astype(jnp.float32) + scale * delta
+    return (jax.vmap(multiply) if stacked else multiply)(a, b)

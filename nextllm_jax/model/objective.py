@@ -1,4 +1,4 @@
-"""What is trained: batches, and the summed next-token loss of a model on them."""
+"""What is trained and what is scored: batches, objectives, and the log probabilities of tokens."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,13 +6,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nextllm_jax.model.layer_norms import mean_squares
 from nextllm_jax.model.lora import Frozen, variables, weights
 from nextllm_jax.model.transformer import Transformer, head_embedding
 from nextllm_jax.ops.cross_entropy import Layout, cross_entropy
 from nextllm_jax.sharding import RULES
 
-LOSS_LAYOUT = Layout(RULES["batch"], RULES["seq"], RULES["vocab"], RULES["embed"])
+_LOSS_LAYOUT = Layout(RULES["batch"], RULES["seq"], RULES["vocab"], RULES["embed"])
 """How hidden states and head lie on the mesh."""
+
+_LOGITS_AT_ONCE = 1 << 26
+"""Most logits that `token_scores` holds at a time, so that memory does not grow with the batch times the vocabulary."""
 
 
 class Batch(NamedTuple):
@@ -30,34 +34,88 @@ class Batch(NamedTuple):
     loss_mask_BT: Any
 
 
-def nll_sum(model: Transformer, params: Any, batch: Batch, frozen: Frozen | None = None) -> jax.Array:
-    """float32 scalar: negative log likelihood in nats, summed over the batch's loss-bearing tokens.
+class Metrics(NamedTuple):
+    """What an objective measures beside its loss; each value is a sum over the rows of the batch."""
 
-    Here and below `params` are adapters if there are `frozen` weights.
-    """
-    hidden_BTD, _ = model.apply(variables(params, frozen), batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
-    return head_nll(model, weights(params, frozen), hidden_BTD, batch)
+    nll: jax.Array
+    """float32: negative log likelihood in nats of the tokens in the loss mask, without auxiliary terms."""
+    mean_squares: jax.Array
+    """float32 [M]: mean square of a row's residual stream, see `layer_norms.mean_squares`."""
 
 
-def head_nll(model: Transformer, params: Any, hidden_BTD: jax.Array, batch: Batch) -> jax.Array:
-    """float32 scalar: `nll_sum` of the hidden states that the model gives for the batch; `params` are whole weights."""
-    head_VD = head_embedding(model.config, params).astype(model.dtype)
+Objective = Callable[[Transformer, Any, Batch, Frozen | None], tuple[jax.Array, jax.Array, Metrics]]
+"""`(model, params, batch, frozen) -> (summed loss, number of tokens in the loss mask, metrics)`.
+
+`params` is what is trained: the model's parameters or, with `frozen` ones, their adapters. The summed loss, float32,
+is differentiated; losses that are reported come from `metrics.nll`.
+"""
+
+
+def next_token(
+    model: Transformer, params: Any, batch: Batch, frozen: Frozen | None = None
+) -> tuple[jax.Array, jax.Array, Metrics]:
+    """The objective of language models: the negative log likelihood of each next token."""
+    hidden_BTD, recorded = _hidden(model, params, batch, frozen)
+    head_VD = head_embedding(model.config, weights(params, frozen)).astype(model.dtype)
     with jax.named_scope("loss"):
-        return cross_entropy(
+        nll = cross_entropy(
             hidden_BTD,
             head_VD,
             batch.targets_BT,
             batch.loss_mask_BT,
             logit_divisor=model.config.logit_divisor,
             soft_cap=model.config.logit_soft_cap,
-            layout=LOSS_LAYOUT,
+            layout=_LOSS_LAYOUT,
         )
+    squares = len(batch.tokens_BT) * mean_squares(model.config, recorded)
+    num_tokens = jnp.sum(batch.loss_mask_BT, dtype=jnp.int32)
+    return nll, num_tokens, jax.lax.stop_gradient(Metrics(nll, squares))
 
 
-def make_eval_step(model: Transformer) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """A jitted `(params, batch, frozen=None) -> (summed nll in nats, loss-bearing tokens)`."""
+def _hidden(model: Transformer, params: Any, batch: Batch, frozen: Frozen | None) -> tuple[jax.Array, Any]:
+    """Hidden states [B, T, D] after the final norm, and the intermediates that the model keeps."""
+    (hidden_BTD, _), recorded = model.apply(
+        variables(params, frozen), batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT, mutable=["intermediates"]
+    )
+    return hidden_BTD, recorded["intermediates"]
+
+
+def make_eval_step(objective: Objective, model: Transformer) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """A jitted `(params, batch, frozen=None) -> (summed nll in nats, number of tokens in the loss mask)`."""
 
     def eval_step(params: Any, batch: Batch, frozen: Frozen | None = None) -> tuple[jax.Array, jax.Array]:
-        return nll_sum(model, params, batch, frozen), jnp.sum(batch.loss_mask_BT, dtype=jnp.int32)
+        _, num_tokens, metrics = objective(model, params, batch, frozen)
+        return metrics.nll, num_tokens
 
     return jax.jit(eval_step)
+
+
+def token_scores(
+    model: Transformer, params: Any, batch: Batch, frozen: Frozen | None = None, *, vocab_size: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """(log probability in nats, whether it is the likeliest token) of each target; float32 and bool, [B, T].
+
+    The likeliest of the first `vocab_size` tokens; None: of all.
+    """
+    hidden_BTD, _ = _hidden(model, params, batch, frozen)
+    whole = {"params": weights(params, frozen)}
+
+    def score(token: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        hidden_D, target = token
+        logits_V: Any = model.apply(whole, hidden_D[None, None], method="logits")
+        logits_V = logits_V[0, 0]
+        return logits_V[target] - jax.nn.logsumexp(logits_V), jnp.argmax(logits_V[:vocab_size]) == target
+
+    B, T = batch.targets_BT.shape
+    at_once = max(1, min(B * T, _LOGITS_AT_ONCE // model.config.vocab_size))
+    tokens = (hidden_BTD.reshape(B * T, -1), batch.targets_BT.reshape(-1))
+    logprobs, greedy = jax.lax.map(score, tokens, batch_size=at_once)
+    return logprobs.reshape(B, T), greedy.reshape(B, T)
+
+
+def text_batch(tokens_BS: Any) -> Batch:
+    """The batch, with T = S - 1, of rows that hold one document each: each token but the first is a target."""
+    tokens_BT, targets_BT = tokens_BS[:, :-1], tokens_BS[:, 1:]
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
+    everywhere = jnp.ones_like(positions_BT)
+    return Batch(tokens_BT, targets_BT, everywhere, positions_BT, everywhere.astype(bool))

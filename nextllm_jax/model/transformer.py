@@ -8,6 +8,8 @@ The head is apart so that a chunked loss never builds the logits of a whole batc
 mode: prefill, a single-token step and training are one call, with a cache or without.
 """
 
+import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +19,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from nextllm_jax import hardware
-from nextllm_jax.config.model import LayerKind, ModelConfig
+from nextllm_jax.config.model import EXECUTION_FIELDS, LayerKind, ModelConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.attention import Attention
 from nextllm_jax.model.attention_kernel import AttentionKernel
@@ -200,26 +202,16 @@ class Transformer(nn.Module):
 
 
 def abstract_params(config: ModelConfig, *, scan_layers: bool = True) -> Any:
-    """The shapes, types and logical axes of a model's parameters, in Flax's boxes, without a byte of them."""
+    """The parameters of a model as shapes and types in `Weight` boxes, which say what each is; allocates nothing."""
+    as_declared = {name: getattr(ModelConfig, name) for name in EXECUTION_FIELDS}
+    return _abstract_params(dataclasses.replace(config, **as_declared), scan_layers)
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract_params(config: ModelConfig, scan_layers: bool) -> Any:
     tokens_BT = jnp.zeros((1, 1), jnp.int32)
     init = Transformer(config, scan_layers=scan_layers).init
     return jax.eval_shape(init, jax.random.key(0), tokens_BT, tokens_BT)["params"]
-
-
-def unstack_layers(config: ModelConfig, params: Any) -> Any:
-    """The (unboxed) parameters for a Transformer without scan_layers: each layer's own, cut out of the stack.
-
-    A copy of the layers' parameters; drop the stacked ones to have the memory back.
-    """
-    params, size = dict(params), len(config.layer_pattern)
-    stacked = params.pop("layers", {})
-    num_scanned = config.num_layers // size * size
-    for i in range(config.num_layers - num_scanned):
-        params[f"remainder_{num_scanned + i}"] = params.pop(f"remainder_{i}")
-    for layer in range(num_scanned):
-        period, block = divmod(layer, size)
-        params[f"remainder_{layer}"] = jax.tree.map(lambda leaf, i=period: leaf[i], stacked[f"block_{block}"])
-    return params
 
 
 def _remat(config: ModelConfig, *, prevent_cse: bool) -> type[Block]:

@@ -10,8 +10,9 @@ from jax.sharding import AbstractMesh, Mesh
 
 from nextllm_jax.config import Config, OptimizerConfig
 from nextllm_jax.config.model import ModelConfig
-from nextllm_jax.model.accounting import flops_per_token, layer_matrices, parameter_count
-from nextllm_jax.model.transformer import Transformer
+from nextllm_jax.model.accounting import flops_per_token, matrix_size
+from nextllm_jax.model.transformer import Transformer, abstract_params
+from nextllm_jax.model.weights import Weight, by_name
 from nextllm_jax.plan.collectives import Collective, Traffic
 from nextllm_jax.training.optimizer import make_optimizer
 from nextllm_jax.training.state import abstract_state
@@ -29,7 +30,7 @@ def argument_bytes(config: Config, mesh: Mesh | AbstractMesh) -> int:
 
 @functools.lru_cache
 def _state_bytes(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh | AbstractMesh) -> int:
-    state = abstract_state(Transformer(model), make_optimizer(optimizer), mesh, optimizer)
+    state = abstract_state(Transformer(model), make_optimizer(optimizer, model), mesh, optimizer)
     leaves = [leaf for leaf in jax.tree.leaves(state) if leaf.sharding.memory_kind != "pinned_host"]
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
@@ -43,7 +44,7 @@ def peak_bytes(config: Config, mesh: Mapping[str, int], arguments: int) -> int:
     """
     model, steps = config.model, config.training.accumulation_steps
     shards = mesh["fsdp"] * mesh["tensor"]
-    matrices = model.num_layers * layer_matrices(model) / shards
+    matrices = matrix_size(model) / shards
     tables = matrix_parameters(model) / shards - matrices
     tokens = tokens_per_device(config, mesh) * mesh["tensor"] / steps
     kept = 0 if model.remat_offload else model.num_layers * tokens * _kept_bytes_per_token(model, mesh["tensor"])
@@ -75,7 +76,7 @@ def _layer_bytes(model: ModelConfig, mesh: Mapping[str, int], tokens: float) -> 
 
     How many of each are there at once is fitted to compiled programs; see tests/plan/test_estimate.py.
     """
-    gathered = layer_matrices(model) / mesh["tensor"] / 3 if mesh["fsdp"] > 1 else 0
+    gathered = matrix_size(model) / model.num_layers / mesh["tensor"] / 3 if mesh["fsdp"] > 1 else 0
     divided = model.head_dim * (model.num_heads + 2 * model.num_kv_heads) + model.mlp_dim
     return _BF16 * (gathered + tokens * (4 * model.embed_dim + 5 * divided / mesh["tensor"]))
 
@@ -94,16 +95,20 @@ def _loss_bytes(model: ModelConfig, mesh: Mapping[str, int], tokens: float) -> f
     return min(tokens, _LOSS_CHUNK_TOKENS) * vocabulary * (_FLOAT32 + _BF16) + head
 
 
+def sharded_weights(config: ModelConfig) -> list[Weight]:
+    """The matrices and the embedding, stacked over layers: what FSDP shards."""
+    return [weight for weight in by_name(abstract_params(config)).values() if weight.kind in ("matrix", "embedding")]
+
+
 def matrix_parameters(config: ModelConfig) -> int:
-    """Weights that multiply, and the embedding: all that FSDP divides."""
-    vectors = config.embed_dim * (2 * config.num_layers + 1)
-    return parameter_count(config) - vectors
+    """Parameters in matrices and in the embedding."""
+    return sum(weight.value.size for weight in sharded_weights(config))
 
 
 def layer_forward_flops(config: ModelConfig, sequence_length: int) -> tuple[float, float]:
     """Forward FLOPs per token of all layers: (matrix products, attention)."""
     head = 6.0 * config.vocab_size * config.embed_dim
-    weights = config.num_layers * layer_matrices(config)
+    weights = matrix_size(config)
     attention = flops_per_token(config, sequence_length) - head - 6.0 * weights
     return 2.0 * weights, attention / 3
 
@@ -135,7 +140,7 @@ def minimum_traffic(config: Config, mesh: Mapping[str, int]) -> dict[Collective,
             factor = (2 if kind == "all-reduce" else 1) * (members - 1) / members
             traffic[Collective(kind, axis, dtype)] = Traffic(count, full_bytes * factor)
 
-    matrices = 7 * model.num_layers + (1 if model.tie_embeddings else 2)
+    matrices = sum(math.prod(weight.value.shape[: weight.num_stacked]) for weight in sharded_weights(model))
     add("all-gather", "fsdp", "bf16", 2 * matrices * steps, 2 * steps * _BF16 * weights)
     add("reduce-scatter", "fsdp", "bf16", matrices * steps, steps * _BF16 * weights)
     add("all-reduce", "data", "f32", matrices, _FLOAT32 * weights / mesh["fsdp"])

@@ -13,23 +13,18 @@ from typing import Any, Literal
 import jax
 
 from nextllm_jax.checkpoint.manager import Checkpoints
+from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config, DataConfig, ModelConfig
-from nextllm_jax.config.files import read_config
 from nextllm_jax.errors import InputError, RunFailed, failed_place
-from nextllm_jax.interop.foreign import is_foreign, open_foreign
 from nextllm_jax.model.transformer import abstract_params
-from nextllm_jax.pretrained.source import restore_params
+from nextllm_jax.pretrained.source import ORIGIN, open_path
 from nextllm_jax.published_models import resolve
 from nextllm_jax.sharding import on_device
-from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 Format = Literal["huggingface", "gguf"]
 
 LAYOUT = 1
 """Raised whenever `import_model` makes another run of the same files, so that imports that were kept are made anew."""
-
-ORIGIN = "imported"
-"""Name, in the record of an imported checkpoint, of what an export takes up again."""
 
 
 def import_model(source: str, output: str, *, dtype: str = "float32", context_length: int | None = None) -> None:
@@ -38,25 +33,25 @@ def import_model(source: str, output: str, *, dtype: str = "float32", context_le
     Parameters are kept in `dtype`. `context_length` limits the model's own. Raises InputError for files that are
     not whole or that this model cannot honour, and for an output that exists.
     """
-    source = resolve(source)
-    if not is_foreign(Path(source)):
-        raise InputError(f"{source} is neither a Hugging Face directory (with config.json) nor a .gguf file")
-    foreign = open_foreign(Path(source))
-    model = dataclasses.replace(foreign.config, param_dtype=dtype)
+    opened = open_path(resolve(source))
+    if opened.is_run:
+        raise InputError(f"{source} is a run directory already; give a Hugging Face directory or a .gguf file")
+    model = dataclasses.replace(opened.config, param_dtype=dtype)
     if context_length is not None:
         if context_length > model.context_length:
             raise InputError(f"context_length {context_length} is over the model's own, {model.context_length}")
         model = dataclasses.replace(model, context_length=context_length)
-    tokenizer, params = foreign.load_tokenizer(), foreign.load_params(_on_cpu(abstract_params(model)))
+    tokenizer, params = opened.load_tokenizer(), opened.load_params(_on_cpu(model))
     data = DataConfig(
-        tokenizer=str(Path(output).absolute() / "tokenizer"), sequence_length=min(model.context_length, 1024)
+        tokenizer=str(RunDir(Path(output).absolute()).tokenizer), sequence_length=min(model.context_length, 1024)
     )
     with _appearing(Path(output)) as directory:
-        tokenizer.save(directory / "tokenizer")
-        record = {ORIGIN: {"model_type": foreign.model_type, "vocab_size": model.vocab_size}}
-        with Checkpoints(directory / "checkpoints") as checkpoints:
+        run = RunDir(directory)
+        tokenizer.save(run.tokenizer)
+        record = {ORIGIN: {"model_type": opened.model_type, "vocab_size": model.vocab_size}}
+        with Checkpoints(run.checkpoints) as checkpoints:
             checkpoints.save(0, {"params": params}, record, validation_loss=None)
-        (directory / "config.json").write_text(Config(model=model, data=data).to_json())
+        run.write_config(Config(model=model, data=data))
 
 
 def export_model(
@@ -76,11 +71,12 @@ def export_model(
 
     Raises InputError where the format cannot say this model, and for an output that exists.
     """
-    config, params, tokenizer, origin = _open(source, step)
+    opened = open_path(resolve(source), step=step)
+    config, tokenizer, params = opened.config, opened.load_tokenizer(), opened.load_params(_on_cpu(opened.config))
     options = {
-        "vocab_size": origin.get("vocab_size", min(tokenizer.vocab_size, config.vocab_size)),
+        "vocab_size": opened.vocab_size or min(tokenizer.vocab_size, config.vocab_size),
         "dtype": dtype,
-        "model_type": model_type or origin.get("model_type"),
+        "model_type": model_type or opened.model_type,
     }
     try:
         if file_format == "gguf":
@@ -107,33 +103,9 @@ def export_model(
         ) from error
 
 
-def _open(source: str, step: str | int | None) -> tuple[ModelConfig, Any, Tokenizer, dict[str, Any]]:
-    """(config, parameters on the CPU, tokenizer, what is known of an import) of a run directory or foreign files."""
-    source = resolve(source)
-    if is_foreign(Path(source)):
-        foreign = open_foreign(Path(source), step)
-        origin = {"model_type": foreign.model_type, "vocab_size": foreign.config.vocab_size}
-        return (
-            foreign.config,
-            foreign.load_params(_on_cpu(abstract_params(foreign.config))),
-            foreign.load_tokenizer(),
-            origin,
-        )
-    run = Path(source)
-    if not (run / "config.json").exists():
-        raise InputError(f"{source} is not a run directory; give one that train.py or nextllm import wrote")
-    run_config = read_config(run / "config.json")
-    config = run_config.model
-    with Checkpoints(run / "checkpoints") as checkpoints:
-        number = checkpoints.resolve(step)
-        origin = checkpoints.record(number).get(ORIGIN, {})
-        params = restore_params(run, number, run_config, _on_cpu)
-    return config, params, Tokenizer.load(run / "tokenizer"), origin
-
-
-def _on_cpu(boxed: Any) -> Any:
+def _on_cpu(config: ModelConfig) -> Any:
     """The abstract parameters in the host's memory: converting needs no accelerator."""
-    return on_device(boxed, jax.local_devices(backend="cpu")[0])
+    return on_device(abstract_params(config), jax.local_devices(backend="cpu")[0])
 
 
 def _one_or_all(ids: tuple[int, ...]) -> int | list[int]:

@@ -4,13 +4,13 @@
 and by which importer, so that another file or another importer makes another directory.
 """
 
-import fcntl
 import hashlib
 import sys
 from pathlib import Path
 
 from nextllm_jax.pretrained.convert import LAYOUT, import_model
 from nextllm_jax.process import cache_directory
+from nextllm_jax.storage.disk import lock_file
 
 
 def imported_run(name: str, file: Path) -> Path:
@@ -25,7 +25,7 @@ def imported_run(name: str, file: Path) -> Path:
     if not run.exists():
         run.parent.mkdir(parents=True, exist_ok=True)
         with open(run.with_name(f"{run.name}.lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock_file(lock.fileno(), wait=True)  # on a file system without locks, two imports at once may both fail
             if not run.exists():  # else another process was faster
                 print(f"importing {name} into {run}, once", file=sys.stderr, flush=True)
                 import_model(str(file), str(run))

@@ -2,18 +2,19 @@
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
+from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config, DataConfig, ModelConfig
-from nextllm_jax.config.files import CONFIG, local_workdir, read_config
+from nextllm_jax.config.files import local_workdir
 from nextllm_jax.config.model import EXECUTION_FIELDS
 from nextllm_jax.data.prepare import default_data_path
 from nextllm_jax.data.shards import Dataset
 from nextllm_jax.errors import InputError
-from nextllm_jax.pretrained.source import Place, cast, open_source
+from nextllm_jax.model.transformer import abstract_params
+from nextllm_jax.pretrained.open_model import open_model
 from nextllm_jax.tokenizer.published import load_tokenizer
 
 _OURS = ("param_dtype", *EXECUTION_FIELDS)
@@ -32,24 +33,24 @@ def with_source(config: Config, file: Config, *, overwrite: bool = False) -> Con
     if Path(config.init_from).resolve() == Path(local_workdir(config)).resolve():
         raise InputError(f"init_from is the run directory {config.workdir} itself; choose another --workdir")
     begun = None if overwrite else _begun(config)
-    model = begun.model if begun else open_source(config.init_from).config
+    model = begun.model if begun else open_model(config.init_from).config
     data = _data(config, file, begun.data.tokenizer if begun else config.init_from)
     new = dataclasses.replace(config, model=_model(config, file.model, model), data=data)
     new.check_fit()
     return new
 
 
-def initial_params(config: Config, place: Place) -> Any:
-    """The weights of `config.init_from` in `model.param_dtype`, on the devices that `place` says.
+def initial_params(config: Config, place: Callable[[Any], Any]) -> Any:
+    """The weights of `config.init_from` in `model.param_dtype`, as `place` shards abstract parameters.
 
     Raises InputError if they cannot be read, or are not of the config's model.
     """
     assert config.init_from is not None
-    source = open_source(config.init_from)
+    source = open_model(config.init_from)
     differing = _differing(config.model, source.config, but=(*_OURS, "init_std", "context_length"))
     if differing:
         raise InputError(f"init_from {config.init_from} holds another model now: {', '.join(differing)}; bring it back")
-    return cast(source.load_params(place), jnp.dtype(config.model.param_dtype))
+    return source.load_params(place(abstract_params(config.model)))
 
 
 def require_tokenizer(config: Config, *, overwrite: bool = False) -> None:
@@ -60,7 +61,7 @@ def require_tokenizer(config: Config, *, overwrite: bool = False) -> None:
     if config.init_from is None or (_begun(config) and not overwrite):
         return
     data = Dataset.open(default_data_path(config.data), verify="sizes")
-    if data.tokenizer_hash != open_source(config.init_from).load_tokenizer().hash:
+    if data.tokenizer_hash != open_model(config.init_from).load_tokenizer().hash:
         raise InputError(
             f"the data in {data.path} was made with another tokenizer than that of init_from {config.init_from}, whose "
             "embedding belongs to the ids of its own; leave data.path out, or name data prepared with it"
@@ -69,8 +70,8 @@ def require_tokenizer(config: Config, *, overwrite: bool = False) -> None:
 
 def _begun(config: Config) -> Config | None:
     """The config of the run that this one would continue, if that began from other weights too."""
-    file = Path(local_workdir(config)) / CONFIG
-    begun = read_config(file) if file.is_file() else None
+    run = RunDir(local_workdir(config))
+    begun = run.read_config() if run.exists() else None
     return begun if begun and begun.init_from is not None else None
 
 

@@ -4,14 +4,13 @@ A bundle is a directory flight/step-<n> of the run, where n counts the step itse
 the one with index n - 1. It holds
     bundle.json   what the step measured, the config, the data, versions, and the checkpoint to start a replay from
     batch.npz     tokens, targets, segment ids, positions and mask of the whole global batch, and its window numbers
+Without bundle.json, which is written last, it is no bundle.
 Numbers are exact; those that JSON does not have are the words nan, inf and -inf.
 """
 
+import io
 import json
 import math
-import os
-import shutil
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,16 +18,17 @@ import jaxlib.version
 import numpy as np
 
 from nextllm_jax.checkpoint.manager import Checkpoints
+from nextllm_jax.checkpoint.orbax_errors import cause
+from nextllm_jax.checkpoint.run_dir import FLIGHT, RunDir
 from nextllm_jax.checkpoint.step_files import versions
 from nextllm_jax.config import Config
 from nextllm_jax.data.loader import TrainLoader
 from nextllm_jax.errors import RunFailed
-from nextllm_jax.training import layer_norms
+from nextllm_jax.model import layer_norms
 from nextllm_jax.training.step import SKIP_REASONS, StepMetrics
 from nextllm_jax.training.writers import Writers
 
 FORMAT = "nextllm-flight-1"
-DIRECTORY = "flight"
 BUNDLE, BATCH = "bundle.json", "batch.npz"
 MAX_BUNDLES = 8
 _IDENTITY = ("step", "measured", "data_id", "config")
@@ -89,17 +89,19 @@ class FlightRecorder:
 
     def __init__(
         self,
-        run: os.PathLike[str],
+        run: RunDir,
         config: Config,
         loader: TrainLoader,
         checkpoints: Checkpoints,
         writers: Writers,
         about: dict[str, Any],
     ) -> None:
-        self._directory = Path(run) / DIRECTORY
+        self._run = run
         self._config, self._loader, self._checkpoints, self._writers = config, loader, checkpoints, writers
         self._about = about
-        self._bundles = [(path, _identity(path)) for path in sorted(self._directory.glob("step-*"))]
+        self._bundles = {
+            name: _identity(content) for name in run.names(FLIGHT) if (content := run.read(f"{FLIGHT}/{name}/{BUNDLE}"))
+        }
         self._seen = 0
         self._bad = False
 
@@ -129,7 +131,7 @@ class FlightRecorder:
         stands = f"the checkpoint of step {latest} stands" if latest is not None else "there is no checkpoint yet"
         raise RunFailed(
             f"{in_a_row} steps in a row were skipped (training.max_skipped_steps), the last one step {step}; {stands}; "
-            f"see nextllm replay and {self._directory}, lower optimizer.learning_rate, or look at the data"
+            f"see nextllm replay and {self._run.flight}, lower optimizer.learning_rate, or look at the data"
         )
 
     def _record(self, step: int, metrics: StepMetrics) -> str:
@@ -148,21 +150,21 @@ class FlightRecorder:
             "config": json.loads(self._config.to_json()),
         }
         identity = [content[name] for name in _IDENTITY]
-        path = next((path for path, known in self._bundles if known == identity), None)
-        if path is None:
+        name = next((name for name, known in self._bundles.items() if known == identity), None)
+        if name is None:
             if len(self._bundles) >= MAX_BUNDLES:
-                return f"; {self._directory} has {len(self._bundles)} bundles and takes no more"
-            path, number = self._directory / f"step-{step}", 2
-            while path in [known for known, _ in self._bundles]:  # of this step with other settings
-                path, number = self._directory / f"step-{step}-{number}", number + 1
-            self._bundles.append((path, identity))
+                return f"; {self._run.flight} has {len(self._bundles)} bundles and takes no more"
+            name, number = f"step-{step}", 2
+            while name in self._bundles:  # of this step with other settings
+                name, number = f"step-{step}-{number}", number + 1
+            self._bundles[name] = identity
             content["checkpoint"] = self._pin(step)
             if jax.process_index() == 0:
                 try:
-                    self._write(path, content)
-                except OSError as error:  # the run can go on without it
-                    return f"; its bundle {path} cannot be written ({error.strerror or error})"
-        return f"; to see where it went wrong: nextllm replay {path}"
+                    self._write(f"{FLIGHT}/{name}", content)
+                except RunFailed as error:  # the run can go on without it
+                    return f"; its bundle {self._run.flight / name} cannot be written ({cause(error)})"
+        return f"; to see where it went wrong: nextllm replay {self._run.flight / name}"
 
     def _pin(self, step: int) -> int | None:
         """Keep the last checkpoint before a step for its replay; None: there is none, a replay starts at step 0.
@@ -176,21 +178,19 @@ class FlightRecorder:
         self._checkpoints.pin(before[-1])
         return before[-1]
 
-    def _write(self, path: Path, content: dict[str, Any]) -> None:
-        """Write a bundle, whole or not at all."""
+    def _write(self, bundle: str, content: dict[str, Any]) -> None:
         windows, batch = self._loader.whole_batch(content["step"] - 1)
-        unfinished = self._directory / ".unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        np.savez_compressed(unfinished / BATCH, windows=windows, **batch._asdict())
-        (unfinished / BUNDLE).write_text(json.dumps(content | {"windows": windows.tolist()}, indent=2) + "\n")
-        unfinished.rename(path)
+        arrays = io.BytesIO()
+        np.savez_compressed(arrays, windows=windows, **batch._asdict())
+        self._run.write(f"{bundle}/{BATCH}", arrays.getvalue())
+        text = json.dumps(content | {"windows": windows.tolist()}, indent=2) + "\n"
+        self._run.write(f"{bundle}/{BUNDLE}", text.encode())
 
 
-def _identity(path: Path) -> list[Any] | None:
+def _identity(bundle: bytes) -> list[Any] | None:
     """What two bundles of the same step have in common, though a continued run wrote the second."""
     try:
-        content = json.loads((path / BUNDLE).read_text())
+        content = json.loads(bundle)
         return [content[name] for name in _IDENTITY]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None

@@ -59,11 +59,11 @@ def _prepare(
 
     Returns the config to train, with the model of init_from.
     """
-    stop.nothing_to_lose("waiting for the other processes")
+    stop.exit_at_once("waiting for the other processes")
 
     from nextllm_jax.data.prepare import ensure_prepared
+    from nextllm_jax.training.open_run import require_startable
     from nextllm_jax.training.resume_guard import allowed_fields
-    from nextllm_jax.training.run_directory import require_startable
 
     consent = allowed_fields(allow_change)
     local_workdir(config)  # raises InputError for none
@@ -74,14 +74,15 @@ def _prepare(
         config = with_source(config, file, overwrite=overwrite)
     choices = {"--overwrite": str(overwrite), "--allow-change": ", ".join(sorted(consent))}
     group.check_same({**choices, **facts_of(config)})
-    stop.nothing_to_lose("preparing data")
+    stop.exit_at_once("preparing data")
     if group.process_id == 0:
+        # To report mistakes before the data is prepared; `open_run` checks again once it holds the run's lock.
         require_startable(config, overwrite=overwrite, allow_change=consent)
         ensure_prepared(config.data)
         if config.init_from is not None:
             require_tokenizer(config, overwrite=overwrite)
     group.gather(None, "process 0 to prepare the data")
-    stop.nothing_to_lose("starting")
+    stop.exit_at_once("starting")
     use_compilation_cache()
     group.start_jax()
     return config

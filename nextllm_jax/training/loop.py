@@ -4,43 +4,40 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Literal
 
 import jax
 import numpy as np
-from etils import epath
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from nextllm_jax import hardware
 from nextllm_jax.checkpoint.base import RECORD, base_id, save_base
 from nextllm_jax.checkpoint.manager import Checkpoints, DamagedCheckpoint
+from nextllm_jax.checkpoint.run_dir import SAMPLES, RunDir
 from nextllm_jax.config import Config
 from nextllm_jax.config.files import local_workdir
 from nextllm_jax.data.loader import validation_batches
-from nextllm_jax.data.packing import describe_windows
 from nextllm_jax.data.prepare import default_data_path
-from nextllm_jax.data.shards import SPLITS, Dataset
+from nextllm_jax.data.shards import Dataset
 from nextllm_jax.distributed.process_group import Group
 from nextllm_jax.distributed.signals import StopRequest
 from nextllm_jax.errors import InputError
 from nextllm_jax.evaluation.evaluate import evaluate
-from nextllm_jax.model.accounting import adapter_count, flops_per_token, parameter_count
+from nextllm_jax.model.accounting import flops_per_token
 from nextllm_jax.model.objective import Batch
 from nextllm_jax.model.transformer import set_matmul_precision
 from nextllm_jax.pretrained.init_from import initial_params
-from nextllm_jax.sharding import sharding
+from nextllm_jax.sharding import placed, sharding
 from nextllm_jax.training.flight_recorder import FlightRecorder, environment
 from nextllm_jax.training.metrics import TrainMeter
-from nextllm_jax.training.optimizer import describe_warmup
+from nextllm_jax.training.open_run import OpenRun, open_run
 from nextllm_jax.training.profiler import StepProfiler
-from nextllm_jax.training.program import Program, to_save
+from nextllm_jax.training.program import to_save
 from nextllm_jax.training.resume_guard import recorded_data, require_same_data
-from nextllm_jax.training.run_directory import RunDirectory, open_run
 from nextllm_jax.training.samples import sample_text
-from nextllm_jax.training.start import DEVICE_CHECKS, Start, require
-from nextllm_jax.training.state import TrainState, placed, require_finite, whole_params
+from nextllm_jax.training.start import CHECKS, Remark, Start, require
+from nextllm_jax.training.state import TrainState, require_finite, whole_params
 from nextllm_jax.training.step import StepMetrics
 from nextllm_jax.training.writers import Writers
 
@@ -51,21 +48,19 @@ class _Stopped(Exception):
     """A stop was requested during an evaluation."""
 
 
-def _restore_or_create(
-    program: Program, checkpoints: Checkpoints, config: Config, start: Callable[[], TrainState]
-) -> tuple[TrainState, dict[str, Any]]:
-    """The latest readable checkpoint's state and record, or the state that a run starts with and an empty record.
+def _restore_or_begin(start: Start, run: RunDir, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
+    """The latest readable checkpoint's state and record, or the state that a run begins with and an empty record.
 
     A damaged checkpoint is set aside with a message; otherwise its step could not be saved again. Raises
     InputError instead if checkpoint.strict is set, or if there is none before it to go on from.
     """
     while (step := checkpoints.latest_step()) is not None:
         try:
-            return program.restore_state(checkpoints, step)
+            return start.program.restore_state(checkpoints, step)
         except DamagedCheckpoint as error:
             if checkpoints.steps()[0] == error.step:
-                raise InputError(f"{error}; bring the file back, or start anew with --overwrite") from error
-            if config.checkpoint.strict:
+                raise InputError(f"{error}; restore the file, or start over with --overwrite") from error
+            if start.config.checkpoint.strict:
                 raise InputError(
                     f"{error}; leave out --checkpoint.strict to set it aside and go on from the one before it"
                 ) from error
@@ -73,50 +68,37 @@ def _restore_or_create(
             if jax.process_index() == 0:
                 left = checkpoints.latest_step()
                 print(f"WARNING: {error}\nWARNING: it is now {aside}; going on from step {left}", flush=True)
-    return start(), {}
+    return _begin(start, run), {}
 
 
-def _begin(program: Program, config: Config, mesh: Mesh, run: epath.Path) -> TrainState:
-    """The state of a run's first step; weights that it leaves as they are have been saved beside its checkpoints."""
-    if config.init_from is None:
-        return program.create_state()
-    state = program.state_from(initial_params(config, functools.partial(placed, mesh)))
+def _begin(start: Start, run: RunDir) -> TrainState:
+    """The state of a run's first step. Frozen weights, if any, are saved to base/ first."""
+    if start.config.init_from is None:
+        return start.program.create_state()
+    state = start.program.state_from(initial_params(start.config, functools.partial(placed, start.mesh)))
     if state.frozen is not None:
         save_base(run, state.frozen.params)
     return state
 
 
-def _checkpoints(directory: epath.Path, config: Config, dataset: Dataset) -> Checkpoints:
+def _checkpoints(run: RunDir, config: Config, dataset: Dataset) -> Checkpoints:
     data_id = dataset.split("train").data_id
     return Checkpoints(
-        directory,
+        run.checkpoints,
         keep_last=config.checkpoint.keep_last,
         keep_every_steps=config.checkpoint.keep_every_steps,
         run={"config": dataclasses.asdict(config), "tokenizer": dataset.tokenizer_hash, "data": data_id},
     )
 
 
-def _describe(writers: Writers, run: RunDirectory, start: Start, step: int | None) -> None:
+def _announce(writers: Writers, run: OpenRun, remarks: Iterable[Remark], step: int | None) -> None:
     """Say what is trained, on what and from where."""
-    config, mesh, dataset, model = start.config, start.mesh, start.dataset, start.program.model
     if run.set_aside:
         writers.message(f"the run that was here is in {run.set_aside}")
-    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
-    trained = adapter_count(config.model, config.lora)
-    writers.message(
-        f"{parameter_count(config.model):,} parameters{f' below {trained:,} in adapters' if trained else ''}, "
-        f"{np.dtype(model.dtype).name} matmuls, "
-        f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}{f' ({axes})' if axes else ''}, "
-        f"{model.kernel.name} attention ({model.kernel.reason}); "
-        f"{dataset.split('train').num_tokens:,} training tokens"
-    )
-    for split in SPLITS:
-        if said := describe_windows(dataset.split(split), config.data.sequence_length):
-            writers.message(said)
-    if said := describe_warmup(config.optimizer, config.training.steps):
-        writers.message(said)
+    for text, is_warning in remarks:
+        writers.message(f"WARNING: {text}" if is_warning else text)
     if step is not None:
-        writers.message(f"continuing from step {step} of {run.path}")
+        writers.message(f"continuing from step {step} of {run.dir.path}")
     for change in run.changes:
         writers.message(f"changed: {change}")
 
@@ -137,7 +119,6 @@ def train(
 
     Raises InputError for what the user can fix, and RunFailed if too many steps in a row are skipped.
     """
-    workdir = local_workdir(config)
     start = Start(
         config,
         lambda: Dataset.open(default_data_path(config.data), verify=config.data.verify),
@@ -145,47 +126,43 @@ def train(
         allow_change=allow_change,
     )
     group = group or Group()
-    remarks = require(DEVICE_CHECKS, start)
-    program, mesh, dataset = start.program, start.mesh, start.dataset
-    set_matmul_precision(program.model.dtype)
+    writes = group.process_id == 0
+    remarks = require(CHECKS, start)
+    mesh, dtype, dataset = start.mesh, start.program.model.dtype, start.dataset
+    set_matmul_precision(dtype)
     group.check_same({f"the data in {dataset.path} with id": dataset.data_id})
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopRequest(group))
         stack.enter_context(jax.set_mesh(mesh))
-        run = stack.enter_context(
-            open_run(workdir, config, overwrite=overwrite, allow_change=allow_change, group=group)
+        opened = stack.enter_context(
+            open_run(local_workdir(config), config, overwrite=overwrite, allow_change=allow_change, group=group)
         )
-        checkpoints = stack.enter_context(_checkpoints(run.path / "checkpoints", config, dataset))
+        run = opened.dir
+        checkpoints = stack.enter_context(_checkpoints(run, config, dataset))
         stack.push(group.report)  # before the checkpoints close, which can wait for the others
-        begin = functools.partial(_begin, program, config, mesh, run.path)
-        state, record = _restore_or_create(program, checkpoints, config, begin)
+        state, record = _restore_or_begin(start, run, checkpoints)
         if record:
             position = recorded_data(record)
             require_same_data(position, start.loader.position(0), dataset.path, allow_change)
             start.loader.resume(position)
-        require_finite(state, workdir)
-        if run.writes:
-            start.tokenizer.save(run.path / "tokenizer")  # only now: this is the run's data
-        run.accept(config)
+        require_finite(state, str(run.path))
+        if writes:  # only now, when a continued run has passed all checks
+            start.tokenizer.save(run.tokenizer)
+            run.write_config(config)
         step = int(state.step) if record else None
         writers = Writers(
-            run.path,
+            run,
             total_steps=config.training.steps,
             initial_step=step,
             evaluated=record.get("evaluated", False),
-            enabled=run.writes,
+            enabled=writes,
         )
         stack.enter_context(contextlib.closing(writers))
-        _describe(writers, run, start, step)
-        for remark in remarks:
-            if remark.is_warning:
-                writers.message(f"WARNING: {remark.text}")
-        about = environment(mesh, program.model.dtype)
-        recorder = FlightRecorder(run.path, config, start.loader, checkpoints, writers, about)
-        traced = profile_steps if run.writes else 0
-        profiler = StepProfiler(run.path / "profile", step or 0, traced, writers.message)
+        _announce(writers, opened, remarks, step)
+        recorder = FlightRecorder(run, config, start.loader, checkpoints, writers, environment(mesh, dtype))
+        profiler = StepProfiler(run.profile, step or 0, profile_steps if writes else 0, writers.message)
         stack.enter_context(contextlib.closing(profiler))
-        session = Session(start, checkpoints, writers, recorder, profiler, stop)
+        session = Session(start, run, checkpoints, writers, recorder, profiler, stop)
         return _steps(session, state, record)
 
 
@@ -194,6 +171,7 @@ class Session:
     """The parts of a run that its steps work with."""
 
     start: Start
+    run: RunDir
     checkpoints: Checkpoints
     writers: Writers
     recorder: FlightRecorder
@@ -221,7 +199,7 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
     config, writers, stop = session.config, session.writers, session.stop
     step = int(state.step)
     evaluated = record.get("evaluated", False)
-    stop.something_to_lose()
+    stop.defer()
     batches = session.start.loader.batches(step)
     meter = _make_meter(session, record)
     last: StepMetrics | None = None
@@ -246,7 +224,7 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
         started = time.perf_counter()
         if last is None:
             session.checkpoints.wait()
-            stop.nothing_to_lose("compiling the train step and taking the first")
+            stop.exit_at_once("compiling the train step and taking the first")
             writers.message("compiling the train step")
         session.profiler.begin_if_due(step, meter.pause)
         batch = meter.wait_for(batches)
@@ -257,7 +235,7 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
         session.checkpoints.check()
         if last is None:
             meter.resume()  # waits: the first step is the one that compiles
-            stop.something_to_lose()
+            stop.defer()
             writers.message(f"compiled the train step and took the first in {time.perf_counter() - started:.1f} s")
         else:
             session.recorder.look(step - 1, last)  # the step before: this one is still under way
@@ -345,7 +323,7 @@ def _save(
     items, facts = to_save(state)
     record = {"evaluated": evaluated, "data": session.start.loader.position(step), **meter.state(), **facts}
     if state.frozen is not None:
-        record[RECORD] = base_id(checkpoints.directory.parent)
+        record[RECORD] = base_id(session.run)
     if not saved:
         checkpoints.save(step, items, record, validation_loss=loss)
     elif loss is not None:
@@ -368,12 +346,12 @@ def _show(session: Session, state: TrainState, step: int) -> None:
     written = writers.last_samples_step == step
     if jax.process_count() == 1:
         if not written:
-            writers.optional("samples.txt", lambda: writers.samples(step, make_texts()))
+            writers.optional(SAMPLES, lambda: writers.samples(step, make_texts()))
         return
     # All processes sample together, if process 0 has not written the block yet; without one of them none can go on.
     if not multihost_utils.broadcast_one_to_all(np.array(written)):
         texts = make_texts()
-        writers.optional("samples.txt", lambda: writers.samples(step, texts))
+        writers.optional(SAMPLES, lambda: writers.samples(step, texts))
 
 
 def _finish(session: Session, state: TrainState, last: StepMetrics | None) -> Outcome:

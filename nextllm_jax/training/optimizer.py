@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nextllm_jax.config import OptimizerConfig
+from nextllm_jax.config import ModelConfig, OptimizerConfig
+from nextllm_jax.model.transformer import abstract_params
+from nextllm_jax.model.weights import by_name, path_name
 
 
 def schedule(config: OptimizerConfig, training_steps: int) -> optax.Schedule:
@@ -47,15 +49,14 @@ def describe_warmup(config: OptimizerConfig, training_steps: int) -> str | None:
     )
 
 
-def decay_mask(config: OptimizerConfig, params: Any) -> Any:
-    """True for each parameter that weight decay shrinks: kernels, and embeddings by choice."""
+def decay_mask(config: OptimizerConfig, model: ModelConfig, params: Any) -> Any:
+    """True for each parameter that weight decay shrinks: matrices, and embeddings by choice.
 
-    def decays(path: Any, _: Any) -> bool:
-        # Boxed parameters add a step of their own below the last name.
-        name = [step.key for step in path if isinstance(step, jax.tree_util.DictKey)][-1]
-        return name == "kernel" or (name == "embedding" and config.decay_embeddings)
-
-    return jax.tree_util.tree_map_with_path(decays, params)
+    `params` may be boxed, a part of the model's parameters, or adapters, which do not decay.
+    """
+    decaying = ("matrix", "embedding") if config.decay_embeddings else ("matrix",)
+    names = {name for name, weight in by_name(abstract_params(model)).items() if weight.kind in decaying}
+    return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path) in names, params)
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
@@ -70,7 +71,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArg
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), clip)
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(config: OptimizerConfig, model: ModelConfig) -> optax.GradientTransformationExtraArgs:
     """Clipping and AdamW at a learning rate of 1: the train step scales the update by the schedule.
 
     The schedule reads the step that counts skipped updates too, which optax's own count does not know. Updates take
@@ -79,5 +80,5 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtra
     return optax.chain(
         clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=jnp.dtype(config.first_moment_dtype)),
-        optax.add_decayed_weights(config.weight_decay, mask=lambda params: decay_mask(config, params)),
+        optax.add_decayed_weights(config.weight_decay, mask=lambda params: decay_mask(config, model, params)),
     )

@@ -11,7 +11,7 @@ from nextllm_jax.checkpoint.base import restore_base
 from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.config import Config
 from nextllm_jax.model.attention_kernel import choose_kernel
-from nextllm_jax.model.objective import Batch, make_eval_step
+from nextllm_jax.model.objective import Batch, Objective, make_eval_step, next_token
 from nextllm_jax.model.transformer import Transformer, resolve_dtype
 from nextllm_jax.training.optimizer import make_optimizer, schedule
 from nextllm_jax.training.state import (
@@ -31,6 +31,7 @@ class Program:
     """What is compiled once: the model and its steps, and the layout of the state."""
 
     model: Transformer
+    objective: Objective
     train_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
     eval_step: Callable[..., tuple[jax.Array, jax.Array]]
     abstract_state: TrainState
@@ -42,12 +43,12 @@ class Program:
     """The state and the record of a saved step. Raises as `Checkpoints.restore` and `restore_base` do."""
 
 
-def build_program(config: Config, mesh: Mesh) -> Program:
+def build_program(config: Config, mesh: Mesh, objective: Objective = next_token) -> Program:
     """The steps of a config on a mesh; nothing is compiled or computed yet."""
     platform = mesh.devices.flat[0].platform  # of the mesh, which may be a topology that is not here
     dtype = resolve_dtype(config.model.dtype, platform, training=True)
     model = Transformer(config.model, dtype, kernel=choose_kernel(config, mesh, dtype))
-    optimizer = make_optimizer(config.optimizer)
+    optimizer = make_optimizer(config.optimizer, config.model)
     arrays = abstract_state(model, optimizer, mesh, config.optimizer, config.lora)
     training = config.training
     window_steps = training.spike_window_steps if training.spike_factor else 0
@@ -72,6 +73,7 @@ def build_program(config: Config, mesh: Mesh) -> Program:
 
     abstract = with_recent_losses(arrays, None, window_steps, mesh)
     train_step = make_train_step(
+        objective,
         model,
         optimizer,
         schedule(config.optimizer, training.steps),
@@ -81,8 +83,9 @@ def build_program(config: Config, mesh: Mesh) -> Program:
     )
     return Program(
         model=model,
+        objective=objective,
         train_step=train_step,
-        eval_step=make_eval_step(model),
+        eval_step=make_eval_step(objective, model),
         abstract_state=abstract,
         create_state=create,
         state_from=start_from,

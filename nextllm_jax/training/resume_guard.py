@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from nextllm_jax.checkpoint.run_dir import CONFIG, RunDir
 from nextllm_jax.config import Config
 from nextllm_jax.config.fields import OTHER_DATA, fields_of
-from nextllm_jax.config.files import CONFIG, is_of_first_format, read_config
+from nextllm_jax.config.files import is_of_first_format
 from nextllm_jax.errors import InputError
 
 _NEW_RUN = "start a new run: another --workdir, or --overwrite to set the old run aside"
@@ -98,17 +99,17 @@ def changes(old: Config, new: Config) -> list[Change]:
     return found
 
 
-def require_resumable(workdir: epath.PathLike, config: Config, allow_change: Collection[str]) -> list[Change]:
-    """Raise InputError, a line for each field, if the run in `workdir` may not go on as `config`.
+def require_resumable(run: RunDir, config: Config, allow_change: Collection[str]) -> list[Change]:
+    """Raise InputError, a line for each field, if `run` may not go on as `config`.
 
     Returns the changes that `allow_change` names, which may be; none where there is no run.
     """
     allowed = allowed_fields(allow_change)
-    if not (epath.Path(workdir) / CONFIG).exists():
+    if not run.exists():
         return []
-    old = read_run(workdir)
+    old = run.read_config()
     found = changes(old, config)
-    if is_of_first_format(epath.Path(workdir) / CONFIG):
+    if is_of_first_format(run.path / CONFIG):
         named = {change.name for change in found}
         found += [change for change in _changes_since_first_format(old, config) if change.name not in named]
     refused = [change for change in found if change.name not in allowed]
@@ -117,15 +118,7 @@ def require_resumable(workdir: epath.PathLike, config: Config, allow_change: Col
     consent = " ".join(f"--allow-change {change.name}" for change in refused)
     fix = f"restore them, or consent: {consent}; or " if all(change.allowable for change in refused) else ""
     lines = "".join(f"\n  {change}" for change in refused)
-    raise InputError(f"{workdir} holds a run with another config, and stays as it is:{lines}\n{fix}{_NEW_RUN}")
-
-
-def read_run(workdir: epath.PathLike) -> Config:
-    """The config of the run in `workdir`. Raises InputError if config.json is not one, such as another program's."""
-    try:
-        return read_config(epath.Path(workdir) / CONFIG)
-    except InputError as error:
-        raise InputError(f"{workdir} is not empty and not a run ({error}); choose another --workdir") from error
+    raise InputError(f"{run.path} holds a run with another config, and stays as it is:{lines}\n{fix}{_NEW_RUN}")
 
 
 def recorded_data(record: dict[str, Any]) -> dict[str, Any]:

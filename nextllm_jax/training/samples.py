@@ -6,8 +6,9 @@ from typing import Any
 import jax
 
 from nextllm_jax.config import ModelConfig
-from nextllm_jax.inference.llm import LLM, cast_matrices
-from nextllm_jax.model.transformer import resolve_dtype
+from nextllm_jax.inference.llm import LLM
+from nextllm_jax.model.transformer import abstract_params, resolve_dtype
+from nextllm_jax.model.weights import cast_matrices
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 
@@ -16,5 +17,5 @@ def sample_text(
 ) -> list[tuple[str, str]]:
     """(prompt, continuation) of each prompt. Every process calls it, since it computes on the mesh."""
     dtype = resolve_dtype(config.dtype, jax.default_backend())
-    llm = LLM(config, cast_matrices(params, dtype), tokenizer, dtype)
+    llm = LLM(config, cast_matrices(abstract_params(config), params, dtype), tokenizer, dtype)
     return [(sample.prompt, sample.text) for sample in llm.generate(prompts, max_new_tokens=max_new_tokens)]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from nextllm_jax.config import Config
@@ -13,11 +14,11 @@ from nextllm_jax.data.loader import TrainLoader
 from nextllm_jax.data.packing import count_windows, describe_windows, has_targets
 from nextllm_jax.data.shards import SPLITS, Dataset
 from nextllm_jax.errors import InputError
-from nextllm_jax.model.accounting import parameter_count
+from nextllm_jax.model.accounting import adapter_count, parameter_count
 from nextllm_jax.sharding import make_mesh, sharding
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
+from nextllm_jax.training.optimizer import describe_warmup
 from nextllm_jax.training.program import Program, build_program
-from nextllm_jax.training.run_directory import require_startable
 
 
 class Remark(NamedTuple):
@@ -117,24 +118,22 @@ def check_divides(config: Config, mesh: Mesh | AbstractMesh) -> None:
         raise InputError(f"data.sequence_length {length} is not divisible by mesh.sequence {parts}")
 
 
-def _check_run(start: Start) -> Iterator[Remark]:
-    for change in require_startable(start.config, overwrite=start.overwrite, allow_change=start.allow_change):
-        yield Remark(f"changed: {change}", is_warning=True)
-
-
 def _check_devices(start: Start) -> Iterator[Remark]:
-    axes = ", ".join(f"{name} {size}" for name, size in start.mesh.shape.items())
+    axes = ", ".join(f"{name} {size}" for name, size in start.mesh.shape.items() if size > 1)
     kind = start.mesh.devices.flat[0].device_kind
-    yield Remark(f"{start.mesh.devices.size} x {kind} ({jax.default_backend()}); mesh {axes}")
+    yield Remark(f"{start.mesh.devices.size} x {kind}{f' ({axes})' if axes else ''}")
 
 
 def _check_model(start: Start) -> Iterator[Remark]:
-    check_divides(start.config, start.mesh)
-    program = start.program
+    config, model = start.config, start.program.model
+    check_divides(config, start.mesh)
+    trained = adapter_count(config.model, config.lora)
     yield Remark(
-        f"{parameter_count(start.config.model):,} parameters, {program.model.kernel.name} attention "
-        f"({program.model.kernel.reason}); the mesh divides model, batch and sequences"
+        f"{parameter_count(config.model):,} parameters{f' below {trained:,} in adapters' if trained else ''}, "
+        f"{np.dtype(model.dtype).name} matmuls, {model.kernel.name} attention ({model.kernel.reason})"
     )
+    if said := describe_warmup(config.optimizer, config.training.steps):
+        yield Remark(said)
 
 
 def _check_data(start: Start) -> Iterator[Remark]:
@@ -176,21 +175,18 @@ def _check_batches(start: Start) -> Iterator[Remark]:
     said = (
         f"{windows:,} windows of {length} tokens; {config.training.steps:,} steps of {batch} are {epochs:,.2f} epochs"
     )
-    if how := describe_windows(train, length):
-        said = f"{said}; {how}"
-    if batch > windows:
-        yield Remark(f"{said}; each step repeats windows: more data, or a smaller batch", is_warning=True)
-    else:
-        yield Remark(said)
+    repeats = batch > windows
+    yield Remark(f"{said}; each step repeats windows: more data, or a smaller batch" if repeats else said, repeats)
+    for split in map(start.dataset.split, SPLITS):
+        if said := describe_windows(split, length):
+            yield Remark(said)
 
 
-RUN_CHECKS = (Check("run", _check_run),)
-"""Of the run directory. `launch` makes them in process 0 before data is prepared, `open_run` again under its lock."""
-DEVICE_CHECKS = (
+CHECKS = (
     Check("devices", _check_devices),
     Check("model", _check_model),
     Check("data", _check_data, needs_data=True),
     Check("fit", _check_fit, needs_data=True),
     Check("batches", _check_batches, needs_data=True),
 )
-"""Of everything else. The loop makes them in all processes once the data is prepared."""
+"""The loop makes them in all processes once the data is prepared. `open_run` checks the run directory."""

@@ -1,6 +1,7 @@
 """The training state, made sharded: abstract shapes, then shardings, then one jitted initialisation."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from nextllm_jax.config import Config, LoraConfig, ModelConfig, OptimizerConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.model import lora as adapters
 from nextllm_jax.model.transformer import Transformer, abstract_params
-from nextllm_jax.sharding import also_over_data, tree_shardings
+from nextllm_jax.sharding import also_over_data, placed
 
 
 @flax.struct.dataclass
@@ -115,15 +116,6 @@ def abstract_state(
     return state if placement is None else _place_moments(state, placement)
 
 
-def placed(mesh: Mesh | AbstractMesh, boxed: Any) -> Any:
-    """Abstract arrays out of their boxes, each with its sharding on the mesh. Raises InputError as `abstract_state`."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        nn.meta.unbox(boxed),
-        tree_shardings(mesh, boxed),
-    )
-
-
 def _place_moments(state: TrainState, config: OptimizerConfig) -> TrainState:
     """An abstract state whose moments are divided over "data" too, or in the host's memory, if the config says so."""
 
@@ -182,5 +174,5 @@ def whole_params(state: TrainState, config: ModelConfig, mesh: Mesh) -> Any:
     if state.frozen is None:
         return state.params
     shardings = shardings_of(placed(mesh, abstract_params(config)))
-    merge = jax.jit(adapters.merge, static_argnums=2, out_shardings=shardings)
-    return merge(state.params, state.frozen, jnp.dtype(config.param_dtype))
+    merge = functools.partial(adapters.merge, abstract_params(config), dtype=jnp.dtype(config.param_dtype))
+    return jax.jit(merge, out_shardings=shardings)(state.params, state.frozen)

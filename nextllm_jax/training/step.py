@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nextllm_jax.model.lora import Frozen, variables, weights
-from nextllm_jax.model.objective import Batch, head_nll
-from nextllm_jax.model.transformer import Transformer
+from nextllm_jax.model import layer_norms
+from nextllm_jax.model.lora import Frozen
+from nextllm_jax.model.objective import Batch, Metrics, Objective
+from nextllm_jax.model.transformer import Transformer, abstract_params
+from nextllm_jax.model.weights import by_name, path_name
 from nextllm_jax.sharding import constrain, is_over_data, sum_over_data
-from nextllm_jax.training import layer_norms
 from nextllm_jax.training.state import TrainState
 from nextllm_jax.training.update import make_update
 
@@ -48,65 +49,62 @@ class StepMetrics(NamedTuple):
 class MeanGradient(NamedTuple):
     """What the forward and backward passes of a global batch give."""
 
+    loss: jax.Array
+    """float32: summed loss, which is differentiated."""
     nll_sum: jax.Array
     """float32: summed negative log likelihood, in nats."""
     num_tokens: jax.Array
-    """int32: loss-bearing tokens."""
+    """int32: tokens in the loss mask."""
     gradients: Any
     """Of the mean loss over these tokens."""
     mean_squares: jax.Array
     """float32 [M]: of the residual stream, see `layer_norms.mean_squares`."""
 
 
-def _nll_and_mean_squares(
-    model: Transformer, params: Any, batch: Batch, frozen: Frozen | None
-) -> tuple[jax.Array, jax.Array]:
-    """`nll_sum`, and the mean squares of the residual stream that the model's norms come by."""
-    (hidden_BTD, _), recorded = model.apply(
-        variables(params, frozen), batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT, mutable=["intermediates"]
-    )
-    squares = layer_norms.mean_squares(model.config, recorded["intermediates"])
-    return head_nll(model, weights(params, frozen), hidden_BTD, batch), jax.lax.stop_gradient(squares)
-
-
-def _cast_kernels(params: Any, dtype: Any) -> Any:
-    """The parameters with the matrices of the layers in `dtype`, as the model would cast them."""
+def _cast_matrices(model: Transformer, params: Any) -> Any:
+    """The parameters with the matrices of the layers in the type of the matmuls, as the model would cast them."""
+    weights = by_name(abstract_params(model.config))
 
     def cast(path: Any, leaf: jax.Array) -> jax.Array:
-        return leaf.astype(dtype) if path[-1].key == "kernel" else leaf
+        weight = weights.get(path_name(path))
+        return leaf.astype(model.dtype) if weight is not None and weight.kind == "matrix" else leaf
 
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def _sums(
+    objective: Objective,
     model: Transformer,
     params: Any,
     batch: Batch,
     accumulation_steps: int,
     frozen: Frozen | None,
     gradients_over_data: bool,
-) -> Any:
-    """((summed nll, mean squares), summed gradient) of the batch's microbatches.
+) -> tuple[tuple[jax.Array, jax.Array, Metrics], Any]:
+    """(what the objective returns, its gradient), each summed over the microbatches of the batch.
 
-    Kernels are cast before they are differentiated: their gradients, in the type of the matmuls already, are then
+    Matrices are cast before they are differentiated: their gradients, in the type of the matmuls already, are then
     kept in it instead of wider.
     """
-    params = _cast_kernels(params, model.dtype)
+    params = _cast_matrices(model, params)
 
-    def value_and_grad(weights: Any, microbatch: Batch) -> Any:
+    def sums_and_gradient(weights: Any, microbatch: Batch) -> Any:
         params, frozen = weights
-        return jax.value_and_grad(lambda p: _nll_and_mean_squares(model, p, microbatch, frozen), has_aux=True)(params)
+
+        def loss(params: Any) -> tuple[jax.Array, Any]:
+            found = objective(model, params, microbatch, frozen)
+            return found[0], found
+
+        (_, found), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        return found, gradient
 
     if accumulation_steps == 1:
-        return value_and_grad((params, frozen), batch)
-    num_rows = len(batch.tokens_BT)
+        return sums_and_gradient((params, frozen), batch)
 
     def accumulated(weights: Any, batch: Batch) -> Any:
         def accumulate(sums: Any, microbatch: Batch) -> tuple[Any, None]:
             microbatch = jax.tree.map(lambda x: constrain(x, "batch", "seq"), microbatch)
-            (nll, squares), gradients = value_and_grad(weights, microbatch)
-            found = (nll, squares * (len(microbatch.tokens_BT) / num_rows)), gradients
-            return jax.tree.map(lambda total, x: total + x, sums, found), None
+            return jax.tree.map(lambda total, x: total + x, sums, sums_and_gradient(weights, microbatch)), None
 
         # Microbatch i takes rows i, i + A, ...: so every device keeps the rows that it already holds.
         microbatches = jax.tree.map(
@@ -115,9 +113,10 @@ def _sums(
             ),
             batch,
         )
-        scalars = (jnp.zeros((), jnp.float32), jnp.zeros(2 * model.config.num_layers + 1, jnp.float32))
-        zeros = (scalars, jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), weights[0]))
-        return jax.lax.scan(accumulate, zeros, microbatches)[0]
+        first = jax.tree.map(lambda x: x[0], microbatches)
+        found = jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda: objective(model, weights[0], first, weights[1])))
+        gradients = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), weights[0])
+        return jax.lax.scan(accumulate, (found, gradients), microbatches)[0]
 
     # The microbatches share one buffer, and each of them is reduced over the axes that shard it, which keeps it small:
     # "fsdp", and "data" if the gradients are sharded over that too. Otherwise "data" is summed over once, at the end.
@@ -127,6 +126,7 @@ def _sums(
 
 
 def mean_gradient(
+    objective: Objective,
     model: Transformer,
     params: Any,
     batch: Batch,
@@ -135,15 +135,16 @@ def mean_gradient(
     *,
     gradients_over_data: bool = False,
 ) -> MeanGradient:
-    """Loss and gradient of a global batch, whatever the microbatches: a mean over all its loss-bearing tokens.
+    """Loss and gradient of a global batch, whatever the microbatches: a mean over all its tokens in the loss mask.
 
     `gradients_over_data`: the caller shards the gradients over "data" too.
     """
-    (total_nll, mean_squares), gradients = _sums(model, params, batch, accumulation_steps, frozen, gradients_over_data)
-    num_tokens = jnp.sum(batch.loss_mask_BT, dtype=jnp.int32)
+    (loss, num_tokens, metrics), gradients = _sums(
+        objective, model, params, batch, accumulation_steps, frozen, gradients_over_data
+    )
     scale = 1.0 / jnp.maximum(num_tokens, 1).astype(jnp.float32)
     gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, gradients)
-    return MeanGradient(total_nll, num_tokens, gradients, mean_squares)
+    return MeanGradient(loss, metrics.nll, num_tokens, gradients, metrics.mean_squares / len(batch.tokens_BT))
 
 
 def _skip_reason(*found: jax.Array) -> jax.Array:
@@ -152,6 +153,7 @@ def _skip_reason(*found: jax.Array) -> jax.Array:
 
 
 def make_train_step(
+    objective: Objective,
     model: Transformer,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
@@ -176,7 +178,8 @@ def make_train_step(
     )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        total_nll, num_tokens, gradients, mean_squares = mean_gradient(
+        total_loss, total_nll, num_tokens, gradients, mean_squares = mean_gradient(
+            objective,
             model,
             state.params,
             batch,
@@ -194,7 +197,7 @@ def make_train_step(
         if losses is not None:
             loss_limit = spike_factor * jnp.median(losses)  # NaN, and so never passed, until the window is full
             spikes = loss > loss_limit
-        reason = _skip_reason(~jnp.isfinite(total_nll), ~jnp.isfinite(grad_norm), ~update.is_finite(state), spikes)
+        reason = _skip_reason(~jnp.isfinite(total_loss), ~jnp.isfinite(grad_norm), ~update.is_finite(state), spikes)
         taken = reason == 0
         params, opt_state = update.take(state, taken)
         if losses is not None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nextllm_jax.model.weights import is_stacked
 from nextllm_jax.training.state import TrainState
 
 
@@ -104,8 +105,7 @@ def _parts(tree: Any) -> tuple[Any, Any]:
 
     def part(stacked: bool) -> Any:
         def keep(path: Any, leaf: jax.Array) -> jax.Array | None:
-            is_stacked = any(getattr(step, "key", None) == "layers" for step in path)
-            return leaf if is_stacked == stacked or not leaf.ndim else None
+            return leaf if is_stacked(path) == stacked or not leaf.ndim else None
 
         return jax.tree_util.tree_map_with_path(keep, tree)
 

@@ -7,17 +7,15 @@ import json
 import math
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from etils import epath
-
 from nextllm_jax.checkpoint import orbax_errors
-from nextllm_jax.checkpoint.orbax_errors import writing
+from nextllm_jax.checkpoint.run_dir import LOSS, METRICS, SAMPLES, RunDir
 from nextllm_jax.errors import InputError, RunFailed
-from nextllm_jax.training.run_directory import write_atomically
 
 # The fields of a line of metrics.jsonl, in order; bits_per_byte is in the validation lines alone.
 _FIELDS = ("step", "split", "loss", "perplexity", "bits_per_byte", "learning_rate", "grad_norm",
@@ -38,14 +36,12 @@ def _duration(seconds: float) -> str:
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
-def _cut_metrics(path: epath.Path, last_step: int | None, evaluated: bool) -> list[dict[str, Any]]:
+def _cut_metrics(run: RunDir, last_step: int | None, evaluated: bool) -> list[dict[str, Any]]:
     """The records of metrics.jsonl up to and with `last_step` (None: none of them), and cuts the others.
 
     The validation record of `last_step` itself stays if that step is `evaluated`.
     """
-    if not path.exists():
-        return []
-    content = path.read_bytes()
+    content = run.read(METRICS)
     records, lines = [], []
     for line in content.splitlines(keepends=True):
         try:
@@ -59,15 +55,13 @@ def _cut_metrics(path: epath.Path, last_step: int | None, evaluated: bool) -> li
             lines.append(line)
     kept = b"".join(lines)
     if kept != content:
-        write_atomically(path, kept)
+        run.write(METRICS, kept)
     return records
 
 
-def _cut_samples(path: epath.Path, last_step: int | None) -> int | None:
+def _cut_samples(run: RunDir, last_step: int | None) -> int | None:
     """The last step of samples.txt up to and with `last_step` (None: none); cuts the blocks beyond."""
-    if not path.exists():
-        return None
-    content, last = path.read_bytes(), None
+    content, last = run.read(SAMPLES), None
     kept, keep = [], last_step is not None
     for line in content.split(b"\n"):
         header = _SAMPLES_HEADER.match(line)
@@ -77,8 +71,8 @@ def _cut_samples(path: epath.Path, last_step: int | None) -> int | None:
             last = step if keep else last
         if keep:
             kept.append(line)
-    if len(kept) < content.count(b"\n") + 1:
-        write_atomically(path, b"\n".join([*kept, b""]) if kept else b"")
+    if content and len(kept) < content.count(b"\n") + 1:
+        run.write(SAMPLES, b"\n".join([*kept, b""]) if kept else b"")
     return last
 
 
@@ -121,18 +115,19 @@ class _TensorBoard:
     """One event file, written at once.
 
     tensorboardX's SummaryWriter writes from a thread behind a short queue; when that thread dies of a full
-    disk, training waits for the queue for ever. So this uses the file writer under it.
+    disk, training waits for the queue for ever. So this uses the RecordWriter under it.
     """
 
-    def __init__(self, directory: epath.Path, initial_step: int | None) -> None:
-        from tensorboardX.event_file_writer import EventsWriter
+    def __init__(self, directory: os.PathLike[str], initial_step: int | None) -> None:
+        from tensorboardX import RecordWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
         self._event, self._summary = Event, Summary
-        directory.mkdir(parents=True, exist_ok=True)
-        # The name that the writer makes is the same for all writers of one second.
-        self._writer = EventsWriter(os.fspath(directory / "events"), f".{os.getpid()}.{time.monotonic_ns()}")
+        os.makedirs(directory, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+        self._writer = RecordWriter(os.path.join(directory, name))
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         # TensorBoard hides what an earlier part of the run wrote beyond the step that it continues from.
         start = SessionLog(status=SessionLog.START)
         self._write(Event(step=0 if initial_step is None else initial_step + 1, session_log=start))
@@ -142,7 +137,7 @@ class _TensorBoard:
         self._write(self._event(step=step, wall_time=time.time(), summary=self._summary(value=scalars)))
 
     def _write(self, event: Any) -> None:
-        self._writer.write_event(event)
+        self._writer.write(event.SerializeToString())
         self._writer.flush()
 
     def close(self) -> None:
@@ -160,14 +155,14 @@ class Writers:
 
     def __init__(
         self,
-        workdir: epath.PathLike,
+        run: RunDir,
         *,
         total_steps: int,
         initial_step: int | None = None,
         evaluated: bool = False,
         enabled: bool = True,
     ) -> None:
-        self._path = epath.Path(workdir)
+        self._run = run
         self._total_steps = total_steps
         self._enabled = enabled
         self._failed: set[str] = set()
@@ -178,17 +173,17 @@ class Writers:
         self._bar: Any = None
         self._first_progress: tuple[float, int] | None = None
         if enabled:
-            for record in _cut_metrics(self._path / "metrics.jsonl", initial_step, evaluated):
+            for record in _cut_metrics(run, initial_step, evaluated):
                 self._remember(record)
-            self.optional("samples.txt", lambda: self._cut_samples(initial_step))
+            self.optional(SAMPLES, lambda: self._cut_samples(initial_step))
             # Here and not at the first record: the import would count as time of a train step.
             self.optional("TensorBoard", lambda: self._open_tensorboard(initial_step))
 
     def _cut_samples(self, initial_step: int | None) -> None:
-        self.last_samples_step = _cut_samples(self._path / "samples.txt", initial_step)
+        self.last_samples_step = _cut_samples(self._run, initial_step)
 
     def _open_tensorboard(self, initial_step: int | None) -> None:
-        self._tensorboard = _TensorBoard(self._path / "tensorboard", initial_step)
+        self._tensorboard = _TensorBoard(self._run.tensorboard, initial_step)
 
     def _remember(self, record: dict[str, Any]) -> None:
         if record.get("split") in self._curves and record.get("loss") is not None:
@@ -221,9 +216,8 @@ class Writers:
 
     def picture(self) -> None:
         """Redraw loss.png."""
-        path, curves = self._path / "loss.png", self._curves
         if self._enabled:
-            self.optional("loss.png", lambda: write_atomically(path, draw_losses(**curves)))
+            self.optional(LOSS, lambda: self._run.write(LOSS, draw_losses(**self._curves)))
 
     def _record(self, split: str, record: dict[str, Any]) -> None:
         """Append a line with every field of the split, null where the record has none."""
@@ -234,7 +228,7 @@ class Writers:
             return
         fields = [name for name in _FIELDS if split == "validation" or name != "bits_per_byte"]
         line = {name: _json_value((record | {"split": split}).get(name)) for name in fields}
-        self._append("metrics.jsonl", json.dumps(line, allow_nan=False) + "\n")
+        self._run.append(METRICS, json.dumps(line, allow_nan=False).encode() + b"\n")
         self._remember(line)
         values: dict[str, float] = {
             f"{split}/{name}": value for name, value in line.items() if isinstance(value, (int, float))
@@ -251,21 +245,8 @@ class Writers:
         for prompt, text in texts:
             indented = (prompt + text).replace("\n", "\n" + _INDENT)
             blocks.append(f"prompt: {prompt!r}\n{_INDENT}{indented}\n")
-        self._append("samples.txt", "\n".join(blocks) + "\n")
+        self._run.append(SAMPLES, ("\n".join(blocks) + "\n").encode(errors="replace"))
         self.last_samples_step = step
-
-    def _append(self, name: str, text: str) -> None:
-        """Append to a file of the run, whole or not at all. Raises RunFailed if it cannot be written."""
-        path = self._path / name
-        with writing(path):
-            size = os.path.getsize(path) if path.exists() else 0
-            try:
-                with path.open("ab") as file:
-                    file.write(text.encode("utf-8", errors="replace"))
-            except OSError:
-                with contextlib.suppress(OSError):
-                    os.truncate(path, size)
-                raise
 
     def progress(self, step: int, loss: float | None = None, tokens_per_second: float | None = None) -> None:
         """Show how far the run is: a bar on a terminal, elsewhere a line for each call that has a loss."""

@@ -75,7 +75,7 @@ def test_other_data_that_was_published_before_the_claim_is_refused_without_work(
 
 
 @pytest.mark.parametrize("leave", [lambda partial, output: partial.rename(output), lambda partial, _: partial.rmdir()])
-@pytest.mark.parametrize("moment", ["_lock", "_is_at", "open"])
+@pytest.mark.parametrize("moment", ["lock_file", "_is_at", "open"])
 def test_a_directory_that_goes_while_it_is_claimed_is_not_the_claimed_one(output, monkeypatch, leave, moment):
     owner = data_directory.os if moment == "open" else data_directory
     real, partial, calls = getattr(owner, moment), partial_path(output), []

@@ -277,7 +277,7 @@ ROWS = {
     "a small disk": Row(tiny_disk, slow=True),
     "full disk at the arrays": Row(full_disk(SAVE), slow=True),
     "full disk at a manifest": Row(full_disk(f"{FILES}:write_manifest"), slow=True),
-    "full disk at metrics.jsonl": Row(full_disk("nextllm_jax.training.writers:Writers._append", 3)),
+    "full disk at metrics.jsonl": Row(full_disk("nextllm_jax.storage.disk:Disk.append", 3)),
     "checkpoints removed while training": Row(checkpoints_removed, "no checkpoint in", refuses=True, slow=True),
     "run removed while training": Row(run_removed, slow=True),
     # damage to the latest checkpoint

@@ -13,7 +13,8 @@ from nextllm_jax.errors import InputError
 from nextllm_jax.inference import sampling as transforms
 from nextllm_jax.inference.generate import CHUNK_TOKENS, Generation, bucket, decode, prefill
 from nextllm_jax.model.kv_cache import KVCache
-from nextllm_jax.model.transformer import Transformer, unstack_layers
+from nextllm_jax.model.transformer import Transformer
+from nextllm_jax.model.weights import unstack_layers
 from nextllm_jax.sharding import make_mesh, tree_shardings
 
 VOCAB = 90  # of 96: the rest is padding

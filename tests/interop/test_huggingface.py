@@ -22,7 +22,8 @@ from nextllm_jax.config.model import ModelConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.interop import huggingface
 from nextllm_jax.interop.huggingface_config import read_model_config, write_model_config
-from nextllm_jax.model.transformer import abstract_params, unstack_layers
+from nextllm_jax.model.transformer import abstract_params
+from nextllm_jax.model.weights import unstack_layers
 from nextllm_jax.sharding import make_mesh, tree_shardings
 from tests.interop.models import CONFIG, assert_equal_trees, on_one_device, random_params, write_huggingface
 

@@ -13,11 +13,11 @@ from nextllm_jax.config import Config, DataConfig, LoraConfig, MeshConfig, Model
 from nextllm_jax.diagnostics.diagnosis import diagnose
 from nextllm_jax.model import lora
 from nextllm_jax.model.accounting import adapter_count, frozen_bytes
-from nextllm_jax.model.objective import make_eval_step
+from nextllm_jax.model.objective import make_eval_step, next_token
 from nextllm_jax.model.transformer import Transformer, abstract_params
-from nextllm_jax.sharding import make_mesh, sharding
+from nextllm_jax.sharding import make_mesh, placed, sharding
 from nextllm_jax.training.optimizer import make_optimizer, schedule
-from nextllm_jax.training.state import TrainState, abstract_state, placed, shardings_of, state_from, whole_params
+from nextllm_jax.training.state import TrainState, abstract_state, shardings_of, state_from, whole_params
 from nextllm_jax.training.step import make_train_step, mean_gradient
 from tests import reference
 from tests.training.test_step import make_batch
@@ -82,7 +82,7 @@ def test_adapters_compute_what_the_merged_weights_do(config):
     found = apply(lora.variables(adapters, frozen), batch)
     np.testing.assert_allclose(found, apply({"params": by_hand}, batch), rtol=2e-5, atol=2e-5)
     assert np.abs(found - apply({"params": params}, batch)).max() > 0.05
-    merged = lora.merge(adapters, frozen, jnp.float32)
+    merged = lora.merge(abstract_params(CONFIG), adapters, frozen, jnp.float32)
     assert jax.tree.structure(merged) == jax.tree.structure(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), merged, by_hand)
 
@@ -95,10 +95,12 @@ def test_new_adapters_change_nothing_and_alone_have_gradients():
     for path, leaf in jax.tree_util.tree_leaves_with_path(adapters):
         assert np.any(np.asarray(leaf)) == (path[-1].key == "a"), path
     model = Transformer(CONFIG)
-    gradients = jax.jit(mean_gradient, static_argnums=(0, 3))(model, adapters, batch, 2, frozen).gradients
+    gradients = jax.jit(mean_gradient, static_argnums=(0, 1, 4))(
+        next_token, model, adapters, batch, 2, frozen
+    ).gradients
     assert jax.tree.structure(gradients) == jax.tree.structure(adapters)
     # With B zero the gradient reaches B alone: what the chain rule says of dW, seen through A.
-    whole = jax.jit(mean_gradient, static_argnums=(0, 3))(model, params, batch, 1).gradients
+    whole = jax.jit(mean_gradient, static_argnums=(0, 1, 4))(next_token, model, params, batch, 1).gradients
     for block in ("block_0", "block_1"):
         found, full = gradients["layers"][block]["mlp"]["up"], whole["layers"][block]["mlp"]["up"]["kernel"]
         a = np.asarray(adapters["layers"][block]["mlp"]["up"]["a"])
@@ -112,7 +114,7 @@ def train(mesh_config, config, *, steps=3):
     """Losses, state and validation loss after a few steps on a mesh; 8 devices or 1."""
     sizes = [getattr(mesh_config, name) for name in ("data", "fsdp", "sequence", "tensor")]
     mesh = make_mesh(mesh_config, jax.devices()[: int(np.prod(sizes))])
-    model, optimizer = Transformer(CONFIG), make_optimizer(OPTIMIZER)
+    model, optimizer = Transformer(CONFIG), make_optimizer(OPTIMIZER, CONFIG)
     on_mesh = jax.device_put(base_params(), shardings_of(placed(mesh, abstract_params(CONFIG))))
     with jax.set_mesh(mesh):
         whole = Config(model=CONFIG, optimizer=OPTIMIZER, lora=config, data=DATA, init_from="x")
@@ -121,14 +123,16 @@ def train(mesh_config, config, *, steps=3):
         assert jax.tree.map(lambda leaf: leaf.sharding, state) == shardings_of(abstract)
         assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) < 3 * adapter_count(CONFIG, config)
         before = jax.device_get(state.frozen.params)
-        step = make_train_step(model, optimizer, schedule(OPTIMIZER, 10), shardings_of(abstract), accumulation_steps=2)
+        step = make_train_step(
+            next_token, model, optimizer, schedule(OPTIMIZER, 10), shardings_of(abstract), accumulation_steps=2
+        )
         losses = []
         for _ in range(steps):
             state, metrics = step(state, jax.device_put(make_batch(), sharding(mesh, "batch", "seq")))
             losses.append(float(metrics.nll_sum) / int(metrics.num_tokens))
         batch = jax.device_put(make_batch(1), sharding(mesh, "batch", "seq"))
-        score = float(make_eval_step(model)(state.params, batch, state.frozen)[0])
-        merged = float(make_eval_step(model)(whole_params(state, CONFIG, mesh), batch)[0])
+        score = float(make_eval_step(next_token, model)(state.params, batch, state.frozen)[0])
+        merged = float(make_eval_step(next_token, model)(whole_params(state, CONFIG, mesh), batch)[0])
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.frozen.params))
     return losses, jax.device_get(state.params), score, merged
 
@@ -183,7 +187,7 @@ def test_a_bad_adapter_is_found():
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     adapters = random_adapters(ALL)
     adapters["layers"]["block_1"]["mlp"]["up"]["b"][0, 1, 2] = np.inf
-    zero, optimizer = jnp.zeros((), jnp.int32), make_optimizer(OPTIMIZER)
+    zero, optimizer = jnp.zeros((), jnp.int32), make_optimizer(OPTIMIZER, CONFIG)
     frozen = frozen_on(ALL, base_params())
     state = TrainState(zero, zero, zero, adapters, optimizer.init(adapters), frozen)
     with jax.set_mesh(mesh):

@@ -14,7 +14,8 @@ from nextllm_jax.config import ModelConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.kv_cache import KVCache
 from nextllm_jax.model.layers import RMSNorm
-from nextllm_jax.model.transformer import Transformer, resolve_dtype, unstack_layers
+from nextllm_jax.model.transformer import Transformer, resolve_dtype
+from nextllm_jax.model.weights import unstack_layers
 from nextllm_jax.sharding import RULES
 from tests import reference
 

@@ -12,7 +12,7 @@ pytest.importorskip("safetensors", reason="safetensors is missing; install the e
 
 from nextllm_jax.data.packing import count_windows, read_batch  # noqa: E402
 from nextllm_jax.evaluation.evaluate import evaluate  # noqa: E402
-from nextllm_jax.model.objective import make_eval_step  # noqa: E402
+from nextllm_jax.model.objective import make_eval_step, next_token  # noqa: E402
 from nextllm_jax.model.transformer import Transformer  # noqa: E402
 from tests.data.test_conversations import documents, prepared  # noqa: E402
 from tests.interop import models  # noqa: E402
@@ -36,7 +36,9 @@ def test_loss_and_bits_per_byte_count_what_the_assistant_says(tmp_path):
     windows = count_windows(split, T, partial=True)
     assert 1 < windows < split.num_documents  # several conversations in a window
     batch = read_batch(split, np.arange(windows), T)
-    found = evaluate(make_eval_step(Transformer(CONFIG)), jax.tree.map(np.asarray, params), [batch], split.num_bytes)
+    found = evaluate(
+        make_eval_step(next_token, Transformer(CONFIG)), jax.tree.map(np.asarray, params), [batch], split.num_bytes
+    )
     assert found.num_tokens == count
     assert found.loss == pytest.approx(nll / count, rel=1e-5)
     assert found.bits_per_byte == pytest.approx(nll / np.log(2) / split.num_bytes, rel=1e-5)

@@ -12,7 +12,7 @@ from nextllm_jax.config import MeshConfig, ModelConfig, OptimizerConfig
 from nextllm_jax.data.loader import validation_batches
 from nextllm_jax.data.packing import num_windows, read_batch
 from nextllm_jax.evaluation.evaluate import evaluate, perplexity
-from nextllm_jax.model.objective import make_eval_step
+from nextllm_jax.model.objective import make_eval_step, next_token
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.sharding import make_mesh, sharding
 from nextllm_jax.training.optimizer import make_optimizer
@@ -41,7 +41,9 @@ class FakeSplit:
 @pytest.fixture(scope="module")
 def params():
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    return jax.device_get(create_state(Transformer(CONFIG), make_optimizer(OptimizerConfig()), mesh, seed=0).params)
+    return jax.device_get(
+        create_state(Transformer(CONFIG), make_optimizer(OptimizerConfig(), CONFIG), mesh, seed=0).params
+    )
 
 
 @pytest.mark.parametrize(("batch_size", "devices"), [(1, 1), (4, 1), (32, 1), (8, 8)])
@@ -57,7 +59,7 @@ def test_the_score_is_the_plain_sum_over_every_target(params, batch_size, device
         batches = validation_batches(
             split, sequence_length=16, batch_size=batch_size, sharding=sharding(mesh, "batch", "seq")
         )
-        result = evaluate(make_eval_step(model), params, batches, split.num_bytes)
+        result = evaluate(make_eval_step(next_token, model), params, batches, split.num_bytes)
     assert result.num_tokens == 203 - 1 - 2  # each token but the first is a target, but for two that open a document
     assert result.loss == pytest.approx(float(nll.sum()) / result.num_tokens, rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(result.loss))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config, ModelConfig, TrainingConfig
 from nextllm_jax.diagnostics.replay import Bundle, replay
 from nextllm_jax.errors import InputError, RunFailed
@@ -75,7 +76,7 @@ def saved():
 
 def make_recorder(run, saved, config=CONFIG):
     messages = Messages()
-    return FlightRecorder(run, config, Loader(), saved, messages, {"devices": "1 x cpu"}), messages  # pyright: ignore
+    return FlightRecorder(RunDir(run), config, Loader(), saved, messages, {"devices": "1 x cpu"}), messages  # pyright: ignore
 
 
 def bundles(run):

@@ -150,11 +150,11 @@ def test_a_tpu_holds_the_moments_of_a_few_layers_at_a_time(four_tpus):
     mesh = make_mesh(MeshConfig(fsdp=4), four_tpus)
     model = dataclasses.replace(MODEL, num_layers=16, embed_dim=1024, mlp_dim=4096, layer_pattern=("global",))
     settings = dataclasses.replace(CONFIG.optimizer, offload_state=True)
-    state = abstract_state(Transformer(model), make_optimizer(settings), mesh, settings)
+    state = abstract_state(Transformer(model), make_optimizer(settings, model), mesh, settings)
 
     def update(state, gradients):
         update = make_update(
-            make_optimizer(settings), jnp.float32(1), gradients, optax.tree.norm(gradients), shardings.opt_state
+            make_optimizer(settings, model), jnp.float32(1), gradients, optax.tree.norm(gradients), shardings.opt_state
         )
         return update.take(state, update.is_finite(state))
 

@@ -6,12 +6,12 @@ import re
 
 import pytest
 
+from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.training.resume_guard import (
     allowed_fields,
     changes,
-    read_run,
     recorded_data,
     require_resumable,
     require_same_data,
@@ -139,7 +139,7 @@ def run(tmp_path):
 def test_the_refusal_is_a_diff_with_what_to_do(run):
     config = changed("model.num_layers", "optimizer.learning_rate", "training.global_batch_size", "mesh.fsdp")
     with pytest.raises(InputError) as caught:
-        require_resumable(run, config, ["optimizer.learning_rate"])
+        require_resumable(RunDir(run), config, ["optimizer.learning_rate"])
     assert str(caught.value).splitlines() == [
         f"{run} holds a run with another config, and stays as it is:",
         "  model.num_layers 8 -> 16 (never: the saved arrays do not fit)",
@@ -150,18 +150,18 @@ def test_the_refusal_is_a_diff_with_what_to_do(run):
     with pytest.raises(
         InputError, match=r"consent: --allow-change seed --allow-change optimizer.learning_rate; or start"
     ):
-        require_resumable(run, config, [])
-    assert [change.name for change in require_resumable(run, config, ["optimizer.learning-rate", "seed"])] == [
+        require_resumable(RunDir(run), config, [])
+    assert [change.name for change in require_resumable(RunDir(run), config, ["optimizer.learning-rate", "seed"])] == [
         "seed", "optimizer.learning_rate"
     ]  # fmt: skip
-    assert require_resumable(run / "new", config, []) == []
+    assert require_resumable(RunDir(run / "new"), config, []) == []
 
 
 def test_a_wrong_name_gets_a_suggestion(run):
     with pytest.raises(InputError, match=r"optimizer.learning_rat: .*did you mean optimizer.learning_rate\?"):
-        require_resumable(run, CONFIG, ["optimizer.learning_rat"])
+        require_resumable(RunDir(run), CONFIG, ["optimizer.learning_rat"])
     with pytest.raises(InputError, match="give a dotted name"):
-        require_resumable(run / "new", CONFIG, ["xyz"])
+        require_resumable(RunDir(run / "new"), CONFIG, ["xyz"])
 
 
 def length(steps, schedule_steps=None, schedule="cosine"):
@@ -209,21 +209,21 @@ def test_a_run_of_an_older_version_does_not_silently_get_another_schedule(tmp_pa
     config = dataclasses.replace(CONFIG, optimizer=OptimizerConfig(**settings), training=TrainingConfig(steps=20))
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     if change is None:
-        assert require_resumable(tmp_path, config, []) == []
+        assert require_resumable(RunDir(tmp_path), config, []) == []
     else:
         with pytest.raises(InputError, match=re.escape(f"\n  {change}")):
-            require_resumable(tmp_path, config, [])
-        (found,) = require_resumable(tmp_path, config, [change.split()[0]])
+            require_resumable(RunDir(tmp_path), config, [])
+        (found,) = require_resumable(RunDir(tmp_path), config, [change.split()[0]])
         assert str(found).startswith(change)
     (tmp_path / "config.json").write_text(config.to_json())
-    assert require_resumable(tmp_path, config, []) == []
+    assert require_resumable(RunDir(tmp_path), config, []) == []
 
 
 def test_another_programs_config_is_not_a_run(tmp_path):
     for text in ("{}", "[]", "no", '{"model": "resnet"}', '{"hidden_size": 3}'):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(InputError, match=r"is not empty and not a run \(.*\); choose another --workdir"):
-            read_run(tmp_path)
+            RunDir(tmp_path).require_run_or_empty()
 
 
 def test_other_data_needs_consent_and_another_tokenizer_never_fits():

@@ -12,7 +12,7 @@ import pytest
 from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from nextllm_jax.errors import InputError
-from nextllm_jax.model.objective import Batch
+from nextllm_jax.model.objective import Batch, next_token
 from nextllm_jax.sharding import make_mesh, sharding
 from nextllm_jax.training import program as program_module
 from nextllm_jax.training import step as step_module
@@ -49,19 +49,19 @@ def mesh():
 def program(mesh):
     """The real step on top of passes that a batch can poison, compiled once."""
     with pytest.MonkeyPatch.context() as patch:
-        plain = step_module._nll_and_mean_squares
         plain_gradient, plain_schedule = step_module.mean_gradient, program_module.schedule
 
-        def nll_and_mean_squares(model, params, batch, frozen):
-            nll, squares = plain(model, params, batch, frozen)
+        def objective(model, params, batch, frozen):
+            nll, count, metrics = next_token(model, params, batch, frozen)
             poison, value = batch.positions_BT[0, 0], params["final_norm"]["scale"][0]
             nll = jnp.where(poison == NAN_LOSS, jnp.nan, nll)
             nll = jnp.where(poison == SPIKE, 100 * nll, nll)
             # No loss, and a gradient that is finite in each microbatch: two of them overflow.
-            return nll + jnp.where(poison == HUGE_PARTS, 2e38, 0.0) * (value - jax.lax.stop_gradient(value)), squares
+            huge = jnp.where(poison == HUGE_PARTS, 2e38, 0.0) * (value - jax.lax.stop_gradient(value))
+            return nll + huge, count, metrics._replace(nll=nll)
 
-        def mean_gradient(model, params, batch, *others, **options):
-            found = plain_gradient(model, params, batch, *others, **options)
+        def mean_gradient(objective, model, params, batch, *others, **options):
+            found = plain_gradient(objective, model, params, batch, *others, **options)
             kernel = found.gradients["layers"]["block_0"]["attention"]["q"]["kernel"]
             poisoned = kernel.at[0, 0, 0, 0].set(
                 jnp.where(batch.positions_BT[0, 0] == INF_LEAF, jnp.inf, kernel[0, 0, 0, 0])
@@ -72,11 +72,10 @@ def program(mesh):
             RATE.append(rate)
             return found
 
-        patch.setattr(step_module, "_nll_and_mean_squares", nll_and_mean_squares)
         patch.setattr(step_module, "mean_gradient", mean_gradient)
         patch.setattr(program_module, "schedule", lambda *_: lambda step: plain_schedule(*_)(step) * RATE.pop())
         with jax.set_mesh(mesh):
-            program = build_program(CONFIG, mesh)
+            program = build_program(CONFIG, mesh, objective)
             program.train_step(program.create_state(), put(mesh, make_batch(0)))
         yield program
 

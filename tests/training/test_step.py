@@ -11,7 +11,7 @@ import pytest
 
 from nextllm_jax.config import MeshConfig, ModelConfig, OptimizerConfig
 from nextllm_jax.model.attention_kernel import AttentionKernel
-from nextllm_jax.model.objective import Batch, make_eval_step
+from nextllm_jax.model.objective import Batch, make_eval_step, next_token
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.plan.collectives import collectives
 from nextllm_jax.sharding import make_mesh, sharding
@@ -49,11 +49,16 @@ def run(mesh_config, *, steps=3, accumulation_steps=1, batches=None, config=CONF
     sizes = [getattr(mesh_config, name) for name in ("data", "fsdp", "sequence", "tensor")]
     mesh = make_mesh(mesh_config, jax.devices()[: int(np.prod(sizes))])
     model = Transformer(config, jnp.dtype(dtype), **kernel)
-    optimizer = make_optimizer(OPTIMIZER)
+    optimizer = make_optimizer(OPTIMIZER, CONFIG)
     with jax.set_mesh(mesh):
         state = create_state(model, optimizer, mesh, seed=0)
         step = make_train_step(
-            model, optimizer, schedule(OPTIMIZER, 10), shardings_of(state), accumulation_steps=accumulation_steps
+            next_token,
+            model,
+            optimizer,
+            schedule(OPTIMIZER, 10),
+            shardings_of(state),
+            accumulation_steps=accumulation_steps,
         )
         losses, metrics = [], None
         for i in range(steps):
@@ -126,10 +131,12 @@ def test_accumulation_equals_the_big_batch_with_unequal_valid_tokens(one_device,
 def test_what_is_sent_over_data_does_not_grow_with_the_accumulation_steps():
     """Each device's gradients are summed once, in float32, and a few scalars; not once for each microbatch."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
-    model, optimizer = Transformer(CONFIG, jnp.dtype("float32")), make_optimizer(OPTIMIZER)
+    model, optimizer = Transformer(CONFIG, jnp.dtype("float32")), make_optimizer(OPTIMIZER, CONFIG)
     with jax.set_mesh(mesh):
         state = abstract_state(model, optimizer, mesh)
-        step = make_train_step(model, optimizer, schedule(OPTIMIZER, 10), shardings_of(state), accumulation_steps=2)
+        step = make_train_step(
+            next_token, model, optimizer, schedule(OPTIMIZER, 10), shardings_of(state), accumulation_steps=2
+        )
         batch = jax.device_put(make_batch(), sharding(mesh, "batch", "seq"))
         hlo = step.lower(state, batch).compile().as_text()
     traffic = collectives(hlo, mesh.shape).traffic
@@ -141,7 +148,7 @@ def test_what_is_sent_over_data_does_not_grow_with_the_accumulation_steps():
 def test_the_first_step_is_plain_adamw_on_the_mean_loss():
     model, batch = Transformer(CONFIG, jnp.float32), make_batch()
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    params = jax.device_get(create_state(model, make_optimizer(OPTIMIZER), mesh, seed=0).params)
+    params = jax.device_get(create_state(model, make_optimizer(OPTIMIZER, CONFIG), mesh, seed=0).params)
 
     def mean_loss(params):
         variables = {"params": params}
@@ -151,7 +158,7 @@ def test_the_first_step_is_plain_adamw_on_the_mean_loss():
         return jnp.sum(nll * batch.loss_mask_BT) / np.sum(batch.loss_mask_BT)
 
     loss, gradients = jax.jit(jax.value_and_grad(mean_loss))(params)
-    optimizer = make_optimizer(OPTIMIZER)
+    optimizer = make_optimizer(OPTIMIZER, CONFIG)
     updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
     expected = optax.apply_updates(params, jax.tree.map(lambda u: -0.005 * u, updates))
     losses, metrics, state = run(MeshConfig(data=1), steps=1)
@@ -164,10 +171,10 @@ def test_the_first_step_is_plain_adamw_on_the_mean_loss():
 def test_a_non_finite_step_updates_nothing_and_counts():
     """A poisoned parameter makes the loss NaN; restoring it lets training go on."""
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    model, optimizer = Transformer(CONFIG, jnp.float32), make_optimizer(OPTIMIZER)
+    model, optimizer = Transformer(CONFIG, jnp.float32), make_optimizer(OPTIMIZER, CONFIG)
     with jax.set_mesh(mesh):
         state = create_state(model, optimizer, mesh, seed=0)
-        step = make_train_step(model, optimizer, schedule(OPTIMIZER, 10), shardings_of(state))
+        step = make_train_step(next_token, model, optimizer, schedule(OPTIMIZER, 10), shardings_of(state))
         batch = jax.device_put(make_batch(), sharding(mesh, "batch", "seq"))
         scale = jnp.copy(state.params["final_norm"]["scale"])
         state.params["final_norm"]["scale"] = scale.at[0].set(jnp.nan)
@@ -187,9 +194,9 @@ def test_a_non_finite_step_updates_nothing_and_counts():
 def test_evaluation_step_sums_over_the_mask():
     model, batch = Transformer(CONFIG, jnp.float32), make_batch()
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    params = create_state(model, make_optimizer(OPTIMIZER), mesh, seed=0).params
-    nll, count = make_eval_step(model)(params, batch)
+    params = create_state(model, make_optimizer(OPTIMIZER, CONFIG), mesh, seed=0).params
+    nll, count = make_eval_step(next_token, model)(params, batch)
     nothing = batch._replace(loss_mask_BT=np.zeros_like(batch.loss_mask_BT))
     assert int(count) == batch.loss_mask_BT.sum()
     assert float(nll) / int(count) == pytest.approx(np.log(CONFIG.vocab_size), rel=0.05)
-    assert [float(x) for x in make_eval_step(model)(params, nothing)] == [0.0, 0]
+    assert [float(x) for x in make_eval_step(next_token, model)(params, nothing)] == [0.0, 0]

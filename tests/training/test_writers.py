@@ -14,6 +14,7 @@ import pytest
 from matplotlib import image
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
+from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.errors import RunFailed
 from nextllm_jax.training import writers as module
 from nextllm_jax.training.writers import Writers, draw_losses
@@ -62,7 +63,7 @@ def events(workdir):
 
 @pytest.fixture
 def writers(tmp_path):
-    writers = Writers(tmp_path, total_steps=100)
+    writers = Writers(RunDir(tmp_path), total_steps=100)
     yield writers
     writers.close()
 
@@ -96,7 +97,7 @@ def test_device_and_numpy_scalars_are_numbers(tmp_path, writers):
 
 def write_run(workdir, steps, **arguments):
     workdir.mkdir(exist_ok=True)
-    writers = Writers(workdir, total_steps=100, **arguments)
+    writers = Writers(RunDir(workdir), total_steps=100, **arguments)
     for step in steps:
         writers.train(train_record(step, loss=10 / step))
         if step % 20 == 0:
@@ -118,13 +119,13 @@ def test_continued_run_cuts_what_it_writes_again(tmp_path):
 
 
 def test_a_run_that_continues_from_step_0_keeps_what_was_written_there(tmp_path):
-    writers = Writers(tmp_path, total_steps=100)
+    writers = Writers(RunDir(tmp_path), total_steps=100)
     writers.validation(validation_record(0))
     writers.samples(0, [("def ", "f()")])
     writers.train(train_record(10))
     writers.close()
     samples = (tmp_path / "samples.txt").read_bytes()
-    writers = Writers(tmp_path, total_steps=100, initial_step=0, evaluated=True)
+    writers = Writers(RunDir(tmp_path), total_steps=100, initial_step=0, evaluated=True)
     assert writers.last_samples_step == 0
     writers.close()
     assert [(line["step"], line["split"]) for line in lines(tmp_path)] == [(0, "validation")]
@@ -134,7 +135,7 @@ def test_a_run_that_continues_from_step_0_keeps_what_was_written_there(tmp_path)
 def test_a_validation_that_is_repeated_is_cut(tmp_path):
     """A run that ended between the line of a validation and the record of it in the checkpoint."""
     write_run(tmp_path, range(10, 41, 10))
-    Writers(tmp_path, total_steps=100, initial_step=40, evaluated=False).close()
+    Writers(RunDir(tmp_path), total_steps=100, initial_step=40, evaluated=False).close()
     found = [(line["step"], line["split"]) for line in lines(tmp_path)]
     assert found == [(10, "train"), (20, "train"), (20, "validation"), (30, "train"), (40, "train")]
 
@@ -142,8 +143,8 @@ def test_a_validation_that_is_repeated_is_cut(tmp_path):
 @pytest.mark.parametrize("backend", ["nonsense", "module://matplotlib_inline.backend_inline"])
 def test_the_picture_does_not_depend_on_the_backend_of_a_notebook(tmp_path, backend):
     code = (
-        "import sys; from nextllm_jax.training.writers import Writers\n"
-        "writers = Writers(sys.argv[1], total_steps=1); writers.picture()"
+        "import sys; from nextllm_jax.training.writers import RunDir, Writers\n"
+        "writers = Writers(RunDir(sys.argv[1]), total_steps=1); writers.picture()"
     )
     environment = {**os.environ, "MPLBACKEND": backend}
     done = subprocess.run(
@@ -186,7 +187,7 @@ def test_a_block_of_samples_is_written_whole_or_not_at_all(tmp_path, writers, mo
 
 def test_starting_over_before_the_first_checkpoint_cuts_everything(tmp_path):
     write_run(tmp_path, range(10, 41, 10))
-    Writers(tmp_path, total_steps=100).close()
+    Writers(RunDir(tmp_path), total_steps=100).close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == (tmp_path / "samples.txt").read_bytes() == b""
 
 
@@ -195,7 +196,7 @@ def test_half_a_line_of_a_killed_process_is_cut(tmp_path):
     whole = (tmp_path / "metrics.jsonl").read_bytes()
     for rest in (b'{"step": 15, "spl', b'{"step": 15}'):
         (tmp_path / "metrics.jsonl").write_bytes(whole + rest)
-        Writers(tmp_path, total_steps=100, initial_step=20, evaluated=True).close()
+        Writers(RunDir(tmp_path), total_steps=100, initial_step=20, evaluated=True).close()
         assert (tmp_path / "metrics.jsonl").read_bytes() == whole
 
 
@@ -234,7 +235,7 @@ def test_loss_plot_draws_both_curves():
 def test_processes_other_than_the_first_write_nothing(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text("half")
     write_run(tmp_path, [10, 20], initial_step=5, enabled=False)
-    writers = Writers(tmp_path, total_steps=10, enabled=False)
+    writers = Writers(RunDir(tmp_path), total_steps=10, enabled=False)
     writers.message("hello")
     writers.close()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -268,7 +269,7 @@ def test_terminal_has_a_bar(tmp_path, monkeypatch, capsys):
 
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
-    writers = Writers(tmp_path, total_steps=100, initial_step=40)
+    writers = Writers(RunDir(tmp_path), total_steps=100, initial_step=40)
     writers.train(train_record(60))
     writers.progress(61)
     writers.train(train_record(80, loss=1.0))

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from nextllm_jax.config import ModelConfig
-from nextllm_jax.model.objective import Batch
-from nextllm_jax.model.transformer import Transformer, unstack_layers
-from nextllm_jax.training import layer_norms
+from nextllm_jax.model import layer_norms
+from nextllm_jax.model.objective import Batch, next_token
+from nextllm_jax.model.transformer import Transformer
+from nextllm_jax.model.weights import unstack_layers
 from nextllm_jax.training.step import mean_gradient
 
 WIDTHS = {"vocab_size": 31, "embed_dim": 16, "mlp_dim": 24, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
@@ -39,7 +40,7 @@ def test_each_place_has_the_norms_of_its_own_parameters_and_activations(config, 
     batch, model = make_batch(), Transformer(config)
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), shapes_of(model))
-    found = jax.jit(mean_gradient, static_argnums=(0, 3))(model, params, batch, accumulation_steps)
+    found = jax.jit(mean_gradient, static_argnums=(0, 1, 4))(next_token, model, params, batch, accumulation_steps)
     gradient_norms = layer_norms.gradient_norms(config, found.gradients)
 
     by_layer = unstack_layers(config, found.gradients)

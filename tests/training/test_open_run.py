@@ -11,6 +11,7 @@ import textwrap
 import pytest
 from etils import epath
 
+from nextllm_jax.checkpoint.run_dir import DIRECTORIES, FILES, RunDir
 from nextllm_jax.config import (
     CheckpointConfig,
     Config,
@@ -23,8 +24,8 @@ from nextllm_jax.config import (
 )
 from nextllm_jax.config.files import from_json
 from nextllm_jax.errors import InputError, RunFailed
-from nextllm_jax.training import run_directory
-from nextllm_jax.training.run_directory import open_run, write_atomically
+from nextllm_jax.storage import disk
+from nextllm_jax.training.open_run import open_run
 
 CONFIG = Config(workdir="w")
 
@@ -58,7 +59,7 @@ def test_new_run(tmp_path):
         if workdir.name == "empty":
             workdir.mkdir()
         with open_run(str(workdir), CONFIG) as run:
-            assert run.path == epath.Path(workdir)
+            assert run.dir.path == epath.Path(workdir)
             assert run.set_aside is None
         assert from_json((workdir / "config.json").read_text(), "here") == CONFIG
 
@@ -87,7 +88,7 @@ def test_run_continues(run, config):
     with open_run(run, config) as opened:
         assert opened.set_aside is None
         assert files(run) == before  # until the run has passed its checks
-        opened.accept(config)
+        opened.dir.write_config(config)
     assert from_json((run / "config.json").read_text(), "here") == config
     assert files(run) | {"config.json": b""} == before | {"config.json": b""}
 
@@ -115,13 +116,22 @@ def test_overwrite_moves_the_files_of_the_run_and_nothing_else(run):
     assert (run / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["profile", "loss.png", "samples.txt", "tensorboard", "flight", "base"])
-def test_overwrite_moves_everything_that_a_run_writes(run, name):
-    path = run / name
-    path.write_text("") if "." in name else path.mkdir()
-    with open_run(run, CONFIG, overwrite=True):
-        assert not path.exists()
-    assert (run / "overwritten" / "1" / name).exists()
+def test_overwrite_moves_every_file_of_a_run(tmp_path):
+    """Whatever `RunDir` writes, and what libraries write into the directories that it names."""
+    with open_run(tmp_path, CONFIG) as opened:
+        run = opened.dir
+        names = [*FILES, *(f"{name}/file" for name in DIRECTORIES)]
+        for name in names[1:]:
+            run.write(name, name.encode())
+    paths = [value for value in vars(run).values() if isinstance(value, epath.Path) and value != run.path]
+    assert {path.name for path in paths} == set(DIRECTORIES)
+    before = files(tmp_path)
+    assert sorted(before) == sorted(names)
+    with open_run(tmp_path, CONFIG, overwrite=True):
+        assert list(files(tmp_path)) == ["config.json", *(f"overwritten/1/{name}" for name in sorted(names))]
+    assert files(tmp_path / "overwritten" / "1") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "checkpoints", "config.json", "overwritten"]
+    assert not list(run.checkpoints.iterdir())
 
 
 def metrics_up_to(run, step):
@@ -134,7 +144,7 @@ def test_a_run_that_lost_its_checkpoints_is_refused(run, lost):
     metrics_up_to(run, 21)
     config = replace(checkpoint=CheckpointConfig(every_steps=10))
     with open_run(run, config) as opened:
-        opened.accept(config)
+        opened.dir.write_config(config)
     shutil.rmtree(run / "checkpoints")
     if lost == "not mounted":
         (run / "checkpoints").mkdir()
@@ -158,7 +168,7 @@ def test_a_run_that_ended_before_its_first_save_was_complete_starts_over(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("name", "problem"), [("metrics.jsonl", "is a directory, but a run keeps a file"), ("flight", "is a file")]
+    ("name", "problem"), [("metrics.jsonl", "is not a regular file"), ("flight", "is not a directory")]
 )
 def test_what_stands_in_the_way_of_a_file_is_named(run, name, problem):
     path = run / name
@@ -188,7 +198,7 @@ def test_adapters_without_their_base_are_refused(run):
 
 def test_a_device_is_no_file_of_a_run(run):
     (run / "samples.txt").symlink_to("/dev/full")  # which never ends when it is read
-    with pytest.raises(InputError, match=r"samples.txt is no regular file"):
+    with pytest.raises(InputError, match=r"samples.txt is not a regular file"):
         open_run(run, CONFIG).__enter__()
 
 
@@ -196,7 +206,7 @@ def test_a_run_whose_overwrite_was_killed_is_refused_until_that_is_finished(run)
     before = files(run)
     (run / "overwritten" / "1").mkdir(parents=True)
     (run / "checkpoints").rename(run / "overwritten" / "1" / "checkpoints")
-    with pytest.raises(InputError, match=r"was cut short, and part of the run is in .*overwritten/1; run it again"):
+    with pytest.raises(InputError, match=r"was interrupted, and part of the run is in .*overwritten/1; run it again"):
         open_run(run, CONFIG).__enter__()
     with open_run(run, CONFIG, overwrite=True) as opened:
         assert opened.set_aside == epath.Path(run / "overwritten" / "1")
@@ -214,19 +224,18 @@ def test_overwrite_of_nothing_is_a_new_run(tmp_path):
         assert run.set_aside is None
 
 
-def test_overwrite_cut_short_can_be_repeated(run, monkeypatch):
+def test_an_interrupted_overwrite_can_be_repeated(run, monkeypatch):
     before = files(run)
-    path_class = type(epath.Path(run))
-    rename, count = path_class.rename, 0
+    rename, count = os.rename, 0
 
-    def interrupted(self, target):
+    def interrupted(path, target):
         nonlocal count
         count += 1
         if count == 2:
             raise OSError(5, "Input/output error")
-        return rename(self, target)
+        return rename(path, target)
 
-    monkeypatch.setattr(path_class, "rename", interrupted)
+    monkeypatch.setattr(os, "rename", interrupted)
     with pytest.raises(InputError, match=r"cannot be used \(Input/output error\)"):
         open_run(run, CONFIG, overwrite=True).__enter__()
     monkeypatch.undo()
@@ -275,7 +284,7 @@ def test_lock_ends_with_its_process(run):
         """
         import sys
         from nextllm_jax.config import Config
-        from nextllm_jax.training.run_directory import open_run
+        from nextllm_jax.training.open_run import open_run
 
         with open_run(sys.argv[1], Config(workdir="w")):
             print("locked", flush=True)
@@ -299,30 +308,37 @@ def test_lock_is_let_go_when_training_fails(run):
     with contextlib.suppress(RuntimeError), open_run(run, CONFIG):
         raise RuntimeError
     with open_run(run, CONFIG) as again:
-        assert os.fspath(again.path) == os.fspath(run)
+        assert os.fspath(again.dir.path) == os.fspath(run)
 
 
 def test_file_system_without_locks_is_used_without(run, monkeypatch):
-    monkeypatch.setattr(run_directory.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(95, "not supported")))
+    monkeypatch.setattr(disk.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(95, "not supported")))
     with open_run(run, CONFIG) as used:
-        assert os.fspath(used.path) == os.fspath(run)
+        assert os.fspath(used.dir.path) == os.fspath(run)
 
 
 def test_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"file is a file; --workdir must name a directory"):
+    with pytest.raises(InputError, match=r"file is not a directory; move it, or choose another --workdir"):
         open_run(tmp_path / "file", CONFIG).__enter__()
-    with pytest.raises(InputError, match=r"cannot be used \(Not a directory\); choose another --workdir"):
+    with pytest.raises(InputError, match=r"file is not a directory; move it, or choose another --workdir"):
         open_run(tmp_path / "file" / "run", CONFIG).__enter__()
 
 
-def test_write_atomically_keeps_the_old_file_if_it_fails(tmp_path):
-    path = epath.Path(tmp_path / "config.json")
-    write_atomically(path, b"old")
+def test_a_write_that_fails_keeps_the_old_file(tmp_path):
+    run = RunDir(tmp_path)
+    run.write("config.json", b"old")
     (tmp_path / ".config.json.new").mkdir()
     with pytest.raises(RunFailed, match=r"config.json cannot be written \(Is a directory\); make room"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
+        run.write("config.json", b"new")
+    assert run.read("config.json") == b"old"
+
+
+@pytest.mark.parametrize("write", [RunDir.write, RunDir.append])
+def test_a_run_that_was_removed_does_not_come_back(tmp_path, write):
+    with pytest.raises(RunFailed, match="No such file or directory"):
+        write(RunDir(tmp_path / "gone"), "metrics.jsonl", b"")
+    assert not list(tmp_path.iterdir())
 
 
 def test_config_json_is_readable(tmp_path):

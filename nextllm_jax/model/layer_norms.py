@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from nextllm_jax.config import ModelConfig
+from nextllm_jax.model.weights import in_layer_order
 
 _PARTS = ("attention", "mlp")
 
@@ -21,36 +22,26 @@ def places(config: ModelConfig) -> list[str]:
     return ["embedding", *layers, "final norm", *([] if config.tie_embeddings else ["head"])]
 
 
-def _blocks(config: ModelConfig, tree: Any) -> tuple[list[Any], list[Any]]:
-    """The blocks of a tree laid out as the parameters: those of the scanned pattern, stacked, and the remainder."""
-    size = len(config.layer_pattern)
-    stacked = [tree["layers"][f"block_{i}"] for i in range(size)] if config.num_layers >= size else []
-    return stacked, [tree[f"remainder_{i}"] for i in range(config.num_layers % size)]
-
-
-def _in_order(stacked: list[jax.Array], rest: list[jax.Array]) -> jax.Array:
-    """One value a layer part, [2L], of arrays [periods, 2] a block of the pattern and [2] a block of the remainder."""
-    scanned = [jnp.stack(stacked, axis=1).reshape(-1)] if stacked else []
-    return jnp.concatenate([*scanned, *rest])
-
-
 def gradient_norms(config: ModelConfig, gradients: Any) -> jax.Array:
     """The norm of the gradient at each place, float32 [P]; a tied head is part of the embedding.
 
     It is 0 where nothing is trained, as of all but the adapted matrices in a tree of adapters.
     """
-    periods = config.num_layers // len(config.layer_pattern)
 
-    def squares(tree: Any, shape: tuple[int, ...] = ()) -> jax.Array:
+    def squares(tree: Any, num_stacked: int = 0) -> jax.Array:
         leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
-        return sum((jnp.sum(jnp.square(x), axis=range(len(shape), x.ndim)) for x in leaves), jnp.zeros(shape))
+        summed = [jnp.sum(jnp.square(x), axis=range(num_stacked, x.ndim)) for x in leaves]
+        return sum(summed, jnp.zeros(num_periods if num_stacked else ()))
 
-    def parts(block: Any, *shape: int) -> jax.Array:
+    def parts(block: Any, num_stacked: int) -> jax.Array:
+        unknown = [name for name in block if not name.startswith(_PARTS)]
+        if unknown:
+            raise ValueError(f"{unknown[0]} is neither of {' nor of '.join(_PARTS)}; begin its name with one of them")
         named = [[tree for name, tree in block.items() if name.startswith(part)] for part in _PARTS]
-        return jnp.stack([squares(trees, shape) for trees in named], axis=-1)
+        return jnp.stack([squares(trees, num_stacked) for trees in named], axis=-1)
 
-    stacked, rest = _blocks(config, gradients)
-    layers = _in_order([parts(block, periods) for block in stacked], [parts(block) for block in rest])
+    num_periods = config.num_layers // len(config.layer_pattern)
+    layers = in_layer_order(config, gradients, parts).reshape(-1)
     after = ["final_norm", *([] if config.tie_embeddings else ["lm_head"])]
     embedding, *others = (squares(gradients.get(name, {}))[None] for name in ("embed", *after))
     return jnp.sqrt(jnp.concatenate([embedding, layers, *others]))
@@ -62,12 +53,11 @@ def mean_squares(config: ModelConfig, intermediates: Any) -> jax.Array:
     `intermediates` are what the model keeps of it: behind a place is before the next.
     """
 
-    def mean(recorded: tuple[jax.Array], *, first_axis: int = 0) -> jax.Array:
+    def mean(recorded: tuple[jax.Array], first_axis: int = 0) -> jax.Array:
         return jnp.mean(recorded[0], axis=range(first_axis, recorded[0].ndim))
 
-    def parts(block: Any, first_axis: int) -> jax.Array:
-        return jnp.stack([mean(block[f"before_{part}"], first_axis=first_axis) for part in _PARTS], axis=-1)
+    def parts(block: Any, num_stacked: int) -> jax.Array:
+        return jnp.stack([mean(block[f"before_{part}"], num_stacked) for part in _PARTS], axis=-1)
 
-    stacked, rest = _blocks(config, intermediates)
-    layers = _in_order([parts(block, 1) for block in stacked], [parts(block, 0) for block in rest])
+    layers = in_layer_order(config, intermediates, parts).reshape(-1)
     return jnp.concatenate([layers, mean(intermediates["before_final_norm"])[None]])

@@ -1,0 +1,147 @@
+"""What is known of each weight of a model, and where the weights of each layer lie in a tree of parameters.
+
+A module declares a weight once, with `declare`. Everything else (accounting, weight decay, adapters, quantization,
+norms per layer, names in other formats) reads the `Weight` boxes of `transformer.abstract_params`.
+
+Layers of a period of the layer pattern are stacked: the tree has `layers/block_<i>/...` with one leading axis per
+period, then `remainder_<i>/...` for each layer that the periods leave over. Only this module knows that.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nextllm_jax.config.model import ModelConfig
+
+Kind = Literal["matrix", "embedding", "norm", "bias", "adapter"]
+
+STACK = "layers"
+"""Name of the subtree of stacked layers, and the logical axis that they are stacked along."""
+REMAINDER = "remainder_"
+
+
+class Weight(nn.LogicallyPartitioned):
+    """A parameter in its box: `value` and the logical axes `names`, with what the parameter is for."""
+
+    kind: Kind = flax.struct.field(default="matrix", pytree_node=False)
+    num_inputs: int = flax.struct.field(default=0, pytree_node=False)
+    """Leading axes, after the stacking axis, that a matrix contracts; 0 for other kinds."""
+
+    @property
+    def num_stacked(self) -> int:
+        """1 for weights that are stacked over layers, else 0."""
+        return int(self.names[:1] == (STACK,))
+
+    @property
+    def input_axes(self) -> tuple[int, ...]:
+        """The axes that a matrix contracts."""
+        return tuple(range(self.num_stacked, self.num_stacked + self.num_inputs))
+
+
+def declare(
+    module: nn.Module,
+    name: str,
+    kind: Kind,
+    init: Callable[..., jax.Array],
+    axes: tuple[str, ...],
+    shape: tuple[int, ...],
+    dtype: Any,
+    *,
+    num_inputs: int = 0,
+) -> jax.Array:
+    """Create the parameter `name` of a module; `axes` are the logical names of its dimensions."""
+
+    def boxed(*args: Any) -> Weight:
+        return Weight(init(*args), axes, kind=kind, num_inputs=num_inputs)
+
+    return module.param(name, boxed, shape, dtype)  # pyright: ignore[reportReturnType]
+
+
+def is_weight(leaf: Any) -> bool:
+    """Whether a node of a tree is a boxed weight."""
+    return isinstance(leaf, Weight)
+
+
+def path_name(path: Iterable[Any]) -> str:
+    """The name of a leaf, such as "layers/block_0/mlp/up/kernel", boxed or not, from its key path."""
+    return "/".join(step.key for step in path if isinstance(step, jax.tree_util.DictKey))
+
+
+def by_name(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree of parameters, with a box counting as a leaf, by their names."""
+    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_weight)
+    return {path_name(path): leaf for path, leaf in flat}
+
+
+def map_weights(change: Callable[..., Any], boxed: Any, *trees: Any) -> Any:
+    """The tree of `change(weight, *leaves)` for each weight of `boxed` and what `trees` have in its place."""
+    return jax.tree.map(change, boxed, *trees, is_leaf=is_weight)
+
+
+def layer_paths(config: ModelConfig, *, stacked: bool = True) -> list[tuple[str, int | None]]:
+    """For each layer the name of its subtree, and its index in the stack (None: the subtree is its own)."""
+    size = len(config.layer_pattern)
+    num_scanned = config.num_layers // size * size if stacked else 0
+    return [
+        (f"{STACK}/block_{layer % size}", layer // size)
+        if layer < num_scanned
+        else (f"{REMAINDER}{layer - num_scanned}", None)
+        for layer in range(config.num_layers)
+    ]
+
+
+def is_stacked(path: Iterable[Any]) -> bool:
+    """Whether a leaf at this key path, of a tree that contains parameters, is stacked over layers."""
+    return any(getattr(step, "key", None) == STACK for step in path)
+
+
+def unstack_layers(config: ModelConfig, params: Any) -> Any:
+    """The (unboxed) parameters for a Transformer without scan_layers: a subtree for each layer.
+
+    Copies the layers' parameters; drop the stacked ones to have the memory back.
+    """
+    unstacked = {name: tree for name, tree in params.items() if name != STACK and not name.startswith(REMAINDER)}
+    for layer, (name, index) in enumerate(layer_paths(config)):
+        tree = subtree(params, name)
+        unstacked[f"{REMAINDER}{layer}"] = jax.tree.map(lambda leaf, i=index: leaf if i is None else leaf[i], tree)
+    return unstacked
+
+
+def in_layer_order(config: ModelConfig, tree: Any, value: Callable[[Any, int], jax.Array]) -> jax.Array:
+    """`value` of each layer's subtree, stacked along a new first axis: [L, ...].
+
+    `value(subtree, n)` reduces all but the first n axes of its leaves: 1 for a stack of layers, 0 for a single layer.
+    """
+    size = len(config.layer_pattern)
+    num_periods, num_rest = divmod(config.num_layers, size) if STACK in tree else (0, config.num_layers)
+    parts = [value(tree.get(f"{REMAINDER}{i}", {}), 0)[None] for i in range(num_rest)]
+    if num_periods:
+        stacks = jnp.stack([value(subtree(tree, f"{STACK}/block_{i}"), 1) for i in range(size)], axis=1)
+        parts.insert(0, stacks.reshape(-1, *stacks.shape[2:]))
+    return jnp.concatenate(parts)
+
+
+def subtree(tree: Any, name: str) -> Any:
+    """The subtree of this name; {} where a tree of adapters has none."""
+    for step in name.split("/"):
+        tree = tree.get(step, {})
+    return tree
+
+
+def cast_matrices(boxed: Any, params: Any, dtype: np.dtype) -> Any:
+    """The parameters, or their shapes, with all but the norms' scales in `dtype`, as the model would cast them.
+
+    `boxed` is the `abstract_params` of the same tree.
+    """
+
+    def cast(weight: Weight, leaf: Any) -> Any:
+        if weight.kind == "norm":
+            return leaf
+        return leaf.astype(dtype) if isinstance(leaf, jax.Array) else leaf.update(dtype=dtype)
+
+    return map_weights(cast, boxed, params)

@@ -1,0 +1,52 @@
+"""`open_model(path)`: the model of anything that holds one."""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nextllm_jax.errors import InputError, RunFailed
+from nextllm_jax.pretrained.import_cache import imported_run
+from nextllm_jax.pretrained.source import Source, open_path
+from nextllm_jax.published_models import is_published, resolve
+
+
+def open_model(path: str, *, step: str | int | None = None) -> Source:
+    """The model of a run directory, a Hugging Face directory, a GGUF file, or a published name.
+
+    `step` of a run is a number, "best" or "latest"; None is the best checkpoint, or the latest while no checkpoint has
+    a validation loss. A published model is imported into the user's cache directory when it is first used.
+
+    Raises InputError if the path is none of these, if its files are damaged, or if there is no such step.
+    """
+    if not is_published(path):
+        return open_path(resolve(path), step=step)
+    if step is not None:
+        raise InputError(f"{path} is a published model, so it has no steps; leave the step out")
+    return _open_published(path, Path(resolve(path)))
+
+
+def _open_published(name: str, file: Path) -> Source:
+    """A published model by way of its import, or from its file where the import cannot be used."""
+
+    def read_file(error: Exception) -> Source:
+        print(f"{name} is read from {file}, for its import cannot be used: {error}", file=sys.stderr, flush=True)
+        return open_path(str(file))
+
+    try:
+        source = open_path(str(imported_run(name, file)))
+    except (OSError, RunFailed, InputError) as error:
+        return read_file(error)
+
+    def load(what: Callable[[Source], Any]) -> Any:
+        try:
+            return what(source)
+        except InputError as error:  # a damaged import is found only when it is read
+            return what(read_file(error))
+
+    return dataclasses.replace(
+        source,
+        load_tokenizer=lambda: load(lambda source: source.load_tokenizer()),
+        load_params=lambda abstract: load(lambda source: source.load_params(abstract)),
+    )

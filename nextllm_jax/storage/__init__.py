@@ -1,0 +1,1 @@
+"""Where the files of a run are: a directory behind a small interface."""

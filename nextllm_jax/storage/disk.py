@@ -1,0 +1,134 @@
+"""A directory on disk, or one that is mounted from a network."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from nextllm_jax.errors import InputError
+
+_NEW = ".new"
+
+
+class Disk:
+    """The files in a directory: all that a run asks of the storage that it is in.
+
+    A name is a path relative to the directory, with "/" as separator. Failures raise OSError. The public methods are
+    those that a bucket can have too; only `lock` creates the directory.
+    """
+
+    def __init__(self, directory: os.PathLike[str]) -> None:
+        self._directory = Path(directory)
+
+    def names(self, directory: str = "") -> list[str]:
+        """What a directory holds, without unfinished writes; nothing if it is missing."""
+        try:
+            names = os.listdir(self._directory / directory)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return [name for name in names if not (name.startswith(".") and name.endswith(_NEW))]
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a file or a directory."""
+        return os.path.exists(self._directory / name)
+
+    def read(self, name: str) -> bytes:
+        """The content of a file; empty if it is missing."""
+        try:
+            return (self._directory / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return b""
+
+    def write(self, name: str, content: bytes) -> None:
+        """Replace a file, whole or not at all."""
+        path = self._target(name)
+        new = path.with_name(f".{path.name}{_NEW}")
+        try:
+            new.write_bytes(content)
+            new.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                new.unlink()
+            raise
+
+    def append(self, name: str, content: bytes) -> None:
+        """Extend a file by all of `content` or not at all."""
+        path = self._target(name)
+        size = os.path.getsize(path) if path.exists() else 0
+        try:
+            with path.open("ab") as file:
+                file.write(content)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)
+            raise
+
+    def move(self, name: str, new: str) -> None:
+        """Rename a file or a directory."""
+        (self._directory / name).rename(self._target(new))
+
+    def _target(self, name: str) -> Path:
+        path = self._directory / name
+        if "/" in name:  # else the directory itself, which stays away if it is removed under a training
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def require_writable(self, name: str, *, is_directory: bool) -> None:
+        """Raise InputError if no file (no directory) of this name can be written."""
+        path = (self._directory / name).absolute()
+        while not os.path.exists(path):
+            path, is_directory = path.parent, True
+        if not (os.path.isdir(path) if is_directory else os.path.isfile(path)):
+            kind = "directory" if is_directory else "regular file"
+            raise InputError(f"{path} is not a {kind}; move it, or choose another --workdir")
+        if not os.access(path, os.W_OK | os.X_OK if is_directory else os.W_OK):
+            raise InputError(f"{path} is not writable; make it writable, or choose another --workdir")
+
+    @contextlib.contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Hold a lock until the context ends or the process dies. Raises InputError, naming the process that has it."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self._directory / name, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if not lock_file(descriptor):
+                raise self._in_use(descriptor)
+            holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # closing is not enough: a forked child may have the descriptor open
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
+
+    def require_unlocked(self, name: str) -> None:
+        """Raise InputError, naming the process, if one holds a lock now."""
+        with contextlib.suppress(OSError), open(self._directory / name, "rb") as file:
+            if not lock_file(file.fileno(), shared=True):
+                raise self._in_use(file.fileno())
+
+    def _in_use(self, descriptor: int) -> InputError:
+        try:
+            holder = json.loads(os.pread(descriptor, 1000, 0))
+            who = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+        except (ValueError, KeyError):
+            who = "another process"
+        return InputError(f"{self._directory} is in use by {who}; stop that, or choose another --workdir")
+
+
+def lock_file(descriptor: int, *, shared: bool = False, wait: bool = False) -> bool:
+    """Lock an open file or directory until it is closed; False if another process has it, unless this is to `wait`.
+
+    Some network file systems have no locks: True there.
+    """
+    operation = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+    with contextlib.suppress(OSError):
+        try:
+            fcntl.flock(descriptor, operation)
+        except BlockingIOError:
+            return False
+    return True
