@@ -116,6 +116,7 @@ ANSWERS = (
 )
 def test_conversations_are_looked_at_as_preparing_does(door, config, template, roles, problem):
     """Where the assistant speaks first, its one token opens the document, and nothing predicts that."""
+    pytest.importorskip("jinja2")
     rows = [
         [{"role": role, "content": content} for role, content in zip(roles, "abc", strict=False)] for _ in range(40)
     ]

@@ -22,6 +22,7 @@ from nextllm_jax.errors import InputError
 from nextllm_jax.evaluation.scoring import score_data
 from nextllm_jax.pretrained.convert import export_model
 from nextllm_jax.pretrained.init_from import initial_params, require_tokenizer, with_source
+from nextllm_jax.pretrained.open_model import open_model
 from nextllm_jax.sharding import on_device
 from nextllm_jax.training.resume_guard import require_resumable
 from tests.conftest import CONFIG_FILE, Door
@@ -167,7 +168,7 @@ def test_conversations_are_learnt_from_a_file_of_messages(place):
 
 def resolve(config=None, file=None, **changes):
     file = file or Config(model=ModelConfig(), data=DataConfig(sequence_length=64))
-    return with_source(dataclasses.replace(config or file, **{"workdir": "nowhere", **changes}), file)
+    return with_source(dataclasses.replace(config or file, **{"workdir": "nowhere", **changes}), file)[0]
 
 
 def test_the_model_is_the_sources_but_for_how_it_is_computed(sources, capsys):
@@ -210,15 +211,15 @@ def test_data_of_another_tokenizer_is_refused(sources, trained):
     config = resolve(init_from=str(sources / "runs/config"), data=DataConfig(sequence_length=64, path="elsewhere"))
     path = next((trained.directory / "data").iterdir())
     same = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(path)))
-    params = initial_params(same, on_one_device)
+    params = initial_params(same, None, on_one_device)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
     half = dataclasses.replace(same, model=dataclasses.replace(same.model, param_dtype="bfloat16"))
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(initial_params(half, on_one_device))} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(initial_params(half, None, on_one_device))} == {"bfloat16"}
     other = dataclasses.replace(same, init_from=str(sources / "hf"))
     assert Dataset.open(path).tokenizer_hash != nextllm_jax.load(str(sources / "hf")).tokenizer.hash
-    require_tokenizer(dataclasses.replace(same, workdir="nowhere"))
+    require_tokenizer(same, open_model(same.init_from))
     with pytest.raises(InputError, match="another tokenizer than that of init_from"):
-        require_tokenizer(dataclasses.replace(other, workdir="nowhere"))
+        require_tokenizer(other, open_model(other.init_from))
     with pytest.raises(InputError, match="itself"):
         resolve(init_from=str(sources / "hf"), workdir=str(sources / "hf"))
 

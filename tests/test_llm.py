@@ -15,13 +15,15 @@ import pytest
 import nextllm_jax
 import nextllm_jax.inference.llm
 from nextllm_jax.checkpoint.manager import Checkpoints
-from nextllm_jax.config import Config, DataConfig, ModelConfig
+from nextllm_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from nextllm_jax.config.model import EXECUTION_FIELDS
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.llm import LLM
 from nextllm_jax.interop.huggingface_config import canonical
 from nextllm_jax.model.transformer import Transformer, abstract_params
 from nextllm_jax.model.weights import cast_matrices, unstack_layers
+from nextllm_jax.plan.decoding import _abstract_params
+from nextllm_jax.sharding import make_mesh
 from nextllm_jax.tokenizer.backends import ByteBPE
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -119,7 +121,7 @@ def test_layers_are_unrolled_up_to_a_depth_and_say_the_same(llm, run_directory, 
 
 
 def test_load_says_what_is_missing(run_directory, tmp_path):
-    with pytest.raises(InputError, match="is not a run directory; give the one that"):
+    with pytest.raises(InputError, match="is not a run directory"):
         nextllm_jax.load(str(tmp_path / "nothing"))
     with pytest.raises(InputError, match="no checkpoint '4'"):
         nextllm_jax.load(str(run_directory), step=4)
@@ -236,3 +238,53 @@ def test_importing_the_package_and_its_config_does_not_import_jax():
     assert nextllm_jax.__version__
     with pytest.raises(AttributeError, match="no attribute lod"):
         nextllm_jax.lod  # noqa: B018
+
+
+@pytest.fixture(scope="module")
+def without_tokenizer(llm, tmp_path_factory):
+    """A Hugging Face directory with weights alone."""
+    huggingface = pytest.importorskip("nextllm_jax.interop.huggingface", exc_type=ImportError)
+    directory = tmp_path_factory.mktemp("huggingface")
+    huggingface.export(CONFIG, llm.params, directory, vocab_size=CONFIG.vocab_size, dtype="float32")
+    return str(directory)
+
+
+def test_without_a_tokenizer_there_are_logits_and_no_text(llm, without_tokenizer):
+    loaded = nextllm_jax.load(without_tokenizer)
+    tokens_BT = np.arange(20)[None]
+    np.testing.assert_allclose(loaded.logits(tokens_BT), llm.logits(tokens_BT), atol=1e-4)
+    uses = (lambda: loaded.tokenizer, lambda: loaded.generate("a"), lambda: loaded.score("a"))
+    for use in uses:
+        with pytest.raises(InputError, match=r"holds neither tokenizer\.json nor tokenizer\.model"):
+            use()
+
+
+MESHES = {"data": 4, "fsdp": 2}, {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_on_a_mesh_a_model_computes_what_it_does_on_one_device(run_directory, without_tokenizer, sizes):
+    mesh = MeshConfig(**sizes)
+    one, loaded = nextllm_jax.load(str(run_directory)), nextllm_jax.load(str(run_directory), mesh=mesh)
+    planned = _abstract_params(loaded.model, make_mesh(mesh))
+    shardings = jax.tree.map(lambda leaf, like: leaf.sharding == like.sharding, loaded.params, planned)
+    assert all(jax.tree.leaves(shardings))
+    up = loaded.params["remainder_1"]["mlp"]["up"]["kernel"]
+    assert up.addressable_shards[0].data.size == up.size // (sizes["fsdp"] * sizes.get("tensor", 1))
+    assert equal(jax.device_get(nextllm_jax.load(without_tokenizer, mesh=mesh).params), jax.device_get(one.params))
+
+    tokens_BT = np.arange(60).reshape(3, 20)
+    np.testing.assert_allclose(loaded.logits(tokens_BT), one.logits(tokens_BT), atol=1e-4)
+    assert loaded.score("some text").nll == pytest.approx(one.score("some text").nll, rel=1e-5)
+    prompts = ["ab", "c", "defg"]
+    for settings in ({"temperature": 0.0}, {"temperature": 1.0, "num_samples": 2, "seed": 3}):
+        assert loaded.generate(prompts, max_new_tokens=12, **settings) == one.generate(
+            prompts, max_new_tokens=12, **settings
+        )
+
+
+def test_a_mesh_that_does_not_fit_is_refused(run_directory):
+    with pytest.raises(InputError, match=r"kv_heads.*2.*4 devices"):
+        nextllm_jax.load(str(run_directory), mesh=MeshConfig(data=2, tensor=4))
+    with pytest.raises(InputError, match="devices"):
+        nextllm_jax.load(str(run_directory), mesh=MeshConfig(data=3))

@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import tyro
 
@@ -26,6 +26,9 @@ from nextllm_jax.distributed.rendezvous import DistributedConfig
 from nextllm_jax.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, InputError, RunFailed
 from nextllm_jax.process import use_compilation_cache
 from nextllm_jax.training.launch import train
+
+if TYPE_CHECKING:
+    from nextllm_jax.pretrained.source import Source
 
 
 def run_main(command: Callable[[list[str]], int]) -> NoReturn:
@@ -197,18 +200,18 @@ def doctor_command(argv: list[str]) -> int:
 
     from nextllm_jax.pretrained.init_from import with_source
 
-    config = with_source(arguments.run, file, overwrite=arguments.overwrite)
+    config, source = with_source(arguments.run, file, overwrite=arguments.overwrite)
     arguments = dataclasses.replace(arguments, run=config)
-    return _prove_resuming(arguments) if arguments.resume_proof else _diagnose(arguments)
+    return _prove_resuming(arguments) if arguments.resume_proof else _diagnose(arguments, source)
 
 
-def _diagnose(arguments: DoctorArguments) -> int:
+def _diagnose(arguments: DoctorArguments, source: "Source | None") -> int:
     from nextllm_jax.diagnostics.doctor import diagnose
     from nextllm_jax.training.resume_guard import allowed_fields
 
     show = (lambda _: None) if arguments.json else (lambda finding: print(finding, flush=True))
     consent = allowed_fields(arguments.allow_change)
-    findings = diagnose(arguments.run, overwrite=arguments.overwrite, allow_change=consent, show=show)
+    findings = diagnose(arguments.run, source=source, overwrite=arguments.overwrite, allow_change=consent, show=show)
     problems = sum(finding.status == "PROBLEM" for finding in findings)
     if arguments.json:
         print(json.dumps({"problems": problems, "checks": [dataclasses.asdict(finding) for finding in findings]}))

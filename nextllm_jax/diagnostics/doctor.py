@@ -26,6 +26,7 @@ from nextllm_jax.diagnostics import machine
 from nextllm_jax.diagnostics.machine import Status
 from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.pretrained.init_from import require_tokenizer
+from nextllm_jax.pretrained.source import Source
 from nextllm_jax.tokenizer.published import KNOWN_ENCODINGS, files_to_fetch
 from nextllm_jax.training.open_run import require_startable
 from nextllm_jax.training.resume_guard import recorded_data, require_same_data
@@ -85,16 +86,20 @@ class Report:
 def diagnose(
     config: Config,
     *,
+    source: Source | None = None,
     overwrite: bool = False,
     allow_change: Collection[str] = (),
     show: Callable[[Finding], None] = lambda _: None,
 ) -> list[Finding]:
-    """The findings for a start of `train.py` with this config and these options. `show` gets each as it comes."""
+    """The findings for a start of `train.py` with this config and these options. `show` gets each as it comes.
+
+    `source` is the opened model of init_from, which a run that exists does not need.
+    """
     report, clocks = Report(show), (time.time(), time.monotonic())
     report.add("versions", *machine.versions())
     with tempfile.TemporaryDirectory(prefix="nextllm-doctor-") as temporary:
         data = _Data(config, Path(temporary), report)
-        start = Start(config, data.open, overwrite, allow_change)
+        start = Start(config, data.open, source, overwrite, allow_change)
         with report.check("run"):
             for change in require_startable(config, overwrite=overwrite, allow_change=allow_change):
                 report.add("run", f"changed: {change}", "warning")
@@ -104,9 +109,9 @@ def diagnose(
             if data.is_there or not check.needs_data:
                 # What holds of a part of the corpus may not hold of all of it.
                 report.make(check, start, "warning" if check.needs_data and data.is_part else "PROBLEM")
-        if data.is_prepared:
+        if data.is_prepared and source is not None:
             with report.check("tokenizer"):
-                require_tokenizer(config, overwrite=overwrite)
+                require_tokenizer(config, source)
         if report.passed("devices"):
             report.add("memory", *machine.memory(config, start.mesh))
         if report.passed("run"):

@@ -15,53 +15,53 @@ from nextllm_jax.data.shards import Dataset
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.transformer import abstract_params
 from nextllm_jax.pretrained.open_model import open_model
+from nextllm_jax.pretrained.source import Source
 from nextllm_jax.tokenizer.published import load_tokenizer
 
 _OURS = ("param_dtype", *EXECUTION_FIELDS)
 """Fields of a model that say how it is kept and computed, not what it computes: they come from the config."""
 
 
-def with_source(config: Config, file: Config, *, overwrite: bool = False) -> Config:
-    """The config with the model and the tokenizer of `init_from`; as it is without `init_from`.
+def with_source(config: Config, file: Config, *, overwrite: bool = False) -> tuple[Config, Source | None]:
+    """The config with the model and the tokenizer of `init_from`, and the source; (config, None) without `init_from`.
 
-    `file` is the config before the command line changed it. A run that exists already knows its model, so that the
-    source may be gone. A model in `file` that is another gives way, with a line on standard error; a field that the
-    command line says otherwise is an InputError.
+    `file` is the config before the command line changed it. A run that exists already knows its model, so its source
+    is not opened and may be gone. The source's model replaces a different one in `file`, with a line on standard error.
+    Raises InputError for a field that the command line sets to another value than the source's.
     """
     if config.init_from is None:
-        return config
+        return config, None
     if Path(config.init_from).resolve() == Path(local_workdir(config)).resolve():
         raise InputError(f"init_from is the run directory {config.workdir} itself; choose another --workdir")
     begun = None if overwrite else _begun(config)
-    model = begun.model if begun else open_model(config.init_from).config
-    data = _data(config, file, begun.data.tokenizer if begun else config.init_from)
+    if begun:
+        source, model, tokenizer = None, begun.model, begun.data.tokenizer
+    else:
+        source, tokenizer = open_model(config.init_from), config.init_from
+        model = source.config
+    data = _data(config, file, tokenizer)
     new = dataclasses.replace(config, model=_model(config, file.model, model), data=data)
     new.check_fit()
-    return new
+    return new, source
 
 
-def initial_params(config: Config, place: Callable[[Any], Any]) -> Any:
+def initial_params(config: Config, source: Source | None, place: Callable[[Any], Any]) -> Any:
     """The weights of `config.init_from` in `model.param_dtype`, as `place` shards abstract parameters.
 
-    Raises InputError if they cannot be read, or are not of the config's model.
+    `source` is what `with_source` opened. Raises InputError if they cannot be read, or are not of the config's model.
     """
     assert config.init_from is not None
-    source = open_model(config.init_from)
+    source = source or open_model(config.init_from)
     differing = _differing(config.model, source.config, but=(*_OURS, "init_std", "context_length"))
     if differing:
         raise InputError(f"init_from {config.init_from} holds another model now: {', '.join(differing)}; bring it back")
     return source.load_params(place(abstract_params(config.model)))
 
 
-def require_tokenizer(config: Config, *, overwrite: bool = False) -> None:
-    """Raise InputError if a run's prepared data was made with another tokenizer than that of its `init_from`.
-
-    A run that exists knows its data by itself.
-    """
-    if config.init_from is None or (_begun(config) and not overwrite):
-        return
+def require_tokenizer(config: Config, source: Source) -> None:
+    """Raise InputError if a run's prepared data was made with another tokenizer than that of its `init_from`."""
     data = Dataset.open(default_data_path(config.data), verify="sizes")
-    if data.tokenizer_hash != open_model(config.init_from).load_tokenizer().hash:
+    if data.tokenizer_hash != source.load_tokenizer().hash:
         raise InputError(
             f"the data in {data.path} was made with another tokenizer than that of init_from {config.init_from}, whose "
             "embedding belongs to the ids of its own; leave data.path out, or name data prepared with it"

@@ -4,7 +4,7 @@ Without init_from, jax is imported only once the data is prepared, so mistakes a
 """
 
 from collections.abc import Collection
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from nextllm_jax.config import Config
 from nextllm_jax.config.files import local_workdir
@@ -12,6 +12,9 @@ from nextllm_jax.distributed.process_group import Group, facts_of
 from nextllm_jax.distributed.rendezvous import DistributedConfig
 from nextllm_jax.distributed.signals import StopRequest
 from nextllm_jax.process import use_compilation_cache
+
+if TYPE_CHECKING:
+    from nextllm_jax.pretrained.source import Source
 
 
 def train(
@@ -36,12 +39,13 @@ def train(
     """
     group = Group(distributed or DistributedConfig(num_processes=1))
     with StopRequest(group, may_exit=may_exit) as stop, group:
-        config = _prepare(config, file or config, group, stop, overwrite, allow_change)
+        config, source = _prepare(config, file or config, group, stop, overwrite, allow_change)
 
         from nextllm_jax.training import loop
 
         outcome = loop.train(
             config,
+            source=source,
             overwrite=overwrite,
             allow_change=allow_change,
             profile_steps=profile_steps,
@@ -54,10 +58,10 @@ def train(
 
 def _prepare(
     config: Config, file: Config, group: Group, stop: StopRequest, overwrite: bool, allow_change: Collection[str]
-) -> Config:
+) -> tuple[Config, "Source | None"]:
     """Meet the other processes, if there are any, and have the data prepared; then connect jax.
 
-    Returns the config to train, with the model of init_from.
+    Returns the config to train, with the model of init_from, and the source of its weights if it was opened.
     """
     stop.exit_at_once("waiting for the other processes")
 
@@ -68,10 +72,11 @@ def _prepare(
     consent = allowed_fields(allow_change)
     local_workdir(config)  # raises InputError for none
     group.meet()
+    source = None
     if config.init_from is not None:
         from nextllm_jax.pretrained.init_from import require_tokenizer, with_source  # imports jax
 
-        config = with_source(config, file, overwrite=overwrite)
+        config, source = with_source(config, file, overwrite=overwrite)
     choices = {"--overwrite": str(overwrite), "--allow-change": ", ".join(sorted(consent))}
     group.check_same({**choices, **facts_of(config)})
     stop.exit_at_once("preparing data")
@@ -79,10 +84,10 @@ def _prepare(
         # To report mistakes before the data is prepared; `open_run` checks again once it holds the run's lock.
         require_startable(config, overwrite=overwrite, allow_change=consent)
         ensure_prepared(config.data)
-        if config.init_from is not None:
-            require_tokenizer(config, overwrite=overwrite)
+        if source is not None:
+            require_tokenizer(config, source)
     group.gather(None, "process 0 to prepare the data")
     stop.exit_at_once("starting")
     use_compilation_cache()
     group.start_jax()
-    return config
+    return config, source

@@ -28,6 +28,7 @@ from nextllm_jax.model.accounting import flops_per_token
 from nextllm_jax.model.objective import Batch
 from nextllm_jax.model.transformer import set_matmul_precision
 from nextllm_jax.pretrained.init_from import initial_params
+from nextllm_jax.pretrained.source import Source
 from nextllm_jax.sharding import placed, sharding
 from nextllm_jax.training.flight_recorder import FlightRecorder, environment
 from nextllm_jax.training.metrics import TrainMeter
@@ -75,7 +76,7 @@ def _begin(start: Start, run: RunDir) -> TrainState:
     """The state of a run's first step. Frozen weights, if any, are saved to base/ first."""
     if start.config.init_from is None:
         return start.program.create_state()
-    state = start.program.state_from(initial_params(start.config, functools.partial(placed, start.mesh)))
+    state = start.program.state_from(initial_params(start.config, start.source, functools.partial(placed, start.mesh)))
     if state.frozen is not None:
         save_base(run, state.frozen.params)
     return state
@@ -106,6 +107,7 @@ def _announce(writers: Writers, run: OpenRun, remarks: Iterable[Remark], step: i
 def train(
     config: Config,
     *,
+    source: Source | None = None,
     overwrite: bool = False,
     allow_change: Collection[str] = (),
     profile_steps: int = 0,
@@ -114,14 +116,16 @@ def train(
 ) -> Outcome:
     """Train on data that is prepared, from the latest checkpoint if the run directory holds one.
 
-    `config` has the model of its `init_from`. `group` are the processes that train together (none: this one alone),
-    `stop` a request to stop that is in force already; the rest is as in `launch.train`.
+    `config` has the model of its `init_from`, and `source` its weights if they were opened already. `group` are the
+    processes that train together (none: this one alone), `stop` a request to stop that is in force already; the rest
+    is as in `launch.train`.
 
     Raises InputError for what the user can fix, and RunFailed if too many steps in a row are skipped.
     """
     start = Start(
         config,
         lambda: Dataset.open(default_data_path(config.data), verify=config.data.verify),
+        source=source,
         overwrite=overwrite,
         allow_change=allow_change,
     )

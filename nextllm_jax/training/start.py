@@ -15,6 +15,7 @@ from nextllm_jax.data.packing import count_windows, describe_windows, has_target
 from nextllm_jax.data.shards import SPLITS, Dataset
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.accounting import adapter_count, parameter_count
+from nextllm_jax.pretrained.source import Source
 from nextllm_jax.sharding import make_mesh, sharding
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 from nextllm_jax.training.optimizer import describe_warmup
@@ -35,6 +36,8 @@ class Start:
     config: Config
     open_dataset: Callable[[], Dataset]
     """Opens the data to train on, which is prepared by then."""
+    source: Source | None = None
+    """The model of init_from, if it was opened already."""
     overwrite: bool = False
     allow_change: Collection[str] = ()
 

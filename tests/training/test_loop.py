@@ -75,7 +75,7 @@ def test_an_interruption_a_failed_evaluation_and_failed_output_lose_nothing(trai
 def test_the_score_before_the_first_step_outlives_an_interruption(trained, config, monkeypatch, capsys):
     """A run that starts from other weights is saved, evaluated and sampled at step 0."""
     config = dataclasses.replace(config, init_from=str(trained.directory / "runs" / "config"))
-    config = with_source(config, config)
+    config, _ = with_source(config, config)
     sample_text = mock.Mock(return_value=[("def ", "f()")])
     monkeypatch.setattr(loop, "sample_text", sample_text)
     stop = mock.Mock(reached=lambda: "SIGTERM" if sample_text.called else None)
