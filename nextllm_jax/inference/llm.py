@@ -295,9 +295,17 @@ def load(path: str, *, step: str | int | None = None, dtype: str | None = None, 
         tokenizer = error
     compute_dtype = resolve_dtype(dtype or config.dtype, jax.default_backend())
     set_matmul_precision(compute_dtype)
-    scan_layers = config.num_layers > MAX_UNROLLED_LAYERS
-    boxed = abstract_params(config, scan_layers=scan_layers)
-    devices = make_mesh(mesh) if mesh is not None else None
-    abstract = on_device(boxed, jax.local_devices()[0]) if devices is None else placed(devices, boxed)
-    params = source.load_params(cast_matrices(boxed, abstract, compute_dtype))
-    return LLM(config, params, tokenizer, compute_dtype, scan_layers, devices)
+    if mesh is None:
+        devices, place = None, functools.partial(on_device, device=jax.local_devices()[0])
+    else:
+        devices = make_mesh(mesh)
+        place = functools.partial(placed, devices)
+    model, abstract = decoding_model(config, compute_dtype, place)
+    return LLM(config, source.load_params(abstract), tokenizer, compute_dtype, model.scan_layers, devices)
+
+
+def decoding_model(config: ModelConfig, dtype: np.dtype, place: Callable[[Any], Any]) -> tuple[Transformer, Any]:
+    """The model that decodes, and its abstract parameters with the shardings that `place` gives to boxed ones."""
+    model = Transformer(config.without_remat(), dtype, config.num_layers > MAX_UNROLLED_LAYERS)
+    boxed = abstract_params(config, scan_layers=model.scan_layers)
+    return model, cast_matrices(boxed, place(boxed), dtype)

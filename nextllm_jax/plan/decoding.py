@@ -1,6 +1,7 @@
 """The plan of sampling: what prefill and a decode step take on a mesh of devices that are not here."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,10 +14,9 @@ from nextllm_jax.config import Config, SamplingConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.hardware import Chip
 from nextllm_jax.inference.generate import decode, prefill
-from nextllm_jax.inference.llm import MAX_UNROLLED_LAYERS
+from nextllm_jax.inference.llm import decoding_model
 from nextllm_jax.model.accounting import flops_per_token, kv_cache_bytes
-from nextllm_jax.model.transformer import Transformer, abstract_params, resolve_dtype
-from nextllm_jax.model.weights import cast_matrices
+from nextllm_jax.model.transformer import Transformer, resolve_dtype
 from nextllm_jax.plan.collectives import Collective, Traffic, collectives
 from nextllm_jax.plan.compile import Compiled, compile_lowered
 from nextllm_jax.plan.roofline import Roofline, roofline
@@ -78,9 +78,7 @@ def plan_decoding(config: Config, place: Place, request: Request, say: Say) -> D
         raise InputError(f"{place.name} cannot be compiled for without such devices; give a --topology")
     _check(config, request, mesh)
     dtype = resolve_dtype(config.model.dtype, mesh.devices.flat[0].platform)
-    model = Transformer(config.model.without_remat(), dtype, config.model.num_layers > MAX_UNROLLED_LAYERS)
-    boxed = abstract_params(model.config, scan_layers=model.scan_layers)
-    params = cast_matrices(boxed, placed(mesh, boxed), dtype)
+    model, params = decoding_model(config.model, dtype, functools.partial(placed, mesh))
     leaves = [(math.prod(leaf.sharding.shard_shape(leaf.shape)), leaf.dtype) for leaf in jax.tree.leaves(params)]
     parameter_bytes = sum(size * dtype.itemsize for size, dtype in leaves)
     cache_bytes = kv_cache_bytes(

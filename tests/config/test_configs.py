@@ -26,7 +26,7 @@ from nextllm_jax.model.accounting import parameter_count
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.training.optimizer import schedule
 
-SHIPPED = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 NAMES = [file.stem for file in SHIPPED]
 
 
