@@ -79,8 +79,6 @@ def config_of_values(values: dict[str, Any], where: str) -> Config:
     require({"model", "data", "training"} <= values.keys(), f"{where} is not a config that a run wrote")
     version = values.get("format", FIRST_FORMAT)
     require(version in (FIRST_FORMAT, FORMAT), f"{where} has format '{version}'; use the version that wrote it")
-    if config.lora.targets == ("q", "k", "v", "o", "gate", "up", "down"):  # all that there were, spelled out as default
-        return dataclasses.replace(config, lora=dataclasses.replace(config.lora, targets=()))
     return config
 
 

@@ -191,7 +191,7 @@ class LoraConfig:
     alpha: Annotated[float, _OTHER_ADAPTERS] = 16.0
     """The product of the adapters counts alpha / rank times."""
     targets: Fixed[tuple[str, ...]] = ()
-    """Matrices that get adapters, such as q and v; none named: all."""
+    """Matrices that get adapters, such as q v; empty: all."""
     frozen: Fixed[Literal["unquantized", "int8"]] = "unquantized"
     """How the frozen weights are kept: in model.param_dtype, or their matrices in 8 bits, a scale a channel."""
 

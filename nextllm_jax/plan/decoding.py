@@ -21,7 +21,7 @@ from nextllm_jax.plan.collectives import Collective, Traffic, collectives
 from nextllm_jax.plan.compile import Compiled, compile_lowered
 from nextllm_jax.plan.roofline import Roofline, roofline
 from nextllm_jax.plan.topology import Place, Say
-from nextllm_jax.sharding import placed
+from nextllm_jax.sharding import num_parts, placed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ def plan_decoding(config: Config, place: Place, request: Request, say: Say) -> D
 
 
 def _check(config: Config, request: Request, mesh: Mesh) -> None:
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = num_parts(mesh, "batch")
     if request.batch_size % parts:
         raise InputError(
             f"batch_size {request.batch_size} is not divisible by mesh.data x mesh.fsdp = {parts}; give more rows, or "

@@ -1,4 +1,4 @@
-"""`open_model(path)`: the model of anything that holds one."""
+"""`open_model`: the one way to open a model."""
 
 import dataclasses
 import sys
@@ -31,7 +31,7 @@ def _open_published(name: str, file: Path) -> Source:
     """A published model by way of its import, or from its file where the import cannot be used."""
 
     def read_file(error: Exception) -> Source:
-        print(f"{name} is read from {file}, for its import cannot be used: {error}", file=sys.stderr, flush=True)
+        print(f"{name} is read from {file}, because its import cannot be used: {error}", file=sys.stderr, flush=True)
         return open_path(str(file))
 
     try:

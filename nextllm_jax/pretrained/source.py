@@ -33,11 +33,12 @@ class Source:
 
     config: ModelConfig
     load_tokenizer: Callable[[], Tokenizer]
-    """Raises MissingTokenizer if there is none."""
+    """Raises InputError if there is none."""
     load_params: Callable[[Any], Any]
-    """The parameters as a tree of abstract arrays asks for them: stacked over layers or not, with its types and
-    shardings. Raises InputError if they are damaged or belong to another config."""
+    """`load_params(abstract)`: the parameters with the structure (stacked over layers or not), types and shardings of
+    `abstract`. Raises InputError if they are damaged or belong to another config."""
     is_run: bool
+    """Whether it is a run directory, not files of another program."""
     model_type: str | None = None
     """The Hugging Face model type of imported weights."""
     vocab_size: int | None = None
@@ -46,15 +47,14 @@ class Source:
 
 def open_path(path: str, *, step: str | int | None = None) -> Source:
     """The model of a run directory, a Hugging Face directory or a GGUF file; see `open_model`."""
-    file = Path(path)
-    is_run = not file.is_file() and not _is_huggingface(file)
-    run = RunDir(path)
-    if is_run and run.exists():
-        return _open_run(run, step)
-    if is_run:
+    file, run = Path(path), RunDir(path)
+    if not (file.is_file() or _is_huggingface(file)):
+        if run.exists():
+            return _open_run(run, step)
+        what = "is not" if file.exists() else "does not exist; give"
         raise InputError(
-            f"{path} is not a run directory (with config.json, tokenizer and checkpoints), a Hugging Face directory, "
-            f"a .gguf file, or the name of a published model ({', '.join(PUBLISHED_MODELS)})"
+            f"{path} {what} a run directory (with config.json, tokenizer and checkpoints), a Hugging Face directory, a "
+            f".gguf file, or the name of a published model ({', '.join(PUBLISHED_MODELS)})"
         )
     if step is not None:
         raise InputError(f"{path} is not a run directory, so it has no steps; leave the step out")
@@ -121,11 +121,12 @@ def _open_run(run: RunDir, step: str | int | None) -> Source:
 
 
 def _restore_params(run: RunDir, step: int, config: Config, abstract: Any) -> Any:
-    """The parameters of a run at a step, as `abstract` asks for them; adapters are merged into the frozen weights."""
+    """A run's parameters at a step, with the layout of `abstract`; adapters are merged into the frozen weights."""
     model, stacked = config.model, STACK in abstract or config.model.num_layers < len(config.model.layer_pattern)
     boxed = abstract_params(model)
     params = _read_params(run, step, config, _placement(abstract))
     weights, wanted = by_name(abstract_params(model, scan_layers=stacked)), by_name(abstract)
+    # Cast before unstacking, so the wide parameters and their unstacked copy never coexist.
     dtypes = {weights[name].kind: leaf.dtype for name, leaf in wanted.items()}
     params = map_weights(lambda weight, leaf: leaf.astype(dtypes[weight.kind]), boxed, params)
     params = params if stacked else unstack_layers(model, params)
@@ -133,7 +134,7 @@ def _restore_params(run: RunDir, step: int, config: Config, abstract: Any) -> An
 
 
 def _placement(abstract: Any) -> Callable[[Any], Any]:
-    """The function of `sharding` that gives boxed arrays the placement of a tree of abstract arrays."""
+    """The function that shards boxed arrays as `abstract` is sharded."""
     place = jax.tree.leaves(abstract)[0].sharding
     if isinstance(place, NamedSharding):
         return functools.partial(placed, place.mesh)

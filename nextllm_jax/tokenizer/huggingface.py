@@ -22,7 +22,7 @@ from nextllm_jax.tokenizer.backends import (
     missing_bytes,
 )
 from nextllm_jax.tokenizer.patterns import DIGITS_PATTERN, IN_BOTH_ENGINES, PLAIN, PLAIN_GPT2_PATTERN
-from nextllm_jax.tokenizer.tokenizer import MissingTokenizer, Roles, Tokenizer
+from nextllm_jax.tokenizer.tokenizer import Roles, Tokenizer
 
 _TEXT_ENDS = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>")
 _TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>", "<|return|>")
@@ -42,7 +42,7 @@ def load_huggingface(path: str | os.PathLike[str]) -> Tokenizer:
     elif (folder / "tokenizer.model").is_file():
         description = sentencepiece.read_model(folder / "tokenizer.model")
     else:
-        raise MissingTokenizer(f"{folder} holds neither tokenizer.json nor tokenizer.model; bring one of them")
+        raise InputError(f"{folder} holds neither tokenizer.json nor tokenizer.model; bring one of them")
     config = _read_json(folder / "tokenizer_config.json")
     names = {**_read_json(folder / "special_tokens_map.json"), **config}
     names = {name: _spelling(names.get(name)) for name in _NAMES}

@@ -147,10 +147,6 @@ class Tokenizer:
             raise InputError(f"{file} is damaged ({error!r}); {_BRING_AGAIN}") from error
 
 
-class MissingTokenizer(InputError):
-    """A model without a tokenizer, which is enough for what needs no text."""
-
-
 class IncrementalDecoder:
     """Text of ids that arrive a few at a time; a UTF-8 character is handed out whole.
 

@@ -86,6 +86,14 @@ def _changes_since_first_format(old: Config, new: Config) -> list[Change]:
     return found
 
 
+def _are_same(name: str, old: Any, new: Any) -> bool:
+    """Whether two values of a field mean the same."""
+    if name == "lora.targets":  # the order does not matter, and earlier versions spelled out what is () now
+        every = ("q", "k", "v", "o", "gate", "up", "down")
+        return set(old or every) == set(new or every)
+    return old == new
+
+
 def changes(old: Config, new: Config) -> list[Change]:
     """The fields in which `new` would not simply go on with a run of `old`, in the order of the config."""
     after = fields_of(new)
@@ -94,7 +102,7 @@ def changes(old: Config, new: Config) -> list[Change]:
     for name, (value, (change, meaning)) in fields_of(old).items():
         if name in ("training.steps", "optimizer.schedule_steps"):
             found += [schedule] if schedule and schedule.name == name else []
-        elif value != after[name].value and change != "free":
+        elif not _are_same(name, value, after[name].value) and change != "free":
             found.append(Change(name, value, after[name].value, meaning, change != "fixed"))
     return found
 

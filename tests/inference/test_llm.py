@@ -52,7 +52,7 @@ TOKENIZER = Tokenizer(
 def llm() -> LLM:
     tokens_BT = jnp.zeros((1, 2), jnp.int32)
     variables = jax.jit(Transformer(CONFIG).init)(jax.random.key(0), tokens_BT, tokens_BT)
-    return LLM(CONFIG, nn.meta.unbox(variables)["params"], TOKENIZER, np.dtype("float32"))
+    return LLM(CONFIG, nn.meta.unbox(variables)["params"], lambda: TOKENIZER, np.dtype("float32"))
 
 
 @pytest.fixture(scope="module")
