@@ -80,6 +80,12 @@ def num_parts(mesh: Mesh | AbstractMesh, name: str) -> int:
     return math.prod(mesh.shape[axis] for axis in RULES[name])
 
 
+def padded_size(size: int, name: str) -> int:
+    """The least size, from `size` on, that the mesh in force can shard along a logical axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return size if mesh.empty else -(-size // num_parts(mesh, name)) * num_parts(mesh, name)
+
+
 def spec(names: Sequence[str | None]) -> PartitionSpec:
     """The PartitionSpec of an array whose dimensions have these logical names (None: not divided).
 

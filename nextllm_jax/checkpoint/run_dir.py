@@ -24,11 +24,11 @@ class RunDir:
     """The files of a run in a directory, which need not exist yet. Constructing it touches no file."""
 
     def __init__(self, path: epath.PathLike) -> None:
+        self._storage = Disk(path)  # first: it refuses an address
         self.path = epath.Path(path)
         self.checkpoints, self.flight, self.base = self.path / CHECKPOINTS, self.path / FLIGHT, self.path / BASE
         self.tokenizer, self.profile = self.path / TOKENIZER, self.path / PROFILE
         self.tensorboard = self.path / TENSORBOARD
-        self._storage = Disk(self.path)
 
     def exists(self) -> bool:
         """Whether the directory has a config.json, of a run or of another program."""

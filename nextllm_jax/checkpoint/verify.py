@@ -68,10 +68,10 @@ def find_steps(path: epath.PathLike) -> list[epath.Path]:
 
     Raises InputError if `path` is none of these.
     """
-    path = epath.Path(path)
+    run = RunDir(path)
+    path = run.path
     if path.is_dir() and step_files.is_saved(path):
         return [path]
-    run = RunDir(path)
     of_a_run = run.exists() or run.checkpoints.exists()
     kinds = step_files.is_step, step_files.is_leftover, step_files.is_set_aside
     directories = [run.checkpoints, run.base] if of_a_run else [path]

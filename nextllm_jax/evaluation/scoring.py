@@ -13,7 +13,7 @@ from nextllm_jax.evaluation.evaluate import evaluate
 from nextllm_jax.inference.llm import LLM, Score, check_windows
 from nextllm_jax.model.objective import make_eval_step, next_token
 from nextllm_jax.model.transformer import Transformer, resolve_dtype
-from nextllm_jax.sharding import num_parts, on_mesh, sharding
+from nextllm_jax.sharding import on_mesh, padded_size, sharding
 
 
 def score_data(
@@ -45,8 +45,9 @@ def score_data(
     if llm.mesh is None:
         place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     else:
-        place, parts = sharding(llm.mesh, "batch", "seq"), num_parts(llm.mesh, "batch")
-        batch_size = -(-batch_size // parts) * parts
+        place = sharding(llm.mesh, "batch", "seq")
+    with on_mesh(llm.mesh):
+        batch_size = padded_size(batch_size, "batch")
     batches = validation_batches(split, sequence_length=window, batch_size=batch_size, sharding=place)
     total = -(-count_windows(split, window, partial=True) // batch_size)
     with on_mesh(llm.mesh):

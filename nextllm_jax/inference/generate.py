@@ -23,7 +23,7 @@ from nextllm_jax.errors import InputError
 from nextllm_jax.inference.sampling import row_keys, sample
 from nextllm_jax.model.kv_cache import KVCache
 from nextllm_jax.model.transformer import Transformer
-from nextllm_jax.sharding import on_mesh
+from nextllm_jax.sharding import on_mesh, padded_size
 
 CHUNK_TOKENS = 64
 """Most tokens a row gets in one call of the loop."""
@@ -212,7 +212,8 @@ class Generation:
         self._params = params
         self._mesh = mesh
         longest = _longest(prompts, max_new_tokens, model.config.context_length)
-        batch_size = bucket(self.num_rows, 1)
+        with on_mesh(mesh):
+            batch_size = padded_size(bucket(self.num_rows, 1), "batch")
         track_seen = sampling.repetition_penalty != 1
         start = 0 if cached is None or track_seen else _num_shared(cached.tokens, prompts)
         length = min(bucket(longest - start, 16), model.config.context_length)

@@ -19,7 +19,7 @@ from nextllm_jax.model.objective import Batch, text_batch, token_scores
 from nextllm_jax.model.transformer import Transformer, abstract_params, resolve_dtype, set_matmul_precision
 from nextllm_jax.model.weights import cast_matrices
 from nextllm_jax.pretrained.open_model import open_model
-from nextllm_jax.sharding import make_mesh, on_device, on_mesh, placed
+from nextllm_jax.sharding import make_mesh, on_device, on_mesh, padded_size, placed
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 128
@@ -55,7 +55,7 @@ class LLM:
     """
 
     config: ModelConfig
-    params: Any
+    params: Any = dataclasses.field(repr=False)
     load_tokenizer: Callable[[], Tokenizer]
     dtype: np.dtype
     scan_layers: bool = True
@@ -87,10 +87,11 @@ class LLM:
             raise InputError(f"{T} tokens are over the model's context_length {context_length}")
         if tokens_BT.min() < 0 or tokens_BT.max() >= self.config.vocab_size:
             raise InputError(f"token ids must lie in 0 to {self.config.vocab_size - 1}, the model's vocab_size less 1")
-        padding = min(bucket(T, 16), context_length) - T
-        tokens_BT = np.pad(tokens_BT.astype(np.int32), ((0, 0), (0, padding)))
         with on_mesh(self.mesh):
-            return _logits(self.model, self.params, tokens_BT)[:, :T]
+            rows, columns = padded_size(len(tokens_BT), "batch"), min(bucket(T, 16), context_length)
+            padded_BT = np.zeros((rows, columns), np.int32)
+            padded_BT[: len(tokens_BT), :T] = tokens_BT
+            return _logits(self.model, self.params, padded_BT)[: len(tokens_BT), :T]
 
     def generate(
         self,

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from nextllm_jax.config.model import ModelConfig
+from nextllm_jax.errors import InputError
 from nextllm_jax.model.transformer import abstract_params
 from nextllm_jax.model.weights import STACK, Kind, by_name, layer_paths
 
@@ -117,7 +118,7 @@ def parts_of(config: ModelConfig, abstract: Any, file_format: Format, *, fused: 
             parts.append(part)
     unnamed = set(leaves) - {part.leaf for part in parts}
     if unnamed:
-        raise ValueError(f"the table of names lacks {', '.join(sorted(unnamed))}")
+        raise InputError(f"interop/names.py lacks a name for {', '.join(sorted(unnamed))}; add a row to its table")
     return parts
 
 

@@ -56,7 +56,9 @@ def adapted(config: LoraConfig, boxed: Any) -> dict[str, Weight]:
     known = sorted({_module(name) for name in matrices})
     unknown = [target for target in config.targets if target not in known]
     if unknown:
-        raise InputError(f"lora.targets has {unknown[0]}, which is no matrix of the model; it has {', '.join(known)}")
+        raise InputError(
+            f"lora.targets has {unknown[0]!r}, which is no matrix of the model; choose from {' '.join(known)}"
+        )
     targets = config.targets or known
     return {name: weight for name, weight in matrices.items() if _module(name) in targets}
 

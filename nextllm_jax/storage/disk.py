@@ -22,7 +22,9 @@ class Disk:
     those that a bucket can have too; only `lock` creates the directory.
     """
 
-    def __init__(self, directory: os.PathLike[str]) -> None:
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        if "://" in str(directory):
+            raise InputError(f"{directory} is not a local path; copy it to this machine and give its path here")
         self._directory = Path(directory)
 
     def names(self, directory: str = "") -> list[str]:

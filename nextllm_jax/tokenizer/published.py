@@ -67,8 +67,11 @@ def load_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
     path = Path(resolve(str(spec)))
     if path.name == "tokenizer.json" or any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         return load_huggingface(path)
+    for directory in (path, path / "tokenizer"):
+        if (directory / "encoding.json").exists():
+            return Tokenizer.load(directory)
     if path.is_dir():
-        return Tokenizer.load(path if (path / "encoding.json").exists() else path / "tokenizer")
+        raise InputError(f"{path} holds no tokenizer: no encoding.json, tokenizer/, tokenizer.json or tokenizer.model")
     if path.suffix == ".gguf" and path.is_file():
         return from_gguf(read_metadata(path))
     if path.is_file():

@@ -29,7 +29,7 @@ from nextllm_jax.model.objective import Batch
 from nextllm_jax.model.transformer import set_matmul_precision
 from nextllm_jax.pretrained.init_from import initial_params
 from nextllm_jax.pretrained.source import Source
-from nextllm_jax.sharding import num_parts, placed, sharding
+from nextllm_jax.sharding import padded_size, placed, sharding
 from nextllm_jax.training.flight_recorder import FlightRecorder, environment
 from nextllm_jax.training.metrics import TrainMeter
 from nextllm_jax.training.open_run import OpenRun, open_run
@@ -272,11 +272,10 @@ def _evaluate(session: Session, state: TrainState, meter: TrainMeter) -> float |
     """The validation loss, which is reported; None if a stop was requested meanwhile."""
     meter.pause()
     config, mesh, split = session.config, session.start.mesh, session.start.dataset.split("validation")
-    parts = num_parts(mesh, "batch")
     batches = validation_batches(
         split,
         sequence_length=config.data.sequence_length,
-        batch_size=-(-config.training.evaluation_batch_size // parts) * parts,
+        batch_size=padded_size(config.training.evaluation_batch_size, "batch"),
         sharding=sharding(mesh, "batch", "seq"),
     )
     try:

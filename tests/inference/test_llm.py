@@ -125,6 +125,8 @@ def test_load_says_what_is_missing(run_directory, tmp_path):
         nextllm_jax.load(str(tmp_path / "nothing"))
     with pytest.raises(InputError, match="no checkpoint '4'"):
         nextllm_jax.load(str(run_directory), step=4)
+    with pytest.raises(InputError, match="is not a local path"):
+        nextllm_jax.load("https://huggingface.co/some/model")
     with pytest.raises(InputError, match="float16"):
         nextllm_jax.load(str(run_directory), dtype="float16")
 
@@ -259,7 +261,7 @@ def test_without_a_tokenizer_there_are_logits_and_no_text(llm, without_tokenizer
             use()
 
 
-MESHES = {"data": 4, "fsdp": 2}, {"data": 2, "fsdp": 2, "tensor": 2}
+MESHES = {"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
@@ -274,8 +276,10 @@ def test_on_a_mesh_a_model_computes_what_it_does_on_one_device(run_directory, wi
     assert equal(jax.device_get(nextllm_jax.load(without_tokenizer, mesh=mesh).params), jax.device_get(one.params))
 
     tokens_BT = np.arange(60).reshape(3, 20)
-    np.testing.assert_allclose(loaded.logits(tokens_BT), one.logits(tokens_BT), atol=1e-4)
+    for rows in (1, 2, 3):  # divided by the devices or not
+        np.testing.assert_allclose(loaded.logits(tokens_BT[:rows]), one.logits(tokens_BT[:rows]), atol=1e-4)
     assert loaded.score("some text").nll == pytest.approx(one.score("some text").nll, rel=1e-5)
+    assert loaded.generate(["ab", "c"], max_new_tokens=3) == one.generate(["ab", "c"], max_new_tokens=3)
     prompts = ["ab", "c", "defg"]
     for settings in ({"temperature": 0.0}, {"temperature": 1.0, "num_samples": 2, "seed": 3}):
         assert loaded.generate(prompts, max_new_tokens=12, **settings) == one.generate(

@@ -127,13 +127,13 @@ def test_adapters_train_on_quantized_weights() -> None:
 
 
 def test_targets_are_checked_against_the_model() -> None:
-    with pytest.raises(InputError, match=r"gate.*k, mix, o, q, spread, v"):
+    with pytest.raises(InputError, match=r"gate.*k mix o q spread v"):
         lora.create(LoraConfig(rank=2, targets=("mix", "gate")), abstract_params(CONFIG), jax.random.key(0))
 
 
 def test_only_the_table_of_names_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
     abstract = nn.meta.unbox(abstract_params(CONFIG))
-    with pytest.raises(ValueError, match="mlp/mix/kernel"):
+    with pytest.raises(InputError, match="mlp/mix/kernel"):
         names.parts_of(CONFIG, abstract, "huggingface")
     added = [
         names.Name(f"mlp/{leaf}", f"mlp.{leaf.replace('/', '.')}", f"ffn_{leaf}")
