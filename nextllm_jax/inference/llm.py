@@ -12,10 +12,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nextllm_jax.config import MeshConfig, ModelConfig, SamplingConfig
+from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.generate import CHUNK_TOKENS, CachedRow, Generation, bucket
 from nextllm_jax.inference.stream import Sample, TextStream
 from nextllm_jax.model.objective import Batch, text_batch, token_scores
+from nextllm_jax.model.quantize import abstract_quantized
 from nextllm_jax.model.transformer import Transformer, abstract_params, resolve_dtype, set_matmul_precision
 from nextllm_jax.model.weights import cast_matrices
 from nextllm_jax.pretrained.open_model import open_model
@@ -276,19 +278,31 @@ def _nll_sum(model: Transformer, params: Any, batch: Batch) -> jax.Array:
     return -jnp.sum(jnp.where(batch.loss_mask_BT, logprobs_BT, 0))
 
 
-def load(path: str, *, step: str | int | None = None, dtype: str | None = None, mesh: MeshConfig | None = None) -> LLM:
+def load(
+    path: str,
+    *,
+    step: str | int | None = None,
+    dtype: str | None = None,
+    quantize: str | Quantization = "none",
+    mesh: MeshConfig | None = None,
+) -> LLM:
     """The model of a run directory, a Hugging Face directory, a GGUF file or a published name.
 
     `path` and `step` are those of `open_model`. `dtype` is the type of the matmuls: "float32", "bfloat16", "auto" for
     what suits the platform, None for what the model's config says. Matrices are cast to it once, here, norms stay as
-    they were trained. float32 asks jax for full matmul precision, for the whole process. `mesh` shards the model over
-    all devices; None: it is on one.
+    they were trained. float32 asks jax for full matmul precision, for the whole process. `quantize` is "int8", "int4",
+    or a Quantization: the matrices are quantized as they are read, so that the float model is never whole in memory;
+    "none": they stay as they are, be it quantized. `mesh` shards the model over all devices; None: it is on one.
 
-    Raises InputError as `open_model` does, and if the mesh does not fit the devices or the model. A model without a
+    Raises InputError as `open_model` does, if the mesh does not fit the devices or the model, and if a model is to be
+    quantized that is already. A model without a
     tokenizer loads; what needs text raises InputError.
     """
     source = open_model(path, step=step)
-    config = source.config
+    config, quantization = source.config, source.quantization
+    if quantize != "none":
+        source.require_floats(path)
+        quantization = Quantization(scheme=quantize) if isinstance(quantize, str) else quantize  # pyright: ignore[reportArgumentType]
     try:
         tokenizer = source.load_tokenizer()
     except MissingTokenizer as error:
@@ -299,5 +313,6 @@ def load(path: str, *, step: str | int | None = None, dtype: str | None = None, 
     boxed = abstract_params(config, scan_layers=scan_layers)
     devices = make_mesh(mesh) if mesh is not None else None
     abstract = on_device(boxed, jax.local_devices()[0]) if devices is None else placed(devices, boxed)
-    params = source.load_params(cast_matrices(boxed, abstract, compute_dtype))
+    abstract = cast_matrices(boxed, abstract, compute_dtype)
+    params = source.load_params(abstract_quantized(boxed, abstract, quantization))
     return LLM(config, params, tokenizer, compute_dtype, scan_layers, devices)
