@@ -97,12 +97,11 @@ def convert(leaf: Any, like: Any) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _converter(like: Any, from_quantized: bool) -> Callable[[Any], Any]:
-    if not from_quantized:
-        change = functools.partial(quantize, like=like)
-    elif is_quantized(like):
-        change = functools.partial(_unpacked, like=like)
-    else:
-        change = functools.partial(dequantize, dtype=like.dtype)
+    def change(leaf: Any) -> Any:
+        if not from_quantized:
+            return quantize(leaf, like)
+        return _unpacked(leaf, like) if is_quantized(like) else dequantize(unpack(leaf), like.dtype)
+
     return jax.jit(change, out_shardings=jax.tree.map(lambda part: part.sharding, like))
 
 
