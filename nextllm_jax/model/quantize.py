@@ -5,6 +5,7 @@ quantize. Whatever loads parameters brings one weight after another into that fo
 whole in memory.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.weights import Weight, is_weight, path_name
-from nextllm_jax.ops.quantized import QTensor, dequantize, packed_shape, quantize, unpack
+from nextllm_jax.ops.quantized import QTensor, dequantize, pack, quantize, unpack
 from nextllm_jax.sharding import resized
 
 Observer = Callable[[str, jax.Array | None, QTensor], None]
@@ -73,9 +74,10 @@ def abstract_packed(tree: Any) -> Any:
     """An abstract tree as files hold it: see `ops.quantized.pack`."""
 
     def packed(leaf: Any) -> Any:
-        if not isinstance(leaf, QTensor):
+        if not is_quantized(leaf):
             return leaf
-        return QTensor(_like(leaf.q, *packed_shape(leaf.q.shape, leaf.q.dtype)), leaf.scale, leaf.minimum)
+        q = jax.eval_shape(pack, leaf).q
+        return dataclasses.replace(leaf, q=_like(leaf.q, q.shape, q.dtype))
 
     return jax.tree.map(packed, tree, is_leaf=is_quantized)
 

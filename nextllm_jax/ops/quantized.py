@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -130,10 +129,3 @@ def unpack(x: QTensor) -> QTensor:
     signed = jax.lax.bitcast_convert_type(x.q, jnp.int8)
     pairs = jnp.stack([signed << 4, signed], axis=-1) >> 4  # which copies the sign
     return dataclasses.replace(x, q=pairs.reshape(*x.shape[:-1], -1).astype(jnp.int4))
-
-
-def packed_shape(shape: Sequence[int], dtype: jax.typing.DTypeLike) -> tuple[tuple[int, ...], jax.typing.DTypeLike]:
-    """Shape and type in files of a `q` of this shape and type."""
-    if dtype != jnp.int4:
-        return tuple(shape), dtype
-    return (*shape[:-1], shape[-1] // 2), jnp.uint8

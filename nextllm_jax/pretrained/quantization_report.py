@@ -13,7 +13,7 @@ from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.model.accounting import parameter_bytes
 from nextllm_jax.model.transformer import abstract_params
 from nextllm_jax.model.weights import by_name
-from nextllm_jax.ops.quantized import QTensor, dequantize, packed_shape
+from nextllm_jax.ops.quantized import QTensor, dequantize, pack
 
 
 @dataclasses.dataclass
@@ -48,9 +48,8 @@ class QuantizationReport:
         else:
             errors = _relative_errors(before, after, axes=weight.value.ndim - weight.num_stacked)
             kind.errors += np.atleast_1d(errors).tolist()
-        shape, dtype = packed_shape(after.shape, after.q.dtype)
-        scales = (part for part in (after.scale, after.minimum) if part is not None)
-        kind.bytes += int(np.prod(shape)) * jnp.dtype(dtype).itemsize + sum(part.nbytes for part in scales)
+        in_files = jax.tree.leaves(jax.eval_shape(pack, after))
+        kind.bytes += sum(part.size * part.dtype.itemsize for part in in_files)
         kind.weights += after.q.size
         self.progress(after.q.size)
 
