@@ -15,6 +15,7 @@ from nextllm_jax.checkpoint.leaves import PLACEHOLDER
 from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config
+from nextllm_jax.config.files import from_dict
 from nextllm_jax.config.model import ModelConfig
 from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError
@@ -136,7 +137,8 @@ def _open_run(run: RunDir, step: str | int | None) -> Source:
         number = checkpoints.resolve(step)
         record = checkpoints.record(number)
     origin, quantized = record.get(ORIGIN, {}), record.get(QUANTIZED)
-    quantization = Quantization(**quantized) if quantized else None
+    where = f"the record of checkpoint {number} in {run.checkpoints}"
+    quantization = from_dict(Quantization, quantized, where) if quantized else None
     return Source(
         config.model,
         load_tokenizer=lambda: Tokenizer.load(run.tokenizer),
