@@ -66,13 +66,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """Puts a mesh in force; None leaves the one in force, if any, as it is."""
+    """A context that sets jax's mesh; it does nothing for None."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def num_slices(devices: Sequence[Any]) -> int:
     """How many slices the devices say they are in: TPU slices, nodes of GPUs. 1 for devices that do not say it."""
     return len({getattr(device, "slice_index", None) for device in devices})
+
+
+def num_parts(mesh: Mesh | AbstractMesh, name: str) -> int:
+    """How many parts a mesh shards a logical axis into."""
+    return math.prod(mesh.shape[axis] for axis in RULES[name])
 
 
 def spec(names: Sequence[str | None]) -> PartitionSpec:
@@ -165,7 +170,7 @@ def tree_shardings(mesh: Mesh | AbstractMesh, abstract_tree: Any) -> Any:
         result = sharding(mesh, *leaf.names)
         for size, name in zip(leaf.value.shape, leaf.names, strict=True):
             axes = RULES[name] if name is not None else ()
-            parts = math.prod(mesh.shape[axis] for axis in axes)
+            parts = num_parts(mesh, name) if name is not None else 1
             if size % parts:
                 raise InputError(
                     f"{jax.tree_util.keystr(path, simple=True, separator='/')}: its '{name}' axis of size {size} "

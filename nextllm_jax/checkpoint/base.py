@@ -27,7 +27,7 @@ def save_base(run: RunDir, params: Any) -> None:
 
 
 def base_id(run: RunDir) -> str:
-    """The identity of a run's base: a hash of its manifest, which has those of all files. Raises InputError."""
+    """A hash of the manifest of a run's frozen base weights, which holds the hash of each file. Raises InputError."""
     manifest = run.base / "0" / step_files.MANIFEST
     try:
         return hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]
@@ -54,11 +54,11 @@ def base_parts(checkpoints: Checkpoints, step: int, abstract: Any, parts: Iterab
     if recorded != found:
         raise InputError(
             f"{run.base} holds other weights ({found}) than the adapters of checkpoint {step} were trained on "
-            f"({recorded}); bring the run's own back"
+            f"({recorded}); restore the run's own"
         )
     try:
         yield from Checkpoints(run.base).restore_parts(0, "params", abstract, parts)
     except DamagedCheckpoint as error:  # no longer of that kind: no checkpoint of the run is to blame
-        raise InputError(f"the frozen weights below the adapters are lost: {error}; bring {run.base} back") from error
+        raise InputError(f"the frozen weights below the adapters are lost: {error}; restore {run.base}") from error
     except InputError as error:
         raise InputError(f"the frozen weights below the adapters cannot be used: {error}") from error

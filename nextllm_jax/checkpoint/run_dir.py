@@ -14,23 +14,24 @@ from nextllm_jax.errors import InputError
 from nextllm_jax.storage.disk import Disk
 
 CONFIG, METRICS, LOSS, SAMPLES = FILES = ("config.json", "metrics.jsonl", "loss.png", "samples.txt")
-CHECKPOINTS, FLIGHT = "checkpoints", "flight"
-DIRECTORIES = (CHECKPOINTS, FLIGHT, "base", "tokenizer", "profile", "tensorboard")
+CHECKPOINTS, FLIGHT, BASE, TOKENIZER, PROFILE, TENSORBOARD = DIRECTORIES = (
+    "checkpoints", "flight", "base", "tokenizer", "profile", "tensorboard",
+)  # fmt: skip
 _LOCK, _OVERWRITTEN = ".lock", "overwritten"
 
 
 class RunDir:
-    """The files of the run in a directory, whether there is one or not. Making one reads and writes nothing."""
+    """The files of a run in a directory, which need not exist yet. Constructing it touches no file."""
 
     def __init__(self, path: epath.PathLike) -> None:
         self.path = epath.Path(path)
-        self.checkpoints, self.flight, self.base, self.tokenizer, self.profile, self.tensorboard = (
-            self.path / name for name in DIRECTORIES
-        )
+        self.checkpoints, self.flight, self.base = self.path / CHECKPOINTS, self.path / FLIGHT, self.path / BASE
+        self.tokenizer, self.profile = self.path / TOKENIZER, self.path / PROFILE
+        self.tensorboard = self.path / TENSORBOARD
         self._storage = Disk(self.path)
 
     def exists(self) -> bool:
-        """Whether there is a run, or something else that has a config.json."""
+        """Whether the directory has a config.json, of a run or of another program."""
         return self._storage.exists(CONFIG)
 
     def read_config(self) -> Config:
@@ -38,7 +39,7 @@ class RunDir:
         return read_config(self.path / CONFIG)
 
     def write_config(self, config: Config) -> None:
-        """Make `config` the run's."""
+        """Replace config.json."""
         self.write(CONFIG, config.to_json().encode())
 
     def names(self, directory: str) -> list[str]:
@@ -78,7 +79,7 @@ class RunDir:
             self._storage.require_writable(name, is_directory=name not in FILES)
 
     def set_aside(self) -> epath.Path:
-        """Move every file of the run to overwritten/<n>, and nothing else; config.json is copied, as the last.
+        """Move every file of the run to overwritten/<n>, config.json last and as a copy. Returns that directory.
 
         Until a new config.json replaces it, the directory still is a run, and a move that was interrupted is
         finished by the next one.
@@ -90,7 +91,7 @@ class RunDir:
             number += 1
         for name in names:
             self._storage.move(name, f"{target}/{name}")
-        self.write(f"{target}/{CONFIG}", self._storage.read(CONFIG))
+        self.write(f"{target}/{CONFIG}", self.read(CONFIG))
         return self.path / target
 
     def require_no_interrupted_overwrite(self) -> None:
@@ -104,7 +105,7 @@ class RunDir:
                 )
 
     def lock(self) -> AbstractContextManager[None]:
-        """A context in which no other training may use the directory, which is created if need be.
+        """A context that holds the run's lock; creates the directory if needed.
 
         Entering it raises InputError, naming the other process, if one trains there.
         """

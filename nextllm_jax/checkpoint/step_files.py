@@ -3,8 +3,8 @@
 A saved step is a directory named by its number. It gets that name only when everything in it is written, read back
 and found right, so a directory of another name is not a checkpoint:
 
-    <step>.unfinished   a save that is under way, or was cut short
-    <step>.deleted      a deletion that is under way, or was cut short
+    <step>.unfinished   a save that is under way, or was interrupted
+    <step>.deleted      a deletion that is under way, or was interrupted
     <step>.damaged      set aside, for its files are not what was saved
 
 Files that no save made (a file browser's, an editor's backup) may lie anywhere: only `unknown_files` looks for them.

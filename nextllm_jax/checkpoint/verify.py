@@ -57,7 +57,7 @@ class StepReport:
         if self.failed:
             return f"{self.path}: {self.state}: {'; '.join(map(str, self.damages))}{unknown}"
         why = {
-            "unfinished": "a save or a deletion under way, or cut short; not a checkpoint",
+            "unfinished": "a save or a deletion under way, or interrupted; not a checkpoint",
             "set aside": "damaged when it was found; not a checkpoint",
         }
         return f"{self.path}: {self.state} ({why[self.state]})"

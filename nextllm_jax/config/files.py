@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -19,6 +19,18 @@ from nextllm_jax import config as definitions
 from nextllm_jax.config.checks import require
 from nextllm_jax.config.run import FIRST_FORMAT, FORMAT, Config
 from nextllm_jax.errors import InputError
+
+
+class _Removed(NamedTuple):
+    """A field that this version does not have."""
+
+    dropped_by: str
+    """The first format without the field."""
+    ignored: tuple[Any, ...]
+    """Values that are ignored on reading: the old default, and those whose effect is the same now."""
+
+
+_REMOVED = {"MeshConfig.context_parallelism": _Removed("nextllm_jax config 2", ("all_gather", "ring"))}
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:
@@ -29,15 +41,19 @@ def _suggest(name: str, known: Iterable[str]) -> str:
 def from_dict(cls: type[Any], values: dict[str, Any], where: str) -> Any:
     """A config dataclass from plain values; `where` names the source in errors.
 
-    Raises InputError for an unknown field or a bad value.
+    A removed field is ignored where that changes nothing. Raises InputError for another value of it, for an unknown
+    field or a bad value.
     """
     require(isinstance(values, dict), f"{where} must hold a JSON object, the fields of {cls.__name__}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    for name in values:
-        hint = _suggest(name, fields)
-        require(name in fields, f"{where} has a field '{name}' that {cls.__name__} does not know{hint}")
     arguments: dict[str, Any] = {}
     for name, value in values.items():
+        if removed := _REMOVED.get(f"{cls.__name__}.{name}"):
+            message = f"{where} has {name} {value!r}, which {removed.dropped_by} dropped; use an earlier version"
+            require(value in removed.ignored, message)
+            continue
+        hint = _suggest(name, fields)
+        require(name in fields, f"{where} has a field '{name}' that {cls.__name__} does not know{hint}")
         nested = fields[name].default_factory
         if isinstance(value, dict) and dataclasses.is_dataclass(nested):
             arguments[name] = from_dict(nested, value, f"{where}: {name}")  # pyright: ignore[reportArgumentType]
@@ -63,8 +79,6 @@ def config_of_values(values: dict[str, Any], where: str) -> Config:
     require({"model", "data", "training"} <= values.keys(), f"{where} is not a config that a run wrote")
     version = values.get("format", FIRST_FORMAT)
     require(version in (FIRST_FORMAT, FORMAT), f"{where} has format '{version}'; use the version that wrote it")
-    if config.lora.targets == ("q", "k", "v", "o", "gate", "up", "down"):  # all that there were, spelled out as default
-        return dataclasses.replace(config, lora=dataclasses.replace(config.lora, targets=()))
     return config
 
 
@@ -85,6 +99,8 @@ def read_config(path: epath.PathLike) -> Config:
 def _hint(error: BaseException) -> str:
     """What to do about an error in a config file: the nearest field for one that does not exist."""
     unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if unknown and (removed := _REMOVED.get(f"{unknown[1]}.{unknown[2]}")):
+        return f"; {removed.dropped_by} dropped it, leave it out"
     known = getattr(definitions, unknown[1], None) if unknown else None
     if unknown and dataclasses.is_dataclass(known):
         return _suggest(unknown[2], [field.name for field in dataclasses.fields(known)])

@@ -4,33 +4,31 @@ import dataclasses
 from typing import Literal
 
 from nextllm_jax.config.checks import check_types, require, require_positive
+from nextllm_jax.config.fields import Fixed, Free, NoEffect, marks
 
 LayerKind = Literal["global", "local", "global_nope"]
 DType = Literal["float32", "bfloat16"]
-
-EXECUTION_FIELDS = ("dtype", "attention", "attention_blocks", "remat", "remat_offload")
-"""The fields of a ModelConfig that say how a model is computed, not which model it is."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A Llama-style decoder."""
 
-    vocab_size: int = 8192
+    vocab_size: Fixed[int] = 8192
     """Rows of the embedding; at least the tokenizer's size, more is padding."""
-    num_layers: int = 8
+    num_layers: Fixed[int] = 8
     """Decoder blocks."""
-    embed_dim: int = 256
+    embed_dim: Fixed[int] = 256
     """Width of the residual stream."""
-    mlp_dim: int = 688
+    mlp_dim: Fixed[int] = 688
     """Width inside SwiGLU."""
     activation: Literal["silu", "gelu_tanh"] = "silu"
     """What the gate of the MLP goes through: silu, or gelu by its tanh approximation (GeGLU)."""
-    num_heads: int = 8
+    num_heads: Fixed[int] = 8
     """Query heads."""
-    num_kv_heads: int = 4
+    num_kv_heads: Fixed[int] = 4
     """Key and value heads; divides num_heads (equal: MHA, 1: MQA)."""
-    head_dim: int = 32
+    head_dim: Fixed[int] = 32
     """Width of a head, free of embed_dim / num_heads; even, for RoPE."""
     context_length: int = 2048
     """Most positions that prompt and new tokens may fill together."""
@@ -61,7 +59,7 @@ class ModelConfig:
     """Divisors of the frequencies where context_length is within the original context (longrope)."""
     rope_long_factors: tuple[float, ...] = ()
     """Divisors of the frequencies where context_length is over the original context (longrope)."""
-    layer_pattern: tuple[LayerKind, ...] = ("global",)
+    layer_pattern: Fixed[tuple[LayerKind, ...]] = ("global",)
     """Kinds of layer, repeated over the depth: global, local (sliding window), global_nope (no RoPE)."""
     sliding_window: int = 1024
     """Positions that a local layer sees, its own included."""
@@ -69,15 +67,15 @@ class ModelConfig:
     """Epsilon of RMSNorm."""
     norm_scale_offset: float = 0.0
     """Added to the learnt scale of every norm; Gemma's norms multiply by 1 + scale."""
-    norm_placement: Literal["pre", "post", "sandwich"] = "pre"
+    norm_placement: Fixed[Literal["pre", "post", "sandwich"]] = "pre"
     """Norms before attention and MLP, after them (before they are added to the residual stream), or both."""
-    qk_norm: bool = False
+    qk_norm: Fixed[bool] = False
     """RMSNorm over queries and keys before RoPE."""
-    qk_norm_over: Literal["head", "projection"] = "head"
+    qk_norm_over: Fixed[Literal["head", "projection"]] = "head"
     """What that norm spans: each head by itself, or all heads together."""
-    attention_bias: bool = False
+    attention_bias: Fixed[bool] = False
     """Bias on the query, key and value projections."""
-    attention_output_bias: bool = False
+    attention_output_bias: Fixed[bool] = False
     """Bias on the output projection of attention."""
     attention_scale: float | None = None
     """Factor on the attention scores; none: 1 / sqrt(head_dim)."""
@@ -91,24 +89,24 @@ class ModelConfig:
     """Divides the logits, before their soft cap."""
     logit_soft_cap: float | None = None
     """Bounds the logits: cap tanh(logit / cap); none: no bound."""
-    tie_embeddings: bool = True
+    tie_embeddings: Fixed[bool] = True
     """One matrix for the embedding and the output head."""
-    init_std: float = 0.02
+    init_std: NoEffect[float] = 0.02
     """Standard deviation of the initial weights; the projections back into the residual stream get
     init_std / sqrt(2 num_layers)."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Free[Literal["auto", "float32", "bfloat16"]] = "auto"
     """Type of the matmuls; auto: bfloat16, but float32 on a CPU without bfloat16 units."""
-    attention: Literal["auto", "xla", "blockwise", "splash", "cudnn"] = "auto"
+    attention: Free[Literal["auto", "xla", "blockwise", "splash", "cudnn"]] = "auto"
     """How training attends: plain XLA; blockwise in XLA, for long sequences; splash, a Pallas kernel for TPUs; cuDNN's
     flash attention, for GPUs. auto: what is best on the devices, on GPUs without much memory,
     printed at the start."""
-    attention_blocks: tuple[int, ...] = ()
+    attention_blocks: Free[tuple[int, ...]] = ()
     """Positions in a block of queries and in one of keys, for blockwise and splash; none: by the chip."""
-    param_dtype: DType = "float32"
+    param_dtype: Fixed[DType] = "float32"
     """Type in which parameters are kept."""
-    remat: Literal["none", "dots", "save_attention", "full"] = "none"
+    remat: Free[Literal["none", "dots", "save_attention", "full"]] = "none"
     """What the backward pass recomputes: nothing, all but the matmul results, all but attention, or whole layers."""
-    remat_offload: bool = False
+    remat_offload: Free[bool] = False
     """Keep what remat saves of the forward pass in the host's memory (TPU and GPU)."""
 
     def __post_init__(self) -> None:
@@ -158,3 +156,7 @@ class ModelConfig:
                 len(factors) == wanted and all(factor > 0 for factor in factors),
                 f"model.{name} holds {len(factors)} numbers; '{kind}' needs {wanted}, all of them positive",
             )
+
+
+EXECUTION_FIELDS = tuple(name for name, mark in marks(ModelConfig).items() if mark.change == "free")
+"""The fields of a ModelConfig that say how a model is computed, not which model it is."""

@@ -35,7 +35,7 @@ class Quantization:
         return 32 if self.group_size is None and self.scheme == "int4" else self.group_size
 
     @property
-    def kinds(self) -> tuple[str, ...]:
+    def kinds(self) -> tuple[Literal["matrix", "embedding"], ...]:
         """The kinds of weights that are quantized."""
         return ("matrix", "embedding") if self.embeddings else ("matrix",)
 

@@ -7,55 +7,61 @@ not import jax.
 import dataclasses
 import json
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from nextllm_jax.config.checks import check_types as _check_types
 from nextllm_jax.config.checks import require as _require
 from nextllm_jax.config.checks import require_positive as _require_positive
+from nextllm_jax.config.fields import OTHER_DATA, ChoosesData, ChoosesTokenizer, Fixed, Free, NoEffect, OnResume
 from nextllm_jax.config.model import ModelConfig
 
 FORMAT, FIRST_FORMAT = "nextllm_jax config 2", "nextllm_jax config 1"
 """Formats of config.json. The first, which the file does not state, is of runs that warmed up for all of
 warmup_steps, however short the schedule, and whose wsd decay could overlap the warmup."""
 
+_OTHER_ORDER = OnResume("override", "the data begins again in another order, the weights stay")
+_OTHER_WINDOWS = OnResume("override", "the data begins again, cut into other windows in another order")
+_OTHER_BATCHES = OnResume("override", "the data goes on where it is, with more or fewer windows a step")
+_OTHER_ADAPTERS = OnResume("override", "the adapters count for more or less from the next step on, and the model jumps")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is read, how it is tokenized, and how it is cut into windows."""
 
-    corpus: str = "stdlib"
+    corpus: ChoosesData[str] = "stdlib"
     """stdlib (Python's own standard library source), a file, a directory or a glob of text, .jsonl(.gz) or
     .parquet, or hf:NAME for a Hugging Face dataset (name or local directory)."""
-    text_field: str = "text"
+    text_field: ChoosesData[str] = "text"
     """Field of jsonl, parquet and Hugging Face rows that holds the text."""
-    messages_field: str | None = None
+    messages_field: ChoosesData[str | None] = None
     """Field of rows that holds a conversation, a list of {role, content}, such as messages: training is on what the
     assistant says alone. None: rows hold text."""
-    chat_template: str | None = None
+    chat_template: ChoosesData[str | None] = None
     """Jinja file that turns such conversations into text; none: the tokenizer's own template."""
-    hf_config: str | None = None
+    hf_config: ChoosesData[str | None] = None
     """Configuration name of a Hugging Face dataset, such as sample-10BT."""
-    hf_split: str = "train"
+    hf_split: ChoosesData[str] = "train"
     """Split of a Hugging Face dataset."""
-    tokenizer: str = "train"
+    tokenizer: ChoosesTokenizer[str] = "train"
     """train (a byte-level BPE of the corpus), gpt2, cl100k_base, o200k_base, or the path of a .tiktoken ranks
     file, of a saved tokenizer directory, or of a Hugging Face directory or tokenizer.json."""
-    vocab_size: int = 8192
+    vocab_size: ChoosesTokenizer[int] = 8192
     """Size of the tokenizer that 'train' makes, special tokens included."""
-    path: str | None = None
+    path: Annotated[str | None, OnResume("free", OTHER_DATA)] = None
     """Directory of the prepared shards; none: data/<corpus>-<tokenizer>-<hash of these settings>."""
-    verify: Literal["sampled", "full"] = "sampled"
+    verify: Free[Literal["sampled", "full"]] = "sampled"
     """What is compared with its checksum at the start, beside the sizes of all files. sampled: 1,024 blocks of 256 KiB
     and one of each file, drawn anew each time. That is all of 256 MiB, and a swapped file is always found; in S bytes
     more, one flipped bit is found with probability 256 MiB / S, and damage to a share f of the blocks with
     1 - (1 - f)^1024, such as 0.99 for f = 0.0045. full: every byte, so that every flipped bit is found."""
-    sequence_length: int = 256
+    sequence_length: Annotated[int, _OTHER_WINDOWS] = 256
     """Tokens in a training window."""
-    validation_fraction: float = 0.05
+    validation_fraction: ChoosesData[float] = 0.05
     """Share of the documents held out, chosen by a hash of the document's name or text."""
-    tokens_per_shard: int = 50_000_000
+    tokens_per_shard: Free[int] = 50_000_000
     """Most tokens in one shard file."""
-    num_processes: int = 0
+    num_processes: Free[int] = 0
     """Processes that tokenize; 0: one per core."""
 
     def __post_init__(self) -> None:
@@ -99,12 +105,12 @@ class OptimizerConfig:
     """Decay the embedding and the output head too."""
     clip_norm: float = 1.0
     """Greatest global norm of the accumulated gradient."""
-    first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    first_moment_dtype: Fixed[Literal["float32", "bfloat16"]] = "float32"
     """Type in which AdamW's first moment is kept."""
-    shard_over_data: bool = False
+    shard_over_data: Free[bool] = False
     """Divide AdamW's moments over mesh.data too (ZeRO-1), and the accumulated gradient: less memory, but new parameters
     travel after each step, and gradients after each microbatch instead of once a step."""
-    offload_state: bool = False
+    offload_state: Free[bool] = False
     """Keep AdamW's moments in the host's memory (TPU and GPU). A device has those of a few layers at a time, and those
     of embedding and head; the layers' come twice in each step, to check that the update is finite and to take it."""
 
@@ -138,26 +144,26 @@ class TrainingConfig:
 
     steps: int = 5000
     """Global batches to train on, skipped ones included."""
-    global_batch_size: int = 16
+    global_batch_size: Annotated[int, _OTHER_BATCHES] = 16
     """Sequences in one optimizer step, over all devices and microbatches."""
-    accumulation_steps: int = 1
+    accumulation_steps: Free[int] = 1
     """Microbatches that a global batch is cut into, to save memory."""
-    log_every_steps: int = 10
+    log_every_steps: Free[int] = 10
     """Steps between lines of metrics.jsonl."""
-    evaluate_every_steps: int = 500
+    evaluate_every_steps: Free[int] = 500
     """Steps between evaluations of the whole validation set; also one at the end."""
-    evaluation_batch_size: int = 32
+    evaluation_batch_size: Free[int] = 32
     """Sequences in one batch of an evaluation, rounded up to what the mesh divides; the result does not depend
     on it."""
-    max_skipped_steps: int = 10
+    max_skipped_steps: Free[int] = 10
     """Skipped steps in a row (loss, gradient or update not finite, or a spike) after which training gives up."""
     spike_factor: float = 0.0
     """Skip steps whose loss is over this times the median of the last losses, such as 1.5; 0: never."""
     spike_window_steps: int = 100
     """Losses that this median is over, those of skipped steps included; before there are so many, none is a spike."""
-    sample_prompts: tuple[str, ...] = ("def ", "import ", "class ")
+    sample_prompts: Free[tuple[str, ...]] = ("def ", "import ", "class ")
     """Prompts that samples.txt continues at every evaluation; none: no samples."""
-    sample_tokens: int = 96
+    sample_tokens: Free[int] = 96
     """New tokens for each of those prompts; 0: no samples."""
 
     def __post_init__(self) -> None:
@@ -180,13 +186,13 @@ class TrainingConfig:
 class LoraConfig:
     """Low-rank adapters on the frozen weights of init_from; the adapters alone are trained (Hu et al. 2021)."""
 
-    rank: int = 0
+    rank: Fixed[int] = 0
     """Rank of the adapters; 0: none, all weights are trained."""
-    alpha: float = 16.0
+    alpha: Annotated[float, _OTHER_ADAPTERS] = 16.0
     """The product of the adapters counts alpha / rank times."""
-    targets: tuple[str, ...] = ()
-    """Matrices that get adapters, such as q and v; none named: all."""
-    frozen: Literal["unquantized", "int8"] = "unquantized"
+    targets: Fixed[tuple[str, ...]] = ()
+    """Matrices that get adapters, such as q v; empty: all."""
+    frozen: Fixed[Literal["unquantized", "int8"]] = "unquantized"
     """How the frozen weights are kept: in model.param_dtype, or their matrices in 8 bits, a scale a channel."""
 
     def __post_init__(self) -> None:
@@ -248,10 +254,7 @@ class MeshConfig:
     fsdp: int = 1
     """Fully sharded data parallelism: batch, parameters and optimizer state are divided."""
     sequence: int = 1
-    """Context parallelism: each sequence is divided."""
-    context_parallelism: Literal["all_gather", "ring"] = "all_gather"
-    """How divided sequences attend: each device gathers all keys and values, or these go around in a ring, which
-    holds fewer of them at a time."""
+    """Context parallelism: each sequence is split, and each device gathers all keys and values."""
     tensor: int = 1
     """Tensor parallelism: heads, mlp and vocabulary are divided."""
     slices: int = 1
@@ -288,22 +291,22 @@ class MeshConfig:
 class Config:
     """One complete run."""
 
-    workdir: str | None = None
+    workdir: Free[str | None] = None
     """Run directory; none: runs/<name of the config file>."""
-    seed: int = 0
+    seed: Annotated[int, _OTHER_ORDER] = 0
     """Seed of the initial weights and of the order of the data."""
-    init_from: str | None = None
+    init_from: NoEffect[str | None] = None
     """Run directory (its best checkpoint), Hugging Face directory or GGUF file whose weights training starts from. The
     model and the tokenizer are the source's; of the model's settings only those that say how it is computed stay."""
-    platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
+    platform: Free[Literal["auto", "cpu", "gpu", "tpu"]] = "auto"
     """Platform that must be there; auto: the best that jax finds."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
-    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    checkpoint: Free[CheckpointConfig] = dataclasses.field(default_factory=CheckpointConfig)
+    mesh: Free[MeshConfig] = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         _check_types(self, "")

@@ -31,13 +31,13 @@ def conversation_text(messages: Any, where: str) -> str:
     among them.
     """
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise InputError(f"{where}: the messages are no list of {{role, content}}; mend or remove the row")
+        raise InputError(f"{where}: the messages are no list of {{role, content}}; fix or remove the row")
     for number, message in enumerate(messages, 1):
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise InputError(f"{where}: message {number} has the role {role!r}; there are {', '.join(ROLES)}")
         if not isinstance(content, str):
-            raise InputError(f"{where}: the content of message {number} is {type(content).__name__}, not text; mend it")
+            raise InputError(f"{where}: the content of message {number} is {type(content).__name__}, not text; fix it")
     if not any(message["role"] == "assistant" for message in messages):
         raise InputError(f"{where}: no message is the assistant's, so that there is nothing to learn; remove the row")
     return json.dumps(messages, ensure_ascii=True)
@@ -63,7 +63,7 @@ def encode_conversation(tokenizer: Tokenizer, template: ChatTemplate, text: str,
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     if not any(mask):
-        raise InputError(f"{where}: the chat template writes nothing that the assistant says; mend or remove the row")
+        raise InputError(f"{where}: the chat template writes nothing that the assistant says; fix or remove the row")
     return Encoded(ids, mask, _num_bytes(tokenizer, ids, mask))
 
 

@@ -206,7 +206,7 @@ def _jsonl_rows(path: Path, config: DataConfig) -> Iterator[Document]:
             try:
                 row = json.loads(line.decode("utf-8-sig", "replace"))
             except ValueError as error:
-                raise InputError(f"{path} line {number} is not JSON ({error}); mend or remove the line") from error
+                raise InputError(f"{path} line {number} is not JSON ({error}); fix or remove the line") from error
             yield _row_document(row, config, f"{path} line {number}")
 
 
@@ -267,7 +267,7 @@ def _row_document(row: Any, config: DataConfig, where: str) -> Document:
     if config.messages_field:
         return Document(conversation_text(text, where), None, where)
     if not isinstance(text, str):
-        raise InputError(f"{where}: field '{field}' is {type(text).__name__}, not text; mend the row or the field name")
+        raise InputError(f"{where}: field '{field}' is {type(text).__name__}, not text; fix the row or the field name")
     # JSON can spell lone surrogates, which no UTF-8 file can hold.
     return Document(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), None)
 

@@ -20,7 +20,7 @@ from nextllm_jax.model.layers import Embed, Linear, RMSNorm
 from nextllm_jax.model.lora import Frozen
 from nextllm_jax.model.objective import Batch, Objective, next_token, token_scores
 from nextllm_jax.model.transformer import Transformer
-from nextllm_jax.model.weights import unstack_layers
+from nextllm_jax.model.weights import layer_paths, subtree, unstack_layers
 from nextllm_jax.training.optimizer import make_optimizer, schedule
 from nextllm_jax.training.state import TrainState
 from nextllm_jax.training.step import mean_gradient
@@ -111,17 +111,18 @@ def _inputs_name(config: ModelConfig, path: tuple[str, ...]) -> str:
 
 
 def _at(tree: Any, path: tuple[str, ...]) -> list[jax.Array]:
-    """What a tree has of a module: nothing, in a tree of adapters, for one that is not adapted."""
-    for part in path:
-        tree = tree.get(part, {})
-    return jax.tree.leaves(tree)
+    """The leaves of a module; none, in a tree of adapters, for one without adapters."""
+    return jax.tree.leaves(subtree(tree, "/".join(path)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _passes(
     objective: Objective, model: Transformer, params: Any, frozen: Frozen | None, batch: Batch
 ) -> tuple[list[_Seen], list[_Seen], jax.Array]:
-    """What the forward and the backward pass of a microbatch see, in their orders, and the summed nll of each row."""
+    """What the forward and the backward pass of a microbatch see, in their orders, and the summed nll of each row.
+
+    With tied embeddings the head's own gradient counts as the embedding's. The rows take another forward pass.
+    """
     config = model.config
     paths: list[tuple[str, ...]] = []
 
@@ -186,8 +187,7 @@ def _sum_and_update(
 
 def _modules(config: ModelConfig, tree: Any) -> list[tuple[str, list[jax.Array]]]:
     """Name and parameters of each module of an unstacked tree, roughly in forward order."""
-    blocks = [f"remainder_{layer}" for layer in range(config.num_layers)]
-    parts = [(block, part) for block in blocks for part in _PARTS]
+    parts = [(block, part) for block, _ in layer_paths(config, stacked=False) for part in _PARTS]
     paths = [("embed",), *parts, ("final_norm",), ("lm_head",)]
     return [(_name(path), leaves) for path in paths if (leaves := _at(tree, path))]
 

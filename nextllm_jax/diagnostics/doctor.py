@@ -99,7 +99,7 @@ def diagnose(
     report.add("versions", *machine.versions())
     with tempfile.TemporaryDirectory(prefix="nextllm-doctor-") as temporary:
         data = _Data(config, Path(temporary), report)
-        start = Start(config, data.open, source, overwrite, allow_change)
+        start = Start(config, data.open, overwrite, allow_change)
         with report.check("run"):
             for change in require_startable(config, overwrite=overwrite, allow_change=allow_change):
                 report.add("run", f"changed: {change}", "warning")

@@ -9,7 +9,6 @@ run is a process that died, and ends the others. Importing this module does not 
 """
 
 import atexit
-import dataclasses
 import hashlib
 import importlib.metadata
 import os
@@ -21,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
+from nextllm_jax.config import Config
+from nextllm_jax.config.fields import fields_of
 from nextllm_jax.distributed.rendezvous import DistributedConfig, Line, Meeting, Place, find_place, report
 from nextllm_jax.errors import EXIT_BAD_INPUT, EXIT_FAILED, InputError, RunFailed
 from nextllm_jax.standard_streams import write_at_once
@@ -297,21 +298,13 @@ def _first_difference(here: dict[str, str], there: dict[str, str]) -> list[str] 
     return None
 
 
-def facts_of(config: Any) -> dict[str, str]:
+def facts_of(config: Config) -> dict[str, str]:
     """What must be the same in all processes: each field of a config, the code, and the libraries' versions."""
-    facts: dict[str, str] = {}
-
-    def flatten(section: str, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            flatten(f"{section}{name}.", value) if isinstance(value, dict) else facts.update(
-                {section + name: str(value)}
-            )
-
-    flatten("", dataclasses.asdict(config))
     code = hashlib.sha256()
     package = Path(__file__).parent.parent
     for file in sorted(package.rglob("*.py")):
         code.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
+    facts = {name: str(field.value) for name, field in fields_of(config).items()}
     facts["the package nextllm_jax with sha256"] = code.hexdigest()[:12]
     facts["Python"] = platform.python_version()
     return facts | {name: importlib.metadata.version(name) for name in _LIBRARIES}

@@ -301,5 +301,5 @@ class Meeting:
         if time.monotonic() >= self._deadline + grace:
             raise RunFailed(
                 f"process {self._place.process_id} found no process 0 at {self._place.address} within "
-                f"{self._timeout} seconds ({reason}); start it, or mend --distributed.coordinator-address"
+                f"{self._timeout} seconds ({reason}); start it, or fix --distributed.coordinator-address"
             )

@@ -40,7 +40,7 @@ _ONE_REQUEST_SECONDS = 1.0
 class StopRequest:
     """Context manager that turns the first signal, or a closed pipe, into a request to all processes of a group.
 
-    With `may_exit`, as on the command line, the process ends at once for a signal after `exit_at_once`, with exit
+    With `may_exit`, as on the command line, the process ends at once for a signal after `allow_exit`, with exit
     code 75, and for a second SIGINT or SIGTERM, over a second after the first signal, with 128 + its number. Without,
     that second signal acts as if this were not here. Outside of the main thread no signal is taken.
     """
@@ -69,12 +69,12 @@ class StopRequest:
             self._passed += 1
             return None
 
-    def exit_at_once(self, doing: str) -> None:
-        """From here on a signal ends the process at once: no work would be lost. `doing` is for the message."""
+    def allow_exit(self, doing: str) -> None:
+        """From now on a signal ends the process at once, because no work would be lost; the message says `doing`."""
         self._set_doing(doing)
 
-    def defer(self) -> None:
-        """From here on a signal waits for `reached`."""
+    def defer_signals(self) -> None:
+        """From now on a signal waits for `reached`."""
         self._set_doing(None)
 
     def _set_doing(self, doing: str | None) -> None:

@@ -15,6 +15,7 @@ from nextllm_jax.errors import InputError
 from nextllm_jax.inference.generate import bucket
 from nextllm_jax.inference.llm import LLM, load
 from nextllm_jax.model.objective import text_batch, token_scores
+from nextllm_jax.sharding import on_mesh
 from nextllm_jax.tokenizer.chat import ChatTemplate
 
 try:
@@ -173,9 +174,10 @@ class HarnessModel(TemplateLM):
         tokens_BT = np.zeros((self.batch_size, T + 1), np.int32)
         for i, row in enumerate(rows):
             tokens_BT[i, : len(row)] = row
-        logprobs_BT, greedy_BT = _token_scores(
-            self.llm.model, self.llm.params, text_batch(tokens_BT), vocab_size=self.llm.tokenizer.vocab_size
-        )
+        vocab_size = self.llm.tokenizer.vocab_size
+        with on_mesh(self.llm.mesh):
+            scores = _token_scores(self.llm.model, self.llm.params, text_batch(tokens_BT), vocab_size=vocab_size)
+        logprobs_BT, greedy_BT = scores
         return np.asarray(logprobs_BT), np.asarray(greedy_BT)
 
     def _generate(

@@ -13,6 +13,7 @@ from nextllm_jax.evaluation.evaluate import evaluate
 from nextllm_jax.inference.llm import LLM, Score, check_windows
 from nextllm_jax.model.objective import make_eval_step, next_token
 from nextllm_jax.model.transformer import Transformer, resolve_dtype
+from nextllm_jax.sharding import num_parts, on_mesh, sharding
 
 
 def score_data(
@@ -41,12 +42,13 @@ def score_data(
     training_dtype = resolve_dtype(dtype or llm.config.dtype, jax.default_backend(), training=True)
     model = Transformer(llm.config.without_remat(), training_dtype, llm.scan_layers)
     split = dataset.split("validation")
-    batches = validation_batches(
-        split,
-        sequence_length=window,
-        batch_size=batch_size,
-        sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]),
-    )
+    if llm.mesh is None:
+        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    else:
+        place, parts = sharding(llm.mesh, "batch", "seq"), num_parts(llm.mesh, "batch")
+        batch_size = -(-batch_size // parts) * parts
+    batches = validation_batches(split, sequence_length=window, batch_size=batch_size, sharding=place)
     total = -(-count_windows(split, window, partial=True) // batch_size)
-    result = evaluate(make_eval_step(next_token, model), llm.params, progress(batches, total), split.num_bytes)
+    with on_mesh(llm.mesh):
+        result = evaluate(make_eval_step(next_token, model), llm.params, progress(batches, total), split.num_bytes)
     return Score(result.loss, result.num_tokens, result.bits_per_byte)

@@ -182,7 +182,7 @@ class Generation:
     """Rows of tokens in the making: `advance` until `done`. Row i continues prompts[i].
 
     `samples[i]` is the index of row i among those of the same prompt; with `seed` and the position it decides
-    what is drawn. Computes on the parameters' device or on `mesh`; None: on the mesh in force, if there is one.
+    what is drawn. Runs on `mesh`, or on the mesh that the caller has set, or on the parameters' device.
 
     With `cached`, a single row takes over the cache of another and reads only what its prompt does not share with
     that; a repetition penalty reads all of it. A cache has at least `least_cache_length` slots, as far as the context
@@ -213,9 +213,6 @@ class Generation:
         self._mesh = mesh
         longest = _longest(prompts, max_new_tokens, model.config.context_length)
         batch_size = bucket(self.num_rows, 1)
-        if mesh is not None:  # as many rows on each device
-            parts = mesh.shape["data"] * mesh.shape["fsdp"]
-            batch_size = -(-batch_size // parts) * parts
         track_seen = sampling.repetition_penalty != 1
         start = 0 if cached is None or track_seen else _num_shared(cached.tokens, prompts)
         length = min(bucket(longest - start, 16), model.config.context_length)
@@ -228,13 +225,12 @@ class Generation:
         if cached is not None and start:
             cache = cached.cache.grown(cache_length)
             read = functools.partial(extend, model, params, cache, tokens_BT, lengths_B, np.int32(start))
-            program, static = extend, {}
         else:
-            static = {"cache_length": cache_length, "track_seen": track_seen}
-            read = functools.partial(prefill, model, params, tokens_BT, lengths_B, **static)
-            program = prefill
+            read = functools.partial(
+                prefill, model, params, tokens_BT, lengths_B, cache_length=cache_length, track_seen=track_seen
+            )
         with on_mesh(mesh):
-            program.lower(*read.args, **static).compile()  # kept for the call below, which the clock sees without it
+            read.func.lower(*read.args, **read.keywords).compile()  # so that the clock does not see it
             started = time.perf_counter()
             self._state = jax.block_until_ready(read())
         self.speeds = Speeds(prefill_tokens=int(lengths_B.sum()), prefill_seconds=time.perf_counter() - started)

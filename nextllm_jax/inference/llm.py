@@ -22,7 +22,7 @@ from nextllm_jax.model.transformer import Transformer, abstract_params, resolve_
 from nextllm_jax.model.weights import cast_matrices
 from nextllm_jax.pretrained.open_model import open_model
 from nextllm_jax.sharding import make_mesh, on_device, on_mesh, placed
-from nextllm_jax.tokenizer.tokenizer import MissingTokenizer, Tokenizer
+from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 128
 
@@ -58,18 +58,16 @@ class LLM:
 
     config: ModelConfig
     params: Any
-    tokenizer_or_error: Tokenizer | MissingTokenizer
+    load_tokenizer: Callable[[], Tokenizer]
     dtype: np.dtype
     scan_layers: bool = True
     mesh: Mesh | None = None
-    """The devices that the parameters are sharded over; None: the mesh in force, or the parameters' one device."""
+    """Devices that hold the parameters; None: one device, or the mesh that the caller has set."""
 
-    @property
+    @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer. Raises InputError if the model came without one."""
-        if isinstance(self.tokenizer_or_error, MissingTokenizer):
-            raise self.tokenizer_or_error
-        return self.tokenizer_or_error
+        """The tokenizer. Raises InputError if the model has none."""
+        return self.load_tokenizer()
 
     @functools.cached_property
     def model(self) -> Transformer:
@@ -262,13 +260,10 @@ def _windows(document: Sequence[int], window: int, batch_size: int) -> Batch:
     return text_batch(rows)._replace(loss_mask_BT=(np.arange(num_windows * T) < count).reshape(num_windows, T))
 
 
-def _positions(tokens_BT: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
-
-
 @functools.partial(jax.jit, static_argnames=("model",))
 def _logits(model: Transformer, params: Any, tokens_BT: jax.Array) -> jax.Array:
-    hidden_BTD, _ = model.apply({"params": params}, tokens_BT, _positions(tokens_BT))
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
+    hidden_BTD, _ = model.apply({"params": params}, tokens_BT, positions_BT)
     return model.apply({"params": params}, hidden_BTD, method="logits")  # pyright: ignore[reportReturnType]
 
 
@@ -290,29 +285,35 @@ def load(
 
     `path` and `step` are those of `open_model`. `dtype` is the type of the matmuls: "float32", "bfloat16", "auto" for
     what suits the platform, None for what the model's config says. Matrices are cast to it once, here, norms stay as
-    they were trained. float32 asks jax for full matmul precision, for the whole process. `quantize` is "int8", "int4",
-    or a Quantization: the matrices are quantized as they are read, so that the float model is never whole in memory;
-    "none": they stay as they are, be it quantized. `mesh` shards the model over all devices; None: it is on one.
+    they were trained. float32 asks jax for full matmul precision, for the whole process. `quantize` is "int8", "int4"
+    or a Quantization: matrices are quantized as they are read, so the float model is never whole in memory. "none": they
+    stay as the files have them. `mesh` shards the model over all devices; None: one device.
 
-    Raises InputError as `open_model` does, if the mesh does not fit the devices or the model, and if a model is to be
-    quantized that is already. A model without a
-    tokenizer loads; what needs text raises InputError.
+    Raises InputError as `open_model` does, if the mesh does not fit the devices or the model, and if `quantize` is given
+    for a model that is quantized already. The tokenizer is loaded on first use, so a model without one has logits, and what needs
+    text raises InputError.
     """
     source = open_model(path, step=step)
     config, quantization = source.config, source.quantization
     if quantize != "none":
         source.require_floats(path)
-        quantization = Quantization(scheme=quantize) if isinstance(quantize, str) else quantize  # pyright: ignore[reportArgumentType]
-    try:
-        tokenizer = source.load_tokenizer()
-    except MissingTokenizer as error:
-        tokenizer = error
+        scheme: Any = quantize
+        quantization = quantize if isinstance(quantize, Quantization) else Quantization(scheme=scheme)
     compute_dtype = resolve_dtype(dtype or config.dtype, jax.default_backend())
     set_matmul_precision(compute_dtype)
-    scan_layers = config.num_layers > MAX_UNROLLED_LAYERS
-    boxed = abstract_params(config, scan_layers=scan_layers)
-    devices = make_mesh(mesh) if mesh is not None else None
-    abstract = on_device(boxed, jax.local_devices()[0]) if devices is None else placed(devices, boxed)
-    abstract = cast_matrices(boxed, abstract, compute_dtype)
-    params = source.load_params(abstract_quantized(boxed, abstract, quantization))
-    return LLM(config, params, tokenizer, compute_dtype, scan_layers, devices)
+    if mesh is None:
+        devices, place = None, functools.partial(on_device, device=jax.local_devices()[0])
+    else:
+        devices = make_mesh(mesh)
+        place = functools.partial(placed, devices)
+    model, abstract = decoding_model(config, compute_dtype, place, quantization)
+    return LLM(config, source.load_params(abstract), source.load_tokenizer, compute_dtype, model.scan_layers, devices)
+
+
+def decoding_model(
+    config: ModelConfig, dtype: np.dtype, place: Callable[[Any], Any], quantization: Quantization | None = None
+) -> tuple[Transformer, Any]:
+    """The model that decodes, and its abstract parameters with the shardings that `place` gives to boxed ones."""
+    model = Transformer(config.without_remat(), dtype, config.num_layers > MAX_UNROLLED_LAYERS)
+    boxed = abstract_params(config, scan_layers=model.scan_layers)
+    return model, abstract_quantized(boxed, cast_matrices(boxed, place(boxed), dtype), quantization)

@@ -13,7 +13,7 @@ import numpy as np
 
 from nextllm_jax.config.model import LayerKind, ModelConfig
 from nextllm_jax.errors import InputError
-from nextllm_jax.interop.huggingface_config import fields_that_differ, layer_kinds, shortest_pattern
+from nextllm_jax.interop.huggingface_config import first_that_fits, layer_kinds, shortest_pattern
 from nextllm_jax.interop.keys import Keys
 from nextllm_jax.ops import rope
 
@@ -234,27 +234,22 @@ def write_gguf_config(
     Raises InputError, naming the fields, where no architecture says the same model.
     """
     model_type = {"mistral": "llama"}.get(model_type or "", model_type)  # one architecture, as long as it has no window
-    differences: dict[str, list[str]] = {}
-    for name, architecture in ARCHITECTURES.items():
-        if model_type != architecture.model_type and (model_type is not None or _is_unusual(config, name)):
-            continue
-        metadata, factors = _metadata(config, name), _factors(config, name)
-        try:
-            found = read_gguf_config(metadata, tensors, factors, config.vocab_size, name)
-        except InputError as error:
-            differences[name] = [str(error)]
-            continue
-        differences[name] = fields_that_differ(config, dataclasses.replace(found, init_std=config.init_std), _same)
-        if not differences[name]:
-            return name, metadata, factors
-    if not differences:
+    names = [
+        name
+        for name, architecture in ARCHITECTURES.items()
+        if model_type == architecture.model_type or (model_type is None and not _is_unusual(config, name))
+    ]
+    if not names:
         raise InputError(
             f"model_type is {model_type!r}; GGUF has {', '.join(a.model_type for a in ARCHITECTURES.values())}"
         )
-    nearest = min(differences, key=lambda name: len(differences[name]))
-    raise InputError(
-        f"GGUF cannot say this model: {nearest} comes closest but not with {', '.join(differences[nearest])}"
-    )
+
+    def read(name: str) -> ModelConfig:
+        found = read_gguf_config(_metadata(config, name), tensors, _factors(config, name), config.vocab_size, name)
+        return dataclasses.replace(found, init_std=config.init_std)
+
+    name = first_that_fits(config, names, read, "GGUF cannot say this model", _same)
+    return name, _metadata(config, name), _factors(config, name)
 
 
 def _is_unusual(config: ModelConfig, name: str) -> bool:

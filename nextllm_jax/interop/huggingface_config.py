@@ -8,13 +8,13 @@ them. Writing is checked by reading: a family fits a ModelConfig if its config.j
 import dataclasses
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from nextllm_jax.config.model import EXECUTION_FIELDS, LayerKind, ModelConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.interop.families import ACTIVATIONS, COMMON, DEFAULTS, FAMILIES, FIXED, HARMLESS, SIZES, Family
-from nextllm_jax.interop.huggingface_rope import read_rope, write_rope
+from nextllm_jax.interop.huggingface_rope import read_rope, scaling_fields, write_rope
 from nextllm_jax.interop.keys import Keys
 from nextllm_jax.ops import rope
 
@@ -171,32 +171,39 @@ def write_model_config(config: ModelConfig, *, model_type: str | None = None) ->
 
     Raises InputError, naming the fields, where none says the same model.
     """
+    candidates = [model_type] if model_type else [*FAMILIES]
+    read = lambda candidate: read_model_config(_values(config, candidate), "its config.json")  # noqa: E731
+    return _values(config, first_that_fits(config, candidates, read, "no Hugging Face model_type can say this model"))
+
+
+def first_that_fits(
+    config: ModelConfig,
+    candidates: Sequence[str],
+    read: Callable[[str], ModelConfig],
+    failure: str,
+    same: Callable[[Any, Any], bool] = operator.eq,
+) -> str:
+    """The first candidate of which `read` gives the config of the same model, from what would be written for it.
+
+    Raises InputError, beginning with `failure` and naming the fields that the nearest one cannot say, if none does.
+    """
     differences: dict[str, list[str]] = {}
-    for candidate in (model_type,) if model_type else FAMILIES:
-        values = _values(config, candidate)
+    wanted = canonical(config)
+    for candidate in candidates:
         try:
-            found = read_model_config(values, "its config.json")
+            found = canonical(read(candidate))
         except InputError as error:
             differences[candidate] = [str(error)]
             continue
-        differences[candidate] = fields_that_differ(config, found)
+        differences[candidate] = [
+            f"model.{field.name} {getattr(config, field.name)}"
+            for field in dataclasses.fields(ModelConfig)
+            if not same(getattr(found, field.name), getattr(wanted, field.name))
+        ]
         if not differences[candidate]:
-            return values
+            return candidate
     nearest = min(differences, key=lambda candidate: len(differences[candidate]))
-    reasons = ", ".join(differences[nearest])
-    raise InputError(f"no Hugging Face model_type can say this model; {nearest} comes closest but not with {reasons}")
-
-
-def fields_that_differ(
-    config: ModelConfig, found: ModelConfig, same: Callable[[Any, Any], bool] = operator.eq
-) -> list[str]:
-    """The fields of `config`, with their values, for which `found` has values that describe another model."""
-    wanted, found = canonical(config), canonical(found)
-    return [
-        f"model.{field.name} {getattr(config, field.name)}"
-        for field in dataclasses.fields(ModelConfig)
-        if not same(getattr(found, field.name), getattr(wanted, field.name))
-    ]
+    raise InputError(f"{failure}; {nearest} comes closest but not with {', '.join(differences[nearest])}")
 
 
 def layer_kinds(config: ModelConfig) -> list[LayerKind]:
@@ -226,22 +233,8 @@ def canonical(config: ModelConfig) -> ModelConfig:
     }
     ignored = [] if "local" in kinds else ["sliding_window", "rope_local_theta"]
     ignored += [] if config.qk_norm else ["qk_norm_over"]
-    used = {
-        "none": (),
-        "linear": ("rope_scaling_factor",),
-        "llama3": (
-            "rope_scaling_factor", "rope_original_context_length", "rope_low_freq_factor", "rope_high_freq_factor",
-        ),
-        "yarn": (
-            "rope_scaling_factor", "rope_original_context_length", "rope_beta_fast", "rope_beta_slow",
-            "rope_attention_factor",
-        ),
-        "longrope": (
-            "rope_scaling_factor", "rope_original_context_length", "rope_attention_factor", "rope_short_factors",
-            "rope_long_factors",
-        ),
-    }[config.rope_scaling]  # fmt: skip
     scaling = {name for field in dataclasses.fields(ModelConfig) if (name := field.name).startswith("rope_")}
+    used = scaling_fields(config.rope_scaling).values()
     ignored += scaling - {"rope_theta", "rope_local_theta", "rope_scaling", *used}
     return dataclasses.replace(config, **fields | {name: getattr(plain, name) for name in ignored})
 

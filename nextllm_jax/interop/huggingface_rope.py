@@ -7,17 +7,31 @@ from nextllm_jax.config.model import ModelConfig
 from nextllm_jax.interop.keys import Keys
 
 _ORIGINAL = "original_max_position_embeddings"
+_FIELDS = {
+    "factor": "rope_scaling_factor",
+    _ORIGINAL: "rope_original_context_length",
+    "attention_factor": "rope_attention_factor",
+    "low_freq_factor": "rope_low_freq_factor",
+    "high_freq_factor": "rope_high_freq_factor",
+    "beta_fast": "rope_beta_fast",
+    "beta_slow": "rope_beta_slow",
+    "short_factor": "rope_short_factors",
+    "long_factor": "rope_long_factors",
+}
 # The keys of each kind of scaling, besides its name and the base.
 _KEYS = {
     "default": (),
     "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL),
-    "yarn": (
-        "factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", _ORIGINAL,
-    ),
-    "longrope": ("factor", "attention_factor", "short_factor", "long_factor", _ORIGINAL),
-}  # fmt: skip
+    "llama3": ("factor", _ORIGINAL, "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", _ORIGINAL, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    "longrope": ("factor", _ORIGINAL, "attention_factor", "short_factor", "long_factor"),
+}
 _GEMMA3 = "gemma3_text"
+
+
+def scaling_fields(kind: str) -> dict[str, str]:
+    """The field of ModelConfig for each key of a kind of scaling, `rope_scaling` of ModelConfig."""
+    return {key: _FIELDS[key] for key in _KEYS.get(kind, ()) if key in _FIELDS}
 
 
 def read_rope(keys: Keys, model_type: str, head_dim: int, context_length: int) -> dict[str, Any]:
@@ -42,14 +56,23 @@ def read_rope(keys: Keys, model_type: str, head_dim: int, context_length: int) -
     if model_type == "phi3" and kind != "longrope":
         raise rope.refusal("rope_type", "this family has default and longrope")
     original = context_length
-    if kind in ("llama3", "yarn", "longrope"):
+    if kind != "linear":
         source = keys if keys.get(_ORIGINAL) is not None else rope
         original = source.size(_ORIGINAL) if source.get(_ORIGINAL) is not None else context_length
         fields["rope_original_context_length"] = original
     factor = rope.optional("factor") if kind in ("yarn", "longrope") else rope.number("factor")
     fields["rope_scaling"] = kind
     fields["rope_scaling_factor"] = context_length / original if factor is None else factor
-    return fields | _OF_KIND[kind](rope, fields["rope_scaling_factor"])
+    for key, ours in scaling_fields(kind).items():
+        if ours in fields:
+            continue
+        if ours.endswith("_factors"):
+            fields[ours] = rope.numbers(key)
+        else:
+            fields[ours] = rope.number(key) if kind == "llama3" else rope.optional(key) or getattr(ModelConfig, ours)
+    if kind == "yarn" and fields["rope_attention_factor"] is None:
+        fields["rope_attention_factor"] = _attention_factor(rope, fields["rope_scaling_factor"])
+    return fields
 
 
 def _kind(rope: Keys, model_type: str) -> str:
@@ -60,6 +83,8 @@ def _kind(rope: Keys, model_type: str) -> str:
         kind = "longrope"
     if kind not in _KEYS:
         raise rope.refusal(name, f"there are {', '.join(_KEYS)}")
+    if kind == "yarn" and rope.get("truncate") not in (None, True):
+        raise rope.refusal("truncate", "only true is supported")
     for key in rope.names():
         if key not in ("rope_type", "type", "rope_theta", "partial_rotary_factor", *_KEYS[kind]):
             raise rope.refusal(key, f"what it means for {kind} is not known here")
@@ -76,38 +101,13 @@ def _rotary_dim(keys: Keys, rope: Keys, model_type: str, head_dim: int) -> dict[
     return {"rotary_dim": int(head_dim * share)}
 
 
-def _no_more(rope: Keys, factor: float) -> dict[str, Any]:
-    return {}
-
-
-def _llama3(rope: Keys, factor: float) -> dict[str, Any]:
-    names = {"rope_low_freq_factor": "low_freq_factor", "rope_high_freq_factor": "high_freq_factor"}
-    return {ours: rope.number(name) for ours, name in names.items()}
-
-
-def _yarn(rope: Keys, factor: float) -> dict[str, Any]:
-    if rope.get("truncate") not in (None, True):
-        raise rope.refusal("truncate", "only true is supported")
-    attention_factor = rope.optional("attention_factor")
-    scale, scale_all = rope.optional("mscale"), rope.optional("mscale_all_dim")
-    if attention_factor is None and scale and scale_all and factor > 1:
-        attention_factor = (0.1 * scale * math.log(factor) + 1) / (0.1 * scale_all * math.log(factor) + 1)
-    return {
-        "rope_attention_factor": attention_factor,
-        "rope_beta_fast": rope.optional("beta_fast") or 32.0,
-        "rope_beta_slow": rope.optional("beta_slow") or 1.0,
-    }
-
-
-def _longrope(rope: Keys, factor: float) -> dict[str, Any]:
-    return {
-        "rope_attention_factor": rope.optional("attention_factor"),
-        "rope_short_factors": rope.numbers("short_factor"),
-        "rope_long_factors": rope.numbers("long_factor"),
-    }
-
-
-_OF_KIND = {"linear": _no_more, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope}
+def _attention_factor(rope: Keys, factor: float) -> float | None:
+    """That of yarn by the scales of DeepSeek, None where they are not there."""
+    scales = rope.optional("mscale"), rope.optional("mscale_all_dim")
+    if not all(scales) or factor <= 1:
+        return None
+    one, all_dim = (0.1 * (scale or 0) * math.log(factor) + 1 for scale in scales)
+    return one / all_dim
 
 
 def write_rope(config: ModelConfig, model_type: str) -> dict[str, Any]:
@@ -123,23 +123,15 @@ def write_rope(config: ModelConfig, model_type: str) -> dict[str, Any]:
 
 
 def _scaling(config: ModelConfig, model_type: str) -> dict[str, Any] | None:
-    kind, factor, original = config.rope_scaling, config.rope_scaling_factor, config.rope_original_context_length
+    kind = config.rope_scaling
     if kind == "none":
         return None
-    values: dict[str, Any] = {"rope_type": kind, "factor": factor}
-    if kind != "linear":
-        values[_ORIGINAL] = original
-    if kind == "llama3":
-        values |= {"low_freq_factor": config.rope_low_freq_factor, "high_freq_factor": config.rope_high_freq_factor}
-    if kind == "yarn":
-        values |= {"beta_fast": config.rope_beta_fast, "beta_slow": config.rope_beta_slow}
-    if kind == "longrope":
-        values |= {"short_factor": list(config.rope_short_factors), "long_factor": list(config.rope_long_factors)}
-    if config.rope_attention_factor is not None:
-        values["attention_factor"] = config.rope_attention_factor
+    found = {key: getattr(config, ours) for key, ours in scaling_fields(kind).items()}
+    values: dict[str, Any] = {"rope_type": kind}
+    values |= {key: list(x) if isinstance(x, tuple) else x for key, x in found.items() if x is not None}
     if model_type == "phi3":
         # Older readers of this family take these three alone; the rest stands beside them.
         values = {"type": kind, **{name: value for name, value in values.items() if name.endswith("_factor")}}
-        if not math.isclose(factor, config.context_length / original):
-            values["factor"] = factor
+        if not math.isclose(config.rope_scaling_factor, config.context_length / config.rope_original_context_length):
+            values["factor"] = config.rope_scaling_factor
     return values

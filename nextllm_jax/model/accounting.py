@@ -5,7 +5,7 @@ import jax
 from nextllm_jax.config import LoraConfig, ModelConfig
 from nextllm_jax.model.lora import create
 from nextllm_jax.model.transformer import abstract_params
-from nextllm_jax.model.weights import by_name
+from nextllm_jax.model.weights import by_name, of_kind
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -15,8 +15,7 @@ def parameter_count(config: ModelConfig) -> int:
 
 def matrix_size(config: ModelConfig) -> int:
     """Parameters in the matrices of all layers: those that multiply, without the embedding and the head."""
-    weights = by_name(abstract_params(config)).values()
-    return sum(weight.value.size for weight in weights if weight.kind == "matrix")
+    return sum(weight.value.size for weight in of_kind(abstract_params(config), "matrix").values())
 
 
 def adapter_count(config: ModelConfig, lora: LoraConfig) -> int:

@@ -12,7 +12,6 @@ from nextllm_jax.errors import InputError
 from nextllm_jax.ops.attention import causal_attention
 from nextllm_jax.ops.blockwise import blockwise_attention
 from nextllm_jax.ops.cudnn import cudnn_attention
-from nextllm_jax.ops.ring import ring_attention
 from nextllm_jax.ops.splash import LANES, default_blocks, splash_attention
 from nextllm_jax.sharding import RULES, per_shard
 
@@ -31,8 +30,6 @@ class AttentionKernel:
     name: KernelName = "xla"
     blocks: tuple[int, int] = (512, 512)
     """Positions in a block of queries and in one of keys."""
-    context: Literal["all_gather", "ring"] = "all_gather"
-    """How the parts of a divided sequence meet."""
     interpret: bool = False
     """Run a Pallas kernel on any device, slowly: for tests."""
     reason: str = dataclasses.field(default="", compare=False)
@@ -48,10 +45,9 @@ def choose_kernel(config: Config, mesh: Mesh, dtype: Any) -> AttentionKernel:
     kind = mesh.devices.flat[0].device_kind
     default = default_blocks(kind) if name == "splash" else AttentionKernel.blocks
     queries, keys = config.model.attention_blocks or default
-    context = config.mesh.context_parallelism
     if mesh.shape["sequence"] > 1:
-        reason += f", {'a ring of' if context == 'ring' else 'gathering'} keys"
-    return AttentionKernel(name, (queries, keys), context, reason=reason)
+        reason += ", gathering keys"
+    return AttentionKernel(name, (queries, keys), reason=reason)
 
 
 def _name_and_reason(config: Config, mesh: Mesh, dtype: Any) -> tuple[KernelName, str]:
@@ -76,9 +72,7 @@ def _name_and_reason(config: Config, mesh: Mesh, dtype: Any) -> tuple[KernelName
 def _obstacle(name: KernelName, config: Config, mesh: Mesh, dtype: Any) -> str | None:
     """Why a config cannot have a kernel on a mesh; None if it can."""
     model, platform, parts = config.model, mesh.devices.flat[0].platform, mesh.shape["sequence"]
-    length, ring = config.data.sequence_length, config.mesh.context_parallelism == "ring" and parts > 1
-    if ring and name != "blockwise":
-        return "only blockwise attention goes around a ring (mesh.context_parallelism)"
+    length = config.data.sequence_length
     if name == "splash":
         if platform != "tpu":
             return f"it needs TPUs and the devices are {platform}"
@@ -112,8 +106,8 @@ def attend(
 ) -> jax.Array:
     """`ops.attention.causal_attention` by a kernel, divided over the mesh in force.
 
-    XLA itself divides `xla`. The others run on each device's batch and heads; of a divided sequence each device has
-    its own queries, and gathers all keys or passes them around. `rule` is window, scale and soft cap.
+    XLA itself shards `xla`. The others run on each device's batch and heads; of a split sequence each device has its
+    own queries, and gathers all keys. `rule` is window, scale and soft cap.
     """
     if kernel.name == "xla":
         return causal_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=segment_ids_BT, **rule)
@@ -122,10 +116,6 @@ def attend(
     divided = not mesh.empty and mesh.shape[axis] > 1
 
     def on_shard(q_BTNH, k_BTKH, v_BTKH, ids_BT):
-        if divided and kernel.context == "ring":
-            return ring_attention(
-                q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=ids_BT, blocks=kernel.blocks, axis_name=axis, **rule
-            )
         if not divided:
             return _attend_whole(kernel, q_BTNH, k_BTKH, v_BTKH, ids_BT, 0, rule)
         # The transpose of this gathering is a reduce-scatter: each device gets the gradients of its own keys.

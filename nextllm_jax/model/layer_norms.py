@@ -36,7 +36,7 @@ def gradient_norms(config: ModelConfig, gradients: Any) -> jax.Array:
     def parts(block: Any, num_stacked: int) -> jax.Array:
         unknown = [name for name in block if not name.startswith(_PARTS)]
         if unknown:
-            raise ValueError(f"{unknown[0]} is neither of {' nor of '.join(_PARTS)}; begin its name with one of them")
+            raise ValueError(f"layer module {unknown[0]} has no norm; its name must start with {' or '.join(_PARTS)}")
         named = [[tree for name, tree in block.items() if name.startswith(part)] for part in _PARTS]
         return jnp.stack([squares(trees, num_stacked) for trees in named], axis=-1)
 

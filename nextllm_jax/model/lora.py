@@ -11,6 +11,7 @@ import zlib
 from typing import Any
 
 import flax.struct
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
@@ -18,7 +19,7 @@ from nextllm_jax.config import LoraConfig
 from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.quantize import abstract_quantized, is_quantized
-from nextllm_jax.model.weights import Weight, by_name, is_weight, path_name
+from nextllm_jax.model.weights import Weight, by_name, is_weight, of_kind, path_name
 from nextllm_jax.ops.quantized import dequantize
 
 
@@ -48,23 +49,32 @@ def weights(params: Any, frozen: Frozen | None) -> Any:
     return params if frozen is None else frozen.params
 
 
-def create(config: LoraConfig, boxed: Any, key: jax.Array) -> Any:
-    """Adapters, float32 in boxes, for a model's parameters, which are arrays or shapes in boxes.
+def adapted(config: LoraConfig, boxed: Any) -> dict[str, Weight]:
+    """The matrices that get adapters, by name, of a model's parameters in boxes.
 
     Raises InputError if `config.targets` names no matrix of the model.
     """
-    matrices = {name: weight for name, weight in by_name(boxed).items() if weight.kind == "matrix"}
+    matrices = of_kind(boxed, "matrix")
     known = sorted({_module(name) for name in matrices})
     unknown = [target for target in config.targets if target not in known]
     if unknown:
         raise InputError(f"lora.targets has {unknown[0]}, which is no matrix of the model; it has {', '.join(known)}")
-    adapters: dict[str, Any] = {}
-    for name, weight in matrices.items():
-        if not config.targets or _module(name) in config.targets:
-            *path, _ = name.split("/")
-            tree = functools.reduce(lambda tree, step: tree.setdefault(step, {}), path, adapters)
-            tree.update(_pair(weight, config.rank, jax.random.fold_in(key, zlib.crc32(name.encode()))))
-    return adapters
+    targets = config.targets or known
+    return {name: weight for name, weight in matrices.items() if _module(name) in targets}
+
+
+def create(config: LoraConfig, boxed: Any, key: jax.Array) -> Any:
+    """Adapters, float32 in boxes, for a model's parameters, which are arrays or shapes in boxes.
+
+    Each matrix has a key of its own, derived from its name, so the choice of targets does not change the others.
+    Raises InputError as `adapted` does.
+    """
+    adapters: dict[str, Weight] = {}
+    for name, weight in adapted(config, boxed).items():
+        module = name.rpartition("/")[0]
+        pair = _pair(weight, config.rank, jax.random.fold_in(key, zlib.crc32(name.encode())))
+        adapters[f"{module}/a"], adapters[f"{module}/b"] = pair
+    return flax.traverse_util.unflatten_dict(adapters, sep="/")
 
 
 def _module(name: str) -> str:
@@ -72,16 +82,17 @@ def _module(name: str) -> str:
     return name.split("/")[-2]
 
 
-def _pair(weight: Weight, rank: int, key: jax.Array) -> dict[str, Weight]:
+def _pair(weight: Weight, rank: int, key: jax.Array) -> tuple[Weight, Weight]:
     """The two factors of a matrix: [..., inputs, R] random, [..., R, outputs] zero."""
     stacked, inputs = weight.num_stacked, weight.num_stacked + weight.num_inputs
     shape, names = weight.value.shape, weight.names
+    adapter = weight.replace(kind="adapter", num_inputs=0)
     a = jax.random.normal(key, (*shape[:inputs], rank)) / math.sqrt(math.prod(shape[stacked:inputs]))
     b = jnp.zeros((*shape[:stacked], rank, *shape[inputs:]))
-    return {
-        "a": weight.replace(value=a, names=(*names[:inputs], "rank"), kind="adapter"),
-        "b": weight.replace(value=b, names=(*names[:stacked], "rank", *names[inputs:]), kind="adapter"),
-    }
+    return (
+        adapter.replace(value=a, names=(*names[:inputs], "rank")),
+        adapter.replace(value=b, names=(*names[:stacked], "rank", *names[inputs:])),
+    )
 
 
 def abstract_frozen(config: LoraConfig, boxed: Any, placed: Any) -> Any:
@@ -121,6 +132,6 @@ def merged_weight(
 
 
 def _product(a: jax.Array, b: jax.Array, *, stacked: bool) -> jax.Array:
-    """A @ B, in full float32 whatever a platform takes for good enough."""
+    """A @ B, in full float32 precision on every platform."""
     multiply = functools.partial(jnp.tensordot, axes=1, precision=jax.lax.Precision.HIGHEST)
     return (jax.vmap(multiply) if stacked else multiply)(a, b)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nextllm_jax.model.layer_norms import mean_squares
 from nextllm_jax.model.lora import Frozen, variables, weights
@@ -14,10 +15,10 @@ from nextllm_jax.ops.quantized import dequantize
 from nextllm_jax.sharding import RULES
 
 _LOSS_LAYOUT = Layout(RULES["batch"], RULES["seq"], RULES["vocab"], RULES["embed"])
-"""How hidden states and head lie on the mesh."""
+"""Sharding of hidden states and head."""
 
 _LOGITS_AT_ONCE = 1 << 26
-"""Most logits that `token_scores` holds at a time, so that memory does not grow with the batch times the vocabulary."""
+"""Upper limit on the logits that `token_scores` holds at once."""
 
 
 class Batch(NamedTuple):
@@ -36,7 +37,7 @@ class Batch(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """What an objective measures beside its loss; each value is a sum over the rows of the batch."""
+    """What an objective measures in addition to its loss; each value is a sum over the rows of the batch."""
 
     nll: jax.Array
     """float32: negative log likelihood in nats of the tokens in the loss mask, without auxiliary terms."""
@@ -94,29 +95,31 @@ def make_eval_step(objective: Objective, model: Transformer) -> Callable[..., tu
 def token_scores(
     model: Transformer, params: Any, batch: Batch, frozen: Frozen | None = None, *, vocab_size: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """(log probability in nats, whether it is the likeliest token) of each target; float32 and bool, [B, T].
+    """(log probability in nats, whether it is the argmax) of each target; float32 and bool, [B, T].
 
-    The likeliest of the first `vocab_size` tokens; None: of all.
+    The argmax is over the first `vocab_size` tokens; None: over all.
     """
     hidden_BTD, _ = _hidden(model, params, batch, frozen)
     whole = {"params": weights(params, frozen)}
 
-    def score(token: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        hidden_D, target = token
-        logits_V: Any = model.apply(whole, hidden_D[None, None], method="logits")
-        logits_V = logits_V[0, 0]
-        return logits_V[target] - jax.nn.logsumexp(logits_V), jnp.argmax(logits_V[:vocab_size]) == target
+    def score(column: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        hidden_BD, targets_B = column
+        logits_B1V: Any = model.apply(whole, hidden_BD[:, None], method="logits")
+        logits_BV = logits_B1V[:, 0]
+        logprobs_B = jnp.take_along_axis(logits_BV, targets_B[:, None], axis=1)[:, 0]
+        greedy_B = jnp.argmax(logits_BV[:, :vocab_size], axis=1) == targets_B
+        return logprobs_B - jax.nn.logsumexp(logits_BV, axis=1), greedy_B
 
+    # Over time, since a mesh shards the rows.
     B, T = batch.targets_BT.shape
-    at_once = max(1, min(B * T, _LOGITS_AT_ONCE // model.config.vocab_size))
-    tokens = (hidden_BTD.reshape(B * T, -1), batch.targets_BT.reshape(-1))
-    logprobs, greedy = jax.lax.map(score, tokens, batch_size=at_once)
-    return logprobs.reshape(B, T), greedy.reshape(B, T)
+    at_once = max(1, min(T, _LOGITS_AT_ONCE // (B * model.config.vocab_size)))
+    columns = hidden_BTD.swapaxes(0, 1), batch.targets_BT.T
+    logprobs_TB, greedy_TB = jax.lax.map(score, columns, batch_size=at_once)
+    return logprobs_TB.T, greedy_TB.T
 
 
-def text_batch(tokens_BS: Any) -> Batch:
-    """The batch, with T = S - 1, of rows that hold one document each: each token but the first is a target."""
+def text_batch(tokens_BS: np.ndarray) -> Batch:
+    """The batch of rows with one document each; T = S - 1, and each token but the first is a target."""
     tokens_BT, targets_BT = tokens_BS[:, :-1], tokens_BS[:, 1:]
-    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
-    everywhere = jnp.ones_like(positions_BT)
-    return Batch(tokens_BT, targets_BT, everywhere, positions_BT, everywhere.astype(bool))
+    positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1], dtype=np.int32), tokens_BT.shape)
+    return Batch(tokens_BT, targets_BT, np.ones_like(tokens_BT), positions_BT, np.ones(tokens_BT.shape, bool))

@@ -25,6 +25,7 @@ from nextllm_jax.model.attention import Attention
 from nextllm_jax.model.attention_kernel import AttentionKernel
 from nextllm_jax.model.kv_cache import KVCache
 from nextllm_jax.model.layers import Embed, SwiGLU, keep_mean_square, make_norm
+from nextllm_jax.model.weights import STACK
 from nextllm_jax.ops import rope
 from nextllm_jax.ops.cross_entropy import finish_logits
 from nextllm_jax.ops.quantized import QTensor
@@ -143,7 +144,7 @@ class Transformer(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=num_periods,
-                metadata_params={nn.PARTITION_NAME: "layers"},
+                metadata_params={nn.PARTITION_NAME: STACK},
             )(config, self.dtype, self.kernel)
         block = _remat(config, prevent_cse=True)
         pattern = config.layer_pattern
@@ -202,17 +203,23 @@ class Transformer(nn.Module):
         return self.config.num_layers // len(self.config.layer_pattern) if self.scan_layers else 0
 
 
+@functools.lru_cache(maxsize=256)
 def abstract_params(config: ModelConfig, *, scan_layers: bool = True) -> Any:
-    """The parameters of a model as shapes and types in `Weight` boxes, which say what each is; allocates nothing."""
+    """The parameters of a model as shapes and types in `Weight` boxes, which say what each is.
+
+    Allocates nothing and does not initialize a backend. The tree is shared: do not change it.
+    """
     as_declared = {name: getattr(ModelConfig, name) for name in EXECUTION_FIELDS}
     return _abstract_params(dataclasses.replace(config, **as_declared), scan_layers)
 
 
 @functools.lru_cache(maxsize=64)
 def _abstract_params(config: ModelConfig, scan_layers: bool) -> Any:
-    tokens_BT = jnp.zeros((1, 1), jnp.int32)
-    init = Transformer(config, scan_layers=scan_layers).init
-    return jax.eval_shape(init, jax.random.key(0), tokens_BT, tokens_BT)["params"]
+    def init() -> Any:
+        tokens_BT = jnp.zeros((1, 1), jnp.int32)
+        return Transformer(config, scan_layers=scan_layers).init(jax.random.key(0), tokens_BT, tokens_BT)["params"]
+
+    return jax.eval_shape(init)
 
 
 def _remat(config: ModelConfig, *, prevent_cse: bool) -> type[Block]:

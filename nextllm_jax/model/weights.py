@@ -1,10 +1,11 @@
-"""What is known of each weight of a model, and where the weights of each layer lie in a tree of parameters.
+"""Metadata of each weight of a model, and the layout of the layers in a tree of parameters.
 
 A module declares a weight once, with `declare`. Everything else (accounting, weight decay, adapters, quantization,
 norms per layer, names in other formats) reads the `Weight` boxes of `transformer.abstract_params`.
 
 Layers of a period of the layer pattern are stacked: the tree has `layers/block_<i>/...` with one leading axis per
-period, then `remainder_<i>/...` for each layer that the periods leave over. Only this module knows that.
+period, then `remainder_<i>/...` for each layer that the periods leave over. `transformer.py` creates this
+layout; other modules use the helpers here.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,7 +24,7 @@ Kind = Literal["matrix", "embedding", "norm", "bias", "adapter"]
 
 STACK = "layers"
 """Name of the subtree of stacked layers, and the logical axis that they are stacked along."""
-REMAINDER = "remainder_"
+_REMAINDER = "remainder_"
 
 
 class Weight(nn.LogicallyPartitioned):
@@ -57,7 +58,7 @@ def declare(
     *,
     num_inputs: int = 0,
 ) -> jax.Array:
-    """Create the parameter `name` of a module; `axes` are the logical names of its dimensions."""
+    """Create the parameter `name` of a module, and return its value; `axes` are the logical names of its dimensions."""
 
     def boxed(*args: Any) -> Weight:
         return Weight(init(*args), axes, kind=kind, num_inputs=num_inputs)
@@ -71,7 +72,7 @@ def is_weight(leaf: Any) -> bool:
 
 
 def path_name(path: Iterable[Any]) -> str:
-    """The name of a leaf, such as "layers/block_0/mlp/up/kernel", boxed or not, from its key path."""
+    """The leaf's name from its key path, such as "layers/block_0/mlp/up/kernel"; the same with boxes and without."""
     return "/".join(step.key for step in path if isinstance(step, jax.tree_util.DictKey))
 
 
@@ -90,19 +91,24 @@ def _is_whole(leaf: Any) -> bool:
     return isinstance(leaf, Weight | QTensor)
 
 
+def of_kind(boxed: Any, *kinds: Kind) -> dict[str, Weight]:
+    """The weights of these kinds, by name."""
+    return {name: weight for name, weight in by_name(boxed).items() if weight.kind in kinds}
+
+
 def map_weights(change: Callable[..., Any], boxed: Any, *trees: Any) -> Any:
-    """The tree of `change(weight, *leaves)` for each weight of `boxed` and what `trees` have in its place."""
+    """A tree of `change(weight, *leaves)`, where `leaves` are the leaves of `trees` that correspond to the weight."""
     return jax.tree.map(change, boxed, *trees, is_leaf=is_weight)
 
 
 def layer_paths(config: ModelConfig, *, stacked: bool = True) -> list[tuple[str, int | None]]:
-    """For each layer the name of its subtree, and its index in the stack (None: the subtree is its own)."""
+    """(name of the subtree, index in the stack) of each layer; the index is None for a layer that is not stacked."""
     size = len(config.layer_pattern)
     num_scanned = config.num_layers // size * size if stacked else 0
     return [
         (f"{STACK}/block_{layer % size}", layer // size)
         if layer < num_scanned
-        else (f"{REMAINDER}{layer - num_scanned}", None)
+        else (f"{_REMAINDER}{layer - num_scanned}", None)
         for layer in range(config.num_layers)
     ]
 
@@ -115,19 +121,19 @@ def is_stacked(path: Iterable[Any]) -> bool:
 def unstack_layers(config: ModelConfig, params: Any) -> Any:
     """The (unboxed) parameters for a Transformer without scan_layers: a subtree for each layer.
 
-    Copies the layers' parameters; drop the stacked ones to have the memory back.
+    Copies the layers; delete the stacked tree to free its memory.
     """
-    unstacked = {name: tree for name, tree in params.items() if name != STACK and not name.startswith(REMAINDER)}
+    unstacked = {name: tree for name, tree in params.items() if name != STACK and not name.startswith(_REMAINDER)}
     for layer, (name, index) in enumerate(layer_paths(config)):
         tree = subtree(params, name)
-        unstacked[f"{REMAINDER}{layer}"] = jax.tree.map(lambda leaf, i=index: leaf if i is None else leaf[i], tree)
+        unstacked[f"{_REMAINDER}{layer}"] = jax.tree.map(lambda leaf, i=index: leaf if i is None else leaf[i], tree)
     return unstacked
 
 
 def unstacked_names(config: ModelConfig, name: str) -> list[tuple[str, int | None]]:
     """The names of a weight's layers after `unstack_layers`, and their indices in its stack (None: it is no stack)."""
     layers = [
-        (f"{REMAINDER}{layer}{name.removeprefix(prefix)}", index)
+        (f"{_REMAINDER}{layer}{name.removeprefix(prefix)}", index)
         for layer, (prefix, index) in enumerate(layer_paths(config))
         if name.startswith(f"{prefix}/")
     ]
@@ -141,7 +147,7 @@ def in_layer_order(config: ModelConfig, tree: Any, value: Callable[[Any, int], j
     """
     size = len(config.layer_pattern)
     num_periods, num_rest = divmod(config.num_layers, size) if STACK in tree else (0, config.num_layers)
-    parts = [value(tree.get(f"{REMAINDER}{i}", {}), 0)[None] for i in range(num_rest)]
+    parts = [value(tree.get(f"{_REMAINDER}{i}", {}), 0)[None] for i in range(num_rest)]
     if num_periods:
         stacks = jnp.stack([value(subtree(tree, f"{STACK}/block_{i}"), 1) for i in range(size)], axis=1)
         parts.insert(0, stacks.reshape(-1, *stacks.shape[2:]))

@@ -1,9 +1,11 @@
 """The real train step of a config, compiled for devices that are not here."""
 
+import contextlib
 import dataclasses
 import re
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -120,7 +122,7 @@ def compile_lowered(lowered: Any, say: Say, name: str) -> Compiled:
     """
     began = time.monotonic()
     try:
-        with _Clock(say, name):
+        with _clock(say, name):
             compiled = lowered.compile()
     except JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -176,26 +178,22 @@ def _bytes(number: str, unit: str) -> int:
     return round(float(number) * _UNITS[unit])
 
 
-class _Clock:
-    """Says every few seconds how long the compiler has been at work, which says nothing itself."""
+@contextlib.contextmanager
+def _clock(say: Say, name: str) -> Iterator[None]:
+    """Says every second how long the compiler has been at work, which says nothing itself."""
+    done, began = threading.Event(), time.monotonic()
 
-    def __init__(self, say: Say, name: str) -> None:
-        self._say = say
-        self._name = name
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._tick, daemon=True)
-
-    def _tick(self) -> None:
-        began = time.monotonic()
+    def tick() -> None:
         while True:
             seconds = time.monotonic() - began
-            self._say(f"compiling the {self._name}, {seconds:.0f} s; models of billions take 1 to 3 minutes")
-            if self._done.wait(1.0):
+            say(f"compiling the {name}, {seconds:.0f} s; models of billions take 1 to 3 minutes")
+            if done.wait(1.0):
                 return
 
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

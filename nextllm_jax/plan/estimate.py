@@ -12,7 +12,7 @@ from nextllm_jax.config import Config, OptimizerConfig
 from nextllm_jax.config.model import ModelConfig
 from nextllm_jax.model.accounting import flops_per_token, matrix_size
 from nextllm_jax.model.transformer import Transformer, abstract_params
-from nextllm_jax.model.weights import Weight, by_name
+from nextllm_jax.model.weights import Weight, of_kind
 from nextllm_jax.plan.collectives import Collective, Traffic
 from nextllm_jax.training.optimizer import make_optimizer
 from nextllm_jax.training.state import abstract_state
@@ -97,7 +97,7 @@ def _loss_bytes(model: ModelConfig, mesh: Mapping[str, int], tokens: float) -> f
 
 def sharded_weights(config: ModelConfig) -> list[Weight]:
     """The matrices and the embedding, stacked over layers: what FSDP shards."""
-    return [weight for weight in by_name(abstract_params(config)).values() if weight.kind in ("matrix", "embedding")]
+    return list(of_kind(abstract_params(config), "matrix", "embedding").values())
 
 
 def matrix_parameters(config: ModelConfig) -> int:

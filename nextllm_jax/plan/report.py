@@ -33,39 +33,33 @@ class Budget(NamedTuple):
         return tokens / plan.tokens_per_second / _DAY
 
 
+_AS_THEY_ARE = (
+    *("parameters", "compile_seconds", "fits", "estimated_peak_bytes", "flops_per_step", "unknown_loops"),
+    *("tokens_per_second", "mfu_bound"),
+)
+
+
 def training_json(plan: TrainingPlan, budget: Budget) -> dict[str, Any]:
     """The plan as JSON values; bytes are per device, and per step where they are sent."""
-    config, check = plan.config, plan.flops_check
+    config, check, steps = plan.config, plan.flops_check, budget.steps(plan)
     return {
         **_place_json(plan),
-        "parameters": plan.parameters,
+        **{name: getattr(plan, name) for name in _AS_THEY_ARE},
         "sequence_length": config.data.sequence_length,
         "global_batch_size": config.training.global_batch_size,
         "accumulation_steps": config.training.accumulation_steps,
         "remat": config.model.remat,
         "estimated": plan.compile_seconds is None,
-        "compile_seconds": plan.compile_seconds,
-        "fits": plan.fits,
-        "hbm_bytes": plan.chip.hbm_bytes,
         "memory": _memory_json(plan),
-        "estimated_peak_bytes": plan.estimated_peak_bytes,
-        "out_of_memory": _dict(plan.out_of_memory),
+        "out_of_memory": plan.out_of_memory and dataclasses.asdict(plan.out_of_memory),
         "advice": list(plan.advice),
-        "flops_per_step": plan.flops_per_step,
-        "flops_check": check._asdict() | {"relative_difference": check.relative_difference} if check else None,
+        "flops_check": check and check._asdict() | {"relative_difference": check.relative_difference},
         "collectives": _traffic_json(plan.traffic),
         "collectives_minimum": _traffic_json(plan.minimum),
-        "unknown_loops": plan.unknown_loops,
         "roofline": _roofline_json(plan.roofline),
         "step_seconds": plan.roofline.seconds,
-        "tokens_per_second": plan.tokens_per_second,
-        "mfu_bound": plan.mfu_bound,
         "days": budget.days_of_tokens(plan),
-        "budget": {
-            "days": budget.days,
-            "steps": budget.steps(plan),
-            "tokens": budget.steps(plan) * plan.tokens_per_step,
-        },
+        "budget": {"days": budget.days, "steps": steps, "tokens": steps * plan.tokens_per_step},
     }
 
 
@@ -85,24 +79,23 @@ def decoding_json(plan: DecodingPlan) -> dict[str, Any]:
     return {
         **_place_json(plan),
         **dataclasses.asdict(plan.request),
-        "hbm_bytes": plan.chip.hbm_bytes,
         "parameter_bytes": plan.parameter_bytes,
         "cache_bytes": plan.cache_bytes,
         "prefill": _phase_json(plan.prefill),
-        "decode": _phase_json(plan.decode) if plan.decode else None,
+        "decode": plan.decode and _phase_json(plan.decode),
     }
 
 
 def _phase_json(phase: Phase) -> dict[str, Any]:
-    roofline = phase.roofline
+    compiled, roofline = phase.compiled, phase.roofline
     return {
         "tokens": phase.tokens,
-        "compile_seconds": phase.compiled.seconds,
-        "memory": _dict(phase.compiled.memory),
-        "out_of_memory": _dict(phase.compiled.out_of_memory),
+        "compile_seconds": compiled.seconds,
+        "memory": compiled.memory and dataclasses.asdict(compiled.memory),
+        "out_of_memory": compiled.out_of_memory and dataclasses.asdict(compiled.out_of_memory),
         "collectives": _traffic_json(phase.traffic),
-        "roofline": _roofline_json(roofline) if roofline else None,
-        "tokens_per_second": phase.tokens / roofline.seconds if roofline else None,
+        "roofline": roofline and _roofline_json(roofline),
+        "tokens_per_second": roofline and phase.tokens / roofline.seconds,
     }
 
 
@@ -112,17 +105,12 @@ def _place_json(plan: TrainingPlan | DecodingPlan) -> dict[str, Any]:
         "device_kind": plan.device_kind,
         "devices": math.prod(plan.mesh.values()),
         "mesh": dict(plan.mesh),
+        "hbm_bytes": plan.chip.hbm_bytes,
     }
 
 
-def _dict(value: Memory | OutOfMemory | None) -> dict[str, Any] | None:
-    return dataclasses.asdict(value) if value else None
-
-
 def _traffic_json(traffic: Mapping[Collective, Traffic] | None) -> list[dict[str, Any]] | None:
-    if traffic is None:
-        return None
-    return [collective._asdict() | sent._asdict() for collective, sent in traffic.items()]
+    return None if traffic is None else [key._asdict() | sent._asdict() for key, sent in traffic.items()]
 
 
 def _roofline_json(roofline: Roofline) -> dict[str, Any]:
@@ -138,9 +126,9 @@ def training_table(plan: TrainingPlan, budget: Budget) -> str:
 
 def _training_head(plan: TrainingPlan) -> Iterator[str]:
     training, length = plan.config.training, plan.config.data.sequence_length
+    parts = f" in {training.accumulation_steps} parts" if training.accumulation_steps > 1 else ""
     yield _place(plan)
     yield f"{plan.parameters:,} parameters, remat {plan.config.model.remat}"
-    parts = f" in {training.accumulation_steps} parts" if training.accumulation_steps > 1 else ""
     yield f"{training.global_batch_size:,} sequences of {length:,} tokens a step{parts}"
 
 
@@ -216,7 +204,9 @@ def _training_time(plan: TrainingPlan, budget: Budget) -> Iterator[str]:
     yield _line("tokens/s at most", f"{plan.tokens_per_second:,.0f}", f"MFU {plan.mfu_bound:.1%}")
     alone = plan.tokens_per_step / roofline.seconds_in_turn
     yield _line("tokens/s, nothing overlapping", f"{alone:,.0f}")
-    yield _line("FLOPs", f"{plan.flops_per_step:.3e}", _check(plan))
+    check = plan.flops_check
+    note = f"the compiler counts {check.relative_difference:+.1%} on two layers" if check else ""
+    yield _line("FLOPs", f"{plan.flops_per_step:.3e}", note)
     what = f"{budget.tokens:.3e} tokens" if budget.tokens else f"{plan.config.training.steps:,} steps"
     yield f"{what} take at least {budget.days_of_tokens(plan):,.2f} days"
     made = budget.steps(plan)
@@ -231,11 +221,6 @@ def _roofline_lines(roofline: Roofline) -> Iterator[str]:
 
 def _seconds(seconds: float) -> str:
     return f"{seconds:,.3f} s" if seconds >= 1 else f"{1e3 * seconds:,.3f} ms"
-
-
-def _check(plan: TrainingPlan) -> str:
-    check = plan.flops_check
-    return f"the compiler counts {check.relative_difference:+.1%} on two layers" if check else ""
 
 
 def decoding_table(plan: DecodingPlan) -> str:

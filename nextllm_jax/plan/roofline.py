@@ -37,21 +37,21 @@ class Roofline:
         return sum(dataclasses.asdict(self).values())
 
 
-def communication_seconds(
-    traffic: Mapping[Collective, Traffic], mesh: Mesh | AbstractMesh, chip: Chip
-) -> tuple[float, float]:
-    """(ICI, network) seconds of what each device of a mesh sends."""
-    ici = network = 0.0
-    bandwidths: dict[str, tuple[float | None, bool]] = {}
-    for collective, sent in traffic.items():
-        if collective.axes not in bandwidths:
-            bandwidths[collective.axes] = axes_bandwidth(mesh, collective.axes, chip)
-        bandwidth, outside = bandwidths[collective.axes]
-        if bandwidth and outside:
-            network += sent.sent_bytes / bandwidth
-        elif bandwidth:
-            ici += sent.sent_bytes / bandwidth
-    return ici, network
+def roofline(
+    flops: float, hbm_bytes: float, traffic: Mapping[Collective, Traffic], mesh: Mesh | AbstractMesh, chip: Chip
+) -> Roofline:
+    """The roofline of a program of so many FLOPs on all devices of a mesh, of which each moves and sends so much."""
+    seconds = {True: 0.0, False: 0.0}
+    for axes in dict.fromkeys(collective.axes for collective in traffic):
+        bandwidth, outside = axes_bandwidth(mesh, axes, chip)
+        sent = sum(sent.sent_bytes for collective, sent in traffic.items() if collective.axes == axes)
+        seconds[outside] += sent / bandwidth if bandwidth else 0
+    return Roofline(
+        compute=flops / (mesh.size * chip.peak_flops_bf16),
+        hbm=hbm_bytes / chip.hbm_bandwidth,
+        ici=seconds[False],
+        network=seconds[True],
+    )
 
 
 def axes_bandwidth(mesh: Mesh | AbstractMesh, axes: str, chip: Chip) -> tuple[float | None, bool]:

@@ -21,7 +21,7 @@ from nextllm_jax.plan.estimate import (
     peak_bytes,
     recomputed_flops_per_token,
 )
-from nextllm_jax.plan.roofline import Roofline, communication_seconds
+from nextllm_jax.plan.roofline import Roofline, roofline
 from nextllm_jax.plan.topology import Place, Say
 from nextllm_jax.training.start import check_divides
 
@@ -200,10 +200,5 @@ def _roofline(
     """The roofline of a train step that sends `traffic` and keeps `state_bytes` on each device."""
     length, tokens = config.data.sequence_length, config.training.global_batch_size * config.data.sequence_length
     flops = flops_per_token(config.model, length) + recomputed_flops_per_token(config.model, length)
-    ici, network = communication_seconds(traffic, mesh, chip)
-    return Roofline(
-        compute=flops * tokens / (mesh.size * chip.peak_flops_bf16),
-        hbm=memory_traffic_bytes(config, mesh.shape, state_bytes) / chip.hbm_bandwidth,
-        ici=ici,
-        network=network,
-    )
+    through_memory = memory_traffic_bytes(config, mesh.shape, state_bytes)
+    return roofline(flops * tokens, through_memory, traffic, mesh, chip)

@@ -29,7 +29,7 @@ from nextllm_jax.tokenizer.tokenizer import Tokenizer
 Format = Literal["huggingface", "gguf"]
 
 LAYOUT = 1
-"""Raised whenever `import_model` makes another run of the same files, so that imports that were kept are made anew."""
+"""Increase it when `import_model` changes its output, so that cached imports are rebuilt."""
 
 
 def import_model(source: str, output: str, *, dtype: str = "float32", context_length: int | None = None) -> None:

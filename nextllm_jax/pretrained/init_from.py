@@ -15,8 +15,8 @@ from nextllm_jax.data.shards import Dataset
 from nextllm_jax.errors import InputError
 from nextllm_jax.model import lora
 from nextllm_jax.model.transformer import abstract_params
-from nextllm_jax.pretrained.open_model import open_model
-from nextllm_jax.pretrained.source import Source
+from nextllm_jax.pretrained.source import Source, open_path
+from nextllm_jax.published_models import resolve
 from nextllm_jax.tokenizer.published import load_tokenizer
 
 _OURS = ("param_dtype", *EXECUTION_FIELDS)
@@ -38,12 +38,14 @@ def with_source(config: Config, file: Config, *, overwrite: bool = False) -> tup
     if begun:
         source, model, tokenizer = None, begun.model, begun.data.tokenizer
     else:
-        source, tokenizer = open_model(config.init_from), config.init_from
+        source, tokenizer = open_path(resolve(config.init_from)), config.init_from
         model = source.config
         _require_trainable(config, source)
     data = _data(config, file, tokenizer)
     new = dataclasses.replace(config, model=_model(config, file.model, model), data=data)
     new.check_fit()
+    if new.lora.rank:
+        lora.adapted(new.lora, abstract_params(new.model))  # raises InputError for a target that the model lacks
     return new, source
 
 
@@ -53,10 +55,10 @@ def initial_params(config: Config, source: Source | None, place: Callable[[Any],
     `source` is what `with_source` opened. Raises InputError if they cannot be read, or are not of the config's model.
     """
     assert config.init_from is not None
-    source = source or open_model(config.init_from)
+    source = source or open_path(resolve(config.init_from))
     differing = _differing(config.model, source.config, but=(*_OURS, "init_std", "context_length"))
     if differing:
-        raise InputError(f"init_from {config.init_from} holds another model now: {', '.join(differing)}; bring it back")
+        raise InputError(f"init_from {config.init_from} holds another model now: {', '.join(differing)}; restore it")
     boxed = abstract_params(config.model)
     return source.load_params(
         lora.abstract_frozen(config.lora, boxed, place(boxed)) if config.lora.rank else place(boxed)

@@ -1,4 +1,4 @@
-"""`open_model(path)`: the model of anything that holds one."""
+"""`open_model`: the one way to open a model."""
 
 import dataclasses
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.model.quantize import Observer, ignore, is_quantized
 from nextllm_jax.model.weights import by_name
-from nextllm_jax.pretrained.import_cache import use_imported
+from nextllm_jax.pretrained.import_cache import imported_run
 from nextllm_jax.pretrained.source import Source, open_path
 from nextllm_jax.published_models import is_published, resolve
 
@@ -30,25 +30,30 @@ def open_model(path: str, *, step: str | int | None = None) -> Source:
 
 
 def _open_published(name: str, file: Path) -> Source:
-    """A published model by way of its import, or from its file where the import cannot be kept."""
+    """A published model by way of its import, or from its file where the import cannot be used."""
 
-    def imported(use: Callable[[Source], Any]) -> Any:
-        return use_imported(name, file, lambda run: use(open_path(str(run))))
+    def read_file(error: Exception) -> Source:
+        print(f"{name} is read from {file}, because its import cannot be used: {error}", file=sys.stderr, flush=True)
+        return open_path(str(file))
 
     try:
-        source = imported(lambda source: source)
-    except (OSError, RunFailed) as error:
-        print(f"{name} is read from {file}, for its import cannot be kept: {error}", file=sys.stderr, flush=True)
-        return open_path(str(file))
+        source = open_path(str(imported_run(name, file)))
+    except (OSError, RunFailed, InputError) as error:
+        return read_file(error)
+
+    def load(what: Callable[[Source], Any]) -> Any:
+        try:
+            return what(source)
+        except InputError as error:  # a damaged import is found only when it is read
+            return what(read_file(error))
 
     def load_params(abstract: Any, observe: Observer = ignore) -> Any:
         if any(map(is_quantized, by_name(abstract).values())):  # the file may hold what is asked for, bit for bit
             return open_path(str(file)).load_params(abstract, observe)
-        return imported(lambda source: source.load_params(abstract))
+        return load(lambda source: source.load_params(abstract))
 
-    # A damaged import is found, and made again, only when it is read.
     return dataclasses.replace(
         source,
-        load_tokenizer=lambda: imported(lambda source: source.load_tokenizer()),
+        load_tokenizer=lambda: load(lambda source: source.load_tokenizer()),
         load_params=load_params,
     )

@@ -39,9 +39,10 @@ class Source:
 
     config: ModelConfig
     load_tokenizer: Callable[[], Tokenizer]
-    """Raises MissingTokenizer if there is none."""
+    """Raises InputError if there is none."""
     load_params: "LoadParams"
     is_run: bool
+    """Whether it is a run directory, not files of another program."""
     model_type: str | None = None
     """The Hugging Face model type of imported weights."""
     vocab_size: int | None = None
@@ -72,15 +73,14 @@ class LoadParams(Protocol):
 
 def open_path(path: str, *, step: str | int | None = None) -> Source:
     """The model of a run directory, a Hugging Face directory or a GGUF file; see `open_model`."""
-    file = Path(path)
-    is_run = not file.is_file() and not _is_huggingface(file)
-    run = RunDir(path)
-    if is_run and run.exists():
-        return _open_run(run, step)
-    if is_run:
+    file, run = Path(path), RunDir(path)
+    if not (file.is_file() or _is_huggingface(file)):
+        if run.exists():
+            return _open_run(run, step)
+        what = "is not" if file.exists() else "does not exist; give"
         raise InputError(
-            f"{path} is not a run directory (with config.json, tokenizer and checkpoints), a Hugging Face directory, "
-            f"a .gguf file, or the name of a published model ({', '.join(PUBLISHED_MODELS)})"
+            f"{path} {what} a run directory (with config.json, tokenizer and checkpoints), a Hugging Face directory, a "
+            f".gguf file, or the name of a published model ({', '.join(PUBLISHED_MODELS)})"
         )
     if step is not None:
         raise InputError(f"{path} is not a run directory, so it has no steps; leave the step out")
@@ -173,7 +173,7 @@ def _load_run(
 
 
 def _placement(abstract: Any) -> Callable[[Any], Any]:
-    """The function of `sharding` that gives boxed arrays the placement of a tree of abstract arrays."""
+    """The function that shards boxed arrays as `abstract` is sharded."""
     place = jax.tree.leaves(abstract)[0].sharding
     if isinstance(place, NamedSharding):
         return functools.partial(placed, place.mesh)

@@ -1,1 +1,1 @@
-"""Where the files of a run are: a directory behind a small interface."""
+"""Where a run directory is stored: a small interface, and its implementation on disk."""

@@ -1,6 +1,7 @@
 """A directory on disk, or one that is mounted from a network."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -73,12 +74,12 @@ class Disk:
 
     def _target(self, name: str) -> Path:
         path = self._directory / name
-        if "/" in name:  # else the directory itself, which stays away if it is removed under a training
+        if "/" in name:  # the directory itself is not created again: if it vanished, the write must fail
             path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def require_writable(self, name: str, *, is_directory: bool) -> None:
-        """Raise InputError if no file (no directory) of this name can be written."""
+        """Raise InputError if a file (or directory) of this name cannot be written."""
         path = (self._directory / name).absolute()
         while not os.path.exists(path):
             path, is_directory = path.parent, True
@@ -121,14 +122,16 @@ class Disk:
 
 
 def lock_file(descriptor: int, *, shared: bool = False, wait: bool = False) -> bool:
-    """Lock an open file or directory until it is closed; False if another process has it, unless this is to `wait`.
+    """Lock an open file or directory until it is closed. Returns False if another process holds the lock.
 
-    Some network file systems have no locks: True there.
+    With `wait`, waits for it instead. On a file system without locks nothing is locked, and this returns True.
     """
     operation = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
-    with contextlib.suppress(OSError):
-        try:
-            fcntl.flock(descriptor, operation)
-        except BlockingIOError:
-            return False
+    try:
+        fcntl.flock(descriptor, operation)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            raise
     return True

@@ -49,6 +49,9 @@ class ByteBPE:
         self.bytes_of |= {rank: token.encode() for token, rank in self.tokens.items()}
         # tiktoken panics on a byte without a rank, so the missing ones get ranks that no text reaches.
         missing = missing_bytes(ranks)
+        if lost := [byte for byte in missing if byte[0] in _CONTINUATION_BYTES]:
+            raise InputError(f"the ranks lack the byte 0x{lost[0][0]:02X}, without which most text cannot be spelled")
+        self._missing = b"".join(missing)
         spare = itertools.count(max(self.bytes_of) + 1)
         self._encoding = tiktoken.Encoding(
             "ranks",
@@ -56,7 +59,6 @@ class ByteBPE:
             mergeable_ranks=ranks | dict(zip(missing, spare, strict=False)),
             special_tokens=self.tokens,
         )
-        self._lacking = _characters_with(missing)
         # Python's own Unicode tables are older or newer than those that the models' ids were made with.
         self._compose = import_tokenizers().normalizers.NFC().normalize_str if nfc else None
         self._added = match_any(self.added_tokens)
@@ -82,7 +84,7 @@ class ByteBPE:
     def _encode_plain(self, text: str) -> list[int]:
         if self._compose is not None and not text.isascii():
             text = self._compose(text)
-        if self._lacking is not None and self._lacking.search(text):
+        if self._missing and len(text.encode().translate(None, self._missing)) < len(text.encode()):
             return self._encode_without_missing(text)
         if len(text) <= _LONGEST_BLANK:
             return self._encoding.encode_ordinary(text)
@@ -94,8 +96,7 @@ class ByteBPE:
 
         ids: list[int] = []
         for found in regex.finditer(self.pattern, text):
-            piece = bytes(byte for byte in found[0].encode() if bytes([byte]) in self.ranks)
-            if piece:
+            if piece := found[0].encode().translate(None, self._missing):
                 # A piece must not be cut again, for which the package has no public function.
                 ids += self._encoding._encode_single_piece(piece)
         return ids
@@ -250,28 +251,6 @@ def _piece_decoder(decoder: dict[str, Any] | None) -> Any:
 def missing_bytes(ranks: dict[bytes, int]) -> list[bytes]:
     """The single bytes that the ranks lack."""
     return [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
-
-
-def _characters_with(missing: list[bytes]) -> re.Pattern[str] | None:
-    """A pattern for the characters whose UTF-8 has a missing byte, None if no character has.
-
-    Raises InputError if a byte is missing that continues characters of every kind.
-    """
-    ranges = []
-    for byte in (value[0] for value in missing):
-        if byte in _CONTINUATION_BYTES:
-            raise InputError(f"the ranks lack the byte 0x{byte:02X}, without which most text cannot be spelled")
-        if byte < 0x80:
-            ranges.append((byte, byte))
-        elif 0xC2 <= byte < 0xE0:
-            ranges.append(((byte & 0x1F) << 6, (byte & 0x1F) << 6 | 0x3F))
-        elif 0xE0 <= byte < 0xF0:
-            ranges.append((max(0x800, (byte & 0xF) << 12), (byte & 0xF) << 12 | 0xFFF))
-        elif 0xF0 <= byte <= 0xF4:
-            ranges.append((max(0x10000, (byte & 7) << 18), min((byte & 7) << 18 | 0x3FFFF, 0x10FFFF)))
-    if not ranges:
-        return None
-    return re.compile("[" + "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in ranges) + "]")
 
 
 def parse_ranks(text: bytes, where: str) -> dict[bytes, int]:

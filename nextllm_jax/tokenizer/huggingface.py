@@ -1,7 +1,7 @@
 """Hugging Face tokenizers in and out: tokenizer.json, or a SentencePiece tokenizer.model, and the files beside it.
 
-A byte-level BPE becomes a tiktoken encoding if that gives the ids of the `tokenizers` package on texts made to tell
-them apart; whatever is left stays with that package.
+A byte-level BPE becomes a tiktoken encoding if its pattern is a known one and its merges are those that tiktoken makes;
+whatever is left stays with the `tokenizers` package.
 """
 
 import json
@@ -19,10 +19,10 @@ from nextllm_jax.tokenizer.backends import (
     bytes_to_letters,
     from_json,
     letters_to_bytes,
+    missing_bytes,
 )
-from nextllm_jax.tokenizer.patterns import DIGITS_PATTERN, PLAIN, PLAIN_GPT2_PATTERN
-from nextllm_jax.tokenizer.stress import stress_texts, token_texts
-from nextllm_jax.tokenizer.tokenizer import MissingTokenizer, Roles, Tokenizer
+from nextllm_jax.tokenizer.patterns import DIGITS_PATTERN, IN_BOTH_ENGINES, PLAIN, PLAIN_GPT2_PATTERN
+from nextllm_jax.tokenizer.tokenizer import Roles, Tokenizer
 
 _TEXT_ENDS = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>")
 _TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>", "<|return|>")
@@ -42,7 +42,7 @@ def load_huggingface(path: str | os.PathLike[str]) -> Tokenizer:
     elif (folder / "tokenizer.model").is_file():
         description = sentencepiece.read_model(folder / "tokenizer.model")
     else:
-        raise MissingTokenizer(f"{folder} holds neither tokenizer.json nor tokenizer.model; bring one of them")
+        raise InputError(f"{folder} holds neither tokenizer.json nor tokenizer.model; bring one of them")
     config = _read_json(folder / "tokenizer_config.json")
     names = {**_read_json(folder / "special_tokens_map.json"), **config}
     names = {name: _spelling(names.get(name)) for name in _NAMES}
@@ -105,7 +105,7 @@ def from_description(
 
 
 def byte_bpe(description: dict[str, Any], huggingface: HuggingFaceBPE) -> ByteBPE | None:
-    """The tiktoken encoding of a parsed tokenizer.json, None if there is none or if it gives other ids."""
+    """The tiktoken encoding that gives the ids of a parsed tokenizer.json, None if there is none."""
     model, added = description["model"], description["added_tokens"]
     nfc = description["normalizer"] is not None
     pattern = _pattern(description["pre_tokenizer"])
@@ -113,39 +113,27 @@ def byte_bpe(description: dict[str, Any], huggingface: HuggingFaceBPE) -> ByteBP
         model["type"] == "BPE"
         and not any(model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
         and not model.get("byte_fallback")
-        and pattern is not None
         and description["normalizer"] in (None, {"type": "NFC"})
         and (description["decoder"] or {}).get("type") == "ByteLevel"
         and not any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in added)
         and not any(token["normalized"] and nfc for token in added)
     )
-    if not plain or pattern is None:
+    if not plain or pattern not in IN_BOTH_ENGINES:
         return None
     pieces = {piece: id for piece, id in model["vocab"].items() if piece not in huggingface.tokens}
-    if not all(letter in byte_letters() for piece in pieces for letter in piece) or not _in_order(model):
+    if not all(letter in byte_letters() for piece in pieces for letter in piece):
         return None
     ranks = {letters_to_bytes(piece): id for piece, id in pieces.items()}
-    try:
-        backend = ByteBPE(ranks, pattern, huggingface.special_tokens, huggingface.added_tokens, nfc=nfc)
-        return backend if gives_same_ids(backend, huggingface) else None
-    except (InputError, ValueError):  # a byte without which nothing works; a pattern that tiktoken cannot compile
+    if (model["unk_token"] is not None and missing_bytes(ranks)) or not _merges_as_tiktoken(description, ranks):
         return None
-
-
-def gives_same_ids(backend: ByteBPE, huggingface: HuggingFaceBPE) -> bool:
-    """Whether both give the same ids for each of the vocabulary's own tokens and for the texts of `stress_texts`."""
-    texts = [token.decode("utf-8", "replace") for token in backend.ranks] + stress_texts()
-    with_tokens = token_texts(backend.tokens)
-    return all(backend.encode(text, "all") == huggingface.encode(text, "all") for text in texts + with_tokens) and all(
-        backend.encode(text, "added") == huggingface.encode(text, "added") for text in with_tokens
-    )
+    try:
+        return ByteBPE(ranks, pattern, huggingface.special_tokens, huggingface.added_tokens, nfc=nfc)
+    except InputError:  # a byte without which nothing works
+        return None
 
 
 def save_huggingface(tokenizer: Tokenizer, directory: str | os.PathLike[str]) -> None:
-    """Write tokenizer.json and tokenizer_config.json, with the chat template, for transformers' AutoTokenizer.
-
-    Raises InputError if the `tokenizers` package would give other ids than the tokenizer does.
-    """
+    """Write tokenizer.json and tokenizer_config.json, with the chat template, for transformers' AutoTokenizer."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     roles = tokenizer.roles
@@ -162,14 +150,9 @@ def save_huggingface(tokenizer: Tokenizer, directory: str | os.PathLike[str]) ->
 
 
 def to_description(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The tokenizer as the content of a tokenizer.json. Raises InputError as `save_huggingface` does."""
+    """The tokenizer as the content of a tokenizer.json."""
     backend = tokenizer.backend
-    if isinstance(backend, HuggingFaceBPE):
-        description = json.loads(backend.description)
-    else:
-        description = _describe(backend)
-        if not gives_same_ids(backend, HuggingFaceBPE(json.dumps(description))):
-            raise InputError(f"tokenizer {tokenizer.name} cannot be written as tokenizer.json with the same ids")
+    description = json.loads(backend.description) if isinstance(backend, HuggingFaceBPE) else _describe(backend)
     return description | {"post_processor": _post_processor(tokenizer)}
 
 
@@ -330,8 +313,21 @@ def _pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
     return step["pattern"].get("Regex") if keeps else None
 
 
-def _in_order(model: dict[str, Any]) -> bool:
-    """Whether the merges come in the order of the ids they make, which tiktoken takes for granted."""
-    pairs = (tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"])
+def _merges_as_tiktoken(description: dict[str, Any], ranks: dict[bytes, int]) -> bool:
+    """Whether merging in the listed order is tiktoken's way, which joins any two pieces that make one, lowest id first.
+
+    The merges must come in the order of the ids that they make. They are all that tiktoken makes if each token, taken
+    by itself, is made by them: two pieces that make a token then never meet but as its own merge has them. Or they
+    list every cut of each token, and whole words are looked up first, as tiktoken does.
+    """
+    model = description["model"]
+    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     made = [model["vocab"].get("".join(pair), -1) for pair in pairs]
-    return made == sorted(made) and -1 not in made
+    if made != sorted(made) or -1 in made:
+        return False
+    nothing = {"added_tokens": [], "normalizer": None, "pre_tokenizer": None, "post_processor": None}
+    merger = from_json(json.dumps(description | nothing | {"model": model | {"ignore_merges": False}}))
+    if all(len(found.ids) == 1 for found in merger.encode_batch([bytes_to_letters(token) for token in ranks])):
+        return True
+    cuts = {(bytes_to_letters(left), bytes_to_letters(right)) for left, right in merges(ranks)}
+    return model["ignore_merges"] and cuts == set(pairs)

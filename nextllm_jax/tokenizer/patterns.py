@@ -25,3 +25,9 @@ TEKKEN_PATTERN = O200K_PATTERN.replace(_WORD_END, "").replace(r"\p{N}{1,3}", r"\
 
 PLAIN = {GPT2_PATTERN: PLAIN_GPT2_PATTERN, GPT4_PATTERN: PLAIN_GPT4_PATTERN}
 """The same cuts in the spelling of tokenizer.json."""
+
+IN_BOTH_ENGINES = (
+    *(PLAIN_GPT2_PATTERN, DIGITS_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN),
+    *(PLAIN_GPT4_PATTERN, TEKKEN_PATTERN, O200K_PATTERN),
+)
+"""Patterns of tokenizer.json files that cut text alike in tiktoken and in the `tokenizers` package, as tests show."""

@@ -17,6 +17,8 @@ from etils import epath
 from nextllm_jax.errors import InputError
 from nextllm_jax.tokenizer.backends import ByteBPE, HuggingFaceBPE, Recognize, parse_ranks, sha256
 
+FORMAT = "nextllm_jax tokenizer 1"
+"""Of encoding.json."""
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 _BRING_AGAIN = "bring an intact copy, or save the tokenizer again"
@@ -105,7 +107,7 @@ class Tokenizer:
         folder = epath.Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         backend = self.backend
-        description: dict[str, Any] = {"format": "nextllm_jax tokenizer 1", "name": self.name}
+        description: dict[str, Any] = {"format": FORMAT, "name": self.name}
         if isinstance(backend, ByteBPE):
             content = backend.ranks_text
             file = f"ranks-{sha256(content)[:8]}.tiktoken"
@@ -131,6 +133,8 @@ class Tokenizer:
         file = epath.Path(directory) / "encoding.json"
         try:
             description = json.loads(file.read_text())
+            if description.get("format", FORMAT) != FORMAT:
+                raise InputError(f"{file} has format '{description['format']}'; use the version that wrote it")
             tokenizer = cls(str(description["name"]), _load_backend(file, description), _load_roles(description))
             if description.get("hash", tokenizer.hash) != tokenizer.hash:
                 raise InputError(f"{file} is damaged: pattern or special tokens were changed; {_BRING_AGAIN}")
@@ -141,10 +145,6 @@ class Tokenizer:
             raise InputError(f"the tokenizer in {directory} cannot be read ({error.strerror or error})") from error
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise InputError(f"{file} is damaged ({error!r}); {_BRING_AGAIN}") from error
-
-
-class MissingTokenizer(InputError):
-    """A model without a tokenizer, which is enough for what needs no text."""
 
 
 class IncrementalDecoder:

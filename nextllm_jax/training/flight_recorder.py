@@ -99,9 +99,8 @@ class FlightRecorder:
         self._run = run
         self._config, self._loader, self._checkpoints, self._writers = config, loader, checkpoints, writers
         self._about = about
-        self._bundles = {
-            name: _identity(content) for name in run.names(FLIGHT) if (content := run.read(f"{FLIGHT}/{name}/{BUNDLE}"))
-        }
+        names = sorted(name for name in run.names(FLIGHT) if name.startswith("step-"))
+        self._bundles = {name: _identity(run, f"{FLIGHT}/{name}/{BUNDLE}") for name in names}
         self._seen = 0
         self._bad = False
 
@@ -162,7 +161,7 @@ class FlightRecorder:
             if jax.process_index() == 0:
                 try:
                     self._write(f"{FLIGHT}/{name}", content)
-                except RunFailed as error:  # the run can go on without it
+                except (OSError, RunFailed) as error:  # the run can go on without it
                     return f"; its bundle {self._run.flight / name} cannot be written ({cause(error)})"
         return f"; to see where it went wrong: nextllm replay {self._run.flight / name}"
 
@@ -187,10 +186,10 @@ class FlightRecorder:
         self._run.write(f"{bundle}/{BUNDLE}", text.encode())
 
 
-def _identity(bundle: bytes) -> list[Any] | None:
-    """What two bundles of the same step have in common, though a continued run wrote the second."""
+def _identity(run: RunDir, bundle: str) -> list[Any] | None:
+    """What two bundles of the same step have in common, though a continued run wrote the second; None if unreadable."""
     try:
-        content = json.loads(bundle)
+        content = json.loads(run.read(bundle))
         return [content[name] for name in _IDENTITY]
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -63,7 +63,7 @@ def _prepare(
 
     Returns the config to train, with the model of init_from, and the source of its weights if it was opened.
     """
-    stop.exit_at_once("waiting for the other processes")
+    stop.allow_exit("waiting for the other processes")
 
     from nextllm_jax.data.prepare import ensure_prepared
     from nextllm_jax.training.open_run import require_startable
@@ -79,7 +79,7 @@ def _prepare(
         config, source = with_source(config, file, overwrite=overwrite)
     choices = {"--overwrite": str(overwrite), "--allow-change": ", ".join(sorted(consent))}
     group.check_same({**choices, **facts_of(config)})
-    stop.exit_at_once("preparing data")
+    stop.allow_exit("preparing data")
     if group.process_id == 0:
         # To report mistakes before the data is prepared; `open_run` checks again once it holds the run's lock.
         require_startable(config, overwrite=overwrite, allow_change=consent)
@@ -87,7 +87,7 @@ def _prepare(
         if source is not None:
             require_tokenizer(config, source)
     group.gather(None, "process 0 to prepare the data")
-    stop.exit_at_once("starting")
+    stop.allow_exit("starting")
     use_compilation_cache()
     group.start_jax()
     return config, source

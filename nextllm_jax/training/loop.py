@@ -29,7 +29,7 @@ from nextllm_jax.model.objective import Batch
 from nextllm_jax.model.transformer import set_matmul_precision
 from nextllm_jax.pretrained.init_from import initial_params
 from nextllm_jax.pretrained.source import Source
-from nextllm_jax.sharding import placed, sharding
+from nextllm_jax.sharding import num_parts, placed, sharding
 from nextllm_jax.training.flight_recorder import FlightRecorder, environment
 from nextllm_jax.training.metrics import TrainMeter
 from nextllm_jax.training.open_run import OpenRun, open_run
@@ -49,7 +49,9 @@ class _Stopped(Exception):
     """A stop was requested during an evaluation."""
 
 
-def _restore_or_begin(start: Start, run: RunDir, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
+def _restore_or_begin(
+    start: Start, source: Source | None, run: RunDir, checkpoints: Checkpoints
+) -> tuple[TrainState, dict[str, Any]]:
     """The latest readable checkpoint's state and record, or the state that a run begins with and an empty record.
 
     A damaged checkpoint is set aside with a message; otherwise its step could not be saved again. Raises
@@ -69,14 +71,14 @@ def _restore_or_begin(start: Start, run: RunDir, checkpoints: Checkpoints) -> tu
             if jax.process_index() == 0:
                 left = checkpoints.latest_step()
                 print(f"WARNING: {error}\nWARNING: it is now {aside}; going on from step {left}", flush=True)
-    return _begin(start, run), {}
+    return _begin(start, source, run), {}
 
 
-def _begin(start: Start, run: RunDir) -> TrainState:
+def _begin(start: Start, source: Source | None, run: RunDir) -> TrainState:
     """The state of a run's first step. Frozen weights, if any, are saved to base/ first."""
     if start.config.init_from is None:
         return start.program.create_state()
-    state = start.program.state_from(initial_params(start.config, start.source, functools.partial(placed, start.mesh)))
+    state = start.program.state_from(initial_params(start.config, source, functools.partial(placed, start.mesh)))
     if state.frozen is not None:
         save_base(run, state.frozen.params)
     return state
@@ -116,16 +118,15 @@ def train(
 ) -> Outcome:
     """Train on data that is prepared, from the latest checkpoint if the run directory holds one.
 
-    `config` has the model of its `init_from`, and `source` its weights if they were opened already. `group` are the
-    processes that train together (none: this one alone), `stop` a request to stop that is in force already; the rest
-    is as in `launch.train`.
+    `config` already has the model of its `init_from`; `source` is that model if `with_source` opened it. `group`: the
+    processes of this training (None: only this one). `stop`: a StopRequest that is already entered. The rest is as in
+    `launch.train`.
 
-    Raises InputError for what the user can fix, and RunFailed if too many steps in a row are skipped.
+    Raises InputError for what the user can fix, and RunFailed if too many consecutive steps are skipped.
     """
     start = Start(
         config,
         lambda: Dataset.open(default_data_path(config.data), verify=config.data.verify),
-        source=source,
         overwrite=overwrite,
         allow_change=allow_change,
     )
@@ -144,7 +145,7 @@ def train(
         run = opened.dir
         checkpoints = stack.enter_context(_checkpoints(run, config, dataset))
         stack.push(group.report)  # before the checkpoints close, which can wait for the others
-        state, record = _restore_or_begin(start, run, checkpoints)
+        state, record = _restore_or_begin(start, source, run, checkpoints)
         if record:
             position = recorded_data(record)
             require_same_data(position, start.loader.position(0), dataset.path, allow_change)
@@ -203,7 +204,7 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
     config, writers, stop = session.config, session.writers, session.stop
     step = int(state.step)
     evaluated = record.get("evaluated", False)
-    stop.defer()
+    stop.defer_signals()
     batches = session.start.loader.batches(step)
     meter = _make_meter(session, record)
     last: StepMetrics | None = None
@@ -228,7 +229,7 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
         started = time.perf_counter()
         if last is None:
             session.checkpoints.wait()
-            stop.exit_at_once("compiling the train step and taking the first")
+            stop.allow_exit("compiling the train step and taking the first")
             writers.message("compiling the train step")
         session.profiler.begin_if_due(step, meter.pause)
         batch = meter.wait_for(batches)
@@ -239,7 +240,7 @@ def _steps(session: Session, state: TrainState, record: dict[str, Any]) -> Outco
         session.checkpoints.check()
         if last is None:
             meter.resume()  # waits: the first step is the one that compiles
-            stop.defer()
+            stop.defer_signals()
             writers.message(f"compiled the train step and took the first in {time.perf_counter() - started:.1f} s")
         else:
             session.recorder.look(step - 1, last)  # the step before: this one is still under way
@@ -271,7 +272,7 @@ def _evaluate(session: Session, state: TrainState, meter: TrainMeter) -> float |
     """The validation loss, which is reported; None if a stop was requested meanwhile."""
     meter.pause()
     config, mesh, split = session.config, session.start.mesh, session.start.dataset.split("validation")
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = num_parts(mesh, "batch")
     batches = validation_batches(
         split,
         sequence_length=config.data.sequence_length,

@@ -28,7 +28,7 @@ class OpenRun:
     set_aside: epath.Path | None = None
     """Where the files of an overwritten run went."""
     changes: Sequence[Change] = ()
-    """In what a continued run differs from what it was, by explicit override."""
+    """Changed fields of a continued run, which the user allowed."""
 
 
 @contextlib.contextmanager
@@ -43,9 +43,8 @@ def open_run(
     """The run in `workdir`, new or continued, locked against a second training until the context ends.
 
     Writes the config to config.json of a new run; a continued run keeps its own, which the caller replaces once its
-    other checks have passed. With `overwrite` the files of the run that is there go to overwritten/<n>; whatever else
-    lies in the directory stays. Every process of `group` calls it; process 0 does the work and the others wait for it.
-    File systems without locks get none.
+    other checks have passed. `overwrite` moves the run's files to overwritten/<n> and leaves other files alone. Every
+    process of `group` calls this; process 0 does the work. On a file system without locks nothing is locked.
 
     Raises InputError as `require_usable` does, and for a run that another process trains.
     """
@@ -75,11 +74,11 @@ def open_run(
 
 
 def _take_over(run: RunDir, config: Config, overwrite: bool, allow_change: Collection[str]) -> OpenRun:
-    """Make the directory the run of `config`: a new one, or the one that is there if it may be continued."""
-    changes = require_usable(run, config, overwrite=overwrite, allow_change=allow_change)
-    if run.exists() and not overwrite:
+    """Begin or continue the run of `config` in the directory."""
+    changes, is_new = require_usable(run, config, overwrite=overwrite, allow_change=allow_change), not run.exists()
+    if not (is_new or overwrite):
         return OpenRun(run, changes=changes)
-    set_aside = run.set_aside() if run.exists() else None
+    set_aside = None if is_new else run.set_aside()
     run.write_config(config)
     return OpenRun(run, set_aside)
 

@@ -8,7 +8,7 @@ import optax
 
 from nextllm_jax.config import ModelConfig, OptimizerConfig
 from nextllm_jax.model.transformer import abstract_params
-from nextllm_jax.model.weights import by_name, path_name
+from nextllm_jax.model.weights import of_kind, path_name
 
 
 def schedule(config: OptimizerConfig, training_steps: int) -> optax.Schedule:
@@ -52,10 +52,10 @@ def describe_warmup(config: OptimizerConfig, training_steps: int) -> str | None:
 def decay_mask(config: OptimizerConfig, model: ModelConfig, params: Any) -> Any:
     """True for each parameter that weight decay shrinks: matrices, and embeddings by choice.
 
-    `params` may be boxed, a part of the model's parameters, or adapters, which do not decay.
+    `params` may be boxed, a part of the model's parameters (stacked over layers), or adapters, which do not decay.
     """
-    decaying = ("matrix", "embedding") if config.decay_embeddings else ("matrix",)
-    names = {name for name, weight in by_name(abstract_params(model)).items() if weight.kind in decaying}
+    boxed = abstract_params(model)
+    names = of_kind(boxed, "matrix", "embedding") if config.decay_embeddings else of_kind(boxed, "matrix")
     return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path) in names, params)
 
 

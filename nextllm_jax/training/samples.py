@@ -17,5 +17,5 @@ def sample_text(
 ) -> list[tuple[str, str]]:
     """(prompt, continuation) of each prompt. Every process calls it, since it computes on the mesh."""
     dtype = resolve_dtype(config.dtype, jax.default_backend())
-    llm = LLM(config, cast_matrices(abstract_params(config), params, dtype), tokenizer, dtype)
+    llm = LLM(config, cast_matrices(abstract_params(config), params, dtype), lambda: tokenizer, dtype)
     return [(sample.prompt, sample.text) for sample in llm.generate(prompts, max_new_tokens=max_new_tokens)]

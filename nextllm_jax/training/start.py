@@ -15,8 +15,7 @@ from nextllm_jax.data.packing import count_windows, describe_windows, has_target
 from nextllm_jax.data.shards import SPLITS, Dataset
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.accounting import adapter_count, parameter_count
-from nextllm_jax.pretrained.source import Source
-from nextllm_jax.sharding import make_mesh, sharding
+from nextllm_jax.sharding import make_mesh, num_parts, sharding
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 from nextllm_jax.training.optimizer import describe_warmup
 from nextllm_jax.training.program import Program, build_program
@@ -36,8 +35,6 @@ class Start:
     config: Config
     open_dataset: Callable[[], Dataset]
     """Opens the data to train on, which is prepared by then."""
-    source: Source | None = None
-    """The model of init_from, if it was opened already."""
     overwrite: bool = False
     allow_change: Collection[str] = ()
 
@@ -110,7 +107,7 @@ def check_platform(config: Config) -> None:
 def check_divides(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """Raise InputError if the mesh does not divide the batch and the sequences of a step."""
     rows = config.training.global_batch_size // config.training.accumulation_steps
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = num_parts(mesh, "batch")
     if rows % parts:
         raise InputError(
             f"training.global_batch_size / accumulation_steps is {rows}, which mesh.data x mesh.fsdp = {parts} "
@@ -128,8 +125,9 @@ def _check_devices(start: Start) -> Iterator[Remark]:
 
 
 def _check_model(start: Start) -> Iterator[Remark]:
-    config, model = start.config, start.program.model
+    config = start.config
     check_divides(config, start.mesh)
+    model = start.program.model
     trained = adapter_count(config.model, config.lora)
     yield Remark(
         f"{parameter_count(config.model):,} parameters{f' below {trained:,} in adapters' if trained else ''}, "

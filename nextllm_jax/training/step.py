@@ -11,7 +11,7 @@ from nextllm_jax.model import layer_norms
 from nextllm_jax.model.lora import Frozen
 from nextllm_jax.model.objective import Batch, Metrics, Objective
 from nextllm_jax.model.transformer import Transformer, abstract_params
-from nextllm_jax.model.weights import by_name, path_name
+from nextllm_jax.model.weights import of_kind, path_name
 from nextllm_jax.sharding import constrain, is_over_data, sum_over_data
 from nextllm_jax.training.state import TrainState
 from nextllm_jax.training.update import make_update
@@ -27,7 +27,7 @@ class StepMetrics(NamedTuple):
     nll_sum: jax.Array
     """float32: summed negative log likelihood, in nats."""
     num_tokens: jax.Array
-    """int32: loss-bearing tokens."""
+    """int32: tokens in the loss mask."""
     grad_norm: jax.Array
     """float32: global norm of the accumulated gradient before clipping."""
     learning_rate: jax.Array
@@ -63,11 +63,10 @@ class MeanGradient(NamedTuple):
 
 def _cast_matrices(model: Transformer, params: Any) -> Any:
     """The parameters with the matrices of the layers in the type of the matmuls, as the model would cast them."""
-    weights = by_name(abstract_params(model.config))
+    names = of_kind(abstract_params(model.config), "matrix")
 
     def cast(path: Any, leaf: jax.Array) -> jax.Array:
-        weight = weights.get(path_name(path))
-        return leaf.astype(model.dtype) if weight is not None and weight.kind == "matrix" else leaf
+        return leaf.astype(model.dtype) if path_name(path) in names else leaf
 
     return jax.tree_util.tree_map_with_path(cast, params)
 
@@ -113,8 +112,11 @@ def _sums(
             ),
             batch,
         )
-        first = jax.tree.map(lambda x: x[0], microbatches)
-        found = jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda: objective(model, weights[0], first, weights[1])))
+        shapes = jax.eval_shape(
+            lambda batches: objective(model, weights[0], jax.tree.map(lambda x: x[0], batches), weights[1]),
+            microbatches,
+        )
+        found = jax.tree.map(jnp.zeros_like, shapes)
         gradients = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), weights[0])
         return jax.lax.scan(accumulate, (found, gradients), microbatches)[0]
 
@@ -164,7 +166,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """A jitted `(state, batch) -> (state, metrics)` that donates the state.
 
-    The loss is the mean over all loss-bearing tokens of the global batch, whatever the microbatches and
+    The loss is the mean over all tokens in the loss mask of the global batch, whatever the microbatches and
     devices; the gradient is clipped once, after accumulation. If loss, gradient or updated parameters are not
     finite, or if the mean loss is over `spike_factor` times the median of the state's full window of recent losses,
     parameters and optimizer state stay as they were, and the step still counts. The moments of a finite gradient are

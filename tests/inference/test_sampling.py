@@ -39,6 +39,8 @@ def test_top_p_keeps_the_least_set(logits, p):
         count = int(np.argmax(total >= p)) + 1
         if abs(total[count - 1] - p) > 1e-6 and (count < 2 or abs(total[count - 2] - p) > 1e-6):
             assert got == set(order[:count].tolist())
+            (of_sorted,) = kept(sampling.top_p_of_sorted(jnp.asarray(row[order][None], jnp.float32), p))
+            assert of_sorted == set(range(count))
 
 
 def test_top_p_takes_the_first_of_equal_tokens():

@@ -1,6 +1,5 @@
 """The choice among attention kernels, and each of them on meshes of simulated devices against one device."""
 
-import dataclasses
 import functools
 import itertools
 import re
@@ -18,11 +17,9 @@ from nextllm_jax.ops.attention import causal_attention
 from nextllm_jax.sharding import make_mesh, sharding
 from tests.ops.test_attention import inputs, segments
 
-BLOCKWISE = AttentionKernel("blockwise", (16, 20))
 KERNELS = {
     "gathered xla": AttentionKernel("xla"),
-    "gathered blockwise": BLOCKWISE,
-    "blockwise ring": dataclasses.replace(BLOCKWISE, context="ring"),
+    "gathered blockwise": AttentionKernel("blockwise", (16, 20)),
     "gathered splash": AttentionKernel("splash", (128, 128), interpret=True),
 }
 AXES = ("data", "fsdp", "sequence", "tensor")
@@ -61,10 +58,9 @@ def check(kernel, sizes, window, documents=True):
 
 
 @pytest.mark.parametrize("sizes", SOME_MESHES)
-@pytest.mark.parametrize("name", ["gathered blockwise", "blockwise ring"])
-def test_divided_sequences_attend_as_on_one_device(name, sizes):
+def test_divided_sequences_attend_as_on_one_device(sizes):
     others = {"window": 40, "documents": False} if sizes[2] == 4 else {"window": None}
-    check(KERNELS[name], sizes, **others)
+    check(KERNELS["gathered blockwise"], sizes, **others)
 
 
 def test_splash_attends_on_a_mesh_as_on_one_device():
@@ -79,32 +75,15 @@ def test_every_mesh_and_window_attends_as_one_device(name, sizes, window, docume
     check(KERNELS[name], sizes, window, documents)
 
 
-def test_a_ring_passes_keys_on_only_as_far_as_a_window_reaches():
-    """Parts of 12 positions: a window of 13 reaches one part back, one of 14 two."""
-
-    def passes(window):
-        (q, k, v, ids, _), _ = one_device(96, None)
-        mesh = make_mesh(MeshConfig(data=1, sequence=8))
-        with jax.set_mesh(mesh):
-            run = functools.partial(attend, KERNELS["blockwise ring"], window=window)
-            text = str(jax.make_jaxpr(run)(q, k, v, ids))
-        return [int(n) for n in re.findall(r"length=(\d+)", text)]
-
-    assert 7 in passes(None)
-    assert 1 in passes(13)
-    assert 2 in passes(14)
-
-
 def fake_mesh(platform, kind="some chip", **sizes):
     device = types.SimpleNamespace(platform=platform, device_kind=kind)
     return types.SimpleNamespace(devices=np.array([device]), shape=dict.fromkeys(AXES, 1) | sizes)
 
 
-def chosen(platform, *, length=256, dtype="bfloat16", context="all_gather", kind="some chip", sequence=1, **model):
+def chosen(platform, *, length=256, dtype="bfloat16", kind="some chip", sequence=1, **model):
     config = Config(
         model=ModelConfig(context_length=1 << 20, **model),
         data=DataConfig(sequence_length=length),
-        mesh=MeshConfig(context_parallelism=context),
     )
     return choose_kernel(config, fake_mesh(platform, kind, sequence=sequence), jnp.dtype(dtype))
 
@@ -118,7 +97,6 @@ def chosen(platform, *, length=256, dtype="bfloat16", context="all_gather", kind
         ({"platform": "tpu"}, "splash", "auto on tpu"),
         ({"platform": "tpu", "sequence": 2}, "splash", "auto on tpu, gathering keys"),
         ({"platform": "tpu", "sequence": 4}, "blockwise", "256 / mesh.sequence 4 is not a multiple of 128, gathering"),
-        ({"platform": "tpu", "sequence": 2, "context": "ring"}, "blockwise", "splash is out, only blockwise .* a ring"),
         ({"platform": "gpu"}, "cudnn", "auto on gpu"),
         ({"platform": "gpu", "dtype": "float32"}, "xla", "cudnn is out, it needs bfloat16 and model.dtype is float32"),
         ({"platform": "gpu", "attention_soft_cap": 30.0}, "xla", "soft cap"),
@@ -143,7 +121,6 @@ def test_auto_takes_the_best_that_honours_everything_and_says_why(settings, name
         ),
         ({"platform": "tpu", "attention": "cudnn"}, "cudnn, but it needs GPUs and the devices are tpu"),
         ({"platform": "gpu", "attention": "cudnn", "sequence": 2}, r"cannot divide sequences \(mesh.sequence 2\)"),
-        ({"platform": "cpu", "attention": "xla", "sequence": 2, "context": "ring"}, "only blockwise"),
         ({"platform": "tpu", "attention": "splash", "attention_blocks": (100, 128)}, "not multiples of 128"),
     ],
 )

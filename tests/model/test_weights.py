@@ -53,9 +53,12 @@ class Mixed(nn.Module):
 @pytest.fixture(autouse=True)
 def mixed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(transformer, "SwiGLU", Mixed)
-    transformer._abstract_params.cache_clear()
+    caches = (transformer.abstract_params, transformer._abstract_params)
+    for cache in caches:
+        cache.cache_clear()
     yield
-    transformer._abstract_params.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 def test_accounting() -> None:

@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from nextllm_jax.hardware import chip
 from nextllm_jax.plan.collectives import Collective, Traffic
-from nextllm_jax.plan.roofline import Roofline, axes_bandwidth, communication_seconds
+from nextllm_jax.plan.roofline import Roofline, axes_bandwidth, roofline
 
 GB = 1e9
 
@@ -21,7 +21,9 @@ def mesh(shape, torus, *, slices=1):
     devices[:] = [
         types.SimpleNamespace(coords=place[1:], **more) for place, more in zip(places, of_a_slice, strict=True)
     ]
-    return types.SimpleNamespace(devices=devices.reshape(shape), axis_names=("data", "fsdp", "tensor"))
+    return types.SimpleNamespace(
+        devices=devices.reshape(shape), size=devices.size, axis_names=("data", "fsdp", "tensor")
+    )
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,8 @@ def test_what_crosses_slices_goes_through_the_network() -> None:
         Collective("all-gather", "fsdp", "bf16"): Traffic(1, 100 * GB),
         Collective("all-reduce", "slices", "f32"): Traffic(1, 6.25 * GB),
     }
-    assert communication_seconds(traffic, two, limits) == (1.0, 2.0)
+    limit = roofline(0, 0, traffic, two, limits)
+    assert (limit.ici, limit.network) == (1.0, 2.0)
 
 
 def test_devices_that_are_only_counted() -> None:

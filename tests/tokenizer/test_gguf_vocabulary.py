@@ -9,7 +9,7 @@ from nextllm_jax.tokenizer.backends import ByteBPE
 from nextllm_jax.tokenizer.bpe import train_tokenizer
 from nextllm_jax.tokenizer.gguf import from_gguf, to_gguf
 from nextllm_jax.tokenizer.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
-from nextllm_jax.tokenizer.stress import stress_texts, token_texts
+from tests.tokenizer.stress import stress_texts, token_texts
 
 hf = pytest.importorskip("tokenizers", reason="pip install '.[interop]'")
 from tests.tokenizer.vocabularies import CUTS, TEXT, trained  # noqa: E402

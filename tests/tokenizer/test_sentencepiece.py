@@ -8,8 +8,8 @@ import pytest
 from nextllm_jax.errors import InputError
 from nextllm_jax.tokenizer.backends import HuggingFaceBPE
 from nextllm_jax.tokenizer.huggingface import load_huggingface, save_huggingface
-from nextllm_jax.tokenizer.stress import stress_texts
 from nextllm_jax.tokenizer.tokenizer import IncrementalDecoder, Tokenizer
+from tests.tokenizer.stress import stress_texts
 
 spm = pytest.importorskip("sentencepiece", reason="pip install '.[interop]'")
 pytest.importorskip("tokenizers", reason="pip install '.[interop]'")
@@ -116,7 +116,7 @@ def test_saved_and_exported_it_gives_the_same_ids(tmp_path):
 
 REFUSED = {
     "unigram": ({**PLAIN, "model_type": "unigram", "hard_vocab_limit": False}, "is not a BPE model"),
-    "normalizing": ({"model_type": "bpe", "byte_fallback": True}, "normalizes or merges text in a way"),
+    "normalizing": ({"model_type": "bpe", "byte_fallback": True}, "normalizes text in a way"),
 }
 
 

@@ -251,6 +251,18 @@ def test_a_broken_description_without_a_hash_is_refused_by_name(tmp_path, change
         Tokenizer.load(tmp_path)
 
 
+def test_a_tokenizer_of_another_format_is_refused(tmp_path):
+    TOKENIZER.save(tmp_path)
+    file = tmp_path / "encoding.json"
+    description = json.loads(file.read_text())
+    file.write_text(json.dumps(description | {"format": "nextllm_jax tokenizer 9"}))
+    with pytest.raises(InputError, match="has format 'nextllm_jax tokenizer 9'; use the version that wrote it"):
+        Tokenizer.load(tmp_path)
+    del description["format"]  # as the first version wrote it
+    file.write_text(json.dumps(description))
+    assert Tokenizer.load(tmp_path).hash == TOKENIZER.hash
+
+
 def test_what_is_not_a_saved_tokenizer_is_refused(tmp_path):
     for content in (b"[]", b"{}", b"\xff\xfe", b"3"):
         (tmp_path / "encoding.json").write_bytes(content)

@@ -9,9 +9,10 @@ from nextllm_jax.tokenizer import huggingface
 from nextllm_jax.tokenizer.backends import ByteBPE, HuggingFaceBPE
 from nextllm_jax.tokenizer.bpe import train_tokenizer
 from nextllm_jax.tokenizer.huggingface import load_huggingface, save_huggingface
+from nextllm_jax.tokenizer.patterns import LLAMA3_PATTERN
 from nextllm_jax.tokenizer.published import load_tokenizer
-from nextllm_jax.tokenizer.stress import stress_texts, token_texts
 from nextllm_jax.tokenizer.tokenizer import IncrementalDecoder, Tokenizer
+from tests.tokenizer.stress import stress_texts, token_texts
 
 hf = pytest.importorskip("tokenizers", reason="pip install '.[interop]'")
 from tests.tokenizer.vocabularies import ADDED, CUTS, SPECIAL, TEXT, save, trained  # noqa: E402
@@ -37,7 +38,7 @@ def assert_same_ids(tokenizer, theirs, texts=ALL_TEXTS):
 def test_ids_are_those_of_the_package(tmp_path, cut):
     theirs = trained(CUTS[cut])
     tokenizer = load_huggingface(save(theirs, tmp_path))
-    assert isinstance(tokenizer.backend, HuggingFaceBPE if cut in ("prefix space", "two cuts") else ByteBPE)
+    assert isinstance(tokenizer.backend, HuggingFaceBPE if cut in ("prefix space", "another", "two cuts") else ByteBPE)
     assert_same_ids(tokenizer, theirs)
     if cut != "prefix space":
         assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in ALL_TEXTS)
@@ -81,16 +82,29 @@ def test_merges_in_another_order_than_ids_stay_with_the_package(tmp_path):
     assert_same_ids(tokenizer, theirs)
 
 
-def test_whole_words_are_looked_up_before_merging(tmp_path):
-    """Llama 3's vocabulary has words that its merges do not make."""
-
+@pytest.mark.parametrize("whole_words_first", [False, True])
+def test_words_that_the_merges_do_not_make_stay_with_the_package(tmp_path, whole_words_first):
     def drop_merges(description):
         del description["model"]["merges"][-40:]
+        description["model"]["ignore_merges"] = whole_words_first
 
     theirs = edited(trained(CUTS["llama3"]), drop_merges)
     tokenizer = load_huggingface(save(theirs, tmp_path))
-    assert isinstance(tokenizer.backend, HuggingFaceBPE)  # tiktoken would look them up
+    assert isinstance(tokenizer.backend, HuggingFaceBPE)  # tiktoken would make them
     assert_same_ids(tokenizer, theirs)
+
+
+def test_a_vocabulary_of_every_cut_that_looks_up_whole_words_runs_in_tiktoken(tmp_path):
+    """As Llama 3's, of which merges alone do not make all words."""
+    ranks = {**train_tokenizer([TEXT], 300).backend.ranks, b"\1\2\3": 300}
+    tokenizer = Tokenizer("cuts", ByteBPE(ranks, LLAMA3_PATTERN, {"<|begin_of_text|>": 400, "<|end_of_text|>": 401}))
+    save_huggingface(tokenizer, tmp_path)
+    again = load_huggingface(tmp_path)
+    assert isinstance(again.backend, ByteBPE)
+    assert again.hash == tokenizer.hash
+    assert again.encode("\1\2\3") == [300]
+    theirs = hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert_same_ids(again, theirs, [*ALL_TEXTS, "\1\2\3", "\1\2\3\1\2\3"])
 
 
 @pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])

@@ -28,6 +28,7 @@ CUTS = {
     "o200k": [split(O200K_PATTERN), byte_level()],
     "digits": [hf.pre_tokenizers.Digits(individual_digits=True), byte_level(use_regex=True)],
     "prefix space": [byte_level(add_prefix_space=True, use_regex=True)],
+    "another": [split(r"\p{L}+|[^\p{L}]+"), byte_level()],
     "two cuts": [split(r"\p{N}{1,3}"), split(r"[\p{L}]+"), byte_level()],
 }
 

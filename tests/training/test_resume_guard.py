@@ -60,7 +60,6 @@ OTHER = {
     "model.attention_soft_cap": 30.0,
     "model.logit_soft_cap": 30.0,
     "mesh.data": 2,
-    "mesh.context_parallelism": "ring",
     "init_from": "runs/other",
     "data.messages_field": "messages",
     "data.chat_template": "template.jinja",
@@ -78,7 +77,7 @@ FREE = {
     *("training.evaluation_batch_size", "training.max_skipped_steps", "training.sample_prompts"),
     *("training.sample_tokens", "checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_every_steps"),
     *("checkpoint.strict", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor", "mesh.slices"),
-    *("model.attention", "model.attention_blocks", "mesh.context_parallelism"),
+    *("model.attention", "model.attention_blocks"),
 }
 NEVER = {
     *("model.vocab_size", "model.num_layers", "model.embed_dim", "model.mlp_dim", "model.num_heads"),

@@ -101,14 +101,14 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "context"),
+    "mesh",
     [
-        (MeshConfig(data=2, sequence=2), "ring"),
-        pytest.param(MeshConfig(data=1, fsdp=2, sequence=2, tensor=2), "all_gather", marks=pytest.mark.slow),
+        MeshConfig(data=2, sequence=2),
+        pytest.param(MeshConfig(data=1, fsdp=2, sequence=2, tensor=2), marks=pytest.mark.slow),
     ],
 )
-def test_bfloat16_trains_on_a_mesh(one_device, mesh, context):
-    losses, metrics, _ = run(mesh, dtype="bfloat16", kernel=AttentionKernel("blockwise", (8, 8), context))
+def test_bfloat16_trains_on_a_mesh(one_device, mesh):
+    losses, metrics, _ = run(mesh, dtype="bfloat16", kernel=AttentionKernel("blockwise", (8, 8)))
     np.testing.assert_allclose(losses, one_device[0], rtol=5e-3)
     np.testing.assert_allclose(metrics.grad_norm, one_device[1].grad_norm, rtol=0.03)
 
@@ -124,7 +124,7 @@ def test_bfloat16_trains_on_a_mesh(one_device, mesh, context):
     ],
 )
 def test_accumulation_equals_the_big_batch_with_unequal_valid_tokens(one_device, mesh, accumulation_steps):
-    kernel = {"kernel": AttentionKernel("blockwise", (8, 8), "ring")} if mesh.sequence == 4 else {}
+    kernel = {"kernel": AttentionKernel("blockwise", (8, 8))} if mesh.sequence == 4 else {}
     assert_same(run(mesh, accumulation_steps=accumulation_steps, **kernel), one_device)
 
 

@@ -16,7 +16,7 @@ from etils import epath
 from nextllm_jax.checkpoint import step_files
 from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.errors import InputError, RunFailed
-from tests.checkpoint_tree import abstract, names, save, tree
+from tests.checkpoint.tree import abstract, names, save, tree
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.errors import RunFailed
-from tests.checkpoint_tree import tree
+from tests.checkpoint.tree import tree
 
 ITEMS = {"params": {str(i): jnp.full((64, 64), float(i)) for i in range(10)}, "rest": tree()}
 
@@ -32,7 +32,7 @@ def save(directory):
 """
 
 LONG_PATHS = """
-from tests.test_checkpoint_failures import long_path
+from tests.checkpoint.test_failures import long_path
 for free in (0, 20, 35, 40, 50, 60, 75, 90, 110, 130):
     save(long_path(Path(sys.argv[1]), free))
 """

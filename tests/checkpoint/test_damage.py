@@ -14,7 +14,7 @@ from nextllm_jax.checkpoint import step_files
 from nextllm_jax.checkpoint.manager import Checkpoints, DamagedCheckpoint
 from nextllm_jax.checkpoint.verify import check_steps, find_steps
 from nextllm_jax.errors import InputError, RunFailed
-from tests.checkpoint_tree import abstract, names, save, tree
+from tests.checkpoint.tree import abstract, names, save, tree
 
 ITEMS = ("params", "rest")
 

@@ -195,7 +195,7 @@ def test_the_model_is_the_sources_but_for_how_it_is_computed(sources, capsys):
         ({"model": ModelConfig(context_length=4096)}, ["model.context_length is 4096", "has 128"]),
         ({"data": DataConfig(sequence_length=500)}, ["data.sequence_length 500", "model.context_length 128"]),
         ({"data": DataConfig(sequence_length=64, tokenizer="other")}, ["other"]),
-        ({"init_from": "missing"}, ["missing", "no run directory"]),
+        ({"init_from": "missing"}, ["missing", "not a run directory"]),
         ({"init_from": None, "lora": LoraConfig(rank=2)}, ["lora.rank is 2", "set init_from"]),
     ],
 )

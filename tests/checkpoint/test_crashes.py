@@ -14,7 +14,7 @@ import pytest
 
 from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.checkpoint.verify import check_steps, find_steps
-from tests.checkpoint_tree import abstract, names, save, tree
+from tests.checkpoint.tree import abstract, names, save, tree
 
 PROGRAM = """
 import json, os, sys
@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from nextllm_jax.checkpoint import step_files
 from nextllm_jax.checkpoint.manager import Checkpoints
-from tests.checkpoint_tree import save, tree
+from tests.checkpoint.tree import save, tree
 
 def die_at(owner, name, call, *, after=False):
     original, calls = getattr(owner, name), []

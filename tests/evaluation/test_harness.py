@@ -63,7 +63,7 @@ def llm() -> LLM:
     tokenizer = Tokenizer("bytes", ByteBPE({bytes([i]): i for i in range(256)}, r"[\s\S]", SPECIAL), roles)
     tokens_BT = jnp.zeros((1, 2), jnp.int32)
     params = nn.meta.unbox(jax.jit(Transformer(CONFIG).init)(jax.random.key(0), tokens_BT, tokens_BT))["params"]
-    return LLM(CONFIG, params, tokenizer, np.dtype("float32"))
+    return LLM(CONFIG, params, lambda: tokenizer, np.dtype("float32"))
 
 
 def run(llm, directory, name, *, stop="zz", **kwargs):

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from nextllm_jax.checkpoint.manager import Checkpoints, DamagedCheckpoint
 from nextllm_jax.errors import InputError, RunFailed
-from tests.checkpoint_tree import abstract, names, save, tree
+from tests.checkpoint.tree import abstract, names, save, tree
 
 
 def test_what_is_saved_comes_back(tmp_path):

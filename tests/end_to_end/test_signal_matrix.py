@@ -1,6 +1,6 @@
 """Phase x signal x process: each leaves a state that the same command continues to the same end, and exits 75.
 
-`python -m pytest -m slow tests/test_signal_matrix.py -s` prints a line for each.
+`python -m pytest -m slow tests/end_to_end/test_signal_matrix.py -s` prints a line for each.
 """
 
 import re

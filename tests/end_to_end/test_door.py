@@ -39,16 +39,16 @@ def test_a_finished_run_says_so_and_changes_nothing(trained):
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_attention_is_named_at_the_start_and_a_ring_of_two_devices_learns_the_same(trained, door):
+def test_attention_is_named_at_the_start_and_two_devices_of_a_sequence_learn_the_same(trained, door):
     assert "xla attention (auto on cpu)" in trained.log.stdout + trained.log.stderr
     refused = door.run("train.py", "--config", "config.py", "--model.attention", "splash", exit_code=2)
     assert refused.stderr.strip().endswith("splash, but it needs TPUs and the devices are cpu; set it to auto")
-    ring = door.run(
+    split = door.run(
         "train.py", "--config", "config.py", "--mesh.data", "1", "--mesh.sequence", "2", "--training.steps", "4",
-        "--mesh.context-parallelism", "ring", "--optimizer.schedule-steps", "40", "--training.sample-tokens", "0",
+        "--optimizer.schedule-steps", "40", "--training.sample-tokens", "0",
         XLA_FLAGS="--xla_force_host_platform_device_count=2",
     )  # fmt: skip
-    assert "blockwise attention (auto on cpu, a ring of keys)" in ring.stdout + ring.stderr
+    assert "blockwise attention (auto on cpu, gathering keys)" in split.stdout + split.stderr
     ours, theirs = (
         [line["loss"] for line in metrics(where.directory / "runs" / "config", "train")[:4]]
         for where in (door, trained)

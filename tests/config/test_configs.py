@@ -26,7 +26,7 @@ from nextllm_jax.model.accounting import parameter_count
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.training.optimizer import schedule
 
-SHIPPED = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 NAMES = [file.stem for file in SHIPPED]
 
 
@@ -153,6 +153,12 @@ def test_json_keeps_every_field() -> None:
     assert hash(read) == hash(config)
 
 
+@pytest.mark.parametrize("value", ["all_gather", "ring"])
+def test_a_removed_field_is_ignored_where_that_changes_nothing(value: str) -> None:
+    values = {"model": {}, "data": {}, "training": {}, "mesh": {"context_parallelism": value, "data": 2}}
+    assert config_files.config_of_values(values, "config.json") == Config(mesh=MeshConfig(data=2))
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -165,6 +171,10 @@ def test_json_keeps_every_field() -> None:
         ('{"model": 3}', ["model is 3"]),
         ('{"model": {"num_layer": 3}}', ["runs/a/config.json", "model", "did you mean num_layers?"]),
         ('{"model": {"num_layers": "3"}}', ["model.num_layers is '3'"]),
+        (
+            '{"mesh": {"context_parallelism": "sideways"}}',
+            ["runs/a/config.json: mesh has context_parallelism 'sideways', which nextllm_jax config 2 dropped"],
+        ),
     ],
 )
 def test_a_broken_config_json_is_named(text: str, words: list[str]) -> None:
@@ -188,6 +198,7 @@ def test_a_broken_config_json_is_named(text: str, words: list[str]) -> None:
         ),
         ("from nextllm_jax.config import *\ndef get_config(): return Config(sed=3)", ["did you mean seed?"]),
         ("from nextllm_jax.config import *\nModelConfig(vocabsize=3)", ["did you mean vocab_size?"]),
+        ("from nextllm_jax.config import *\nMeshConfig(context_parallelism='ring')", ["config 2 dropped it, leave it"]),
         ("import sys\nsys.exit(0)", ["SystemExit"]),
     ],
 )

@@ -1,6 +1,7 @@
 """The Python face: load a run directory, generate, stream, score, and refuse what cannot be."""
 
 import dataclasses
+import functools
 import math
 import shutil
 import subprocess
@@ -18,12 +19,11 @@ from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from nextllm_jax.config.model import EXECUTION_FIELDS
 from nextllm_jax.errors import InputError
-from nextllm_jax.inference.llm import LLM
+from nextllm_jax.inference.llm import LLM, decoding_model
 from nextllm_jax.interop.huggingface_config import canonical
 from nextllm_jax.model.transformer import Transformer, abstract_params
 from nextllm_jax.model.weights import cast_matrices, unstack_layers
-from nextllm_jax.plan.decoding import _abstract_params
-from nextllm_jax.sharding import make_mesh
+from nextllm_jax.sharding import make_mesh, placed
 from nextllm_jax.tokenizer.backends import ByteBPE
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -52,7 +52,7 @@ TOKENIZER = Tokenizer(
 def llm() -> LLM:
     tokens_BT = jnp.zeros((1, 2), jnp.int32)
     variables = jax.jit(Transformer(CONFIG).init)(jax.random.key(0), tokens_BT, tokens_BT)
-    return LLM(CONFIG, nn.meta.unbox(variables)["params"], TOKENIZER, np.dtype("float32"))
+    return LLM(CONFIG, nn.meta.unbox(variables)["params"], lambda: TOKENIZER, np.dtype("float32"))
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +266,7 @@ MESHES = {"data": 4, "fsdp": 2}, {"data": 2, "fsdp": 2, "tensor": 2}
 def test_on_a_mesh_a_model_computes_what_it_does_on_one_device(run_directory, without_tokenizer, sizes):
     mesh = MeshConfig(**sizes)
     one, loaded = nextllm_jax.load(str(run_directory)), nextllm_jax.load(str(run_directory), mesh=mesh)
-    planned = _abstract_params(loaded.model, make_mesh(mesh))
+    _, planned = decoding_model(CONFIG, loaded.dtype, functools.partial(placed, make_mesh(mesh)))
     shardings = jax.tree.map(lambda leaf, like: leaf.sharding == like.sharding, loaded.params, planned)
     assert all(jax.tree.leaves(shardings))
     up = loaded.params["remainder_1"]["mlp"]["up"]["kernel"]

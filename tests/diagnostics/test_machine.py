@@ -81,7 +81,7 @@ def accelerators(stats, **shape):
 def test_the_memory_of_accelerators(monkeypatch, stats, fsdp, host, status, words):
     """Llama 3 8B: parameters, gradients and two moments of 4 bytes each."""
     monkeypatch.setattr(hardware, "available_host_memory", lambda: host)
-    config = load_config_file(str(Path(__file__).parent.parent / "configs" / "llama3_8b.py"))
+    config = load_config_file(str(Path(__file__).parents[2] / "configs" / "llama3_8b.py"))
     said, found = machine.memory(config, accelerators(stats, fsdp=fsdp))
     assert words in said
     assert found == status, said
