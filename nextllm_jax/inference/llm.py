@@ -286,11 +286,11 @@ def load(
     `path` and `step` are those of `open_model`. `dtype` is the type of the matmuls: "float32", "bfloat16", "auto" for
     what suits the platform, None for what the model's config says. Matrices are cast to it once, here, norms stay as
     they were trained. float32 asks jax for full matmul precision, for the whole process. `quantize` is "int8", "int4"
-    or a Quantization: matrices are quantized as they are read, so the float model is never whole in memory. "none": they
-    stay as the files have them. `mesh` shards the model over all devices; None: one device.
+    or a Quantization: matrices are quantized as they are read, so the float model is never whole in memory. "none":
+    they stay as the files have them. `mesh` shards the model over all devices; None: one device.
 
-    Raises InputError as `open_model` does, if the mesh does not fit the devices or the model, and if `quantize` is given
-    for a model that is quantized already. The tokenizer is loaded on first use, so a model without one has logits, and what needs
+    Raises InputError as `open_model` does, if the mesh does not fit the devices or the model, and if a model is to be
+    quantized that is already. The tokenizer is loaded on first use, so a model without one has logits, and what needs
     text raises InputError.
     """
     source = open_model(path, step=step)
