@@ -2,11 +2,15 @@
 
 import dataclasses
 import functools
+import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from nextllm_jax.ops.linear import linear
+
+_FEW_ROWS = 8
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("q", "scale", "minimum"), meta_fields=())
@@ -88,19 +92,63 @@ def product(
 ) -> jax.Array:
     """`einsum(equation, x, kernel)`, whatever the kernel is kept as: products in the type of `x`, sums in float32.
 
-    The result is in `result_type`, or the type of `x`; its last axes are the output axes of the kernel, in their order.
+    The result is in `result_type`, or the type of `x`; its last axes are the output axes of the kernel, in their order,
+    and the last axes of `x` are the input axes of the kernel.
 
-    A scale for each output alone follows the product, so that the matrix is never written out in a wider type than that
-    of `x`. Other matrices are dequantized on the way into it: where XLA reads the operand of a product with few rows
-    through the computation that makes it, as on TPUs, no copy of the matrix is written.
+    A scale for each output follows the product. Groups of inputs are multiplied apart and scaled then, if `x` has few
+    rows: with more, these partial sums take more memory than the matrix, which is dequantized instead.
     """
+    if not isinstance(kernel, QTensor):
+        return _multiply(equation, x, kernel.astype(x.dtype), result_type)
     kernel_dims, y_dims = equation.split("->")[0].split(",")[1], equation.split("->")[1]
     inputs = [axis for axis, letter in enumerate(kernel_dims) if letter not in y_dims]
-    if not isinstance(kernel, QTensor) or kernel.minimum is not None or any(kernel.scale.shape[i] > 1 for i in inputs):
+    if kernel.minimum is None and all(kernel.scale.shape[axis] == 1 for axis in inputs):
+        y = _multiply(equation, x, kernel.q.astype(x.dtype), result_type).astype(jnp.float32)
+        scale = jnp.squeeze(kernel.scale, inputs).astype(jnp.float32)
+        y = y * scale.reshape((1,) * (y.ndim - scale.ndim) + scale.shape)
+        return y.astype(result_type or x.dtype)
+
+    def dequantized(x: jax.Array, kernel: QTensor) -> jax.Array:
         return _multiply(equation, x, dequantize(kernel, x.dtype), result_type)
-    y = _multiply(equation, x, kernel.q.astype(x.dtype), result_type).astype(jnp.float32)
-    scale = jnp.squeeze(kernel.scale, inputs).astype(jnp.float32)
-    return (y * scale.reshape((1,) * (y.ndim - scale.ndim) + scale.shape)).astype(result_type or x.dtype)
+
+    def grouped(x: jax.Array, kernel: QTensor) -> jax.Array:
+        return _grouped_product(equation, x, kernel, inputs).astype(result_type or x.dtype)
+
+    if math.prod(x.shape[: x.ndim - len(inputs)]) > _FEW_ROWS:
+        return dequantized(x, kernel)
+    # A CPU, which takes twice as long for the groups, has the memory.
+    return jax.lax.platform_dependent(x, kernel, cpu=dequantized, default=grouped)
+
+
+def _grouped_product(equation: str, x: jax.Array, kernel: QTensor, inputs: Sequence[int]) -> jax.Array:
+    """The product in float32, group by group, with exact scales.
+
+    `x` is padded to _FEW_ROWS rows: on a TPU (v5e), XLA writes a float copy of the matrix for one row, for eight none.
+    """
+    (x_dims, kernel_dims), y_dims = equation.split("->")[0].split(","), equation.split("->")[1]
+    *outer, axis = inputs
+    last, num_groups, num_rows = kernel_dims[axis], kernel.scale.shape[axis], len(x)
+    batch = x_dims[: -len(inputs)]
+    summed = "".join(kernel_dims[i] for i in outer) + "z"  # input axes of the partial sums; z counts groups
+    outputs = y_dims.removeprefix(batch)
+
+    def as_sums(part: jax.Array) -> jax.Array:
+        """Scales or minima with the axes of `sums`, but for those of the batch."""
+        return jnp.einsum(f"{kernel_dims.replace(last, 'z')}->{summed}{outputs}", part.astype(jnp.float32))
+
+    padding = max(0, -(-_FEW_ROWS // math.prod(x.shape[1 : len(batch)])) - num_rows)
+    x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
+    x = x.reshape(*x.shape[:-1], num_groups, -1)
+    q = kernel.q.reshape(*kernel.q.shape[:axis], num_groups, -1, *kernel.q.shape[axis + 1 :])
+    dims = f"{x_dims.replace(last, 'z' + last)},{kernel_dims.replace(last, 'z' + last)}->{batch}{summed}{outputs}"
+    sums = jnp.einsum(dims, x, q.astype(x.dtype), preferred_element_type=jnp.float32)
+    rows, scale = (None,) * len(batch), as_sums(kernel.scale)
+    if kernel.minimum is None:
+        y = sums * scale[rows]
+    else:
+        x_sums = jnp.sum(x.astype(jnp.float32), axis=-1).reshape(*x.shape[:-1], *(1,) * len(outputs))
+        y = (sums - jnp.iinfo(kernel.q.dtype).min * x_sums) * scale[rows] + x_sums * as_sums(kernel.minimum)[rows]
+    return jnp.sum(y, axis=tuple(range(len(batch), len(batch) + len(inputs))))[:num_rows]
 
 
 def _multiply(equation: str, x: jax.Array, kernel: jax.Array, result_type: jax.typing.DTypeLike | None) -> jax.Array:

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from nextllm_jax.ops.quantized import QTensor, dequantize, pack, product, quantize, take_rows, unpack
+from nextllm_jax.ops.quantized import QTensor, _grouped_product, dequantize, pack, product, quantize, take_rows, unpack
 
 RNG = np.random.default_rng(0)
 FORMS = {
@@ -57,8 +57,7 @@ def test_quantizing_is_what_a_loop_over_groups_does(form):
     assert found.scale.dtype == FORMS[form][2]
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(
+PRODUCTS = pytest.mark.parametrize(
     ("equation", "kernel_shape", "axis", "outer"),
     [
         ("BTD,DF->BTF", (8, 5), 0, ()),
@@ -67,6 +66,10 @@ def test_quantizing_is_what_a_loop_over_groups_does(form):
         ("BTD,VD->BTV", (6, 8), 1, ()),
     ],
 )
+
+
+@pytest.mark.parametrize("form", FORMS)
+@PRODUCTS
 def test_products_and_their_gradients_are_those_of_the_dequantized_matrix(equation, kernel_shape, axis, outer, form):
     form_like = like(kernel_shape, axis, form)
     if FORMS[form][1] is None:  # a scale for all inputs
@@ -87,6 +90,18 @@ def test_products_and_their_gradients_are_those_of_the_dequantized_matrix(equati
         return jnp.sum(jnp.sin(product(equation, x, kernel)))
 
     found, expected = (np.asarray(jax.grad(summed)(x, matrix)) for matrix in (kernel, jnp.asarray(dense)))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("form", ["int4", "int4 with minimum"])
+@PRODUCTS
+def test_partial_sums_of_groups_that_are_scaled_are_the_product(equation, kernel_shape, axis, outer, form, rows):
+    """What accelerators do for few rows, in one program."""
+    x = RNG.normal(size=(rows, 1, *(kernel_shape[i] for i in (*outer, axis)))).astype(np.float32)
+    kernel = quantize(jnp.asarray(RNG.normal(size=kernel_shape).astype(np.float32)), like(kernel_shape, axis, form))
+    expected = np.einsum(equation, x, dequantize(kernel, jnp.float32))
+    found = jax.jit(_grouped_product, static_argnums=(0, 3))(equation, x, kernel, (*outer, axis))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
