@@ -165,4 +165,4 @@ def test_the_command_answers_in_one_sentence(trained, tmp_path):
     command = ("nextllm_jax.cli", "lm_eval", "--include_path", tmp_path, "--tasks", "local_choice", "--model_args")
     assert "|local_choice|" in trained.run(*command, "checkpoint=runs/config").stdout
     failed = trained.run(*command, "checkpoint=nowhere", exit_code=2)
-    assert "nowhere is not a run directory" in failed.stderr.splitlines()[-1]
+    assert "nowhere does not exist" in failed.stderr.splitlines()[-1]

@@ -121,7 +121,7 @@ def test_layers_are_unrolled_up_to_a_depth_and_say_the_same(llm, run_directory, 
 
 
 def test_load_says_what_is_missing(run_directory, tmp_path):
-    with pytest.raises(InputError, match="is not a run directory"):
+    with pytest.raises(InputError, match="nothing does not exist, so it is not a run directory"):
         nextllm_jax.load(str(tmp_path / "nothing"))
     with pytest.raises(InputError, match="no checkpoint '4'"):
         nextllm_jax.load(str(run_directory), step=4)
