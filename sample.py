@@ -52,6 +52,8 @@ class SampleArguments:
     checkpoint has a validation loss."""
     dtype: Literal["auto", "float32", "bfloat16"] | None = None
     """Type of the matmuls; none: what the run's config says."""
+    quantize: Literal["none", "int8", "int4"] = "none"
+    """Quantize the matrices as they are read; `nextllm quantize` writes them for good and has more choices."""
     json: bool = False
     """Print one JSON object a sample (prompt, text, tokens, finish_reason), and the speeds as a last one."""
 
@@ -68,7 +70,8 @@ def sample_command(argv: list[str]) -> int:
         raise InputError("--system and --chat-template are for a chat; add --chat, or leave them out")
     use_compilation_cache()
     prompts = arguments.prompt or ("",)
-    stream = load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype).stream(
+    llm = load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype, quantize=arguments.quantize)
+    stream = llm.stream(
         prompts,
         max_new_tokens=MAX_NEW_TOKENS if arguments.max_new_tokens is None else arguments.max_new_tokens,
         sampling=arguments.sampling,
@@ -93,7 +96,7 @@ def chat(arguments: SampleArguments) -> int:
     template = read_text(arguments.chat_template) if arguments.chat_template is not None else None
     use_compilation_cache()
     conversation = Conversation(
-        load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype),
+        load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype, quantize=arguments.quantize),
         system=arguments.system,
         template=template,
         max_new_tokens=MAX_ANSWER_TOKENS if arguments.max_new_tokens is None else arguments.max_new_tokens,

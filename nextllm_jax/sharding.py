@@ -199,6 +199,21 @@ def placed(mesh: Mesh | AbstractMesh, boxed: Any) -> Any:
     )
 
 
+def resized(sharding: Any, shape: Sequence[int], new: Sequence[int]) -> Any:
+    """The sharding of an array of the shape `new` that is one of `shape` with some axes made shorter.
+
+    An axis that is shorter and that its devices do not divide is whole.
+    """
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    entries = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
+    for i, (size, entry) in enumerate(zip(new, entries, strict=True)):
+        axes = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+        if size != shape[i] and size % math.prod(sharding.mesh.shape[axis] for axis in axes):
+            entries[i] = None
+    return NamedSharding(sharding.mesh, PartitionSpec(*entries), memory_kind=sharding.memory_kind)
+
+
 def also_over_data(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
     """The sharding of an array of this shape that divides it over "data" beside its own axes.
 

@@ -1,6 +1,7 @@
 """The frozen weights of a run with adapters: saved once, beside its checkpoints, which hold the adapters alone."""
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -42,6 +43,12 @@ def restore_base(checkpoints: Checkpoints, step: int, abstract: Any) -> Any:
 
     Raises InputError if they are damaged, or not those that the adapters were trained on.
     """
+    (tree,) = base_parts(checkpoints, step, abstract, [abstract])
+    return tree
+
+
+def base_parts(checkpoints: Checkpoints, step: int, abstract: Any, parts: Iterable[Any]) -> Iterator[Any]:
+    """As `restore_base`, in parts: see `Checkpoints.restore_parts`."""
     run = RunDir(checkpoints.directory.parent)
     found, recorded = base_id(run), checkpoints.record(step).get(RECORD)
     if recorded != found:
@@ -50,7 +57,7 @@ def restore_base(checkpoints: Checkpoints, step: int, abstract: Any) -> Any:
             f"({recorded}); restore the run's own"
         )
     try:
-        return Checkpoints(run.base).restore(0, "params", abstract)
+        yield from Checkpoints(run.base).restore_parts(0, "params", abstract, parts)
     except DamagedCheckpoint as error:  # no longer of that kind: no checkpoint of the run is to blame
         raise InputError(f"the frozen weights below the adapters are lost: {error}; restore {run.base}") from error
     except InputError as error:

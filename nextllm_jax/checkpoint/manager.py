@@ -15,7 +15,7 @@ import contextlib
 import errno
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 import jax
@@ -25,7 +25,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from nextllm_jax.checkpoint import orbax_errors, step_files
-from nextllm_jax.checkpoint.leaves import leaves_of, mismatch
+from nextllm_jax.checkpoint.leaves import leaves_of, mismatch, read_parts
 from nextllm_jax.errors import InputError, RunFailed
 
 _TEXT_BYTES = 1000  # of a sentence that processes exchange
@@ -195,20 +195,23 @@ class Checkpoints:
         InputError, naming the leaf, if structure, dtype or shape are not what was saved, and DamagedCheckpoint,
         naming the file, before anything is restored, if a byte of the item's files is not what was saved.
         """
+        (tree,) = self.restore_parts(step, name, abstract, [abstract])
+        return tree
+
+    def restore_parts(self, step: int, name: str, abstract: Any, parts: Iterable[Any]) -> Iterator[Any]:
+        """Parts of that tree, one after another. Each of `parts` is `abstract` with leaves.PLACEHOLDER for the rest."""
         step = self.resolve(step)
         manifest = self._manifest(step)
-        saved = manifest["items"]
-        if name not in saved:
+        if name not in (saved := manifest["items"]):
             raise InputError(f"checkpoint {self._path(step)} has no {name}; it has {', '.join(saved)}")
         difference = mismatch(saved[name], leaves_of(abstract))
         if difference:
-            why = f"does not fit, {name}: {difference}"
-            raise InputError(f"checkpoint {self._path(step)} {why}; use the config that it was saved with")
+            path = f"checkpoint {self._path(step)}"
+            raise InputError(f"{path} does not fit, {name}: {difference}; use the config that it was saved with")
         orbax_errors.silence_tracebacks()
         try:
             self._verify(step, name, manifest)
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-                return checkpointer.restore(self._path(step) / name, args=ocp.args.StandardRestore(abstract))
+            yield from read_parts(self._path(step) / name, parts)
         except DamagedCheckpoint:
             raise
         except Exception as error:  # orbax wraps what tensorstore raises in kinds of its own

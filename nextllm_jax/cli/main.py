@@ -19,6 +19,7 @@ import tyro
 from nextllm_jax import process, standard_streams
 from nextllm_jax.cli.convert import export_command, import_command
 from nextllm_jax.cli.plan import plan_command
+from nextllm_jax.cli.quantize import quantize_command
 from nextllm_jax.cli.text import evaluate_command, lm_eval_command, tokenize_command
 from nextllm_jax.config import Config, DataConfig
 from nextllm_jax.config.files import config_of_arguments
@@ -272,6 +273,7 @@ COMMANDS = {
     "plan": plan_command,
     "import": import_command,
     "export": export_command,
+    "quantize": quantize_command,
     "tokenize": tokenize_command,
     "evaluate": evaluate_command,
     "lm_eval": lm_eval_command,

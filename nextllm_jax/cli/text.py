@@ -85,6 +85,8 @@ class EvaluateArguments:
     """Windows that are scored together; the result does not depend on it."""
     dtype: Literal["auto", "float32", "bfloat16"] | None = None
     """Type of the matmuls; none: what the run's config says."""
+    quantize: Literal["none", "int8", "int4"] = "none"
+    """Quantize the matrices as they are read; `nextllm quantize` writes them for good and has more choices."""
     json: bool = False
     """Print one JSON object: tokens, nll, perplexity, bits_per_byte."""
 
@@ -96,18 +98,13 @@ def evaluate_command(argv: list[str]) -> int:
         raise InputError("there must be one thing to score; give either --text FILE or --data DIR")
     text = None if arguments.text is None else read_text(arguments.text)
 
-    from tqdm import tqdm
-
     from nextllm_jax.evaluation.scoring import score_data
     from nextllm_jax.inference.llm import load
 
-    def progress(batches: Iterable[Any], total: int) -> Iterable[Any]:
-        return tqdm(batches, total=total, unit="batch", disable=None, leave=False)
-
     use_compilation_cache()
-    llm = load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype)
+    llm = load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype, quantize=arguments.quantize)
     if text is not None:
-        score = llm.score(text, window=arguments.window, batch_size=arguments.batch_size, progress=progress)
+        score = llm.score(text, window=arguments.window, batch_size=arguments.batch_size, progress=batch_progress)
     else:
         assert arguments.data is not None
         window = arguments.window or trained_window(arguments.checkpoint) or llm.config.context_length
@@ -117,7 +114,7 @@ def evaluate_command(argv: list[str]) -> int:
             window=window,
             batch_size=arguments.batch_size,
             dtype=arguments.dtype,
-            progress=progress,
+            progress=batch_progress,
         )
     result = {
         "tokens": score.tokens,
@@ -129,6 +126,13 @@ def evaluate_command(argv: list[str]) -> int:
     bits = "" if score.bits_per_byte is None else f", {score.bits_per_byte:.4f} bits per byte"
     print(json.dumps(result) if arguments.json else line + bits)
     return 0
+
+
+def batch_progress(batches: Iterable[Any], total: int) -> Iterable[Any]:
+    """The batches, with a progress bar on a terminal while they are iterated over."""
+    from tqdm import tqdm
+
+    return tqdm(batches, total=total, unit="batch", disable=None, leave=False)
 
 
 def trained_window(checkpoint: str) -> int | None:

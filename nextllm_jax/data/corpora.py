@@ -101,6 +101,16 @@ def validation_limit(documents: Iterable[Document], fraction: float) -> int:
     return max(limit, smallest)
 
 
+def held_out_text(config: DataConfig, characters: int) -> str:
+    """The first documents of the corpus that are held out for validation, joined and cut to so many characters."""
+    limit = validation_limit(read_documents(config), config.validation_fraction)
+    text = ""
+    for document in read_documents(config):
+        if len(text) < characters and document_hash(document) <= limit:
+            text += document.text
+    return text[:characters]
+
+
 def _stdlib_documents() -> Iterator[Document]:
     root = Path(sysconfig.get_path("stdlib"))
     # _sysconfigdata files are written at build time and differ between machines.

@@ -12,10 +12,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nextllm_jax.config import MeshConfig, ModelConfig, SamplingConfig
+from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.generate import CHUNK_TOKENS, CachedRow, Generation, bucket
 from nextllm_jax.inference.stream import Sample, TextStream
 from nextllm_jax.model.objective import Batch, text_batch, token_scores
+from nextllm_jax.model.quantize import abstract_quantized
 from nextllm_jax.model.transformer import Transformer, abstract_params, resolve_dtype, set_matmul_precision
 from nextllm_jax.model.weights import cast_matrices
 from nextllm_jax.pretrained.open_model import open_model
@@ -272,19 +274,32 @@ def _nll_sum(model: Transformer, params: Any, batch: Batch) -> jax.Array:
     return -jnp.sum(jnp.where(batch.loss_mask_BT, logprobs_BT, 0))
 
 
-def load(path: str, *, step: str | int | None = None, dtype: str | None = None, mesh: MeshConfig | None = None) -> LLM:
+def load(
+    path: str,
+    *,
+    step: str | int | None = None,
+    dtype: str | None = None,
+    quantize: str | Quantization = "none",
+    mesh: MeshConfig | None = None,
+) -> LLM:
     """The model of a run directory, a Hugging Face directory, a GGUF file or a published name.
 
     `path` and `step` are those of `open_model`. `dtype` is the type of the matmuls: "float32", "bfloat16", "auto" for
     what suits the platform, None for what the model's config says. Matrices are cast to it once, here, norms stay as
-    they were trained. float32 asks jax for full matmul precision, for the whole process. `mesh` shards the model over
-    all devices; None: one device.
+    they were trained. float32 asks jax for full matmul precision, for the whole process. `quantize` is "int8", "int4"
+    or a Quantization: matrices are quantized as they are read, so the float model is never whole in memory. "none":
+    they stay as the files have them. `mesh` shards the model over all devices; None: one device.
 
-    Raises InputError as `open_model` does, and if the mesh does not fit the devices or the model. The tokenizer is
-    loaded on first use, so a model without one has logits, and what needs text raises InputError.
+    Raises InputError as `open_model` does, if the mesh does not fit the devices or the model, and if a model is to be
+    quantized that is already. The tokenizer is loaded on first use, so a model without one has logits, and what needs
+    text raises InputError.
     """
     source = open_model(path, step=step)
-    config = source.config
+    config, quantization = source.config, source.quantization
+    if quantize != "none":
+        source.require_floats(path)
+        scheme: Any = quantize
+        quantization = quantize if isinstance(quantize, Quantization) else Quantization(scheme=scheme)
     compute_dtype = resolve_dtype(dtype or config.dtype, jax.default_backend())
     set_matmul_precision(compute_dtype)
     if mesh is None:
@@ -292,12 +307,14 @@ def load(path: str, *, step: str | int | None = None, dtype: str | None = None, 
     else:
         devices = make_mesh(mesh)
         place = functools.partial(placed, devices)
-    model, abstract = decoding_model(config, compute_dtype, place)
+    model, abstract = decoding_model(config, compute_dtype, place, quantization)
     return LLM(config, source.load_params(abstract), source.load_tokenizer, compute_dtype, model.scan_layers, devices)
 
 
-def decoding_model(config: ModelConfig, dtype: np.dtype, place: Callable[[Any], Any]) -> tuple[Transformer, Any]:
+def decoding_model(
+    config: ModelConfig, dtype: np.dtype, place: Callable[[Any], Any], quantization: Quantization | None = None
+) -> tuple[Transformer, Any]:
     """The model that decodes, and its abstract parameters with the shardings that `place` gives to boxed ones."""
     model = Transformer(config.without_remat(), dtype, config.num_layers > MAX_UNROLLED_LAYERS)
     boxed = abstract_params(config, scan_layers=model.scan_layers)
-    return model, cast_matrices(boxed, place(boxed), dtype)
+    return model, abstract_quantized(boxed, cast_matrices(boxed, place(boxed), dtype), quantization)

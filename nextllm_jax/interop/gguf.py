@@ -1,17 +1,23 @@
-"""GGUF files, on the `gguf` package: quantized or not on the way in; F32, F16, BF16 and Q8_0 on the way out."""
+"""GGUF files, on the `gguf` package: quantized or not on the way in; F32, F16, BF16 and Q8_0 on the way out.
+
+Matrices of a quantized model are written in blocks of their own: Q8_0, Q4_0 or Q4_1 (see gguf_blocks).
+"""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
+import jax
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf import quants
 
 from nextllm_jax.config.model import ModelConfig
 from nextllm_jax.errors import InputError
+from nextllm_jax.interop import gguf_blocks
 from nextllm_jax.interop.gguf_config import (
     ARCHITECTURES,
     ROPE_TENSORS,
@@ -20,8 +26,11 @@ from nextllm_jax.interop.gguf_config import (
     read_gguf_config,
     write_gguf_config,
 )
-from nextllm_jax.interop.names import parts_of, tensor_shapes
+from nextllm_jax.interop.names import Part, parts_of, tensor_shapes
 from nextllm_jax.interop.streaming import read_params, require_tensors, tensors_of
+from nextllm_jax.model.quantize import Observer, ignore, is_quantized
+from nextllm_jax.model.weights import by_name
+from nextllm_jax.ops.quantized import QTensor, dequantize
 
 _READABLE = (
     Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1,
@@ -68,14 +77,14 @@ class GGUFFile:
             self.metadata, self._tensors, factors, self.shapes()["token_embd.weight"][0], self.where
         )
 
-    def load_params(self, abstract: Any) -> Any:
+    def load_params(self, abstract: Any, observe: Observer = ignore) -> Any:
         """The weights as the tree that `abstract` describes, each leaf with its shape, type and sharding.
 
-        Raises InputError if they are not whole, not of this config, or not finite.
+        `observe` sees what is quantized. Raises InputError if they are not whole, not of this config, or not finite.
         """
         parts = parts_of(self.config, abstract, "gguf", fused=self._architecture.fused)
         require_tensors(self, parts, ignore=lambda name: name in ROPE_TENSORS)
-        return read_params(self, parts, abstract)
+        return read_params(self, parts, abstract, observe)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors that are there."""
@@ -83,14 +92,27 @@ class GGUFFile:
 
     def read(self, tensor: str, rows: slice, columns: slice) -> np.ndarray:
         """Part of a tensor, dequantized, in the layout of Hugging Face's files."""
-        found = self._tensors[tensor]
-        order = np.arange(rows.start, rows.stop)
-        if _is_permuted(self._architecture, tensor):
-            order = _permuted_rows(order, self.config.head_dim)
-        part = quants.dequantize(found.data[order], found.tensor_type)
+        part = quants.dequantize(self._data(tensor, rows), self._tensors[tensor].tensor_type)
         if tensor.endswith("norm.weight"):
             part = part - np.float32(self._architecture.norm_offset)
         return part if part.ndim == 1 else part[:, columns]
+
+    def read_quantized(self, tensor: str, rows: slice) -> QTensor | None:
+        """Rows of a matrix as the file quantizes it; None if it is of another type than `gguf_blocks` keeps."""
+        kind = self._tensors[tensor].tensor_type
+        if kind not in gguf_blocks.FILE_TYPES:
+            return None
+        matrix = gguf_blocks.decode(self._data(tensor, rows), kind)
+        if not all(np.isfinite(part).all() for part in (matrix.scale, matrix.minimum) if part is not None):
+            raise InputError(f"{self.where}: tensor {tensor} holds numbers that are not finite; bring intact weights")
+        return matrix
+
+    def _data(self, tensor: str, rows: slice) -> np.ndarray:
+        """Rows of a tensor as they are in the file, in the order of Hugging Face's files."""
+        order = np.arange(rows.start, rows.stop)
+        if _is_permuted(self._architecture, tensor):
+            order = _permuted_rows(order, self.config.head_dim)
+        return self._tensors[tensor].data[order]
 
     def _whole(self, tensor: str) -> np.ndarray:
         return quants.dequantize(self._tensors[tensor].data, self._tensors[tensor].tensor_type)
@@ -122,14 +144,17 @@ def export(
     """Write a model as a GGUF file, with the tokenizer's `metadata`.
 
     Matrices are written in `dtype` (float32, float16, bfloat16 or q8_0; rows that 32 does not divide as float16
-    in place of q8_0), vectors as F32. Of the embedding and the head the first `vocab_size` rows are written. Raises
-    InputError if no architecture (or not that of `model_type`) can say this model.
+    in place of q8_0), quantized ones in blocks of their own, vectors as F32. Of the embedding and the head the first
+    `vocab_size` rows are written. Raises InputError if no architecture (or not that of `model_type`) can say this
+    model.
     """
     config = dataclasses.replace(config, vocab_size=vocab_size)
     names = tensor_shapes(parts_of(config, params, "gguf"))
     name, values, factors = write_gguf_config(config, names, model_type)
     architecture, (matrix_type, file_type) = ARCHITECTURES[name], _WRITABLE[dtype]
     parts = parts_of(config, params, "gguf", fused=architecture.fused)
+    block_types = _block_types(parts, params)
+    file_type = next((gguf_blocks.FILE_TYPES[kind] for kind in block_types.values()), file_type)
     shapes = {
         tensor: (vocab_size, *shape[1:]) if _is_table(tensor) else shape
         for tensor, shape in tensor_shapes(parts).items()
@@ -141,7 +166,7 @@ def export(
                 _add(writer, key, value)
         writer.add_file_type(file_type)
         for tensor, shape in {**{tensor: array.shape for tensor, array in factors.items()}, **shapes}.items():
-            kind = _type_of(shape, matrix_type)
+            kind = _type_of(shape, block_types.get(tensor, matrix_type))
             nbytes = int(np.prod(quants.quant_shape_to_byte_shape(shape, kind)))
             writer.add_tensor_info(tensor, shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
         writer.write_header_to_file()
@@ -150,8 +175,10 @@ def export(
         for array in factors.values():
             writer.write_tensor_data(array.astype(np.float32))
         for tensor, array in tensors_of(parts, params, rows=vocab_size):
-            array = _in_order(tensor, np.asarray(array, np.float32), architecture, config.head_dim)
-            writer.write_tensor_data(_quantized(tensor, array, _type_of(array.shape, matrix_type)))
+            in_order = functools.partial(_in_order, tensor, architecture=architecture, head_dim=config.head_dim)
+            array = jax.tree.map(in_order, array)
+            kind = _type_of(array.shape, block_types.get(tensor, matrix_type))
+            writer.write_tensor_data(_data_of(tensor, array, kind))
     finally:
         writer.close()
 
@@ -163,8 +190,14 @@ def _in_order(tensor: str, array: np.ndarray, architecture: Architecture, head_d
         order[_permuted_rows(np.arange(len(array)), head_dim)] = np.arange(len(array))
         array = array[order]
     if tensor.endswith("norm.weight"):
-        array = array + np.float32(architecture.norm_offset)
+        array = array.astype(np.float32) + np.float32(architecture.norm_offset)
     return np.ascontiguousarray(array)
+
+
+def _block_types(parts: list[Part], params: Any) -> dict[str, Type]:
+    """The types of the tensors that hold quantized matrices."""
+    leaves = by_name(params)
+    return {part.tensor: gguf_blocks.type_of(leaves[part.leaf]) for part in parts if is_quantized(leaves[part.leaf])}
 
 
 def _is_table(tensor: str) -> bool:
@@ -175,14 +208,17 @@ def _type_of(shape: tuple[int, ...], matrix_type: Type) -> Type:
     """The type that a tensor is written in."""
     if len(shape) == 1:
         return Type.F32
-    return Type.F16 if matrix_type == Type.Q8_0 and shape[-1] % 32 else matrix_type
+    return Type.F16 if matrix_type in gguf_blocks.FILE_TYPES and shape[-1] % gguf_blocks.COLUMNS else matrix_type
 
 
-def _quantized(tensor: str, array: np.ndarray, kind: Type) -> np.ndarray:
+def _data_of(tensor: str, array: np.ndarray | QTensor, kind: Type) -> np.ndarray:
     """The numbers as a file has them. Raises InputError for one that float16 cannot hold."""
-    if kind == Type.F16 and array.size and np.abs(array).max() > np.finfo(np.float16).max:
+    dense: Any = dequantize(array, np.float32)  # pyright: ignore[reportArgumentType]
+    if isinstance(array, QTensor) and kind in gguf_blocks.FILE_TYPES:
+        return gguf_blocks.encode(array, dense)
+    if kind == Type.F16 and dense.size and np.abs(dense).max() > np.finfo(np.float16).max:
         raise InputError(f"tensor {tensor} holds numbers beyond float16; export it as bfloat16 or float32")
-    return quants.quantize(array, kind)
+    return quants.quantize(dense, kind)
 
 
 def _add(writer: Any, key: str, value: Any) -> None:

@@ -20,6 +20,7 @@ from nextllm_jax.interop.families import FAMILIES
 from nextllm_jax.interop.huggingface_config import read_model_config, write_model_config
 from nextllm_jax.interop.names import parts_of
 from nextllm_jax.interop.streaming import read_params, require_tensors, tensors_of
+from nextllm_jax.model.quantize import Observer, ignore
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -45,17 +46,20 @@ def read_config(directory: Path) -> tuple[ModelConfig, str]:
     return read_model_config(values, str(directory / CONFIG)), values["model_type"]
 
 
-def load_params(directory: Path, config: ModelConfig, model_type: str, abstract: Any) -> Any:
+def load_params(
+    directory: Path, config: ModelConfig, model_type: str, abstract: Any, observe: Observer = ignore
+) -> Any:
     """The weights of a directory as the tree that `abstract` describes, each leaf with its shape, type and sharding.
 
-    Raises InputError if they are not whole, not of this config, not finite, or not safetensors.
+    `observe` sees what is quantized. Raises InputError if the weights are not whole, not of this config, not finite, or
+    not safetensors.
     """
     parts = parts_of(config, abstract, "huggingface", fused=FAMILIES[model_type].fused)
     source = SafetensorsSource(directory)
     require_tensors(source, parts, ignore=lambda name: name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight")
     if config.tie_embeddings and "lm_head.weight" in source.shapes():
         _require_tied(source)
-    return read_params(source, parts, abstract)
+    return read_params(source, parts, abstract, observe)
 
 
 def _require_tied(source: "SafetensorsSource") -> None:
@@ -94,6 +98,9 @@ class SafetensorsSource:
         """Part of a tensor, in the type that the file has."""
         part = self._files[tensor].get_slice(tensor)
         return part[rows] if len(self._shapes[tensor]) == 1 else part[rows, columns]
+
+    def read_quantized(self, tensor: str, rows: slice) -> None:
+        """None: all tensors are floating point numbers."""
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -88,9 +88,14 @@ class Part(NamedTuple):
         return self.shape if self.kind == "embedding" else (math.prod(self.shape),)
 
     def to_file(self, array: np.ndarray) -> np.ndarray:
-        """One layer of the leaf, as the file has it."""
-        rows = array.reshape(self.file_shape[::-1] if self.inputs else self.file_shape)
-        return rows.T if self.inputs else rows
+        """One layer of the leaf, or of the scales of its groups, as the file has it."""
+        if self.inputs:
+            return array.reshape(math.prod(array.shape[: self.inputs]), -1).T
+        return array if self.kind == "embedding" else array.reshape(self.file_shape)
+
+    def from_file(self, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """What `to_file` makes `rows` of, in our shape."""
+        return (rows.T if self.inputs else rows).reshape(shape)
 
 
 def parts_of(config: ModelConfig, abstract: Any, file_format: Format, *, fused: bool = False) -> list[Part]:

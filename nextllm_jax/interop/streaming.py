@@ -4,16 +4,21 @@ Importing holds no whole model beside the one it makes: for each shard of each l
 that the shard needs from every layer into one buffer, and hands that buffer to its device.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from nextllm_jax.errors import InputError
 from nextllm_jax.interop.names import Part, tensor_shapes
-from nextllm_jax.model.weights import by_name
+from nextllm_jax.model.quantize import Observer, convert, ignore, is_quantized
+from nextllm_jax.model.weights import by_name, with_names
+from nextllm_jax.ops.quantized import QTensor
 
 _BLOCK_NUMBERS = 4_000_000
 """Numbers that are read at a time."""
@@ -31,6 +36,10 @@ class Source(Protocol):
 
     def read(self, tensor: str, rows: slice, columns: slice) -> np.ndarray:
         """Part of a tensor (a vector has rows only) as floating point numbers."""
+        ...
+
+    def read_quantized(self, tensor: str, rows: slice) -> QTensor | None:
+        """Rows of a matrix, in numpy arrays, if the file has it as small integers with scales for groups of columns."""
         ...
 
 
@@ -52,16 +61,81 @@ def require_tensors(source: Source, parts: list[Part], *, ignore: Callable[[str]
             )
 
 
-def read_params(source: Source, parts: list[Part], abstract: Any) -> Any:
+def read_params(source: Source, parts: list[Part], abstract: Any, observe: Observer = ignore) -> Any:
     """The parameter tree that `abstract` describes: its structure, with a shape, type and sharding at each leaf.
 
-    Raises InputError for a tensor with numbers that are not finite.
+    A QTensor in `abstract` asks for a quantized weight; values that the file has in that form already stay as they are.
+    `observe` sees each of them. Raises InputError for a tensor with numbers that are not finite.
     """
     parts_by_leaf: dict[str, list[Part]] = {}
     for part in parts:
         parts_by_leaf.setdefault(part.leaf, []).append(part)
-    leaves = {path: _read_leaf(source, parts_by_leaf[path], leaf) for path, leaf in by_name(abstract).items()}
-    return jax.tree.unflatten(jax.tree.structure(abstract), leaves.values())
+    return with_names(
+        abstract,
+        {
+            name: _read_stack(source, parts_by_leaf[name], leaf, observe)
+            if is_quantized(leaf)
+            else _read_leaf(source, parts_by_leaf[name], leaf)
+            for name, leaf in by_name(abstract).items()
+        },
+    )
+
+
+def _read_stack(source: Source, parts: list[Part], leaf: QTensor, observe: Observer) -> QTensor:
+    """A quantized weight, read and quantized one layer after another."""
+    if parts[0].index is None:
+        return _read_quantized(source, parts[0], leaf, observe)
+    layer = jax.tree.map(_without_stack, leaf)
+    layers = [_read_quantized(source, part._replace(index=None), layer, observe) for part in parts]
+    shardings = jax.tree.map(lambda part: part.sharding, leaf)
+    return jax.jit(lambda layers: jax.tree.map(lambda *parts: jnp.stack(parts), *layers), out_shardings=shardings)(
+        layers
+    )
+
+
+def _without_stack(leaf: Any) -> Any:
+    sharding = leaf.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
+
+
+def _read_quantized(source: Source, part: Part, like: QTensor, observe: Observer) -> QTensor:
+    """The quantized matrix of one layer."""
+    found = source.read_quantized(part.tensor, slice(part.first_row, part.first_row + part.file_shape[0]))
+    kept = None if found is None else _in_our_layout(part, found, like)
+    if kept is not None:
+        observe(part.leaf, None, kept)
+        return kept
+    whole: Any = jax.ShapeDtypeStruct(like.q.shape, jnp.float32, sharding=like.q.sharding)
+    before = _read_leaf(source, [part], whole)
+    after = convert(before, like)
+    observe(part.leaf, before, after)
+    return after
+
+
+def _in_our_layout(part: Part, found: QTensor, like: QTensor) -> QTensor | None:
+    """A quantized matrix of a file in the form of `like`, with the same values; None if that cannot hold them."""
+    groups = part.to_file(np.empty(like.scale.shape, bool)).shape[1]
+    if like.q.dtype != found.q.dtype or groups % found.scale.shape[1]:
+        return None
+    if like.minimum is None and found.minimum is not None:
+        return None
+
+    def placed(values: np.ndarray, like: Any) -> jax.Array:
+        values = part.from_file(values, like.shape).astype(like.dtype)
+        return jax.make_array_from_callback(like.shape, like.sharding, lambda index: values[index])
+
+    def regrouped(values: Any) -> np.ndarray:
+        return np.repeat(values, groups // found.scale.shape[1], axis=1)
+
+    least = int(jnp.iinfo(like.q.dtype).min)
+    minimum = found.scale * least if found.minimum is None else found.minimum
+    return QTensor(
+        placed(np.asarray(found.q), like.q),
+        placed(regrouped(found.scale), like.scale),
+        None if like.minimum is None else placed(regrouped(minimum), like.minimum),
+    )
 
 
 def _read_leaf(source: Source, parts: list[Part], leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -129,14 +203,20 @@ def _flat(spans: tuple[slice, ...], shape: tuple[int, ...]) -> slice:
     return slice(spans[0].start * inner, spans[0].stop * inner)
 
 
-def tensors_of(parts: list[Part], params: Any, *, rows: int) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) of every tensor of a file, one at a time; embedding and head have the first `rows` rows alone."""
+def tensors_of(parts: list[Part], params: Any, *, rows: int) -> Iterator[tuple[str, Any]]:
+    """(name, array) of every tensor of a file, one at a time; embedding and head have the first `rows` rows alone.
+
+    A quantized one is a QTensor of arrays in the layout of the file.
+    """
     leaves = by_name(params)
-    pending: list[np.ndarray] = []
+    pending: list[Any] = []
     for place, part in enumerate(parts):
-        leaf = leaves[part.leaf]
-        array = part.to_file(np.asarray(leaf if part.index is None else leaf[part.index]))
-        pending.append(array[:rows] if part.kind == "embedding" else array)
+        pending.append(jax.tree.map(functools.partial(_rows_of, part, rows), leaves[part.leaf]))
         if place + 1 == len(parts) or parts[place + 1].tensor != part.tensor:
-            yield part.tensor, pending[0] if len(pending) == 1 else np.concatenate(pending)
+            yield part.tensor, jax.tree.map(lambda *arrays: np.concatenate(arrays), *pending)
             pending = []
+
+
+def _rows_of(part: Part, rows: int, leaf: Any) -> np.ndarray:
+    array = part.to_file(np.asarray(leaf if part.index is None else leaf[part.index]))
+    return array[:rows] if part.kind == "embedding" else array

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from nextllm_jax.config import ModelConfig
 from nextllm_jax.model.weights import declare
 from nextllm_jax.ops.linear import linear
-from nextllm_jax.ops.quantized import product
+from nextllm_jax.ops.quantized import product, take_rows
 from nextllm_jax.sharding import constrain
 
 
@@ -115,17 +115,12 @@ class Embed(nn.Module):
         # The devices that divide the width of the table look up each other's tokens in their part of it and exchange
         # what they found: tokens travel instead of the table, and its gradient is born divided.
         tokens_BT = constrain(tokens_BT, "lookup_batch", "seq")
-        x_BTD = jnp.take(self.embedding, tokens_BT, axis=0).astype(self.dtype)
+        x_BTD = take_rows(self.embedding, tokens_BT, self.dtype)
         return constrain(constrain(x_BTD, "lookup_batch", "seq", "embed"), "batch", "seq", "activation_embed")
 
     def attend(self, hidden_BTD: jax.Array) -> jax.Array:
         """Return logits, float32 [B, T, V]."""
-        return jnp.einsum(
-            "BTD,VD->BTV",
-            hidden_BTD.astype(self.dtype),
-            self.embedding.astype(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        return product("BTD,VD->BTV", hidden_BTD.astype(self.dtype), self.embedding, jnp.float32)
 
 
 class SwiGLU(nn.Module):

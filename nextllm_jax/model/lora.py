@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from nextllm_jax.config import LoraConfig
+from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError
-from nextllm_jax.model.weights import Weight, by_name, is_weight, map_weights, of_kind, path_name
-from nextllm_jax.ops.quantized import QTensor, dequantize, quantize
+from nextllm_jax.model.quantize import abstract_quantized, is_quantized
+from nextllm_jax.model.weights import Weight, by_name, is_weight, of_kind, path_name
+from nextllm_jax.ops.quantized import dequantize
 
 
 @flax.struct.dataclass
@@ -95,41 +97,13 @@ def _pair(weight: Weight, rank: int, key: jax.Array) -> tuple[Weight, Weight]:
     )
 
 
-def abstract_frozen(config: LoraConfig, boxed: Any) -> Any:
-    """The shapes of what `freeze` makes of a model's parameters, whose shapes `boxed` holds; in boxes."""
-    if config.frozen == "unquantized":
-        return boxed
+def abstract_frozen(config: LoraConfig, boxed: Any, placed: Any) -> Any:
+    """The frozen parameters as they are kept while adapters are trained, of the abstract parameters `placed`.
 
-    def quantized(weight: Weight) -> Weight | QTensor:
-        if weight.kind != "matrix":
-            return weight
-        inputs = weight.input_axes
-        shapes = jax.eval_shape(functools.partial(quantize, input_axes=inputs), weight.value)
-        names = tuple(None if axis in inputs else name for axis, name in enumerate(weight.names))
-        q: Any = weight.replace(value=shapes.q)
-        scale: Any = weight.replace(value=shapes.scale, names=names)
-        return QTensor(q, scale)
-
-    return map_weights(quantized, boxed)
-
-
-def freeze(config: LoraConfig, boxed: Any, params: Any) -> Any:
-    """The parameters as they are kept while adapters are trained; those that are quantized are used up.
-
-    `boxed` holds their shapes. One after the other, so that there is little more than the parameters at any time.
+    `boxed` holds the `Weight`s of the same tree.
     """
-    if config.frozen == "unquantized":
-        return params
-    quantized = jax.jit(quantize, static_argnums=1)
-
-    def replaced(weight: Weight, leaf: jax.Array) -> jax.Array | QTensor:
-        if weight.kind != "matrix":
-            return leaf
-        made = quantized(leaf, weight.input_axes)
-        leaf.delete()
-        return made
-
-    return map_weights(replaced, boxed, params)
+    quantization = None if config.frozen == "unquantized" else Quantization(scheme=config.frozen)
+    return abstract_quantized(boxed, placed, quantization)
 
 
 def merge(boxed: Any, params: Any, frozen: Frozen, dtype: jax.typing.DTypeLike) -> Any:
@@ -140,16 +114,23 @@ def merge(boxed: Any, params: Any, frozen: Frozen, dtype: jax.typing.DTypeLike) 
     adapters = by_name(params)
 
     def merged(path: Any, weight: Weight, leaf: Any) -> Any:
-        if weight.kind != "matrix":
-            return leaf
-        dense = dequantize(leaf, jnp.float32) if isinstance(leaf, QTensor) else leaf
-        module = path_name(path).rpartition("/")[0]
-        if f"{module}/a" in adapters:
-            delta = _product(adapters[f"{module}/a"], adapters[f"{module}/b"], stacked=bool(weight.num_stacked))
-            dense = dense.astype(jnp.float32) + frozen.scale * delta
-        return dense.astype(dtype)
+        return merged_weight(path_name(path), weight, leaf, adapters, frozen.scale, dtype)
 
     return jax.tree_util.tree_map_with_path(merged, boxed, frozen.params, is_leaf=is_weight)
+
+
+def merged_weight(
+    name: str, weight: Weight, leaf: Any, adapters: dict[str, Any], scale: float, dtype: jax.typing.DTypeLike
+) -> Any:
+    """One of those parameters; `adapters` are all there are, by name."""
+    if weight.kind != "matrix":
+        return leaf
+    dense = dequantize(leaf, jnp.float32) if is_quantized(leaf) else leaf
+    module = name.rpartition("/")[0]
+    if f"{module}/a" in adapters:
+        delta = _product(adapters[f"{module}/a"], adapters[f"{module}/b"], stacked=bool(weight.num_stacked))
+        dense = dense.astype(jnp.float32) + scale * delta
+    return dense.astype(dtype)
 
 
 def _product(a: jax.Array, b: jax.Array, *, stacked: bool) -> jax.Array:

@@ -11,6 +11,7 @@ from nextllm_jax.model.layer_norms import mean_squares
 from nextllm_jax.model.lora import Frozen, variables, weights
 from nextllm_jax.model.transformer import Transformer, head_embedding
 from nextllm_jax.ops.cross_entropy import Layout, cross_entropy
+from nextllm_jax.ops.quantized import dequantize
 from nextllm_jax.sharding import RULES
 
 _LOSS_LAYOUT = Layout(RULES["batch"], RULES["seq"], RULES["vocab"], RULES["embed"])
@@ -57,7 +58,7 @@ def next_token(
 ) -> tuple[jax.Array, jax.Array, Metrics]:
     """The objective of language models: the negative log likelihood of each next token."""
     hidden_BTD, recorded = _hidden(model, params, batch, frozen)
-    head_VD = head_embedding(model.config, weights(params, frozen)).astype(model.dtype)
+    head_VD = dequantize(head_embedding(model.config, weights(params, frozen)), model.dtype)
     with jax.named_scope("loss"):
         nll = cross_entropy(
             hidden_BTD,

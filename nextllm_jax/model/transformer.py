@@ -28,6 +28,7 @@ from nextllm_jax.model.layers import Embed, SwiGLU, keep_mean_square, make_norm
 from nextllm_jax.model.weights import STACK
 from nextllm_jax.ops import rope
 from nextllm_jax.ops.cross_entropy import finish_logits
+from nextllm_jax.ops.quantized import QTensor
 from nextllm_jax.sharding import constrain
 
 _BLOCK_INPUT = "block_input"
@@ -290,7 +291,7 @@ def rope_cos_sin(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Arra
     return rope.cos_sin(positions_BT, freqs, attention_factor)
 
 
-def head_embedding(config: ModelConfig, params: Any) -> jax.Array:
+def head_embedding(config: ModelConfig, params: Any) -> jax.Array | QTensor:
     """The matrix [V, D] that turns hidden states into logits: the embedding itself if tied."""
     return params["embed" if config.tie_embeddings else "lm_head"]["embedding"]
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nextllm_jax.config.model import ModelConfig
+from nextllm_jax.ops.quantized import QTensor
 
 Kind = Literal["matrix", "embedding", "norm", "bias", "adapter"]
 
@@ -39,8 +40,10 @@ class Weight(nn.LogicallyPartitioned):
         return int(self.names[:1] == (STACK,))
 
     @property
-    def input_axes(self) -> tuple[int, ...]:
-        """The axes that a matrix contracts."""
+    def contracted_axes(self) -> tuple[int, ...]:
+        """The axes that a product contracts: a matrix's inputs, or the width of an embedding (as the head)."""
+        if self.kind == "embedding":
+            return (len(self.names) - 1,)
         return tuple(range(self.num_stacked, self.num_stacked + self.num_inputs))
 
 
@@ -74,9 +77,18 @@ def path_name(path: Iterable[Any]) -> str:
 
 
 def by_name(tree: Any) -> dict[str, Any]:
-    """{name: leaf} of a tree of parameters; a box is one leaf."""
-    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_weight)
+    """The weights of a tree of parameters, boxed, quantized or plain, by their names."""
+    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_whole)
     return {path_name(path): leaf for path, leaf in flat}
+
+
+def with_names(tree: Any, weights: dict[str, Any]) -> Any:
+    """The tree with other weights, by the names that `by_name` gives to its own."""
+    return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=_is_whole), [weights[name] for name in by_name(tree)])
+
+
+def _is_whole(leaf: Any) -> bool:
+    return isinstance(leaf, Weight | QTensor)
 
 
 def of_kind(boxed: Any, *kinds: Kind) -> dict[str, Weight]:
@@ -116,6 +128,16 @@ def unstack_layers(config: ModelConfig, params: Any) -> Any:
         tree = subtree(params, name)
         unstacked[f"{_REMAINDER}{layer}"] = jax.tree.map(lambda leaf, i=index: leaf if i is None else leaf[i], tree)
     return unstacked
+
+
+def unstacked_names(config: ModelConfig, name: str) -> list[tuple[str, int | None]]:
+    """The names of a weight's layers after `unstack_layers`, and their indices in its stack (None: it is no stack)."""
+    layers = [
+        (f"{_REMAINDER}{layer}{name.removeprefix(prefix)}", index)
+        for layer, (prefix, index) in enumerate(layer_paths(config))
+        if name.startswith(f"{prefix}/")
+    ]
+    return layers or [(name, None)]
 
 
 def in_layer_order(config: ModelConfig, tree: Any, value: Callable[[Any, int], jax.Array]) -> jax.Array:

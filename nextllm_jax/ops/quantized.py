@@ -1,7 +1,8 @@
-"""Matrices of 8-bit integers with a scale for each output channel, and products with them."""
+"""Matrices of small integers with a scale for each group of values, and products with them."""
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -9,45 +10,170 @@ import jax.numpy as jnp
 
 from nextllm_jax.ops.linear import linear
 
-_LARGEST = 127
+_FEW_ROWS = 8
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("q", "scale"), meta_fields=())
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("q", "scale", "minimum"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class QTensor:
-    """q * scale."""
+    """q * scale, or (q - the least q) * scale + minimum.
+
+    Each axis of `scale` and `minimum` divides that axis of `q`: it is as long, or a group of neighbours shares a value.
+    """
 
     q: jax.Array
-    """int8, of the shape of the matrix. First, since Flax compares the first leaf with a parameter's shape."""
+    """int8 or int4, of the shape of the matrix. First, since Flax compares the first leaf with a parameter's shape."""
     scale: jax.Array
-    """float32, with the input axes of size 1."""
+    minimum: jax.Array | None = None
+    """What the least q stands for; None: zero stands for zero."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the matrix."""
+        return self.q.shape
 
 
-def quantize(x: jax.Array, input_axes: Sequence[int]) -> QTensor:
-    """`x` rounded to 255 steps for each output channel: no value is off by more than half its channel's scale.
+def quantize(x: jax.Array, like: QTensor) -> QTensor:
+    """`x` rounded to the steps of each group, in the shapes and types of `like`, which may be abstract.
 
-    The scale is the greatest magnitude over `input_axes` / 127.
+    Without a minimum, int8 puts the greatest magnitude of a group on 127 or -127 and int4 on -8, whatever its sign.
+    With one, the least value is the least q and the greatest the greatest. Scale and minimum are rounded to their
+    type first. No value is off by more than half a step, but for that rounding and for int4 without a minimum, where
+    values next to the opposite of the greatest magnitude are off by up to a whole step.
     """
-    x32 = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(x32), axis=tuple(input_axes), keepdims=True) / _LARGEST
-    q = jnp.round(x32 / jnp.where(scale > 0, scale, 1))
-    return QTensor(q.astype(jnp.int8), scale)
+    full, coarse = _groups(like)
+    within = tuple(axis for axis, size in enumerate(coarse) if size == 1)
+    x32 = x.astype(jnp.float32).reshape(full)
+    low, high = (reduce(x32, axis=within, keepdims=True) for reduce in (jnp.min, jnp.max))
+    least, greatest = (int(bound) for bound in (jnp.iinfo(like.q.dtype).min, jnp.iinfo(like.q.dtype).max))
+    if like.minimum is not None:
+        scale, minimum = (high - low) / (greatest - least), low.astype(like.minimum.dtype)
+    else:
+        extreme, minimum = jnp.where(high > -low, high, low), None
+        scale = extreme / least if like.q.dtype == jnp.int4 else jnp.abs(extreme) / greatest
+    scale = scale.astype(like.scale.dtype)
+    step = jnp.where(scale == 0, 1, scale.astype(jnp.float32))
+    steps = x32 / step if minimum is None else (x32 - minimum.astype(jnp.float32)) / step + least
+    q = jnp.clip(jnp.round(steps), least, greatest).astype(like.q.dtype)
+    if minimum is not None and like.minimum is not None:
+        minimum = minimum.reshape(like.minimum.shape)
+    return QTensor(q.reshape(like.q.shape), scale.reshape(like.scale.shape), minimum)
 
 
-def dequantize(x: QTensor, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """The matrix itself."""
-    return (x.q.astype(jnp.float32) * x.scale).astype(dtype)
+def dequantize(x: jax.Array | QTensor, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """The matrix itself in `dtype`, whatever it is kept as."""
+    if not isinstance(x, QTensor):
+        return x.astype(dtype)
+    full, coarse = _groups(x)
+    steps, scale = x.q.reshape(full).astype(jnp.float32), x.scale.reshape(coarse).astype(jnp.float32)
+    if x.minimum is None:
+        values = steps * scale
+    else:
+        values = (steps - jnp.iinfo(x.q.dtype).min) * scale + x.minimum.reshape(coarse).astype(jnp.float32)
+    return values.reshape(x.shape).astype(dtype)
 
 
-def product(equation: str, x: jax.Array, kernel: jax.Array | QTensor) -> jax.Array:
-    """`linear(equation, x, kernel)` in the type of `x`, whatever the kernel is kept as.
+def _groups(x: QTensor) -> tuple[list[int], list[int]]:
+    """The shape of `q` with each axis of several groups split in two, [groups, group], and that of `scale` to go along.
 
-    The output axes of the kernel are the last of it and of the result. A scale of its own for each of them can follow
-    the product, so that the matrix is never written out in a wider type than that of `x`.
+    Axes of a single group, or with a value for each place, stay as they are.
+    """
+    full: list[int] = []
+    coarse: list[int] = []
+    for size, groups in zip(x.q.shape, x.scale.shape, strict=True):
+        several = groups not in (1, size)
+        full += [groups, size // groups] if several else [size]
+        coarse += [groups, 1] if several else [groups]
+    return full, coarse
+
+
+def product(
+    equation: str, x: jax.Array, kernel: jax.Array | QTensor, result_type: jax.typing.DTypeLike | None = None
+) -> jax.Array:
+    """`einsum(equation, x, kernel)`, whatever the kernel is kept as: products in the type of `x`, sums in float32.
+
+    The result is in `result_type`, or the type of `x`; its last axes are the output axes of the kernel, in their order,
+    and the last axes of `x` are the input axes of the kernel.
+
+    A scale for each output follows the product. Groups of inputs are multiplied apart and scaled then, if `x` has few
+    rows: with more, these partial sums take more memory than the matrix, which is dequantized instead.
     """
     if not isinstance(kernel, QTensor):
-        return linear(equation, x, kernel.astype(x.dtype))
-    y = linear(equation, x, kernel.q.astype(x.dtype)).astype(jnp.float32)
-    outputs = sum(letter in equation.split("->")[1] for letter in equation.split("->")[0].split(",")[1])
-    scale = kernel.scale.reshape((1,) * (y.ndim - outputs) + kernel.scale.shape[kernel.scale.ndim - outputs :])
-    return (y * scale).astype(x.dtype)
+        return _multiply(equation, x, kernel.astype(x.dtype), result_type)
+    kernel_dims, y_dims = equation.split("->")[0].split(",")[1], equation.split("->")[1]
+    inputs = [axis for axis, letter in enumerate(kernel_dims) if letter not in y_dims]
+    if kernel.minimum is None and all(kernel.scale.shape[axis] == 1 for axis in inputs):
+        y = _multiply(equation, x, kernel.q.astype(x.dtype), result_type).astype(jnp.float32)
+        scale = jnp.squeeze(kernel.scale, inputs).astype(jnp.float32)
+        y = y * scale.reshape((1,) * (y.ndim - scale.ndim) + scale.shape)
+        return y.astype(result_type or x.dtype)
+
+    def dequantized(x: jax.Array, kernel: QTensor) -> jax.Array:
+        return _multiply(equation, x, dequantize(kernel, x.dtype), result_type)
+
+    def grouped(x: jax.Array, kernel: QTensor) -> jax.Array:
+        return _grouped_product(equation, x, kernel, inputs).astype(result_type or x.dtype)
+
+    if math.prod(x.shape[: x.ndim - len(inputs)]) > _FEW_ROWS:
+        return dequantized(x, kernel)
+    # A CPU, which takes twice as long for the groups, has the memory.
+    return jax.lax.platform_dependent(x, kernel, cpu=dequantized, default=grouped)
+
+
+def _grouped_product(equation: str, x: jax.Array, kernel: QTensor, inputs: Sequence[int]) -> jax.Array:
+    """The product in float32, group by group, with exact scales.
+
+    `x` is padded to _FEW_ROWS rows: on a TPU (v5e), XLA writes a float copy of the matrix for one row, for eight none.
+    """
+    (x_dims, kernel_dims), y_dims = equation.split("->")[0].split(","), equation.split("->")[1]
+    *outer, axis = inputs
+    last, num_groups, num_rows = kernel_dims[axis], kernel.scale.shape[axis], len(x)
+    batch = x_dims[: -len(inputs)]
+    summed = "".join(kernel_dims[i] for i in outer) + "z"  # input axes of the partial sums; z counts groups
+    outputs = y_dims.removeprefix(batch)
+
+    def as_sums(part: jax.Array) -> jax.Array:
+        """Scales or minima with the axes of `sums`, but for those of the batch."""
+        return jnp.einsum(f"{kernel_dims.replace(last, 'z')}->{summed}{outputs}", part.astype(jnp.float32))
+
+    padding = max(0, -(-_FEW_ROWS // math.prod(x.shape[1 : len(batch)])) - num_rows)
+    x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
+    x = x.reshape(*x.shape[:-1], num_groups, -1)
+    q = kernel.q.reshape(*kernel.q.shape[:axis], num_groups, -1, *kernel.q.shape[axis + 1 :])
+    dims = f"{x_dims.replace(last, 'z' + last)},{kernel_dims.replace(last, 'z' + last)}->{batch}{summed}{outputs}"
+    sums = jnp.einsum(dims, x, q.astype(x.dtype), preferred_element_type=jnp.float32)
+    rows, scale = (None,) * len(batch), as_sums(kernel.scale)
+    if kernel.minimum is None:
+        y = sums * scale[rows]
+    else:
+        x_sums = jnp.sum(x.astype(jnp.float32), axis=-1).reshape(*x.shape[:-1], *(1,) * len(outputs))
+        y = (sums - jnp.iinfo(kernel.q.dtype).min * x_sums) * scale[rows] + x_sums * as_sums(kernel.minimum)[rows]
+    return jnp.sum(y, axis=tuple(range(len(batch), len(batch) + len(inputs))))[:num_rows]
+
+
+def _multiply(equation: str, x: jax.Array, kernel: jax.Array, result_type: jax.typing.DTypeLike | None) -> jax.Array:
+    if result_type is None:
+        return linear(equation, x, kernel)
+    return jnp.einsum(equation, x, kernel, preferred_element_type=result_type)
+
+
+def take_rows(table: jax.Array | QTensor, ids: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """The rows of these ids of a table [rows, width], [..., width] in `dtype`."""
+    return dequantize(jax.tree.map(lambda part: jnp.take(part, ids, axis=0), table), dtype)
+
+
+def pack(x: QTensor) -> QTensor:
+    """The tensor as files have it: of int4, two neighbours of the last axis in a byte, the first in its low half."""
+    if x.q.dtype != jnp.int4:
+        return x
+    pairs = x.q.astype(jnp.uint8).reshape(*x.shape[:-1], -1, 2) & 15
+    return dataclasses.replace(x, q=pairs[..., 0] | pairs[..., 1] << 4)
+
+
+def unpack(x: QTensor) -> QTensor:
+    """What `pack` was given."""
+    if x.q.dtype != jnp.uint8:
+        return x
+    signed = jax.lax.bitcast_convert_type(x.q, jnp.int8)
+    pairs = jnp.stack([signed << 4, signed], axis=-1) >> 4  # which copies the sign
+    return dataclasses.replace(x, q=pairs.reshape(*x.shape[:-1], -1).astype(jnp.int4))

@@ -6,6 +6,7 @@ Both write into a directory beside the output and rename it at the end, so that 
 import contextlib
 import dataclasses
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +16,15 @@ import jax
 from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config, DataConfig, ModelConfig
+from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError, RunFailed, failed_place
+from nextllm_jax.model.quantize import Observer, abstract_quantized, ignore, is_quantized
 from nextllm_jax.model.transformer import abstract_params
-from nextllm_jax.pretrained.source import ORIGIN, open_path
+from nextllm_jax.ops.quantized import pack
+from nextllm_jax.pretrained.source import ORIGIN, QUANTIZED, Source, open_path
 from nextllm_jax.published_models import resolve
 from nextllm_jax.sharding import on_device
+from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 Format = Literal["huggingface", "gguf"]
 
@@ -42,13 +47,65 @@ def import_model(source: str, output: str, *, dtype: str = "float32", context_le
             raise InputError(f"context_length {context_length} is over the model's own, {model.context_length}")
         model = dataclasses.replace(model, context_length=context_length)
     tokenizer, params = opened.load_tokenizer(), opened.load_params(_on_cpu(model))
-    data = DataConfig(
-        tokenizer=str(RunDir(Path(output).absolute()).tokenizer), sequence_length=min(model.context_length, 1024)
+    _write_run(Path(output), model, tokenizer, params, {ORIGIN: _origin(opened)})
+
+
+def quantize_model(
+    source: str,
+    output: str,
+    quantization: Quantization,
+    *,
+    step: str | int | None = None,
+    observe: Observer = ignore,
+) -> None:
+    """Write a run directory with a model (a run directory's, or a foreign one) whose matrices are quantized.
+
+    The float weights are read one after another, and never all of them in memory. `observe` sees each of them.
+    Raises InputError for a model that is quantized already, and for an output that exists.
+    """
+    require_quantizable(source, output, quantization, step=step)
+    opened = open_path(resolve(source), step=step)
+    tokenizer, wanted = opened.load_tokenizer(), _on_cpu(opened.config, quantization)
+    params = jax.tree.map(
+        lambda leaf: jax.jit(pack)(leaf) if is_quantized(leaf) else leaf,
+        opened.load_params(wanted, observe),
+        is_leaf=is_quantized,
     )
-    with _appearing(Path(output)) as directory:
+    record = {ORIGIN: _origin(opened), QUANTIZED: quantization.to_json()}
+    run = RunDir(resolve(source))
+    window = run.read_config().data.sequence_length if opened.is_run else None
+    _write_run(Path(output), opened.config, tokenizer, params, record, window=window)
+
+
+def require_quantizable(
+    source: str, output: str, quantization: Quantization, *, step: str | int | None = None
+) -> ModelConfig:
+    """The config of a model that `quantize_model` can quantize. Raises InputError as that does, before any work."""
+    _require_free(Path(output))
+    opened = open_path(resolve(source), step=step)
+    opened.require_floats(source)
+    _on_cpu(opened.config, quantization)
+    return opened.config
+
+
+def _origin(opened: Source) -> dict[str, Any]:
+    return {"model_type": opened.model_type, "vocab_size": opened.vocab_size}
+
+
+def _write_run(
+    output: Path,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    params: Any,
+    record: dict[str, Any],
+    window: int | None = None,
+) -> None:
+    """Write a run directory with checkpoint 0; `window` is the tokens in a window of training (None: at most 1024)."""
+    window = window or min(model.context_length, 1024)
+    data = DataConfig(tokenizer=str(RunDir(output.absolute()).tokenizer), sequence_length=window)
+    with _appearing(output) as directory:
         run = RunDir(directory)
         tokenizer.save(run.tokenizer)
-        record = {ORIGIN: {"model_type": opened.model_type, "vocab_size": model.vocab_size}}
         with Checkpoints(run.checkpoints) as checkpoints:
             checkpoints.save(0, {"params": params}, record, validation_loss=None)
         run.write_config(Config(model=model, data=data))
@@ -72,7 +129,17 @@ def export_model(
     Raises InputError where the format cannot say this model, and for an output that exists.
     """
     opened = open_path(resolve(source), step=step)
-    config, tokenizer, params = opened.config, opened.load_tokenizer(), opened.load_params(_on_cpu(opened.config))
+    # Hugging Face directories of our families hold floats alone.
+    quantization = opened.quantization if file_format == "gguf" else None
+    if opened.quantization is not None and quantization is None:
+        print(
+            f"WARNING: {source} is quantized ({opened.quantization}); the export holds its values as {dtype}, which "
+            "takes their size",
+            file=sys.stderr,
+            flush=True,
+        )
+    config, tokenizer = opened.config, opened.load_tokenizer()
+    params = opened.load_params(_on_cpu(config, quantization))
     options = {
         "vocab_size": opened.vocab_size or min(tokenizer.vocab_size, config.vocab_size),
         "dtype": dtype,
@@ -103,9 +170,10 @@ def export_model(
         ) from error
 
 
-def _on_cpu(config: ModelConfig) -> Any:
+def _on_cpu(config: ModelConfig, quantization: Quantization | None = None) -> Any:
     """The abstract parameters in the host's memory: converting needs no accelerator."""
-    return on_device(abstract_params(config), jax.local_devices(backend="cpu")[0])
+    boxed = abstract_params(config)
+    return abstract_quantized(boxed, on_device(boxed, jax.local_devices(backend="cpu")[0]), quantization)
 
 
 def _one_or_all(ids: tuple[int, ...]) -> int | list[int]:
@@ -120,8 +188,7 @@ def _appearing(output: Path) -> Iterator[Path]:
     """
     partial = output.parent / f".{output.name}.partial"
     try:
-        if not output.name or (output.exists() and not (output.is_dir() and not any(output.iterdir()))):
-            raise InputError(f"{output} exists; choose another --output, or remove it")
+        _require_free(output)
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             _remove(partial)
@@ -138,6 +205,12 @@ def _appearing(output: Path) -> Iterator[Path]:
             f"{output} cannot be written ({place}: {error.strerror or error}); make room, make {place} a "
             "writable directory, or choose another --output"
         ) from error
+
+
+def _require_free(output: Path) -> None:
+    """Raise InputError if there is something at `output` already, but for an empty directory."""
+    if not output.name or (output.exists() and not (output.is_dir() and not any(output.iterdir()))):
+        raise InputError(f"{output} exists; choose another --output, or remove it")
 
 
 def _remove(path: Path) -> None:

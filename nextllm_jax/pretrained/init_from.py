@@ -13,7 +13,7 @@ from nextllm_jax.config.model import EXECUTION_FIELDS
 from nextllm_jax.data.prepare import default_data_path
 from nextllm_jax.data.shards import Dataset
 from nextllm_jax.errors import InputError
-from nextllm_jax.model.lora import adapted
+from nextllm_jax.model import lora
 from nextllm_jax.model.transformer import abstract_params
 from nextllm_jax.pretrained.source import Source, open_path
 from nextllm_jax.published_models import resolve
@@ -40,16 +40,17 @@ def with_source(config: Config, file: Config, *, overwrite: bool = False) -> tup
     else:
         source, tokenizer = open_path(resolve(config.init_from)), config.init_from
         model = source.config
+        _require_trainable(config, source)
     data = _data(config, file, tokenizer)
     new = dataclasses.replace(config, model=_model(config, file.model, model), data=data)
     new.check_fit()
     if new.lora.rank:
-        adapted(new.lora, abstract_params(new.model))  # raises InputError for a target that the model lacks
+        lora.adapted(new.lora, abstract_params(new.model))  # raises InputError for a target that the model lacks
     return new, source
 
 
 def initial_params(config: Config, source: Source | None, place: Callable[[Any], Any]) -> Any:
-    """The weights of `config.init_from` in `model.param_dtype`, as `place` shards abstract parameters.
+    """The weights of `config.init_from` in `model.param_dtype`, or as adapters want them frozen, sharded by `place`.
 
     `source` is what `with_source` opened. Raises InputError if they cannot be read, or are not of the config's model.
     """
@@ -58,7 +59,19 @@ def initial_params(config: Config, source: Source | None, place: Callable[[Any],
     differing = _differing(config.model, source.config, but=(*_OURS, "init_std", "context_length"))
     if differing:
         raise InputError(f"init_from {config.init_from} holds another model now: {', '.join(differing)}; restore it")
-    return source.load_params(place(abstract_params(config.model)))
+    boxed = abstract_params(config.model)
+    return source.load_params(
+        lora.abstract_frozen(config.lora, boxed, place(boxed)) if config.lora.rank else place(boxed)
+    )
+
+
+def _require_trainable(config: Config, source: Source) -> None:
+    """Raise InputError if all weights are to be trained, and those of the source are quantized."""
+    if source.quantization is not None and not config.lora.rank:
+        raise InputError(
+            f"init_from {config.init_from} holds quantized weights ({source.quantization}), which cannot be trained; "
+            "train adapters on them (--lora.rank 16), or name the model that they were made from"
+        )
 
 
 def require_tokenizer(config: Config, source: Source) -> None:

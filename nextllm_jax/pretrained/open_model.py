@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from nextllm_jax.errors import InputError, RunFailed
+from nextllm_jax.model.quantize import Observer, ignore, is_quantized
+from nextllm_jax.model.weights import by_name
 from nextllm_jax.pretrained.import_cache import imported_run
 from nextllm_jax.pretrained.source import Source, open_path
 from nextllm_jax.published_models import is_published, resolve
@@ -45,8 +47,13 @@ def _open_published(name: str, file: Path) -> Source:
         except InputError as error:  # a damaged import is found only when it is read
             return what(read_file(error))
 
+    def load_params(abstract: Any, observe: Observer = ignore) -> Any:
+        if any(map(is_quantized, by_name(abstract).values())):  # the file may hold what is asked for, bit for bit
+            return open_path(str(file)).load_params(abstract, observe)
+        return load(lambda source: source.load_params(abstract))
+
     return dataclasses.replace(
         source,
         load_tokenizer=lambda: load(lambda source: source.load_tokenizer()),
-        load_params=lambda abstract: load(lambda source: source.load_params(abstract)),
+        load_params=load_params,
     )

@@ -3,28 +3,34 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from jax.sharding import NamedSharding
 
-from nextllm_jax.checkpoint.base import restore_base
+from nextllm_jax.checkpoint.base import base_parts
+from nextllm_jax.checkpoint.leaves import PLACEHOLDER
 from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config
+from nextllm_jax.config.files import from_dict
 from nextllm_jax.config.model import ModelConfig
+from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError
 from nextllm_jax.model import lora
+from nextllm_jax.model.quantize import Observer, abstract_packed, abstract_quantized, convert, ignore, is_quantized
 from nextllm_jax.model.transformer import abstract_params
-from nextllm_jax.model.weights import STACK, by_name, map_weights, unstack_layers
+from nextllm_jax.model.weights import STACK, by_name, unstacked_names, with_names
 from nextllm_jax.published_models import PUBLISHED_MODELS
 from nextllm_jax.sharding import on_device, placed
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 ORIGIN = "imported"
 """Name, in the record of an imported checkpoint, of what an export needs to know of the original files."""
+QUANTIZED = "quantized"
+"""Name, in the record of a checkpoint of quantized weights, of the Quantization."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +40,35 @@ class Source:
     config: ModelConfig
     load_tokenizer: Callable[[], Tokenizer]
     """Raises InputError if there is none."""
-    load_params: Callable[[Any], Any]
-    """`load_params(abstract)`: the parameters with the structure (stacked over layers or not), types and shardings of
-    `abstract`. Raises InputError if they are damaged or belong to another config."""
+    load_params: "LoadParams"
     is_run: bool
     """Whether it is a run directory, not files of another program."""
     model_type: str | None = None
     """The Hugging Face model type of imported weights."""
     vocab_size: int | None = None
     """Rows of the embedding in the original files of imported weights."""
+    quantization: Quantization | None = None
+    """How the weights of a run are quantized; None: they are not. Blocks of GGUF files are read as floats too."""
+
+    def require_floats(self, path: str) -> None:
+        """Raise InputError, naming `path`, if the weights are quantized, so that they cannot be quantized again."""
+        if self.quantization is not None:
+            raise InputError(
+                f"{path} is quantized already ({self.quantization}); quantize the model that it was made from, or use "
+                "it as it is"
+            )
+
+
+class LoadParams(Protocol):
+    """How to read a model's parameters."""
+
+    def __call__(self, abstract: Any, observe: Observer = ignore) -> Any:
+        """The parameters as a tree of abstract arrays and QTensors asks for them, one weight after another.
+
+        The tree may be stacked over layers or not. `observe` sees each weight that is quantized on the way. Raises
+        InputError if the weights are damaged, belong to another config, or are quantized in another way already.
+        """
+        ...
 
 
 def open_path(path: str, *, step: str | int | None = None) -> Source:
@@ -83,7 +109,7 @@ def _open_huggingface(directory: Path) -> Source:
     return Source(
         config,
         load_tokenizer=lambda: load_huggingface(directory),
-        load_params=lambda abstract: huggingface.load_params(directory, config, model_type, abstract),
+        load_params=functools.partial(huggingface.load_params, directory, config, model_type),
         is_run=False,
         model_type=model_type,
         vocab_size=config.vocab_size,
@@ -109,28 +135,41 @@ def _open_run(run: RunDir, step: str | int | None) -> Source:
     config = run.read_config()
     with Checkpoints(run.checkpoints) as checkpoints:
         number = checkpoints.resolve(step)
-        origin = checkpoints.record(number).get(ORIGIN, {})
+        record = checkpoints.record(number)
+    origin, quantized = record.get(ORIGIN, {}), record.get(QUANTIZED)
+    where = f"the record of checkpoint {number} in {run.checkpoints}"
+    quantization = from_dict(Quantization, quantized, where) if quantized else None
     return Source(
         config.model,
         load_tokenizer=lambda: Tokenizer.load(run.tokenizer),
-        load_params=lambda abstract: _restore_params(run, number, config, abstract),
+        load_params=functools.partial(_load_run, run, number, config, quantization),
         is_run=True,
         model_type=origin.get("model_type"),
         vocab_size=origin.get("vocab_size"),
+        quantization=quantization,
     )
 
 
-def _restore_params(run: RunDir, step: int, config: Config, abstract: Any) -> Any:
-    """A run's parameters at a step, with the layout of `abstract`; adapters are merged into the frozen weights."""
-    model, stacked = config.model, STACK in abstract or config.model.num_layers < len(config.model.layer_pattern)
-    boxed = abstract_params(model)
-    params = _read_params(run, step, config, _placement(abstract))
-    weights, wanted = by_name(abstract_params(model, scan_layers=stacked)), by_name(abstract)
-    # Cast before unstacking, so the wide parameters and their unstacked copy never coexist.
-    dtypes = {weights[name].kind: leaf.dtype for name, leaf in wanted.items()}
-    params = map_weights(lambda weight, leaf: leaf.astype(dtypes[weight.kind]), boxed, params)
-    params = params if stacked else unstack_layers(model, params)
-    return jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), params, abstract)
+def _load_run(
+    run: RunDir,
+    step: int,
+    config: Config,
+    quantization: Quantization | None,
+    abstract: Any,
+    observe: Observer = ignore,
+) -> Any:
+    """The parameters of a run at a step, as `abstract` asks for them; adapters are merged into the frozen weights."""
+    wanted = by_name(abstract)
+    is_stacked = STACK in abstract
+    params: dict[str, Any] = {}
+    for name, saved in _saved_weights(run, step, config, quantization, _placement(abstract)):
+        for target, index in [(name, None)] if is_stacked else unstacked_names(config.model, name):
+            weight = saved if index is None else jax.tree.map(lambda part, i=index: part[i], saved)
+            params[target] = convert(weight, wanted[target])
+            if is_quantized(wanted[target]):
+                observe(target, None if is_quantized(weight) else weight, params[target])
+        del saved, weight  # before the next one is read
+    return with_names(abstract, params)
 
 
 def _placement(abstract: Any) -> Callable[[Any], Any]:
@@ -142,14 +181,27 @@ def _placement(abstract: Any) -> Callable[[Any], Any]:
     return functools.partial(on_device, device=device)
 
 
-def _read_params(run: RunDir, step: int, config: Config, place: Callable[[Any], Any]) -> Any:
-    """The parameters as they were saved; adapters are merged into the frozen weights."""
+def _saved_weights(
+    run: RunDir, step: int, config: Config, quantization: Quantization | None, place: Callable[[Any], Any]
+) -> Iterator[tuple[str, Any]]:
+    """The names and the weights of a run, as they were saved; adapters are merged into the frozen weights."""
     checkpoints, boxed = Checkpoints(run.checkpoints), abstract_params(config.model)
     if not config.lora.rank:
-        return checkpoints.restore(step, "params", place(boxed))
-    trained = place(jax.eval_shape(lambda: lora.create(config.lora, boxed, jax.random.key(0))))
-    params = restore_base(checkpoints, step, place(lora.abstract_frozen(config.lora, boxed)))
-    frozen = lora.Frozen(params, config.lora.alpha / config.lora.rank)
-    adapters = checkpoints.restore(step, "params", trained)
-    merge = functools.partial(lora.merge, boxed, dtype=jax.numpy.dtype(config.model.param_dtype))
-    return jax.jit(merge, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, place(boxed)))(adapters, frozen)
+        saved = abstract_packed(abstract_quantized(boxed, place(boxed), quantization))
+        yield from _one_by_one(saved, functools.partial(checkpoints.restore_parts, step, "params"))
+        return
+    adapters = place(jax.eval_shape(lambda: lora.create(config.lora, boxed, jax.random.key(0))))
+    adapters = by_name(checkpoints.restore(step, "params", adapters))
+    frozen, weights = lora.abstract_frozen(config.lora, boxed, place(boxed)), by_name(boxed)
+    scale, dtype = config.lora.alpha / config.lora.rank, jax.numpy.dtype(config.model.param_dtype)
+    for name, weight in _one_by_one(frozen, functools.partial(base_parts, checkpoints, step)):
+        yield name, lora.merged_weight(name, weights[name], weight, adapters, scale, dtype)
+
+
+def _one_by_one(abstract: Any, restore: Callable[[Any, Iterable[Any]], Iterator[Any]]) -> Iterator[tuple[str, Any]]:
+    """(name, weight) of a saved tree; no weight is held here while the next is read."""
+    weights = by_name(abstract)
+    missing = {name: jax.tree.map(lambda _: PLACEHOLDER, weight) for name, weight in weights.items()}
+    parts = restore(abstract, (with_names(abstract, missing | {name: weight}) for name, weight in weights.items()))
+    for name in weights:
+        yield name, by_name(next(parts))[name]

@@ -111,8 +111,8 @@ def abstract_state(
     else:
         boxed = abstract_params(model.config)
         state = jax.eval_shape(lambda: _at_start(optimizer, adapters.create(lora, boxed, jax.random.key(0))))
-        frozen = adapters.Frozen(adapters.abstract_frozen(lora, boxed), lora.alpha / lora.rank)
-        state = placed(mesh, dataclasses.replace(state, frozen=frozen))
+        frozen = adapters.abstract_frozen(lora, boxed, placed(mesh, boxed))
+        state = dataclasses.replace(placed(mesh, state), frozen=adapters.Frozen(frozen, lora.alpha / lora.rank))
     return state if placement is None else _place_moments(state, placement)
 
 
@@ -154,7 +154,10 @@ def create_state(
 def state_from(
     params: Any, model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh, config: Config
 ) -> TrainState:
-    """The state of step 0 with these parameters, which are used up; with a rank, frozen below new adapters."""
+    """The state of step 0 with these parameters, which are used up.
+
+    With a rank they are frozen below new adapters, and must be in the form of `lora.abstract_frozen`.
+    """
     lora, seed = config.lora, config.seed
     shardings = shardings_of(abstract_state(model, optimizer, mesh, config.optimizer, lora))
     if not lora.rank:
@@ -165,8 +168,8 @@ def state_from(
         return nn.meta.unbox(_at_start(optimizer, adapters.create(lora, boxed, jax.random.key(seed))))
 
     state = jax.jit(start, out_shardings=dataclasses.replace(shardings, frozen=None))()
-    frozen = dataclasses.replace(shardings.frozen, params=adapters.freeze(lora, boxed, params))
-    return dataclasses.replace(state, frozen=jax.device_put(frozen, shardings.frozen))
+    frozen = jax.device_put(dataclasses.replace(shardings.frozen, params=params), shardings.frozen)
+    return dataclasses.replace(state, frozen=frozen)
 
 
 def whole_params(state: TrainState, config: ModelConfig, mesh: Mesh) -> Any:

@@ -14,8 +14,9 @@ from nextllm_jax.diagnostics.diagnosis import diagnose
 from nextllm_jax.model import lora
 from nextllm_jax.model.accounting import adapter_count, frozen_bytes
 from nextllm_jax.model.objective import make_eval_step, next_token
+from nextllm_jax.model.quantize import convert
 from nextllm_jax.model.transformer import Transformer, abstract_params
-from nextllm_jax.sharding import make_mesh, placed, sharding
+from nextllm_jax.sharding import make_mesh, on_device, placed, sharding
 from nextllm_jax.training.optimizer import make_optimizer, schedule
 from nextllm_jax.training.state import TrainState, abstract_state, shardings_of, state_from, whole_params
 from nextllm_jax.training.step import make_train_step, mean_gradient
@@ -45,8 +46,9 @@ def random_adapters(config):
 
 
 def frozen_on(config, params):
-    params = jax.tree.map(jnp.asarray, params)
-    return lora.Frozen(lora.freeze(config, abstract_params(CONFIG), params), config.alpha / config.rank)
+    boxed = abstract_params(CONFIG)
+    wanted = lora.abstract_frozen(config, boxed, on_device(boxed, jax.devices()[0]))
+    return lora.Frozen(jax.tree.map(convert, params, wanted), config.alpha / config.rank)
 
 
 def merged_by_hand(config, params, adapters):
@@ -115,7 +117,8 @@ def train(mesh_config, config, *, steps=3):
     sizes = [getattr(mesh_config, name) for name in ("data", "fsdp", "sequence", "tensor")]
     mesh = make_mesh(mesh_config, jax.devices()[: int(np.prod(sizes))])
     model, optimizer = Transformer(CONFIG), make_optimizer(OPTIMIZER, CONFIG)
-    on_mesh = jax.device_put(base_params(), shardings_of(placed(mesh, abstract_params(CONFIG))))
+    boxed = abstract_params(CONFIG)
+    on_mesh = jax.tree.map(convert, base_params(), lora.abstract_frozen(config, boxed, placed(mesh, boxed)))
     with jax.set_mesh(mesh):
         whole = Config(model=CONFIG, optimizer=OPTIMIZER, lora=config, data=DATA, init_from="x")
         state = state_from(on_mesh, model, optimizer, mesh, whole)

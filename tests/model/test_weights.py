@@ -17,10 +17,11 @@ from nextllm_jax.model import layer_norms, lora, transformer
 from nextllm_jax.model.accounting import adapter_count, flops_per_token, matrix_size, parameter_count
 from nextllm_jax.model.layers import Linear
 from nextllm_jax.model.objective import make_eval_step, next_token
+from nextllm_jax.model.quantize import convert
 from nextllm_jax.model.transformer import Transformer, abstract_params
 from nextllm_jax.model.weights import by_name, layer_paths, unstack_layers
 from nextllm_jax.ops.quantized import QTensor
-from nextllm_jax.sharding import make_mesh, tree_shardings
+from nextllm_jax.sharding import make_mesh, placed, tree_shardings
 from nextllm_jax.training.optimizer import decay_mask, make_optimizer, schedule
 from nextllm_jax.training.state import abstract_state, shardings_of, state_from
 from nextllm_jax.training.step import make_train_step
@@ -104,7 +105,9 @@ def test_adapters_train_on_quantized_weights() -> None:
     model, optimizer = Transformer(CONFIG), make_optimizer(settings, CONFIG)
     data = DataConfig(sequence_length=16, tokenizer="gpt2")
     whole = Config(model=CONFIG, optimizer=settings, lora=config, data=data, init_from="x")
-    params = jax.tree.map(jnp.asarray, reference.random_params(nn.meta.unbox(abstract_params(CONFIG))))
+    boxed = abstract_params(CONFIG)
+    wanted = lora.abstract_frozen(config, boxed, placed(mesh, boxed))
+    params = jax.tree.map(convert, reference.random_params(nn.meta.unbox(boxed)), wanted)
     with jax.set_mesh(mesh):
         abstract = abstract_state(model, optimizer, mesh, lora=config)
         state = state_from(params, model, optimizer, mesh, whole)

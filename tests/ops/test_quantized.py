@@ -1,26 +1,90 @@
-"""Products with 8-bit matrices against the matrices that they stand for."""
+"""Quantized matrices and products with them, against numpy."""
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
-from nextllm_jax.ops.quantized import dequantize, product, quantize
+from nextllm_jax.ops.quantized import QTensor, _grouped_product, dequantize, pack, product, quantize, take_rows, unpack
 
 RNG = np.random.default_rng(0)
+FORMS = {
+    "int8 by channel": ("int8", None, np.float32, False),
+    "int8 in groups": ("int8", 4, np.float16, False),
+    "int4": ("int4", 4, np.float16, False),
+    "int4 with minimum": ("int4", 4, np.float16, True),
+}
 
 
-@pytest.mark.parametrize(
-    ("equation", "kernel_shape", "input_axes"),
-    [("BTD,DF->BTF", (6, 5), (0,)), ("BTD,DNH->BTNH", (6, 3, 4), (0,)), ("BTNh,NhD->BTD", (3, 2, 7), (0, 1))],
+def like(shape, axis, form):
+    """The abstract QTensor of a matrix that is grouped along one axis."""
+    dtype, group, scale_type, has_minimum = FORMS[form]
+    scale_shape = list(shape)
+    scale_shape[axis] = shape[axis] // group if group else 1
+    scale = jax.ShapeDtypeStruct(tuple(scale_shape), scale_type)
+    return QTensor(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), scale, scale if has_minimum else None)
+
+
+def by_hand(x, form):
+    """What a matrix [inputs, outputs] becomes, group by group."""
+    dtype, group, scale_type, has_minimum = FORMS[form]
+    made = np.zeros_like(x)
+    for column in range(x.shape[1]):
+        for start in range(0, len(x), group or len(x)):
+            values = x[start : start + (group or len(x)), column]
+            extreme = values[np.abs(values).argmax()]
+            if has_minimum:
+                low = scale_type(values.min()).astype(np.float32)
+                scale = scale_type((values.max() - values.min()) / np.float32(15)).astype(np.float32)
+                rounded = np.clip(np.round((values - low) / scale), 0, 15) * scale + low
+            elif dtype == "int4":
+                scale = scale_type(extreme / np.float32(-8)).astype(np.float32)
+                rounded = np.clip(np.round(values / scale), -8, 7) * scale
+            else:
+                scale = scale_type(np.abs(extreme) / np.float32(127)).astype(np.float32)
+                rounded = np.clip(np.round(values / scale), -128, 127) * scale
+            made[start : start + len(values), column] = rounded
+    return made
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_quantizing_is_what_a_loop_over_groups_does(form):
+    x = RNG.normal(size=(12, 5)).astype(np.float32)
+    found = quantize(jnp.asarray(x), like((12, 5), 0, form))
+    np.testing.assert_allclose(dequantize(found, jnp.float32), by_hand(x, form), rtol=1e-6, atol=1e-6)
+    assert found.q.dtype == FORMS[form][0]
+    assert found.scale.dtype == FORMS[form][2]
+
+
+PRODUCTS = pytest.mark.parametrize(
+    ("equation", "kernel_shape", "axis", "outer"),
+    [
+        ("BTD,DF->BTF", (8, 5), 0, ()),
+        ("BTD,DNH->BTNH", (8, 3, 4), 0, ()),
+        ("BTNh,NhD->BTD", (3, 8, 7), 1, (0,)),
+        ("BTD,VD->BTV", (6, 8), 1, ()),
+    ],
 )
-def test_products_and_their_gradients_are_those_of_the_dequantized_matrix(equation, kernel_shape, input_axes):
-    inputs = [kernel_shape[axis] for axis in input_axes]
-    x = RNG.normal(size=(2, 3, *inputs)).astype(np.float32)
-    kernel = quantize(jnp.asarray(RNG.normal(size=kernel_shape).astype(np.float32)), input_axes)
-    dense = np.asarray(kernel.q, np.float32) * np.asarray(kernel.scale)
-    np.testing.assert_array_equal(dequantize(kernel, jnp.float32), dense)
-    np.testing.assert_allclose(product(equation, x, kernel), np.einsum(equation, x, dense), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@PRODUCTS
+def test_products_and_their_gradients_are_those_of_the_dequantized_matrix(equation, kernel_shape, axis, outer, form):
+    form_like = like(kernel_shape, axis, form)
+    if FORMS[form][1] is None:  # a scale for all inputs
+        shape = tuple(1 if i in outer else size for i, size in enumerate(form_like.scale.shape))
+        form_like = QTensor(form_like.q, form_like.scale.update(shape=shape))
+    x = RNG.normal(size=(2, 3, *(kernel_shape[i] for i in (*outer, axis)))).astype(np.float32)
+    kernel = quantize(jnp.asarray(RNG.normal(size=kernel_shape).astype(np.float32)), form_like)
+    dense = np.asarray(dequantize(kernel, jnp.float32))
+    expected = np.einsum(equation, x, dense)
+    np.testing.assert_allclose(product(equation, x, kernel), expected, rtol=1e-5, atol=1e-5)
+    half = product(equation, jnp.asarray(x, jnp.bfloat16), kernel, jnp.float32)
+    assert half.dtype == jnp.float32
+    np.testing.assert_allclose(half, expected, rtol=0.05, atol=0.05)
+    if kernel_shape == (6, 8):
+        return  # the head, which is never differentiated in this way
 
     def summed(x, kernel):
         return jnp.sum(jnp.sin(product(equation, x, kernel)))
@@ -29,11 +93,40 @@ def test_products_and_their_gradients_are_those_of_the_dequantized_matrix(equati
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("form", ["int4", "int4 with minimum"])
+@PRODUCTS
+def test_partial_sums_of_groups_that_are_scaled_are_the_product(equation, kernel_shape, axis, outer, form, rows):
+    """What accelerators do for few rows, in one program."""
+    x = RNG.normal(size=(rows, 1, *(kernel_shape[i] for i in (*outer, axis)))).astype(np.float32)
+    kernel = quantize(jnp.asarray(RNG.normal(size=kernel_shape).astype(np.float32)), like(kernel_shape, axis, form))
+    expected = np.einsum(equation, x, dequantize(kernel, jnp.float32))
+    found = jax.jit(_grouped_product, static_argnums=(0, 3))(equation, x, kernel, (*outer, axis))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_of_a_table(form):
+    table = quantize(jnp.asarray(RNG.normal(size=(6, 8)).astype(np.float32)), like((6, 8), 1, form))
+    ids = np.array([[0, 5, 2]])
+    np.testing.assert_array_equal(take_rows(table, ids, jnp.float32), np.asarray(dequantize(table, jnp.float32))[ids])
+
+
 def test_no_value_is_off_by_more_than_half_a_step_of_its_channel():
     x = RNG.normal(size=(64, 8)).astype(np.float32) * 10.0 ** np.arange(-4, 4, dtype=np.float32)
     x[:, 3] = 0
-    found = quantize(jnp.asarray(x), (0,))
-    assert found.q.dtype == jnp.int8
+    found = quantize(jnp.asarray(x), like((64, 8), 0, "int8 by channel"))
     np.testing.assert_allclose(found.scale[0], np.abs(x).max(0) / 127, rtol=1e-6)
     assert (np.abs(np.asarray(dequantize(found, jnp.float32)) - x) <= np.asarray(found.scale) * 0.50001).all()
     assert np.abs(np.asarray(found.q)).max(0).tolist() == [127, 127, 127, 0, 127, 127, 127, 127]
+
+
+def test_files_hold_two_values_in_a_byte():
+    q = RNG.integers(-8, 8, (2, 3, 6)).astype(ml_dtypes.int4)
+    packed = pack(QTensor(jnp.asarray(q), jnp.ones((2, 1, 6))))
+    unsigned = q.astype(np.int8).astype(np.uint8) & 15
+    np.testing.assert_array_equal(packed.q, unsigned[..., ::2] + 16 * unsigned[..., 1::2])
+    assert packed.q.dtype == jnp.uint8
+    again = unpack(packed)
+    assert again.q.dtype == jnp.int4
+    np.testing.assert_array_equal(again.q.astype(jnp.int8), q.astype(np.int8))

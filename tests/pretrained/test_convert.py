@@ -119,7 +119,7 @@ def full_disk(*args, **settings):
 
 
 def test_other_paths_are_refused(tmp_path):
-    with pytest.raises(InputError, match="neither a Hugging Face directory"):
+    with pytest.raises(InputError, match="is not a run directory"):
         import_model(str(tmp_path), str(tmp_path / "run"))
     with pytest.raises(InputError, match="is not a run directory"):
         export_model(str(tmp_path), str(tmp_path / "out"), file_format="gguf", dtype="float32")

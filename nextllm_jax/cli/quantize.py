@@ -1,0 +1,75 @@
+"""The command `nextllm quantize`."""
+
+import dataclasses
+from typing import Annotated
+
+import tyro
+
+from nextllm_jax.cli.text import batch_progress, read_text
+from nextllm_jax.config import DataConfig
+from nextllm_jax.config.quantization import Quantization
+from nextllm_jax.process import use_compilation_cache
+
+_TEXT_CHARACTERS = 32_768
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizeArguments:
+    """Write a run directory whose matrices are small integers, for sampling, evaluation and export.
+
+    Prints how much each kind of matrix was rounded, the sizes, and the perplexity before and after.
+    """
+
+    checkpoint: str
+    """Run directory, Hugging Face directory, GGUF file, or a published model: smollm2."""
+    output: str
+    """Run directory to write: config.json, tokenizer, and the weights as checkpoint 0."""
+    quantization: Annotated[Quantization, tyro.conf.arg(name="")]
+    step: str | None = None
+    """Checkpoint to take: best, latest, or a step number; none: best, or latest while none has a validation loss."""
+    text: str | None = None
+    """File to measure the perplexity on; none: 32,768 characters of Python's standard library, from the files that
+    training on it holds out."""
+    perplexity: bool = True
+    """Measure the perplexity before and after; the former has the float model in memory."""
+
+
+def quantize_command(argv: list[str]) -> int:
+    """Quantize a model and print what that did to it; the exit code."""
+    arguments = tyro.cli(QuantizeArguments, args=argv, prog="nextllm quantize", description=QuantizeArguments.__doc__)
+    text = None if arguments.text is None else read_text(arguments.text)
+
+    from tqdm import tqdm
+
+    from nextllm_jax.pretrained.convert import quantize_model, require_quantizable
+    from nextllm_jax.pretrained.quantization_report import QuantizationReport
+
+    use_compilation_cache()
+    config = require_quantizable(arguments.checkpoint, arguments.output, arguments.quantization, step=arguments.step)
+    before = _perplexity(arguments.checkpoint, arguments.step, text) if arguments.perplexity else None
+    report = QuantizationReport(config, arguments.quantization)
+    with tqdm(total=report.total, desc="quantizing", unit="weight", unit_scale=True, disable=None, leave=False) as bar:
+        report.progress = bar.update
+        quantize_model(
+            arguments.checkpoint,
+            arguments.output,
+            arguments.quantization,
+            step=arguments.step,
+            observe=report.observe,
+        )
+    print(report)
+    if before is not None:
+        after = _perplexity(arguments.output, None, text)
+        print(f"perplexity {before:.3f} -> {after:.3f} ({after / before - 1:+.2%})")
+    print(arguments.output)
+    return 0
+
+
+def _perplexity(checkpoint: str, step: str | None, text: str | None) -> float:
+    """The perplexity of a model on a text; None: on held-out files of the standard library."""
+    from nextllm_jax.data.corpora import held_out_text
+    from nextllm_jax.inference.llm import load
+
+    llm = load(checkpoint, step=step)
+    text = held_out_text(DataConfig(), _TEXT_CHARACTERS) if text is None else text
+    return llm.score(text, window=min(llm.config.context_length, 1024), progress=batch_progress).perplexity

@@ -1,0 +1,115 @@
+"""Which weights are quantized, and how one weight gets into the form that is wanted.
+
+A tree of abstract parameters says what is wanted: it has a QTensor of abstract arrays in place of each weight to
+quantize. Whatever loads parameters brings one weight after another into that form, so that the float model is never
+whole in memory.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nextllm_jax.config.quantization import Quantization
+from nextllm_jax.errors import InputError
+from nextllm_jax.model.weights import Weight, is_weight, path_name
+from nextllm_jax.ops.quantized import QTensor, dequantize, pack, quantize, unpack
+from nextllm_jax.sharding import resized
+
+Observer = Callable[[str, jax.Array | None, QTensor], None]
+"""Called with the name of each weight that was quantized, before and after. A stack of layers may come whole, or layer
+by layer, without its first axis. Before is None if the quantized values are those of the file."""
+
+
+def ignore(name: str, before: jax.Array | None, after: QTensor) -> None:
+    """The Observer that does nothing."""
+
+
+def abstract_quantized(boxed: Any, placed: Any, quantization: Quantization | None) -> Any:
+    """`placed` with abstract QTensors for the weights that are quantized; `placed` itself for None.
+
+    `boxed` holds the `Weight`s of the same tree, `placed` abstract arrays with shardings. A scale is sharded as its
+    matrix; along the inputs it may be whole, where its groups cannot be divided.
+
+    Raises InputError if the group size does not divide the inputs of a matrix.
+    """
+    if quantization is None:
+        return placed
+
+    def quantized(path: Any, weight: Weight, leaf: jax.ShapeDtypeStruct) -> Any:
+        return _abstract(path_name(path), weight, leaf, quantization) if weight.kind in quantization.kinds else leaf
+
+    return jax.tree_util.tree_map_with_path(quantized, boxed, placed, is_leaf=is_weight)
+
+
+def _abstract(name: str, weight: Weight, leaf: jax.ShapeDtypeStruct, quantization: Quantization) -> QTensor:
+    *outer, last = weight.contracted_axes
+    group, shape = quantization.inputs_per_scale, list(leaf.shape)
+    num_inputs = math.prod(leaf.shape[axis] for axis in weight.contracted_axes)
+    if group is not None and num_inputs % group:
+        raise InputError(
+            f"group_size {group} does not divide the {num_inputs} inputs of {name}; choose a divisor, such as "
+            f"{math.gcd(num_inputs, group)}"
+        )
+    # Of several input axes, which are heads and their width, the last alone has groups.
+    shape[last] = 1 if group is None else shape[last] // math.gcd(shape[last], group)
+    for axis in outer if group is None else ():
+        shape[axis] = 1
+    scale = _like(leaf, shape, jnp.float32 if group is None else jnp.float16)
+    minimum = None if quantization.scheme == "int8" or quantization.symmetric else scale
+    q: Any = leaf.update(dtype=jnp.dtype(quantization.scheme))
+    return QTensor(q, scale, minimum)
+
+
+def _like(leaf: Any, shape: Any, dtype: Any) -> Any:
+    sharding = resized(leaf.sharding, leaf.shape, shape)
+    return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
+
+
+def abstract_packed(tree: Any) -> Any:
+    """An abstract tree as files hold it: see `ops.quantized.pack`."""
+
+    def packed(leaf: Any) -> Any:
+        if not is_quantized(leaf):
+            return leaf
+        q = jax.eval_shape(pack, leaf).q
+        return dataclasses.replace(leaf, q=_like(leaf.q, q.shape, q.dtype))
+
+    return jax.tree.map(packed, tree, is_leaf=is_quantized)
+
+
+def is_quantized(leaf: Any) -> bool:
+    """Whether a node of a tree is a quantized weight."""
+    return isinstance(leaf, QTensor)
+
+
+def convert(leaf: Any, like: Any) -> Any:
+    """A weight, as it is or as a file holds it, in the form and on the devices of `like`, which is abstract.
+
+    Raises InputError for a weight that is quantized in another way than `like`: nothing is rounded twice.
+    """
+    if not is_quantized(leaf) and not is_quantized(like):
+        return jax.device_put(leaf.astype(like.dtype), like.sharding)
+    return _converter(like, is_quantized(leaf))(leaf)
+
+
+@functools.lru_cache(maxsize=256)
+def _converter(like: Any, from_quantized: bool) -> Callable[[Any], Any]:
+    def change(leaf: Any) -> Any:
+        if not from_quantized:
+            return quantize(leaf, like)
+        return _unpacked(leaf, like) if is_quantized(like) else dequantize(unpack(leaf), like.dtype)
+
+    return jax.jit(change, out_shardings=jax.tree.map(lambda part: part.sharding, like))
+
+
+def _unpacked(leaf: QTensor, like: QTensor) -> QTensor:
+    made = unpack(leaf)
+    found, wanted = ([(part.shape, part.dtype) for part in jax.tree.leaves(x)] for x in (made, like))
+    if found != wanted:
+        raise InputError("the weights are quantized in another way already; leave out how to quantize them")
+    return made
