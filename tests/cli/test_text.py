@@ -42,7 +42,7 @@ BAD_TOKENIZE = {
     "no tokenizer": (["--tokenizer", "nowhere", "x"], "tokenizer nowhere is not gpt2"),
     "no file": (["--tokenizer", "runs/config", "--file", "nowhere.txt"], "nowhere.txt cannot be read"),
     "two texts": (["--tokenizer", "runs/config", "x", "--file", "text.txt"], "both a text and --file"),
-    "empty directory": (["--tokenizer", "corpus", "x"], "corpus/tokenizer holds no saved tokenizer"),
+    "empty directory": (["--tokenizer", "corpus", "x"], "corpus holds no tokenizer"),
     "damaged GGUF": (["--tokenizer", "broken.gguf", "x"], "broken.gguf cannot be read as GGUF"),
 }
 

@@ -86,7 +86,7 @@ def test_only_the_new_turn_is_read(llm):
 def test_an_answer_stops_at_any_of_the_stop_ids(llm):
     free = anew(llm, [{"role": "user", "content": "hello"}], GREEDY)
     roles = dataclasses.replace(llm.tokenizer.roles, stop_ids=(257, free[4]))
-    stopping = dataclasses.replace(llm, tokenizer=Tokenizer("bytes", llm.tokenizer.backend, roles))
+    stopping = dataclasses.replace(llm, load_tokenizer=lambda: Tokenizer("bytes", llm.tokenizer.backend, roles))
     talk = Conversation(stopping, max_new_tokens=12, sampling=GREEDY)
     list(talk.say("hello"))
     assert talk.sample is not None
@@ -122,7 +122,9 @@ def test_the_context_fills_up(llm):
 
 
 def test_what_cannot_be_is_refused(llm):
-    plain = dataclasses.replace(llm, tokenizer=Tokenizer("bytes", llm.tokenizer.backend, Roles(bos_id=256, eos_id=257)))
+    plain = dataclasses.replace(
+        llm, load_tokenizer=lambda: Tokenizer("bytes", llm.tokenizer.backend, Roles(bos_id=256, eos_id=257))
+    )
     with pytest.raises(InputError, match="has no chat template"):
         Conversation(plain)
     with pytest.raises(InputError, match="max_new_tokens is 0"):

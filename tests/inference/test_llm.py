@@ -272,7 +272,7 @@ def test_on_a_mesh_a_model_computes_what_it_does_on_one_device(run_directory, wi
     shardings = jax.tree.map(lambda leaf, like: leaf.sharding == like.sharding, loaded.params, planned)
     assert all(jax.tree.leaves(shardings))
     up = loaded.params["remainder_1"]["mlp"]["up"]["kernel"]
-    assert up.addressable_shards[0].data.size == up.size // (sizes["fsdp"] * sizes.get("tensor", 1))
+    assert up.addressable_shards[0].data.size == up.size // (sizes.get("fsdp", 1) * sizes.get("tensor", 1))
     assert equal(jax.device_get(nextllm_jax.load(without_tokenizer, mesh=mesh).params), jax.device_get(one.params))
 
     tokens_BT = np.arange(60).reshape(3, 20)
