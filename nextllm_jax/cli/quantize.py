@@ -45,9 +45,9 @@ def quantize_command(argv: list[str]) -> int:
     from nextllm_jax.pretrained.quantization_report import QuantizationReport
 
     use_compilation_cache()
-    config = require_quantizable(arguments.checkpoint, arguments.output, arguments.quantization, step=arguments.step)
+    source = require_quantizable(arguments.checkpoint, arguments.output, arguments.quantization, step=arguments.step)
     before = _perplexity(arguments.checkpoint, arguments.step, text) if arguments.perplexity else None
-    report = QuantizationReport(config, arguments.quantization)
+    report = QuantizationReport(source.config, arguments.quantization)
     with tqdm(total=report.total, desc="quantizing", unit="weight", unit_scale=True, disable=None, leave=False) as bar:
         report.progress = bar.update
         quantize_model(

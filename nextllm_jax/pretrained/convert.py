@@ -63,8 +63,7 @@ def quantize_model(
     The float weights are read one after another, and never all of them in memory. `observe` sees each of them.
     Raises InputError for a model that is quantized already, and for an output that exists.
     """
-    require_quantizable(source, output, quantization, step=step)
-    opened = open_path(resolve(source), step=step)
+    opened = require_quantizable(source, output, quantization, step=step)
     tokenizer, wanted = opened.load_tokenizer(), _on_cpu(opened.config, quantization)
     params = jax.tree.map(
         lambda leaf: jax.jit(pack)(leaf) if is_quantized(leaf) else leaf,
@@ -79,13 +78,13 @@ def quantize_model(
 
 def require_quantizable(
     source: str, output: str, quantization: Quantization, *, step: str | int | None = None
-) -> ModelConfig:
-    """The config of a model that `quantize_model` can quantize. Raises InputError as that does, before any work."""
+) -> Source:
+    """The opened model, which `quantize_model` can quantize. Raises InputError as that does, before any work."""
     _require_free(Path(output))
     opened = open_path(resolve(source), step=step)
     opened.require_floats(source)
     _on_cpu(opened.config, quantization)
-    return opened.config
+    return opened
 
 
 def _origin(opened: Source) -> dict[str, Any]:
