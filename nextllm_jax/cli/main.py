@@ -142,7 +142,8 @@ def prepare_command(argv: list[str]) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VerifyArguments:
-    """Check every byte of a run's checkpoints; exit 0 if all are whole, 1 if one is damaged, 2 if it is no run."""
+    """Check every byte of a run's checkpoints; exit 0 if all are whole, 1 if one is damaged or there is none, 2 if PATH
+    is not a run."""
 
     path: tyro.conf.Positional[str]
     """Run directory, its checkpoints directory, or the directory of one step."""
@@ -160,8 +161,8 @@ def verify_command(argv: list[str]) -> int:
 
     steps = verify.find_steps(arguments.path)
     if not steps:
-        print(f"{arguments.path} holds no checkpoint yet", file=sys.stderr)
-    failed = False
+        print(f"{arguments.path} holds no checkpoint", file=sys.stderr)
+    failed = not steps
     with tqdm(total=verify.count_bytes(steps), unit="B", unit_scale=True, leave=False, delay=1, disable=None) as bar:
         for report in verify.check_steps(steps, bar.update):
             with bar.external_write_mode():

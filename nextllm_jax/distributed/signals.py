@@ -41,8 +41,9 @@ class StopRequest:
     """Context manager that turns the first signal, or a closed pipe, into a request to all processes of a group.
 
     With `may_exit`, as on the command line, the process ends at once for a signal after `allow_exit`, with exit
-    code 75, and for a second SIGINT or SIGTERM, over a second after the first signal, with 128 + its number. Without,
-    that second signal acts as if this were not here. Outside of the main thread no signal is taken.
+    code 75, and for a second SIGINT or SIGTERM, over a second after the first signal, with 128 + its number; after the
+    block SIGTERM and SIGHUP stay ignored, since only the exit is left. Without, that second signal acts as if this were
+    not here. Outside of the main thread no signal is taken.
     """
 
     def __init__(self, group: Group | None = None, *, may_exit: bool = False) -> None:
@@ -161,6 +162,9 @@ class StopRequest:
         self._output.__exit__(None, None, None)
         if self._previous:
             self._restore()
+            if self._may_exit:  # the command ends: a scheduler's signal in these seconds must not change its exit code
+                for number in (signal.SIGTERM, signal.SIGHUP):
+                    signal.signal(number, signal.SIG_IGN)
             signal.set_wakeup_fd(self._previous_wakeup)
         self._writer.close()  # ends the thread
         self._thread.join()

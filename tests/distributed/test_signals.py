@@ -142,6 +142,25 @@ def test_a_later_signal_ends_a_command_and_says_what_is_lost(number, code):
     assert f"a second signal, {number.name}: ended without saving" in said
 
 
+_ENDING = """
+import time
+from nextllm_jax.distributed.signals import StopRequest
+
+with StopRequest(may_exit=True):
+    pass
+print("here", flush=True)
+time.sleep(1)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_a_command_that_has_finished_does_not_change_its_exit_code(number):
+    with subprocess.Popen([sys.executable, "-c", _ENDING], stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        process.send_signal(number)
+    assert process.returncode == 0
+
+
 def test_another_signal_is_no_request():
     before = signal.signal(signal.SIGUSR1, lambda *_: None)
     try:

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -169,6 +171,21 @@ def test_conversations_are_learnt_from_a_file_of_messages(place):
 def resolve(config=None, file=None, **changes):
     file = file or Config(model=ModelConfig(), data=DataConfig(sequence_length=64))
     return with_source(dataclasses.replace(config or file, **{"workdir": "nowhere", **changes}), file)[0]
+
+
+@pytest.mark.parametrize("name", [*SOURCES, "runs/config"])
+def test_opening_the_source_touches_no_device(sources, name):
+    """A process of several joins the others before jax looks for its devices, and cannot afterwards."""
+    program = """
+import sys
+from jax._src import xla_bridge
+from nextllm_jax.config import Config
+from nextllm_jax.pretrained.init_from import with_source
+config = Config(init_from=sys.argv[1], workdir="nowhere")
+with_source(config, config)
+sys.exit(xla_bridge.backends_are_initialized())
+"""
+    subprocess.run([sys.executable, "-c", program, str(sources / name)], check=True)
 
 
 def test_the_model_is_the_sources_but_for_how_it_is_computed(sources, capsys):
