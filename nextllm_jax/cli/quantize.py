@@ -27,6 +27,9 @@ class QuantizeArguments:
     quantization: Annotated[Quantization, tyro.conf.arg(name="")]
     step: str | None = None
     """Checkpoint to take: best, latest, or a step number; none: best, or latest while none has a validation loss."""
+    calibrate: str | None = None
+    """For int4: text like what the model will read, of which 128 windows of 512 tokens decide what the later weights
+    of each matrix make up for. Takes minutes and the float model in memory; none: each weight is rounded by itself."""
     text: str | None = None
     """File to measure the perplexity on; none: 32,768 characters of Python's standard library, from the files that
     training on it holds out."""
@@ -37,7 +40,7 @@ class QuantizeArguments:
 def quantize_command(argv: list[str]) -> int:
     """Quantize a model and print what that did to it; the exit code."""
     arguments = tyro.cli(QuantizeArguments, args=argv, prog="nextllm quantize", description=QuantizeArguments.__doc__)
-    text = None if arguments.text is None else read_text(arguments.text)
+    text, calibration = (path and read_text(path) for path in (arguments.text, arguments.calibrate))
 
     from tqdm import tqdm
 
@@ -45,18 +48,14 @@ def quantize_command(argv: list[str]) -> int:
     from nextllm_jax.pretrained.quantization_report import QuantizationReport
 
     use_compilation_cache()
-    source = require_quantizable(arguments.checkpoint, arguments.output, arguments.quantization, step=arguments.step)
+    what = (arguments.checkpoint, arguments.output, arguments.quantization)
+    how = {"step": arguments.step, "calibration": calibration}
+    source = require_quantizable(*what, **how)
     before = _perplexity(arguments.checkpoint, arguments.step, text) if arguments.perplexity else None
     report = QuantizationReport(source.config, arguments.quantization)
     with tqdm(total=report.total, desc="quantizing", unit="weight", unit_scale=True, disable=None, leave=False) as bar:
         report.progress = bar.update
-        quantize_model(
-            arguments.checkpoint,
-            arguments.output,
-            arguments.quantization,
-            step=arguments.step,
-            observe=report.observe,
-        )
+        quantize_model(*what, **how, observe=report.observe)
     print(report)
     if before is not None:
         after = _perplexity(arguments.output, None, text)

@@ -17,6 +17,9 @@ from nextllm_jax.ops.linear import linear
 from nextllm_jax.ops.quantized import product, take_rows
 from nextllm_jax.sharding import constrain
 
+INPUTS = "inputs"
+"""The collection of what each Linear multiplies with its kernel, for a caller that makes it mutable."""
+
 
 def keep_mean_square(module: nn.Module, name: str, x_BTD: jax.Array) -> None:
     """Record the mean square of each position, float32 [B, T], for a caller that asks for intermediates.
@@ -73,6 +76,7 @@ class Linear(nn.Module):
             self, "kernel", "matrix", init, self.kernel_axes, self.kernel_shape, self.param_dtype, num_inputs=num_inputs
         )
         x = x.astype(self.dtype)
+        self.sow(INPUTS, "x", x)
         y = product(self.equation, x, kernel)
         if self.has_variable("adapters", "a"):
             a, b = (self.get_variable("adapters", name).astype(self.dtype) for name in ("a", "b"))

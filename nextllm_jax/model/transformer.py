@@ -171,10 +171,7 @@ class Transformer(nn.Module):
         """
         if cache is not None and segment_ids_BT is not None:
             raise ValueError("a cache holds one document per row; pass segment_ids or a cache, not both")
-        config = self.config
-        x_BTD = self.embed(tokens_BT)
-        if config.embedding_scale != 1:
-            x_BTD = x_BTD * config.embedding_scale
+        config, x_BTD = self.config, self.embedded(tokens_BT)
         context = (ropes(config, positions_BT), positions_BT, segment_ids_BT)
         num_periods = self._num_periods()
         if num_periods:
@@ -193,6 +190,11 @@ class Transformer(nn.Module):
         if self.is_initializing():
             self.logits(hidden_BTD)  # creates the parameters of an untied head
         return hidden_BTD, cache
+
+    def embedded(self, tokens_BT: jax.Array) -> jax.Array:
+        """Return the residual stream [B, T, D] before the first layer."""
+        x_BTD = self.embed(tokens_BT)
+        return x_BTD if self.config.embedding_scale == 1 else x_BTD * self.config.embedding_scale
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Return float32 logits [B, T, V], padded vocabulary included."""

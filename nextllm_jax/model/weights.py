@@ -130,6 +130,19 @@ def unstack_layers(config: ModelConfig, params: Any) -> Any:
     return unstacked
 
 
+def stack_layers(config: ModelConfig, params: Any) -> Any:
+    """The parameters that `unstack_layers` was given."""
+    stacked = {name: tree for name, tree in params.items() if not name.startswith(_REMAINDER)}
+    groups: dict[str, list[Any]] = {}
+    for layer, (name, _) in enumerate(layer_paths(config)):
+        groups.setdefault(name, []).append(params[f"{_REMAINDER}{layer}"])
+    for name, layers in groups.items():
+        stack, _, block = name.rpartition("/")
+        tree = jax.tree.map(lambda *parts: jnp.stack(parts), *layers) if stack else layers[0]
+        (stacked.setdefault(stack, {}) if stack else stacked)[block] = tree
+    return stacked
+
+
 def unstacked_names(config: ModelConfig, name: str) -> list[tuple[str, int | None]]:
     """The names of a weight's layers after `unstack_layers`, and their indices in its stack (None: it is no stack)."""
     layers = [

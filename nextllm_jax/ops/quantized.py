@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,31 +34,76 @@ class QTensor:
         return self.q.shape
 
 
-def quantize(x: jax.Array, like: QTensor) -> QTensor:
+def quantize(x: jax.Array, like: QTensor, importance: jax.Array | None = None) -> QTensor:
     """`x` rounded to the steps of each group, in the shapes and types of `like`, which may be abstract.
 
     Without a minimum, int8 puts the greatest magnitude of a group on 127 or -127 and int4 on -8, whatever its sign.
     With one, the least value is the least q and the greatest the greatest. Scale and minimum are rounded to their
-    type first. No value is off by more than half a step, but for that rounding and for int4 without a minimum, where
-    values next to the opposite of the greatest magnitude are off by up to a whole step.
+    type first. int4 then tries narrower ranges, whose finer steps can be worth the values that they cut off, and keeps
+    the one with the least sum of squared errors, weighted by `importance` (which broadcasts against `x`; None: 1).
     """
     full, coarse = _groups(like)
     within = tuple(axis for axis, size in enumerate(coarse) if size == 1)
     x32 = x.astype(jnp.float32).reshape(full)
-    low, high = (reduce(x32, axis=within, keepdims=True) for reduce in (jnp.min, jnp.max))
-    least, greatest = (int(bound) for bound in (jnp.iinfo(like.q.dtype).min, jnp.iinfo(like.q.dtype).max))
-    if like.minimum is not None:
-        scale, minimum = (high - low) / (greatest - least), low.astype(like.minimum.dtype)
-    else:
-        extreme, minimum = jnp.where(high > -low, high, low), None
-        scale = extreme / least if like.q.dtype == jnp.int4 else jnp.abs(extreme) / greatest
-    scale = scale.astype(like.scale.dtype)
-    step = jnp.where(scale == 0, 1, scale.astype(jnp.float32))
-    steps = x32 / step if minimum is None else (x32 - minimum.astype(jnp.float32)) / step + least
-    q = jnp.clip(jnp.round(steps), least, greatest).astype(like.q.dtype)
+    weight = None if importance is None else jnp.broadcast_to(importance, x.shape).reshape(full)
+    scale, minimum = fit(x32, like, within, weight)
+    q = steps_of(x32, scale, minimum, like.q.dtype).reshape(like.q.shape)
     if minimum is not None and like.minimum is not None:
         minimum = minimum.reshape(like.minimum.shape)
-    return QTensor(q.reshape(like.q.shape), scale.reshape(like.scale.shape), minimum)
+    return QTensor(q, scale.reshape(like.scale.shape), minimum)
+
+
+_NARROWER = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
+"""Parts of a group's range that int4 tries beside the whole range."""
+
+
+def fit(
+    x32: jax.Array, like: QTensor, within: tuple[int, ...], importance: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Scale and minimum of groups that extend over the axes `within`, in the types of `like`."""
+    low, high = (reduce(x32, axis=within, keepdims=True) for reduce in (jnp.min, jnp.max))
+    least, greatest = (int(bound) for bound in (jnp.iinfo(like.q.dtype).min, jnp.iinfo(like.q.dtype).max))
+
+    def steps_for(low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        if like.minimum is not None:
+            return ((high - low) / (greatest - least)).astype(like.scale.dtype), low.astype(like.minimum.dtype)
+        extreme = jnp.where(high > -low, high, low)
+        scale = extreme / least if like.q.dtype == jnp.int4 else jnp.abs(extreme) / greatest
+        return scale.astype(like.scale.dtype), None
+
+    def error_of(scale: jax.Array, minimum: jax.Array | None) -> jax.Array:
+        q = steps_of(x32, scale, minimum, like.q.dtype)
+        squares = jnp.square(values_of(q, scale, minimum) - x32)
+        return jnp.sum(squares if importance is None else squares * importance, axis=within, keepdims=True)
+
+    whole = steps_for(low, high)
+    if like.q.dtype != jnp.int4:
+        return whole
+
+    def try_part(best: Any, part: jax.Array) -> tuple[Any, None]:
+        found = steps_for(low * part, high * part)
+        error = error_of(*found)
+        new = (error, *found)
+        return jax.tree.map(lambda old, new: jnp.where(error < best[0], new, old), best, new), None
+
+    (_, scale, minimum), _ = jax.lax.scan(try_part, (error_of(*whole), *whole), jnp.array(_NARROWER))
+    return scale, minimum
+
+
+def steps_of(x32: jax.Array, scale: jax.Array, minimum: jax.Array | None, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """The integers nearest to values, given scale and minimum that broadcast against them."""
+    least, greatest = int(jnp.iinfo(dtype).min), int(jnp.iinfo(dtype).max)
+    step = jnp.where(scale == 0, 1, scale.astype(jnp.float32))
+    steps = x32 / step if minimum is None else (x32 - minimum.astype(jnp.float32)) / step + least
+    return jnp.clip(jnp.round(steps), least, greatest).astype(dtype)
+
+
+def values_of(q: jax.Array, scale: jax.Array, minimum: jax.Array | None) -> jax.Array:
+    """What integers stand for, float32, given scale and minimum that broadcast against them."""
+    steps = q.astype(jnp.float32)
+    if minimum is None:
+        return steps * scale.astype(jnp.float32)
+    return (steps - int(jnp.iinfo(q.dtype).min)) * scale.astype(jnp.float32) + minimum.astype(jnp.float32)
 
 
 def dequantize(x: jax.Array | QTensor, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -65,12 +111,8 @@ def dequantize(x: jax.Array | QTensor, dtype: jax.typing.DTypeLike) -> jax.Array
     if not isinstance(x, QTensor):
         return x.astype(dtype)
     full, coarse = _groups(x)
-    steps, scale = x.q.reshape(full).astype(jnp.float32), x.scale.reshape(coarse).astype(jnp.float32)
-    if x.minimum is None:
-        values = steps * scale
-    else:
-        values = (steps - jnp.iinfo(x.q.dtype).min) * scale + x.minimum.reshape(coarse).astype(jnp.float32)
-    return values.reshape(x.shape).astype(dtype)
+    minimum = None if x.minimum is None else x.minimum.reshape(coarse)
+    return values_of(x.q.reshape(full), x.scale.reshape(coarse), minimum).reshape(x.shape).astype(dtype)
 
 
 def _groups(x: QTensor) -> tuple[list[int], list[int]]:

@@ -18,8 +18,10 @@ from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config, DataConfig, ModelConfig
 from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError, RunFailed, failed_place
+from nextllm_jax.model.calibration import calibrate, calibration_windows
 from nextllm_jax.model.quantize import Observer, abstract_quantized, ignore, is_quantized
 from nextllm_jax.model.transformer import abstract_params
+from nextllm_jax.model.weights import stack_layers
 from nextllm_jax.ops.quantized import pack
 from nextllm_jax.pretrained.source import ORIGIN, QUANTIZED, Source, open_path
 from nextllm_jax.published_models import resolve
@@ -56,31 +58,50 @@ def quantize_model(
     quantization: Quantization,
     *,
     step: str | int | None = None,
+    calibration: str | None = None,
     observe: Observer = ignore,
 ) -> None:
     """Write a run directory with a model (a run directory's, or a foreign one) whose matrices are quantized.
 
-    The float weights are read one after another, and never all of them in memory. `observe` sees each of them.
-    Raises InputError for a model that is quantized already, and for an output that exists.
+    The float weights are read one after another, and never all of them in memory; with `calibration`, a text for
+    `model.calibration.calibrate`, they are all in the host's memory. `observe` sees each of them.
+
+    Raises InputError for a model that is quantized already, for a text that is too short or a scheme that takes none,
+    and for an output that exists.
     """
-    opened = require_quantizable(source, output, quantization, step=step)
-    tokenizer, wanted = opened.load_tokenizer(), _on_cpu(opened.config, quantization)
+    opened = require_quantizable(source, output, quantization, step=step, calibration=calibration)
+    config, tokenizer = opened.config, opened.load_tokenizer()
+    if calibration is None:
+        params = opened.load_params(_on_cpu(config, quantization), observe)
+    else:
+        windows_BT = calibration_windows(tokenizer.encode_document(calibration), config.context_length)
+        floats, wanted = (_on_cpu(config, kept, scan_layers=False) for kept in (None, quantization))
+        params = stack_layers(
+            config, calibrate(config, opened.load_params(floats), wanted, windows_BT, observe=observe)
+        )
     params = jax.tree.map(
-        lambda leaf: jax.jit(pack)(leaf) if is_quantized(leaf) else leaf,
-        opened.load_params(wanted, observe),
-        is_leaf=is_quantized,
+        lambda leaf: jax.jit(pack)(leaf) if is_quantized(leaf) else leaf, params, is_leaf=is_quantized
     )
     record = {ORIGIN: _origin(opened), QUANTIZED: quantization.to_json()}
     run = RunDir(resolve(source))
     window = run.read_config().data.sequence_length if opened.is_run else None
-    _write_run(Path(output), opened.config, tokenizer, params, record, window=window)
+    _write_run(Path(output), config, tokenizer, params, record, window=window)
 
 
 def require_quantizable(
-    source: str, output: str, quantization: Quantization, *, step: str | int | None = None
+    source: str,
+    output: str,
+    quantization: Quantization,
+    *,
+    step: str | int | None = None,
+    calibration: str | None = None,
 ) -> Source:
     """The opened model, which `quantize_model` can quantize. Raises InputError as that does, before any work."""
     _require_free(Path(output))
+    if calibration is not None and quantization.scheme != "int4":
+        raise InputError(
+            f"--calibrate is for int4, and the scheme is {quantization.scheme}, which needs none; leave it out"
+        )
     opened = open_path(resolve(source), step=step)
     opened.require_floats(source)
     _on_cpu(opened.config, quantization)
@@ -169,9 +190,9 @@ def export_model(
         ) from error
 
 
-def _on_cpu(config: ModelConfig, quantization: Quantization | None = None) -> Any:
+def _on_cpu(config: ModelConfig, quantization: Quantization | None = None, *, scan_layers: bool = True) -> Any:
     """The abstract parameters in the host's memory: converting needs no accelerator."""
-    boxed = abstract_params(config)
+    boxed = abstract_params(config, scan_layers=scan_layers)
     return abstract_quantized(boxed, on_device(boxed, jax.local_devices(backend="cpu")[0]), quantization)
 
 

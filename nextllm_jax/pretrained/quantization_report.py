@@ -33,7 +33,7 @@ class QuantizationReport:
     def __init__(self, config: ModelConfig, quantization: Quantization) -> None:
         self._config, self._quantization = config, quantization
         boxed = abstract_params(config)
-        self._declared = by_name(boxed)
+        self._declared = by_name(abstract_params(config, scan_layers=False)) | by_name(boxed)
         self._kinds: dict[str, _Kind] = {}
         self.total = sum(weight.value.size for weight in of_kind(boxed, *quantization.kinds).values())
         """Weights to quantize."""

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from nextllm_jax.ops import quantized
 from nextllm_jax.ops.quantized import QTensor, _grouped_product, dequantize, pack, product, quantize, take_rows, unpack
 
 RNG = np.random.default_rng(0)
@@ -28,24 +29,29 @@ def like(shape, axis, form):
 
 def by_hand(x, form):
     """What a matrix [inputs, outputs] becomes, group by group."""
-    dtype, group, scale_type, has_minimum = FORMS[form]
+    dtype, group, _, _ = FORMS[form]
     made = np.zeros_like(x)
     for column in range(x.shape[1]):
         for start in range(0, len(x), group or len(x)):
             values = x[start : start + (group or len(x)), column]
-            extreme = values[np.abs(values).argmax()]
-            if has_minimum:
-                low = scale_type(values.min()).astype(np.float32)
-                scale = scale_type((values.max() - values.min()) / np.float32(15)).astype(np.float32)
-                rounded = np.clip(np.round((values - low) / scale), 0, 15) * scale + low
-            elif dtype == "int4":
-                scale = scale_type(extreme / np.float32(-8)).astype(np.float32)
-                rounded = np.clip(np.round(values / scale), -8, 7) * scale
-            else:
-                scale = scale_type(np.abs(extreme) / np.float32(127)).astype(np.float32)
-                rounded = np.clip(np.round(values / scale), -128, 127) * scale
-            made[start : start + len(values), column] = rounded
+            ranges = np.float32([1, *quantized._NARROWER]) if dtype == "int4" else [np.float32(1)]
+            tried = [rounded(values, form, part) for part in ranges]
+            errors = [np.square(one - values).sum() for one in tried]
+            made[start : start + len(values), column] = tried[np.argmin(errors)]
     return made
+
+
+def rounded(values, form, part):
+    """The values of a group in steps that reach over a part of their range."""
+    dtype, _, scale_type, has_minimum = FORMS[form]
+    if has_minimum:
+        low, high = values.min() * part, values.max() * part
+        low, scale = (scale_type(value).astype(np.float32) for value in (low, (high - low) / np.float32(15)))
+        return np.clip(np.round((values - low) / scale), 0, 15) * scale + low
+    extreme = values[np.abs(values).argmax()] * part
+    least, greatest = (-8, 7) if dtype == "int4" else (-128, 127)
+    scale = scale_type(extreme / np.float32(-8) if dtype == "int4" else np.abs(extreme) / np.float32(127))
+    return np.clip(np.round(values / scale.astype(np.float32)), least, greatest) * scale.astype(np.float32)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,0 +1,98 @@
+"""int4 weights that make up for the errors of rounding, on a text that stands for what the model will read."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nextllm_jax.config import ModelConfig
+from nextllm_jax.errors import InputError
+from nextllm_jax.model.attention_kernel import AttentionKernel
+from nextllm_jax.model.layers import INPUTS
+from nextllm_jax.model.quantize import Observer, convert, ignore, is_quantized
+from nextllm_jax.model.transformer import Block, Transformer, ropes, set_matmul_precision
+from nextllm_jax.model.weights import by_name, layer_paths, path_name, with_names
+from nextllm_jax.ops.gptq import quantize_for_inputs
+
+_NUM_WINDOWS = 128
+_WINDOW = 512
+_BATCH_SIZE = 8
+"""Windows that a layer reads together."""
+
+
+def calibration_windows(document: Sequence[int], context_length: int) -> np.ndarray:
+    """At most 128 windows, int32 [B, T], spread evenly over a document; T is 512, or the context length if shorter.
+
+    Raises InputError if the document does not fill one.
+    """
+    T = min(context_length, _WINDOW)
+    count = len(document) // T
+    if count == 0:
+        raise InputError(f"the text to calibrate on is {len(document)} tokens, which fill no window of {T}; give more")
+    windows_BT = np.asarray(document[: count * T], np.int32).reshape(count, T)
+    return windows_BT[np.linspace(0, count - 1, min(count, _NUM_WINDOWS)).astype(int)]
+
+
+def calibrate(
+    config: ModelConfig, params: Any, like: Any, windows_BT: np.ndarray, *, observe: Observer = ignore
+) -> Any:
+    """The parameters quantized as `like` says, layer after layer, each for what the quantized layers before it make.
+
+    `params` and `like`, which is abstract, are those of a Transformer without scan_layers. The embedding and the head
+    are rounded as they are. The first local device needs room for the embedding, a layer, and the residual stream of
+    all windows, float32 [B, T, D]; `params` may lie elsewhere.
+    """
+    set_matmul_precision(np.dtype(jnp.float32))
+    device = jax.local_devices()[0]
+    paths = [path for path, _ in layer_paths(config, stacked=False)]
+    new = {name: _converted(name, params[name], like[name], observe) for name in params if name not in paths}
+    model = Transformer(config.without_remat(), jnp.float32, scan_layers=False)
+    embed = jax.jit(functools.partial(model.apply, method="embedded"))
+    embedding = {"params": jax.device_put({"embed": new["embed"]}, device)}
+    starts = range(0, len(windows_BT), _BATCH_SIZE)
+    batches = [embed(embedding, windows_BT[start : start + _BATCH_SIZE]) for start in starts]
+    for i, path in enumerate(paths):
+        block = Block(model.config, config.layer_pattern[i % len(config.layer_pattern)], model.dtype, AttentionKernel())
+        layer = jax.device_put(params[path], device)
+        sums = (_run(block, layer, x_BTD)[1] for x_BTD in batches)
+        hessians = functools.reduce(functools.partial(jax.tree.map, jnp.add), sums)
+        new[path] = _calibrated(path, layer, like[path], hessians, observe)
+        layer = jax.device_put(new[path], device)
+        batches = [_run(block, layer, x_BTD)[0] for x_BTD in batches]
+    return new
+
+
+def _converted(prefix: str, tree: Any, like: Any, observe: Observer) -> Any:
+    new = jax.tree.map(convert, tree, like)
+    for name, leaf in by_name(new).items():
+        if is_quantized(leaf):
+            observe(f"{prefix}/{name}", by_name(tree)[name], leaf)
+    return new
+
+
+def _calibrated(path: str, layer: Any, like: Any, hessians: dict[str, jax.Array], observe: Observer) -> Any:
+    """A layer's parameters in the form and on the devices of `like`."""
+    floats, new = by_name(layer), {}
+    for name, wanted in by_name(like).items():
+        if not is_quantized(wanted):
+            new[name] = convert(floats[name], wanted)
+            continue
+        rounded = quantize_for_inputs(floats[name], hessians[name.removesuffix("/kernel")], wanted)
+        new[name] = jax.tree.map(lambda part, like: jax.device_put(part, like.sharding), rounded, wanted)
+        observe(f"{path}/{name}", floats[name], rounded)
+    return with_names(like, new)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(block: Block, layer: Any, x_BTD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The layer's output, and x^T x, float32 [inputs, inputs], of what each module of it multiplies with its kernel."""
+    positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1], dtype=jnp.int32), x_BTD.shape[:2])
+    context = (ropes(block.config, positions_BT), positions_BT, None, None, 0)
+    (y_BTD, _), recorded = block.apply({"params": layer}, x_BTD, *context, mutable=[INPUTS])
+    inputs = jax.tree_util.tree_leaves_with_path(recorded[INPUTS])
+    flat = {path_name(path[:-2]): x.reshape(-1, math.prod(x.shape[2:])) for path, x in inputs}
+    return y_BTD, {name: x.T @ x for name, x in flat.items()}
