@@ -17,7 +17,7 @@ from nextllm_jax.errors import InputError
 from nextllm_jax.inference.generate import CHUNK_TOKENS, CachedRow, Generation, bucket
 from nextllm_jax.inference.stream import Sample, TextStream
 from nextllm_jax.model.objective import Batch, text_batch, token_scores
-from nextllm_jax.model.quantize import abstract_quantized
+from nextllm_jax.model.quantize import abstract_quantized, regroup
 from nextllm_jax.model.transformer import Transformer, abstract_params, resolve_dtype, set_matmul_precision
 from nextllm_jax.model.weights import cast_matrices
 from nextllm_jax.pretrained.open_model import open_model
@@ -288,7 +288,9 @@ def load(
     what suits the platform, None for what the model's config says. Matrices are cast to it once, here, norms stay as
     they were trained. float32 asks jax for full matmul precision, for the whole process. `quantize` is "int8", "int4"
     or a Quantization: matrices are quantized as they are read, so the float model is never whole in memory. "none":
-    they stay as the files have them. `mesh` shards the model over all devices; None: one device.
+    they stay as the files have them. On a CPU, weights that share scales in groups of inputs, as int4 does, are rounded
+    once more to int8 by output channel, which a CPU multiplies several times faster. `mesh` shards the model over all
+    devices; None: one device.
 
     Raises InputError as `open_model` does, if the mesh does not fit the devices or the model, and if a model is to be
     quantized that is already. The tokenizer is loaded on first use, so a model without one has logits, and what needs
@@ -308,7 +310,12 @@ def load(
         devices = make_mesh(mesh)
         place = functools.partial(placed, devices)
     model, abstract = decoding_model(config, compute_dtype, place, quantization)
-    return LLM(config, source.load_params(abstract), source.load_tokenizer, compute_dtype, model.scan_layers, devices)
+    if quantization is not None and quantization.inputs_per_scale and jax.default_backend() == "cpu":
+        by_channel = Quantization(scheme="int8", embeddings=quantization.embeddings)
+        params = regroup(source.load_params(abstract), decoding_model(config, compute_dtype, place, by_channel)[1])
+    else:
+        params = source.load_params(abstract)
+    return LLM(config, params, source.load_tokenizer, compute_dtype, model.scan_layers, devices)
 
 
 def decoding_model(

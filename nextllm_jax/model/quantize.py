@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError
-from nextllm_jax.model.weights import Weight, is_weight, path_name
+from nextllm_jax.model.weights import Weight, by_name, is_weight, path_name, with_names
 from nextllm_jax.ops.quantized import QTensor, dequantize, pack, quantize, unpack
 from nextllm_jax.sharding import resized
 
@@ -95,6 +95,16 @@ def convert(leaf: Any, like: Any) -> Any:
     if not is_quantized(leaf) and not is_quantized(like):
         return jax.device_put(leaf.astype(like.dtype), like.sharding)
     return _converter(like, is_quantized(leaf))(leaf)
+
+
+def regroup(params: Any, like: Any) -> Any:
+    """Quantized parameters rounded a second time, to the quantized weights of `like`, which is abstract."""
+    weights = by_name(params)
+    del params  # so that each weight goes when it is rounded
+    for name, wanted in by_name(like).items():
+        if is_quantized(wanted):
+            weights[name] = convert(dequantize(weights[name], jnp.float32), wanted)
+    return with_names(like, weights)
 
 
 @functools.lru_cache(maxsize=256)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nextllm_jax.ops.integer_product import integer_product
 from nextllm_jax.ops.linear import linear
 
 _FEW_ROWS = 8
@@ -142,13 +143,10 @@ def product(
     """
     if not isinstance(kernel, QTensor):
         return _multiply(equation, x, kernel.astype(x.dtype), result_type)
-    kernel_dims, y_dims = equation.split("->")[0].split(",")[1], equation.split("->")[1]
-    inputs = [axis for axis, letter in enumerate(kernel_dims) if letter not in y_dims]
+    inputs = _input_axes(equation)
+    few_rows = math.prod(x.shape[: x.ndim - len(inputs)]) <= _FEW_ROWS
     if kernel.minimum is None and all(kernel.scale.shape[axis] == 1 for axis in inputs):
-        y = _multiply(equation, x, kernel.q.astype(x.dtype), result_type).astype(jnp.float32)
-        scale = jnp.squeeze(kernel.scale, inputs).astype(jnp.float32)
-        y = y * scale.reshape((1,) * (y.ndim - scale.ndim) + scale.shape)
-        return y.astype(result_type or x.dtype)
+        return (_few_by_output if few_rows else _by_output)(equation, x, kernel, result_type)
 
     def dequantized(x: jax.Array, kernel: QTensor) -> jax.Array:
         return _multiply(equation, x, dequantize(kernel, x.dtype), result_type)
@@ -156,10 +154,53 @@ def product(
     def grouped(x: jax.Array, kernel: QTensor) -> jax.Array:
         return _grouped_product(equation, x, kernel, inputs).astype(result_type or x.dtype)
 
-    if math.prod(x.shape[: x.ndim - len(inputs)]) > _FEW_ROWS:
+    if not few_rows:
         return dequantized(x, kernel)
     # A CPU, which takes twice as long for the groups, has the memory.
     return jax.lax.platform_dependent(x, kernel, cpu=dequantized, default=grouped)
+
+
+def _by_output(equation: str, x: jax.Array, kernel: QTensor, result_type: jax.typing.DTypeLike | None) -> jax.Array:
+    """The product with a matrix that has a scale for each output."""
+    y = _multiply(equation, x, kernel.q.astype(x.dtype), result_type)
+    return _scaled(equation, y.astype(jnp.float32), kernel.scale).astype(result_type or x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _few_by_output(equation: str, x: jax.Array, kernel: QTensor, result_type: jax.typing.DTypeLike | None) -> jax.Array:
+    """`_by_output` of few rows, which a CPU rounds, but not where the product is differentiated."""
+
+    def integers(x: jax.Array, kernel: QTensor) -> jax.Array:
+        inputs = _input_axes(equation)
+        y = integer_product(x, kernel.q, len(inputs), inputs_first=inputs[0] == 0)
+        return _scaled(equation, y, kernel.scale).astype(result_type or x.dtype)
+
+    def floats(x: jax.Array, kernel: QTensor) -> jax.Array:
+        return _by_output(equation, x, kernel, result_type)
+
+    return jax.lax.platform_dependent(x, kernel, cpu=integers, default=floats)
+
+
+def _forward(equation: str, x: jax.Array, kernel: QTensor, result_type: jax.typing.DTypeLike | None):
+    return jax.vjp(lambda x, kernel: _by_output(equation, x, kernel, result_type), x, kernel)
+
+
+def _backward(equation: str, result_type: jax.typing.DTypeLike | None, pullback: Any, d_y: jax.Array):
+    return pullback(d_y)
+
+
+_few_by_output.defvjp(_forward, _backward)
+
+
+def _scaled(equation: str, y: jax.Array, scale: jax.Array) -> jax.Array:
+    scale = jnp.squeeze(scale, _input_axes(equation)).astype(jnp.float32)
+    return y * scale.reshape((1,) * (y.ndim - scale.ndim) + scale.shape)
+
+
+def _input_axes(equation: str) -> tuple[int, ...]:
+    """The axes of the kernel that the product contracts."""
+    kernel_dims, y_dims = equation.split("->")[0].split(",")[1], equation.split("->")[1]
+    return tuple(axis for axis, letter in enumerate(kernel_dims) if letter not in y_dims)
 
 
 def _grouped_product(equation: str, x: jax.Array, kernel: QTensor, inputs: Sequence[int]) -> jax.Array:
