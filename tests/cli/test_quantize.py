@@ -44,8 +44,10 @@ def models(tmp_path_factory):
     return directory
 
 
-def size_of(path):
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+def stored(path):
+    """The weights of a quantized run as they are, layer by layer, where `load` on a CPU rounds groups to channels."""
+    source = convert.open_path(str(path))
+    return source.load_params(convert._on_cpu(source.config, source.quantization, scan_layers=False))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -53,13 +55,18 @@ def test_a_quantized_directory_is_what_quantizing_on_the_fly_makes_of_any_source
     written = nextllm_jax.load(str(models / scheme))
     for source in ("hf", "run"):
         assert_equal_trees(nextllm_jax.load(str(models / source), quantize=SCHEMES[scheme]).params, written.params)
+        opened = convert.open_path(str(models / source))
+        wanted = convert._on_cpu(opened.config, SCHEMES[scheme], scan_layers=False)
+        assert_equal_trees(opened.load_params(wanted), stored(models / scheme))
     weights, floats = by_name(written.params), by_name(nextllm_jax.load(str(models / "run")).params)
     for name, leaf in weights.items():
         assert is_quantized(leaf) == (name.endswith("kernel") or (scheme == "int4" and "embed" in name))
         if is_quantized(leaf):
             error = np.linalg.norm(dequantize(leaf, jnp.float32) - floats[name]) / np.linalg.norm(floats[name])
             assert 0 < error < {"int8": 0.01, "int4": 0.1}[scheme]
-    assert written.params["remainder_0"]["mlp"]["up"]["kernel"].q.dtype == scheme
+    assert stored(models / scheme)["remainder_0"]["mlp"]["up"]["kernel"].q.dtype == scheme
+    up = written.params["remainder_0"]["mlp"]["up"]["kernel"]
+    assert (up.q.dtype, up.scale.shape) == ("int8", (1, 64))
     tokens = np.arange(12)[None]
     exact, rounded = (nextllm_jax.load(str(models / name)).logits(tokens) for name in ("run", scheme))
     assert np.abs(exact - rounded).mean() < {"int8": 0.03, "int4": 0.3}[scheme]
@@ -78,7 +85,7 @@ def test_every_command_takes_a_quantized_directory(models, door, capsys):
     export_model(int4, str(door.directory / "hf"), file_format="huggingface", dtype="float32")
     assert "WARNING" in (said := capsys.readouterr().err)
     assert "is quantized (int4 in groups of 32, asymmetric); the export holds its values as float32" in said
-    assert nextllm_jax.load(str(door.directory / "hf")).score(TEXT).nll == pytest.approx(expected.nll, rel=1e-5)
+    assert nextllm_jax.load(str(door.directory / "hf")).score(TEXT).nll == pytest.approx(expected.nll, rel=2e-3)
 
 
 def test_the_command_says_what_it_did(models, tmp_path, capsys):
@@ -131,7 +138,7 @@ def test_blocks_of_gguf_files_are_kept_bit_for_bit(models, tmp_path, kind):
             blocks[:, :4].view(np.float16)[:] = rng.normal(0, 0.02, (len(blocks), 2))
             worth[tensor.name] = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     quantize_model(str(file), str(tmp_path / "run"), KEPT[kind])
-    loaded = nextllm_jax.load(str(tmp_path / "run")).params
+    loaded = stored(tmp_path / "run")
     for name, ours in (("ffn_down", "mlp/down"), ("attn_output", "attention/o"), ("attn_v", "attention/v")):
         weight = by_name(loaded)[f"remainder_2/{ours}/kernel"]
         expected = worth[f"blk.2.{name}.weight"]
