@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from nextllm_jax.ops.linear import linear
+from nextllm_jax.ops.quantized_matmul import quantized_matmul, tile_sizes
 
 _FEW_ROWS = 8
 
@@ -87,8 +88,15 @@ def _groups(x: QTensor) -> tuple[list[int], list[int]]:
     return full, coarse
 
 
+Product = Callable[[jax.Array, QTensor], jax.Array]
+
+
 def product(
-    equation: str, x: jax.Array, kernel: jax.Array | QTensor, result_type: jax.typing.DTypeLike | None = None
+    equation: str,
+    x: jax.Array,
+    kernel: jax.Array | QTensor,
+    result_type: jax.typing.DTypeLike | None = None,
+    per_device: Callable[[Product], Product] | None = None,
 ) -> jax.Array:
     """`einsum(equation, x, kernel)`, whatever the kernel is kept as: products in the type of `x`, sums in float32.
 
@@ -96,7 +104,9 @@ def product(
     and the last axes of `x` are the input axes of the kernel.
 
     A scale for each output follows the product. Groups of inputs are multiplied apart and scaled then, if `x` has few
-    rows: with more, these partial sums take more memory than the matrix, which is dequantized instead.
+    rows: with more, these partial sums take more memory than the matrix, which is dequantized instead. On TPUs that is
+    done tile by tile, in a kernel that XLA cannot shard: `per_device` turns a product of one device's parts into that
+    of whole arrays. None: there is no such function, and the matrix is dequantized as a whole.
     """
     if not isinstance(kernel, QTensor):
         return _multiply(equation, x, kernel.astype(x.dtype), result_type)
@@ -114,8 +124,14 @@ def product(
     def grouped(x: jax.Array, kernel: QTensor) -> jax.Array:
         return _grouped_product(equation, x, kernel, inputs).astype(result_type or x.dtype)
 
+    def tiled(x: jax.Array, kernel: QTensor) -> jax.Array:
+        return _tiled_product(x, kernel, len(inputs), dequantized).astype(result_type or x.dtype)
+
     if math.prod(x.shape[: x.ndim - len(inputs)]) > _FEW_ROWS:
-        return dequantized(x, kernel)
+        if per_device is None or x.dtype != jnp.bfloat16 or inputs != [*range(len(inputs))]:
+            return dequantized(x, kernel)
+        on_tpu = _with_gradients_of(dequantized, per_device(tiled))
+        return jax.lax.platform_dependent(x, kernel, tpu=on_tpu, default=dequantized)
     # A CPU, which takes twice as long for the groups, has the memory.
     return jax.lax.platform_dependent(x, kernel, cpu=dequantized, default=grouped)
 
@@ -149,6 +165,26 @@ def _grouped_product(equation: str, x: jax.Array, kernel: QTensor, inputs: Seque
         x_sums = jnp.sum(x.astype(jnp.float32), axis=-1).reshape(*x.shape[:-1], *(1,) * len(outputs))
         y = (sums - jnp.iinfo(kernel.q.dtype).min * x_sums) * scale[rows] + x_sums * as_sums(kernel.minimum)[rows]
     return jnp.sum(y, axis=tuple(range(len(batch), len(batch) + len(inputs))))[:num_rows]
+
+
+def _tiled_product(x: jax.Array, kernel: QTensor, num_inputs: int, untiled: Product) -> jax.Array:
+    """The product in float32 by the kernel for TPUs; `untiled(x, kernel)` if no tiles divide the matrix.
+
+    The inputs are the first axes of the matrix and the last of `x`.
+    """
+    flat = jax.tree.map(lambda part: part.reshape(math.prod(part.shape[:num_inputs]), -1), kernel)
+    if tile_sizes(flat.q, flat.scale) is None:
+        return untiled(x, kernel)
+    rows, outputs = x.shape[: x.ndim - num_inputs], kernel.shape[num_inputs:]
+    y = quantized_matmul(x.reshape(math.prod(rows), -1), flat.q, flat.scale, flat.minimum)
+    return y.reshape(*rows, *outputs)
+
+
+def _with_gradients_of(plain: Product, kernel: Product) -> Product:
+    """`kernel`, with the gradients of `plain`: a Pallas kernel has none."""
+    differentiable = jax.custom_vjp(kernel)
+    differentiable.defvjp(lambda *args: (kernel(*args), args), lambda args, d_y: jax.vjp(plain, *args)[1](d_y))
+    return differentiable
 
 
 def _multiply(equation: str, x: jax.Array, kernel: jax.Array, result_type: jax.typing.DTypeLike | None) -> jax.Array:
