@@ -89,6 +89,7 @@ def _groups(x: QTensor) -> tuple[list[int], list[int]]:
 
 
 Product = Callable[[jax.Array, QTensor], jax.Array]
+"""Multiplies an array with a quantized matrix."""
 
 
 def product(
@@ -125,7 +126,7 @@ def product(
         return _grouped_product(equation, x, kernel, inputs).astype(result_type or x.dtype)
 
     def tiled(x: jax.Array, kernel: QTensor) -> jax.Array:
-        return _tiled_product(x, kernel, len(inputs), dequantized).astype(result_type or x.dtype)
+        return _tiled_product(x, kernel, len(inputs), result_type or x.dtype, dequantized)
 
     if math.prod(x.shape[: x.ndim - len(inputs)]) > _FEW_ROWS:
         if per_device is None or x.dtype != jnp.bfloat16 or inputs != [*range(len(inputs))]:
@@ -167,16 +168,20 @@ def _grouped_product(equation: str, x: jax.Array, kernel: QTensor, inputs: Seque
     return jnp.sum(y, axis=tuple(range(len(batch), len(batch) + len(inputs))))[:num_rows]
 
 
-def _tiled_product(x: jax.Array, kernel: QTensor, num_inputs: int, untiled: Product) -> jax.Array:
-    """The product in float32 by the kernel for TPUs; `untiled(x, kernel)` if no tiles divide the matrix.
+def _tiled_product(
+    x: jax.Array, kernel: QTensor, num_inputs: int, result_type: jax.typing.DTypeLike, untiled: Product
+) -> jax.Array:
+    """The product by the Pallas kernel for TPUs; `untiled(x, kernel)` if no tiles divide the matrix.
 
     The inputs are the first axes of the matrix and the last of `x`.
     """
+    # In a loop over tokens, XLA would otherwise keep a copy of each part in the kernel's layout beside the weights.
+    x, kernel = jax.lax.optimization_barrier((x, kernel))
     flat = jax.tree.map(lambda part: part.reshape(math.prod(part.shape[:num_inputs]), -1), kernel)
     if tile_sizes(flat.q, flat.scale) is None:
         return untiled(x, kernel)
     rows, outputs = x.shape[: x.ndim - num_inputs], kernel.shape[num_inputs:]
-    y = quantized_matmul(x.reshape(math.prod(rows), -1), flat.q, flat.scale, flat.minimum)
+    y = quantized_matmul(x.reshape(math.prod(rows), -1), flat.q, flat.scale, flat.minimum, result_type)
     return y.reshape(*rows, *outputs)
 
 

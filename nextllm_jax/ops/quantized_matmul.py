@@ -35,9 +35,15 @@ def _largest_divisor(size: int, unit: int, most: int) -> int | None:
 
 
 def quantized_matmul(
-    x_RI: jax.Array, q_IO: jax.Array, scale_GO: jax.Array, minimum_GO: jax.Array | None, *, interpret: bool = False
+    x_RI: jax.Array,
+    q_IO: jax.Array,
+    scale_GO: jax.Array,
+    minimum_GO: jax.Array | None,
+    result_type: jax.typing.DTypeLike,
+    *,
+    interpret: bool = False,
 ) -> jax.Array:
-    """`x @ dequantize(QTensor(q, scale, minimum))`, float32 [R, O]: products in bfloat16, sums in float32.
+    """`x @ dequantize(QTensor(q, scale, minimum))`, [R, O] in `result_type`: products in bfloat16, sums in float32.
 
     `x` is bfloat16, `q` int4 or int8, scale and minimum float16. `interpret` runs the kernel on any device, slowly.
     XLA cannot shard the kernel: call it under `shard_map`. Raises ValueError if no tiles divide the matrix.
@@ -60,7 +66,8 @@ def quantized_matmul(
             *by_input_and_output[1:] * len(grouped),
         ],
         out_specs=pl.BlockSpec((rows, outputs), lambda r, o, i: (r, o)),
-        out_shape=jax.ShapeDtypeStruct((len(x_RI), num_outputs), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((len(x_RI), num_outputs), result_type),
+        scratch_shapes=[pltpu.VMEM((rows, outputs), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret,
     )(x_RI, q_IO, *grouped)
@@ -68,12 +75,12 @@ def quantized_matmul(
 
 
 def _kernel(x_ref: Any, q_ref: Any, scale_ref: Any, *refs: Any, least: int) -> None:
-    """Adds one tile's product to the sums; `refs` are a minimum, if there is one, and the sums."""
-    *minimum_ref, y_ref = refs
+    """Adds one tile's product to the sums; `refs` are a minimum, if there is one, the result and the sums."""
+    *minimum_ref, y_ref, sums_ref = refs
 
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
-        y_ref[...] = jnp.zeros_like(y_ref)
+        sums_ref[...] = jnp.zeros_like(sums_ref)
 
     (num_inputs, num_outputs), num_groups = q_ref.shape, scale_ref.shape[0]
     steps = q_ref[...].astype(jnp.float32).reshape(num_groups, num_inputs // num_groups, num_outputs)
@@ -82,7 +89,11 @@ def _kernel(x_ref: Any, q_ref: Any, scale_ref: Any, *refs: Any, least: int) -> N
     matrix = values.reshape(num_inputs, num_outputs).astype(x_ref.dtype)
     # Without a precision Mosaic refuses bfloat16 in a process that asks for full float32 products.
     precision = jax.lax.Precision.DEFAULT
-    y_ref[...] += jnp.dot(x_ref[...], matrix, precision=precision, preferred_element_type=jnp.float32)
+    sums_ref[...] += jnp.dot(x_ref[...], matrix, precision=precision, preferred_element_type=jnp.float32)
+
+    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+    def _() -> None:
+        y_ref[...] = sums_ref[...].astype(y_ref.dtype)
 
 
 def _from_float16_bits(bits: jax.Array) -> jax.Array:

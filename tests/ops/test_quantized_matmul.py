@@ -39,9 +39,8 @@ CASES = {  # rows, (inputs, outputs), group
 def test_the_kernel_is_the_product_with_the_dequantized_matrix(case):
     rows, shape, group, form = CASES[case]
     x, kernel = jnp.asarray(RNG.normal(size=(rows, shape[0])), jnp.bfloat16), matrix(shape, group, **form)
-    found = quantized_matmul(x, kernel.q, kernel.scale, kernel.minimum, interpret=True)
+    found = quantized_matmul(x, kernel.q, kernel.scale, kernel.minimum, jnp.float32, interpret=True)
     expected = np.asarray(x, np.float32) @ np.asarray(dequantize(kernel, jnp.bfloat16), np.float32)
-    assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
 
 
@@ -73,7 +72,7 @@ def test_tiles_have_whole_groups(shape, group, tiles):
 def test_what_no_tiles_divide_is_refused():
     x, kernel = jnp.zeros((16, 96), jnp.bfloat16), matrix((96, 128), 32)
     with pytest.raises(ValueError, match=r"no tiles divide the matrix \(96, 128\) with 3 groups"):
-        quantized_matmul(x, kernel.q, kernel.scale, kernel.minimum)
+        quantized_matmul(x, kernel.q, kernel.scale, kernel.minimum, jnp.float32)
 
 
 @pytest.mark.parametrize(
