@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 
 from nextllm_jax.ops import quantized_matmul as module
 from nextllm_jax.ops.quantized import QTensor, dequantize, product, quantize
@@ -96,3 +98,23 @@ def test_products_on_tpus_and_their_gradients(as_on_tpu, equation, shape, group)
     for found, expected in zip(value_and_gradient(lambda f: f), plain, strict=True):
         np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), rtol=1e-2, atol=1e-2)
     assert as_on_tpu
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(
+    ("topology", "scheme", "group"),
+    [("v5e:2x2", "int4", 32), ("v5e:2x2", "int4", 128), ("v6e:2x2", "int4", 32), ("v6e:2x2", "int8", 32)],
+)
+def test_the_kernel_compiles_for_tpus(four_tpus, topology, scheme, group):
+    """A device's part of a matrix of Llama 3 8B on four devices, and 600 rows."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    kernel = abstract((3584, 4096), group, dtype=scheme, minimum=scheme == "int4")
+    place = SingleDeviceSharding(devices[0])
+    x, *parts = (
+        part and part.update(sharding=place)
+        for part in (jax.ShapeDtypeStruct((600, 3584), jnp.bfloat16), kernel.q, kernel.scale, kernel.minimum)
+    )
+    compiled = jax.jit(quantized_matmul, static_argnums=4).lower(x, *parts, jnp.bfloat16).compile()
+    assert "tpu_custom_call" in compiled.as_text()
+    padded = 2 * 1024 * (3584 + 4096)  # rows of x and of the result
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * padded + 2 * kernel.scale.size * 2
