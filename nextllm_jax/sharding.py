@@ -116,14 +116,31 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(names))
 
 
-def per_shard(f: Callable[..., Any], in_names: Sequence[Sequence[str]], out_names: Sequence[str]) -> Callable[..., Any]:
+def per_shard(
+    f: Callable[..., Any],
+    in_names: Sequence[Sequence[str]],
+    out_names: Sequence[str],
+    summed_names: Sequence[str] = (),
+) -> Callable[..., Any]:
     """`f`, run on each device's part of its arguments: for what XLA cannot divide, such as Pallas kernels.
 
-    The names are the logical axes of each argument, and of the one result. Without a mesh in force this is `f`.
+    The names are the logical axes of each argument, and of the one result; the results of the parts along
+    `summed_names` are added. Without a mesh in force this is `f`.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return f
-    return jax.shard_map(f, in_specs=tuple(map(spec, in_names)), out_specs=spec(out_names), check_vma=False)
+    summed = tuple(axis for name in summed_names for axis in RULES[name])
+
+    def on_part(*args: Any) -> Any:
+        return jax.lax.psum(f(*args), summed) if summed else f(*args)
+
+    return jax.shard_map(on_part, in_specs=tuple(map(spec, in_names)), out_specs=spec(out_names), check_vma=False)
+
+
+def is_divisible(shape: Sequence[int], names: Sequence[str]) -> bool:
+    """Whether the mesh in force, if there is one, can shard an array of this shape by its logical axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or all(size % num_parts(mesh, name) == 0 for size, name in zip(shape, names, strict=True))
 
 
 def sum_over_data(f: Callable[[Any, Any], Any], whole: Any, batch: Any) -> Any:

@@ -108,6 +108,25 @@ def four_tpus(monkeypatch) -> list:
     return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 
 
+@pytest.fixture
+def as_on_tpu(monkeypatch) -> list:
+    """Products with quantized matrices take their branch for TPUs, where the kernel is interpreted.
+
+    The list gets the arguments of each of its calls.
+    """
+    from nextllm_jax.ops import quantized_matmul
+
+    calls, plain = [], quantized_matmul.pl.pallas_call
+
+    def interpreted(*args, **kwargs):
+        calls.append(args)
+        return plain(*args, **kwargs | {"interpret": True})
+
+    monkeypatch.setattr(quantized_matmul.pl, "pallas_call", interpreted)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, tpu=None, default, **_: (tpu or default)(*args))
+    return calls
+
+
 @pytest.fixture(scope="session")
 def compilation_cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("compiled")

@@ -7,13 +7,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from nextllm_jax import process
 from nextllm_jax.config import Config
 from nextllm_jax.config.files import config_of_arguments
+from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError
 
 
@@ -47,6 +48,8 @@ class PlanArguments:
     """With --decode: length of the prompts."""
     new_tokens: int = 128
     """With --decode: tokens that each row may get."""
+    quantize: Literal["none", "int8", "int4"] = "none"
+    """With --decode: quantize the matrices, as `sample --quantize` does."""
     hlo: str | None = None
     """New file to write the compiled train step to, as XLA's text."""
     json: bool = False
@@ -75,6 +78,8 @@ def _check(arguments: PlanArguments) -> None:
         raise InputError("--devices goes with --chip; a topology says how many there are")
     if arguments.decode and (arguments.fast or arguments.search):
         raise InputError("--decode is compiled once; leave out --fast and --search")
+    if arguments.quantize != "none" and not arguments.decode:
+        raise InputError("--quantize is for sampling; give --decode with it")
     if arguments.hlo is not None and (arguments.fast or arguments.search or arguments.decode):
         raise InputError("--hlo writes the one train step that is compiled; leave out --fast, --search and --decode")
     if arguments.hlo is not None and Path(arguments.hlo).exists():
@@ -110,7 +115,8 @@ def _plan(arguments: PlanArguments, say: Callable[[str], None]) -> tuple[dict[st
         request = Request(
             batch_size=arguments.batch_size, prompt_tokens=arguments.prompt_tokens, new_tokens=arguments.new_tokens
         )
-        decoding = plan_decoding(config, place, request, say)
+        quantization = None if arguments.quantize == "none" else Quantization(scheme=arguments.quantize)
+        decoding = plan_decoding(config, place, request, say, quantization)
         return report.decoding_json(decoding), report.decoding_table(decoding)
     if arguments.search:
         minutes = 0.0 if arguments.fast else arguments.search_minutes

@@ -5,6 +5,7 @@ Parameters are kept in `param_dtype` and cast to `dtype` where they are used; no
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -14,8 +15,8 @@ import jax.numpy as jnp
 from nextllm_jax.config import ModelConfig
 from nextllm_jax.model.weights import declare
 from nextllm_jax.ops.linear import linear
-from nextllm_jax.ops.quantized import product, take_rows
-from nextllm_jax.sharding import constrain
+from nextllm_jax.ops.quantized import Product, product, take_rows
+from nextllm_jax.sharding import constrain, is_divisible, per_shard
 
 INPUTS = "inputs"
 """The collection of what each Linear multiplies with its kernel, for a caller that makes it mutable."""
@@ -77,7 +78,7 @@ class Linear(nn.Module):
         )
         x = x.astype(self.dtype)
         self.sow(INPUTS, "x", x)
-        y = product(self.equation, x, kernel)
+        y = product(self.equation, x, kernel, per_device=self._per_device(x, kernel))
         if self.has_variable("adapters", "a"):
             a, b = (self.get_variable("adapters", name).astype(self.dtype) for name in ("a", "b"))
             y = y + linear(self._equation_of("b"), linear(self._equation_of("a"), x, a), b)
@@ -86,6 +87,15 @@ class Linear(nn.Module):
         bias_shape = self.kernel_shape[-len(self.bias_axes) :]
         bias = declare(self, "bias", "bias", nn.initializers.zeros, self.bias_axes, bias_shape, self.param_dtype)
         return y + bias.astype(self.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+
+    def _per_device(self, x: jax.Array, kernel: Any) -> Callable[[Product], Product] | None:
+        """What `product` needs for a kernel that XLA cannot shard; None if the devices do not divide the arrays."""
+        axes = tuple("activation_embed" if axis == "embed" else axis for axis in self.kernel_axes)  # whole, as in x
+        inputs, outputs = axes[: len(self._inputs())], axes[len(self._inputs()) :]
+        x_axes, y_axes = ("batch", "seq", *inputs), ("batch", "seq", *outputs)
+        if not is_divisible(x.shape, x_axes) or not all(is_divisible(p.shape, axes) for p in jax.tree.leaves(kernel)):
+            return None
+        return lambda f: per_shard(f, (x_axes, axes), y_axes, summed_names=inputs)
 
     def _inputs(self) -> str:
         """The letters of the kernel's axes that the product contracts, which come first in it."""

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from nextllm_jax.ops.integer_product import integer_product
 from nextllm_jax.ops.linear import linear
+from nextllm_jax.ops.quantized_matmul import quantized_matmul, tile_sizes
 
 _FEW_ROWS = 8
 
@@ -130,8 +131,16 @@ def _groups(x: QTensor) -> tuple[list[int], list[int]]:
     return full, coarse
 
 
+Product = Callable[[jax.Array, QTensor], jax.Array]
+"""Multiplies an array with a quantized matrix."""
+
+
 def product(
-    equation: str, x: jax.Array, kernel: jax.Array | QTensor, result_type: jax.typing.DTypeLike | None = None
+    equation: str,
+    x: jax.Array,
+    kernel: jax.Array | QTensor,
+    result_type: jax.typing.DTypeLike | None = None,
+    per_device: Callable[[Product], Product] | None = None,
 ) -> jax.Array:
     """`einsum(equation, x, kernel)`, whatever the kernel is kept as: products in the type of `x`, sums in float32.
 
@@ -139,14 +148,16 @@ def product(
     and the last axes of `x` are the input axes of the kernel.
 
     A scale for each output follows the product. Groups of inputs are multiplied apart and scaled then, if `x` has few
-    rows: with more, these partial sums take more memory than the matrix, which is dequantized instead.
+    rows: with more, these partial sums take more memory than the matrix, which is dequantized instead. On TPUs that is
+    done tile by tile, in a kernel that XLA cannot shard: `per_device` turns a product of one device's parts into that
+    of whole arrays. None: there is no such function, and the matrix is dequantized as a whole.
     """
     if not isinstance(kernel, QTensor):
         return _multiply(equation, x, kernel.astype(x.dtype), result_type)
     inputs = _input_axes(equation)
     few_rows = math.prod(x.shape[: x.ndim - len(inputs)]) <= _FEW_ROWS
     if kernel.minimum is None and all(kernel.scale.shape[axis] == 1 for axis in inputs):
-        return (_few_by_output if few_rows else _by_output)(equation, x, kernel, result_type)
+        return _product_by_output(equation, x, kernel, result_type, few_rows)
 
     def dequantized(x: jax.Array, kernel: QTensor) -> jax.Array:
         return _multiply(equation, x, dequantize(kernel, x.dtype), result_type)
@@ -154,47 +165,38 @@ def product(
     def grouped(x: jax.Array, kernel: QTensor) -> jax.Array:
         return _grouped_product(equation, x, kernel, inputs).astype(result_type or x.dtype)
 
+    def tiled(x: jax.Array, kernel: QTensor) -> jax.Array:
+        return _tiled_product(x, kernel, len(inputs), result_type or x.dtype, dequantized)
+
     if not few_rows:
-        return dequantized(x, kernel)
+        if per_device is None or x.dtype != jnp.bfloat16 or inputs[0] != 0:
+            return dequantized(x, kernel)
+        on_tpu = _with_gradients_of(dequantized, per_device(tiled))
+        return jax.lax.platform_dependent(x, kernel, tpu=on_tpu, default=dequantized)
     # A CPU, which takes twice as long for the groups, has the memory.
     return jax.lax.platform_dependent(x, kernel, cpu=dequantized, default=grouped)
 
 
-def _by_output(equation: str, x: jax.Array, kernel: QTensor, result_type: jax.typing.DTypeLike | None) -> jax.Array:
-    """The product with a matrix that has a scale for each output."""
-    y = _multiply(equation, x, kernel.q.astype(x.dtype), result_type)
-    return _scaled(equation, y.astype(jnp.float32), kernel.scale).astype(result_type or x.dtype)
+def _product_by_output(
+    equation: str, x: jax.Array, kernel: QTensor, result_type: jax.typing.DTypeLike | None, few_rows: bool
+) -> jax.Array:
+    """The product with a matrix that has a scale for each output; a CPU multiplies few rows as integers."""
+    inputs = _input_axes(equation)
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def _few_by_output(equation: str, x: jax.Array, kernel: QTensor, result_type: jax.typing.DTypeLike | None) -> jax.Array:
-    """`_by_output` of few rows, which a CPU rounds, but not where the product is differentiated."""
-
-    def integers(x: jax.Array, kernel: QTensor) -> jax.Array:
-        inputs = _input_axes(equation)
-        y = integer_product(x, kernel.q, len(inputs), inputs_first=inputs[0] == 0)
-        return _scaled(equation, y, kernel.scale).astype(result_type or x.dtype)
+    def scaled(y: jax.Array, kernel: QTensor) -> jax.Array:
+        scale = jnp.squeeze(kernel.scale, inputs).astype(jnp.float32)
+        y = y.astype(jnp.float32) * scale.reshape((1,) * (y.ndim - scale.ndim) + scale.shape)
+        return y.astype(result_type or x.dtype)
 
     def floats(x: jax.Array, kernel: QTensor) -> jax.Array:
-        return _by_output(equation, x, kernel, result_type)
+        return scaled(_multiply(equation, x, kernel.q.astype(x.dtype), result_type), kernel)
 
-    return jax.lax.platform_dependent(x, kernel, cpu=integers, default=floats)
+    def integers(x: jax.Array, kernel: QTensor) -> jax.Array:
+        return scaled(integer_product(x, kernel.q, len(inputs), inputs_first=inputs[0] == 0), kernel)
 
-
-def _forward(equation: str, x: jax.Array, kernel: QTensor, result_type: jax.typing.DTypeLike | None):
-    return jax.vjp(lambda x, kernel: _by_output(equation, x, kernel, result_type), x, kernel)
-
-
-def _backward(equation: str, result_type: jax.typing.DTypeLike | None, pullback: Any, d_y: jax.Array):
-    return pullback(d_y)
-
-
-_few_by_output.defvjp(_forward, _backward)
-
-
-def _scaled(equation: str, y: jax.Array, scale: jax.Array) -> jax.Array:
-    scale = jnp.squeeze(scale, _input_axes(equation)).astype(jnp.float32)
-    return y * scale.reshape((1,) * (y.ndim - scale.ndim) + scale.shape)
+    if not few_rows:
+        return floats(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, cpu=_with_gradients_of(floats, integers), default=floats)
 
 
 def _input_axes(equation: str) -> tuple[int, ...]:
@@ -232,6 +234,30 @@ def _grouped_product(equation: str, x: jax.Array, kernel: QTensor, inputs: Seque
         x_sums = jnp.sum(x.astype(jnp.float32), axis=-1).reshape(*x.shape[:-1], *(1,) * len(outputs))
         y = (sums - jnp.iinfo(kernel.q.dtype).min * x_sums) * scale[rows] + x_sums * as_sums(kernel.minimum)[rows]
     return jnp.sum(y, axis=tuple(range(len(batch), len(batch) + len(inputs))))[:num_rows]
+
+
+def _tiled_product(
+    x: jax.Array, kernel: QTensor, num_inputs: int, result_type: jax.typing.DTypeLike, untiled: Product
+) -> jax.Array:
+    """The product by the Pallas kernel for TPUs; `untiled(x, kernel)` if no tiles divide the matrix.
+
+    The inputs are the first axes of the matrix and the last of `x`.
+    """
+    # In a loop over tokens, XLA would otherwise keep a copy of each part in the kernel's layout beside the weights.
+    x, kernel = jax.lax.optimization_barrier((x, kernel))
+    flat = jax.tree.map(lambda part: part.reshape(math.prod(part.shape[:num_inputs]), -1), kernel)
+    if tile_sizes(flat.q, flat.scale) is None:
+        return untiled(x, kernel)
+    rows, outputs = x.shape[: x.ndim - num_inputs], kernel.shape[num_inputs:]
+    y = quantized_matmul(x.reshape(math.prod(rows), -1), flat.q, flat.scale, flat.minimum, result_type)
+    return y.reshape(*rows, *outputs)
+
+
+def _with_gradients_of(plain: Product, kernel: Product) -> Product:
+    """`kernel`, with the gradients of `plain`: a Pallas kernel has none, and those of rounding are zero."""
+    differentiable = jax.custom_vjp(kernel)
+    differentiable.defvjp(lambda *args: (kernel(*args), args), lambda args, d_y: jax.vjp(plain, *args)[1](d_y))
+    return differentiable
 
 
 def _multiply(equation: str, x: jax.Array, kernel: jax.Array, result_type: jax.typing.DTypeLike | None) -> jax.Array:

@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from nextllm_jax.config import Config, SamplingConfig
+from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError
 from nextllm_jax.hardware import Chip
 from nextllm_jax.inference.generate import decode, prefill
@@ -59,6 +61,7 @@ class DecodingPlan:
     chip: Chip
     mesh: Mapping[str, int]
     request: Request
+    quantization: Quantization | None
     parameter_bytes: int
     """On one device."""
     cache_bytes: int
@@ -68,19 +71,22 @@ class DecodingPlan:
     """None if prefill does not fit."""
 
 
-def plan_decoding(config: Config, place: Place, request: Request, say: Say) -> DecodingPlan:
+def plan_decoding(
+    config: Config, place: Place, request: Request, say: Say, quantization: Quantization | None = None
+) -> DecodingPlan:
     """Prefill and decoding of `request` with the config's model on all devices of a place, compiled for them.
 
-    Raises InputError if mesh, rows and devices do not go together.
+    Raises InputError if mesh, rows and devices do not go together, or if the matrices cannot be quantized so.
     """
     mesh = place.mesh(config)
     if isinstance(mesh, AbstractMesh):
         raise InputError(f"{place.name} cannot be compiled for without such devices; give a --topology")
     _check(config, request, mesh)
     dtype = resolve_dtype(config.model.dtype, mesh.devices.flat[0].platform)
-    model, params = decoding_model(config.model, dtype, functools.partial(placed, mesh))
-    leaves = [(math.prod(leaf.sharding.shard_shape(leaf.shape)), leaf.dtype) for leaf in jax.tree.leaves(params)]
-    parameter_bytes = sum(size * dtype.itemsize for size, dtype in leaves)
+    model, params = decoding_model(config.model, dtype, functools.partial(placed, mesh), quantization)
+    parameter_bytes = bytes_on_device(params)
+    # An embedding that is not the head as well is read by row.
+    read_bytes = parameter_bytes - (0 if config.model.tie_embeddings else bytes_on_device(params["embed"]))
     cache_bytes = kv_cache_bytes(
         model.config,
         batch_size=request.batch_size,
@@ -89,13 +95,13 @@ def plan_decoding(config: Config, place: Place, request: Request, say: Say) -> D
     )
 
     def phase(compiled: Compiled, tokens_per_row: int) -> Phase:
-        """A program that takes so many tokens of each row through the model, and the parameters and the cache once."""
+        """A program that takes so many tokens of each row through the model, and the matrices and the cache once."""
         tokens = request.batch_size * tokens_per_row
         if not compiled.hlo:
             return Phase(compiled=compiled, traffic=None, roofline=None, tokens=tokens)
         traffic = collectives(compiled.hlo, mesh.shape, config.mesh.slices).traffic
         flops = tokens * flops_per_token(config.model, tokens_per_row) / 3
-        limit = roofline(flops, parameter_bytes + cache_bytes / mesh.size, traffic, mesh, place.chip)
+        limit = roofline(flops, read_bytes + cache_bytes / mesh.size, traffic, mesh, place.chip)
         return Phase(compiled=compiled, traffic=traffic, roofline=limit, tokens=tokens)
 
     with jax.set_mesh(mesh):
@@ -107,11 +113,26 @@ def plan_decoding(config: Config, place: Place, request: Request, say: Say) -> D
         chip=place.chip,
         mesh=dict(mesh.shape),
         request=request,
+        quantization=quantization,
         parameter_bytes=parameter_bytes,
         cache_bytes=cache_bytes,
         prefill=phase(first, request.prompt_tokens),
         decode=phase(second, 1) if second else None,
     )
+
+
+def bytes_on_device(abstract: Any) -> int:
+    """Bytes that each device holds of a tree of abstract arrays with shardings, without the padding of a chip's tiles.
+
+    Two values of int4 take a byte.
+    """
+    leaves = jax.tree.leaves(abstract)
+    bits = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * _bits(leaf.dtype) for leaf in leaves)
+    return bits // 8
+
+
+def _bits(dtype: np.dtype) -> int:
+    return 4 if dtype == jnp.int4 else 8 * dtype.itemsize
 
 
 def _check(config: Config, request: Request, mesh: Mesh) -> None:

@@ -79,6 +79,7 @@ def decoding_json(plan: DecodingPlan) -> dict[str, Any]:
     return {
         **_place_json(plan),
         **dataclasses.asdict(plan.request),
+        "quantization": plan.quantization and plan.quantization.to_json(),
         "parameter_bytes": plan.parameter_bytes,
         "cache_bytes": plan.cache_bytes,
         "prefill": _phase_json(plan.prefill),
@@ -229,7 +230,7 @@ def decoding_table(plan: DecodingPlan) -> str:
     head = [
         _place(plan),
         f"{request.batch_size:,} rows, prompts of {request.prompt_tokens:,} tokens, {request.new_tokens:,} new ones",
-        _line("parameters on a device", readable_bytes(plan.parameter_bytes)),
+        _line("parameters on a device", readable_bytes(plan.parameter_bytes), str(plan.quantization or "")),
         _line("cache of all rows", readable_bytes(plan.cache_bytes)),
     ]
     blocks = [head, [*_phase("prefill", plan.prefill, plan)]]

@@ -83,6 +83,37 @@ def test_scales_are_sharded_as_their_matrices_where_their_groups_can_be():
 
 
 @pytest.mark.parametrize(
+    ("axes", "group_size", "calls"),
+    # On four devices, k and v have 64 outputs, which are no tile, and the two groups of down cannot be sharded.
+    [({"data": 1, "fsdp": 2, "tensor": 2}, 32, 7), ({"data": 1, "tensor": 4}, 256, 4)],
+)
+def test_the_kernel_for_tpus_runs_on_each_device_of_a_mesh(as_on_tpu, axes, group_size, calls):
+    config = ModelConfig(
+        vocab_size=64, num_layers=1, embed_dim=256, mlp_dim=512, num_heads=8, num_kv_heads=4, head_dim=64,
+    )  # fmt: skip
+    mesh, boxed = make_mesh(MeshConfig(**axes), jax.devices()[:4]), abstract_params(config, scan_layers=False)
+    form = Quantization(scheme="int4", group_size=group_size)
+    wanted, sharded = (
+        abstract_quantized(boxed, place, form) for place in (on_device(boxed, jax.devices()[0]), placed(mesh, boxed))
+    )
+    params = jax.tree.map(convert, reference.random_params(nn.meta.unbox(boxed)), wanted)
+    tokens = np.random.default_rng(0).integers(0, 64, (4, 4))
+    positions = np.broadcast_to(np.arange(4), (4, 4))
+
+    @jax.jit
+    def hidden(params):
+        model = Transformer(config, jnp.bfloat16, scan_layers=False)
+        return model.apply({"params": params}, tokens, positions)[0].astype(jnp.float32)
+
+    expected = hidden(jax.tree.map(lambda leaf: dequantize(leaf, jnp.float32), params, is_leaf=is_quantized))
+    assert not as_on_tpu
+    with jax.set_mesh(mesh):
+        found = hidden(jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), params, sharded))
+    assert len(as_on_tpu) == calls
+    np.testing.assert_allclose(found, expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"scheme": "int3"}, "scheme is 'int3'"),

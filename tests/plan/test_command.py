@@ -20,6 +20,7 @@ COMMAND = ("nextllm_jax.cli", "plan", "--config", "config.py")
         (["--chip", "Abacus", "--devices", "8", "--fast"], "the limits of a chip 'Abacus' are not known"),
         (["--topology", "v5e:4x4", "--devices", "8"], "--devices goes with --chip"),
         (["--topology", "v5e:4x4", "--decode", "--fast"], "--decode is compiled once"),
+        (["--topology", "v5e:4x4", "--quantize", "int8"], "--quantize is for sampling; give --decode with it"),
         (["--topology", "v5e:4x4", "--hlo", "none/step.hlo"], "--hlo none/step.hlo cannot be written; name a file in"),
         (["--topology", "v5e:4x4", "--days", "0"], "days is 0.0; it must be positive"),
     ],

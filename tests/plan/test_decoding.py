@@ -1,14 +1,28 @@
-"""Prefill and a decode step, on simulated devices of this machine."""
+"""Prefill and a decode step, on simulated devices of this machine; quantized, for TPUs and GPUs."""
 
 import dataclasses
+import functools
+import math
+import re
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from nextllm_jax.config import MeshConfig
+from nextllm_jax.config import MeshConfig, SamplingConfig
+from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError
-from nextllm_jax.plan.decoding import Request, plan_decoding
+from nextllm_jax.hardware import chip
+from nextllm_jax.inference.generate import decode, prefill
+from nextllm_jax.inference.llm import decoding_model
+from nextllm_jax.model.quantize import is_quantized
+from nextllm_jax.plan import hlo
+from nextllm_jax.plan.decoding import Request, bytes_on_device, plan_decoding
 from nextllm_jax.plan.report import decoding_json, decoding_table
-from tests.plan.test_training import CONFIG, here, silent
+from nextllm_jax.plan.topology import Place
+from nextllm_jax.sharding import make_mesh, on_device, placed
+from tests.plan.test_training import CONFIG, SLOW_CHIP, here, silent
 
 REQUEST = Request(batch_size=4, prompt_tokens=16, new_tokens=16)
 
@@ -40,3 +54,109 @@ def test_rows_and_lengths_that_do_not_fit() -> None:
     long = dataclasses.replace(REQUEST, batch_size=8, new_tokens=4000)
     with pytest.raises(InputError, match="context_length 2048"):
         plan_decoding(CONFIG, here(), long, silent)
+
+
+def test_quantized_weights_count_as_they_are_kept() -> None:
+    config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=4, tensor=2))
+    plan = plan_decoding(config, here(), REQUEST, silent, Quantization(scheme="int8"))
+    # By layer q, o: 64 x 64; k, v: 64 x 32; gate, up, down: 64 x 128. A device has half of each, and a float32 scale
+    # for each of its outputs, but all 64 of o and down. Two norms a layer and one at the end are whole.
+    matrices = 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) // 2
+    scales = 4 * (64 + 2 * 32 + 2 * 128) // 2 + 4 * 2 * 64
+    table, norms = 512 // 2 * 64 * 4, (2 * 4 + 1) * 64 * 4
+    assert plan.parameter_bytes == matrices + 4 * scales + 2 * table + norms
+    read = plan.parameter_bytes - table + plan.cache_bytes / 8  # the embedding is read by row, the head is not
+    assert plan.decode.roofline.hbm == pytest.approx(read / SLOW_CHIP.hbm_bandwidth)
+    assert plan.decode.compiled.memory.argument_bytes < 1.1 * (plan.parameter_bytes + plan.cache_bytes / 8)
+    assert decoding_json(plan)["quantization"] == {
+        "scheme": "int8", "group_size": None, "symmetric": False, "embeddings": False
+    }  # fmt: skip
+    assert "int8 by output channel" in decoding_table(plan)
+
+
+@pytest.mark.parametrize(("symmetric", "bytes_a_weight"), [(True, 1 / 2 + 2 / 32), (False, 1 / 2 + 4 / 32)])
+def test_two_int4_weights_are_a_byte(symmetric, bytes_a_weight) -> None:
+    mesh = make_mesh(MeshConfig(data=4, tensor=2))
+    place = functools.partial(placed, mesh)
+    _, params = decoding_model(
+        CONFIG.model, np.dtype("float32"), place, Quantization(scheme="int4", symmetric=symmetric)
+    )
+    up = params["remainder_0"]["mlp"]["up"]["kernel"]
+    assert bytes_on_device(up) == 64 * 128 / 2 * bytes_a_weight
+
+
+WIDE = dataclasses.replace(
+    CONFIG.model, vocab_size=640, num_layers=2, embed_dim=256, mlp_dim=1536, num_heads=8, num_kv_heads=4, head_dim=128,
+    dtype="auto",
+)  # fmt: skip
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(("scheme", "batch_size"), [("int8", 16), ("int4", 1), ("int4", 16)])
+def test_a_tpu_holds_no_float_copy_of_a_quantized_matrix(four_tpus, scheme, batch_size) -> None:
+    place = Place("v5e:2x2", four_tpus[0].device_kind, chip(four_tpus[0].device_kind), 4, list(four_tpus))
+    config = dataclasses.replace(CONFIG, model=WIDE, mesh=MeshConfig(data=1, tensor=4))
+    request = Request(batch_size=batch_size, prompt_tokens=16, new_tokens=8)
+    with jax.default_matmul_precision("default"):
+        plan = plan_decoding(config, place, request, silent, Quantization(scheme=scheme))
+    # q and o of two heads, k and v of one, a quarter of gate, up and down.
+    sizes = {256 * 2 * 128, 256 * 128, 256 * 384}
+    program = hlo.parse(plan.decode.compiled.hlo)
+    fused = {
+        name
+        for computation in program.computations.values()
+        for instruction in computation.instructions.values()
+        if instruction.opcode == "fusion"
+        for name in instruction.callees
+    }
+    shapes = re.findall(
+        r"\b(?:bf16|f32)\[([\d,]+)\]",
+        " ".join(
+            instruction.shapes
+            for name, computation in program.computations.items()
+            if name not in fused
+            for instruction in computation.instructions.values()
+        ),
+    )
+    assert shapes
+    assert not [shape for shape in shapes if math.prod(map(int, shape.split(","))) in sizes]
+    kernels = plan.decode.compiled.hlo.count('custom_call_target="tpu_custom_call"')
+    assert kernels == (2 * 7 if (scheme, batch_size) == ("int4", 16) else 0)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_a_gpu_converts_quantized_matrices_at_the_product(scheme) -> None:
+    """The decode step, lowered for CUDA: each matrix stays an argument of small integers, with one use converted."""
+    place = functools.partial(on_device, device=jax.devices()[0])
+    model, params = decoding_model(CONFIG.model, np.dtype("bfloat16"), place, Quantization(scheme=scheme))
+    tokens_BT, lengths_B = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((4, 16), (4,)))
+    state = jax.eval_shape(
+        functools.partial(prefill, model, cache_length=32, track_seen=False), params, tokens_BT, lengths_B
+    )
+    scalar = jax.ShapeDtypeStruct((), jnp.int32)
+    arguments = (scalar, lengths_B.update(dtype=jnp.bool_), scalar.update(dtype=jnp.uint32), lengths_B)
+    traced = decode.trace(
+        model,
+        params,
+        state,
+        *arguments,
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+        sampling=SamplingConfig(),
+        vocab_size=512,
+    )
+    lines = traced.lower(lowering_platforms=("cuda",)).as_text().splitlines()
+    kind = {"int8": "i8", "int4": "i4"}[scheme]
+    num_quantized = sum(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized)))
+    (main,) = (line for line in lines if "@main(" in line)
+    assert main.count(f"x{kind}>") == num_quantized == 4 * 7
+    converted = [i for i, line in enumerate(lines) if re.search(rf"convert .*\(tensor<[\dx]+{kind}>\)", line)]
+    assert len(converted) == 7  # of a layer, which is one function for all
+    for i in converted:
+        (use,) = _uses(lines[i].split()[0], lines[i + 1 :])
+        assert "dot_general" in use
+
+
+def _uses(name: str, lines: list[str]) -> list[str]:
+    """The lines that use a value, up to where its name stands for another."""
+    end = next((i for i, line in enumerate(lines) if line.split()[:2] == [name, "="]), len(lines))
+    return [line for line in lines[:end] if re.search(rf"{name}\b", line)]
