@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from nextllm_jax.config import ModelConfig
 from nextllm_jax.model.weights import declare
 from nextllm_jax.ops.linear import linear
-from nextllm_jax.ops.quantized import Product, product, take_rows
+from nextllm_jax.ops.product import Product, product
+from nextllm_jax.ops.quantized import take_rows
 from nextllm_jax.sharding import constrain, is_divisible, per_shard
 
 INPUTS = "inputs"

@@ -34,14 +34,15 @@ def quantize_for_inputs(kernel: jax.Array, hessian_II: jax.Array, like: QTensor)
         )
         within = jax.lax.dynamic_slice_in_dim(corrections, start, size, axis=1)
         scale, minimum = fit(rows, like, (0,), weight[:, None])
+        row_scale, row_minimum = scale[0], None if minimum is None else minimum[0]
 
         def round_row(rows: jax.Array, i: jax.Array) -> tuple[jax.Array, Any]:
-            q = steps_of(rows[i], scale[0], None if minimum is None else minimum[0], like.q.dtype)
-            error = (rows[i] - values_of(q, scale[0], None if minimum is None else minimum[0])) / within[i, i]
-            return rows - jnp.outer(within[i], error), (q, error)
+            steps = steps_of(rows[i], row_scale, row_minimum, like.q.dtype)
+            error = (rows[i] - values_of(steps, row_scale, row_minimum, like.q.dtype)) / within[i, i]
+            return rows - jnp.outer(within[i], error), (steps, error)
 
-        _, (q, errors) = jax.lax.scan(round_row, rows, jnp.arange(size))
-        return w_IO - corrections.T @ errors, QTensor(q, scale, minimum)
+        _, (steps, errors) = jax.lax.scan(round_row, rows, jnp.arange(size))
+        return w_IO - corrections.T @ errors, QTensor(steps.astype(like.q.dtype), scale, minimum)
 
     _, rounded = jax.lax.scan(round_group, w_IO, jnp.arange(num_groups) * size)
     return jax.tree.map(lambda part, wanted: part.reshape(wanted.shape), rounded, like)

@@ -10,7 +10,8 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from nextllm_jax.ops import quantized_matmul as module
-from nextllm_jax.ops.quantized import QTensor, dequantize, product, quantize
+from nextllm_jax.ops.product import product
+from nextllm_jax.ops.quantized import QTensor, dequantize, quantize
 from nextllm_jax.ops.quantized_matmul import quantized_matmul, tile_sizes
 
 RNG = np.random.default_rng(0)
