@@ -27,7 +27,7 @@ try:
     )
     from tqdm import tqdm
 except ImportError as error:
-    raise InputError(f"the harness is not installed ({error}); pip install 'nextllm_jax[lm_eval]'") from error
+    raise InputError(f"the harness is not installed ({error}); pip install 'nextllm_jax[lm-eval]'") from error
 
 _token_scores = jax.jit(token_scores, static_argnames=("model", "vocab_size"))
 

@@ -28,19 +28,18 @@ class QTensor:
         return self.q.shape
 
 
-def quantize(x: jax.Array, like: QTensor, importance: jax.Array | None = None) -> QTensor:
+def quantize(x: jax.Array, like: QTensor) -> QTensor:
     """`x` rounded to the steps of each group, in the shapes and types of `like`, which may be abstract.
 
     Without a minimum, int8 puts the greatest magnitude of a group on 127 or -127 and int4 on -8, whatever its sign.
     With one, the least value is the least q and the greatest the greatest. Scale and minimum are rounded to their
-    type first. int4 then tries narrower ranges, whose finer steps can be worth the values that they cut off, and keeps
-    the one with the least sum of squared errors, weighted by `importance` (which broadcasts against `x`; None: 1).
+    type first. No value is off by more than half a step, but for that rounding and for int4 without a minimum, where
+    values next to the opposite of the greatest magnitude are off by up to a whole step.
     """
     full, coarse = _groups(like)
     within = tuple(axis for axis, size in enumerate(coarse) if size == 1)
     x32 = x.astype(jnp.float32).reshape(full)
-    weight = None if importance is None else jnp.broadcast_to(importance, x.shape).reshape(full)
-    scale, minimum = fit(x32, like, within, weight)
+    scale, minimum = fit(x32, like, within)
     q = steps_of(x32, scale, minimum, like.q.dtype).astype(like.q.dtype).reshape(like.q.shape)
     if minimum is not None and like.minimum is not None:
         minimum = minimum.reshape(like.minimum.shape)
@@ -48,13 +47,17 @@ def quantize(x: jax.Array, like: QTensor, importance: jax.Array | None = None) -
 
 
 _NARROWER = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
-"""Parts of a group's range that int4 tries beside the whole range."""
+"""Parts of a group's range that `fit` tries next to the whole range."""
 
 
 def fit(
-    x32: jax.Array, like: QTensor, within: tuple[int, ...], importance: jax.Array | None
+    x32: jax.Array, like: QTensor, within: tuple[int, ...], importance: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Scale and minimum of groups that extend over the axes `within`, in the types of `like`."""
+    """Scale and minimum of groups that extend over the axes `within`, in the types of `like`.
+
+    With `importance`, which broadcasts against `x32`, narrower ranges are tried, whose finer steps can be worth the
+    values that they cut off: the least sum of squared errors with these weights decides.
+    """
     low, high = (reduce(x32, axis=within, keepdims=True) for reduce in (jnp.min, jnp.max))
     least, greatest = (int(bound) for bound in (jnp.iinfo(like.q.dtype).min, jnp.iinfo(like.q.dtype).max))
 
@@ -68,10 +71,10 @@ def fit(
     def error_of(scale: jax.Array, minimum: jax.Array | None) -> jax.Array:
         steps = steps_of(x32, scale, minimum, like.q.dtype)
         squares = jnp.square(values_of(steps, scale, minimum, like.q.dtype) - x32)
-        return jnp.sum(squares if importance is None else squares * importance, axis=within, keepdims=True)
+        return jnp.sum(squares * importance, axis=within, keepdims=True)
 
     whole = steps_for(low, high)
-    if like.q.dtype != jnp.int4:
+    if importance is None:
         return whole
 
     def try_part(best: Any, part: jax.Array) -> tuple[Any, None]:

@@ -17,7 +17,7 @@ from nextllm_jax.tokenizer.backends import ByteBPE
 from nextllm_jax.tokenizer.tokenizer import Roles, Tokenizer
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-pytest.importorskip("lm_eval", reason="pip install '.[lm_eval]'")
+pytest.importorskip("lm_eval", reason="pip install '.[lm-eval]'")
 pytestmark = pytest.mark.filterwarnings("default")  # of the harness's many dependencies
 
 CONFIG = ModelConfig(

@@ -1,5 +1,7 @@
 """Quantized matrices and products with them, against numpy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -30,26 +32,22 @@ def like(shape, axis, form):
 
 def by_hand(x, form):
     """What a matrix [inputs, outputs] becomes, group by group."""
-    dtype, group, _, _ = FORMS[form]
+    group = FORMS[form][1] or len(x)
     made = np.zeros_like(x)
     for column in range(x.shape[1]):
-        for start in range(0, len(x), group or len(x)):
-            values = x[start : start + (group or len(x)), column]
-            ranges = np.float32([1, *quantized._NARROWER]) if dtype == "int4" else [np.float32(1)]
-            tried = [rounded(values, form, part) for part in ranges]
-            errors = [np.square(one - values).sum() for one in tried]
-            made[start : start + len(values), column] = tried[np.argmin(errors)]
+        for start in range(0, len(x), group):
+            made[start : start + group, column] = rounded(x[start : start + group, column], form)
     return made
 
 
-def rounded(values, form, part):
+def rounded(values, form, part=1.0):
     """The values of a group in steps that reach over a part of their range."""
     dtype, _, scale_type, has_minimum = FORMS[form]
     if has_minimum:
-        low, high = values.min() * part, values.max() * part
+        low, high = values.min() * np.float32(part), values.max() * np.float32(part)
         low, scale = (scale_type(value).astype(np.float32) for value in (low, (high - low) / np.float32(15)))
         return np.clip(np.round((values - low) / scale), 0, 15) * scale + low
-    extreme = values[np.abs(values).argmax()] * part
+    extreme = values[np.abs(values).argmax()] * np.float32(part)
     least, greatest = (-8, 7) if dtype == "int4" else (-128, 127)
     scale = scale_type(extreme / np.float32(-8) if dtype == "int4" else np.abs(extreme) / np.float32(127))
     return np.clip(np.round(values / scale.astype(np.float32)), least, greatest) * scale.astype(np.float32)
@@ -62,6 +60,24 @@ def test_quantizing_is_what_a_loop_over_groups_does(form):
     np.testing.assert_allclose(dequantize(found, jnp.float32), by_hand(x, form), rtol=1e-6, atol=1e-6)
     assert found.q.dtype == FORMS[form][0]
     assert found.scale.dtype == FORMS[form][2]
+
+
+@pytest.mark.parametrize("form", ["int4", "int4 with minimum"])
+def test_the_range_that_costs_least_is_found(form):
+    """One outlier of many values is cut off for the finer steps of the others, unless it matters more than they do."""
+    x = RNG.normal(size=(64, 1)).astype(np.float32)
+    x[0] = 5.0
+    group = quantized.QTensor(jax.ShapeDtypeStruct((64, 1), jnp.int4), jax.ShapeDtypeStruct((1, 1), np.float16))
+    group = dataclasses.replace(group, minimum=group.scale if FORMS[form][3] else None)
+    for outlier in (1.0, 1e4):
+        importance = np.ones_like(x)
+        importance[0] = outlier
+        scale, minimum = quantized.fit(x, group, (0,), importance)
+        found = quantized.values_of(quantized.steps_of(x, scale, minimum, jnp.int4), scale, minimum, jnp.int4)
+        tried = [rounded(x[:, 0], form, part) for part in np.float32([1, *quantized._NARROWER])]
+        errors = [(np.square(one - x[:, 0]) * importance[:, 0]).sum() for one in tried]
+        np.testing.assert_allclose(found[:, 0], tried[np.argmin(errors)], rtol=1e-5, atol=1e-5)
+        assert (np.argmin(errors) == 0) == (outlier > 1)
 
 
 PRODUCTS = pytest.mark.parametrize(
