@@ -33,14 +33,19 @@ from nextllm_jax.data.corpora import document_hash, held_out_text, read_document
 from nextllm_jax.pretrained.convert import export_model, quantize_model  # noqa: E402
 
 CHARACTERS, CALIBRATION_CHARACTERS = 32_768, 400_000
+INT4 = Quantization(scheme="int4", embeddings=True)
+SYMMETRIC = Quantization(scheme="int4", symmetric=True, embeddings=True)
 OURS = {
-    "int8": Quantization(scheme="int8"),
-    "int8, embeddings": Quantization(scheme="int8", embeddings=True),
-    "int4": Quantization(scheme="int4"),
-    "int4, embeddings": Quantization(scheme="int4", embeddings=True),
-    "int4, symmetric": Quantization(scheme="int4", symmetric=True),
-    "int4, symmetric, embeddings": Quantization(scheme="int4", symmetric=True, embeddings=True),
+    "int8": ("float32", Quantization(scheme="int8")),
+    "int8, embeddings": ("float32", Quantization(scheme="int8", embeddings=True)),
+    "int4": ("float32", Quantization(scheme="int4")),
+    "int4, embeddings": ("float32", INT4),
+    "int4, symmetric, embeddings": ("float32", SYMMETRIC),
+    "the same, calibrated": ("float32", SYMMETRIC),
+    "folded, int4": ("folded", Quantization(scheme="int4")),
+    "folded, int4, calibrated": ("folded", Quantization(scheme="int4")),
 }
+"""The directory and what is made of it."""
 LLAMA_CPP = {
     "F32": (None, "float32"),
     "Q8_0": (None, "q8_0"),
@@ -115,18 +120,18 @@ def main() -> None:
     tokens = parser.parse_args().tokens
     text, calibration = held_out_text(DataConfig(), CHARACTERS), calibration_text()
     print(f"{'':36}{'size':>12}{'perplexity':>12}{f'first {tokens}':>12}", flush=True)
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary)
         export_model("smollm2", str(directory / "float32"), file_format="huggingface", dtype="float32")
         write_folded(directory / "folded")
         print(ours(directory / "float32", "float32", text, tokens), flush=True)
         print(ours(directory / "folded", "folded, float32", text, tokens), flush=True)
-        for source, prefix in (("smollm2", ""), (str(directory / "folded"), "folded, ")):
-            for kind, quantization in OURS.items():
-                for calibrated in (False, True) if quantization.scheme == "int4" else (False,):
-                    output = directory / f"{prefix}{kind}{', calibrated' if calibrated else ''}"
-                    quantize_model(source, str(output), quantization, calibration=calibration if calibrated else None)
-                    print(ours(output, output.name, text, tokens), flush=True)
+        for name, (source, quantization) in OURS.items():
+            text_to_fit = calibration if name.endswith("calibrated") else None
+            # The published file itself, not its floats, has the blocks that int4 keeps.
+            path = "smollm2" if source == "float32" else str(directory / source)
+            quantize_model(path, str(directory / name), quantization, calibration=text_to_fit)
+            print(ours(directory / name, name, text, tokens), flush=True)
         ids = nextllm_jax.load("smollm2").tokenizer.encode_document(text)[: tokens + 1]
         for kind, (source, dtype) in LLAMA_CPP.items():
             file = directory / f"{kind}.gguf"

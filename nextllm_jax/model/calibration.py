@@ -58,11 +58,11 @@ def calibrate(
     for i, path in enumerate(paths):
         block = Block(model.config, config.layer_pattern[i % len(config.layer_pattern)], model.dtype, AttentionKernel())
         layer = jax.device_put(params[path], device)
-        sums = (_run(block, layer, x_BTD)[1] for x_BTD in batches)
+        sums = (_sums_of_squares(block, layer, x_BTD) for x_BTD in batches)
         hessians = functools.reduce(functools.partial(jax.tree.map, jnp.add), sums)
         new[path] = _calibrated(path, layer, like[path], hessians, observe)
         layer = jax.device_put(new[path], device)
-        batches = [_run(block, layer, x_BTD)[0] for x_BTD in batches]
+        batches = [_output(block, layer, x_BTD) for x_BTD in batches]
     return new
 
 
@@ -88,11 +88,22 @@ def _calibrated(path: str, layer: Any, like: Any, hessians: dict[str, jax.Array]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(block: Block, layer: Any, x_BTD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The layer's output, and x^T x, float32 [inputs, inputs], of what each module of it multiplies with its kernel."""
+def _sums_of_squares(block: Block, layer: Any, x_BTD: jax.Array) -> dict[str, jax.Array]:
+    """x^T x, float32 [inputs, inputs], of what each module of a layer multiplies with its kernel, by its path."""
+    _, recorded = _run(block, layer, x_BTD)
+    inputs = jax.tree_util.tree_leaves_with_path(recorded[INPUTS])
+    flat = {path_name(path[:-2]): x.reshape(-1, math.prod(x.shape[2:])) for path, x in inputs}
+    return {name: x.T @ x for name, x in flat.items()}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _output(block: Block, layer: Any, x_BTD: jax.Array) -> jax.Array:
+    return _run(block, layer, x_BTD)[0]
+
+
+def _run(block: Block, layer: Any, x_BTD: jax.Array) -> tuple[jax.Array, Any]:
+    """The layer's output, and the variables that it recorded."""
     positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1], dtype=jnp.int32), x_BTD.shape[:2])
     context = (ropes(block.config, positions_BT), positions_BT, None, None, 0)
     (y_BTD, _), recorded = block.apply({"params": layer}, x_BTD, *context, mutable=[INPUTS])
-    inputs = jax.tree_util.tree_leaves_with_path(recorded[INPUTS])
-    flat = {path_name(path[:-2]): x.reshape(-1, math.prod(x.shape[2:])) for path, x in inputs}
-    return y_BTD, {name: x.T @ x for name, x in flat.items()}
+    return y_BTD, recorded

@@ -16,6 +16,7 @@ import gguf
 import nextllm_jax
 from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.cli.quantize import quantize_command
+from nextllm_jax.cli.text import evaluate_command
 from nextllm_jax.config import Config, DataConfig, LoraConfig, MeshConfig
 from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError
@@ -26,6 +27,7 @@ from nextllm_jax.pretrained import convert
 from nextllm_jax.pretrained.convert import export_model, import_model, quantize_model
 from nextllm_jax.pretrained.init_from import initial_params, with_source
 from nextllm_jax.sharding import on_device
+from tests.conftest import Door
 from tests.interop.models import CONFIG as TINY
 from tests.interop.models import assert_equal_trees, write_huggingface
 
@@ -74,18 +76,18 @@ def test_a_quantized_directory_is_what_quantizing_on_the_fly_makes_of_any_source
     assert 2 < written.score(TEXT).perplexity < 1e4
 
 
-def test_every_command_takes_a_quantized_directory(models, door, capsys):
-    int4 = str(models / "int4")
+def test_every_command_takes_a_quantized_directory(models, tmp_path, compilation_cache, capsys):
+    int4, door = str(models / "int4"), Door(tmp_path, compilation_cache)
     sampled = door.run("sample.py", "--checkpoint", int4, "--prompt", TEXT, "--max-new-tokens", 4, "--json")
     assert json.loads(sampled.stdout.splitlines()[0])["prompt"] == TEXT
-    (door.directory / "text").write_text(TEXT)
-    evaluated = door.run("nextllm_jax.cli", "evaluate", "--checkpoint", int4, "--text", "text", "--json")
+    (tmp_path / "text").write_text(TEXT)
+    evaluate_command(["--checkpoint", int4, "--text", str(tmp_path / "text"), "--json"])
     expected = nextllm_jax.load(int4).score(TEXT)
-    assert json.loads(evaluated.stdout)["nll"] == pytest.approx(expected.nll, rel=1e-4)
-    export_model(int4, str(door.directory / "hf"), file_format="huggingface", dtype="float32")
+    assert json.loads(capsys.readouterr().out)["nll"] == pytest.approx(expected.nll, rel=1e-4)
+    export_model(int4, str(tmp_path / "hf"), file_format="huggingface", dtype="float32")
     assert "WARNING" in (said := capsys.readouterr().err)
     assert "is quantized (int4 in groups of 32, asymmetric); the export holds its values as float32" in said
-    assert nextllm_jax.load(str(door.directory / "hf")).score(TEXT).nll == pytest.approx(expected.nll, rel=2e-3)
+    assert nextllm_jax.load(str(tmp_path / "hf")).score(TEXT).nll == pytest.approx(expected.nll, rel=2e-3)
 
 
 def test_the_command_says_what_it_did(models, tmp_path, capsys):
@@ -101,6 +103,25 @@ def test_the_command_says_what_it_did(models, tmp_path, capsys):
     assert any(line.startswith("int4 in groups of 16, symmetric: ") for line in out)
     before, after = (nextllm_jax.load(str(path)).score(TEXT * 20) for path in (models / "run", tmp_path / "q"))
     assert f"perplexity {before.perplexity:.3f} -> {after.perplexity:.3f}" in "\n".join(out)
+
+
+def test_calibrating_rounds_for_a_text(models, tmp_path):
+    text = tmp_path / "text"
+    text.write_text(TEXT * 200)
+    plain, calibrated = tmp_path / "plain", tmp_path / "calibrated"
+    int4 = ["--checkpoint", str(models / "run"), "--scheme", "int4", "--no-perplexity"]
+    assert quantize_command([*int4, "--output", str(plain)]) == 0
+    assert quantize_command([*int4, "--output", str(calibrated), "--calibrate", str(text)]) == 0
+    tokens = [convert.open_path(str(plain)).load_tokenizer().encode_document(TEXT * 5)[:40]]
+    exact, *found = (nextllm_jax.load(str(path)).logits(tokens) for path in (models / "run", plain, calibrated))
+    errors = [np.square(one - exact).mean() for one in found]
+    assert errors[1] < 0.8 * errors[0]
+    text.write_text(TEXT)
+    with pytest.raises(InputError, match="which fill no window of"):
+        quantize_command([*int4, "--output", str(tmp_path / "new"), "--calibrate", str(text)])
+    with pytest.raises(InputError, match="--calibrate is for int4, and the scheme is int8"):
+        quantize_command([*int4, "--scheme", "int8", "--output", str(tmp_path / "new"), "--calibrate", str(text)])
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
