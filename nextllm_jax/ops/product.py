@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from nextllm_jax.ops.integer_product import integer_product
+from nextllm_jax.ops.cpu_product import cpu_product
 from nextllm_jax.ops.linear import linear
 from nextllm_jax.ops.quantized import QTensor, dequantize
 from nextllm_jax.ops.quantized_matmul import quantized_matmul, tile_sizes
@@ -39,7 +39,7 @@ def product(
     inputs = _input_axes(equation)
     few_rows = math.prod(x.shape[: x.ndim - len(inputs)]) <= _FEW_ROWS
     if kernel.minimum is None and all(kernel.scale.shape[axis] == 1 for axis in inputs):
-        return _product_by_output(equation, x, kernel, result_type, few_rows)
+        return _product_by_output(equation, x, kernel, result_type)
 
     def dequantized(x: jax.Array, kernel: QTensor) -> jax.Array:
         return _multiply(equation, x, dequantize(kernel, x.dtype), result_type)
@@ -60,9 +60,9 @@ def product(
 
 
 def _product_by_output(
-    equation: str, x: jax.Array, kernel: QTensor, result_type: jax.typing.DTypeLike | None, few_rows: bool
+    equation: str, x: jax.Array, kernel: QTensor, result_type: jax.typing.DTypeLike | None
 ) -> jax.Array:
-    """The product with a matrix that has a scale for each output; a CPU multiplies few rows as integers."""
+    """The product with a matrix that has a scale for each output."""
     inputs = _input_axes(equation)
 
     def scaled(y: jax.Array, kernel: QTensor) -> jax.Array:
@@ -73,12 +73,10 @@ def _product_by_output(
     def floats(x: jax.Array, kernel: QTensor) -> jax.Array:
         return scaled(_multiply(equation, x, kernel.q.astype(x.dtype), result_type), kernel)
 
-    def integers(x: jax.Array, kernel: QTensor) -> jax.Array:
-        return scaled(integer_product(x, kernel.q, len(inputs), inputs_first=inputs[0] == 0), kernel)
+    def on_cpu(x: jax.Array, kernel: QTensor) -> jax.Array:
+        return scaled(cpu_product(x, kernel.q.astype(jnp.int8), len(inputs), inputs_first=inputs[0] == 0), kernel)
 
-    if not few_rows:
-        return floats(x, kernel)
-    return jax.lax.platform_dependent(x, kernel, cpu=_with_gradients_of(floats, integers), default=floats)
+    return jax.lax.platform_dependent(x, kernel, cpu=_with_gradients_of(floats, on_cpu), default=floats)
 
 
 def _input_axes(equation: str) -> tuple[int, ...]:

@@ -68,14 +68,14 @@ def fit(
         scale = extreme / least if like.q.dtype == jnp.int4 else jnp.abs(extreme) / greatest
         return scale.astype(like.scale.dtype), None
 
+    whole = steps_for(low, high)
+    if importance is None:
+        return whole
+
     def error_of(scale: jax.Array, minimum: jax.Array | None) -> jax.Array:
         steps = steps_of(x32, scale, minimum, like.q.dtype)
         squares = jnp.square(values_of(steps, scale, minimum, like.q.dtype) - x32)
         return jnp.sum(squares * importance, axis=within, keepdims=True)
-
-    whole = steps_for(low, high)
-    if importance is None:
-        return whole
 
     def try_part(best: Any, part: jax.Array) -> tuple[Any, None]:
         found = steps_for(low * part, high * part)
