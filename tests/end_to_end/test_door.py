@@ -137,7 +137,7 @@ BAD_TRAIN = {
     "bad value": (["--config", "config.py", "--model.num-kv-heads", "3"], "3 does not divide model.num_heads 4"),
     "vocabulary": (
         ["--config", "config.py", "--model.vocab-size", "300"],
-        "data.vocab_size 320 is over model.vocab_size 300",
+        "data.vocab_size 320 exceeds model.vocab_size 300",
     ),
     "vocabulary of the data": (
         ["--config", "config.py", "--model.vocab-size", "300", "--data.vocab-size", "300", "--data.path", "data/known"],

@@ -142,8 +142,9 @@ def test_the_refusal_is_a_diff_with_what_to_do(run):
         require_resumable(RunDir(run), config, ["optimizer.learning_rate"])
     assert str(caught.value).splitlines() == [
         f"{run} holds a run with another config, and stays as it is:",
-        "  model.num_layers 8 -> 16 (never: the saved arrays do not fit)",
-        "  training.global_batch_size 16 -> 32 (the data goes on where it is, with more or fewer windows a step)",
+        "  model.num_layers 8 -> 16 (cannot change: the saved arrays would not fit)",
+        "  training.global_batch_size 16 -> 32 "
+        "(the data continues at its current position, with more or fewer windows per step)",
         "start a new run: another --workdir, or --overwrite to set the old run aside",
     ]
     config = changed("seed", "optimizer.learning_rate")
