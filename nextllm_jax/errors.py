@@ -20,7 +20,7 @@ class RunFailed(Exception):
     """
 
 
-def failed_place(error: OSError, default: os.PathLike[str]) -> Path:
+def failed_path(error: OSError, default: os.PathLike[str]) -> Path:
     """What a failure to write is about: the path that the system named, or the nearest directory of it that exists."""
     path = Path(os.fsdecode(error.filename2 or error.filename or default))
     return next((place for place in (path, *path.parents) if os.path.lexists(place)), path)

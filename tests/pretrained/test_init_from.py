@@ -157,7 +157,7 @@ def test_conversations_are_learnt_from_a_file_of_messages(place):
     (place.directory / "mine.jinja").write_text(TEMPLATE)
     chat = ("--data.corpus", "talks.jsonl", "--data.messages-field", "messages", "--data.chat-template", "mine.jinja")
     out = place.run("train.py", "--config", "config.py", "--init-from", "hf", "--workdir", "chat", *chat, *SHORT)
-    said = [int(count) for count in re.findall(r"(\d+) are longer than data.sequence_length and are cut", out.stdout)]
+    said = [int(count) for count in re.findall(r"(\d+) are longer than data.sequence_length and are split", out.stdout)]
     assert sum(said) == 1
     before, after = metrics(place.directory / "chat", "validation")
     assert after["loss"] < before["loss"]
