@@ -92,7 +92,7 @@ def find_prepared(config: DataConfig) -> Path | None:
         return path
     if config.path:
         raise InputError(
-            f"data.path {path} holds no readable prepared data; check the path, or prepare the data: "
+            f"data.path {path} holds no prepared data that is readable; check the path, or prepare the data: "
             f"nextllm prepare --output {path}"
         )
     return None

@@ -254,5 +254,5 @@ def test_two_processes(tmp_path):
     assert one == other
     assert (one["steps"], one["same"], one["left"]) == ([1, 3], True, [1])
     assert "3 is damaged (params/ocdbt.process_1/d/" in one["found"]
-    assert one["found"].endswith("is not what was saved (its sha256 differs)); use another step of: 1")
+    assert one["found"].endswith("is not what was saved (its sha256 differs)); use another step: 1")
     assert names(tmp_path) == ["1", "3.damaged"]

@@ -325,9 +325,7 @@ def test_a_missing_corpus_leaves_nothing(config, tmp_path):
 
 def test_data_that_is_not_there_is_prepared_in_its_default_place_only(config, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        InputError, match=r"data.path typo holds no readable prepared data.*nextllm prepare --output typo"
-    ):
+    with pytest.raises(InputError, match=r"data.path typo holds no prepared data.*nextllm prepare --output typo"):
         ensure_prepared(dataclasses.replace(config, path="typo"))
     assert not list(tmp_path.glob("typo*"))
     path = ensure_prepared(config)

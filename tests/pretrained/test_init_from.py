@@ -129,7 +129,7 @@ def test_adapters_resume_bit_for_bit_and_are_merged_at_every_door(place, trained
 
     manifest = whole / "base" / "0" / "manifest.json"
     manifest.write_text(manifest.read_text() + " ")
-    with pytest.raises(InputError, match="holds other weights"):
+    with pytest.raises(InputError, match="holds other base weights"):
         nextllm_jax.load(str(whole))
 
 
