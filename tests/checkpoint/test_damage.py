@@ -272,7 +272,8 @@ def test_files_that_are_wrong_on_disk_are_not_saved(tmp_path, monkeypatch):
         save(checkpoints, 1)
         monkeypatch.setattr(step_files, "seal", seal_and_damage)
         with pytest.raises(
-            RunFailed, match=r"step 2 could not be saved in .* \(params/manifest.ocdbt is not what was .*step 1 stands"
+            RunFailed,
+            match=r"step 2 could not be saved in .* \(params/manifest.ocdbt is not .*checkpoint is step 1",
         ):
             save(checkpoints, 2)
         monkeypatch.undo()

@@ -267,7 +267,7 @@ def test_a_full_disk_fails_with_a_sentence_and_the_checkpoint_stands(door):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1, out + err
     assert "Traceback" not in err
-    assert "step 20 stands" in err
+    assert "the last checkpoint is step 20" in err
     assert {path: path.read_bytes() for path in before} == before
 
 

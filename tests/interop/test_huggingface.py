@@ -302,7 +302,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
         lambda d: edit_weights(d, lambda t: t.update({"model.norm.weight": np.ones(32, np.int8)})),
         "is I8; weights must be",
     ),
-    "pickle": (as_pickle, r"pytorch_model\.bin, a pickle"),
+    "pickle": (as_pickle, r"pytorch_model\.bin, which could run"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor"),
     "index outside": (index_outside, "must be in the same directory"),
     "index of missing files": (index_of_missing, "which is missing"),

@@ -154,6 +154,6 @@ def test_a_refusal_at_the_door_is_a_sentence_and_exit_code_2(door):
     write_huggingface(door.directory / "hf")
     (door.directory / "hf" / "model.safetensors").rename(door.directory / "hf" / "pytorch_model.bin")
     failed = door.run("nextllm_jax.cli", "import", "hf", "--output", "run", exit_code=2)
-    assert failed.stderr.startswith("error: hf has its weights in pytorch_model.bin, a pickle")
+    assert failed.stderr.startswith("error: hf has its weights in the pickle pytorch_model.bin")
     assert failed.stderr.count("\n") == 1
     assert not (door.directory / "run").exists()
