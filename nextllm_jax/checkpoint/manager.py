@@ -370,9 +370,7 @@ class Checkpoints:
     def _sentence(self, step: int, error: BaseException) -> str:
         try:
             latest = self.latest_step()
-            state = (
-                f"the latest checkpoint is step {latest}" if latest is not None else "there is no earlier checkpoint"
-            )
+            state = f"the last checkpoint is step {latest}" if latest is not None else "there is no earlier checkpoint"
         except OSError:
             state = "the directory cannot be read either"
         return (

@@ -131,7 +131,7 @@ class StopRequest:
         signal.pthread_kill(main, number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Does nothing before `_insist`, since Python runs it only after long calls into C++: `_listen` does the work."""
+        """Does nothing before `_insist`. Python runs it late, after long calls into C++, so `_listen` does the work."""
         if self._insisted:
             self._restore()
             signal.raise_signal(number)

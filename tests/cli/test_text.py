@@ -102,7 +102,7 @@ def test_data_of_another_tokenizer_is_refused(directory, tmp_path):
     from nextllm_jax.data.prepare import prepare
 
     prepare(DataConfig(corpus="corpus", vocab_size=300, num_processes=1, validation_fraction=0.2), tmp_path / "other")
-    with pytest.raises(InputError, match="was made with another tokenizer than the model's"):
+    with pytest.raises(InputError, match="has another tokenizer than the model"):
         evaluate_command(["--checkpoint", "runs/config", "--data", str(tmp_path / "other")])
 
 

@@ -98,9 +98,7 @@ def test_a_process_that_does_not_come_is_named(capsys, monkeypatch):
     port = free_port()
     errors = together([config(i, 4, port, seconds=4) for i in (0, 2)], lambda group: None)
     assert {type(error) for error in errors} == {RunFailed}
-    assert all(
-        "of 4 processes at localhost:" in str(error) and "1, 3 did not" in str(error) for error in errors
-    )
+    assert all("of 4 processes at localhost:" in str(error) and "1, 3 did not" in str(error) for error in errors)
     assert "2 joined: 0, 2" in capsys.readouterr().err
 
 
