@@ -1,4 +1,4 @@
-"""What accelerators can do at most, by the name that jax gives a device."""
+"""Peak performance and memory of accelerators, by jax's device kind, and the memory of the host."""
 
 from typing import NamedTuple
 
@@ -13,11 +13,11 @@ class Chip(NamedTuple):
     hbm_bandwidth: float
     """Bytes per second between device memory and the cores."""
     ici_link_bandwidth: float | None = None
-    """Bytes per second that a TPU sends over one of its links to a neighbour; None where there are no such links."""
+    """Bytes per second that a TPU sends over one of its links to a neighbor; None if there are no such links."""
     ici_ring_size: int = 0
-    """A dimension of a slice that has a multiple of so many chips is a ring, another a line."""
+    """A dimension of a slice is a ring if its size is a multiple of this many chips; otherwise it is a line."""
     network_bandwidth: float | None = None
-    """Bytes per second to devices outside: of the data center's network for a TPU, of NVLink for a GPU."""
+    """Bytes per second to other devices: over the data center network for a TPU, over NVLink for a GPU."""
 
 
 def _chip(
@@ -28,7 +28,7 @@ def _chip(
     ici: tuple[float, int] | None = None,
     network: float | None = None,
 ) -> Chip:
-    """In TFLOP/s, GiB, GB/s of memory, (GB/s of a link one way, chips of a ring), GB/s of the network one way."""
+    """A Chip from TFLOP/s, GiB, GB/s of memory, (GB/s of a link one way, ring size), GB/s of the network one way."""
     link, ring = (ici[0] * 1e9, ici[1]) if ici else (None, 0)
     return Chip(
         teraflops * 1e12,
@@ -40,11 +40,11 @@ def _chip(
     )
 
 
-# Vendors' data sheets. A jax device is a whole chip, but for TPU v2, v3 and 7x, whose chips are two devices each.
+# From vendors' data sheets. A jax device is a whole chip, except for TPU v2, v3 and 7x, whose chips are two devices.
 # Links of TPUs: cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x} give the bidirectional inter-chip bandwidth of a chip
 # (400, 1200, 800 and 1200 GB/s over 4, 6, 4 and 6 links) and the network's (25, 50, 100 and 100 Gbps); Jouppi et al.
-# 2023 (arXiv:2304.01433) gives v4's 50 GB/s a link. Slices close to a ring at 16 chips in v5e and v6e, at multiples of
-# 4 where they are made of cubes. The network of a GPU is its NVLink, one way.
+# 2023 (arXiv:2304.01433) gives 50 GB/s per link for v4. Dimensions of v5e and v6e slices are rings at 16 chips; slices
+# that consist of cubes have rings at multiples of 4. The network of a GPU is its NVLink, one way.
 _CHIPS = {
     "TPU v2": _chip(22.5, 8, 350),
     "TPU v3": _chip(61.5, 16, 450),
@@ -82,15 +82,15 @@ _CHIPS = {
 
 
 def chip(device_kind: str) -> Chip | None:
-    """The limits of `jax.Device.device_kind`, or None for a device that is not in the table (a CPU, a MIG slice).
+    """The limits of a `jax.Device.device_kind`; None for a device that is not in the table (a CPU, a MIG slice).
 
-    The name must match whole: a guess from a part of it would give a wrong MFU with nothing to show for it.
+    The name must match exactly, since a guess from part of the name could silently give a wrong MFU.
     """
     return _CHIPS.get(device_kind)
 
 
 def available_host_memory() -> int | None:
-    """Bytes of memory that this process can still get, by the machine and by its control group; None if unknown."""
+    """Bytes of memory available to this process, limited by the machine and its control group; None if unknown."""
     candidates = []
     try:
         with open("/proc/meminfo") as file:
@@ -104,7 +104,7 @@ def available_host_memory() -> int | None:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this machine's processor multiplies bfloat16 natively; False where Linux does not say."""
+    """Whether this machine's processor multiplies bfloat16 natively; False if that is unknown."""
     try:
         with open("/proc/cpuinfo") as file:
             flags = file.read()
@@ -114,7 +114,7 @@ def cpu_has_bfloat16() -> bool:
 
 
 def readable_bytes(count: float) -> str:
-    """A number of bytes for people."""
+    """A number of bytes as readable text, such as "1.5 GiB"."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"

@@ -1,8 +1,7 @@
-"""Settings of the process that must stand before it starts, and the one re-execution that makes them stand.
+"""Environment variables that must be set before the process starts, and the re-execution that sets them.
 
-XLA on a CPU allocates its temporaries anew at every call, so the page faults of fresh memory cost it a
-fifth of a training step. Huge pages and an allocator that keeps what it frees take that cost away, and
-glibc reads both only at start.
+On a CPU, XLA allocates its temporaries at every call, and page faults of new memory take a fifth of a training step.
+Huge pages, and an allocator that keeps freed memory, avoid this cost. glibc reads both settings only at startup.
 """
 
 import os
@@ -13,7 +12,7 @@ TRAINING_ENVIRONMENT = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:"
     "glibc.malloc.arena_max=1",
 }
-"""Environment variables of a training process; one that the user has set is left alone."""
+"""Environment variables of a training process. Those that the user has set are not changed."""
 
 PLANNING_ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -22,21 +21,21 @@ PLANNING_ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
-"""Environment variables with which libtpu compiles where there is no TPU: it looks for no metadata server, and keeps no
-other process from doing the same. The last two name some machine, of which it would complain otherwise; they do not
-decide what is compiled for."""
+"""Environment variables with which libtpu compiles on a machine without a TPU: it does not query a metadata server, and
+does not prevent other processes from doing the same. The last two name an arbitrary machine, since libtpu needs one;
+they do not determine the compilation target."""
 
 
 def describe() -> str:
-    """One line that says what `restart_with_settings` sets, for --help."""
+    """A line for --help about the variables that `restart_with_settings` sets."""
     settings = ", ".join(f"{name}={value}" for name, value in TRAINING_ENVIRONMENT.items())
-    return f"Sets before it starts, unless you have: {settings}."
+    return f"Sets these environment variables before it starts, unless they are set already: {settings}."
 
 
 def restart_with_settings() -> None:
-    """Replace this process by itself with TRAINING_ENVIRONMENT set; do nothing where it is set already.
+    """Re-execute this process with TRAINING_ENVIRONMENT set. Does nothing if it is set already, or if not on Linux.
 
-    Call it before jax is imported. Elsewhere than on Linux it does nothing.
+    Must be called before jax is imported.
     """
     missing = {name: value for name, value in TRAINING_ENVIRONMENT.items() if name not in os.environ}
     if missing and sys.platform == "linux":
@@ -44,12 +43,12 @@ def restart_with_settings() -> None:
 
 
 def cache_directory() -> Path:
-    """Where this package keeps what it can make again: nextllm_jax in XDG_CACHE_HOME, or in ~/.cache."""
+    """The cache directory of this package: nextllm_jax in XDG_CACHE_HOME, or in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nextllm_jax"
 
 
 def use_planning_settings() -> None:
-    """Set PLANNING_ENVIRONMENT in this process, whatever stood there. Call it before jax is imported."""
+    """Set PLANNING_ENVIRONMENT in this process, replacing existing values. Must be called before jax is imported."""
     os.environ.update(PLANNING_ENVIRONMENT)
 
 

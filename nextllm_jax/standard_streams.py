@@ -1,4 +1,4 @@
-"""Standard streams that are closed, that lose their reader, or that lead to a full disk."""
+"""Handles standard streams that are closed, that lose their reader, or that write to a full disk."""
 
 import contextlib
 import io
@@ -9,10 +9,10 @@ from typing import Any
 
 
 def open_missing() -> None:
-    """Open /dev/null for each standard stream that the process was started without, as daemons often are.
+    """Open /dev/null for each standard stream that is closed, as in some daemons.
 
-    Call it first: the next file to be opened would get the number of the missing stream, and then receive what C++,
-    child processes and `write_at_once` write to standard error.
+    Must be called first. Otherwise the next file that is opened would get the descriptor of the missing stream, and
+    would receive what C++, child processes and `write_at_once` write to standard error.
     """
     for number in range(3):
         try:
@@ -26,13 +26,13 @@ def open_missing() -> None:
 
 
 def write_at_once(text: str) -> None:
-    """Write a line to standard error, if it can be written, past Python's buffers, whose locks a thread may hold."""
+    """Write a line to standard error, if possible. Bypasses Python's buffers, whose locks a thread may hold."""
     with contextlib.suppress(OSError):
         os.write(2, f"{text}\n".encode())
 
 
 def drop_unwritten() -> None:
-    """Flush the output; what cannot be written is dropped. Python's own flush at exit would change the exit code."""
+    """Flush the output, and drop what cannot be written, since a failing flush at exit would change the exit code."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -41,14 +41,14 @@ def drop_unwritten() -> None:
 
 
 def _discard(number: int) -> None:
-    """Send what is written to a file descriptor to /dev/null from now on."""
+    """Redirect a file descriptor to /dev/null."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, number)
     os.close(null)
 
 
 class _UnfailingFile(io.FileIO):
-    """A file descriptor to which writing never fails: what cannot be written is dropped.
+    """A file descriptor whose writes never fail; output that cannot be written is dropped.
 
     The first write to a pipe without a reader calls `reader_left`.
     """
@@ -64,18 +64,18 @@ class _UnfailingFile(io.FileIO):
         except BrokenPipeError:
             _discard(self.fileno())
             self._reader_left()
-        except OSError:  # a full disk, or a terminal that is gone
+        except OSError:  # a full disk, or a closed terminal
             pass
         return len(data) if written is None else written
 
 
 @contextlib.contextmanager
 def unfailing_output(reader_left: Callable[[], None]) -> Iterator[None]:
-    """Within it, writing to sys.stdout and sys.stderr never raises OSError.
+    """A context in which writing to sys.stdout and sys.stderr never raises OSError.
 
-    `reader_left` is called, by the thread that prints, when the reader of a pipe has left. Output that cannot be
-    written for another reason is dropped, and later output is tried again. Streams that are not the process's own, as
-    in a notebook, stay as they are.
+    When the reader of a pipe has exited, the thread that prints calls `reader_left`. Output that cannot be written for
+    another reason is dropped, and later output is tried again. Streams that are not the process's own (in a notebook)
+    are not replaced.
     """
     replaced = {}
     for name in ("stdout", "stderr"):

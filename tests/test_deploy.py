@@ -11,7 +11,7 @@ import yaml
 
 from nextllm_jax.cli import main as cli
 from nextllm_jax.config.files import config_of_arguments
-from nextllm_jax.distributed.rendezvous import Place, find_place
+from nextllm_jax.distributed.rendezvous import ProcessInfo, find_process_info
 from tests.conftest import ROOT
 
 DEPLOY = ROOT / "deploy"
@@ -167,7 +167,7 @@ def test_skypilot(machine):
     assert machine.run("bash", "-c", content["run"], **nodes) == 0
     (training,) = machine.trainings()
     check_mesh(training, chips=count * gpus, slices=1)
-    assert find_place(training.distributed) == Place("10.0.0.4:8476", count, 1)
+    assert find_process_info(training.distributed) == ProcessInfo("10.0.0.4:8476", count, 1)
     assert content["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
 
 

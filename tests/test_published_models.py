@@ -78,12 +78,12 @@ def test_a_name_is_the_file_of_its_package_unless_something_of_that_name_is_here
 
 def test_a_slip_is_put_right_and_a_missing_package_named(models, package, monkeypatch):
     for slip in ("smolm2", "SmolLM2", "smollm-2"):
-        with pytest.raises(InputError, match=f"there is no {slip} here.*did you mean smollm2"):
+        with pytest.raises(InputError, match=f"{slip} is neither .*did you mean smollm2"):
             nextllm_jax.load(slip)
     with pytest.raises(InputError, match=r"nowhere .*is not a run directory.*published model \(smollm2"):
         nextllm_jax.load("nowhere")
     monkeypatch.setitem(PUBLISHED_MODELS, "absent", PublishedModel("no_such_package", "x.gguf", "pip install absent"))
-    with pytest.raises(InputError, match="absent is a published model that is not installed; pip install absent"):
+    with pytest.raises(InputError, match="absent is a published model that is not installed; run pip install absent"):
         resolve("absent")
     monkeypatch.setitem(PUBLISHED_MODELS, "empty", PublishedModel("tiny_published", "x.gguf", "pip install empty"))
     with pytest.raises(InputError, match=r"lacks .*x\.gguf; install it again with pip install empty"):

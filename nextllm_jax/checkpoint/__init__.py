@@ -1,1 +1,1 @@
-"""Checkpoints: written whole, verified, restored."""
+"""Checkpoints: atomic saves, verification and restoring."""

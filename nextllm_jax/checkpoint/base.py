@@ -1,4 +1,4 @@
-"""The frozen weights of a run with adapters: saved once, beside its checkpoints, which hold the adapters alone."""
+"""The frozen base weights of a run with adapters. They are saved once, since its checkpoints hold only the adapters."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -13,12 +13,12 @@ from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.errors import InputError
 
 RECORD = "base"
-"""Name, in the record of each checkpoint, of the identity of the base that its adapters belong to."""
+"""Key in the record of each checkpoint: the `base_id` of the frozen base weights that its adapters were trained on."""
 
 
 def save_base(run: RunDir, params: Any) -> None:
-    """Write a run's base; returns when it is whole. Every process calls it."""
-    if jax.process_index() == 0 and (run.base / "0").exists():  # of a start that was interrupted
+    """Save a run's frozen base weights, and wait until they are complete. Every process must call it."""
+    if jax.process_index() == 0 and (run.base / "0").exists():  # left by an interrupted start
         with orbax_errors.writing(run.base):
             step_files.delete(run.base / "0")
     ocp.utils.sync_global_processes("base")
@@ -27,7 +27,10 @@ def save_base(run: RunDir, params: Any) -> None:
 
 
 def base_id(run: RunDir) -> str:
-    """A hash of the manifest of a run's frozen base weights, which holds the hash of each file. Raises InputError."""
+    """A hash of the manifest of a run's frozen base weights, which contains the hash of each file.
+
+    Raises InputError if the manifest cannot be read.
+    """
     manifest = run.base / "0" / step_files.MANIFEST
     try:
         return hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]
@@ -39,26 +42,26 @@ def base_id(run: RunDir) -> str:
 
 
 def restore_base(checkpoints: Checkpoints, step: int, abstract: Any) -> Any:
-    """The frozen weights below the adapters of a step, in the types and places of `abstract`.
+    """The frozen base weights for the adapters of a step, with the types and shardings of `abstract`.
 
-    Raises InputError if they are damaged, or not those that the adapters were trained on.
+    Raises InputError if they are damaged, or are not the ones that the adapters were trained on.
     """
     (tree,) = base_parts(checkpoints, step, abstract, [abstract])
     return tree
 
 
 def base_parts(checkpoints: Checkpoints, step: int, abstract: Any, parts: Iterable[Any]) -> Iterator[Any]:
-    """As `restore_base`, in parts: see `Checkpoints.restore_parts`."""
+    """The parts of what `restore_base` returns, one after another; see `Checkpoints.restore_parts`."""
     run = RunDir(checkpoints.directory.parent)
     found, recorded = base_id(run), checkpoints.record(step).get(RECORD)
     if recorded != found:
         raise InputError(
-            f"{run.base} holds other weights ({found}) than the adapters of checkpoint {step} were trained on "
-            f"({recorded}); restore the run's own"
+            f"{run.base} holds other base weights ({found}) than the adapters of checkpoint {step} were trained on "
+            f"({recorded}); restore the original files"
         )
     try:
         yield from Checkpoints(run.base).restore_parts(0, "params", abstract, parts)
-    except DamagedCheckpoint as error:  # no longer of that kind: no checkpoint of the run is to blame
-        raise InputError(f"the frozen weights below the adapters are lost: {error}; restore {run.base}") from error
+    except DamagedCheckpoint as error:  # raised as InputError, since no checkpoint of the run is damaged
+        raise InputError(f"the adapters' frozen base weights are damaged: {error}; restore {run.base}") from error
     except InputError as error:
-        raise InputError(f"the frozen weights below the adapters cannot be used: {error}") from error
+        raise InputError(f"the adapters' frozen base weights cannot be used: {error}") from error

@@ -1,4 +1,4 @@
-"""The arrays of a saved tree: as its manifest lists them (path, dtype and shape of each leaf), and read by parts."""
+"""The arrays of a saved tree: their entries in the manifest (path, dtype, shape), and reading them in parts."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -8,11 +8,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 PLACEHOLDER = ocp.PLACEHOLDER
-"""Stands in place of the leaves that a part of a saved tree leaves out."""
+"""Takes the place of leaves that are not part of a partial tree."""
 
 
 def leaves_of(tree: Any) -> dict[str, list[Any]]:
-    """Path of each leaf, such as "layers/mlp/up/kernel" -> [dtype, shape]."""
+    """[dtype, shape] of each leaf, by its path, such as "layers/mlp/up/kernel"."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): [str(leaf.dtype), list(leaf.shape)]
@@ -21,20 +21,20 @@ def leaves_of(tree: Any) -> dict[str, list[Any]]:
 
 
 def mismatch(saved: dict[str, list[Any]], wanted: dict[str, list[Any]]) -> str | None:
-    """What is wrong with the first leaf that differs, or None."""
+    """A description of the first leaf that differs; None if all leaves are equal."""
     for path in [*wanted, *saved]:
         if path not in saved:
-            return f"{path} is not there"
+            return f"{path} is missing"
         if path not in wanted:
-            return f"{path} is there but not wanted"
+            return f"{path} is not in the model"
         if saved[path] != wanted[path]:
             (dtype, shape), (wanted_dtype, wanted_shape) = saved[path], wanted[path]
-            return f"{path} is {dtype}{shape} there, {wanted_dtype}{wanted_shape} is wanted"
+            return f"{path} is {dtype}{shape}, but {wanted_dtype}{wanted_shape} is expected"
     return None
 
 
 def read_parts(path: epath.Path, parts: Iterable[Any]) -> Iterator[Any]:
-    """The arrays of abstract trees, one tree after another; each may leave leaves out, with PLACEHOLDER."""
+    """The arrays of each abstract tree in `parts`, one tree after another. A tree may have PLACEHOLDER leaves."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         for part in parts:
             arguments = ocp.checkpoint_utils.construct_restore_args(part)

@@ -1,13 +1,13 @@
-"""Checkpoints of a run: the latest, the best and what else is to be kept, written in the background.
+"""Saves and restores the checkpoints of a run in the background, and decides which ones are kept.
 
-Orbax writes the arrays of a step under another name. Then, in a thread, the files are hashed as they lie on disk, a
-manifest with the hashes and the step's validation loss is written last, everything is read back, and the directory is
-renamed to the step (see step_files.py); only after that are older steps deleted. Restoring checks each byte
-first: orbax alone restores a flipped bit without a word.
+Orbax writes the arrays of a step under a temporary name. A thread then hashes the files on disk, writes a manifest with
+the hashes and the validation loss, reads everything back, and renames the directory to the step (see step_files.py).
+Older steps are deleted only after that. Restoring first verifies every byte, since orbax restores a flipped bit without
+an error.
 
-Which step is the latest and which the best always follows from the steps that are there; nothing else records it.
-That is why retention is ours: orbax's CheckpointManager ranks steps by metrics kept elsewhere, and counts an empty
-directory with a number for a name as a step.
+The latest and the best step are determined only from the steps in the directory; they are not recorded elsewhere. This
+is why orbax's CheckpointManager is not used: it ranks steps by metrics stored elsewhere, and counts an empty directory
+named by a number as a step.
 """
 
 import concurrent.futures
@@ -28,11 +28,11 @@ from nextllm_jax.checkpoint import orbax_errors, step_files
 from nextllm_jax.checkpoint.leaves import leaves_of, mismatch, read_parts
 from nextllm_jax.errors import InputError, RunFailed
 
-_TEXT_BYTES = 1000  # of a sentence that processes exchange
+_TEXT_BYTES = 1000  # of a message that processes exchange
 
 
 class DamagedCheckpoint(InputError):
-    """Files of `step` are missing or are not what was saved; `Checkpoints.set_aside(step)` gets it out of the way."""
+    """Files of `step` are missing or damaged. `Checkpoints.set_aside(step)` moves the checkpoint out of the way."""
 
     def __init__(self, step: int, message: str) -> None:
         super().__init__(message)
@@ -44,12 +44,12 @@ def _finite(loss: float | None) -> float | None:
 
 
 def _best(losses: dict[int, float | None]) -> int | None:
-    """The step with the lowest loss, the earlier of equals; None without any."""
+    """The step with the lowest loss, the earliest one if several are equal; None if no step has a loss."""
     return min(((loss, step) for step, loss in losses.items() if loss is not None), default=(None, None))[1]
 
 
 def _first_found(text: str) -> str:
-    """The first text that is not empty among those of all processes, on each of them."""
+    """The first nonempty text among those of all processes; every process gets it."""
     if jax.process_count() == 1:
         return text
     mine = np.frombuffer(text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0"), np.uint8)
@@ -58,13 +58,13 @@ def _first_found(text: str) -> str:
 
 
 class Checkpoints:
-    """The checkpoints in a directory, and the way to add one.
+    """The checkpoints in a directory.
 
-    Making one reads and writes nothing, so that a run can be looked at while it trains. With several
-    processes each one makes the same calls in the same order, on storage that they share.
+    The constructor reads and writes nothing, so a run can be inspected while it trains. Multiple processes must all
+    make the same calls in the same order, on shared storage.
 
-    The latest `keep_last`, the best, every one at a multiple of `keep_every_steps` (0: none) and the pinned are kept.
-    `run` is JSON about the run that goes into each manifest, for people to read.
+    The latest `keep_last`, the best, those at multiples of `keep_every_steps` (0: none) and the pinned checkpoints are
+    kept. `run` is JSON about the run that is stored in each manifest for people to read.
     """
 
     def __init__(
@@ -89,23 +89,23 @@ class Checkpoints:
         if error is None:
             self.close()
             return
-        # Other processes may not be here: finish the own part of the save, and nothing that all must do.
+        # Other processes may not be here, so finish this process's part of the save, and nothing that needs all.
         step, saved = self._saving or (0, None)
         if saved and (failure := saved.exception()):
-            print(f"error: {self._sentence(step, failure)}", file=sys.stderr, flush=True)  # and `error` goes on
+            print(f"error: {self._sentence(step, failure)}", file=sys.stderr, flush=True)  # `error` still propagates
         self._saving = None
         self._let_go()
 
     @property
     def directory(self) -> epath.Path:
-        """Where the steps are."""
+        """The directory that contains the steps."""
         return self._directory
 
     def _path(self, step: int) -> epath.Path:
         return self._directory / str(step)
 
     def steps(self) -> list[int]:
-        """The saved steps, in order, whole or damaged. An unfinished save is none of them."""
+        """The saved steps, sorted, including damaged ones but not unfinished saves."""
         return step_files.saved_steps(self._directory)
 
     def latest_step(self) -> int | None:
@@ -113,7 +113,7 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
-        """The step with the lowest finite validation loss (the earlier of equals), None without any.
+        """The step with the lowest finite validation loss, the earliest one if several are equal; None without any.
 
         A step whose manifest cannot be read is left out, with a warning.
         """
@@ -126,7 +126,7 @@ class Checkpoints:
             try:
                 losses[step] = self.validation_loss(step)
             except InputError as error:
-                # Unless the run that is training deleted it just now.
+                # No warning if a training process has just deleted it.
                 if self._path(step).exists() and jax.process_index() == 0:
                     self._warn_once(self._path(step), str(error))
         return losses
@@ -156,21 +156,21 @@ class Checkpoints:
             raise InputError(self._unusable(step, cause)) from error
 
     def _unusable(self, step: int, why: str) -> str:
-        """The sentence about a step that cannot be used."""
+        """The error message for a step that cannot be used."""
         others = [str(other) for other in self.steps() if other != step]
-        fix = f"use another step of: {', '.join(others)}" if others else "there is no other step"
+        fix = f"use another step: {', '.join(others)}" if others else "there is no other step"
         return f"checkpoint {self._path(step)} {why}; {fix}"
 
     def resolve(self, step: str | int | None) -> int:
-        """The step that "latest", "best" or a number means; None: the best, or latest while none has a validation loss.
+        """The step that "latest", "best" or a number names. None: the best, or the latest if none has a loss.
 
-        Raises InputError, naming the directory and the steps in it, where there is no such step, and
-        DamagedCheckpoint where the best cannot be told, since the manifest of a step is damaged.
+        Raises InputError, which names the directory and its steps, if there is no such step. Raises DamagedCheckpoint
+        if the best step is unknown because the manifest of a step is damaged.
         """
         steps = self.steps()
         if not steps:
             raise InputError(f"{self._directory} holds no complete checkpoint; train first, or check the path")
-        there = f"there are: {', '.join(map(str, steps))}"
+        there = f"its steps are {', '.join(map(str, steps))}"
         if step is None:
             step = "latest" if self.best_step() is None else "best"
         if step == "latest":
@@ -181,25 +181,25 @@ class Checkpoints:
                 self._manifest(unknown)
             best = _best(losses)
             if best is None:
-                raise InputError(f"no checkpoint in {self._directory} has a validation loss; ask for latest ({there})")
+                raise InputError(f"no checkpoint in {self._directory} has a validation loss; use latest ({there})")
             return best
         number = int(step) if str(step).isdecimal() else None
         if number not in steps:
-            raise InputError(f"{self._directory} has no checkpoint '{step}'; ask for latest, best or a step ({there})")
+            raise InputError(f"{self._directory} has no checkpoint '{step}'; use latest, best or a step ({there})")
         return number
 
     def restore(self, step: int, name: str, abstract: Any) -> Any:
-        """The tree saved at `step` under `name`, on the devices that `abstract` says.
+        """The tree saved at `step` under `name`, with the shardings of `abstract`.
 
-        `abstract` has the tree's structure, with a ShapeDtypeStruct with a sharding at each leaf. Raises
-        InputError, naming the leaf, if structure, dtype or shape are not what was saved, and DamagedCheckpoint,
-        naming the file, before anything is restored, if a byte of the item's files is not what was saved.
+        `abstract` is the tree with a sharded ShapeDtypeStruct at each leaf. Raises InputError, which names the leaf, if
+        its structure, dtypes or shapes differ from the saved ones. Raises DamagedCheckpoint, which names the file, if
+        the item's files are damaged; they are verified before anything is restored.
         """
         (tree,) = self.restore_parts(step, name, abstract, [abstract])
         return tree
 
     def restore_parts(self, step: int, name: str, abstract: Any, parts: Iterable[Any]) -> Iterator[Any]:
-        """Parts of that tree, one after another. Each of `parts` is `abstract` with leaves.PLACEHOLDER for the rest."""
+        """Parts of that tree, one after another. Each of `parts` is `abstract` with leaves.PLACEHOLDER elsewhere."""
         step = self.resolve(step)
         manifest = self._manifest(step)
         if name not in (saved := manifest["items"]):
@@ -207,7 +207,7 @@ class Checkpoints:
         difference = mismatch(saved[name], leaves_of(abstract))
         if difference:
             path = f"checkpoint {self._path(step)}"
-            raise InputError(f"{path} does not fit, {name}: {difference}; use the config that it was saved with")
+            raise InputError(f"{path} does not fit ({name}: {difference}); use the config that it was saved with")
         orbax_errors.silence_tracebacks()
         try:
             self._verify(step, name, manifest)
@@ -219,7 +219,7 @@ class Checkpoints:
             raise InputError(self._unusable(step, cause)) from error
 
     def _verify(self, step: int, name: str, manifest: dict[str, Any]) -> None:
-        """Raise DamagedCheckpoint, on every process, if a file of an item is damaged; each process reads a share."""
+        """Raise DamagedCheckpoint, in every process, if a file of an item is damaged. Each process reads some files."""
         share = jax.process_index(), jax.process_count()
         damages = step_files.damaged_files(self._path(step), manifest, item=name, share=share)
         found = _first_found(str(next(damages, "")))
@@ -227,11 +227,11 @@ class Checkpoints:
             raise DamagedCheckpoint(step, self._unusable(step, f"is damaged ({found})"))
 
     def save(self, step: int, items: dict[str, Any], record: dict[str, Any], *, validation_loss: float | None) -> None:
-        """Start saving a step; returns when the arrays may be donated, before they are on disk.
+        """Start saving a step. Returns once the arrays may be donated, before they are on disk.
 
-        `items` are named trees of arrays, `record` is JSON. First waits for the save before, and raises
-        RunFailed if that failed. A loss that is not finite never makes a best. Raises ValueError for a step
-        that is already saved: replacing it would leave a moment without it.
+        `items` are named trees of arrays; `record` is JSON. First waits for the previous save, and raises RunFailed if
+        that failed. A step whose loss is not finite never counts as the best. Raises ValueError if the step is already
+        saved, since replacing it would not be atomic.
         """
         self.wait()
         if step in self.steps():
@@ -255,25 +255,25 @@ class Checkpoints:
         self._saving = step, background.submit(self._commit, step, checkpointer, unfinished, manifest)
 
     def _open(self) -> tuple[ocp.AsyncCheckpointer, concurrent.futures.ThreadPoolExecutor]:
-        """What saves need, made at the first. Raises FileNotFoundError if the directory went since then."""
+        """The objects that save, created at the first call. Raises FileNotFoundError if the directory has vanished."""
         if self._checkpointer is None or self._background is None:
             self._directory.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0:
                 self._clean_up()
             orbax_errors.silence_tracebacks()
-            # Orbax's default creates directories in threads, and other threads wait for them without end if that fails.
+            # Orbax by default creates directories in threads; if that fails, other threads wait for them forever.
             options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
             items = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(async_options=options))
             self._checkpointer = ocp.AsyncCheckpointer(items, async_options=options)
             self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        elif not self._directory.is_dir():  # orbax would create it, and nobody would see that the steps are gone
+        elif not self._directory.is_dir():  # orbax would create it, and the lost steps would go unnoticed
             raise FileNotFoundError(errno.ENOENT, "the directory is gone")
         return self._checkpointer, self._background
 
     def _commit(
         self, step: int, checkpointer: ocp.AsyncCheckpointer, unfinished: epath.Path, manifest: dict[str, Any]
     ) -> None:
-        """Once all processes have written a step: seal it, read it back, and give it its name. Runs in a thread."""
+        """Wait until all processes have written a step, then seal, verify and rename it. Runs in a thread."""
         checkpointer.wait_until_finished()
         if jax.process_index() != 0:
             return
@@ -288,29 +288,29 @@ class Checkpoints:
         step_files.sync_directory(self._directory)
 
     def check(self) -> None:
-        """Raise RunFailed if the step being saved has failed already; returns at once."""
+        """Raise RunFailed if the current save has already failed. Does not wait."""
         if self._saving and self._saving[1].done() and self._saving[1].exception():
             self.wait()
 
     def wait(self) -> None:
-        """Return once the step being saved is whole and verified, then delete what is not to be kept.
+        """Wait until the current save is complete and verified, then delete checkpoints that are not kept.
 
-        Raises RunFailed if it could not be saved; the checkpoints before it stand. One that cannot be deleted is a
+        Raises RunFailed if the save failed; earlier checkpoints are kept. A checkpoint that cannot be deleted causes a
         warning, and the next save tries again.
         """
         if self._saving is None:
             return
         step, saved = self._saving
-        error = saved.exception()  # tensorstore and asyncio raise many kinds for a full disk
+        error = saved.exception()  # for a full disk, tensorstore and asyncio raise many types of exceptions
         self._saving = None
         if error:
             self._failed(step, error)
         self._delete_superseded()
 
     def add_validation_loss(self, step: int, validation_loss: float, record: dict[str, Any]) -> None:
-        """Give a step that is saved already its validation loss and a new record, in one atomic change.
+        """Atomically set the validation loss and the record of a saved step.
 
-        Raises InputError without such a step, and RunFailed if it cannot be written; the old record stands.
+        Raises InputError if there is no such step, and RunFailed if the manifest cannot be written.
         """
         self.wait()
         manifest = self._manifest(self.resolve(step))
@@ -322,9 +322,9 @@ class Checkpoints:
         self._delete_superseded()
 
     def pin(self, step: int) -> None:
-        """Keep a saved step for good; removing the file `pinned` from its directory undoes that.
+        """Keep a saved step permanently. Deleting the file `pinned` in its directory undoes that.
 
-        Raises InputError without such a step, and RunFailed if the file cannot be written.
+        Raises InputError if there is no such step, and RunFailed if the file cannot be written.
         """
         step = self.resolve(step)
         if jax.process_index() == 0:
@@ -333,7 +333,7 @@ class Checkpoints:
         ocp.utils.sync_global_processes(f"pinned_{step}")
 
     def close(self) -> None:
-        """Wait for the step being saved, as `wait` does, and let go of the threads."""
+        """Wait for the current save, as `wait` does, and stop the threads."""
         try:
             self.wait()
         finally:
@@ -342,17 +342,17 @@ class Checkpoints:
     def _let_go(self) -> None:
         if self._checkpointer is not None and self._background is not None:
             self._background.shutdown()
-            with contextlib.suppress(Exception):  # more of what a failed save has raised already
+            with contextlib.suppress(Exception):  # after a failed save, whose error was already raised
                 self._checkpointer.close()
             self._checkpointer = self._background = None
 
     def set_aside(self, step: int) -> epath.Path:
-        """Rename a damaged step to <step>.damaged, which is not a checkpoint; returns the new path.
+        """Rename a damaged step to <step>.damaged, which does not count as a checkpoint; returns the new path.
 
         Raises RunFailed if it cannot be renamed.
         """
         aside = self._path(step).with_suffix(step_files.DAMAGED)
-        ocp.utils.sync_global_processes(f"damaged_{step}")  # all must have seen it before it goes
+        ocp.utils.sync_global_processes(f"damaged_{step}")  # all processes must have seen it before it is renamed
         if jax.process_index() == 0:
             with orbax_errors.writing(aside):
                 step_files.move_aside(self._path(step))
@@ -360,21 +360,21 @@ class Checkpoints:
         return aside
 
     def _failed(self, step: int, error: BaseException) -> NoReturn:
-        """Free what the failed save took and raise RunFailed."""
+        """Clean up after a failed save, and raise RunFailed."""
         self._let_go()
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):
-                step_files.clean_up(self._directory)  # what is left goes before the next save
+                step_files.clean_up(self._directory)  # the next save deletes the rest
         raise RunFailed(self._sentence(step, error)) from error
 
     def _sentence(self, step: int, error: BaseException) -> str:
         try:
             latest = self.latest_step()
-            stands = f"step {latest} stands" if latest is not None else "there is no earlier checkpoint"
+            state = f"the last checkpoint is step {latest}" if latest is not None else "there is no earlier checkpoint"
         except OSError:
-            stands = "the directory cannot be read either"
+            state = "the directory cannot be read either"
         return (
-            f"step {step} could not be saved in {self._directory} ({orbax_errors.cause(error)}); {stands}; "
+            f"step {step} could not be saved in {self._directory} ({orbax_errors.cause(error)}); {state}; "
             "make room or fix the directory, and run the same command again"
         )
 
@@ -387,7 +387,7 @@ class Checkpoints:
         ocp.utils.sync_global_processes("deleted_superseded")
 
     def _superseded(self) -> list[int]:
-        """The steps that retention does not keep. One that cannot be read is kept: it may be the best."""
+        """The steps that need not be kept. A step that cannot be read is kept, since it may be the best."""
         losses, every = self._losses(), self._keep_every_steps
         keep = {*list(losses)[-self._keep_last :], _best(losses)}
         keep |= {step for step in losses if every and step and step % every == 0}
@@ -395,6 +395,6 @@ class Checkpoints:
         return [step for step in losses if step not in keep]
 
     def _clean_up(self, steps: Iterable[int] = ()) -> None:
-        """Delete some steps, and what interrupted saves and deletions left; what cannot be deleted is a warning."""
+        """Delete `steps` and the remains of interrupted saves and deletions. Warns about what cannot be deleted."""
         for path, error in step_files.clean_up(self._directory, map(self._path, steps)).items():
             self._warn_once(path, f"{path} cannot be deleted ({orbax_errors.cause(error)}); the next save tries again")

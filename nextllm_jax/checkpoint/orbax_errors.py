@@ -1,4 +1,4 @@
-"""What is raised and printed when a disk is full or a file unreadable, by orbax above all, in a few words."""
+"""Short error messages for a full disk or an unreadable file, mostly from orbax, and fewer tracebacks from it."""
 
 import contextlib
 import functools
@@ -18,10 +18,10 @@ from nextllm_jax.errors import RunFailed
 
 
 def cause(error: BaseException) -> str:
-    """The innermost cause of an exception in a few words."""
+    """A short message about the innermost cause of an exception."""
     while error.__cause__ is not None:
         error = error.__cause__
-    code = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore buries it in a paragraph
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore includes it in a long message
     if code:
         return os.strerror(int(code.group(1)))
     if isinstance(error, OSError) and error.strerror:
@@ -32,7 +32,7 @@ def cause(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def writing(path: epath.Path) -> Iterator[None]:
-    """A context in which a failure to write `path` (a full disk) becomes one sentence, as RunFailed."""
+    """A context in which a failure to write `path`, such as a full disk, becomes a RunFailed with a short message."""
     try:
         yield
     except OSError as error:
@@ -42,9 +42,9 @@ def writing(path: epath.Path) -> Iterator[None]:
 
 
 def _not_a_background_traceback(record: logging.LogRecord) -> bool:
-    """False for what orbax's threads and tasks log of an exception, which itself comes out of a call."""
+    """False for an exception that a thread or task of orbax logs, since it is also raised to the caller."""
     error = record.exc_info[1] if record.exc_info else None
-    if record.name == "asyncio":  # of a task or, without its name in the message, of a future
+    if record.name == "asyncio":  # a task, or a future, whose message does not name orbax
         return not ("orbax" in record.getMessage() or (error and _passed_orbax(error)))
     return not (error and "orbax" in record.pathname)
 
@@ -56,10 +56,10 @@ def _passed_orbax(error: BaseException) -> bool:
 
 @functools.cache
 def silence_tracebacks() -> None:
-    """Keep quiet, in this process, about what follows a failure to read or write one array.
+    """Suppress, in this process, the tracebacks and warnings that follow a failure to read or write one array.
 
-    Orbax gives up at the first and closes its event loop; each array still under way then ends in a traceback of its
-    own from a thread of tensorstore, which asyncio's first frame gives away, or in a warning that nobody awaited it.
+    Orbax stops at the first failure and closes its event loop. Each array that is still in progress then causes a
+    traceback in a tensorstore thread, recognized by asyncio's first frame, or a warning that it was never awaited.
     """
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     for name in ("absl", "asyncio"):

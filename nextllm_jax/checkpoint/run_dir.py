@@ -1,6 +1,7 @@
-"""`RunDir`: the one owner of a run's files, which names each of them and writes those that no library writes.
+"""`RunDir`: names all files of a run, and reads and writes those that no library writes.
 
-Orbax, TensorBoard, the profiler and the tokenizer write directories of their own and get their paths. Needs no jax.
+Orbax, TensorBoard, the profiler and the tokenizer write their own directories, whose paths it provides. Importing this
+module does not import jax.
 """
 
 from contextlib import AbstractContextManager
@@ -21,21 +22,21 @@ _LOCK, _OVERWRITTEN = ".lock", "overwritten"
 
 
 class RunDir:
-    """The files of a run in a directory, which need not exist yet. Constructing it touches no file."""
+    """The files of a run in a directory, which need not exist yet. The constructor accesses no file."""
 
     def __init__(self, path: epath.PathLike) -> None:
-        self._storage = Disk(path)  # first: it refuses an address
+        self._storage = Disk(path)  # first, since it raises for an address
         self.path = epath.Path(path)
         self.checkpoints, self.flight, self.base = self.path / CHECKPOINTS, self.path / FLIGHT, self.path / BASE
         self.tokenizer, self.profile = self.path / TOKENIZER, self.path / PROFILE
         self.tensorboard = self.path / TENSORBOARD
 
     def exists(self) -> bool:
-        """Whether the directory has a config.json, of a run or of another program."""
+        """Whether the directory has a config.json, which may be a run's or another program's."""
         return self._storage.exists(CONFIG)
 
     def read_config(self) -> Config:
-        """The run's config. Raises InputError if there is none."""
+        """The run's config. Raises InputError if config.json is missing or is not a run's."""
         return read_config(self.path / CONFIG)
 
     def write_config(self, config: Config) -> None:
@@ -43,7 +44,7 @@ class RunDir:
         self.write(CONFIG, config.to_json().encode())
 
     def names(self, directory: str) -> list[str]:
-        """What one of the run's directories holds."""
+        """The names in one of the run's directories."""
         return self._storage.names(directory)
 
     def read(self, name: str) -> bytes:
@@ -51,17 +52,17 @@ class RunDir:
         return self._storage.read(name)
 
     def write(self, name: str, content: bytes) -> None:
-        """Replace a file of the run, whole or not at all. Raises RunFailed if it cannot be written."""
+        """Replace a file of the run atomically. Raises RunFailed if it cannot be written."""
         with writing(self.path / name):
             self._storage.write(name, content)
 
     def append(self, name: str, content: bytes) -> None:
-        """Extend a file of the run, by all of `content` or not at all. Raises RunFailed if it cannot be written."""
+        """Append to a file of the run. If that fails, nothing is appended, and RunFailed is raised."""
         with writing(self.path / name):
             self._storage.append(name, content)
 
     def require_run_or_empty(self) -> None:
-        """Raise InputError if the directory cannot be written, or holds something that is not a run."""
+        """Raise InputError if the directory is not writable, or if it is neither empty nor a run."""
         self._storage.require_writable("", is_directory=True)
         others = sorted(set(self._storage.names()) - {_LOCK, _OVERWRITTEN})
         if not others:
@@ -74,15 +75,15 @@ class RunDir:
             raise InputError(f"{self.path} is not empty and not a run ({error}); choose another --workdir") from error
 
     def require_writable(self) -> None:
-        """Raise InputError if a file or a directory of the run cannot be written."""
+        """Raise InputError if a file or directory of the run is not writable."""
         for name in (*DIRECTORIES, *FILES):
             self._storage.require_writable(name, is_directory=name not in FILES)
 
     def set_aside(self) -> epath.Path:
-        """Move every file of the run to overwritten/<n>, config.json last and as a copy. Returns that directory.
+        """Move all files of the run to overwritten/<n>, which is returned. config.json is copied last, and not removed.
 
-        Until a new config.json replaces it, the directory still is a run, and a move that was interrupted is
-        finished by the next one.
+        So the directory remains a run until a new config.json is written, and another call can finish an interrupted
+        one.
         """
         there = set(self._storage.names())
         names = [name for name in (*DIRECTORIES, *FILES) if name in there and name != CONFIG]
@@ -95,22 +96,22 @@ class RunDir:
         return self.path / target
 
     def require_no_interrupted_overwrite(self) -> None:
-        """Raise InputError if a `set_aside` was killed before it had moved everything."""
+        """Raise InputError if a `set_aside` was killed before it had moved all files."""
         for name in self._storage.names(_OVERWRITTEN):
             if name.isdecimal() and not self._storage.exists(f"{_OVERWRITTEN}/{name}/{CONFIG}"):
                 raise InputError(
-                    f"an --overwrite of {self.path} was interrupted, and part of the run is in "
-                    f"{self.path / _OVERWRITTEN / name}; run it again with --overwrite to finish it, or move what is "
-                    f"in there back to {self.path}"
+                    f"an --overwrite of {self.path} was interrupted, so part of the run is in "
+                    f"{self.path / _OVERWRITTEN / name}; run again with --overwrite to finish it, or move those files "
+                    f"back to {self.path}"
                 )
 
     def lock(self) -> AbstractContextManager[None]:
         """A context that holds the run's lock; creates the directory if needed.
 
-        Entering it raises InputError, naming the other process, if one trains there.
+        Entering it raises InputError, which names the other process, if another process trains there.
         """
         return self._storage.lock(_LOCK)
 
     def require_unlocked(self) -> None:
-        """Raise InputError, naming the process, if one trains in the directory now."""
+        """Raise InputError, which names the process, if a process currently trains in the directory."""
         self._storage.require_unlocked(_LOCK)

@@ -1,14 +1,14 @@
-"""The files of a checkpoint as they lie on disk: sealed by a manifest that is written last, and checked against it.
+"""The files of a checkpoint on disk. A manifest, which is written last, seals them; they are verified against it.
 
-A saved step is a directory named by its number. It gets that name only when everything in it is written, read back
-and found right, so a directory of another name is not a checkpoint:
+A saved step is a directory named by its number. It gets that name only after all its files are written and verified.
+Directories with these names are not checkpoints:
 
-    <step>.unfinished   a save that is under way, or was interrupted
-    <step>.deleted      a deletion that is under way, or was interrupted
-    <step>.damaged      set aside, for its files are not what was saved
+    <step>.unfinished   a save that is in progress, or was interrupted
+    <step>.deleted      a deletion that is in progress, or was interrupted
+    <step>.damaged      a step that was set aside because its files are damaged
 
-Files that no save made (a file browser's, an editor's backup) may lie anywhere: only `unknown_files` looks for them.
-Nothing here imports jax or orbax: a run can be checked anywhere, and beside a training that holds the devices.
+Files that were not saved with a step, such as an editor's backup, are ignored; only `unknown_files` lists them.
+Nothing here imports jax or orbax, so a run can be checked on any machine, also while a training uses the devices.
 """
 
 import concurrent.futures
@@ -28,25 +28,25 @@ from typing import IO, Any
 from etils import epath
 
 FORMAT = 1
-"""Format of the manifests written; one without a format has the first. A reader refuses a higher one."""
+"""Format of new manifests. A manifest without a format has format 1; a reader rejects a higher format than its own."""
 MANIFEST = "manifest.json"
-"""File of a step with what is known of it and size and sha256 of its other files."""
+"""The file of a step with its metadata, and the size and sha256 of its other files."""
 PINNED = "pinned"
-"""File whose presence in a step keeps the step from being deleted."""
+"""A step with a file of this name is not deleted."""
 UNFINISHED, DELETED, DAMAGED = ".unfinished", ".deleted", ".damaged"
 
-_ORBAX_METADATA = "_CHECKPOINT_METADATA"  # the first file in every directory that orbax makes
+_ORBAX_METADATA = "_CHECKPOINT_METADATA"  # the first file in every directory that orbax creates
 _NEW_MANIFEST = ".manifest.new"
 _LEFTOVER = re.compile(rf"\d+({UNFINISHED}|{DELETED}|({UNFINISHED})?{_NEW_MANIFEST}|.*\.orbax-checkpoint-tmp.*)")
 _CHUNK_BYTES = 8 << 20
 _READERS = min(8, os.cpu_count() or 1)
 
 Progress = Callable[[int], object]
-"""Called with each number of bytes that was read."""
+"""Called with the number of bytes after each read."""
 
 
 class DamagedFile(Exception):
-    """`file` of a step is not what was saved: `problem` says how, as in "is missing"."""
+    """`file` of a step is damaged; `problem` describes how, such as "is missing"."""
 
     def __init__(self, file: str, problem: str) -> None:
         super().__init__(f"{file} {problem}")
@@ -54,7 +54,7 @@ class DamagedFile(Exception):
 
 
 class UnknownManifest(DamagedFile):
-    """The manifest of a step is what was written, but not what this version reads."""
+    """The manifest of a step is intact, but this version cannot read it."""
 
     def __init__(self, problem: str, manifest: Any = None) -> None:
         match manifest:
@@ -67,33 +67,36 @@ class UnknownManifest(DamagedFile):
 
 
 def is_saved(path: epath.Path) -> bool:
-    """True for a directory that a save made, whole or damaged, whatever its name is."""
+    """Whether a directory was created by a save, intact or damaged, whatever its name is."""
     return any((path / name).exists() for name in (MANIFEST, _ORBAX_METADATA))
 
 
 def is_step(path: epath.Path) -> bool:
-    """True for the directory of a saved step, whole or damaged."""
+    """Whether a directory is a saved step, intact or damaged."""
     return path.name.isdecimal() and str(int(path.name)) == path.name and is_saved(path)
 
 
 def saved_steps(directory: epath.Path) -> list[int]:
-    """The steps in a directory, in order; none if it is missing."""
+    """The saved steps in a directory, sorted; empty if it is missing."""
     entries = directory.iterdir() if directory.is_dir() else ()
     return sorted(int(path.name) for path in entries if is_step(path))
 
 
 def is_leftover(path: epath.Path) -> bool:
-    """True for what a save or a deletion that was cut short left behind."""
+    """Whether a path was left behind by an interrupted save or deletion."""
     return _LEFTOVER.fullmatch(path.name) is not None
 
 
 def is_set_aside(path: epath.Path) -> bool:
-    """True for what `move_aside` renamed."""
+    """Whether a path was renamed by `move_aside`."""
     return path.name.endswith(DAMAGED) and path.name.removesuffix(DAMAGED).isdecimal()
 
 
 def clean_up(directory: epath.Path, steps: Iterable[epath.Path] = ()) -> dict[epath.Path, OSError]:
-    """Delete some steps, and what interrupted saves and deletions left; returns what cannot be deleted, and why."""
+    """Delete `steps` and the remains of interrupted saves and deletions.
+
+    Returns the error for each path that could not be deleted.
+    """
     failures = {}
     for step in steps:
         try:
@@ -109,7 +112,7 @@ def clean_up(directory: epath.Path, steps: Iterable[epath.Path] = ()) -> dict[ep
 
 
 def delete(path: epath.Path) -> None:
-    """Delete a step; what cannot be deleted is left under a name that does not count as a step."""
+    """Delete a step. Files that cannot be deleted remain under a name that does not count as a step."""
     deleted = path.with_suffix(DELETED)
     if deleted.exists():
         deleted.rmtree()
@@ -119,7 +122,7 @@ def delete(path: epath.Path) -> None:
 
 
 def move_aside(path: epath.Path) -> epath.Path:
-    """Rename a step to <step>.damaged, in the place of an earlier one; returns the new path."""
+    """Rename a step to <step>.damaged, replacing an earlier one; returns the new path."""
     aside = path.with_suffix(DAMAGED)
     if aside.exists():
         delete(aside)
@@ -128,16 +131,16 @@ def move_aside(path: epath.Path) -> epath.Path:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """The versions of what a checkpoint is made with, by the name of the package."""
+    """The versions of Python and of the packages that affect a checkpoint, by name."""
     versions = {"python": platform.python_version()}
     for package in ("nextllm_jax", "jax", "flax", "orbax-checkpoint"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from a checkout
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # when run from a checkout
             versions[package] = importlib.metadata.version(package)
     return versions
 
 
 def _files(path: epath.Path) -> dict[str, epath.Path]:
-    """Every file below a step that was just written, by its path from there."""
+    """Every file in a newly written step, by its path relative to the step."""
     files, directories = {}, [path]
     while directories:
         for entry in directories.pop().iterdir():
@@ -149,13 +152,13 @@ def _files(path: epath.Path) -> dict[str, epath.Path]:
 
 
 def unknown_files(path: epath.Path, manifest: dict[str, Any]) -> list[str]:
-    """What lies in a step but was not saved with it, by its path from there; a whole directory as `name/`."""
+    """Paths, relative to a step, of files that were not saved with it; `name/` for a whole directory of them."""
     saved = {PurePosixPath(name) for name in (MANIFEST, PINNED, *manifest["files"])}
     directories = {directory for name in saved for directory in name.parents}
     unknown = []
     for directory in directories:
         if (path / directory).is_dir():
-            # Not iterdir(): epath leaves out names that end in "~".
+            # Not iterdir(), since epath leaves out names that end in "~".
             for entry in sorted({directory / name for name in os.listdir(path / directory)} - saved - directories):
                 name = os.fsencode(entry).decode(errors="backslashreplace")
                 unknown.append(f"{name}/" if (path / entry).is_dir() else name)
@@ -165,16 +168,16 @@ def unknown_files(path: epath.Path, manifest: dict[str, Any]) -> list[str]:
 def _sha256(file: IO[bytes], progress: Progress | None) -> str:
     digest, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES))
     while count := file.readinto(chunk):  # pyright: ignore[reportAttributeAccessIssue]
-        digest.update(chunk[:count])  # lets other threads run meanwhile
+        digest.update(chunk[:count])  # releases the GIL
         if progress:
             progress(count)
     return digest.hexdigest()
 
 
 def seal(path: epath.Path, content: dict[str, Any]) -> None:
-    """Make a local directory a whole step: hash its files, get them onto the disk, and write the manifest last.
+    """Complete a step in a local directory: hash its files, sync them to disk, and write the manifest last.
 
-    The system is told to forget what it keeps of them in memory, so that the next to read them reads the disk.
+    The files are dropped from the page cache, so the next read comes from the disk.
     """
     entries = {}
     for name, file_path in _files(path).items():
@@ -187,8 +190,8 @@ def seal(path: epath.Path, content: dict[str, Any]) -> None:
 
 
 def write_manifest(path: epath.Path, content: dict[str, Any]) -> None:
-    """Write or replace the manifest of a local step, whole or not at all."""
-    new = path.with_name(f"{path.name}{_NEW_MANIFEST}")  # beside the step: in it, a leftover would be a foreign file
+    """Write or replace the manifest of a local step, atomically."""
+    new = path.with_name(f"{path.name}{_NEW_MANIFEST}")  # not in the step, where a leftover would be an unknown file
     with open(new, "wb") as file:
         file.write(_sealed(json.dumps(content).encode()))
         file.flush()
@@ -198,7 +201,7 @@ def write_manifest(path: epath.Path, content: dict[str, Any]) -> None:
 
 
 def sync_directory(path: epath.Path) -> None:
-    """Get the names in a local directory onto the disk."""
+    """Sync the entries of a local directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -207,14 +210,15 @@ def sync_directory(path: epath.Path) -> None:
 
 
 def _sealed(body: bytes) -> bytes:
-    """A JSON object of a manifest and its checksum."""
+    """A JSON object with a manifest and its checksum."""
     return b'{"sha256": "%s",\n"manifest": %s}\n' % (hashlib.sha256(body).hexdigest().encode(), body)
 
 
 def read_manifest(path: epath.Path) -> dict[str, Any]:
     """The manifest of a step.
 
-    Raises DamagedFile if a byte of it is not what was written, UnknownManifest if this version cannot read it.
+    Raises DamagedFile if it is missing or damaged, and UnknownManifest if it is intact but cannot be read by this
+    version.
     """
     try:
         content = (path / MANIFEST).read_bytes()
@@ -222,7 +226,7 @@ def read_manifest(path: epath.Path) -> dict[str, Any]:
         raise DamagedFile(MANIFEST, "is missing") from error
     body = content.partition(b'"manifest": ')[2][:-2]
     if content != _sealed(body):
-        raise DamagedFile(MANIFEST, "is not what was written" if content else "is empty")
+        raise DamagedFile(MANIFEST, "does not match its checksum" if content else "is empty")
     try:
         manifest = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -234,17 +238,17 @@ def read_manifest(path: epath.Path) -> dict[str, Any]:
 
 
 def _problem_of_manifest(manifest: Any) -> str | None:
-    """Why this version cannot read a manifest that is what was written, or None."""
+    """Why this version cannot read an intact manifest; None if it can."""
     if not isinstance(manifest, dict):
-        return "is no JSON object"
+        return "is not a JSON object"
     version = manifest.get("format", 1)
     if version not in range(1, FORMAT + 1):
-        return f"has format {version}, this version reads up to {FORMAT}"
+        return f"has format {version}, but this version reads formats up to {FORMAT}"
     missing = [name for name in _FIELDS if name not in manifest]
     if missing:
-        return f"has no {' and no '.join(missing)}"
+        return f"lacks {' and '.join(missing)}"
     wrong = [name for name, is_valid in _FIELDS.items() if not is_valid(manifest[name])]
-    return f"has values of another kind in {' and '.join(wrong)}" if wrong else None
+    return f"has invalid values in {' and '.join(wrong)}" if wrong else None
 
 
 def _is_table(value: Any, is_entry: Callable[[Any], bool]) -> bool:
@@ -272,7 +276,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "record": lambda value: isinstance(value, dict),
     "files": lambda value: _is_table(value, _is_file),
 }
-"""What is read of a manifest, and whether a value is of its kind; the rest is for people."""
+"""The fields of a manifest that are read, with a check of their values. Other fields are for people only."""
 
 
 def damaged_files(
@@ -284,10 +288,10 @@ def damaged_files(
     readers: int = _READERS,
     progress: Progress | None = None,
 ) -> Iterator[DamagedFile]:
-    """What is wrong with the files of a step: first those that a look at their sizes gives away, then by sha256.
+    """The damaged files of a step. All sizes are checked first, then each sha256.
 
-    With `item` only the files of that item and of the step as a whole are looked at; of `share` (i, n) only every
-    n-th, from the i-th on, is read.
+    With `item`, only the files of that item and those directly in the step are checked. With `share` (i, n), only every
+    n-th file is read, starting at the i-th.
     """
     saved = {
         name: entry
@@ -309,7 +313,7 @@ def damaged_files(
 
     mine = sound[share[0] :: share[1]]
     with concurrent.futures.ThreadPoolExecutor(readers) as pool:
-        # One reader is this thread: while the interpreter ends, a save that is under way could start no other.
+        # With one reader, read in this thread: while the interpreter exits, a save in progress cannot start threads.
         problems = map(problem_of_content, mine) if readers == 1 else pool.map(problem_of_content, mine)
         for name, problem in zip(mine, problems, strict=True):
             if problem:
@@ -319,5 +323,5 @@ def damaged_files(
 def _problem_of_size(file: epath.Path, saved: int) -> str | None:
     if not file.exists() or file.is_dir():
         return "is missing"
-    size = os.stat(file).st_size  # epath's own stat fails if the owner has no name, as in a container
+    size = os.stat(file).st_size  # epath's stat fails if the owner has no user name, as in some containers
     return None if size == saved else f"has {size:,} bytes instead of {saved:,}"

@@ -1,4 +1,4 @@
-"""What a check of the checkpoints of a run by their manifests finds; needs no jax and touches no device."""
+"""Verifies the checkpoints of a run against their manifests. Importing this module does not import jax."""
 
 import contextlib
 import dataclasses
@@ -13,26 +13,26 @@ from nextllm_jax.errors import InputError
 
 
 def _bytes(manifest: dict[str, Any]) -> int:
-    """Size of a step's files together."""
+    """The total size of a step's files."""
     return sum(entry["size"] for entry in manifest.get("files", {}).values())
 
 
 @dataclasses.dataclass(frozen=True)
 class StepReport:
-    """What a check of one directory found."""
+    """The result of checking one directory."""
 
     path: epath.Path
     state: Literal["ok", "damaged", "unreadable", "unfinished", "set aside"]
-    """unreadable: whole, but not by this version."""
+    """unreadable: intact, but this version cannot read it."""
     manifest: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """The step's manifest; empty if it cannot be read or was not looked at."""
+    """The step's manifest; empty if it cannot be read or was not read."""
     damages: tuple[step_files.DamagedFile, ...] = ()
     unknown: tuple[str, ...] = ()
-    """What lies in the step and was not saved with it; it does no harm."""
+    """Paths in the step that were not saved with it. They do no harm."""
 
     @property
     def failed(self) -> bool:
-        """True for a checkpoint that cannot be used."""
+        """Whether this is a checkpoint that cannot be used."""
         return self.state in ("damaged", "unreadable")
 
     def to_json(self) -> dict[str, Any]:
@@ -48,7 +48,7 @@ class StepReport:
         }
 
     def __str__(self) -> str:
-        unknown = f"; not saved with it and ignored: {', '.join(self.unknown)}" if self.unknown else ""
+        unknown = f"; ignored files that were not saved with it: {', '.join(self.unknown)}" if self.unknown else ""
         if self.state == "ok":
             loss = self.manifest["validation_loss"]
             scored = "" if loss is None else f", validation loss {loss:.4f}"
@@ -57,14 +57,14 @@ class StepReport:
         if self.failed:
             return f"{self.path}: {self.state}: {'; '.join(map(str, self.damages))}{unknown}"
         why = {
-            "unfinished": "a save or a deletion under way, or interrupted; not a checkpoint",
-            "set aside": "damaged when it was found; not a checkpoint",
+            "unfinished": "a save or deletion in progress, or interrupted; not a checkpoint",
+            "set aside": "found to be damaged; not a checkpoint",
         }
         return f"{self.path}: {self.state} ({why[self.state]})"
 
 
 def find_steps(path: epath.PathLike) -> list[epath.Path]:
-    """The directories to check of a run, of a directory of checkpoints, or the one of a step, in order.
+    """The directories to check, sorted. `path` is a run, a directory of checkpoints, or a single checkpoint.
 
     Raises InputError if `path` is none of these.
     """
@@ -75,15 +75,15 @@ def find_steps(path: epath.PathLike) -> list[epath.Path]:
     of_a_run = run.exists() or run.checkpoints.exists()
     kinds = step_files.is_step, step_files.is_leftover, step_files.is_set_aside
     directories = [run.checkpoints, run.base] if of_a_run else [path]
-    entries = [entry for place in directories if place.is_dir() for entry in place.iterdir()]
+    entries = [entry for directory in directories if directory.is_dir() for entry in directory.iterdir()]
     ours = [entry for entry in entries if entry.is_dir() and any(is_kind(entry) for is_kind in kinds)]
     if not (ours or of_a_run or (path.name == CHECKPOINTS and path.is_dir())):
-        raise InputError(f"{path} is no run; give a run directory such as runs/tiny, its checkpoints, or one of them")
+        raise InputError(f"{path} is not a run; give a run directory such as runs/tiny, its checkpoints or one of them")
     return sorted(ours, key=lambda entry: (int(entry.name.partition(".")[0]), entry.name))
 
 
 def count_bytes(paths: Iterable[epath.Path]) -> int:
-    """How many bytes `check_steps` will read, by the manifests, for its progress."""
+    """The number of bytes that `check_steps` will read, from the manifests; for a progress bar."""
     count = 0
     for path in filter(step_files.is_step, paths):
         with contextlib.suppress(OSError, step_files.DamagedFile):
@@ -92,7 +92,7 @@ def count_bytes(paths: Iterable[epath.Path]) -> int:
 
 
 def check_steps(paths: Iterable[epath.Path], progress: step_files.Progress | None = None) -> Iterator[StepReport]:
-    """The reports of directories that `find_steps` gave; none of one that goes meanwhile, as a run trains."""
+    """The report of each directory from `find_steps`, except those that a training run deletes in the meantime."""
     for path in paths:
         if step_files.is_leftover(path):
             yield StepReport(path, "unfinished")

@@ -14,7 +14,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a field's annotated type; an int is a float too, a bool is neither."""
+    """Whether a value has a field's annotated type. An int also counts as a float; a bool counts as neither."""
     kind, options = typing.get_origin(hint), typing.get_args(hint)
     if kind is Literal:
         return value in options
@@ -26,7 +26,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def check_types(config: Any, section: str) -> None:
-    """Refuse values that annotations alone would let through, such as a misspelt choice."""
+    """Raise InputError for a value that does not have its field's annotated type, such as a misspelt choice."""
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
         wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
@@ -34,7 +34,7 @@ def check_types(config: Any, section: str) -> None:
 
 
 def require_positive(config: Any, section: str, *names: str) -> None:
-    """Refuse values of these fields that are not over zero; None passes, where a field may hold it."""
+    """Raise InputError if one of these fields is not greater than zero. None passes."""
     for name in names:
         value = getattr(config, name)
         require(value is None or value > 0, f"{section}{name} is {value}; it must be positive")

@@ -1,4 +1,4 @@
-"""Configs from files: python files that define `get_config() -> Config`, and the JSON that a run keeps.
+"""Reads configs from files: Python files that define `get_config() -> Config`, and the config.json of a run.
 
 Importing this module does not import jax.
 """
@@ -22,12 +22,12 @@ from nextllm_jax.errors import InputError
 
 
 class _Removed(NamedTuple):
-    """A field that this version does not have."""
+    """A field that this version no longer has."""
 
     dropped_by: str
     """The first format without the field."""
     ignored: tuple[Any, ...]
-    """Values that are ignored on reading: the old default, and those whose effect is the same now."""
+    """Values that are ignored on reading: the old default, and values that would now have the same effect."""
 
 
 _REMOVED = {"MeshConfig.context_parallelism": _Removed("nextllm_jax config 2", ("all_gather", "ring"))}
@@ -41,19 +41,19 @@ def _suggest(name: str, known: Iterable[str]) -> str:
 def from_dict(cls: type[Any], values: dict[str, Any], where: str) -> Any:
     """A config dataclass from plain values; `where` names the source in errors.
 
-    A removed field is ignored where that changes nothing. Raises InputError for another value of it, for an unknown
-    field or a bad value.
+    A removed field is ignored if its value makes no difference now. Raises InputError for a removed field with another
+    value, for an unknown field and for a bad value.
     """
     require(isinstance(values, dict), f"{where} must hold a JSON object, the fields of {cls.__name__}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     arguments: dict[str, Any] = {}
     for name, value in values.items():
         if removed := _REMOVED.get(f"{cls.__name__}.{name}"):
-            message = f"{where} has {name} {value!r}, which {removed.dropped_by} dropped; use an earlier version"
+            message = f"{where} has {name} {value!r}, which {removed.dropped_by} removed; use an earlier version"
             require(value in removed.ignored, message)
             continue
         hint = _suggest(name, fields)
-        require(name in fields, f"{where} has a field '{name}' that {cls.__name__} does not know{hint}")
+        require(name in fields, f"{where} has an unknown field '{name}' of {cls.__name__}{hint}")
         nested = fields[name].default_factory
         if isinstance(value, dict) and dataclasses.is_dataclass(nested):
             arguments[name] = from_dict(nested, value, f"{where}: {name}")  # pyright: ignore[reportArgumentType]
@@ -67,7 +67,7 @@ def from_json(text: str, where: str) -> Config:
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not JSON ({error}); it should be a config that a run wrote") from error
+        raise InputError(f"{where} is not JSON ({error}); expected the config.json of a run") from error
     return config_of_values(values, where)
 
 
@@ -75,32 +75,32 @@ def config_of_values(values: dict[str, Any], where: str) -> Config:
     """The Config of the JSON object that `Config.to_json` wrote; `where` names the file in errors."""
     fields = {name: value for name, value in values.items() if name != "format"} if isinstance(values, dict) else values
     config = from_dict(Config, fields, where)
-    # Another program's config.json may well hold none of the names that are unknown here.
-    require({"model", "data", "training"} <= values.keys(), f"{where} is not a config that a run wrote")
+    # Another program's config.json could be an empty object, which has no unknown fields.
+    require({"model", "data", "training"} <= values.keys(), f"{where} is not the config.json of a run")
     version = values.get("format", FIRST_FORMAT)
     require(version in (FIRST_FORMAT, FORMAT), f"{where} has format '{version}'; use the version that wrote it")
     return config
 
 
 def is_of_first_format(path: epath.PathLike) -> bool:
-    """Whether the config.json that `read_config` can read is of the first format."""
+    """Whether a config.json that `read_config` accepts has the first format."""
     return json.loads(epath.Path(path).read_text()).get("format", FIRST_FORMAT) == FIRST_FORMAT
 
 
 def read_config(path: epath.PathLike) -> Config:
-    """The Config in a run's config.json. Raises InputError for a file that is not one."""
+    """The Config in a run's config.json. Raises InputError if the file cannot be read or is not such a file."""
     try:
         text = epath.Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}); it should be a config that a run wrote") from error
+        raise InputError(f"{path} cannot be read ({error}); expected the config.json of a run") from error
     return from_json(text, str(path))
 
 
 def _hint(error: BaseException) -> str:
-    """What to do about an error in a config file: the nearest field for one that does not exist."""
+    """A hint on how to fix an error in a config file, such as the nearest name for a field that does not exist."""
     unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if unknown and (removed := _REMOVED.get(f"{unknown[1]}.{unknown[2]}")):
-        return f"; {removed.dropped_by} dropped it, leave it out"
+        return f"; {removed.dropped_by} removed this field, so leave it out"
     known = getattr(definitions, unknown[1], None) if unknown else None
     if unknown and dataclasses.is_dataclass(known):
         return _suggest(unknown[2], [field.name for field in dataclasses.fields(known)])
@@ -108,15 +108,15 @@ def _hint(error: BaseException) -> str:
 
 
 def load_config_file(path: str) -> Config:
-    """The Config of a python file's `get_config()`, with its workdir named after the file.
+    """The Config that a Python file's `get_config()` returns. Its workdir is named after the file if it has none.
 
     Raises InputError if the file is missing, fails to run, or does not define `get_config`.
     """
     file = Path(path)
-    require(file.is_file(), f"config file {path} does not exist; the shipped ones are in configs/, such as tiny.py")
+    require(file.is_file(), f"config file {path} does not exist; configs/ holds examples, such as tiny.py")
     spec = importlib.util.spec_from_file_location(f"nextllm_config_{file.stem}", file)
     if spec is None or spec.loader is None:
-        raise InputError(f"config file {path} must be a python file (.py)")
+        raise InputError(f"config file {path} must be a Python file (.py)")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -130,16 +130,16 @@ def load_config_file(path: str) -> Config:
 
 
 def config_of_arguments(argv: list[str]) -> Config:
-    """The Config of the file that --config names, for the command line to override; the plain one without --config."""
+    """The Config of the file that --config names, or the default Config; the command line then overrides its fields."""
     files = [value for name, value in itertools.pairwise(argv) if name == "--config"]
     files += [argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")]
     if len(files) > 1:
-        raise InputError(f"--config is given {len(files)} times; give one file, and change fields by their names")
+        raise InputError(f"--config is given {len(files)} times; give one file, and override fields with flags")
     return load_config_file(files[0]) if files else Config()
 
 
 def local_workdir(config: Config) -> str:
-    """The run directory of a config. Raises InputError for none, and for an address such as gs://bucket/run."""
+    """The run directory of a config. Raises InputError if there is none, or for an address such as gs://bucket/run."""
     if config.workdir is None or "://" in config.workdir:
         raise InputError(f"workdir is {config.workdir}; it must name a local directory for the run")
     return config.workdir

@@ -15,7 +15,7 @@ class ModelConfig:
     """A Llama-style decoder."""
 
     vocab_size: Fixed[int] = 8192
-    """Rows of the embedding; at least the tokenizer's size, more is padding."""
+    """Rows of the embedding: at least the size of the tokenizer. Further rows are padding."""
     num_layers: Fixed[int] = 8
     """Decoder blocks."""
     embed_dim: Fixed[int] = 256
@@ -23,91 +23,92 @@ class ModelConfig:
     mlp_dim: Fixed[int] = 688
     """Width inside SwiGLU."""
     activation: Literal["silu", "gelu_tanh"] = "silu"
-    """What the gate of the MLP goes through: silu, or gelu by its tanh approximation (GeGLU)."""
+    """Activation of the MLP gate: silu, or the tanh approximation of gelu (GeGLU)."""
     num_heads: Fixed[int] = 8
     """Query heads."""
     num_kv_heads: Fixed[int] = 4
-    """Key and value heads; divides num_heads (equal: MHA, 1: MQA)."""
+    """Key and value heads. It must divide num_heads; equal to it means MHA, 1 means MQA."""
     head_dim: Fixed[int] = 32
-    """Width of a head, free of embed_dim / num_heads; even, for RoPE."""
+    """Width of a head. It must be even, for RoPE, and need not be embed_dim / num_heads."""
     context_length: int = 2048
-    """Most positions that prompt and new tokens may fill together."""
+    """Maximum number of tokens in a sequence, prompt and new tokens together."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
     rope_local_theta: float | None = None
-    """Base of the rotary frequencies in local layers, which then are not scaled; none: as in the global ones."""
+    """Base of the rotary frequencies in local layers, which are then not scaled; none: same as in global layers."""
     rotary_dim: int | None = None
-    """Leading dimensions of a head that RoPE turns; none: all."""
+    """Leading dimensions of a head that RoPE rotates; none: all."""
     rope_scaling: Literal["none", "linear", "llama3", "yarn", "longrope"] = "none"
-    """How the rotary frequencies are stretched beyond the original context."""
+    """How the rotary frequencies are scaled for contexts longer than the original one."""
     rope_scaling_factor: float = 1.0
     """Ratio of the new to the original context (linear, llama3, yarn, longrope)."""
     rope_original_context_length: int = 8192
-    """Context that the frequencies were trained for (llama3, yarn, longrope)."""
+    """Context length that the model was first trained with (llama3, yarn, longrope)."""
     rope_low_freq_factor: float = 1.0
-    """Wavelengths above original context / this are fully stretched (llama3)."""
+    """Wavelengths longer than the original context / this are fully scaled (llama3)."""
     rope_high_freq_factor: float = 4.0
-    """Wavelengths below original context / this are left alone (llama3)."""
+    """Wavelengths shorter than the original context / this are not scaled (llama3)."""
     rope_beta_fast: float = 32.0
-    """Rotations in the original context above which a frequency is left alone (yarn)."""
+    """Frequencies with more rotations than this in the original context are not scaled (yarn)."""
     rope_beta_slow: float = 1.0
-    """Rotations in the original context below which a frequency is fully stretched (yarn)."""
+    """Frequencies with fewer rotations than this in the original context are fully scaled (yarn)."""
     rope_attention_factor: float | None = None
     """Factor on the rotary cosines and sines; none: 0.1 ln(factor) + 1 (yarn), or
     sqrt(1 + ln(factor) / ln(original context)) (longrope)."""
     rope_short_factors: tuple[float, ...] = ()
-    """Divisors of the frequencies where context_length is within the original context (longrope)."""
+    """Divisors of the frequencies if context_length is at most the original context (longrope)."""
     rope_long_factors: tuple[float, ...] = ()
-    """Divisors of the frequencies where context_length is over the original context (longrope)."""
+    """Divisors of the frequencies if context_length exceeds the original context (longrope)."""
     layer_pattern: Fixed[tuple[LayerKind, ...]] = ("global",)
-    """Kinds of layer, repeated over the depth: global, local (sliding window), global_nope (no RoPE)."""
+    """Kinds of layers, repeated over the depth: global, local (sliding window), global_nope (no RoPE)."""
     sliding_window: int = 1024
-    """Positions that a local layer sees, its own included."""
+    """Positions that a query in a local layer attends to, including its own."""
     norm_eps: float = 1e-5
     """Epsilon of RMSNorm."""
     norm_scale_offset: float = 0.0
-    """Added to the learnt scale of every norm; Gemma's norms multiply by 1 + scale."""
+    """Added to the learned scale of every norm; Gemma's norms multiply by 1 + scale."""
     norm_placement: Fixed[Literal["pre", "post", "sandwich"]] = "pre"
-    """Norms before attention and MLP, after them (before they are added to the residual stream), or both."""
+    """Norms before attention and MLP, after them (before the residual addition), or both."""
     qk_norm: Fixed[bool] = False
     """RMSNorm over queries and keys before RoPE."""
     qk_norm_over: Fixed[Literal["head", "projection"]] = "head"
-    """What that norm spans: each head by itself, or all heads together."""
+    """Dimensions of the query and key norm: each head by itself, or all heads together."""
     attention_bias: Fixed[bool] = False
     """Bias on the query, key and value projections."""
     attention_output_bias: Fixed[bool] = False
     """Bias on the output projection of attention."""
     attention_scale: float | None = None
-    """Factor on the attention scores; none: 1 / sqrt(head_dim)."""
+    """Factor on the attention logits; none: 1 / sqrt(head_dim)."""
     attention_soft_cap: float | None = None
-    """Bounds the attention scores: cap tanh(score / cap); none: no bound."""
+    """Bounds the attention logits: cap * tanh(logit / cap); none: no bound."""
     embedding_scale: float = 1.0
-    """Factor on the embeddings where they enter the residual stream."""
+    """Factor on the token embeddings before the first layer."""
     residual_scale: float = 1.0
-    """Factor on what attention and MLP add to the residual stream."""
+    """Factor on the outputs of attention and MLP before the residual addition."""
     logit_divisor: float = 1.0
-    """Divides the logits, before their soft cap."""
+    """The logits are divided by this, before their soft cap."""
     logit_soft_cap: float | None = None
-    """Bounds the logits: cap tanh(logit / cap); none: no bound."""
+    """Bounds the logits: cap * tanh(logit / cap); none: no bound."""
     tie_embeddings: Fixed[bool] = True
-    """One matrix for the embedding and the output head."""
+    """Use one matrix for both the embedding and the output head."""
     init_std: NoEffect[float] = 0.02
-    """Standard deviation of the initial weights; the projections back into the residual stream get
+    """Standard deviation of the initial weights. The output projections of attention and MLP use
     init_std / sqrt(2 num_layers)."""
     dtype: Free[Literal["auto", "float32", "bfloat16"]] = "auto"
     """Type of the matmuls; auto: bfloat16, but float32 on a CPU without bfloat16 units."""
     attention: Free[Literal["auto", "xla", "blockwise", "splash", "cudnn"]] = "auto"
-    """How training attends: plain XLA; blockwise in XLA, for long sequences; splash, a Pallas kernel for TPUs; cuDNN's
-    flash attention, for GPUs. auto: what is best on the devices, on GPUs without much memory,
-    printed at the start."""
+    """Attention kernel for training. xla: plain XLA; blockwise: XLA in blocks, for long sequences; splash: a Pallas
+    kernel for TPUs; cudnn: flash attention of cuDNN, for GPUs. auto: the fastest available kernel that does not need
+    much memory; training prints it at startup."""
     attention_blocks: Free[tuple[int, ...]] = ()
-    """Positions in a block of queries and in one of keys, for blockwise and splash; none: by the chip."""
+    """Block sizes in positions, of queries and of keys, for blockwise and splash; none: chosen for the chip."""
     param_dtype: Fixed[DType] = "float32"
-    """Type in which parameters are kept."""
+    """Type in which parameters are stored."""
     remat: Free[Literal["none", "dots", "save_attention", "full"]] = "none"
-    """What the backward pass recomputes: nothing, all but the matmul results, all but attention, or whole layers."""
+    """What the backward pass recomputes. none: nothing; dots: everything except matmul results; save_attention:
+    everything except attention outputs; full: whole layers."""
     remat_offload: Free[bool] = False
-    """Keep what remat saves of the forward pass in the host's memory (TPU and GPU)."""
+    """Store the activations that remat saves in host memory (TPU and GPU)."""
 
     def __post_init__(self) -> None:
         check_types(self, "model.")
@@ -119,25 +120,25 @@ class ModelConfig:
         )  # fmt: skip
         heads, kv_heads = self.num_heads, self.num_kv_heads
         require(heads % kv_heads == 0, f"model.num_kv_heads {kv_heads} does not divide model.num_heads {heads}")
-        require(self.head_dim % 2 == 0, f"model.head_dim is {self.head_dim}; RoPE needs an even one")
+        require(self.head_dim % 2 == 0, f"model.head_dim is {self.head_dim}; it must be even, for RoPE")
         offload = not self.remat_offload or self.remat != "none"
-        require(offload, "model.remat_offload needs something that remat saves; set model.remat to full, or another")
-        require(len(self.layer_pattern) > 0, "model.layer_pattern is empty; ('global',) is the plain Llama")
+        require(offload, "model.remat_offload needs something to offload; set model.remat, for example to full")
+        require(len(self.layer_pattern) > 0, "model.layer_pattern is empty; use ('global',) for a plain Llama")
         blocks = self.attention_blocks
         require(
             len(blocks) in (0, 2) and all(block > 0 for block in blocks),
-            f"model.attention_blocks is {blocks}; it must be two positive numbers, of queries and of keys, or none",
+            f"model.attention_blocks is {blocks}; give two positive block sizes, of queries and of keys, or none",
         )
         self._check_rope()
 
     def without_remat(self) -> "ModelConfig":
-        """The same model where nothing is recomputed or offloaded, as inference wants it."""
+        """The config for inference: the same model without recomputation and offloading."""
         return dataclasses.replace(self, remat="none", remat_offload=False)
 
     def _check_rope(self) -> None:
         for name in ("rope_theta", "rope_local_theta"):
             theta = getattr(self, name)
-            require(theta is None or theta > 1, f"model.{name} is {theta}; it must be over 1")
+            require(theta is None or theta > 1, f"model.{name} is {theta}; it must be greater than 1")
         rotary, head = self.rotary_dim, self.head_dim
         fits = rotary is None or (rotary % 2 == 0 and 0 < rotary <= head)
         require(fits, f"model.rotary_dim is {rotary}; it must be even and at most model.head_dim {head}")
@@ -146,7 +147,8 @@ class ModelConfig:
             f"model.rope_beta_slow {self.rope_beta_slow} is not below model.rope_beta_fast {self.rope_beta_fast}",
         )
         factor, kind = self.rope_scaling_factor, self.rope_scaling
-        require(kind == "none" or factor >= 1, f"model.rope_scaling_factor is {factor}; '{kind}' needs at least 1")
+        message = f"model.rope_scaling_factor is {factor}; rope_scaling '{kind}' needs at least 1"
+        require(kind == "none" or factor >= 1, message)
         low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
         require(low < high, f"model.rope_low_freq_factor {low} is not below model.rope_high_freq_factor {high}")
         wanted = (rotary or head) // 2 if kind == "longrope" else 0
@@ -154,9 +156,9 @@ class ModelConfig:
             factors = getattr(self, name)
             require(
                 len(factors) == wanted and all(factor > 0 for factor in factors),
-                f"model.{name} holds {len(factors)} numbers; '{kind}' needs {wanted}, all of them positive",
+                f"model.{name} has {len(factors)} values; rope_scaling '{kind}' needs {wanted} positive ones",
             )
 
 
 EXECUTION_FIELDS = tuple(name for name, mark in marks(ModelConfig).items() if mark.change == "free")
-"""The fields of a ModelConfig that say how a model is computed, not which model it is."""
+"""The fields of a ModelConfig that change how the model is computed but not what it computes."""

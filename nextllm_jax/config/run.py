@@ -16,64 +16,62 @@ from nextllm_jax.config.fields import OTHER_DATA, ChoosesData, ChoosesTokenizer,
 from nextllm_jax.config.model import ModelConfig
 
 FORMAT, FIRST_FORMAT = "nextllm_jax config 2", "nextllm_jax config 1"
-"""Formats of config.json. The first, which the file does not state, is of runs that warmed up for all of
-warmup_steps, however short the schedule, and whose wsd decay could overlap the warmup."""
+"""Formats of config.json. A file of the first format does not state it. In runs of that format the warmup always took
+warmup_steps, even in a shorter schedule, and the wsd decay could overlap the warmup."""
 
-_OTHER_ORDER = OnResume("override", "the data begins again in another order, the weights stay")
-_OTHER_WINDOWS = OnResume("override", "the data begins again, cut into other windows in another order")
-_OTHER_BATCHES = OnResume("override", "the data goes on where it is, with more or fewer windows a step")
-_OTHER_ADAPTERS = OnResume("override", "the adapters count for more or less from the next step on, and the model jumps")
+_OTHER_ORDER = OnResume("override", "the data starts over in another order; the weights are kept")
+_OTHER_WINDOWS = OnResume("override", "the data starts over, split into other windows in another order")
+_OTHER_BATCHES = OnResume("override", "the data continues at its current position, with more or fewer windows per step")
+_OTHER_ADAPTERS = OnResume("override", "the adapters are scaled differently, so the model changes abruptly")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read, how it is tokenized, and how it is cut into windows."""
+    """The corpus, its tokenizer, and the windows that it is split into."""
 
     corpus: ChoosesData[str] = "stdlib"
-    """stdlib (Python's own standard library source), a file, a directory or a glob of text, .jsonl(.gz) or
-    .parquet, or hf:NAME for a Hugging Face dataset (name or local directory)."""
+    """stdlib (the source code of Python's standard library); a file, directory or glob of text, .jsonl(.gz) or
+    .parquet files; or hf:NAME for a Hugging Face dataset, by name or local directory."""
     text_field: ChoosesData[str] = "text"
-    """Field of jsonl, parquet and Hugging Face rows that holds the text."""
+    """Field with the text, in jsonl, parquet and Hugging Face rows."""
     messages_field: ChoosesData[str | None] = None
-    """Field of rows that holds a conversation, a list of {role, content}, such as messages: training is on what the
-    assistant says alone. None: rows hold text."""
+    """Field with a conversation, a list of {role, content}, such as messages. Only what the assistant says is in the
+    loss mask. none: rows hold text."""
     chat_template: ChoosesData[str | None] = None
-    """Jinja file that turns such conversations into text; none: the tokenizer's own template."""
+    """Jinja file that formats such conversations as text; none: the tokenizer's own chat template."""
     hf_config: ChoosesData[str | None] = None
-    """Configuration name of a Hugging Face dataset, such as sample-10BT."""
+    """Configuration name of the Hugging Face dataset, such as sample-10BT."""
     hf_split: ChoosesData[str] = "train"
-    """Split of a Hugging Face dataset."""
+    """Split of the Hugging Face dataset."""
     tokenizer: ChoosesTokenizer[str] = "train"
-    """train (a byte-level BPE of the corpus), gpt2, cl100k_base, o200k_base, or the path of a .tiktoken ranks
-    file, of a saved tokenizer directory, or of a Hugging Face directory or tokenizer.json."""
+    """train (trains a byte-level BPE on the corpus), gpt2, cl100k_base, o200k_base, or the path of a .tiktoken ranks
+    file, a saved tokenizer directory, a Hugging Face directory or a tokenizer.json."""
     vocab_size: ChoosesTokenizer[int] = 8192
-    """Size of the tokenizer that 'train' makes, special tokens included."""
+    """Vocabulary size of a trained tokenizer, including special tokens."""
     path: Annotated[str | None, OnResume("free", OTHER_DATA)] = None
     """Directory of the prepared shards; none: data/<corpus>-<tokenizer>-<hash of these settings>."""
     verify: Free[Literal["sampled", "full"]] = "sampled"
-    """What is compared with its checksum at the start, beside the sizes of all files. sampled: 1,024 blocks of 256 KiB
-    and one of each file, drawn anew each time. That is all of 256 MiB, and a swapped file is always found; in S bytes
-    more, one flipped bit is found with probability 256 MiB / S, and damage to a share f of the blocks with
-    1 - (1 - f)^1024, such as 0.99 for f = 0.0045. full: every byte, so that every flipped bit is found."""
+    """How much of the data to checksum at startup, in addition to checking file sizes. sampled: 1,024 random blocks of
+    256 KiB, and at least one block of each file; full: everything."""
     sequence_length: Annotated[int, _OTHER_WINDOWS] = 256
     """Tokens in a training window."""
     validation_fraction: ChoosesData[float] = 0.05
-    """Share of the documents held out, chosen by a hash of the document's name or text."""
+    """Fraction of the documents that are held out, chosen by a hash of the document's name or text."""
     tokens_per_shard: Free[int] = 50_000_000
-    """Most tokens in one shard file."""
+    """Maximum number of tokens in a shard file."""
     num_processes: Free[int] = 0
-    """Processes that tokenize; 0: one per core."""
+    """Number of tokenizing processes; 0: one per core."""
 
     def __post_init__(self) -> None:
         _check_types(self, "data.")
         _require_positive(self, "data.", "sequence_length")
         _require(bool(self.corpus), "data.corpus is empty; give stdlib, hf:NAME, or a file, directory or glob")
         fraction = self.validation_fraction
-        _require(0 < fraction < 1, f"data.validation_fraction is {fraction}; it must lie between 0 and 1")
+        _require(0 < fraction < 1, f"data.validation_fraction is {fraction}; it must be between 0 and 1")
         size = self.vocab_size
-        _require(size >= 258, f"data.vocab_size is {size}; the 256 bytes and the special tokens need at least 258")
+        _require(size >= 258, f"data.vocab_size is {size}; it must be at least 258, for 256 bytes and 2 special tokens")
         shard = self.tokens_per_shard
-        _require(shard >= 1024, f"data.tokens_per_shard is {shard}; at least 1024 is needed")
+        _require(shard >= 1024, f"data.tokens_per_shard is {shard}; it must be at least 1024")
         _require(self.num_processes >= 0, f"data.num_processes is {self.num_processes}; it cannot be negative")
 
 
@@ -84,15 +82,16 @@ class OptimizerConfig:
     learning_rate: float = 3e-3
     """Peak learning rate."""
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
-    """What follows the warmup: cosine decay, stable then linear decay, linear decay, or nothing."""
+    """Learning rate after the warmup. cosine: cosine decay; wsd: constant, then a linear decay at the end; linear:
+    linear decay; constant: no decay."""
     warmup_steps: int = 100
-    """Steps of linear warmup, at most half of the schedule; it begins at learning_rate / steps, not at 0."""
+    """Steps of linear warmup, at most half of the schedule. The first step has learning_rate / steps, not 0."""
     schedule_steps: int | None = None
-    """Length of the schedule, warmup included; none: training.steps. State it to extend a run later."""
+    """Length of the schedule, including warmup; none: training.steps. Set it if the run may be extended later."""
     decay_steps_fraction: float = 0.2
-    """Share of the schedule that the wsd decay takes; it takes at most the steps that the warmup leaves."""
+    """Fraction of the schedule in which wsd decays. The decay never overlaps the warmup."""
     final_learning_rate_fraction: float = 0.1
-    """Learning rate at the end of a decay, as a share of the peak."""
+    """Learning rate at the end of a decay, as a fraction of the peak."""
     b1: float = 0.9
     """Decay of AdamW's first moment."""
     b2: float = 0.95
@@ -100,19 +99,20 @@ class OptimizerConfig:
     eps: float = 1e-8
     """Epsilon of AdamW."""
     weight_decay: float = 0.1
-    """Decoupled weight decay; norms and biases are never decayed."""
+    """Decoupled weight decay. Norms and biases are never decayed."""
     decay_embeddings: bool = False
-    """Decay the embedding and the output head too."""
+    """Also decay the embedding and the output head."""
     clip_norm: float = 1.0
-    """Greatest global norm of the accumulated gradient."""
+    """Maximum global norm of the accumulated gradient; larger gradients are scaled down to it."""
     first_moment_dtype: Fixed[Literal["float32", "bfloat16"]] = "float32"
-    """Type in which AdamW's first moment is kept."""
+    """Type in which AdamW's first moment is stored."""
     shard_over_data: Free[bool] = False
-    """Divide AdamW's moments over mesh.data too (ZeRO-1), and the accumulated gradient: less memory, but new parameters
-    travel after each step, and gradients after each microbatch instead of once a step."""
+    """Also shard AdamW's moments and the accumulated gradient over mesh.data (ZeRO-1). This saves memory, but the new
+    parameters must be gathered after each step, and gradients reduced after each microbatch instead of once a step."""
     offload_state: Free[bool] = False
-    """Keep AdamW's moments in the host's memory (TPU and GPU). A device has those of a few layers at a time, and those
-    of embedding and head; the layers' come twice in each step, to check that the update is finite and to take it."""
+    """Store AdamW's moments in host memory (TPU and GPU). A device then holds the moments of the embedding, the head
+    and a few layers at a time. The moments of the layers are transferred twice per step: to check that the update is
+    finite, and to apply it."""
 
     def __post_init__(self) -> None:
         _check_types(self, "optimizer.")
@@ -122,7 +122,7 @@ class OptimizerConfig:
             _require(value >= 0, f"optimizer.{name} is {value}; it cannot be negative")
         for name in ("decay_steps_fraction", "final_learning_rate_fraction"):
             value = getattr(self, name)
-            _require(0 <= value <= 1, f"optimizer.{name} is {value}; it must lie between 0 and 1")
+            _require(0 <= value <= 1, f"optimizer.{name} is {value}; it must be between 0 and 1")
         for name in ("b1", "b2"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"optimizer.{name} is {value}; it must be at least 0 and below 1")
@@ -130,41 +130,43 @@ class OptimizerConfig:
         _require(length >= 0, f"optimizer.schedule_steps is {length}; it cannot be negative")
 
     def schedule_length(self, training_steps: int) -> int:
-        """Steps of the schedule, warmup included."""
+        """Steps of the schedule, including warmup."""
         return self.schedule_steps or training_steps
 
     def warmup_length(self, training_steps: int) -> int:
-        """Steps that the schedule warms up for: warmup_steps, but at most half of the schedule."""
+        """Steps of warmup: warmup_steps, but at most half of the schedule."""
         return min(self.warmup_steps, self.schedule_length(training_steps) // 2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How long, how large a batch, and how often to look."""
+    """The length of training, the batch size, and how often to log and evaluate."""
 
     steps: int = 5000
-    """Global batches to train on, skipped ones included."""
+    """Global batches to train on, including skipped ones."""
     global_batch_size: Annotated[int, _OTHER_BATCHES] = 16
-    """Sequences in one optimizer step, over all devices and microbatches."""
+    """Sequences per optimizer step, over all devices and microbatches."""
     accumulation_steps: Free[int] = 1
-    """Microbatches that a global batch is cut into, to save memory."""
+    """Microbatches that each global batch is split into, to save memory."""
     log_every_steps: Free[int] = 10
     """Steps between lines of metrics.jsonl."""
     evaluate_every_steps: Free[int] = 500
-    """Steps between evaluations of the whole validation set; also one at the end."""
+    """Steps between evaluations on the whole validation set. Training also evaluates at the end."""
     evaluation_batch_size: Free[int] = 32
-    """Sequences in one batch of an evaluation, rounded up to what the mesh divides; the result does not depend
-    on it."""
+    """Sequences per evaluation batch, rounded up to a multiple that the mesh can shard. It does not affect the
+    result."""
     max_skipped_steps: Free[int] = 10
-    """Skipped steps in a row (loss, gradient or update not finite, or a spike) after which training gives up."""
+    """Training fails after this many consecutive skipped steps. A step is skipped if its loss, gradient or update is
+    not finite, or if its loss is a spike."""
     spike_factor: float = 0.0
-    """Skip steps whose loss is over this times the median of the last losses, such as 1.5; 0: never."""
+    """Skip a step whose loss exceeds this factor, such as 1.5, times the median of the recent losses; 0: never."""
     spike_window_steps: int = 100
-    """Losses that this median is over, those of skipped steps included; before there are so many, none is a spike."""
+    """Number of recent losses in that median, including those of skipped steps. No step counts as a spike until there
+    are so many."""
     sample_prompts: Free[tuple[str, ...]] = ("def ", "import ", "class ")
-    """Prompts that samples.txt continues at every evaluation; none: no samples."""
+    """Prompts for the text in samples.txt, generated at every evaluation; none: no samples."""
     sample_tokens: Free[int] = 96
-    """New tokens for each of those prompts; 0: no samples."""
+    """New tokens for each prompt; 0: no samples."""
 
     def __post_init__(self) -> None:
         _check_types(self, "training.")
@@ -173,7 +175,8 @@ class TrainingConfig:
             "evaluate_every_steps", "evaluation_batch_size", "max_skipped_steps", "spike_window_steps",
         )  # fmt: skip
         factor = self.spike_factor
-        _require(factor == 0 or factor > 1, f"training.spike_factor is {factor}; it must be over 1, or 0 for never")
+        message = f"training.spike_factor is {factor}; it must be greater than 1, or 0 to skip no spikes"
+        _require(factor == 0 or factor > 1, message)
         _require(self.sample_tokens >= 0, f"training.sample_tokens is {self.sample_tokens}; it cannot be negative")
         batch, parts = self.global_batch_size, self.accumulation_steps
         _require(
@@ -184,16 +187,17 @@ class TrainingConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters on the frozen weights of init_from; the adapters alone are trained (Hu et al. 2021)."""
+    """Low-rank adapters on the frozen weights of init_from; only the adapters are trained (Hu et al. 2021)."""
 
     rank: Fixed[int] = 0
-    """Rank of the adapters; 0: none, all weights are trained."""
+    """Rank of the adapters; 0: no adapters, all weights are trained."""
     alpha: Annotated[float, _OTHER_ADAPTERS] = 16.0
-    """The product of the adapters counts alpha / rank times."""
+    """The output of an adapter is multiplied by alpha / rank."""
     targets: Fixed[tuple[str, ...]] = ()
     """Matrices that get adapters, such as q v; empty: all."""
     frozen: Fixed[Literal["unquantized", "int8"]] = "unquantized"
-    """How the frozen weights are kept: in model.param_dtype, or their matrices in 8 bits, a scale a channel."""
+    """How the frozen base weights are stored. unquantized: in model.param_dtype; int8: matrices in 8 bits, with one
+    scale per output channel."""
 
     def __post_init__(self) -> None:
         _check_types(self, "lora.")
@@ -203,40 +207,41 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How the next token is drawn from the logits."""
+    """How the next token is sampled from the logits."""
 
     temperature: float = 0.8
-    """Divides the logits; 0 is greedy and ignores the other settings but the repetition penalty."""
+    """The logits are divided by this. 0 is greedy decoding, for which only the repetition penalty still applies."""
     top_k: int = 50
-    """Keep the k most likely tokens; 0: all."""
+    """Keep only the k most likely tokens; 0: all."""
     top_p: float = 0.95
-    """Keep the fewest tokens whose probabilities reach this sum; 1: all."""
+    """Keep only the smallest set of most likely tokens whose probabilities add up to this; 1: all."""
     min_p: float = 0.0
-    """Drop tokens less likely than this share of the most likely one; 0: none."""
+    """Drop tokens less likely than this fraction of the most likely token's probability; 0: none."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens already in prompt or text; 1: off."""
+    """For tokens that are already in the prompt or the text, positive logits are divided by this and negative ones are
+    multiplied by it; 1: off."""
 
     def __post_init__(self) -> None:
         _check_types(self, "")
         _require(self.temperature >= 0, f"temperature is {self.temperature}; it cannot be negative")
         _require(self.top_k >= 0, f"top_k is {self.top_k}; it cannot be negative")
-        _require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be over 0 and at most 1")
-        _require(0 <= self.min_p <= 1, f"min_p is {self.min_p}; it must lie between 0 and 1")
+        _require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be greater than 0 and at most 1")
+        _require(0 <= self.min_p <= 1, f"min_p is {self.min_p}; it must be between 0 and 1")
         _require(self.repetition_penalty > 0, f"repetition_penalty is {self.repetition_penalty}; it must be positive")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When the run is saved, and what is kept; the best checkpoint always is."""
+    """When checkpoints are saved, and which are kept. The best checkpoint is always kept."""
 
     every_steps: int = 500
-    """Steps between saves; every new best and the end are saved too."""
+    """Steps between saves. A new best validation loss and the last step are also saved."""
     keep_last: int = 2
-    """Latest checkpoints that are kept. With 2 there is one to go back to if the latest is damaged later."""
+    """Number of latest checkpoints that are kept. With 2, one is left if the latest is damaged later."""
     keep_every_steps: int = 0
-    """Keep every checkpoint whose step is a multiple of this; 0: none."""
+    """Also keep every checkpoint whose step is a multiple of this; 0: none."""
     strict: bool = False
-    """Refuse to continue from a damaged checkpoint; otherwise it is set aside and the one before it is used."""
+    """Fail if the latest checkpoint is damaged. Otherwise it is set aside, and training resumes from the one before."""
 
     def __post_init__(self) -> None:
         _check_types(self, "checkpoint.")
@@ -247,19 +252,19 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each mesh axis; one axis may be -1 and takes what is left."""
+    """Devices along each mesh axis. One axis may be -1 and takes the remaining devices."""
 
     data: int = -1
-    """Data parallelism: the batch is divided, parameters are copied."""
+    """Data parallelism: the batch is sharded, parameters are replicated."""
     fsdp: int = 1
-    """Fully sharded data parallelism: batch, parameters and optimizer state are divided."""
+    """Fully sharded data parallelism: batch, parameters and optimizer state are sharded."""
     sequence: int = 1
-    """Context parallelism: each sequence is split, and each device gathers all keys and values."""
+    """Context parallelism: sequences are sharded, and each device gathers all keys and values."""
     tensor: int = 1
-    """Tensor parallelism: heads, mlp and vocabulary are divided."""
+    """Tensor parallelism: heads, mlp and vocabulary are sharded."""
     slices: int = 1
-    """TPU slices, or groups of other devices, that only a slower network joins; no axis but data crosses it, and this
-    is its outer factor: it must divide data."""
+    """TPU slices, or other groups of devices, that are connected by a slower network. It must divide data, which is
+    split over the slices first; the other axes stay within a slice."""
 
     def sizes(self, num_devices: int) -> tuple[int, int, int, int]:
         """(data, fsdp, sequence, tensor) with -1 resolved; their product is num_devices."""
@@ -282,8 +287,9 @@ class MeshConfig:
         _check_types(self, "mesh.")
         sizes = {name: getattr(self, name) for name in ("data", "fsdp", "sequence", "tensor")}
         for name, size in sizes.items():
-            _require(size == -1 or size > 0, f"mesh.{name} is {size}; it must be positive, or -1 for what is left")
-        _require(list(sizes.values()).count(-1) <= 1, "only one mesh axis may be -1")
+            message = f"mesh.{name} is {size}; it must be positive, or -1 for the remaining devices"
+            _require(size == -1 or size > 0, message)
+        _require(list(sizes.values()).count(-1) <= 1, "only one mesh axis may be -1; set the others")
         _require_positive(self, "mesh.", "slices")
 
 
@@ -294,12 +300,12 @@ class Config:
     workdir: Free[str | None] = None
     """Run directory; none: runs/<name of the config file>."""
     seed: Annotated[int, _OTHER_ORDER] = 0
-    """Seed of the initial weights and of the order of the data."""
+    """Seed of the initial weights and of the data order."""
     init_from: NoEffect[str | None] = None
-    """Run directory (its best checkpoint), Hugging Face directory or GGUF file whose weights training starts from. The
-    model and the tokenizer are the source's; of the model's settings only those that say how it is computed stay."""
+    """Initial weights: a run directory (its best checkpoint), a Hugging Face directory or a GGUF file. The model config
+    and the tokenizer come from there; only execution settings (dtype, attention, remat) are kept from this config."""
     platform: Free[Literal["auto", "cpu", "gpu", "tpu"]] = "auto"
-    """Platform that must be there; auto: the best that jax finds."""
+    """Platform to require; auto: whichever jax selects."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -310,21 +316,21 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_types(self, "")
-        _require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must lie between 0 and 2^32 - 1")
+        _require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must be between 0 and 2^32 - 1")
         _require(
             not self.lora.rank or self.init_from is not None,
-            f"lora.rank is {self.lora.rank}, but adapters need weights to stand on; set init_from",
+            f"lora.rank is {self.lora.rank}, but adapters need a base model; set init_from",
         )
         if self.init_from is None:  # else the model is not known yet
             self.check_fit()
 
     def check_fit(self) -> None:
-        """Raise InputError if model and data do not go together."""
+        """Raise InputError if the model is too small for the data: in context length or in vocabulary."""
         length, context = self.data.sequence_length, self.model.context_length
-        _require(length <= context, f"data.sequence_length {length} is over model.context_length {context}")
+        _require(length <= context, f"data.sequence_length {length} exceeds model.context_length {context}")
         tokens, rows = self.data.vocab_size, self.model.vocab_size
         fits = self.data.tokenizer != "train" or tokens <= rows
-        _require(fits, f"data.vocab_size {tokens} is over model.vocab_size {rows}")
+        _require(fits, f"data.vocab_size {tokens} exceeds model.vocab_size {rows}")
 
     def to_json(self) -> str:
         """The whole config as indented JSON, read back by `from_json`."""

@@ -1,1 +1,1 @@
-"""From a corpus to batches on devices: corpora, shards, preparing, packing, loading."""
+"""The data pipeline from a corpus to batches on devices: corpora, preparation, shards, packing, loading."""

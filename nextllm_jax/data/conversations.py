@@ -1,6 +1,6 @@
-"""Conversations: rows with messages, as ids by a chat template, and which of them the assistant is to say.
+"""Conversations: rows with messages, encoded by a chat template, with a mask of the assistant's tokens.
 
-On its way from a row to tokens a conversation is a document whose text is the JSON of its messages.
+Between reading and tokenizing, a conversation is a document whose text is the JSON of its messages.
 """
 
 import json
@@ -15,31 +15,31 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 class Encoded(NamedTuple):
-    """A conversation in ids."""
+    """A conversation as token ids."""
 
     ids: list[int]
     mask: list[bool]
-    """True for what the assistant is to say, its end token included."""
+    """True for the assistant's tokens, including its end token."""
     num_bytes: int
-    """UTF-8 bytes of the text of these; control tokens have none."""
+    """UTF-8 bytes of the text of the assistant's tokens; control tokens count as none."""
 
 
 def conversation_text(messages: Any, where: str) -> str:
-    """The text of the document that a row's messages become.
+    """The document text for a row's messages: their JSON.
 
-    Raises InputError, naming `where` they are, if they are not messages with known roles and text, the assistant's
-    among them.
+    Raises InputError, which names the location `where`, unless all messages have a known role and text and at least
+    one is the assistant's.
     """
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise InputError(f"{where}: the messages are no list of {{role, content}}; fix or remove the row")
+        raise InputError(f"{where}: the messages are not a list of {{role, content}}; fix or remove the row")
     for number, message in enumerate(messages, 1):
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
-            raise InputError(f"{where}: message {number} has the role {role!r}; there are {', '.join(ROLES)}")
+            raise InputError(f"{where}: message {number} has the role {role!r}; use one of {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise InputError(f"{where}: the content of message {number} is {type(content).__name__}, not text; fix it")
     if not any(message["role"] == "assistant" for message in messages):
-        raise InputError(f"{where}: no message is the assistant's, so that there is nothing to learn; remove the row")
+        raise InputError(f"{where}: no message is the assistant's, so the loss mask is empty; remove the row")
     return json.dumps(messages, ensure_ascii=True)
 
 
@@ -48,22 +48,23 @@ def messages_of(text: str) -> list[Message]:
     return json.loads(text)
 
 
-def words_of(text: str) -> str:
-    """What is said in a conversation, for a tokenizer to be trained on."""
+def contents_of(text: str) -> str:
+    """The contents of all messages in a document's text, joined; used to train a tokenizer."""
     return "\n".join(message["content"] for message in messages_of(text))
 
 
 def encode_conversation(tokenizer: Tokenizer, template: ChatTemplate, text: str, where: str) -> Encoded:
-    """A conversation as the template writes it, without anything around.
+    """The ids that the template gives for a conversation; nothing is added before or after them.
 
-    Raises InputError, naming `where` it is, if the template refuses it or does not tell what the assistant says.
+    Raises InputError, which names the location `where`, if the template rejects the conversation or if the assistant's
+    tokens cannot be determined.
     """
     try:
         ids, mask = template.encode_with_mask(messages_of(text))
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     if not any(mask):
-        raise InputError(f"{where}: the chat template writes nothing that the assistant says; fix or remove the row")
+        raise InputError(f"{where}: the chat template writes no assistant text; fix or remove the row")
     return Encoded(ids, mask, _num_bytes(tokenizer, ids, mask))
 
 

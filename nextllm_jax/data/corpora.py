@@ -1,7 +1,7 @@
-"""Documents of a corpus, one at a time.
+"""Reads the documents of a corpus one at a time.
 
-Corpora are Python's own standard library, text files, directories, globs, jsonl(.gz), parquet, and Hugging
-Face datasets. Empty documents are left out.
+A corpus is the source of Python's standard library, a text file, a directory, a glob, jsonl(.gz), parquet, or a
+Hugging Face dataset. Empty documents are left out.
 """
 
 import glob
@@ -29,40 +29,40 @@ TEXT_SUFFIXES = frozenset(
         *(".ts", ".jl", ".r", ".rb", ".php", ".sh", ".sql", ".swift", ".hs", ".ml", ".lua"),
     ]
 )
-"""What a directory is searched for, beside .jsonl, .jsonl.gz and .parquet."""
+"""Suffixes of the files that are read from a directory, in addition to .jsonl, .jsonl.gz and .parquet."""
 
 SECTION_CHARACTERS = 131_072
-"""A longer text file is cut at line ends into sections of at most this length, each a document of its own."""
+"""A longer text file is split at line ends into sections of at most this length; each section is a document."""
 
 _ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".7z")
 _STDLIB_LEFT_OUT = frozenset(
     [
         *("test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"),
-        *("encodings", "pydoc_data"),  # tables and English text that a program wrote, not source
+        *("encodings", "pydoc_data"),  # generated tables and English text, not source code
     ]
 )
 
 
 class Document(NamedTuple):
-    """A text, and the name of a file or section; rows of a table have no name but a place.
+    """A text, with the name of its file or section. Rows of a table have no name; conversations have a location.
 
     The text of a conversation is the JSON of its messages.
     """
 
     text: str
     name: str | None
-    place: str = ""
+    location: str = ""
 
 
 def read_documents(config: DataConfig) -> Iterator[Document]:
-    """Every document of `config.corpus`, in an order that depends on the corpus alone.
+    """Every document of `config.corpus`, in an order that depends only on the corpus.
 
-    Invalid UTF-8 becomes U+FFFD. Rows are streamed; a file is held one section at a time.
-    Raises InputError for a corpus that is missing or cannot be read, naming file, line and field.
+    Invalid UTF-8 becomes U+FFFD. Rows are streamed, and text files are read one section at a time.
+    Raises InputError, which names file, line and field, for a corpus that is missing or cannot be read.
     """
     if config.messages_field and config.corpus == "stdlib":
-        raise InputError("data.messages_field needs a corpus of rows with messages; set data.corpus")
+        raise InputError("data.messages_field needs a corpus of rows with messages, not stdlib; set data.corpus")
     if config.corpus == "stdlib":
         documents = _stdlib_documents()
     elif config.corpus.startswith("hf:"):
@@ -73,18 +73,18 @@ def read_documents(config: DataConfig) -> Iterator[Document]:
 
 
 def document_hash(document: Document) -> int:
-    """A number below 2^64 by which documents are held out: of the name, or of the text where there is none.
+    """A hash below 2^64 of the document's name, or of its text if it has none. It decides what is held out.
 
-    Equal rows get equal numbers, so that a text met in training is not met again in validation.
+    Equal rows get equal hashes, so no text is in both the training and the validation split.
     """
     key = document.text if document.name is None else document.name
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
 
 
 def validation_limit(documents: Iterable[Document], fraction: float) -> int:
-    """The document hash up to which documents are held out for validation.
+    """The highest document hash that is held out for validation.
 
-    It is `fraction` of the range of hashes; where no document lies there, the smallest hash of them all.
+    The limit is `fraction` of the range of hashes, or the smallest hash of all documents if that one is larger.
     Raises InputError for fewer than two documents.
     """
     limit = int(fraction * 2**64)
@@ -95,14 +95,14 @@ def validation_limit(documents: Iterable[Document], fraction: float) -> int:
             break
     if count < 2:
         raise InputError(
-            f"data.corpus holds {'one document' if count else 'no text'}; at least two documents are needed, "
-            "one to train on and one to validate"
+            f"data.corpus holds {'one document' if count else 'no text'}; give at least two documents, "
+            "one for training and one for validation"
         )
     return max(limit, smallest)
 
 
 def held_out_text(config: DataConfig, characters: int) -> str:
-    """The first documents of the corpus that are held out for validation, joined and cut to so many characters."""
+    """The first documents that are held out for validation, joined and truncated to `characters`."""
     limit = validation_limit(read_documents(config), config.validation_fraction)
     text = ""
     for document in read_documents(config):
@@ -120,7 +120,7 @@ def _stdlib_documents() -> Iterator[Document]:
         if not _STDLIB_LEFT_OUT & set(path.relative_to(root).parts) and not path.name.startswith("_sysconfigdata")
     )
     if not files:
-        raise InputError(f"data.corpus stdlib finds no Python source in {root}; name another corpus")
+        raise InputError(f"data.corpus is stdlib, but {root} holds no Python source; name another corpus")
     for name, path in files:
         yield Document(path.read_text("utf-8", "replace"), name)
 
@@ -141,10 +141,11 @@ def _file_documents(config: DataConfig) -> Iterator[Document]:
 
 
 def find_files(corpus: str) -> list[tuple[str, Path]]:
-    """(name, path) of the files of a corpus, sorted by name, which is the path below the directory.
+    """(name, path) of the files of a corpus, sorted by name, which is the path relative to the directory.
 
-    A directory is searched in depth for `TEXT_SUFFIXES` and rows; hidden entries are passed over. A file or glob
-    is taken at its word. Raises InputError if nothing is found or a file is packed in a way that is not read.
+    A directory is searched recursively for `TEXT_SUFFIXES` and files of rows; hidden entries are left out. Explicit
+    files and globs are not filtered by suffix. Raises InputError if nothing is found, or for a file that is compressed
+    in another way than .jsonl.gz.
     """
     root = Path(corpus)
     if root.is_dir():
@@ -161,14 +162,14 @@ def find_files(corpus: str) -> list[tuple[str, Path]]:
         )
     for path in found:
         if path.name.endswith(_PACKED_SUFFIXES) and not path.name.endswith(_ROW_SUFFIXES):
-            raise InputError(f"data.corpus file {path} is packed; unpack it first (only .jsonl.gz is read packed)")
+            raise InputError(f"data.corpus file {path} is compressed; unpack it first (only .jsonl.gz need not be)")
     return sorted((path.relative_to(root).as_posix(), path) for path in found)
 
 
 def listing_hash(corpus: str) -> str | None:
-    """Changes when a file of a corpus is added, removed or written to; None for stdlib and hf:NAME.
+    """A hash that changes when a file of a corpus is added, removed or written to; None for stdlib and hf:NAME.
 
-    It looks at names, sizes and times, not at the content. Raises InputError like `find_files`.
+    It covers names, sizes and modification times, but not the content. Raises InputError as `find_files` does.
     """
     if corpus == "stdlib" or corpus.startswith("hf:"):
         return None
@@ -218,7 +219,7 @@ def _parquet_rows(path: Path, config: DataConfig) -> Iterator[Document]:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if field not in names:
-                raise InputError(f"{path} has no field '{field}' but {', '.join(names)}; set {setting}")
+                raise InputError(f"{path} has no field '{field}'; it has {', '.join(names)}; set {setting}")
             batches = file.iter_batches(batch_size=256, columns=[field])
             texts = (text for batch in batches for text in batch.column(0).to_pylist())
             for number, text in enumerate(texts, 1):
@@ -231,7 +232,7 @@ def _huggingface_documents(config: DataConfig) -> Iterator[Document]:
     name = config.corpus.removeprefix("hf:")
     is_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)
     if not is_name and not os.path.isdir(name):
-        raise InputError(f"data.corpus {config.corpus}: '{name}' is no directory, nor NAME or OWNER/NAME; check it")
+        raise InputError(f"data.corpus {config.corpus}: '{name}' is not a directory, NAME or OWNER/NAME; check it")
     datasets = _import_extra("datasets", "hf", f"data.corpus {config.corpus}")
     try:
         if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
@@ -252,7 +253,7 @@ def _huggingface_documents(config: DataConfig) -> Iterator[Document]:
 
 
 def _field(config: DataConfig) -> tuple[str, str]:
-    """The field of rows that is read, and the setting that names it."""
+    """The field that is read from each row, and the setting that names it."""
     if config.messages_field:
         return config.messages_field, "data.messages_field"
     return config.text_field, "data.text_field"
@@ -262,13 +263,13 @@ def _row_document(row: Any, config: DataConfig, where: str) -> Document:
     field, setting = _field(config)
     if not isinstance(row, dict) or field not in row:
         fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise InputError(f"{where} has no field '{field}' but {fields or 'none'}; set {setting}")
+        raise InputError(f"{where} has no field '{field}'; it has {fields or 'none'}; set {setting}")
     text = row[field]
     if config.messages_field:
         return Document(conversation_text(text, where), None, where)
     if not isinstance(text, str):
         raise InputError(f"{where}: field '{field}' is {type(text).__name__}, not text; fix the row or the field name")
-    # JSON can spell lone surrogates, which no UTF-8 file can hold.
+    # JSON can contain lone surrogates, which cannot be encoded in UTF-8.
     return Document(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), None)
 
 

@@ -1,4 +1,4 @@
-"""The directory of prepared data: who may write it, and that nothing else in it is lost."""
+"""The directory of prepared data: locking it, publishing it atomically, and never overwriting other files."""
 
 import contextlib
 import errno
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nextllm_jax.data.shards import FORMAT, SPLITS, files_of, partial_path
-from nextllm_jax.errors import InputError, failed_place
+from nextllm_jax.errors import InputError, failed_path
 from nextllm_jax.storage.disk import lock_file
 
 _SETTINGS = "settings.json"
@@ -20,34 +20,34 @@ _INDEX = "index.json"
 _REPLACED = ".replaced-by-nextllm-prepare"
 _ANY_FORMAT = FORMAT.rstrip("0123456789")
 _POLL_SECONDS, _SILENT_SECONDS = 0.2, 1.0
-"""How often a waiting process tries the lock, and after how long it says that it waits."""
+"""How often a waiting process tries the lock, and after how long it reports that it is waiting."""
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """What settings.json in `directory` says; empty if it is missing or none of ours."""
+    """The content of settings.json in `directory`; empty if it is missing or another program's."""
     return _read_ours(directory / _SETTINGS)
 
 
 def is_prepared(directory: Path) -> bool:
-    """True if `directory` holds prepared data, whole, by the look of it."""
+    """Whether `directory` holds complete prepared data; its files are not checked."""
     return os.path.isfile(directory / _INDEX)  # Path.is_file raises for a directory that may not be searched
 
 
 def check_replaceable(output: Path, overwrite: bool) -> None:
-    """InputError unless `output` is free, or holds prepared data and nothing else, and may be overwritten."""
+    """Raise InputError unless `output` is missing or empty, or holds only prepared data and `overwrite` is true."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     index = _read_ours(output / _INDEX)
     if not index:
         raise InputError(f"{output} exists and is not prepared data; name another directory")
     names = _names_of_files(index)
-    foreign = sorted({path.relative_to(output).as_posix() for path in output.rglob("*")} - names)
+    others = sorted({path.relative_to(output).as_posix() for path in output.rglob("*")} - names)
     ours = ("tokenizer/ranks-", "tokenizer/huggingface-", _REPLACED)
-    foreign = [name for name in foreign if not name.startswith(ours)]
-    if foreign:
+    others = [name for name in others if not name.startswith(ours)]
+    if others:
         raise InputError(
-            f"{output} holds more than prepared data ({foreign[0]}{', ...' if foreign[1:] else ''}); "
-            "move that away, or name another directory"
+            f"{output} holds files other than prepared data ({others[0]}{', ...' if others[1:] else ''}); "
+            "move them away, or name another directory"
         )
     if not overwrite:
         raise InputError(f"{output} was prepared with other settings; name another directory, or pass --overwrite")
@@ -57,25 +57,25 @@ def check_replaceable(output: Path, overwrite: bool) -> None:
 def writing(output: Path) -> Iterator[None]:
     """A context in which a failure to create, write or rename the files of `output` becomes an InputError.
 
-    An OSError of any other file passes.
+    An OSError about any other file is raised unchanged.
     """
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message = f"the disk of {output} is full; free space and run again, finished parts are kept"
+            message = f"the disk of {output} is full; free space and run again (finished parts are kept)"
             raise InputError(message) from error
         if not _concerns(error, output):
             raise
-        place = failed_place(error, output)
+        path = failed_path(error, output)
         raise InputError(
-            f"data directory {output} cannot be written ({place}: {error.strerror or error}); make {place} a writable "
+            f"data directory {output} cannot be written ({path}: {error.strerror or error}); make {path} a writable "
             "directory, or prepare elsewhere: nextllm prepare --output DIR, then train with --data.path DIR"
         ) from error
 
 
 def _concerns(error: OSError, output: Path) -> bool:
-    """Whether an error is about a file of `output`, or about a directory that it is in."""
+    """Whether an error is about a file in `output`, or about a parent directory of `output`."""
     if error.filename is None:  # from writing to an open file
         return error.errno in (errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
     path = Path(os.fsdecode(error.filename))
@@ -85,10 +85,10 @@ def _concerns(error: OSError, output: Path) -> bool:
 
 @contextlib.contextmanager
 def claimed(partial: Path, output: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold a lock on the partial directory, which is created if need be, and removed if it is empty at the end.
+    """A context that holds a lock on the partial directory. It creates the directory, and removes it if it is empty.
 
-    While another process holds it, `wait` waits for that process to finish or to die; without, raises InputError.
-    That process may have published `output` meanwhile, so look at it again.
+    If another process holds the lock, this waits until that process finishes or dies, or raises InputError without
+    `wait`. The other process may have published `output` in the meantime, so the caller must check it again.
     """
     handle = _claim(partial, output, wait)
     try:
@@ -101,10 +101,10 @@ def claimed(partial: Path, output: Path, *, wait: bool = False) -> Iterator[None
 
 
 def _claim(partial: Path, output: Path, wait: bool) -> int:
-    """An open handle of the partial directory with its lock, which goes when the handle is closed.
+    """An open handle of the partial directory, which is locked until the handle is closed.
 
-    The process that held the lock may have renamed the directory to `output`, so what is locked may no longer be at
-    that path; then this starts over.
+    The process that held the lock may have renamed the directory to `output`, so the locked directory may no longer be
+    at that path. In that case this starts over.
     """
     started, said = time.monotonic(), False
     while True:
@@ -135,9 +135,9 @@ def _is_at(handle: int, path: Path) -> bool:
 
 
 def start_or_continue(partial: Path, settings: dict[str, Any]) -> None:
-    """Keep what a run with the same settings left in `partial`, or empty it.
+    """Keep the files that a preparation with the same settings left in `partial`; otherwise empty the directory.
 
-    Raises InputError if files lie there that no such run wrote.
+    Raises InputError if the directory holds files of another kind.
     """
     found = read_settings(partial)
     if found == settings:
@@ -146,17 +146,19 @@ def start_or_continue(partial: Path, settings: dict[str, Any]) -> None:
     temporary = partial / f"{_SETTINGS}.tmp"
     entries = [entry for entry in partial.iterdir() if entry != temporary]
     if entries and not found:
-        raise InputError(f"{partial} is needed for preparing but holds other files; move them away")
-    for entry in sorted(entries, key=lambda entry: entry.name == _SETTINGS):  # the settings last: they say it is ours
+        raise InputError(f"{partial} is needed to prepare the data but holds other files; move them away")
+    # The settings go last: they mark the directory as ours.
+    for entry in sorted(entries, key=lambda entry: entry.name == _SETTINGS):
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     temporary.write_text(json.dumps(settings, indent=2) + "\n")
     temporary.replace(partial / _SETTINGS)
 
 
 def publish(partial: Path, output: Path) -> None:
-    """Turn the finished partial directory into the output.
+    """Rename the finished partial directory to the output.
 
-    Older data travels in it and goes last, so that a process killed at any time leaves one or the other whole.
+    Data that it replaces is first moved into the partial directory and deleted last, so a process that is killed at
+    any time leaves the old or the new data complete.
     """
     if is_prepared(output):
         output.rename(partial / _REPLACED)
@@ -165,14 +167,14 @@ def publish(partial: Path, output: Path) -> None:
 
 
 def remove_replaced(output: Path) -> None:
-    """Remove the older data that a process killed while it published has left in `output`."""
+    """Remove replaced data from `output`, which remains there if a process was killed in `publish`."""
     while (output / _REPLACED).is_dir():
         with contextlib.suppress(FileNotFoundError):  # another process may be removing it too
             shutil.rmtree(output / _REPLACED)
 
 
 def _read_ours(file: Path) -> dict[str, Any]:
-    """The JSON object in a file that preparing wrote, by any version of the format; empty for anything else."""
+    """The JSON object in a file of prepared data, in any version of the format; empty for any other file."""
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError):
@@ -182,7 +184,7 @@ def _read_ours(file: Path) -> dict[str, Any]:
 
 
 def _names_of_files(index: dict[str, Any]) -> set[str]:
-    """What lies in a prepared directory, but for the ranks of its tokenizer."""
+    """The names of all files in a prepared directory, except the file with the tokenizer's vocabulary."""
     names = {_INDEX, _SETTINGS, "tokenizer", "tokenizer/encoding.json"}
     with contextlib.suppress(KeyError, TypeError):  # a damaged index names less
         splits = [index["splits"][name] for name in SPLITS]

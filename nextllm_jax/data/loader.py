@@ -1,4 +1,4 @@
-"""Batches on devices: for training in an endless shuffled order, for validation once in stored order."""
+"""Batches on devices: training batches in an endless shuffled order, validation batches once in stored order."""
 
 import collections
 import hashlib
@@ -21,12 +21,12 @@ _BATCHES_ON_DEVICE = 2
 
 
 class TrainLoader:
-    """An endless supply of training batches, each a function of (data id, seed, step) alone.
+    """An endless sequence of training batches. Each depends only on (data id, seed, step).
 
-    Every epoch is a new order of all windows. Each process reads only the rows that its devices hold. A run whose
-    batch size, order or data changed on the way goes on from where `resume` puts it.
-    `sharding` is that of [B, T] arrays. Raises InputError if the split is shorter than one window, or if the
-    sharding does not divide the batch.
+    Every epoch visits all windows in a new order. Each process reads only the rows that its devices hold. For a run
+    whose batch size, order or data changed, `resume` sets the position to continue from.
+    `sharding` is the sharding of [B, T] arrays. Raises InputError if the split is shorter than one window, or if the
+    batch cannot be sharded that way.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class TrainLoader:
         if windows == 0:
             raise InputError(
                 f"data.sequence_length {sequence_length} is too long for the {split.name} split of "
-                f"{split.num_tokens} tokens, which must hold one more; shorten it or bring more text"
+                f"{split.num_tokens} tokens, which must have at least one token more; lower it, or add text"
             )
         self._split = split
         self._seed = seed
@@ -46,14 +46,14 @@ class TrainLoader:
         digest = hashlib.sha256(f"{split.data_id}:{seed}".encode()).digest()
         order_seed = int.from_bytes(digest[:4], "big")
         self._order = grain.MapDataset.range(windows).shuffle(seed=order_seed).repeat()
-        self._origin = (0, 0)  # a step, and the place in the order of its first window
+        self._origin = (0, 0)  # a step, and the position of its first window in the order
 
     def batches(self, start_step: int) -> Iterator[Batch]:
-        """The batches of `start_step`, `start_step` + 1, ... as global jax arrays; starting costs the same anywhere."""
+        """The batches of `start_step`, `start_step` + 1, ... as global jax arrays. Any start step is equally fast."""
         return _on_device(self.host_batches(start_step), self._rows, self._shape, self._sharding)
 
     def host_batches(self, start_step: int) -> Iterator[Batch]:
-        """The same batches as numpy arrays, of this process's rows only, read ahead by threads."""
+        """The same batches as numpy arrays with only this process's rows, prefetched by threads."""
         iterator = iter(self.dataset(start_step))
         try:
             yield from iterator
@@ -65,9 +65,9 @@ class TrainLoader:
         return grain.MapDataset.range(start_step, sys.maxsize).map(self._read).to_iter_dataset(_READ_OPTIONS)
 
     def position(self, step: int) -> dict[str, Any]:
-        """What a checkpoint records so that training goes on at `step` with the same order; plain JSON values.
+        """The position to store in a checkpoint, so that training resumes at `step` in the same order; JSON values.
 
-        `window` counts the windows of this order that the steps before have taken.
+        `window` is the number of windows of this order that the steps before `step` have consumed.
         """
         batch_size, sequence_length = self._shape
         return {
@@ -81,9 +81,9 @@ class TrainLoader:
         }
 
     def resume(self, position: dict[str, Any]) -> None:
-        """Go on from a recorded position: with the next window where the order is the same, else from its beginning.
+        """Continue from a recorded position: at its next window if the order is the same, else at the first window.
 
-        The order is that of (data id, seed, sequence length); the batch size may be another.
+        The order depends on (data id, seed, sequence length). The batch size may differ.
         """
         step, expected = position["step"], self.position(0)
         same_order = all(position[name] == expected[name] for name in ("data_id", "seed", "sequence_length"))
@@ -95,11 +95,11 @@ class TrainLoader:
 
     @property
     def directory(self) -> Path:
-        """Where the data lie."""
+        """The directory of the data."""
         return self._split.directory
 
     def whole_batch(self, step: int) -> tuple[np.ndarray, Batch]:
-        """The numbers of a step's windows, and the rows of all processes, as numpy arrays read anew."""
+        """The window numbers of a step, and its batch with the rows of all processes; numpy arrays, read from disk."""
         windows = self._windows(step, np.arange(self._shape[0]))
         return windows, read_batch(self._split, windows, self._shape[1])
 
@@ -113,12 +113,12 @@ class TrainLoader:
 def validation_batches(
     split: Split, *, sequence_length: int, batch_size: int, sharding: jax.sharding.Sharding
 ) -> Iterator[Batch]:
-    """The whole split once, in stored order, as global jax arrays; each target is unmasked in one batch at most.
+    """The whole split once, in stored order, as global jax arrays. Each target is in the loss mask at most once.
 
-    The last window and the last batch are padded with the mask False. Raises InputError like TrainLoader.
+    The last window and the last batch are padded, with the loss mask False. Raises InputError as TrainLoader does.
     """
     if split.num_tokens < 2:
-        raise InputError(f"the {split.name} split has {split.num_tokens} tokens; bring more text")
+        raise InputError(f"the {split.name} split has {split.num_tokens} tokens; prepare data with more text")
     shape = (batch_size, sequence_length)
     rows = _local_rows(sharding, shape)
     starts = range(0, count_windows(split, sequence_length, partial=True), batch_size)
@@ -131,7 +131,7 @@ def _local_rows(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> np.n
         indices = sharding.addressable_devices_indices_map(shape).values()
     except ValueError as error:
         raise InputError(
-            f"a batch of {shape[0]} sequences of {shape[1]} tokens cannot be divided by the mesh ({sharding}); "
+            f"a batch of {shape[0]} sequences of {shape[1]} tokens cannot be sharded over the mesh ({sharding}); "
             "change training.global_batch_size, training.evaluation_batch_size or mesh"
         ) from error
     rows = {row for index in indices if index is not None for row in range(*index[0].indices(shape[0]))}
@@ -141,7 +141,7 @@ def _local_rows(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> np.n
 def _on_device(
     batches: Iterable[Batch], rows: np.ndarray, shape: tuple[int, int], sharding: jax.sharding.Sharding
 ) -> Iterator[Batch]:
-    """Global arrays made of this process's rows, a few batches ahead, so that transfers overlap with compute."""
+    """Global arrays built from this process's rows, a few batches ahead, so that transfers overlap with compute."""
 
     def to_global(local: np.ndarray) -> jax.Array:
         def piece(index: tuple[slice, ...] | None) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Windows of a token stream, and where documents begin in them.
+"""Packs the token stream of a split into windows, with the start of each document.
 
-Texts are a stream that is cut into windows at fixed places. Conversations are not cut but where they are longer than a
-window: one that does not fit behind the others goes to the next window, and the rest of the row is padding.
+Text is split into windows at fixed offsets. Conversations are kept whole: one that does not fit into the rest of a
+window goes to the next window, and the rest is padding. Only a conversation longer than a window is split.
 """
 
 import functools
@@ -16,38 +16,41 @@ _SCAN_TOKENS = 1 << 24
 
 
 def num_windows(num_tokens: int, sequence_length: int, *, partial: bool) -> int:
-    """Windows in a stream: T + 1 tokens at stride T, so that each token but the first is a target once.
+    """Number of windows in a stream: T + 1 tokens at stride T, so that each token except the first is a target once.
 
-    `partial` counts the last, shorter window too.
+    With `partial`, a shorter last window counts too.
     """
     targets = max(num_tokens - 1, 0)
     return -(-targets // sequence_length) if partial else targets // sequence_length
 
 
 def count_windows(split: Split, sequence_length: int, *, partial: bool) -> int:
-    """Windows of a split; `partial` counts the last of a text's too, if it is shorter."""
+    """Number of windows of a split. With `partial`, a shorter last window of text counts too."""
     if split.holds_conversations:
         return len(_conversation_windows(split, sequence_length))
     return num_windows(split.num_tokens, sequence_length, partial=partial)
 
 
 def describe_windows(split: Split, sequence_length: int) -> str | None:
-    """How conversations fill the windows, and how many are cut since they are longer; None for text."""
+    """How full the windows of conversations are, and how many conversations are too long for one; None for text."""
     if not split.holds_conversations:
         return None
     windows, lengths = _conversation_windows(split, sequence_length), np.diff(split.document_starts)
     filled = split.num_tokens / (max(len(windows), 1) * (sequence_length + 1))
     return (
         f"{split.num_documents:,} {split.name} conversations in {len(windows):,} windows, {filled:.0%} full; "
-        f"{int((lengths > sequence_length + 1).sum()):,} are longer than data.sequence_length and are cut"
+        f"{int((lengths > sequence_length + 1).sum()):,} are longer than data.sequence_length and are split"
     )
 
 
 def has_targets(split: Split) -> bool:
-    """Whether a split has a token in the loss mask: one that does not open a document, and is the assistant's."""
+    """Whether a split has a token in the loss mask.
+
+    The first token of a document is never in it; in conversations only the assistant's tokens are.
+    """
     for start in range(0, split.num_tokens, _SCAN_TOKENS):
         stop = min(start + _SCAN_TOKENS, split.num_tokens)
-        in_loss = split.learnt(start, stop)
+        in_loss = split.loss_mask(start, stop)
         first, last = np.searchsorted(split.document_starts, [start, stop])
         in_loss[split.document_starts[first:last] - start] = False
         if in_loss.any():
@@ -57,9 +60,9 @@ def has_targets(split: Split) -> bool:
 
 @functools.lru_cache(8)
 def _conversation_windows(split: Split, sequence_length: int) -> np.ndarray:
-    """Where each window begins and ends in the stream, int64 [W, 2]: as many whole conversations as fit, in order.
+    """Start and end of each window in the stream, int64 [W, 2]: as many whole conversations as fit, in order.
 
-    Of a conversation of more than T + 1 tokens, pieces of T + 1 at stride T, so that each target is there once.
+    A conversation of more than T + 1 tokens is split into pieces of T + 1 at stride T, so each token is a target once.
     """
     windows: list[tuple[int, int]] = []
     start, longest = 0, sequence_length + 1
@@ -74,7 +77,7 @@ def _conversation_windows(split: Split, sequence_length: int) -> np.ndarray:
 
 
 def _bounds(split: Split, window: int, sequence_length: int) -> tuple[int, int]:
-    """The first token of a window and the one behind its last target; an empty range past the end."""
+    """(start, stop) of a window in the stream, where stop - 1 is its last target; an empty range past the end."""
     if split.holds_conversations:
         windows = _conversation_windows(split, sequence_length)
         return tuple(windows[window].tolist()) if window < len(windows) else (0, 0)
@@ -83,7 +86,7 @@ def _bounds(split: Split, window: int, sequence_length: int) -> tuple[int, int]:
 
 
 def read_batch(split: Split, windows: np.ndarray, sequence_length: int) -> Batch:
-    """The given windows of the split, one a row; past its end rows are padding."""
+    """The batch with the given windows of the split, one per row. Rows past the end of the split are padding."""
     shape = (len(windows), sequence_length)
     tokens, targets, segment_ids, positions = (np.zeros(shape, np.int32) for _ in range(4))
     batch = Batch(tokens, targets, segment_ids, positions, np.zeros(shape, np.bool_))
@@ -98,11 +101,11 @@ def _fill_row(batch: Batch, row: int, split: Split, start: int, stop: int) -> No
         return
     tokens = split.tokens(start, stop)
     offsets = np.arange(start, stop)
-    # The first document of the stream is number 1.
+    # Numbered from 1 at the start of the stream.
     documents = np.searchsorted(split.document_starts, offsets, side="right")
     first_offsets = np.maximum(split.document_starts[documents - 1], start)
     batch.tokens_BT[row, :length] = tokens[:-1]
     batch.targets_BT[row, :length] = tokens[1:]
     batch.segment_ids_BT[row, :length] = (documents - documents[0] + 1)[:-1]
     batch.positions_BT[row, :length] = (offsets - first_offsets)[:-1]
-    batch.loss_mask_BT[row, :length] = (documents[1:] == documents[:-1]) & split.learnt(start + 1, stop)
+    batch.loss_mask_BT[row, :length] = (documents[1:] == documents[:-1]) & split.loss_mask(start + 1, stop)

@@ -1,4 +1,7 @@
-"""Parts of a corpus: consecutive documents, which one process tokenizes into one file named after their content."""
+"""Parts of a corpus. A part is a group of consecutive documents that one process tokenizes into one file.
+
+The file is named after a hash of the documents.
+"""
 
 import functools
 import hashlib
@@ -21,25 +24,25 @@ PART_CHARACTERS = 1_000_000
 
 
 class Part(NamedTuple):
-    """Consecutive documents, which of them are held out, and the file that their tokens go to."""
+    """Consecutive documents, which of them are held out, and the file for their tokens."""
 
     texts: list[str]
     held_out: list[bool]
     path: Path
-    places: list[str]
-    """Where conversations come from, for errors; empty for others."""
+    locations: list[str]
+    """Location of each conversation, for errors; empty for text."""
 
 
 class PartReport(NamedTuple):
-    """What tokenizing a part took."""
+    """Which process tokenized a part, how many tokens it has, and how long that took."""
 
     process: int
     num_tokens: int
     seconds: float
 
 
-def cut_into_parts(documents: Iterable[Document], limit: int, directory: Path, conversations: bool) -> Iterator[Part]:
-    """The documents in parts of about PART_CHARACTERS, whose files are to be in `directory`.
+def split_into_parts(documents: Iterable[Document], limit: int, directory: Path, conversations: bool) -> Iterator[Part]:
+    """The documents in parts of about PART_CHARACTERS; their files will be in `directory`.
 
     Documents with a hash up to `limit` are held out.
     """
@@ -63,21 +66,21 @@ def _make_part(documents: list[Document], limit: int, directory: Path, conversat
         encoded = text.encode()
         content.update(b"%d:" % len(encoded))
         content.update(encoded)
-    places = [document.place for document in documents] if conversations else []
-    return Part(texts, held_out, directory / f"{content.hexdigest()[:32]}.npz", places)
+    locations = [document.location for document in documents] if conversations else []
+    return Part(texts, held_out, directory / f"{content.hexdigest()[:32]}.npz", locations)
 
 
 def tokenize_part(part: Part, *, tokenizer_directory: Path, tokenizer_hash: str) -> PartReport:
-    """Tokenize a part into its file, an array for each split. Runs in a worker process."""
+    """Tokenize a part and write its file, with arrays for each split. Runs in a worker process."""
     tokenizer = _load_tokenizer_once(tokenizer_directory, tokenizer_hash)
     dtype = token_dtype(tokenizer.vocab_size)
     started = time.perf_counter()
     arrays: dict[str, np.ndarray] = {}
-    template = ChatTemplate(tokenizer) if part.places else None
+    template = ChatTemplate(tokenizer) if part.locations else None
     for name in SPLITS:
         chosen = [i for i, held_out in enumerate(part.held_out) if held_out == (name == "validation")]
         if template:
-            encoded = [encode_conversation(tokenizer, template, part.texts[i], part.places[i]) for i in chosen]
+            encoded = [encode_conversation(tokenizer, template, part.texts[i], part.locations[i]) for i in chosen]
             masks = [np.array(each.mask, np.uint8) for each in encoded]
             arrays[f"{name}_mask"] = np.concatenate([np.empty(0, np.uint8), *masks])
         else:
@@ -97,14 +100,14 @@ def tokenize_part(part: Part, *, tokenizer_directory: Path, tokenizer_hash: str)
 
 @functools.lru_cache(1)
 def _load_tokenizer_once(directory: Path, expected_hash: str) -> Tokenizer:
-    """The tokenizer in `directory`; the hash is part of the key, since a directory may come to hold another."""
+    """The tokenizer in `directory`. The hash is part of the cache key, since the directory's content may change."""
     tokenizer = Tokenizer.load(directory)
     assert tokenizer.hash == expected_hash
     return tokenizer
 
 
-def is_whole(part: Path) -> bool:
-    """Whether a part is there and is what was written, by the checksums in it."""
+def is_intact(part: Path) -> bool:
+    """Whether the file of a part exists and its checksums are correct."""
     try:
         with zipfile.ZipFile(part) as file:
             return file.testzip() is None
@@ -113,12 +116,12 @@ def is_whole(part: Path) -> bool:
 
 
 def load_part(path: Path, name: SplitName) -> TokenizedDocuments:
-    """The documents of a split in the file of a part."""
+    """The documents of one split from the file of a part."""
     with np.load(path) as arrays:
         return TokenizedDocuments(arrays[f"{name}_tokens"], arrays[f"{name}_lengths"], int(arrays[f"{name}_bytes"]))
 
 
 def load_mask(path: Path, name: SplitName) -> np.ndarray:
-    """Which of their tokens are in the loss mask, uint8; of conversations alone."""
+    """The loss mask of those documents, uint8, one value per token. Only conversations have one."""
     with np.load(path) as arrays:
         return arrays[f"{name}_mask"]

@@ -1,9 +1,9 @@
-"""A corpus to token shards: in parallel, restartable, and all or nothing.
+"""Prepares a corpus as token shards, in parallel. It can be interrupted, and publishes its output atomically.
 
-Documents are grouped into parts of a fixed amount of text, each tokenized by one process into a file named
-after its content. Parts are then joined in order, so that the result does not depend on the number of
-processes. All this happens in `<output>.partial`, which becomes the output by a rename at the very end; a run
-that was stopped continues from the parts that are there. Nothing here imports jax.
+Documents are grouped into parts of a fixed amount of text. One process tokenizes each part into a file named after its
+content. The parts are then joined in order, so the result does not depend on the number of processes. The files are
+written to `<output>.partial`, which is renamed to the output at the end. An interrupted preparation continues from the
+parts that are finished. Nothing here imports jax.
 """
 
 import collections
@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nextllm_jax.config import DataConfig
-from nextllm_jax.data.conversations import words_of
+from nextllm_jax.data.conversations import contents_of
 from nextllm_jax.data.corpora import Document, document_hash, listing_hash, read_documents, validation_limit
 from nextllm_jax.data.data_directory import (
     check_replaceable,
@@ -35,7 +35,7 @@ from nextllm_jax.data.data_directory import (
     start_or_continue,
     writing,
 )
-from nextllm_jax.data.parts import Part, cut_into_parts, is_whole, load_mask, load_part, tokenize_part
+from nextllm_jax.data.parts import Part, is_intact, load_mask, load_part, split_into_parts, tokenize_part
 from nextllm_jax.data.processes import map_in_processes
 from nextllm_jax.data.shards import (
     FORMAT,
@@ -54,11 +54,11 @@ from nextllm_jax.tokenizer.published import load_tokenizer
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 TOKENIZER_SAMPLE_CHARACTERS = 100_000_000
-"""A tokenizer is trained on the first training documents, up to this much text."""
+"""A tokenizer is trained on the first training documents, up to this many characters."""
 
 
 def data_settings(config: DataConfig) -> dict[str, Any]:
-    """The settings that change the prepared data, and the Python version where its source is the corpus."""
+    """The settings that change the prepared data, and for stdlib the Python version; the content of settings.json."""
     settings = dataclasses.asdict(config)
     for name in ("path", "verify", "sequence_length", "num_processes"):
         del settings[name]
@@ -83,23 +83,23 @@ def default_data_path(config: DataConfig) -> Path:
 
 
 def find_prepared(config: DataConfig) -> Path | None:
-    """The directory of the data that a config trains on; None if it is to be prepared first.
+    """The directory of the data that a config trains on; None if the data must be prepared first.
 
-    Raises InputError if nothing is prepared where `config.path` says.
+    Raises InputError if `config.path` is set but holds no prepared data.
     """
     path = mounted_path(default_data_path(config))
     if is_prepared(path):
         return path
     if config.path:
         raise InputError(
-            f"data.path {path} holds no prepared data that can be read; check the path, or make it: "
+            f"data.path {path} holds no prepared data that is readable; check the path, or prepare the data: "
             f"nextllm prepare --output {path}"
         )
     return None
 
 
 def remark(config: DataConfig, path: Path) -> str | None:
-    """What to say of prepared data that is not what the config says, or whose corpus changed since."""
+    """A message if the prepared data differs from the config, or if the corpus has changed since; else None."""
     found, wanted = read_settings(path), data_settings(config)
     del wanted["format"], wanted["tokens_per_shard"]
     differing = [f"{name} {value}" for name, value in wanted.items() if found.get(name) != value]
@@ -107,18 +107,18 @@ def remark(config: DataConfig, path: Path) -> str | None:
         return f"{_describe(path, found)}; the config says {', '.join(differing)}"
     if _files_changed(config, found):
         return (
-            f"warning: the files of data.corpus {config.corpus} changed after {path} was prepared, which is used as "
-            "it is; nextllm prepare --overwrite prepares it again"
+            f"warning: the files of data.corpus {config.corpus} have changed since {path} was prepared; using the "
+            "prepared data unchanged (nextllm prepare --overwrite prepares it again)"
         )
     return None
 
 
 def ensure_prepared(config: DataConfig) -> Path:
-    """The directory of the data that a config trains on, which is prepared first if `config.path` is None.
+    """The directory of the data that a config trains on. If `config.path` is None, the data is prepared first.
 
-    Data that `config.path` names is used as it is; a line on standard error says what it is where the config
-    says otherwise, and where the files of a corpus changed since. Raises InputError if nothing is prepared there.
-    If another process is preparing the data, this waits for it, and goes on if that process dies.
+    Existing data is used unchanged. If it differs from the config, or if the files of the corpus have changed since, a
+    line on standard error says so. Raises InputError if `config.path` is set but holds no prepared data.
+    If another process is preparing the data, this waits for it, and takes over if that process dies.
     """
     path = find_prepared(config)
     if path is None:
@@ -134,13 +134,13 @@ def _describe(path: Path, settings: dict[str, Any]) -> str:
     dataset = Dataset.open(path, verify="sizes")
     corpus, tokenizer = (settings.get(name, "unknown") for name in ("corpus", "tokenizer"))
     return (
-        f"using {path} as it is: corpus {corpus}, tokenizer {tokenizer} of {dataset.vocab_size:,} tokens, "
+        f"using {path} unchanged: corpus {corpus}, tokenizer {tokenizer} with {dataset.vocab_size:,} tokens, "
         f"{dataset.split('train').num_tokens:,} training tokens"
     )
 
 
 def _files_changed(config: DataConfig, settings: dict[str, Any]) -> bool:
-    """True if data prepared with these settings is of other files than are there now; False if they are gone."""
+    """Whether the files of the corpus have changed since data with these settings was prepared; False if missing."""
     try:
         return listing_hash(config.corpus) != settings.get("files")
     except InputError:
@@ -148,15 +148,18 @@ def _files_changed(config: DataConfig, settings: dict[str, Any]) -> bool:
 
 
 def prepare(config: DataConfig, output: Path, *, overwrite: bool = False, wait: bool = False) -> None:
-    """Write the corpus as token shards into `output`, which appears only when it is complete.
+    """Write the corpus as token shards into `output`, which is published atomically once it is complete.
 
-    Does nothing if `output` was made with these settings already. Runs again after an interruption continue,
-    and end in the same bytes; so does any number of processes. Prints tokens/s of each process.
+    Does nothing if `output` was already prepared with these settings. An interrupted preparation continues when it is
+    run again. The output is byte-identical for any number of interruptions and processes. Prints the throughput of
+    each process.
 
     A script that calls this needs `if __name__ == "__main__":`, since worker processes are spawned.
-    Raises InputError if `output` holds something else or was made of files that have changed (`overwrite` replaces
-    prepared data only), if another process prepares it (`wait` waits for that one instead), if the corpus or the
-    tokenizer cannot be read, or if `output` cannot be written.
+    Raises InputError
+    - if `output` holds something else, or was prepared from files that have changed; `overwrite` allows to replace it,
+      but only prepared data;
+    - if another process is preparing it; with `wait`, this waits for that process instead;
+    - if the corpus or the tokenizer cannot be read, or if `output` cannot be written.
     """
     output = mounted_path(output)
     if os.path.islink(output):
@@ -164,7 +167,7 @@ def prepare(config: DataConfig, output: Path, *, overwrite: bool = False, wait: 
     if not overwrite and _is_prepared_already(config, output):
         return
     if not output.name or os.path.ismount(output):
-        raise InputError(f"{output} cannot be replaced by prepared data; name a directory in it")
+        raise InputError(f"{output} cannot be replaced by prepared data; name a new directory inside it")
     partial = partial_path(output)
     settings = data_settings(config) | {"files": listing_hash(config.corpus)}
     with writing(output), claimed(partial, output, wait=wait):
@@ -182,23 +185,23 @@ def prepare(config: DataConfig, output: Path, *, overwrite: bool = False, wait: 
 
 
 def _is_prepared_already(config: DataConfig, output: Path) -> bool:
-    """Whether `output` was prepared with these settings. Raises InputError if it was, of files that have changed."""
+    """Whether `output` was prepared with these settings. Raises InputError if the corpus files have changed since."""
     if not is_prepared(output) or not data_settings(config).items() <= (found := read_settings(output)).items():
         return False
     if _files_changed(config, found):
         raise InputError(
-            f"the files of data.corpus {config.corpus} changed after {output} was prepared; "
+            f"the files of data.corpus {config.corpus} have changed since {output} was prepared; "
             "pass --overwrite to prepare it again, or name another directory"
         )
     remove_replaced(output)
-    print(f"{output} is prepared already")
+    print(f"{output} is already prepared")
     return True
 
 
 def prepare_sample(config: DataConfig, output: Path, characters: int) -> bool:
-    """Prepare the beginning of the corpus, documents of about so many characters, in an empty directory.
+    """Prepare the first documents of the corpus, about `characters` of text, in an empty directory.
 
-    Returns whether these are all documents. Raises InputError as `prepare` does.
+    Returns whether these are all documents of the corpus. Raises InputError as `prepare` does.
     """
     documents: list[Document] = []
     is_all = True
@@ -237,15 +240,15 @@ def _write_dataset(config: DataConfig, read: Documents, partial: Path) -> None:
 
 
 def _make_tokenizer(config: DataConfig, read: Documents, limit: int, directory: Path) -> Tokenizer:
-    """The tokenizer of the config, saved in `directory`; one trained by an interrupted run is taken up."""
+    """The tokenizer of the config, saved in `directory`. One that an interrupted preparation saved there is reused."""
     if (directory / "encoding.json").is_file():
         return Tokenizer.load(directory)
     if config.tokenizer == "train":
         print(f"training a tokenizer of {config.vocab_size:,} tokens on the corpus", flush=True)
         texts = _sample_training_texts(read(), limit)
-        tokenizer = train_tokenizer(map(words_of, texts) if config.messages_field else texts, config.vocab_size)
+        tokenizer = train_tokenizer(map(contents_of, texts) if config.messages_field else texts, config.vocab_size)
         if tokenizer.vocab_size < config.vocab_size:
-            print(f"the corpus has pairs enough for {tokenizer.vocab_size:,} tokens only", flush=True)
+            print(f"the corpus has enough pairs for only {tokenizer.vocab_size:,} tokens", flush=True)
     else:
         tokenizer = load_tokenizer(config.tokenizer)
     if config.messages_field:
@@ -255,7 +258,7 @@ def _make_tokenizer(config: DataConfig, read: Documents, limit: int, directory: 
 
 
 def _with_template(tokenizer: Tokenizer, file: str | None) -> Tokenizer:
-    """The tokenizer with the chat template in a file, or with its own. Raises InputError if that is none."""
+    """The tokenizer with the chat template in `file`, or else its own. Raises InputError if it has none."""
     if file is not None:
         try:
             template = Path(file).read_text()
@@ -266,7 +269,7 @@ def _with_template(tokenizer: Tokenizer, file: str | None) -> Tokenizer:
         )
     if tokenizer.chat_template is None:
         raise InputError(
-            f"the tokenizer {tokenizer.name} has no chat template, which data.messages_field needs; set "
+            f"data.messages_field needs a chat template, but the tokenizer {tokenizer.name} has none; set "
             "data.chat_template to a Jinja file"
         )
     ChatTemplate(tokenizer)
@@ -284,20 +287,20 @@ def _sample_training_texts(documents: Iterable[Document], limit: int) -> Iterato
 
 
 def _tokenize_corpus(config: DataConfig, read: Documents, limit: int, partial: Path, tokenizer_hash: str) -> list[Path]:
-    """Tokenize every part that is not there yet; returns the paths of all parts, in order."""
+    """Tokenize every part whose file is missing or damaged; returns the paths of all parts, in order."""
     (partial / "parts").mkdir(exist_ok=True)
     paths: list[Path] = []
 
     def missing_parts() -> Iterator[Part]:
-        for part in cut_into_parts(read(), limit, partial / "parts", bool(config.messages_field)):
+        for part in split_into_parts(read(), limit, partial / "parts", bool(config.messages_field)):
             paths.append(part.path)
-            if not is_whole(part.path):
+            if not is_intact(part.path):
                 yield part
 
     work = functools.partial(tokenize_part, tokenizer_directory=partial / "tokenizer", tokenizer_hash=tokenizer_hash)
     tokens: collections.Counter[int] = collections.Counter()
     seconds: collections.defaultdict[int, float] = collections.defaultdict(float)
-    redraw_seconds = 0.2 if sys.stderr.isatty() else 10.0  # often on a terminal, seldom in a log
+    redraw_seconds = 0.2 if sys.stderr.isatty() else 10.0  # less often in a log than on a terminal
     with tqdm(desc="tokenizing", unit=" tokens", unit_scale=True, mininterval=redraw_seconds) as bar:
         for report in map_in_processes(work, missing_parts(), config.num_processes or os.cpu_count() or 1):
             tokens[report.process] += report.num_tokens

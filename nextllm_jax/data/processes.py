@@ -1,4 +1,4 @@
-"""Work in spawned processes, one result after another, with few pieces in memory at a time."""
+"""Maps a function over parts in spawned processes, in order, with few parts in memory at a time."""
 
 import collections
 import multiprocessing
@@ -18,7 +18,7 @@ _Result = TypeVar("_Result")
 
 
 def map_in_processes(work: Callable[[_Part], _Result], parts: Iterable[_Part], num_processes: int) -> Iterator[_Result]:
-    """`work` of each part, in order. Raises InputError if a process is killed."""
+    """The result of `work` for each part, in order. Raises InputError if a process is killed."""
     if num_processes == 1:
         yield from map(work, parts)
         return
@@ -34,15 +34,15 @@ def map_in_processes(work: Callable[[_Part], _Result], parts: Iterable[_Part], n
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
             raise InputError(
-                "a tokenizing process was killed, perhaps for want of memory; run again with a smaller "
-                "data.num_processes, finished parts are kept"
+                "a tokenizing process was killed, possibly out of memory; run again with a smaller "
+                "data.num_processes (finished parts are kept)"
             ) from error
         finally:
             executor.shutdown(cancel_futures=True)
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C and SIGHUP to the parent, and end with it: a worker of a killed parent would wait for ever."""
+    """Leave Ctrl-C and SIGHUP to the parent, and exit when it exits: otherwise a worker would wait forever."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

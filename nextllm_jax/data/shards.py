@@ -1,17 +1,17 @@
-"""Token shards on disk: how they are written, and random access to them.
+"""Token shards on disk: writing them, and random access to them.
 
 A prepared directory holds
 
-    index.json              counts, and size and checksums of every file below; with a checksum of its own
-    settings.json           the settings it was made with
-    tokenizer/              the tokenizer it was made with
-    train-00000.bin ...     tokens of all documents one after the other, little-endian uint16 or uint32
-    train-documents.npy     int64: where each document starts, then the number of tokens
-    train-mask-00000.bits   of conversations alone, a byte a token: 1 where the assistant is to say it
+    index.json              counts, the size and checksums of every file below, and a checksum of itself
+    settings.json           the settings of the preparation
+    tokenizer/              the tokenizer
+    train-00000.bin ...     the tokens of all documents, concatenated, little-endian uint16 or uint32
+    train-documents.npy     int64: the start of each document, then the number of tokens
+    train-mask-00000.bits   the loss mask, for conversations only; a byte per token, 1 for the assistant's tokens
     validation-...          the same for the held-out documents
 
-Documents and shard files end independently of each other. Files have a checksum for each block, so that a sample
-of blocks can be compared without reading the rest.
+A document may span several shard files. Each file has a checksum per block, so a sample of the blocks can be checked
+without reading the rest.
 """
 
 import bisect
@@ -37,13 +37,17 @@ SplitName = Literal["train", "validation"]
 
 BLOCK_BYTES = 256 * 2**10
 SAMPLED_BLOCKS = 1024
-"""Blocks that a sampled check reads, beside one of each file."""
+"""Random blocks that a sampled check reads, in addition to one of each file.
+
+That is 256 MiB. A file of other data is always found. In data of S bytes, one flipped bit is found with probability
+256 MiB / S, and damage to a fraction f of the blocks with probability 1 - (1 - f)^1024, which is 0.99 for f = 0.0045.
+"""
 
 _DIGEST_CHARACTERS = 16
 
 
 class TokenizedDocuments(NamedTuple):
-    """Some documents: their tokens joined, the number of tokens of each, and the UTF-8 bytes of all the texts."""
+    """Some documents: their concatenated tokens, the number of tokens of each, and the UTF-8 bytes of all texts."""
 
     tokens: np.ndarray
     lengths: np.ndarray
@@ -51,7 +55,7 @@ class TokenizedDocuments(NamedTuple):
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The type on disk that holds every id of a vocabulary: little-endian uint16 or uint32."""
+    """The type of token ids on disk: little-endian uint16, or uint32 for a larger vocabulary."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
@@ -59,23 +63,23 @@ def mounted_path(path: str | os.PathLike[str]) -> Path:
     """The path of prepared data. Raises InputError for an address such as gs://bucket/data."""
     # Path("gs://bucket") is "gs:/bucket".
     if re.match(r"[a-z][a-z0-9]+:/", str(path)):
-        raise InputError(f"data.path {path} is not on a mounted disk; mount or copy it, since shards are memory mapped")
+        raise InputError(f"data.path {path} is not a local path; mount or copy the data (shards are memory-mapped)")
     return Path(path)
 
 
 def partial_path(output: Path) -> Path:
-    """Where data is prepared that becomes `output` when it is complete."""
+    """The directory in which `output` is prepared; it is renamed to `output` once it is complete."""
     return output.parent / f"{output.name}.partial"
 
 
 def write_split(
     directory: Path, name: SplitName, parts: Iterable[TokenizedDocuments], *, vocab_size: int, tokens_per_shard: int
 ) -> dict[str, Any]:
-    """Write a split's shards and document index; returns its entry in index.json.
+    """Write a split's shards and document index; returns the split's entry for index.json.
 
-    `tokens_sha256` in it is that of all the tokens, however they are cut into shards.
+    Its `tokens_sha256` is the hash of all tokens, so it does not depend on the size of the shards.
 
-    Raises InputError for an id that the vocabulary does not hold, and for a split without documents.
+    Raises InputError for an id outside the vocabulary, and for a split without documents.
     """
     dtype = token_dtype(vocab_size)
     lengths: list[np.ndarray] = []
@@ -96,9 +100,7 @@ def write_split(
     shards = _write_shards(directory, f"{name}-{{:05d}}.bin", checked_tokens(), tokens_per_shard)
     starts = np.concatenate([[0], *lengths]).cumsum(dtype="<i8")
     if len(starts) == 1:
-        raise InputError(
-            f"no document fell into the {name} split; bring more documents or change data.validation_fraction"
-        )
+        raise InputError(f"the {name} split has no documents; add documents, or change data.validation_fraction")
     documents_file = f"{name}-documents.npy"
     buffer = io.BytesIO()
     np.save(buffer, starts)
@@ -116,14 +118,14 @@ def write_split(
 def write_masks(
     directory: Path, name: SplitName, masks: Iterable[np.ndarray], *, tokens_per_shard: int
 ) -> list[dict[str, Any]]:
-    """Write which tokens of a split are to be learnt, uint8, cut as the tokens are; returns the files' entries."""
+    """Write the loss mask of a split, uint8, in shards like those of the tokens; returns the files' entries."""
     return _write_shards(directory, f"{name}-mask-{{:05d}}.bits", masks, tokens_per_shard)
 
 
 def _write_shards(
     directory: Path, file_name: str, parts: Iterable[np.ndarray], tokens_per_shard: int
 ) -> list[dict[str, Any]]:
-    """Write the arrays as files of `tokens_per_shard` numbers, the last shorter; returns their entries."""
+    """Write the concatenated arrays as files of `tokens_per_shard` values each; returns the files' entries."""
     entries: list[dict[str, Any]] = []
     buffered: list[np.ndarray] = []
     num_buffered = 0
@@ -147,7 +149,7 @@ def _write_shards(
 
 
 def write_index(directory: Path, tokenizer: Tokenizer, splits: dict[str, dict[str, Any]]) -> None:
-    """Write index.json, the file that makes a directory a dataset."""
+    """Write index.json, whose presence marks the directory as complete."""
     index = {
         "format": FORMAT,
         "tokenizer": {"name": tokenizer.name, "hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size},
@@ -161,9 +163,9 @@ def write_index(directory: Path, tokenizer: Tokenizer, splits: dict[str, dict[st
 
 
 class Split:
-    """One split as a stream of tokens with random access; safe to read from several threads.
+    """One split as a stream of tokens with random access. Several threads may read it at once.
 
-    `document_starts` is int64 [num_documents + 1]: where each document starts, then `num_tokens`.
+    `document_starts` is int64 [num_documents + 1]: the start of each document, then `num_tokens`.
     `num_bytes` counts the UTF-8 bytes of the texts. `directory`, `data_id` and `tokenizer_hash` are the dataset's.
     """
 
@@ -184,37 +186,36 @@ class Split:
         self._bounds = np.cumsum([0, *[len(shard) for shard in self._shards]])
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Copy of the tokens from `start` up to `stop`, in the type on disk, across shard files.
+        """A copy of the tokens from `start` up to `stop`, which may span shard files, in the type on disk.
 
-        Raises InputError, naming the file, if one of them lies outside of the vocabulary: of the blocks that a sampled
-        check left out, and of data damaged after it, only this is seen.
+        Raises InputError, which names the file, for an id outside the vocabulary. No other damage is detected here.
         """
         pieces = [np.empty(0, self._shards[0].dtype)]
         for shard, piece in self._pieces(self._shards, start, stop):
             if (greatest := int(piece.max(initial=0))) >= self._vocab_size:
                 raise InputError(
-                    f"{shard.filename} holds the token id {greatest}, outside of the vocabulary of "
-                    f"{self._vocab_size}; {_bring_back(self.directory)}"
+                    f"{shard.filename} holds the token id {greatest}, which is outside the vocabulary of "
+                    f"{self._vocab_size}; {_restore_hint(self.directory)}"
                 )
             pieces.append(piece)
         return np.concatenate(pieces)
 
     @property
     def holds_conversations(self) -> bool:
-        """Whether only what the assistant says is to be learnt; documents are conversations then."""
+        """Whether the documents are conversations, so that only the assistant's tokens are in the loss mask."""
         return bool(self._masks)
 
-    def learnt(self, start: int, stop: int) -> np.ndarray:
-        """Which of the tokens from `start` up to `stop` are to be learnt, bool; all where documents are text."""
+    def loss_mask(self, start: int, stop: int) -> np.ndarray:
+        """The loss mask of the tokens from `start` up to `stop`, bool; all True if documents are text."""
         if not self._masks:
             return np.ones(stop - start, np.bool_)
         pieces = [piece for _, piece in self._pieces(self._masks, start, stop)]
         return np.concatenate([np.empty(0, np.uint8), *pieces]) > 0
 
     def _pieces(self, files: list[np.memmap], start: int, stop: int) -> Iterator[tuple[np.memmap, np.ndarray]]:
-        """(file, part of it) of the files that hold a range of the stream."""
+        """(file, slice of it) for each file that holds part of a range of the stream."""
         if not 0 <= start <= stop <= self.num_tokens:
-            raise IndexError(f"tokens {start} to {stop} of a split of {self.num_tokens}")
+            raise IndexError(f"tokens {start} to {stop} are not in a split of {self.num_tokens} tokens")
         first = max(int(np.searchsorted(self._bounds, start, side="right")) - 1, 0)
         for number, bound in enumerate(self._bounds[first:-1], first):
             if bound >= stop:
@@ -225,7 +226,7 @@ class Split:
 class Dataset:
     """A prepared directory.
 
-    `data_id` is a hash of the tokenizer, of every token and of where documents start, not of how shards are cut.
+    `data_id` is a hash of the tokenizer, the tokens, the document starts and the loss mask.
     """
 
     def __init__(self, path: Path, index: dict[str, Any]):
@@ -239,10 +240,10 @@ class Dataset:
     def open(
         cls, path: str | os.PathLike[str], *, verify: Literal["sizes", "sampled", "full"] = "sampled"
     ) -> "Dataset":
-        """The dataset at `path`, the sizes of its files checked and, but for "sizes", checksums: see data.verify.
+        """The dataset at `path`, after a check of its file sizes and, unless `verify` is "sizes", of checksums.
 
-        Raises InputError if the dataset is missing, unfinished or damaged, naming the file. It must lie on a mounted
-        disk.
+        See data.verify. Raises InputError, which names the file, if the dataset is missing, unfinished or damaged, or
+        if `path` is not a local path.
         """
         directory, index = _read_index(path)
         try:
@@ -260,12 +261,12 @@ class Dataset:
         return self._splits[name]
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the data was made with. Raises InputError if it is missing, damaged or another."""
+        """The tokenizer of the data. Raises InputError if it is missing, damaged or not the one in index.json."""
         tokenizer = Tokenizer.load(self.path / "tokenizer")
         if (tokenizer.hash, tokenizer.vocab_size) != (self.tokenizer_hash, self.vocab_size):
             raise InputError(
-                f"{self.path / 'tokenizer'} is not the one that made this data, by {self.path / 'index.json'}; "
-                f"{_bring_back(self.path)}"
+                f"{self.path / 'tokenizer'} is not the tokenizer of this data, as {self.path / 'index.json'} names it; "
+                f"{_restore_hint(self.path)}"
             )
         return tokenizer
 
@@ -275,8 +276,8 @@ def _read_index(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     file = directory / "index.json"
     if not file.is_file():
         started = partial_path(directory).is_dir()
-        state = "was not prepared to the end" if started else "holds no prepared data"
-        raise InputError(f"{directory} {state}: there is no index.json; run nextllm prepare")
+        state = "is not fully prepared" if started else "holds no prepared data"
+        raise InputError(f"{directory} {state}: index.json is missing; run nextllm prepare")
     try:
         index = json.loads(file.read_bytes())
         version = index["format"]
@@ -284,23 +285,23 @@ def _read_index(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
         raise _damaged_index(directory, repr(error)) from error
     if version != FORMAT:
         raise InputError(
-            f"{file} has format '{version}', made by another version of this program, not '{FORMAT}'; prepare the data "
+            f"{file} has format '{version}' of another version of this program, not '{FORMAT}'; prepare the data "
             f"again: nextllm prepare --overwrite --output {directory}"
         )
     if index.get("sha256") != _index_sha256(index):
-        raise _damaged_index(directory, "its sha256 is not the one that it states")
+        raise _damaged_index(directory, "its sha256 does not match its content")
     return directory, index
 
 
 def _damaged_index(directory: Path, cause: str) -> InputError:
     return InputError(
-        f"{directory / 'index.json'} is damaged ({cause}); bring back an intact copy, or remove {directory} and "
+        f"{directory / 'index.json'} is damaged ({cause}); restore an intact copy, or remove {directory} and "
         "prepare the data again"
     )
 
 
-def _bring_back(directory: Path) -> str:
-    return f"bring back an intact copy, or prepare the data again: nextllm prepare --overwrite --output {directory}"
+def _restore_hint(directory: Path) -> str:
+    return f"restore an intact copy, or prepare the data again: nextllm prepare --overwrite --output {directory}"
 
 
 def _data_id(index: dict[str, Any]) -> str:
@@ -311,13 +312,13 @@ def _data_id(index: dict[str, Any]) -> str:
 
 
 def _index_sha256(index: dict[str, Any]) -> str:
-    """The checksum of all of index.json but this checksum itself."""
+    """The checksum of index.json without its own sha256 entry."""
     content = {name: value for name, value in index.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _file_entry(path: Path) -> dict[str, Any]:
-    """Name, size, sha256 and, joined, the first 64 bits of the sha256 of each block of BLOCK_BYTES of a file."""
+    """A file's name, size, sha256, and the first 64 bits of the sha256 of each block of BLOCK_BYTES, concatenated."""
     whole, blocks, size = hashlib.sha256(), [], 0
     with open(path, "rb") as file:
         while content := file.read(BLOCK_BYTES):
@@ -342,13 +343,13 @@ def files_of(split: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _blocks_to_check(entries: list[dict[str, Any]], verify: str) -> Iterator[tuple[dict[str, Any], int]]:
-    """(entry, number of the block) of every block, or of a sample drawn anew each time, with some of each file."""
+    """(entry, block number) of the blocks to check: all, or a new random sample with at least one of each file."""
     bounds = [0, *itertools.accumulate(len(entry["blocks"]) // _DIGEST_CHARACTERS for entry in entries)]
     chosen: Iterable[int] = range(bounds[-1])
     if verify == "sizes":
         chosen = []
     elif verify == "sampled" and bounds[-1] > SAMPLED_BLOCKS:
-        draw = random.SystemRandom()  # not the process's own generator, which a program may have seeded
+        draw = random.SystemRandom()  # not the global generator, which a program may have seeded
         chosen = {*draw.sample(chosen, SAMPLED_BLOCKS), *(draw.randrange(*ends) for ends in itertools.pairwise(bounds))}
     for number in sorted(chosen):
         file = bisect.bisect_right(bounds, number) - 1
@@ -358,19 +359,19 @@ def _blocks_to_check(entries: list[dict[str, Any]], verify: str) -> Iterator[tup
 def _check_size(path: Path, expected: int) -> None:
     size = path.stat().st_size if path.is_file() else None
     if size is None:
-        raise InputError(f"{path} is missing; {_bring_back(path.parent)}")
+        raise InputError(f"{path} is missing; {_restore_hint(path.parent)}")
     if size != expected:
-        raise InputError(f"{path} is damaged: {size} bytes instead of {expected}; {_bring_back(path.parent)}")
+        raise InputError(f"{path} is damaged: {size} bytes instead of {expected}; {_restore_hint(path.parent)}")
 
 
 def _check_block(path: Path, entry: dict[str, Any], block: int) -> None:
-    """Raise InputError if the checksum of a block of a file is not the one in index.json."""
+    """Raise InputError if the checksum of a block of a file differs from index.json."""
     with open(path, "rb") as file:
         file.seek(block * BLOCK_BYTES)
         content = file.read(BLOCK_BYTES)
     if _block_digest(content) != entry["blocks"][block * _DIGEST_CHARACTERS : (block + 1) * _DIGEST_CHARACTERS]:
         start = block * BLOCK_BYTES
         raise InputError(
-            f"{path} is damaged, or the file of other data: the sha256 of bytes {start:,} to {start + len(content):,} "
-            f"is not the one in index.json; {_bring_back(path.parent)}"
+            f"{path} is damaged or belongs to other data: the sha256 of bytes {start:,} to {start + len(content):,} "
+            f"differs from index.json; {_restore_hint(path.parent)}"
         )

@@ -1,1 +1,1 @@
-"""What is wrong, or would go wrong, with a training: before it starts, at a bad step, and in resuming."""
+"""Diagnostics for training: checks before it starts, replay of a bad step, and a proof that resuming is exact."""

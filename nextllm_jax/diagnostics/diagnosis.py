@@ -1,7 +1,7 @@
-"""Where a bad step went wrong: a forward and a backward pass that look at every place, in the order of computing.
+"""Finds where a bad step first becomes not finite, by checking every module in a forward and a backward pass.
 
-The passes run the layers one by one, not as a scan, so that each place has a name. A gradient is looked at where it
-arrives, from the loss backwards: a place is named if its own parameters' gradient is the first that is not finite.
+The passes run the layers one by one, not as a scan, so each module has a name. The backward pass checks modules from
+the loss backwards, and reports the first one whose own parameters have a gradient that is not finite.
 """
 
 import dataclasses
@@ -28,49 +28,49 @@ from nextllm_jax.training.update import Update, in_memory
 
 HEAD_AND_LOSS = "head and loss"
 _PARTS = ("attention_norm", "attention", "attention_post_norm", "mlp_norm", "mlp", "mlp_post_norm")
-_SUMMED_PRODUCTS = {"attention/o": "scores and weighted values", "mlp/down": "activated gate * up"}
+_SUMMED_PRODUCTS = {"attention/o": "attention logits and weighted values", "mlp/down": "activated gate * up"}
 
 
 @flax.struct.dataclass
 class _Seen:
-    """One array at one place."""
+    """The result of checking the arrays of one module."""
 
     name: str = flax.struct.field(pytree_node=False)
     finite: jax.Array
-    """bool: every value is."""
+    """bool: all values are finite."""
     squares_finite: jax.Array
-    """bool: so are the squares that are computed of them, if any are."""
+    """bool: the squares of the values are finite too, if the model computes them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """What was found, and in which windows."""
+    """Where a step is first not finite, and the loss of each window."""
 
     direction: Literal["forward", "backward", "sum", "update"] | None
-    """What is first not finite: a pass of a microbatch, the sum of all microbatches, the update; None: nothing."""
+    """What is first not finite: a pass of a microbatch, the mean gradient, or the update; None: all are finite."""
     place: str | None
-    """The first place that is not finite, such as "layer 3 mlp down"."""
+    """The first module that is not finite, such as "layer 3 mlp down"."""
     overflow: bool
-    """Every value is finite there, but too large to be squared, as a norm does."""
+    """Whether all values there are finite, but too large to be squared in a norm."""
     window_losses: tuple[float, ...]
     """Mean loss of each row of the global batch."""
 
     @property
     def layer(self) -> int | None:
-        """The number in the place's name."""
+        """The number of the layer in `place`; None if it is not in a layer."""
         words = (self.place or "").split()
         return int(words[words.index("layer") + 1]) if "layer" in words else None
 
     def __str__(self) -> str:
-        """One sentence."""
+        """The diagnosis as a sentence."""
         if self.direction is None:
             return "every activation, gradient and parameter is finite"
         state = "has values too large to be squared in float32" if self.overflow else "is not finite"
         return {
-            "forward": f"forward, the first that {state} is {self.place}",
-            "backward": f"forward all is finite; backward, the first gradient that {state} is {self.place}'s",
-            "sum": f"each microbatch is finite; of their mean gradient, the first that {state} is {self.place}'s",
-            "update": f"gradients are finite; updated, the first parameter that {state} is {self.place}'s",
+            "forward": f"forward pass: the first activation that {state} is {self.place}",
+            "backward": f"the forward pass is finite; backward pass: the first gradient that {state} is {self.place}",
+            "sum": f"each microbatch is finite; mean gradient: the first that {state} is {self.place}",
+            "update": f"gradients are finite; update: the first parameter that {state} is {self.place}",
         }[self.direction]
 
 
@@ -83,13 +83,13 @@ def _seen(name: str, *arrays: jax.Array, squares: jax.Array | float = 0.0) -> _S
 
 
 def _seen_input(config: ModelConfig, module: nn.Module, x: jax.Array) -> _Seen:
-    """What flows into a module; a norm computes its mean squares."""
+    """The check of a module's input. For a norm this includes the squares that it computes."""
     squares = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1) if isinstance(module, RMSNorm) else 0.0
     return _seen(_inputs_name(config, module.path), x, squares=squares)
 
 
 def _name(path: tuple[str, ...]) -> str:
-    """A module's path in plain words: ("remainder_3", "mlp", "up") is "layer 3 mlp up"."""
+    """The readable name of a module's path: ("remainder_3", "mlp", "up") is "layer 3 mlp up"."""
     known = {"embed": "embedding", "lm_head": "head", "final_norm": "final norm"}
     layer = path[0].removeprefix("remainder_")
     first = f"layer {layer}" if layer != path[0] else known.get(path[0], path[0])
@@ -97,21 +97,21 @@ def _name(path: tuple[str, ...]) -> str:
 
 
 def _inputs_name(config: ModelConfig, path: tuple[str, ...]) -> str:
-    """What flows into a module, in plain words."""
+    """The readable name of a module's input."""
     layer = path[0].removeprefix("remainder_")
     for module, words in _SUMMED_PRODUCTS.items():
         if "/".join(path[1:]) == module:
             return f"layer {layer} {path[1]} ({words})"
     if path[-1] == "mlp_norm":
-        return f"layer {layer} attention (residual stream behind it)"
+        return f"layer {layer} attention (residual stream after it)"
     if path[-1] in ("attention_norm", "final_norm"):
         before = config.num_layers - 1 if path[-1] == "final_norm" else int(layer) - 1
-        return f"layer {before} mlp (residual stream behind it)" if before >= 0 else "embedding"
+        return f"layer {before} mlp (residual stream after it)" if before >= 0 else "embedding"
     return f"input of {_name(path)}"
 
 
 def _at(tree: Any, path: tuple[str, ...]) -> list[jax.Array]:
-    """The leaves of a module; none, in a tree of adapters, for one without adapters."""
+    """The leaves of a module; empty for a module that has no adapters, in a tree of adapters."""
     return jax.tree.leaves(subtree(tree, "/".join(path)))
 
 
@@ -119,15 +119,15 @@ def _at(tree: Any, path: tuple[str, ...]) -> list[jax.Array]:
 def _passes(
     objective: Objective, model: Transformer, params: Any, frozen: Frozen | None, batch: Batch
 ) -> tuple[list[_Seen], list[_Seen], jax.Array]:
-    """What the forward and the backward pass of a microbatch see, in their orders, and the summed nll of each row.
+    """The checks of the forward and the backward pass of a microbatch, in order, and the summed nll of each row.
 
-    With tied embeddings the head's own gradient counts as the embedding's. The rows take another forward pass.
+    With tied embeddings, the head's gradient counts as the embedding's. The nll needs another forward pass.
     """
     config = model.config
     paths: list[tuple[str, ...]] = []
 
     def loss(params: Any, zeros_BTD: jax.Array) -> tuple[jax.Array, list[_Seen]]:
-        """`zeros_BTD` is added to the last hidden states, so that their gradient can be looked at."""
+        """`zeros_BTD` is added to the last hidden states, so that their gradient can be checked."""
         seen: list[_Seen] = []
         paths.clear()
 
@@ -161,16 +161,16 @@ def _passes(
 
 
 def _first(seen: list[_Seen]) -> tuple[str, bool] | None:
-    """The first place that is not finite or overflows when squared, and whether it is only that."""
-    bad = (place for place in seen if not (place.finite and place.squares_finite))
-    return next(((place.name, bool(place.finite)) for place in bad), None)
+    """The first module that is not finite or overflows when squared, and whether it only overflows when squared."""
+    bad = (each for each in seen if not (each.finite and each.squares_finite))
+    return next(((each.name, bool(each.finite)) for each in bad), None)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _sum_and_update(
     objective: Objective, config: Config, model: Transformer, state: TrainState, batch: Batch
 ) -> tuple[Any, Any]:
-    """What the gradient of the global batch sees, and the parameters after an update with it."""
+    """The checks of the global batch's gradient, and of the parameters after an update with it."""
     optimizer = make_optimizer(config.optimizer, config.model)
     learning_rate = jnp.asarray(schedule(config.optimizer, config.training.steps)(state.step), jnp.float32)
     steps = config.training.accumulation_steps
@@ -186,7 +186,7 @@ def _sum_and_update(
 
 
 def _modules(config: ModelConfig, tree: Any) -> list[tuple[str, list[jax.Array]]]:
-    """Name and parameters of each module of an unstacked tree, roughly in forward order."""
+    """The name and parameters of each module of an unstacked tree, roughly in forward order."""
     parts = [(block, part) for block, _ in layer_paths(config, stacked=False) for part in _PARTS]
     paths = [("embed",), *parts, ("final_norm",), ("lm_head",)]
     return [(_name(path), leaves) for path in paths if (leaves := _at(tree, path))]
@@ -200,17 +200,18 @@ def diagnose(
     sharding: jax.sharding.Sharding,
     objective: Objective = next_token,
 ) -> Diagnosis:
-    """Where the step that `state` takes with the model on `batch` (numpy, the global batch) is first not finite.
+    """Where a train step from `state` on `batch` (the global batch, in numpy) is first not finite.
 
-    `sharding` is that of [B, T] arrays; call it under `jax.set_mesh`. Parameters take twice their memory meanwhile.
+    `sharding` is the sharding of [B, T] arrays. Call it under `jax.set_mesh`. It needs memory for a second copy of the
+    parameters.
     """
-    # Without remat, which would trace the layers where their arrays cannot be looked at.
+    # Without remat, which would trace the layers so that their arrays cannot be checked.
     open_model = model.clone(config=config.model.without_remat(), scan_layers=False)
     parts = config.training.accumulation_steps
     row_losses = np.zeros(len(batch.tokens_BT))
     found: dict[str, tuple[str, bool]] = {}
     for part in range(parts):
-        rows = slice(part, None, parts)  # as the train step cuts it
+        rows = slice(part, None, parts)  # the same split into microbatches as in the train step
         microbatch = Batch(*(array[rows] for array in batch))
         forward, backward, row_nll_B = jax.device_get(
             _passes(objective, open_model, state.params, state.frozen, jax.device_put(microbatch, sharding))

@@ -1,8 +1,7 @@
-"""What would go wrong if `train.py` were started now, in the order in which it would, without starting it.
+"""Checks what would go wrong if `train.py` were started now, in the order in which it would, without starting it.
 
-The checks are those that training itself makes. Nothing is written but temporary files: one next to the run directory,
-to see that files can be made there and what time the file system has, and a small part of a corpus that is not prepared
-yet, as training would prepare it.
+The checks are the same as in training. Only temporary files are written: a file next to the run directory, to test
+whether it is writable and to compare clocks; and, if the data is not prepared yet, a small part of the prepared data.
 """
 
 import contextlib
@@ -33,7 +32,7 @@ from nextllm_jax.training.resume_guard import recorded_data, require_same_data
 from nextllm_jax.training.start import CHECKS, Check, Start
 
 SAMPLE_CHARACTERS = 1_000_000
-"""How much of a corpus that is not prepared yet is read and tokenized."""
+"""Number of characters that are read and tokenized of a corpus that is not prepared yet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,21 +49,21 @@ class Finding:
 
 
 class Report:
-    """Findings, each shown as it comes."""
+    """A list of findings. Each is shown as soon as it is added."""
 
     def __init__(self, show: Callable[[Finding], None]) -> None:
         self.findings: list[Finding] = []
         self._show = show
 
     def add(self, name: str, message: str, status: Status = "ok") -> None:
-        """Take a finding; one that was made before, under whatever name, is left out."""
+        """Add a finding, unless one with the same message was added before."""
         if message not in (finding.message for finding in self.findings):
             self.findings.append(Finding(name, status, message))
             self._show(self.findings[-1])
 
     @contextlib.contextmanager
     def check(self, name: str, status: Status = "PROBLEM") -> Iterator[None]:
-        """A context in which what training would end with becomes a finding."""
+        """A context in which an error that would end training becomes a finding."""
         try:
             yield
         except (InputError, RunFailed) as error:
@@ -73,7 +72,7 @@ class Report:
             self.add(name, f"{error.strerror or error} ({error.filename})", status)
 
     def make(self, check: Check, start: Start, failure: Status = "PROBLEM") -> None:
-        """Make one of training's checks."""
+        """Run one of the checks of training."""
         with self.check(check.name, failure):
             for text, is_warning in check.run(start):
                 self.add(check.name, text, "warning" if is_warning else "ok")
@@ -91,9 +90,9 @@ def diagnose(
     allow_change: Collection[str] = (),
     show: Callable[[Finding], None] = lambda _: None,
 ) -> list[Finding]:
-    """The findings for a start of `train.py` with this config and these options. `show` gets each as it comes.
+    """The findings for a start of `train.py` with this config and these options. `show` is called with each.
 
-    `source` is the opened model of init_from, which a run that exists does not need.
+    `source` is the opened model of init_from; None for a run that exists already, which does not need it.
     """
     report, clocks = Report(show), (time.time(), time.monotonic())
     report.add("versions", *machine.versions())
@@ -107,7 +106,7 @@ def diagnose(
             data.find()
         for check in CHECKS:
             if data.is_there or not check.needs_data:
-                # What holds of a part of the corpus may not hold of all of it.
+                # A failure on part of the corpus is a warning, since the complete corpus may pass.
                 report.make(check, start, "warning" if check.needs_data and data.is_part else "PROBLEM")
         if data.is_prepared and source is not None:
             with report.check("tokenizer"):
@@ -124,18 +123,18 @@ def diagnose(
 
 
 class _Data:
-    """The data of a config: prepared data, or else what the beginning of the corpus gives in `temporary`."""
+    """The data of a config: the prepared data, or else the beginning of the corpus, prepared in `temporary`."""
 
     def __init__(self, config: Config, temporary: Path, report: Report) -> None:
         self._config, self._temporary, self._report = config, temporary, report
         self._path: Path | None = None
         self.is_prepared = self.is_part = False
         self.bytes_to_write = 0
-        """About the disk that preparing takes; 0 where the size of the corpus is not known."""
+        """Approximate disk space that preparing needs; 0 if the size of the corpus is unknown."""
 
     @property
     def is_there(self) -> bool:
-        """Whether there is data to look at."""
+        """Whether there is data to check."""
         return self._path is not None
 
     def open(self) -> Dataset:
@@ -144,7 +143,7 @@ class _Data:
         return Dataset.open(self._path, verify=self._config.data.verify)
 
     def find(self) -> None:
-        """Look for the data, or prepare a part of it, and say which; raises InputError as preparing would."""
+        """Find the prepared data, or prepare a part of it, and report which. Raises InputError as `prepare` does."""
         config = self._config.data
         prepared = find_prepared(config)
         if prepared is not None:
@@ -164,14 +163,14 @@ class _Data:
         self._path = self._temporary
         if self.is_part:
             self._report.add(
-                "data", f"the checks below are made on the first {SAMPLE_CHARACTERS:,} characters of the corpus"
+                "data", f"the checks below use only the first {SAMPLE_CHARACTERS:,} characters of the corpus"
             )
         if config.corpus != "stdlib" and not config.corpus.startswith("hf:"):
-            # Tokens of two bytes, three bytes of text each or more, twice: parts and shards.
+            # A token takes 2 bytes, is at least 3 bytes of text, and is written twice: in a part and in a shard.
             self.bytes_to_write = sum(path.stat().st_size for _, path in find_files(config.corpus)) * 4 // 3
 
     def _to_fetch(self) -> list[str]:
-        """What preparing would take from the network. Raises InputError if the package for that is missing."""
+        """What preparing would download. Raises InputError if the package for that is missing."""
         config = self._config.data
         missing = files_to_fetch(config.tokenizer) if config.tokenizer in KNOWN_ENCODINGS else []
         name = config.corpus.removeprefix("hf:")
@@ -183,13 +182,13 @@ class _Data:
 
 
 def _check_run(report: Report, start: Start, *, with_data: bool) -> None:
-    """Say what the run directory would be used for; raise InputError if the run there was trained on other data."""
+    """Report how the run directory would be used. Raises InputError if its run was trained on other data."""
     config, run = start.config, RunDir(local_workdir(start.config))
     if not run.exists():
         report.add("run", f"{run.path} is free for a new run")
         return
     if start.overwrite:
-        report.add("run", f"the run in {run.path} would move into overwritten/ there", "warning")
+        report.add("run", f"the run in {run.path} would be moved into its overwritten/", "warning")
         return
     found = list(check_steps(find_steps(run.path)))
     whole = [int(step.path.name) for step in found if step.state == "ok" and step.path.parent != run.base]
@@ -199,13 +198,13 @@ def _check_run(report: Report, start: Start, *, with_data: bool) -> None:
             continue
         newer = latest is None or int(step.path.name) > latest
         if step.path.parent == run.base or latest is None or (newer and step.state == "unreadable"):
-            report.add("run", f"{step}; train needs it", "PROBLEM")
+            report.add("run", f"{step}; training needs it", "PROBLEM")
         elif newer:
             report.add("run", f"{step}; it would be set aside", "PROBLEM" if config.checkpoint.strict else "warning")
         else:
-            report.add("run", f"{step}; it is not the one to continue from", "warning")
+            report.add("run", f"{step}; training would continue from a later one", "warning")
     if latest is None:
-        report.add("run", f"{run.path} has no whole checkpoint; a training starts at step 0")
+        report.add("run", f"{run.path} has no complete checkpoint; training would start at step 0")
         return
     state = "is finished at" if latest == config.training.steps else "would continue from"
     report.add("run", f"{run.path} {state} step {latest} of {config.training.steps}")

@@ -1,6 +1,6 @@
-"""Whether this machine has what a run asks for: versions, memory, disk and a sane clock.
+"""Checks whether this machine meets a run's requirements: versions, memory, disk space and a correct clock.
 
-Each function gives a sentence and how bad it is.
+Each function returns a message and its status.
 """
 
 import importlib.metadata
@@ -29,14 +29,14 @@ _CLOCK_TOLERANCE_SECONDS = 2.0
 
 
 def versions() -> tuple[str, Status]:
-    """Compare what is installed with what this package asks for."""
+    """Compare the installed packages with the requirements of this package."""
     try:
         metadata = importlib.metadata.metadata("nextllm_jax")
     except importlib.metadata.PackageNotFoundError:
-        return "nextllm_jax is not installed, so that nothing says which versions it needs; pip install -e .", "warning"
+        return "nextllm_jax is not installed, so its requirements are unknown; run pip install -e .", "warning"
     installed, wrong = {"python": platform.python_version()}, []
     if installed["python"] not in SpecifierSet(metadata["Requires-Python"]):
-        wrong.append(f"python is {installed['python']}, {metadata['Requires-Python']} is needed")
+        wrong.append(f"python is {installed['python']}, but {metadata['Requires-Python']} is required")
     for requirement in map(Requirement, metadata.get_all("Requires-Dist") or []):
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
@@ -46,23 +46,23 @@ def versions() -> tuple[str, Status]:
             wrong.append(f"{requirement.name} is missing")
             continue
         if not requirement.specifier.contains(found, prereleases=True):
-            wrong.append(f"{requirement.name} is {found}, {requirement.specifier} is needed")
+            wrong.append(f"{requirement.name} is {found}, but {requirement.specifier} is required")
     if wrong:
-        return f"{'; '.join(wrong)}; pip install -e . brings them", "PROBLEM"
+        return f"{'; '.join(wrong)}; run pip install -e .", "PROBLEM"
     named = [f"{name} {installed[name]}" for name in _NAMED_VERSIONS if name in installed]
-    return f"{', '.join(named)}, and {len(installed) - len(named)} others are in the ranges that are supported", "ok"
+    return f"{', '.join(named)} and {len(installed) - len(named)} other packages have supported versions", "ok"
 
 
 def state_bytes(config: Config) -> int:
-    """Bytes of the parameters and the optimizer's moments: those of a checkpoint."""
+    """Bytes of the trained parameters and the optimizer's moments, which is the size of a checkpoint."""
     model, lora = config.model, config.lora
     return parameter_bytes(model, lora) + moment_bytes(model, config.optimizer.first_moment_dtype, lora)
 
 
 def memory(config: Config, mesh: Mesh) -> tuple[str, Status]:
-    """Compare parameters, gradients and optimizer state with the memory of the devices, and of the host.
+    """Compare the size of parameters, gradients and optimizer state with the memory of the devices and the host.
 
-    Activations are not counted: less than this cannot be enough, more may still not be.
+    Activations are not counted, so this is a lower bound on the memory that training needs.
     """
     device, parts, optimizer = mesh.devices.flat[0], mesh.shape["fsdp"] * mesh.shape["tensor"], config.optimizer
     moments = moment_bytes(config.model, optimizer.first_moment_dtype, config.lora)
@@ -72,36 +72,36 @@ def memory(config: Config, mesh: Mesh) -> tuple[str, Status]:
         moments = 0
     frozen, trained = frozen_bytes(config.model, config.lora), parameter_bytes(config.model, config.lora)
     needed = (frozen + 2 * trained + moments) / parts  # gradients are as large as what is trained
-    what = f"parameters, gradients and AdamW's moments take {readable_bytes(needed)} a device"
+    what = f"parameters, gradients and AdamW's moments take {readable_bytes(needed)} per device"
     free_host = hardware.available_host_memory()
     if device.platform == "cpu":
         needed *= mesh.devices.size  # simulated devices share it
         return _compare(
-            f"{what}, {readable_bytes(needed)} in all" if mesh.devices.size > 1 else what, needed, free_host, "host"
+            f"{what}, {readable_bytes(needed)} in total" if mesh.devices.size > 1 else what, needed, free_host, "host"
         )
     chip = hardware.chip(device.device_kind)
     limit = (device.memory_stats() or {}).get("bytes_limit", chip.hbm_bytes if chip else None)
     said, status = _compare(what, needed, limit, device.device_kind)
     copy = state_bytes(config) / parts * len(mesh.local_devices)
     if status == "ok" and free_host is not None and copy > free_host:
-        there = readable_bytes(free_host)
-        return f"{said}; a save copies {readable_bytes(copy)} to the host, which has {there} free", "warning"
+        free = readable_bytes(free_host)
+        return f"{said}; a save copies {readable_bytes(copy)} to the host, which has {free} free", "warning"
     return said, status
 
 
 def _compare(what: str, needed: float, there: int | None, where: str) -> tuple[str, Status]:
     if there is None:
-        return f"{what}; how much the {where} has is not known", "ok"
+        return f"{what}; the memory of the {where} is unknown", "ok"
     has = f"{what}; the {where} has {readable_bytes(there)}"
     if needed > there:
-        return f"{has}: a smaller model, or more of mesh.fsdp and mesh.tensor", "PROBLEM"
+        return f"{has}; use a smaller model, or raise mesh.fsdp or mesh.tensor", "PROBLEM"
     return (f"{has}, which leaves little for activations", "warning") if needed > 0.7 * there else (has, "ok")
 
 
 def disk(config: Config, *, data_bytes: int) -> tuple[str, Status]:
-    """Compare the checkpoints that a run keeps, and `data_bytes` of data to be prepared, with the disk.
+    """Compare the size of a run's checkpoints, and `data_bytes` of data to prepare, with the free disk space.
 
-    At the most there are those that are kept, and the next one before an old one goes.
+    The disk must hold one checkpoint more than are kept, since a new one is saved before an old one is deleted.
     """
     workdir = Path(config.workdir or ".")
     each = state_bytes(config)
@@ -110,20 +110,20 @@ def disk(config: Config, *, data_bytes: int) -> tuple[str, Status]:
         kept += config.training.steps // every
     there = len(Checkpoints(RunDir(workdir).checkpoints).steps())
     needed, free = max(kept + 1 - there, 1) * each, shutil.disk_usage(_existing(workdir)).free
-    what = f"up to {kept} checkpoints of {readable_bytes(each)} are kept, {there} are there"
+    what = f"up to {kept} checkpoints of {readable_bytes(each)} are kept, of which {there} exist"
     free_for_data = shutil.disk_usage(_existing(Path("data"))).free if data_bytes else free
     if data_bytes:
         what += f", the data takes up to {readable_bytes(data_bytes)}"
     said = f"{what}; {readable_bytes(free)} are free at {workdir}"
     if needed > free or data_bytes > free_for_data:
-        return f"{said}: make room, keep fewer checkpoints, or choose another --workdir", "PROBLEM"
+        return f"{said}; make room, keep fewer checkpoints, or choose another --workdir", "PROBLEM"
     return said, "ok" if needed + data_bytes < 0.8 * free else "warning"
 
 
 def clock(workdir: Path, before: tuple[float, float]) -> tuple[str, Status]:
-    """Compare the clock with itself, with this program's own files, with the file system and with the run's files.
+    """Compare the clock with the monotonic clock, with this program's files, the file system and the run's files.
 
-    `before` is what `time.time()` and `time.monotonic()` said some time ago.
+    `before` is (`time.time()`, `time.monotonic()`) at an earlier time.
     """
     now, drift = time.time(), (time.time() - before[0]) - (time.monotonic() - before[1])
     stamps = [path.stat().st_mtime for path in (workdir / CONFIG, workdir / METRICS) if path.exists()]
@@ -131,13 +131,13 @@ def clock(workdir: Path, before: tuple[float, float]) -> tuple[str, Status]:
         offset = Path(file.name).stat().st_mtime - now
     written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
     if now < Path(__file__).stat().st_mtime - 86_400:
-        return f"it says {written}, before this program was installed; set it", "warning"
+        return f"the clock says {written}, before this program was installed; set it", "warning"
     if abs(drift) > _CLOCK_TOLERANCE_SECONDS:
-        return f"it jumped by {drift:+.1f} s while this ran; times in the run's files will not be in order", "warning"
+        return f"the clock jumped by {drift:+.1f} s during this check; times in the run's files may be wrong", "warning"
     if abs(offset) > _CLOCK_TOLERANCE_SECONDS:
-        return f"the file system of {workdir} is {offset:+.1f} s off the system's clock", "warning"
+        return f"the file system of {workdir} is {offset:+.1f} s off the system clock", "warning"
     if stamps and max(stamps) > now + _CLOCK_TOLERANCE_SECONDS:
-        return f"it went back: {workdir} was written {max(stamps) - now:,.0f} s in the future", "warning"
+        return f"the clock was set back: {workdir} was written {max(stamps) - now:,.0f} s in the future", "warning"
     return f"{written}, and the file system agrees", "ok"
 
 

@@ -1,4 +1,4 @@
-"""`replay(bundle)`: a run once more, from the pinned checkpoint to its bad step, and what went wrong there.
+"""`replay(bundle)` reruns training from the pinned checkpoint to the bad step, and diagnoses that step.
 
 Nothing is written, neither in the run nor elsewhere.
 """
@@ -61,63 +61,63 @@ class Bundle:
 
     @classmethod
     def read(cls, path: Path) -> "Bundle":
-        """The bundle in a directory. Raises InputError for a directory that is not one, naming the file."""
+        """The bundle in a directory. Raises InputError, which names the file, if it is not a bundle or is damaged."""
         if not (path / BUNDLE).is_file():
             inside = sorted(RunDir(path).flight.glob("step-*"))
-            hint = f"; there is {inside[0]}" if inside else ", such as runs/NAME/flight/step-N"
-            raise InputError(f"{path} is not a bundle of the flight recorder: there is no {BUNDLE} in it{hint}")
+            example = inside[0] if inside else "runs/NAME/flight/step-N"
+            raise InputError(f"{path} is not a bundle of the flight recorder: it has no {BUNDLE}; try {example}")
         try:
             content = json.loads((path / BUNDLE).read_text())
             with np.load(path / BATCH) as arrays:
                 windows, batch = arrays["windows"], Batch(*(arrays[name] for name in Batch._fields))
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path} cannot be read as a bundle ({error}); the run must make it again") from error
+            raise InputError(f"{path} cannot be read as a bundle ({error}); restore an intact copy") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise InputError(f"{path / BUNDLE} is not of the format {FORMAT}; use the version that wrote it")
+            raise InputError(f"{path / BUNDLE} does not have the format {FORMAT}; use the version that wrote it")
         for name, kind in _FIELDS.items():
             if not isinstance(content.get(name), kind):
-                raise InputError(f"{path / BUNDLE} is damaged: '{name}' is not what a run writes there")
+                raise InputError(f"{path / BUNDLE} is damaged: '{name}' has the wrong type; restore an intact copy")
         if (content["checkpoint"] or 0) >= content["step"]:
-            raise InputError(f"{path / BUNDLE} is damaged: 'checkpoint' is not before 'step'")
+            raise InputError(f"{path / BUNDLE} is damaged: 'checkpoint' is not before 'step'; restore an intact copy")
         return cls(path, content, config_of_values(content["config"], str(path / BUNDLE)), windows, batch)
 
 
 @dataclasses.dataclass(frozen=True)
 class Replay:
-    """What a replay found."""
+    """The result of a replay."""
 
     bundle: Bundle
     measured: dict[str, Any]
-    """As in the bundle, of the step as it was replayed."""
+    """The metrics of the replayed step, as in the bundle."""
     differences: tuple[str, ...]
-    """In what this machine differs from the one that wrote the bundle."""
+    """How this machine differs from the one that wrote the bundle."""
     diagnosis: Diagnosis | None
-    """None if the step was not bad this time."""
+    """None if the replayed step was not skipped."""
 
     @property
     def reproduced(self) -> bool:
-        """Whether the step was bad again, for the same reason."""
+        """Whether the replayed step was skipped for the same reason."""
         return self.measured["reason"] == self.bundle.content["measured"]["reason"]
 
     @property
     def bit_for_bit(self) -> bool:
-        """Whether loss, gradient norm and the norms of all layers are the same to the last bit."""
+        """Whether loss, gradient norm and the norms of all layers are bit-identical."""
         return self.measured == self.bundle.content["measured"]
 
     def worst_windows(self) -> list[tuple[int, float]]:
-        """(number, mean loss) of the windows with the highest losses, ones that are not finite first."""
+        """(number, mean loss) of each window, highest loss first, after those that are not finite."""
         losses = self.diagnosis.window_losses if self.diagnosis else ()
         pairs = zip(self.bundle.windows.tolist(), losses, strict=False)
         return sorted(pairs, key=lambda pair: (math.isfinite(pair[1]), -pair[1] if math.isfinite(pair[1]) else 0))
 
     def rows(self) -> list[tuple[str, float | str | None, float | str]]:
-        """(place, root mean square of the residual stream behind it, gradient norm), in forward order."""
+        """(module, root mean square of the residual stream after it, gradient norm), in forward order."""
         rms = [*self.measured["activation_rms"], None, None]
         places, norms = self.measured["places"], self.measured["gradient_norms"]
         return list(zip(places, rms, norms, strict=False))
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as JSON values; numbers that are not finite are words."""
+        """The result as JSON values; numbers that are not finite are strings."""
         diagnosis = self.diagnosis
         return {
             "bundle": str(self.bundle.path),
@@ -138,7 +138,7 @@ class Replay:
         }
 
     def __str__(self) -> str:
-        """For people: the verdict, the first place, the windows, and a table of the layers."""
+        """A report: the verdict, the diagnosis, the windows with the highest loss, and a table of the layers."""
         step, recorded = self.bundle.content["step"], self.bundle.content["measured"]
         was = f"{recorded['reason']}, loss {recorded['loss']}, gradient norm {recorded['grad_norm']}"
         now = f"{self.measured['reason']}, loss {self.measured['loss']}, gradient norm {self.measured['grad_norm']}"
@@ -151,23 +151,23 @@ class Replay:
             lines.append(str(self.diagnosis))
             worst = self.worst_windows()[:_WORST_WINDOWS]
             lines.append("windows with the highest loss: " + ", ".join(f"{w} ({loss:.4g})" for w, loss in worst))
-        lines.append(f"{'place':<24}{'activation rms behind it':>26}{'gradient norm':>16}")
-        for place, rms, norm in self.rows():
-            behind = "" if rms is None else f"{float(rms):.4g}"
-            lines.append(f"{place:<24}{behind:>26}{float(norm):>16.4g}")
+        lines.append(f"{'module':<24}{'activation rms after it':>26}{'gradient norm':>16}")
+        for module, rms, norm in self.rows():
+            after = "" if rms is None else f"{float(rms):.4g}"
+            lines.append(f"{module:<24}{after:>26}{float(norm):>16.4g}")
         return "\n".join(lines)
 
 
 def replay(path: Path, *, data: str | None = None) -> Replay:
-    """Replay the bundle in `path`, with progress on standard error; `data` is where its data lies now.
+    """Replay the bundle in `path`, with progress on standard error; `data` is the directory of its data, if moved.
 
-    Raises InputError for a bundle, data or a checkpoint that cannot be used or do not belong together.
+    Raises InputError if the bundle, the data or the checkpoint cannot be used, or if they do not belong together.
     """
     bundle = Bundle.read(path)
     config = bundle.config
     check_platform(config)
     if jax.process_count() > 1:
-        raise InputError("a replay runs in one process; start it on one, with as many devices as the run had")
+        raise InputError("a replay runs in one process; start one process with as many devices as the run had")
     mesh = make_mesh(config.mesh)
     dataset = _open_data(bundle, data)
     program = build_program(config, mesh)
@@ -179,13 +179,13 @@ def replay(path: Path, *, data: str | None = None) -> Replay:
         start = bundle.content["checkpoint"]
         if checkpoints is None and config.init_from is not None:
             raise InputError(
-                f"{path} starts from the weights of init_from, which the run had not saved yet; run it again"
+                f"{path} starts from the weights of init_from, which the run had not saved yet; train again"
             )
         state = program.restore_state(checkpoints, start)[0] if checkpoints else program.create_state()
         state, metrics = _run(bundle, program, loader, state)
         found = measured(config, metrics)
         diagnosis = None
-        if found["reason"] != "none":  # the step was skipped, so its parameters are still there
+        if found["reason"] != "none":  # the step was skipped, so `state` still has its parameters
             before = dataclasses.replace(state, step=state.step - 1)
             diagnosis = diagnose(
                 config, program.model, before, bundle.batch, sharding(mesh, "batch", "seq"), program.objective
@@ -195,7 +195,7 @@ def replay(path: Path, *, data: str | None = None) -> Replay:
 
 
 def _differences(recorded: dict[str, Any], here: dict[str, Any]) -> tuple[str, ...]:
-    """What the bits of a result may depend on and is not the same; a line each."""
+    """The differences that may affect the exact values of a result, one string each."""
     names = ("devices", "mesh", "dtype")
     pairs = [(name, recorded[name], here[name]) for name in names]
     pairs += [(name, recorded["versions"].get(name), version) for name, version in here["versions"].items()]
@@ -203,21 +203,21 @@ def _differences(recorded: dict[str, Any], here: dict[str, Any]) -> tuple[str, .
 
 
 def _open_data(bundle: Bundle, data: str | None) -> Dataset:
-    """The data of a bundle, where `data` says, where it lay, or where its config says."""
+    """The data of a bundle: in `data`, in the recorded directory, or in the default directory of its config."""
     recorded = Path(bundle.content["data_path"])
     dataset = Dataset.open(data or (recorded if recorded.exists() else default_data_path(bundle.config.data)))
     if dataset.data_id != bundle.content["data_id"]:
         raise InputError(
-            f"{dataset.path} holds other data ({dataset.data_id}) than the bundle's run read "
-            f"({bundle.content['data_id']}); name the directory that does with --data"
+            f"{dataset.path} holds other data ({dataset.data_id}) than the bundle's run used "
+            f"({bundle.content['data_id']}); name the directory of that data with --data"
         )
     return dataset
 
 
 def _find_checkpoint(bundle: Bundle, loader: TrainLoader) -> Checkpoints | None:
-    """The checkpoints of the bundle's run, with the one to start from; None: start at step 0.
+    """The checkpoints of the bundle's run, including the one to start from; None: start at step 0.
 
-    The loader goes on from where that checkpoint was. Raises InputError if it is not there.
+    The loader resumes at the data position of that checkpoint. Raises InputError if the checkpoint is missing.
     """
     step = bundle.content["checkpoint"]
     if step is None:
@@ -225,21 +225,21 @@ def _find_checkpoint(bundle: Bundle, loader: TrainLoader) -> Checkpoints | None:
     checkpoints = Checkpoints(RunDir(bundle.path.absolute().parent.parent).checkpoints)
     if step not in checkpoints.steps():
         raise InputError(
-            f"checkpoint {step}, which {bundle.path} starts from, is not in {checkpoints.directory}; a bundle must "
-            f"stay in its run's {FLIGHT}/, and its checkpoint in the run"
+            f"checkpoint {step}, which {bundle.path} starts from, is not in {checkpoints.directory}; keep the bundle "
+            f"in its run's {FLIGHT}/ and the checkpoint in the run"
         )
     loader.resume(recorded_data(checkpoints.record(step)))
     return checkpoints
 
 
 def _check_batch(bundle: Bundle, loader: TrainLoader, dataset: Dataset) -> None:
-    """Raise InputError if the data do not give the recorded batch, or the bundle's two files do not agree."""
+    """Raise InputError if the loader does not give the recorded batch, or if the bundle's two files disagree."""
     windows, batch = loader.whole_batch(bundle.content["step"] - 1)
     same = all(np.array_equal(ours, theirs) for ours, theirs in zip(batch, bundle.batch, strict=True))
     if not same or not np.array_equal(windows, bundle.windows) or windows.tolist() != bundle.content["windows"]:
         raise InputError(
-            f"{dataset.path} gives another batch than {bundle.path / BATCH} holds; the bundle is damaged, or was "
-            "written by another version of the loader"
+            f"{dataset.path} gives another batch than {bundle.path / BATCH} holds; the bundle is damaged, or another "
+            "version of the loader wrote it: use that version"
         )
 
 
@@ -250,7 +250,7 @@ def _run(bundle: Bundle, program: Program, loader: TrainLoader, state: TrainStat
     metrics: StepMetrics | None = None
     for _ in tqdm(range(first, last), desc=f"replaying steps {first + 1} to {last}", unit="step", mininterval=1):
         if metrics is not None:
-            jax.block_until_ready(metrics)  # so that the bar shows steps taken, and one is under way
+            jax.block_until_ready(metrics)  # so that the bar shows finished steps, with only one in progress
         state, metrics = program.train_step(state, next(batches))
     assert metrics is not None
     return jax.block_until_ready((state, metrics))

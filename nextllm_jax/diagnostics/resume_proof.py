@@ -1,6 +1,6 @@
-"""Proof on this machine that an interrupted training ends where an uninterrupted one does, bit for bit.
+"""Proves on this machine that an interrupted training gives the same result as an uninterrupted one, bit for bit.
 
-Both are real processes of `nextllm train`; one is killed half-way, as by kill -9, and run again to the end.
+Both are real processes of `nextllm train`. One is killed in the middle with SIGKILL, and then resumed.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ _COMPARED = ("step", "split", "loss", "learning_rate", "grad_norm", "tokens_seen
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Hashes of one thing at the end of both trainings."""
+    """The hashes of one result of both trainings."""
 
     name: str
     uninterrupted: str
@@ -48,7 +48,7 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
-        """Whether the two are the same."""
+        """Whether the two hashes are equal."""
         return self.uninterrupted == self.interrupted
 
     def __str__(self) -> str:
@@ -57,13 +57,14 @@ class Comparison:
 
 
 def prove(config: Config, *, steps: int, say: Callable[[str], None]) -> list[Comparison]:
-    """Train `config` for `steps` steps twice, once with a kill in the middle, and compare the ends.
+    """Train `config` for `steps` steps twice, once with a kill in the middle, and compare the results.
 
-    `say` is told of the progress. The data is prepared where `train.py` would, if need be; all else happens in a
-    temporary directory. Raises InputError for too few steps, and RunFailed if a training fails by itself.
+    `say` is called with messages about the progress. If the data is not prepared, it is prepared where `train.py` would
+    do it; everything else is written to a temporary directory. Raises InputError for too few steps, and RunFailed if a
+    training fails by itself.
     """
     if steps < FEWEST_STEPS:
-        raise InputError(f"--steps is {steps}; a kill half-way needs at least {FEWEST_STEPS}")
+        raise InputError(f"--steps is {steps}; it must be at least {FEWEST_STEPS}, for a kill in the middle")
     config = _shortened(config, steps, ensure_prepared(config.data).absolute())
     with tempfile.TemporaryDirectory(prefix="nextllm-resume-proof-") as name:
         directory = Path(name)
@@ -82,7 +83,7 @@ def prove(config: Config, *, steps: int, say: Callable[[str], None]) -> list[Com
 
 
 def _shortened(config: Config, steps: int, data: Path) -> Config:
-    """The config for `steps` steps of its own schedule, a line for each, evaluated once and saved a few times."""
+    """The config with only `steps` steps of its schedule, all logged, one evaluation and a few checkpoints."""
     length = config.optimizer.schedule_length(config.training.steps)
     training = dataclasses.replace(config.training, steps=steps, log_every_steps=1, evaluate_every_steps=steps)
     return dataclasses.replace(
@@ -96,9 +97,9 @@ def _shortened(config: Config, steps: int, data: Path) -> Config:
 
 
 def _train(directory: Path, run: RunDir, *, kill_after: int | None = None) -> str:
-    """What `nextllm train` printed, run to its end, or killed once it has passed step `kill_after` and saved something.
+    """Run `nextllm train` and return its output. With `kill_after`, kill it once it has passed that step and has saved.
 
-    Raises RunFailed if it ends by itself in any other way.
+    Raises RunFailed if it exits in any other way.
     """
     root = Path(__file__).resolve().parent.parent.parent
     paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -117,11 +118,11 @@ def _train(directory: Path, run: RunDir, *, kill_after: int | None = None) -> st
                 passed = kill_after is not None and _last_step(line) >= kill_after
                 if passed and Checkpoints(run.checkpoints).steps():
                     process.kill()
-        except BaseException:  # Ctrl-C too: no training stays behind
+        except BaseException:  # also for Ctrl-C, so that no training process is left behind
             process.kill()
             raise
     if kill_after is not None and process.returncode == 0:
-        raise RunFailed("the training ended before it had saved anything to be killed after; raise --steps")
+        raise RunFailed("the training ended before it had saved a checkpoint and could be killed; raise --steps")
     if process.returncode != (0 if kill_after is None else -signal.SIGKILL):
         last = "".join(output.splitlines(keepends=True)[-3:]).strip()
         raise RunFailed(f"the training in {run.path} ended with exit code {process.returncode}: {last}")
@@ -129,12 +130,12 @@ def _train(directory: Path, run: RunDir, *, kill_after: int | None = None) -> st
 
 
 def _last_step(output: str) -> int:
-    """The last step that training reported, 0 for none."""
+    """The last step that training reported; 0 if none."""
     return max(map(int, re.findall(r"^step (\d+)/", output, re.MULTILINE)), default=0)
 
 
 def compare(config: Config, straight: RunDir, broken: RunDir) -> list[Comparison]:
-    """What two run directories of `config` came to: losses, parameters, optimizer state and samples."""
+    """Compare the results of two runs of `config`: losses, parameters, optimizer state and samples."""
     lines = [list(_losses(run)) for run in (straight, broken)]
     first = next((a[0] for a, b in zip(*lines, strict=False) if a != b), min(map(len, lines)) + 1)
     hashes = [_hash(json.dumps(each).encode()) for each in lines]
@@ -152,14 +153,14 @@ def compare(config: Config, straight: RunDir, broken: RunDir) -> list[Comparison
 
 
 def _losses(run: RunDir) -> Iterator[list[Any]]:
-    """What metrics.jsonl says of each step that does not depend on time, the step first."""
+    """The values of each step in metrics.jsonl that do not depend on time, beginning with the step."""
     for line in run.read(METRICS).splitlines():
         record = json.loads(line)
         yield [record[name] for name in _COMPARED]
 
 
 def hash_of_arrays(tree: Any) -> str:
-    """A hash of the names, types, shapes and bits of all arrays of a tree, however they are sharded."""
+    """A hash of the names, types, shapes and bits of all arrays of a tree. It does not depend on their sharding."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         array = np.asarray(leaf)

@@ -1,1 +1,1 @@
-"""The processes that train together."""
+"""Multi-process training: rendezvous, messages between processes, and signals."""

@@ -1,11 +1,11 @@
-"""The processes that train together: how they meet, and the line between them beside jax's own.
+"""The group of processes that train together, connected by TCP in addition to jax's own runtime.
 
-jax's start ends in C++ (SIGABRT) where a process is missing, its collectives wait for one that died, and its
-barriers have time limits. So the processes meet here first: process 0 listens at the coordinator's port, the others
-connect, and the connections stay for the whole run (jax then listens at the same port). Over them goes, as lines of
-JSON through process 0, what must not wait for devices: who is missing, whether all run the same config and code,
-that the data is prepared, a request to stop, the sentence of a failure. A connection that closes in the middle of a
-run is a process that died, and ends the others. Importing this module does not import jax.
+jax.distributed aborts with SIGABRT if a process is missing at startup, its collectives hang if a process dies, and its
+barriers have time limits. So the processes connect here first: process 0 listens at the coordinator's port, and the
+others connect to it. The connections stay open for the whole run; jax then listens at the same port. Messages are lines
+of JSON, relayed by process 0. They carry what must not wait for devices: which processes are missing, whether all run
+the same config and code, that the data is prepared, requests to stop, and error messages. A connection that closes
+during a run means that a process died, and ends the others. Importing this module does not import jax.
 """
 
 import atexit
@@ -22,34 +22,41 @@ from typing import Any, Self
 
 from nextllm_jax.config import Config
 from nextllm_jax.config.fields import fields_of
-from nextllm_jax.distributed.rendezvous import DistributedConfig, Line, Meeting, Place, find_place, report
+from nextllm_jax.distributed.rendezvous import (
+    Connection,
+    DistributedConfig,
+    ProcessInfo,
+    Rendezvous,
+    find_process_info,
+    report,
+)
 from nextllm_jax.errors import EXIT_BAD_INPUT, EXIT_FAILED, InputError, RunFailed
 from nextllm_jax.standard_streams import write_at_once
 
 LAST_SECONDS = 10
-"""Time that a process has to end by itself once another one has failed."""
+"""Time that a process has to exit by itself after another process has failed."""
 _LINGER_SECONDS = 0.3
 _PATIENCE_SECONDS, _REMINDER_SECONDS = 3, 60
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tiktoken")
 
 
 Handler = Callable[[int, Any], None]
-"""(process that sent, value); called by the thread that reads the connections."""
+"""Called with (sending process, value) by the thread that reads the connections."""
 
 
-class Group:
-    """The processes that train together, seen from one of them; alone until `meet`.
+class ProcessGroup:
+    """The processes that train together, as seen by one of them. Until `connect` it contains only this process.
 
-    Leaving it with an exception ends the others with the same sentence and exit code: at once where they wait in
-    `gather`, after LAST_SECONDS where they are stuck on devices.
+    An exception that leaves this context also ends the other processes, with the same message and exit code: at once if
+    they wait in `gather`, or after LAST_SECONDS if they wait for devices.
     """
 
     def __init__(self, config: DistributedConfig | None = None) -> None:
         self._config = config or DistributedConfig(num_processes=1)
-        self._place = Place("", 1, 0)
+        self._info = ProcessInfo("", 1, 0)
         self._changed = threading.Condition(threading.RLock())
-        self._lines: dict[int, Line] = {}  # of process 0: to all others; of others: to process 0
-        self._closed: set[int] = set()  # the processes at the other ends of lines that have closed
+        self._connections: dict[int, Connection] = {}  # in process 0: to all others; in others: to process 0
+        self._closed: set[int] = set()  # processes whose connections have closed
         self._jax_started = False
         self._ended = False
         self._failure: Exception | None = None
@@ -61,59 +68,63 @@ class Group:
     @property
     def process_id(self) -> int:
         """Number of this process, from 0."""
-        return self._place.process_id
+        return self._info.process_id
 
     @property
     def num_processes(self) -> int:
-        """How many there are."""
-        return self._place.num_processes
+        """Number of processes in the group."""
+        return self._info.num_processes
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         self.report(kind, error, traceback)
-        if self._failure is None:  # else the end of the process closes them, which process 0 waits for
-            for line in self._lines.values():
-                line.close()
+        if self._failure is None:  # after a failure they close when the process exits, which process 0 waits for
+            for connection in self._connections.values():
+                connection.close()
 
-    def meet(self) -> None:
-        """Wait until all processes that the flags or the cluster say have come; nothing if it is this one alone.
+    def connect(self) -> None:
+        """Connect all processes that the flags or the cluster specify. Does nothing if this is the only process.
 
-        Raises InputError for bad flags, and RunFailed if a process does not come in time.
+        Raises InputError for bad flags, and RunFailed if a process does not connect in time.
         """
-        place = find_place(self._config)
-        if place is None:
+        info = find_process_info(self._config)
+        if info is None:
             return
-        meeting, lines = Meeting(place, self._config), {}
+        rendezvous, connections = Rendezvous(info, self._config), {}
         try:
-            lines = meeting.lines_to_others() if place.process_id == 0 else {0: meeting.line_to_process_0()}
+            if info.process_id == 0:
+                connections = rendezvous.connect_to_others()
+            else:
+                connections = {0: rendezvous.connect_to_process_0()}
         finally:
-            meeting.close(keep=lines.values())
+            rendezvous.close(keep=connections.values())
         with self._changed:
-            self._place, self._lines = place, lines
-        threading.Thread(target=self._read_lines, daemon=True).start()
+            self._info, self._connections = info, connections
+        threading.Thread(target=self._read_connections, daemon=True).start()
 
     def on(self, kind: str, handler: Handler) -> None:
-        """Call `handler` for each message of a kind that `send` sends."""
+        """Call `handler` for each message of a kind that a process sends."""
         self._handlers[kind] = handler
 
     def send(self, kind: str, value: Any) -> None:
-        """Give all processes a message, this one too.
+        """Send a message to all processes, including this one.
 
-        Where the kind begins with "gather", process 0 waits for everyone's and gives all of them the list instead.
+        For a kind that begins with "gather", process 0 waits for the messages of all processes, and sends them the list
+        of values.
         """
         message = {"kind": kind, "process": self.process_id, "value": value}
         with self._changed:
             if self.process_id == 0:
                 self._relay(message)
             else:
-                self._lines[0].send(message)
+                self._connections[0].send(message)
 
     def gather(self, value: Any, waiting_for: str = "the others", *, last: bool = False) -> list[Any]:
-        """The values of all processes, by process id. All must call it; it waits as long as they are alive.
+        """The values of all processes, by process id. All must call it. It waits for as long as they are alive.
 
-        After the `last` one a connection that closes means nothing. Raises what another process failed with.
+        After the `last` call, a closed connection is no longer an error. If another process fails, raises its error.
         """
         self._rounds += 1
         results: list[list[Any]] = []
@@ -129,7 +140,7 @@ class Group:
         with self._changed:
             patience = _PATIENCE_SECONDS
             while not self._changed.wait_for(lambda: results or self._failure, timeout=patience):
-                report(f"process {self.process_id} waits for {waiting_for}")
+                report(f"process {self.process_id} is waiting for {waiting_for}")
                 patience = _REMINDER_SECONDS
         del self._handlers[kind]
         if not results:
@@ -138,7 +149,7 @@ class Group:
         return results[0]
 
     def check_same(self, facts: dict[str, str]) -> None:
-        """Raise InputError, in all processes, if a process has other facts than process 0."""
+        """Raise InputError, in all processes, if the facts of a process differ from those of process 0."""
         if self.num_processes == 1:
             return
         ours: dict[str, str] = self.gather(facts if self.process_id == 0 else None)[0]
@@ -146,19 +157,19 @@ class Group:
             if fact is not None:
                 name, here, there = fact
                 raise InputError(
-                    f"process {process} has {name} {here} where process 0 has {there}; start all processes with the "
+                    f"process {process} has {name} {here}, but process 0 has {there}; start all processes with the "
                     "same config, code and libraries"
                 )
 
     def start_jax(self) -> None:
-        """Connect jax's own runtime, before it looks for devices."""
+        """Initialize jax.distributed. Must be called before jax looks for devices."""
         if self.num_processes == 1:
             return
         import jax
 
-        jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from our own handler
+        jax.config.update("jax_enable_preemption_service", False)  # it would replace our SIGTERM handler
         jax.distributed.initialize(
-            *self._place,
+            *self._info,
             cluster_detection_method="deactivate",
             initialization_timeout=self._config.start_timeout_seconds,
             heartbeat_timeout_seconds=self._config.heartbeat_timeout_seconds,
@@ -167,7 +178,7 @@ class Group:
         self._jax_started = True
 
     def end(self) -> None:
-        """Part, once all are here."""
+        """Wait for all processes, then shut down jax.distributed."""
         self.gather(None, last=True)
         if self._jax_started:
             import jax
@@ -175,14 +186,14 @@ class Group:
             jax.distributed.shutdown()
 
     def report(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        """Tell the others of the exception that leaves a context, or raise instead what another process failed with.
+        """Send the exception that leaves a context to the others, or raise the error of another process instead.
 
-        For `ExitStack.push`, inside of what waits for other processes when it closes.
+        For `ExitStack.push`. Push it after contexts that wait for other processes on exit, so that it runs before them.
         """
         if error is None or self.num_processes == 1 or error is self._reported:
             return
         if not isinstance(error, InputError | RunFailed | KeyboardInterrupt):
-            with self._changed:  # a collective that breaks is faster than the message that says why
+            with self._changed:  # a collective may fail before the message with its cause arrives
                 self._changed.wait_for(lambda: self._failure, timeout=2)
         if self._failure is None:
             self._fail(error)
@@ -190,7 +201,7 @@ class Group:
             raise self._failure from error
 
     def _fail(self, error: BaseException) -> None:
-        """Tell the others what this process fails with, and make sure that it ends."""
+        """Send the others the error of this process, and make sure that this process exits."""
         code = EXIT_BAD_INPUT if isinstance(error, InputError) else EXIT_FAILED
         known = isinstance(error, InputError | RunFailed)
         sentence = str(error) if known else f"{type(error).__name__} ({' '.join(str(error).split())[:200]})"
@@ -202,10 +213,10 @@ class Group:
         self.send("failed", [sentence, code])
         self._end_within(LAST_SECONDS, sentence, code)
 
-    def _read_lines(self) -> None:
+    def _read_connections(self) -> None:
         with selectors.DefaultSelector() as selector:
-            for line in self._lines.values():
-                selector.register(line.socket, selectors.EVENT_READ, line)
+            for connection in self._connections.values():
+                selector.register(connection.socket, selectors.EVENT_READ, connection)
             while selector.get_map():
                 for key, _ in selector.select():
                     messages = key.data.receive()
@@ -222,17 +233,17 @@ class Group:
                             self._lost(key.data.process)
 
     def _relay(self, message: dict[str, Any]) -> None:
-        """Process 0: pass a message on to all, or keep it until everyone's is there."""
+        """In process 0: relay a message to all processes, or store it until every process has sent its own."""
         kind = message["kind"]
         if kind.startswith("gather"):
             values = self._gathering.setdefault(kind, {})
             values[message["process"]] = message["value"]
-            if len(values) <= len(self._lines):
+            if len(values) <= len(self._connections):
                 return
             del self._gathering[kind]
             message = {"kind": kind, "process": 0, "value": [value for _, value in sorted(values.items())]}
-        for line in self._lines.values():
-            line.send(message)
+        for connection in self._connections.values():
+            connection.send(message)
         self._deliver(message)
 
     def _deliver(self, message: dict[str, Any]) -> None:
@@ -251,21 +262,21 @@ class Group:
         self._end_within(LAST_SECONDS, sentence, code)
 
     def _lost(self, process: int) -> None:
-        """End this process at once, since another one is gone without a word."""
+        """Exit at once, since another process died without an error message."""
         if self._failure or self._ended:
             return
         if self.process_id == 0:
-            for line in self._lines.values():
-                line.send({"kind": "lost", "process": 0, "value": process})
+            for connection in self._connections.values():
+                connection.send({"kind": "lost", "process": 0, "value": process})
         self._exit(
-            f"process {process} died (killed, out of memory, or its machine is gone), so process {self.process_id} "
-            "ends; the latest checkpoint stands: run the same command in all processes again",
+            f"process {process} died (killed, out of memory, or its machine is down), so process {self.process_id} "
+            "exits; run the same command in all processes again to continue from the latest checkpoint",
             EXIT_FAILED,
         )
 
     def _end_within(self, seconds: float, sentence: str, code: int) -> None:
-        """Exit with a sentence, if this process has not ended by itself by then."""
-        # Not by jax's own exit, which waits for the processes that are still at work.
+        """Exit with an error message after `seconds`, unless this process has already exited."""
+        # Not through jax's exit handler, which waits for processes that are still running.
         atexit.register(self._exit, None, code)
         timer = threading.Timer(seconds, self._exit, [sentence, code])
         timer.daemon = True
@@ -278,19 +289,19 @@ class Group:
         os._exit(code)
 
     def _wait_for_others(self) -> None:
-        """Process 0: stay until all others have ended, since jax aborts a process that loses process 0."""
+        """In process 0: wait until all others have exited, since jax aborts them if process 0 exits first."""
         if self.process_id == 0:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed == self._lines.keys(), timeout=LAST_SECONDS + 1)
+                self._changed.wait_for(lambda: self._closed == self._connections.keys(), timeout=LAST_SECONDS + 1)
 
     def linger(self) -> None:
-        """Process 0: leave the others the time to read what was sent, which closing with unread data would drop."""
-        if self._lines and self.process_id == 0:
+        """In process 0: give the others time to read sent messages, which would be lost when the sockets close."""
+        if self._connections and self.process_id == 0:
             time.sleep(_LINGER_SECONDS)
 
 
 def _first_difference(here: dict[str, str], there: dict[str, str]) -> list[str] | None:
-    """[name, here, there] of the first fact that is not the same."""
+    """[name, here, there] of the first fact that differs; None if all are equal."""
     for name in {**there, **here}:
         values = [facts.get(name, "none") for facts in (here, there)]
         if values[0] != values[1]:
@@ -299,7 +310,7 @@ def _first_difference(here: dict[str, str], there: dict[str, str]) -> list[str] 
 
 
 def facts_of(config: Config) -> dict[str, str]:
-    """What must be the same in all processes: each field of a config, the code, and the libraries' versions."""
+    """What must be equal in all processes: each field of the config, the code, and the versions of libraries."""
     code = hashlib.sha256()
     package = Path(__file__).parent.parent
     for file in sorted(package.rglob("*.py")):

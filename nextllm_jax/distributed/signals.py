@@ -1,19 +1,19 @@
-"""A request to stop, by a signal to any process, that all processes of a run honour at the same place.
+"""Stops all processes of a run at the same step after a signal to any of them.
 
-Ctrl-C, SIGTERM and SIGHUP (the terminal is gone) are requests, and so is a pipe on standard output or error whose
-reader leaves (`train.py | head`). SIGHUP stays ignored where it was ignored at the start, as under nohup. SIGINT and
-SIGTERM do not: a shell makes every background job of a script ignore SIGINT, and whoever sends one wants a stop.
+Ctrl-C, SIGTERM and SIGHUP (the terminal closed) request a stop. So does a pipe on standard output or error whose reader
+exits (`train.py | head`). SIGHUP stays ignored if it was ignored at startup, as under nohup. SIGINT and SIGTERM do not,
+since a shell lets the background jobs of a script ignore SIGINT, and whoever sends one wants a stop.
 
-The training loop calls `StopRequest.reached` at places that all processes pass in the same order: before each step,
-and before each batch of an evaluation. A thread learns of a signal at once, even while the main thread is in C++,
-and tells the group. Then the threads agree: each says how many places its main thread has passed, and holds it at
-the next one meanwhile, which takes a round trip; all stop at the first place that none has passed. So a step costs
-the host no waiting for others, however far one runs ahead of another. (jax's own preemption sync point does
-the same for SIGTERM alone, and takes its handler away.)
+The training loop calls `StopRequest.reached` at sync points that all processes pass in the same order: before each step
+and before each batch of an evaluation. A thread receives a signal at once, even while the main thread is in C++, and
+notifies the group. The threads then agree on a sync point. Each reports how many its main thread has passed, and blocks
+it at the next one for this round trip. All stop at the first sync point that no process has passed. So a step never
+waits for other processes, no matter how far one is ahead. (jax's preemption sync point works the same way, but only for
+SIGTERM, whose handler it replaces.)
 
-Where nothing would be lost (waiting for processes, preparing data, restoring, compiling and taking the first step)
-the threads end all processes at once, since a compilation can take minutes in which Python runs no handler. A signal
-during another compilation (of the first evaluation) is honoured when that ends.
+When no work would be lost (while waiting for processes, preparing data, restoring, compiling and running the first
+step), the threads exit all processes at once, since a compilation can take minutes in which Python runs no handler.
+During the compilation of the first evaluation, a signal takes effect when the compilation ends.
 """
 
 import contextlib
@@ -25,31 +25,34 @@ import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from nextllm_jax.distributed.process_group import Group
+from nextllm_jax.distributed.process_group import ProcessGroup
 from nextllm_jax.errors import EXIT_INTERRUPTED
 from nextllm_jax.standard_streams import unfailing_output, write_at_once
 
 _IMPATIENT = (signal.SIGINT, signal.SIGTERM)
-"""Signals that ask for an immediate end if they come a second time."""
+"""Signals that force an immediate exit when they come a second time."""
 _STOP_SIGNALS = (*_IMPATIENT, signal.SIGHUP)
 
 _ONE_REQUEST_SECONDS = 1.0
-"""Signals within this time are one request: `timeout`, for one, sends its signal to a process and to its group."""
+"""Signals within this time count as one: `timeout`, for example, signals both a process and its process group."""
 
 
 class StopRequest:
-    """Context manager that turns the first signal, or a closed pipe, into a request to all processes of a group.
+    """Context manager that turns the first signal, or a closed pipe, into a stop request to all processes of a group.
 
-    With `may_exit`, as on the command line, the process ends at once for a signal after `allow_exit`, with exit
-    code 75, and for a second SIGINT or SIGTERM, over a second after the first signal, with 128 + its number; after the
-    block SIGTERM and SIGHUP stay ignored, since only the exit is left. Without, that second signal acts as if this were
-    not here. Outside of the main thread no signal is taken.
+    With `may_exit`, as on the command line,
+    - a signal after `allow_exit` ends the process at once, with exit code 75;
+    - a second SIGINT or SIGTERM, more than a second after the first signal, ends it with 128 + the signal's number;
+    - SIGTERM and SIGHUP stay ignored after the context ends, since the process is about to exit.
+
+    Without `may_exit`, the second signal has the effect that it would have without this context. Outside the main
+    thread, signals are not handled.
     """
 
-    def __init__(self, group: Group | None = None, *, may_exit: bool = False) -> None:
+    def __init__(self, group: ProcessGroup | None = None, *, may_exit: bool = False) -> None:
         self.name: str | None = None
-        """Name of the signal that came, to this or another process; None: none."""
-        self._group = group or Group()
+        """Name of the signal that this or another process received; None without one."""
+        self._group = group or ProcessGroup()
         self._group.on("stop", self._asked)
         self._group.on("gather for stop", self._agreed)
         self._may_exit = may_exit
@@ -62,7 +65,7 @@ class StopRequest:
         self._previous: dict[signal.Signals, Any] = {}
 
     def reached(self) -> str | None:
-        """The signal's name if this is the place to stop at (and after it), else None."""
+        """A sync point: the signal's name if the run must stop here, also in later calls; else None."""
         with self._changed:
             self._changed.wait_for(lambda: not self._agreeing)
             if self._stop_at is not None and self._passed >= self._stop_at:
@@ -71,11 +74,11 @@ class StopRequest:
             return None
 
     def allow_exit(self, doing: str) -> None:
-        """From now on a signal ends the process at once, because no work would be lost; the message says `doing`."""
+        """From now on a signal ends the process at once, since no work would be lost. The message contains `doing`."""
         self._set_doing(doing)
 
     def defer_signals(self) -> None:
-        """From now on a signal waits for `reached`."""
+        """From now on a signal takes effect at the next sync point, see `reached`."""
         self._set_doing(None)
 
     def _set_doing(self, doing: str | None) -> None:
@@ -84,7 +87,7 @@ class StopRequest:
             self._doing = doing
 
     def _asked(self, process: int, name: str) -> None:
-        """All processes, by the group's thread: say where this one is, and hold it there until all agree."""
+        """In each process, in the group's thread: report its position, and block it until all processes agree."""
         with self._changed:
             if self.name is not None:
                 return
@@ -104,7 +107,7 @@ class StopRequest:
             self._changed.notify_all()
 
     def _listen(self, numbers: socket.socket) -> None:
-        """Take signals as the system's handler writes them, one byte each, whatever the main thread is doing."""
+        """Read signals, one byte each, from the wakeup socket, whatever the main thread is doing."""
         first = None
         while received := numbers.recv(1):
             number = received[0]
@@ -117,10 +120,10 @@ class StopRequest:
                 self._insist(number)
 
     def _insist(self, number: int) -> None:
-        """A second signal has come: end, or let the main thread have it."""
+        """Handle a second signal: exit, or deliver it to the main thread."""
         if self._may_exit:
             name = signal.Signals(number).name
-            write_at_once(f"\nerror: a second signal, {name}: ended without saving; the latest checkpoint stands")
+            write_at_once(f"\nerror: second signal {name}: exiting without saving; the latest checkpoint is kept")
             os._exit(128 + number)
         self._insisted = True
         main = threading.main_thread().ident
@@ -128,14 +131,14 @@ class StopRequest:
         signal.pthread_kill(main, number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Nothing, until `_listen` says so: here, after a long call into C++, signals come late and together."""
+        """Does nothing before `_insist`. Python runs it late, after long calls into C++, so `_listen` does the work."""
         if self._insisted:
             self._restore()
             signal.raise_signal(number)
 
     def _reader_left(self) -> None:
         write_at_once("\nthe reader of the output pipe has exited; saving and stopping; run the same command again")
-        with contextlib.suppress(OSError):  # closed: it is too late to stop
+        with contextlib.suppress(OSError):  # the socket is closed, so it is too late to stop
             self._writer.send(bytes([signal.SIGPIPE]))
 
     def _restore(self) -> None:
@@ -162,7 +165,7 @@ class StopRequest:
         self._output.__exit__(None, None, None)
         if self._previous:
             self._restore()
-            if self._may_exit:  # the command ends: a scheduler's signal in these seconds must not change its exit code
+            if self._may_exit:  # a scheduler's signal during the exit must not change the exit code
                 for number in (signal.SIGTERM, signal.SIGHUP):
                     signal.signal(number, signal.SIG_IGN)
             signal.set_wakeup_fd(self._previous_wakeup)

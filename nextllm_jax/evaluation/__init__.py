@@ -1,1 +1,1 @@
-"""Scores of a model on texts and on prepared data."""
+"""Evaluation of a model on texts, on prepared data and with lm-evaluation-harness."""

@@ -1,4 +1,4 @@
-"""Loss, perplexity and bits per byte over a whole, fixed set."""
+"""Loss, perplexity and bits per byte on a whole, fixed data set."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -17,14 +17,14 @@ def perplexity(loss: float) -> float:
 
 
 class Evaluation(NamedTuple):
-    """A set's score; independent of batch size and device count."""
+    """The result on a data set. It does not depend on the batch size or the number of devices."""
 
     loss: float
     """Mean negative log likelihood per scored token, in nats."""
     perplexity: float
     """exp(loss)."""
     bits_per_byte: float | None
-    """Summed negative log likelihood in bits over the UTF-8 bytes of the text; None if there are none."""
+    """Summed negative log likelihood in bits, divided by the UTF-8 bytes of the text; None if there are none."""
     num_tokens: int
     """Scored tokens."""
 
@@ -35,7 +35,7 @@ def evaluate(
     batches: Iterable[Batch],
     num_bytes: int,
 ) -> Evaluation:
-    """The score of `params` over all batches, whose text has `num_bytes` bytes; sums in float64 on the host.
+    """The evaluation of `params` on all batches, whose text has `num_bytes` bytes. Sums in float64 on the host.
 
     Raises InputError if no token of the batches is in the loss mask.
     """
@@ -43,7 +43,7 @@ def evaluate(
     nll = float(np.sum([np.asarray(nll, np.float64) for nll, _ in results]))
     num_tokens = int(np.sum([np.asarray(count) for _, count in results]))
     if not num_tokens:
-        raise InputError("the data to score has no token in its loss mask; give other data")
+        raise InputError("the evaluation data has no token in its loss mask; use other data")
     loss = nll / num_tokens
     bits_per_byte = nll / math.log(2) / num_bytes if num_bytes else None
     return Evaluation(loss, perplexity(loss), bits_per_byte, num_tokens)

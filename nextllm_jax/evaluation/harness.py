@@ -1,4 +1,4 @@
-"""A model of ours for EleutherAI's lm-evaluation-harness, under the name `nextllm_jax`.
+"""The model `nextllm_jax` for EleutherAI's lm-evaluation-harness.
 
 `nextllm lm_eval --model_args checkpoint=runs/small --tasks arc_easy` is the harness's own command with this model.
 """
@@ -34,11 +34,11 @@ _token_scores = jax.jit(token_scores, static_argnames=("model", "vocab_size"))
 
 @register_model("nextllm_jax")
 class HarnessModel(TemplateLM):
-    """What the harness asks of a model, answered by an LLM: the loaded one `llm`, or that of `checkpoint`.
+    """Implements the harness's model interface with an LLM: either `llm`, or the one loaded from `checkpoint`.
 
-    Contexts begin with BOS where the model's prompts do, and are cut on the left to fit the context; a chat's text
-    is taken as the template wrote it. `max_gen_toks` limits answers where a task does not. `device` is what the
-    harness asks for: its default, cuda:0, means jax's own default, another one must be jax's platform.
+    Contexts begin with BOS if the model's prompts do, and are truncated on the left to fit the context. The text of a
+    chat is used exactly as the template formats it. `max_gen_toks` limits answers if a task does not. The harness sets
+    `device`: its default cuda:0 means jax's default device, and any other value must be jax's platform.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class HarnessModel(TemplateLM):
             raise InputError(f"--device is {device}, but jax runs on {platform}; leave it out, or set JAX_PLATFORMS")
         if llm is None:
             if checkpoint is None:
-                raise InputError("no model is named; give --model_args checkpoint=PATH")
+                raise InputError("no model is given; pass --model_args checkpoint=PATH")
             llm = load(checkpoint, step=step, dtype=dtype)
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise InputError(f"batch_size is {batch_size}; it must be a positive number")
@@ -74,16 +74,16 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The id before a text without context."""
+        """The id that precedes a text without context."""
         return self.llm.tokenizer.bos_id
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness files chats under."""
+        """The name under which the harness caches chats."""
         return self.llm.tokenizer.name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text that opens a context or, without special tokens, continues one."""
+        """The ids of a text that begins a context or, without special tokens, continues one."""
         tokenizer = self.llm.tokenizer
         ids = tokenizer.encode(string, recognize="all" if self._is_chat else "added")
         opens = tokenizer.add_bos and not self._is_chat if add_special_tokens is None else add_special_tokens
@@ -94,7 +94,7 @@ class HarnessModel(TemplateLM):
         return self.llm.tokenizer.chat_template if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a chat; from now on control tokens that a text spells out are meant."""
+        """The text of a chat. From now on, control tokens in texts are encoded as control tokens."""
         self._is_chat = True
         return ChatTemplate(self.llm.tokenizer).text(chat_history, add_generation_prompt=add_generation_prompt)
 
@@ -104,14 +104,14 @@ class HarnessModel(TemplateLM):
         disable_tqdm: bool = False,
         **_: Any,
     ) -> list[tuple[float, bool]]:
-        """(log probability, whether it is what greedy decoding says) of each continuation after its context."""
+        """(log probability, whether greedy decoding would give it) of each continuation after its context."""
         longest = self.llm.config.context_length
         rows = [(context + continuation)[-longest - 1 :] for _, context, continuation in requests]
         counts = [
             min(len(continuation), len(row) - 1) for (_, _, continuation), row in zip(requests, rows, strict=True)
         ]
         if any(count < len(request[2]) for count, request in zip(counts, requests, strict=True)):
-            raise InputError(f"a continuation is over the model's context_length {longest}; leave the task out")
+            raise InputError(f"a continuation exceeds the model's context_length {longest}; leave the task out")
         results: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
         for batch in tqdm(self._batches(rows), desc="loglikelihood", disable=disable_tqdm):
             logprobs_BT, greedy_BT = self._score([rows[i] for i in batch])
@@ -125,7 +125,7 @@ class HarnessModel(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log probability of each whole text, in windows side by side."""
+        """The log probability of each whole text, computed in disjoint windows."""
         longest = self.llm.config.context_length
         windows: list[tuple[tuple[str, str] | None, list[int], list[int]]] = []
         owners: list[int] = []
@@ -151,7 +151,7 @@ class HarnessModel(TemplateLM):
         for (stop, max_new_tokens, sampling), members in groups.items():
             room = self.llm.config.context_length - max_new_tokens
             if room < 1:
-                raise InputError(f"max_gen_toks {max_new_tokens} leaves no room in the model's context")
+                raise InputError(f"max_gen_toks {max_new_tokens} leaves no room in the model's context; lower it")
             rows = [self.tok_encode(requests[i].args[0])[-room:] or [self.prefix_token_id] for i in members]
             for batch in self._batches(rows):
                 texts = self._generate([rows[j] for j in batch], stop, max_new_tokens, sampling)
@@ -164,12 +164,12 @@ class HarnessModel(TemplateLM):
         return answers
 
     def _batches(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Indices of rows of like length, the longest first, so that memory runs out at once or never."""
+        """Batches of indices of rows, longest first, so that an out-of-memory error occurs at once or never."""
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
 
     def _score(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """Log probability of each row's tokens but the first, and whether each is the likeliest; [B, T], padded."""
+        """The log probability of each row's tokens except the first, and whether each is the most likely; [B, T]."""
         T = min(bucket(max(len(row) for row in rows) - 1, 16), self.llm.config.context_length)
         tokens_BT = np.zeros((self.batch_size, T + 1), np.int32)
         for i, row in enumerate(rows):
@@ -191,7 +191,10 @@ class HarnessModel(TemplateLM):
 
 
 def _settings(arguments: dict[str, Any], max_gen_toks: int) -> tuple[tuple[str, ...], int, SamplingConfig]:
-    """(stop strings, most tokens, how to sample) of a task's generation_kwargs. Raises InputError for unknown ones."""
+    """(stop strings, maximum number of tokens, sampling config) from a task's generation_kwargs.
+
+    Raises InputError for unsupported ones.
+    """
     arguments = dict(arguments)
     until = arguments.pop("until", None) or []
     until = [until] if isinstance(until, str) else until
@@ -199,7 +202,7 @@ def _settings(arguments: dict[str, Any], max_gen_toks: int) -> tuple[tuple[str, 
     samples = arguments.pop("do_sample", "temperature" in arguments)
     known = {name: arguments.pop(name) for name in ("temperature", "top_k", "top_p", "min_p") if name in arguments}
     if arguments:
-        raise InputError(f"the task's generation_kwargs have {', '.join(arguments)}, which cannot be honoured")
+        raise InputError(f"the task's generation_kwargs have {', '.join(arguments)}, not supported; leave the task out")
     sampling = (
         SamplingConfig(**{"temperature": 1.0, "top_k": 0, "top_p": 1.0, **known})
         if samples
@@ -209,7 +212,7 @@ def _settings(arguments: dict[str, Any], max_gen_toks: int) -> tuple[tuple[str, 
 
 
 def run_harness(argv: list[str]) -> None:
-    """Run the harness's own command on the arguments, with this model as the default one."""
+    """Run the harness's command line with these arguments, with this model as the default."""
     from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 
     chosen = [] if "--model" in argv else ["--model", "nextllm_jax"]

@@ -1,4 +1,4 @@
-"""Scores of a model on a text or on prepared data: the story of `nextllm evaluate`."""
+"""Scores a model on prepared data, for `nextllm evaluate`."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -25,17 +25,17 @@ def score_data(
     dtype: str | None = None,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda batches, total: batches,
 ) -> Score:
-    """How well the model predicts the validation split of the prepared data at `path`, as training scores it.
+    """The score of the model on the validation split of the prepared data at `path`, as training computes it.
 
-    That is in windows of `window` tokens within which documents do not see each other, and without `dtype` in the
-    type that training multiplies in. `progress` wraps the batches, of which there are `total`.
+    The text is split into windows of `window` tokens, in which documents do not attend to each other. `dtype` defaults
+    to the matmul type of training. `progress` is called with the batches and their number, and returns them.
 
-    Raises InputError if there is no such data, if another tokenizer made it, or if the window is over the context.
+    Raises InputError if there is no such data, if it has another tokenizer, or if the window exceeds the context.
     """
     dataset = Dataset.open(path)
     if dataset.tokenizer_hash != llm.tokenizer.hash:
         raise InputError(
-            f"the data in {path} was made with another tokenizer than the model's; prepare the text again with "
+            f"the data in {path} has another tokenizer than the model; prepare the text again with "
             "--tokenizer set to the model's directory"
         )
     check_windows(window, batch_size, llm.config.context_length)
@@ -43,12 +43,12 @@ def score_data(
     model = Transformer(llm.config.without_remat(), training_dtype, llm.scan_layers)
     split = dataset.split("validation")
     if llm.mesh is None:
-        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        batch_sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     else:
-        place = sharding(llm.mesh, "batch", "seq")
+        batch_sharding = sharding(llm.mesh, "batch", "seq")
     with on_mesh(llm.mesh):
         batch_size = padded_size(batch_size, "batch")
-    batches = validation_batches(split, sequence_length=window, batch_size=batch_size, sharding=place)
+    batches = validation_batches(split, sequence_length=window, batch_size=batch_size, sharding=batch_sharding)
     total = -(-count_windows(split, window, partial=True) // batch_size)
     with on_mesh(llm.mesh):
         result = evaluate(make_eval_step(next_token, model), llm.params, progress(batches, total), split.num_bytes)

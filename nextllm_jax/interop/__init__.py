@@ -1,1 +1,1 @@
-"""Weights from and for other programs: Hugging Face directories and GGUF files."""
+"""Imports and exports models of other programs: Hugging Face directories and GGUF files."""

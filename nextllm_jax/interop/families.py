@@ -1,4 +1,4 @@
-"""The model types of Hugging Face that are understood here, and what the keys of their config.json are worth."""
+"""The supported Hugging Face model types, with the defaults and the supported values of their config.json keys."""
 
 import dataclasses
 from typing import Any
@@ -28,13 +28,13 @@ _WINDOWED = {"max_position_embeddings": 32768, "use_sliding_window": False, "sli
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What is special about a model type: its class in transformers, its defaults, and keys that others lack."""
+    """A model type: its class in transformers, its defaults, and the keys that not all model types have."""
 
     architecture: str
     defaults: dict[str, Any]
     keys: tuple[str, ...] = ()
     fused: bool = False
-    """Whether files hold q, k and v as one matrix, and gate and up as one."""
+    """Whether files store q, k and v as one matrix, and gate and up as one."""
     activation_key: str = "hidden_act"
 
 
@@ -112,17 +112,17 @@ FAMILIES = {
     ),
 }  # fmt: skip
 
-# Keys that every family has.
+# Keys that every family supports.
 COMMON = {
     *SIZES, "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "max_position_embeddings",
     "tie_word_embeddings", "attention_bias", "initializer_range", "rope_theta", "rope_scaling", "rope_parameters",
     "partial_rotary_factor", "original_max_position_embeddings", "model_type", "architectures",
 }  # fmt: skip
-# Keys that must have one of these values where they stand; any other would change the numbers.
+# Keys that are ignored if they have one of these values. Any other value would change the results.
 FIXED: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False, None),
     "use_bidirectional_attention": (False, None),
-    "attn_logit_softcapping": (None,),  # transformers ignores it where we do not read it
+    "attn_logit_softcapping": (None,),  # transformers ignores it in the families whose `keys` lack it
     "rope_interleaved": (False, None),
     "use_mrope": (False, None),
     "is_encoder_decoder": (False, None),
@@ -134,7 +134,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "layer_types": (None,),
     "hidden_activation": (None,),
 }
-# Keys that change no logit: bookkeeping, training, generation.
+# Keys that do not affect the logits: bookkeeping, training, generation.
 HARMLESS = {
     "_name_or_path", "_attn_implementation_autoset", "attn_implementation", "auto_map", "transformers_version",
     "torch_dtype", "dtype", "use_cache", "cache_implementation", "is_llama_config", "transformers.js_config",

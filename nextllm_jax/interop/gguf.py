@@ -1,6 +1,7 @@
-"""GGUF files, on the `gguf` package: quantized or not on the way in; F32, F16, BF16 and Q8_0 on the way out.
+"""Reads and writes GGUF files with the `gguf` package.
 
-Matrices of a quantized model are written in blocks of their own: Q8_0, Q4_0 or Q4_1 (see gguf_blocks).
+Import supports float types and most quantized types (`_READABLE`); export writes F32, F16, BF16 or Q8_0. Quantized
+matrices of a model are exported in the matching block type: Q8_0, Q4_0 or Q4_1 (see gguf_blocks).
 """
 
 import dataclasses
@@ -47,7 +48,7 @@ _WRITABLE = {
 class GGUFFile:
     """An open file: its metadata, and the model that it describes.
 
-    Raises InputError, naming the file, if it is not whole or not a model that can be honoured.
+    Raises InputError, which names the file, if it is incomplete or its model is not supported.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,9 +58,9 @@ class GGUFFile:
             self.metadata = {name: field.contents() for name, field in reader.fields.items()}
         except FileNotFoundError as error:
             raise InputError(f"{path} does not exist") from error
-        except Exception as error:  # the parser meets damage as errors of many kinds
+        except Exception as error:  # the parser raises many kinds of exceptions for a damaged file
             raise InputError(
-                f"{path} is no GGUF file, or damaged or cut short ({error}); bring an intact copy"
+                f"{path} is not a GGUF file, or is damaged or truncated ({error}); restore an intact copy"
             ) from error
         if self.metadata.get("split.count", 1) > 1:
             raise InputError(f"{path} is one of {self.metadata['split.count']} parts; join them with gguf-split first")
@@ -67,12 +68,12 @@ class GGUFFile:
         for tensor in reader.tensors:
             if tensor.tensor_type not in _READABLE:
                 known = ", ".join(kind.name for kind in _READABLE)
-                raise InputError(f"{path}: tensor {tensor.name} is {tensor.tensor_type.name}; there are {known}")
+                raise InputError(f"{path}: tensor {tensor.name} has type {tensor.tensor_type.name}; use one of {known}")
         self._architecture = ARCHITECTURES[architecture_of(self.metadata, self.where)]
         self.model_type = self._architecture.model_type
         factors = {name: self._whole(name) for name in ROPE_TENSORS if name in self._tensors}
         if "token_embd.weight" not in self._tensors:
-            raise InputError(f"{path} lacks the tensor token_embd.weight; bring the files of one whole model")
+            raise InputError(f"{path} lacks the tensor token_embd.weight; use the file of a complete model")
         self.config = read_gguf_config(
             self.metadata, self._tensors, factors, self.shapes()["token_embd.weight"][0], self.where
         )
@@ -80,35 +81,36 @@ class GGUFFile:
     def load_params(self, abstract: Any, observe: Observer = ignore) -> Any:
         """The weights as the tree that `abstract` describes, each leaf with its shape, type and sharding.
 
-        `observe` sees what is quantized. Raises InputError if they are not whole, not of this config, or not finite.
+        `observe` is called for each quantized weight. Raises InputError if weights are missing, do not fit the config,
+        or are not finite.
         """
         parts = parts_of(self.config, abstract, "gguf", fused=self._architecture.fused)
         require_tensors(self, parts, ignore=lambda name: name in ROPE_TENSORS)
         return read_params(self, parts, abstract, observe)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors that are there."""
+        """The shape of each tensor in the file."""
         return {name: tuple(map(int, reversed(tensor.shape))) for name, tensor in self._tensors.items()}
 
     def read(self, tensor: str, rows: slice, columns: slice) -> np.ndarray:
-        """Part of a tensor, dequantized, in the layout of Hugging Face's files."""
+        """Part of a tensor, dequantized, in the layout of Hugging Face files."""
         part = quants.dequantize(self._data(tensor, rows), self._tensors[tensor].tensor_type)
         if tensor.endswith("norm.weight"):
             part = part - np.float32(self._architecture.norm_offset)
         return part if part.ndim == 1 else part[:, columns]
 
     def read_quantized(self, tensor: str, rows: slice) -> QTensor | None:
-        """Rows of a matrix as the file quantizes it; None if it is of another type than `gguf_blocks` keeps."""
+        """Rows of a matrix as quantized in the file; None if its type is not one of `gguf_blocks.FILE_TYPES`."""
         kind = self._tensors[tensor].tensor_type
         if kind not in gguf_blocks.FILE_TYPES:
             return None
         matrix = gguf_blocks.decode(self._data(tensor, rows), kind)
         if not all(np.isfinite(part).all() for part in (matrix.scale, matrix.minimum) if part is not None):
-            raise InputError(f"{self.where}: tensor {tensor} holds numbers that are not finite; bring intact weights")
+            raise InputError(f"{self.where}: tensor {tensor} holds values that are not finite; restore intact weights")
         return matrix
 
     def _data(self, tensor: str, rows: slice) -> np.ndarray:
-        """Rows of a tensor as they are in the file, in the order of Hugging Face's files."""
+        """Rows of a tensor with the file's own encoding, in the row order of Hugging Face files."""
         order = np.arange(rows.start, rows.stop)
         if _is_permuted(self._architecture, tensor):
             order = _permuted_rows(order, self.config.head_dim)
@@ -125,9 +127,9 @@ def _is_permuted(architecture: Architecture, tensor: str) -> bool:
 
 
 def _permuted_rows(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Where the rows of q or k lie in a file that has the two dimensions that RoPE turns next to each other."""
-    head, place = np.divmod(rows, head_dim)
-    half, pair = np.divmod(place, head_dim // 2)
+    """The positions of rows of q or k in a file where the two dimensions of a RoPE rotation are next to each other."""
+    head, dimension = np.divmod(rows, head_dim)
+    half, pair = np.divmod(dimension, head_dim // 2)
     return head * head_dim + 2 * pair + half
 
 
@@ -143,10 +145,10 @@ def export(
 ) -> None:
     """Write a model as a GGUF file, with the tokenizer's `metadata`.
 
-    Matrices are written in `dtype` (float32, float16, bfloat16 or q8_0; rows that 32 does not divide as float16
-    in place of q8_0), quantized ones in blocks of their own, vectors as F32. Of the embedding and the head the first
-    `vocab_size` rows are written. Raises InputError if no architecture (or not that of `model_type`) can say this
-    model.
+    Matrices are written in `dtype`: float32, float16, bfloat16 or q8_0. With q8_0, matrices whose row length is not a
+    multiple of 32 are written as float16. Quantized matrices keep their own block type, and vectors are written as F32.
+    Only the first `vocab_size` rows of the embedding and the head are written. Raises InputError if no architecture
+    (or not the one of `model_type`) can represent this model.
     """
     config = dataclasses.replace(config, vocab_size=vocab_size)
     names = tensor_shapes(parts_of(config, params, "gguf"))
@@ -184,7 +186,7 @@ def export(
 
 
 def _in_order(tensor: str, array: np.ndarray, architecture: Architecture, head_dim: int) -> np.ndarray:
-    """A tensor of Hugging Face's layout as an architecture's files have it."""
+    """A tensor in Hugging Face's layout, converted to the layout of an architecture's files."""
     if _is_permuted(architecture, tensor):
         order = np.empty(len(array), int)
         order[_permuted_rows(np.arange(len(array)), head_dim)] = np.arange(len(array))
@@ -205,24 +207,24 @@ def _is_table(tensor: str) -> bool:
 
 
 def _type_of(shape: tuple[int, ...], matrix_type: Type) -> Type:
-    """The type that a tensor is written in."""
+    """The type in which a tensor is written."""
     if len(shape) == 1:
         return Type.F32
     return Type.F16 if matrix_type in gguf_blocks.FILE_TYPES and shape[-1] % gguf_blocks.COLUMNS else matrix_type
 
 
 def _data_of(tensor: str, array: np.ndarray | QTensor, kind: Type) -> np.ndarray:
-    """The numbers as a file has them. Raises InputError for one that float16 cannot hold."""
+    """A tensor encoded as `kind`. Raises InputError for a value that exceeds the range of float16."""
     dense: Any = dequantize(array, np.float32)  # pyright: ignore[reportArgumentType]
     if isinstance(array, QTensor) and kind in gguf_blocks.FILE_TYPES:
         return gguf_blocks.encode(array, dense)
     if kind == Type.F16 and dense.size and np.abs(dense).max() > np.finfo(np.float16).max:
-        raise InputError(f"tensor {tensor} holds numbers beyond float16; export it as bfloat16 or float32")
+        raise InputError(f"tensor {tensor} holds values that exceed float16; export as bfloat16 or float32")
     return quants.quantize(dense, kind)
 
 
 def _add(writer: Any, key: str, value: Any) -> None:
-    """Add metadata in the type that readers expect: counts unsigned, other numbers float32."""
+    """Add metadata in the type that readers expect: int as uint32, float as float32."""
     if isinstance(value, list):
         writer.add_array(key, value)
     elif isinstance(value, bool):

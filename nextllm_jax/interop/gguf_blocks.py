@@ -1,7 +1,8 @@
-"""Blocks of GGUF files as quantized matrices, and back, bit for bit: Q8_0, Q4_0 and Q4_1.
+"""Converts GGUF blocks of type Q8_0, Q4_0 and Q4_1 to quantized matrices and back, bit for bit.
 
-A block is 32 consecutive columns of a row: a float16 scale, in Q4_1 a float16 minimum, then 32 bytes, or 16 bytes that
-hold column i in the low half of byte i and column 16 + i in the high half. 4-bit values count from 0 in files.
+A block stores 32 consecutive columns of a row: a float16 scale, for Q4_1 a float16 minimum, and the values. Q8_0 has 32
+bytes of values. Q4_0 and Q4_1 have 16: byte i holds column i in its low half and column 16 + i in its high half. 4-bit
+values are unsigned in files.
 """
 
 import gguf
@@ -18,18 +19,18 @@ FILE_TYPES = {
     Type.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
     Type.Q4_1: gguf.LlamaFileType.MOSTLY_Q4_1,
 }
-"""The types of blocks that can be kept, and what a file that is mostly of them calls itself."""
+"""Supported block types, and the file type of a file that mostly consists of them."""
 
 
 def type_of(matrix: QTensor) -> Type:
-    """The type of the blocks that a quantized matrix is written in."""
+    """The block type in which a quantized matrix is written."""
     if matrix.q.dtype == np.int8:
         return Type.Q8_0
     return Type.Q4_0 if matrix.minimum is None else Type.Q4_1
 
 
 def decode(data: np.ndarray, kind: Type) -> QTensor:
-    """The matrix [rows, columns] of rows of bytes in one of FILE_TYPES, with scales [rows, columns / 32]."""
+    """The matrix [rows, columns], with scales [rows, columns / 32], from rows of bytes in one of FILE_TYPES."""
     blocks = data.reshape(len(data), -1, gguf.GGML_QUANT_SIZES[kind][1])
     num_floats = 2 if kind == Type.Q4_1 else 1
     floats = np.ascontiguousarray(blocks[..., : 2 * num_floats]).view(np.float16)
@@ -43,10 +44,10 @@ def decode(data: np.ndarray, kind: Type) -> QTensor:
 
 
 def encode(matrix: QTensor, dense: np.ndarray) -> np.ndarray:
-    """The rows of bytes of a quantized matrix, in arrays [rows, columns] of numpy; `dense` is the matrix in float32.
+    """The rows of bytes for a quantized matrix of numpy arrays [rows, columns]; `dense` is the matrix in float32.
 
-    Its own values are kept, with scales rounded to float16, unless a block holds groups that differ: then `dense` is
-    quantized again.
+    The quantized values are kept, and scales are rounded to float16. If a block spans groups with different scales,
+    `dense` is quantized again instead.
     """
     kind, (rows, columns) = type_of(matrix), matrix.q.shape
     floats = [np.asarray(part) for part in (matrix.scale, matrix.minimum) if part is not None]
@@ -64,7 +65,7 @@ def encode(matrix: QTensor, dense: np.ndarray) -> np.ndarray:
 
 
 def _for_blocks(part: np.ndarray, columns: int) -> np.ndarray | None:
-    """The scale of each block [rows, columns / 32], of the scales of groups; None where a block has several."""
+    """The scale of each block, [rows, columns / 32], from the scales of groups; None if a block has several scales."""
     groups, blocks = part.shape[1], columns // COLUMNS
     if blocks % groups == 0:
         return np.repeat(part, blocks // groups, axis=1)

@@ -1,7 +1,7 @@
-"""The metadata of a GGUF file -> ModelConfig, and back.
+"""Converts the metadata of a GGUF file to a ModelConfig and back.
 
-Reading is strict: a key of the architecture that is not known is an error. Part of what an architecture is stands in
-no key but in llama.cpp's code; that part is in ARCHITECTURES and `_of_architecture`.
+Reading is strict: an unknown key of the architecture is an error. Some properties of an architecture are not stored in
+files but defined by llama.cpp's code; those are in ARCHITECTURES and `_of_architecture`.
 """
 
 import dataclasses
@@ -19,23 +19,23 @@ from nextllm_jax.ops import rope
 
 ROPE_FREQS, LONG_FACTORS, SHORT_FACTORS = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 ROPE_TENSORS = (ROPE_FREQS, LONG_FACTORS, SHORT_FACTORS)
-"""Tensors that belong to the config: divisors of the rotary frequencies."""
+"""Tensors that are part of the config: divisors of the rotary frequencies."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What is special about an architecture's files."""
+    """The properties of an architecture's files."""
 
     model_type: str
-    """Its name among Hugging Face's."""
+    """The corresponding Hugging Face model_type."""
     permuted: bool = False
-    """Whether the rows of q and k are in the order of RoPE with neighbouring dimensions."""
+    """Whether the rows of q and k are permuted for RoPE that rotates adjacent dimensions."""
     fused: bool = False
-    """Whether q, k and v are one tensor, and gate and up."""
+    """Whether q, k and v are one tensor, and gate and up are one."""
     norm_offset: float = 0.0
-    """What the file's norm scales have added to them."""
+    """Offset that the file adds to the norm scales."""
     keys: tuple[str, ...] = ()
-    """Keys that others lack."""
+    """Keys that not all architectures have."""
 
 
 _WINDOW, _FINAL_CAP, _SCALE = "attention.sliding_window", "final_logit_softcapping", "attention.scale"
@@ -78,14 +78,14 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "use_parallel_residual": (False,),
 }
 _LARGEST_GEMMAS = {"gemma2": 46, "gemma3": 62}
-"""Layers of the sizes whose attention scale is not 1 / sqrt(head_dim) but 1 / sqrt(embed_dim / heads)."""
+"""Number of layers of the model sizes whose attention scale is 1 / sqrt(embed_dim / heads), not 1 / sqrt(head_dim)."""
 
 
 def architecture_of(metadata: Mapping[str, Any], where: str) -> str:
-    """The file's architecture. Raises InputError for one that is not known."""
+    """The file's architecture. Raises InputError if it is not supported."""
     name = metadata.get("general.architecture")
     if name not in ARCHITECTURES:
-        raise InputError(f"{where}: general.architecture is {name!r}; there are {', '.join(ARCHITECTURES)}")
+        raise InputError(f"{where}: general.architecture is {name!r}; supported are {', '.join(ARCHITECTURES)}")
     return name
 
 
@@ -96,9 +96,9 @@ def read_gguf_config(
     vocab_size: int,
     where: str,
 ) -> ModelConfig:
-    """The ModelConfig of a file's metadata, its tensors' names and its ROPE_TENSORS (as far as there are any).
+    """The ModelConfig for a file's metadata, its tensors' names, and its ROPE_TENSORS, if any, as `factors`.
 
-    Raises InputError, naming the key, for anything that this model cannot honour.
+    Raises InputError, which names the key, for anything that is not supported.
     """
     name = architecture_of(metadata, where)
     values = {key.removeprefix(f"{name}."): value for key, value in metadata.items() if key.startswith(f"{name}.")}
@@ -108,7 +108,7 @@ def read_gguf_config(
     heads, embed = fields["num_heads"], fields["embed_dim"]
     head_dim = keys.size("attention.key_length") if "attention.key_length" in keys else embed // heads
     if keys.get("attention.value_length") not in (None, head_dim):
-        raise keys.refusal("attention.value_length", f"only that of the keys, {head_dim}, is supported")
+        raise keys.refusal("attention.value_length", f"it must equal the key length {head_dim}")
     fields |= {
         "vocab_size": vocab_size,
         "num_kv_heads": keys.size("attention.head_count_kv") if "attention.head_count_kv" in keys else heads,
@@ -124,7 +124,7 @@ def read_gguf_config(
 
 
 def _single(value: float) -> float:
-    """The shortest number that is this one in float32, such as 1e-5 for 9.99999974e-06."""
+    """The shortest decimal number with this value in float32, such as 1e-5 for 9.99999974e-06."""
     return float(str(np.float32(value)))
 
 
@@ -133,18 +133,18 @@ def _refuse_unknown(keys: Keys, architecture: Architecture) -> None:
         if key in _COMMON or key in architecture.keys:
             continue
         if key not in _FIXED:
-            raise keys.refusal(key, "what it means for this model is not known here")
+            raise keys.refusal(key, "this key is not supported")
         if keys.get(key) not in _FIXED[key]:
             raise keys.refusal(key, f"only {_FIXED[key][0]} is supported")
 
 
 def _of_architecture(keys: Keys, name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that make an architecture what it is."""
+    """The config fields that the architecture itself determines."""
     num_layers, embed = fields["num_layers"], fields["embed_dim"]
     if name == "qwen3":
         return {"qk_norm": True}
     if name == "olmo2":
-        # llama.cpp reads no file of this architecture without a head of its own.
+        # llama.cpp reads no file of this architecture without a separate head.
         return {"norm_placement": "post", "qk_norm": True, "qk_norm_over": "projection", "tie_embeddings": False}
     if name == "smollm3":
         return {
@@ -183,7 +183,7 @@ def _rope(keys: Keys, name: str, fields: Mapping[str, Any], factors: Mapping[str
     rotary = keys.size("rope.dimension_count") if "rope.dimension_count" in keys else head_dim
     if rotary != head_dim:
         if name != "phi3":
-            raise keys.refusal("rope.dimension_count", f"only the heads' {head_dim} is supported")
+            raise keys.refusal("rope.dimension_count", f"it must equal the head dimension {head_dim}")
         found["rotary_dim"] = rotary
     key = "rope.scaling.original_context_length"
     original = keys.size(key) if key in keys else None
@@ -205,7 +205,7 @@ def _rope(keys: Keys, name: str, fields: Mapping[str, Any], factors: Mapping[str
     if kind in (None, "none") or (kind == "longrope" and name == "phi3"):
         return found
     if kind not in ("linear", "yarn"):
-        raise keys.refusal("rope.scaling.type", "there are none, linear and yarn")
+        raise keys.refusal("rope.scaling.type", "only none, linear and yarn are supported")
     found |= {"rope_scaling": kind, "rope_scaling_factor": _single(keys.number("rope.scaling.factor"))}
     if kind == "yarn":
         found |= {
@@ -217,7 +217,7 @@ def _rope(keys: Keys, name: str, fields: Mapping[str, Any], factors: Mapping[str
 
 
 def _llama3(keys: Keys, theta: float, divisors: np.ndarray, original: int) -> dict[str, Any]:
-    """The scaling whose divisors a file holds in place of its parameters."""
+    """The parameters of llama3 scaling, recovered from the divisors in a file."""
     factor = float(divisors.max())
     plain = rope.frequencies(2 * len(divisors), theta)
     scaling = {"original_context_length": original, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -229,11 +229,11 @@ def _llama3(keys: Keys, theta: float, divisors: np.ndarray, original: int) -> di
 def write_gguf_config(
     config: ModelConfig, tensors: Collection[str], model_type: str | None
 ) -> tuple[str, dict[str, Any], dict[str, np.ndarray]]:
-    """(architecture, metadata, ROPE_TENSORS) of a model: those of `model_type`, or else the first that fit.
+    """(architecture, metadata, ROPE_TENSORS) for a model: those of `model_type`, or else the first that fit.
 
-    Raises InputError, naming the fields, where no architecture says the same model.
+    Raises InputError, which names the fields, if no architecture can represent the model.
     """
-    model_type = {"mistral": "llama"}.get(model_type or "", model_type)  # one architecture, as long as it has no window
+    model_type = {"mistral": "llama"}.get(model_type or "", model_type)  # the same architecture, without a window
     names = [
         name
         for name, architecture in ARCHITECTURES.items()
@@ -241,27 +241,27 @@ def write_gguf_config(
     ]
     if not names:
         raise InputError(
-            f"model_type is {model_type!r}; GGUF has {', '.join(a.model_type for a in ARCHITECTURES.values())}"
+            f"model_type is {model_type!r}; GGUF supports {', '.join(a.model_type for a in ARCHITECTURES.values())}"
         )
 
     def read(name: str) -> ModelConfig:
         found = read_gguf_config(_metadata(config, name), tensors, _factors(config, name), config.vocab_size, name)
         return dataclasses.replace(found, init_std=config.init_std)
 
-    name = first_that_fits(config, names, read, "GGUF cannot say this model", _same)
+    name = first_that_fits(config, names, read, "no GGUF architecture can represent this model", _same)
     return name, _metadata(config, name), _factors(config, name)
 
 
 def _is_unusual(config: ModelConfig, name: str) -> bool:
-    """Whether an architecture can say a model, but not all of its readers understand it so.
+    """Whether some readers of an architecture would not read this model correctly.
 
-    llama.cpp leaves phi3's window out; transformers knows biases of llama on all projections or on none.
+    llama.cpp ignores phi3's window. transformers supports llama's biases only on all projections or on none.
     """
     return name == "phi3" or (name == "llama" and config.attention_bias != config.attention_output_bias)
 
 
 def _same(left: Any, right: Any) -> bool:
-    """Equality of fields, in the precision of the file, which is float32."""
+    """Whether two values of a field are equal up to float32, the precision of the file."""
     if isinstance(left, float) and isinstance(right, float):
         return math.isclose(left, right, rel_tol=1e-6)
     if isinstance(left, tuple) and isinstance(right, tuple):
@@ -270,7 +270,7 @@ def _same(left: Any, right: Any) -> bool:
 
 
 def _metadata(config: ModelConfig, name: str) -> dict[str, Any]:
-    """The metadata that comes closest in an architecture. Counts are int, everything else float or str."""
+    """The metadata for a model in an architecture, as close as possible. Counts are int, other values float or str."""
     kinds, scaling = layer_kinds(config), config.rope_scaling
     values: dict[str, Any] = {key: getattr(config, ours) for key, ours in _SIZES.items()}
     values |= {

@@ -1,6 +1,6 @@
-"""Hugging Face directories: config.json, safetensors in one or many files, generation_config.json.
+"""Reads and writes Hugging Face directories: config.json, one or more safetensors files, generation_config.json.
 
-Nothing is ever unpickled: weights come from safetensors alone.
+Weights are only read from safetensors, so nothing is ever unpickled.
 """
 
 import dataclasses
@@ -27,21 +27,21 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-"""The types that weights can be exported in."""
+"""The types in which weights can be exported."""
 
 
 def _read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises InputError, naming it, if it cannot be read."""
+    """The content of a JSON file. Raises InputError, which names the file, if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error})") from error
     except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}); bring an intact copy") from error
+        raise InputError(f"{path} is not JSON ({error}); restore an intact copy") from error
 
 
 def read_config(directory: Path) -> tuple[ModelConfig, str]:
-    """The ModelConfig of a directory and its model_type. Raises InputError, naming the key, for what cannot be."""
+    """The ModelConfig of a directory and its model_type. Raises InputError, which names an unsupported key."""
     values = _read_json(directory / CONFIG)
     return read_model_config(values, str(directory / CONFIG)), values["model_type"]
 
@@ -51,8 +51,8 @@ def load_params(
 ) -> Any:
     """The weights of a directory as the tree that `abstract` describes, each leaf with its shape, type and sharding.
 
-    `observe` sees what is quantized. Raises InputError if the weights are not whole, not of this config, not finite, or
-    not safetensors.
+    `observe` is called for each quantized weight. Raises InputError if weights are missing, do not fit the config, are
+    not finite, or are not safetensors.
     """
     parts = parts_of(config, abstract, "huggingface", fused=FAMILIES[model_type].fused)
     source = SafetensorsSource(directory)
@@ -63,7 +63,7 @@ def load_params(
 
 
 def _require_tied(source: "SafetensorsSource") -> None:
-    """Raise InputError unless a head that stands beside a tied embedding is that embedding."""
+    """Raise InputError if lm_head.weight differs from the embedding although the two are tied."""
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     shape = source.shapes()[embedding]
     equal = shape == source.shapes()[head]
@@ -72,8 +72,8 @@ def _require_tied(source: "SafetensorsSource") -> None:
         equal = equal and np.array_equal(source.read(embedding, rows, columns), source.read(head, rows, columns))
     if not equal:
         raise InputError(
-            f"{source.where}: tie_word_embeddings is true but lm_head.weight is not the embedding; "
-            "set it to false in config.json if the head is its own"
+            f"{source.where}: tie_word_embeddings is true but lm_head.weight differs from the embedding; "
+            "set it to false in config.json if the model has a separate head"
         )
 
 
@@ -87,20 +87,20 @@ class SafetensorsSource:
         for path in _weight_files(directory):
             for name, shape, handle in _open(path):
                 if name in self._files:
-                    raise InputError(f"{directory}: tensor {name} is in two files; bring the files of one model")
+                    raise InputError(f"{directory}: tensor {name} is in two files; keep the files of only one model")
                 self._files[name], self._shapes[name] = handle, shape
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors that are there."""
+        """The shape of each tensor in the files."""
         return self._shapes
 
     def read(self, tensor: str, rows: slice, columns: slice) -> np.ndarray:
-        """Part of a tensor, in the type that the file has."""
+        """Part of a tensor, in the type of the file."""
         part = self._files[tensor].get_slice(tensor)
         return part[rows] if len(self._shapes[tensor]) == 1 else part[rows, columns]
 
     def read_quantized(self, tensor: str, rows: slice) -> None:
-        """None: all tensors are floating point numbers."""
+        """None, since safetensors files with quantized weights are not supported."""
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -109,30 +109,30 @@ def _weight_files(directory: Path) -> list[Path]:
         names = _read_json(index)
         names = names.get("weight_map") if isinstance(names, dict) else None
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            raise InputError(f"{index} has no weight_map of tensors to files; bring an intact copy")
+            raise InputError(f"{index} has no weight_map from tensors to files; restore an intact copy")
         files = sorted(set(names.values()))
         for name in files:
             if Path(name).name != name:
-                raise InputError(f"{index} names the file {name}; it must lie in the same directory")
+                raise InputError(f"{index} names the file {name}; it must be in the same directory")
             if not (directory / name).exists():
-                raise InputError(f"{index} names {name}, which is not there; bring all files of the model")
+                raise InputError(f"{index} names {name}, which is missing; add all files of the model")
         return [directory / name for name in files]
     if (directory / _SINGLE).exists():
         return [directory / _SINGLE]
     pickles = [path.name for pattern in _PICKLES for path in sorted(directory.glob(pattern))]
     if pickles:
         raise InputError(
-            f"{directory} has its weights in {pickles[0]}, a pickle, which could run any code and is never read; "
-            "bring safetensors"
+            f"{directory} has its weights in the pickle {pickles[0]}, which could run any code and is not read; "
+            "convert it to safetensors"
         )
-    raise InputError(f"{directory} has neither {_SINGLE} nor {_INDEX}; bring the weights as safetensors")
+    raise InputError(f"{directory} has neither {_SINGLE} nor {_INDEX}; add the weights as safetensors")
 
 
 def _open(path: Path) -> Iterator[tuple[str, tuple[int, ...], Any]]:
-    """(name, shape, open file) of each tensor. Its pages are read as they are needed, and not kept."""
+    """(name, shape, open file) of each tensor. Tensors are read on demand and not cached."""
     try:
         handle: Any = safe_open(path, "numpy", backend="pread")
-        for name in handle.keys():  # noqa: SIM118, it is no dict
+        for name in handle.keys():  # noqa: SIM118, it is not a dict
             view = handle.get_slice(name)
             if view.get_dtype() not in _DTYPES:
                 raise InputError(
@@ -140,7 +140,7 @@ def _open(path: Path) -> Iterator[tuple[str, tuple[int, ...], Any]]:
                 )
             yield name, tuple(view.get_shape()), handle
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is damaged or cut short ({error}); bring an intact copy") from error
+        raise InputError(f"{path} is damaged or truncated ({error}); restore an intact copy") from error
 
 
 def export(
@@ -154,11 +154,11 @@ def export(
     shard_bytes: int = 5_000_000_000,
     token_ids: dict[str, Any] | None = None,
 ) -> None:
-    """Write config.json, generation_config.json and safetensors of at most about `shard_bytes` each into a directory.
+    """Write config.json, generation_config.json and safetensors files of about `shard_bytes` each into a directory.
 
-    Of the embedding and the head the first `vocab_size` rows are written, the rest is padding. `dtype` is one of
-    DTYPES. `token_ids` (bos_token_id and so on) go into both configs. Raises InputError if no Hugging Face
-    family (or not `model_type`) can say this model.
+    Only the first `vocab_size` rows of the embedding and the head are written; further rows are padding. `dtype` is one
+    of DTYPES. `token_ids` (bos_token_id and so on) are added to both configs. Raises InputError if no Hugging Face
+    family (or not `model_type`) can represent this model.
     """
     values = write_model_config(dataclasses.replace(config, vocab_size=vocab_size), model_type=model_type)
     family = FAMILIES[values["model_type"]]
@@ -179,7 +179,7 @@ def _write_json(path: Path, values: Any) -> None:
 
 
 class _Shards:
-    """Tensors gathered into files of a size; their final names tell how many there are."""
+    """Collects tensors into files of about `shard_bytes`, renamed at the end, since names contain the file count."""
 
     def __init__(self, directory: Path, shard_bytes: int) -> None:
         self._directory, self._shard_bytes = directory, shard_bytes
@@ -197,9 +197,9 @@ class _Shards:
         part = self._directory / f"part-{len(self._written)}"
         try:
             save_file(self._pending, part, metadata={"format": "pt"})
-        except SafetensorError as error:  # on a full disk, for one
+        except SafetensorError as error:  # for example on a full disk
             raise OSError(str(error)) from error
-        part.chmod(0o644)  # the library lets the owner alone read it
+        part.chmod(0o644)  # the library makes it readable only for the owner
         self._written.append(list(self._pending))
         self._total_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0

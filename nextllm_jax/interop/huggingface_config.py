@@ -1,8 +1,8 @@
-"""config.json of a Hugging Face model -> ModelConfig, and back.
+"""Converts the config.json of a Hugging Face model to a ModelConfig and back.
 
-Reading is strict: a key either sets a field of ours, or must have the one value that we can honour, or is on the list
-of those that change no number; any other is an error that names it. Missing keys mean what transformers takes for
-them. Writing is checked by reading: a family fits a ModelConfig if its config.json says the same model.
+Reading is strict. A key sets a field of ModelConfig, or must have a supported value, or is known not to affect the
+logits; any other key is an error that names it. Missing keys have the defaults of transformers. Writing is verified by
+reading: a family fits a ModelConfig if reading its config.json gives the same model.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ from nextllm_jax.ops import rope
 def read_model_config(values: Any, where: str) -> ModelConfig:
     """The ModelConfig that the content of a config.json describes; `where` names the file in errors.
 
-    Raises InputError, naming the key, for anything that this model cannot honour.
+    Raises InputError, which names the key, for anything that is not supported.
     """
     model_type = values.get("model_type") if isinstance(values, dict) else None
     if model_type not in FAMILIES:
-        raise InputError(f"{where}: model_type is {model_type!r}; there are {', '.join(FAMILIES)}")
+        raise InputError(f"{where}: model_type is {model_type!r}; supported are {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
     keys = Keys(values, {**DEFAULTS, **family.defaults}, where)
     _refuse_unknown(values, family, keys)
@@ -58,7 +58,7 @@ def _refuse_unknown(values: dict[str, Any], family: Family, keys: Keys) -> None:
         if name in known or name in HARMLESS:
             continue
         if name not in FIXED:
-            raise keys.refusal(name, "what it means for this model is not known here")
+            raise keys.refusal(name, "this key is not supported")
         if value not in FIXED[name]:
             raise keys.refusal(name, f"only {FIXED[name][0]} is supported for this model_type")
 
@@ -68,15 +68,15 @@ def _activation(keys: Keys, model_type: str, family: Family) -> str:
     if model_type == "gemma" and keys.get("hidden_activation") is not None:
         name = "hidden_activation"
     value = keys.get(name)
-    if model_type == "gemma" and value == "gelu":  # as early releases had it, meaning the approximation
+    if model_type == "gemma" and value == "gelu":  # early releases meant the tanh approximation by it
         value = "gelu_pytorch_tanh"
     if value not in ACTIVATIONS:
-        raise keys.refusal(name, f"there are {', '.join(ACTIVATIONS)}")
+        raise keys.refusal(name, f"only {', '.join(ACTIVATIONS)} are supported")
     return ACTIVATIONS[value]
 
 
 def shortest_pattern(kinds: list[LayerKind]) -> tuple[LayerKind, ...]:
-    """The least number of leading layers that, repeated, give all of them."""
+    """The shortest prefix of the layers' kinds that gives all of them when it is repeated."""
     for size in range(1, len(kinds)):
         if all(kind == kinds[i % size] for i, kind in enumerate(kinds)):
             return tuple(kinds[:size])
@@ -84,7 +84,7 @@ def shortest_pattern(kinds: list[LayerKind]) -> tuple[LayerKind, ...]:
 
 
 def _layers(keys: Keys, model_type: str, num_layers: int) -> dict[str, Any]:
-    """layer_pattern and sliding_window."""
+    """The fields layer_pattern and sliding_window."""
     window = keys.get("sliding_window")
     if model_type in ("mistral", "phi3"):
         local = [window is not None] * num_layers
@@ -135,7 +135,7 @@ def _rope_layers(keys: Keys, num_layers: int) -> list[bool]:
 
 
 def _special(keys: Keys, model_type: str, embed_dim: int) -> dict[str, Any]:
-    """The fields that make a family what it is."""
+    """The fields that only some families set."""
     if model_type == "qwen2":
         return {"attention_bias": True, "attention_output_bias": False}
     if model_type == "qwen3":
@@ -167,13 +167,14 @@ def _special(keys: Keys, model_type: str, embed_dim: int) -> dict[str, Any]:
 
 
 def write_model_config(config: ModelConfig, *, model_type: str | None = None) -> dict[str, Any]:
-    """The config.json of a model, of the family that `model_type` names or else of the first that fits.
+    """The config.json for a model, of the family `model_type` or else of the first family that fits.
 
-    Raises InputError, naming the fields, where none says the same model.
+    Raises InputError, which names the fields, if no family can represent the model.
     """
     candidates = [model_type] if model_type else [*FAMILIES]
     read = lambda candidate: read_model_config(_values(config, candidate), "its config.json")  # noqa: E731
-    return _values(config, first_that_fits(config, candidates, read, "no Hugging Face model_type can say this model"))
+    failure = "no Hugging Face model_type can represent this model"
+    return _values(config, first_that_fits(config, candidates, read, failure))
 
 
 def first_that_fits(
@@ -183,9 +184,10 @@ def first_that_fits(
     failure: str,
     same: Callable[[Any, Any], bool] = operator.eq,
 ) -> str:
-    """The first candidate of which `read` gives the config of the same model, from what would be written for it.
+    """The first candidate for which `read` returns the config of the same model.
 
-    Raises InputError, beginning with `failure` and naming the fields that the nearest one cannot say, if none does.
+    `read` reads back what would be written for a candidate. If none fits, raises InputError that begins with `failure`
+    and names the fields in which the closest candidate differs.
     """
     differences: dict[str, list[str]] = {}
     wanted = canonical(config)
@@ -203,19 +205,20 @@ def first_that_fits(
         if not differences[candidate]:
             return candidate
     nearest = min(differences, key=lambda candidate: len(differences[candidate]))
-    raise InputError(f"{failure}; {nearest} comes closest but not with {', '.join(differences[nearest])}")
+    raise InputError(f"{failure}; the closest is {nearest}, which differs in {', '.join(differences[nearest])}")
 
 
 def layer_kinds(config: ModelConfig) -> list[LayerKind]:
-    """The kind of every layer."""
+    """The kind of each layer."""
     pattern = config.layer_pattern
     return [pattern[layer % len(pattern)] for layer in range(config.num_layers)]
 
 
 def canonical(config: ModelConfig) -> ModelConfig:
-    """The config with defaults in the fields that do not matter to it, and numbers in place of None where it can be.
+    """The config in a canonical form: two configs of the same model become equal.
 
-    Two that describe one model are equal; how it is computed (EXECUTION_FIELDS) does not count.
+    Fields that have no effect get their defaults, and so do EXECUTION_FIELDS. None is replaced by the value that it
+    stands for where that is a number.
     """
     kinds, plain = layer_kinds(config), ModelConfig()
     scale = config.attention_scale or 1 / math.sqrt(config.head_dim)
@@ -240,7 +243,7 @@ def canonical(config: ModelConfig) -> ModelConfig:
 
 
 def _values(config: ModelConfig, model_type: str) -> dict[str, Any]:
-    """The config.json that comes closest in a family."""
+    """The config.json for a model in a family, as close as possible."""
     if model_type not in FAMILIES:
         raise InputError(f"model_type is {model_type!r}; there are {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]

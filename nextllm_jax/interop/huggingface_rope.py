@@ -1,4 +1,4 @@
-"""The rotary part of a config.json, in its older form (rope_theta, rope_scaling) and its newer (rope_parameters)."""
+"""Reads and writes the RoPE settings of a config.json: the older rope_theta and rope_scaling, or rope_parameters."""
 
 import math
 from typing import Any
@@ -18,7 +18,7 @@ _FIELDS = {
     "short_factor": "rope_short_factors",
     "long_factor": "rope_long_factors",
 }
-# The keys of each kind of scaling, besides its name and the base.
+# The keys of each kind of scaling, in addition to its name and the base.
 _KEYS = {
     "default": (),
     "linear": ("factor",),
@@ -30,19 +30,19 @@ _GEMMA3 = "gemma3_text"
 
 
 def scaling_fields(kind: str) -> dict[str, str]:
-    """The field of ModelConfig for each key of a kind of scaling, `rope_scaling` of ModelConfig."""
+    """The ModelConfig field for each key of a kind of scaling, which is a value of `ModelConfig.rope_scaling`."""
     return {key: _FIELDS[key] for key in _KEYS.get(kind, ()) if key in _FIELDS}
 
 
 def read_rope(keys: Keys, model_type: str, head_dim: int, context_length: int) -> dict[str, Any]:
-    """The rotary fields of ModelConfig. Raises InputError for a kind or a key that is not supported."""
+    """The RoPE fields of ModelConfig. Raises InputError for an unsupported kind of scaling or key."""
     name = "rope_scaling" if keys.get("rope_scaling") else "rope_parameters"
     rope = keys.part(name)
     fields: dict[str, Any] = {}
     if model_type == _GEMMA3:
         layers = keys.part("rope_parameters")
         if "rope_type" in layers:
-            raise layers.refusal("rope_type", "this family has full_attention and sliding_attention below it")
+            raise layers.refusal("rope_type", "this model_type needs full_attention and sliding_attention instead")
         local = layers.part("sliding_attention")
         fields["rope_local_theta"] = local.optional("rope_theta") or keys.number("rope_local_base_freq")
         if _kind(local, model_type) != "default":
@@ -54,7 +54,7 @@ def read_rope(keys: Keys, model_type: str, head_dim: int, context_length: int) -
     if kind == "default":
         return fields
     if model_type == "phi3" and kind != "longrope":
-        raise rope.refusal("rope_type", "this family has default and longrope")
+        raise rope.refusal("rope_type", "only default and longrope are supported for this model_type")
     original = context_length
     if kind != "linear":
         source = keys if keys.get(_ORIGINAL) is not None else rope
@@ -76,18 +76,18 @@ def read_rope(keys: Keys, model_type: str, head_dim: int, context_length: int) -
 
 
 def _kind(rope: Keys, model_type: str) -> str:
-    """The kind of scaling, with all its keys known."""
+    """The kind of scaling. Raises InputError for an unsupported kind, or for an unsupported key of it."""
     name = "type" if "rope_type" not in rope and "type" in rope else "rope_type"
     kind = "default" if rope.get(name) is None else rope.get(name)
-    if model_type == "phi3" and kind in ("su", "yarn"):  # as early releases called it
+    if model_type == "phi3" and kind in ("su", "yarn"):  # the names of longrope in early releases
         kind = "longrope"
     if kind not in _KEYS:
-        raise rope.refusal(name, f"there are {', '.join(_KEYS)}")
+        raise rope.refusal(name, f"only {', '.join(_KEYS)} are supported")
     if kind == "yarn" and rope.get("truncate") not in (None, True):
         raise rope.refusal("truncate", "only true is supported")
     for key in rope.names():
         if key not in ("rope_type", "type", "rope_theta", "partial_rotary_factor", *_KEYS[kind]):
-            raise rope.refusal(key, f"what it means for {kind} is not known here")
+            raise rope.refusal(key, f"this key is not supported for {kind}")
     return kind
 
 
@@ -102,7 +102,7 @@ def _rotary_dim(keys: Keys, rope: Keys, model_type: str, head_dim: int) -> dict[
 
 
 def _attention_factor(rope: Keys, factor: float) -> float | None:
-    """That of yarn by the scales of DeepSeek, None where they are not there."""
+    """The attention factor of yarn from DeepSeek's mscale and mscale_all_dim; None if these are not set."""
     scales = rope.optional("mscale"), rope.optional("mscale_all_dim")
     if not all(scales) or factor <= 1:
         return None
@@ -111,7 +111,7 @@ def _attention_factor(rope: Keys, factor: float) -> float | None:
 
 
 def write_rope(config: ModelConfig, model_type: str) -> dict[str, Any]:
-    """The rotary keys of a config.json, in the older form, which every reader knows."""
+    """The RoPE keys of a config.json, in the older form, which every version of transformers reads."""
     values: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_scaling": _scaling(config, model_type)}
     if model_type == _GEMMA3 and config.rope_local_theta is not None:
         values["rope_local_base_freq"] = config.rope_local_theta
@@ -130,7 +130,7 @@ def _scaling(config: ModelConfig, model_type: str) -> dict[str, Any] | None:
     values: dict[str, Any] = {"rope_type": kind}
     values |= {key: list(x) if isinstance(x, tuple) else x for key, x in found.items() if x is not None}
     if model_type == "phi3":
-        # Older readers of this family take these three alone; the rest stands beside them.
+        # Older readers of this family accept only these three keys here; the others are top-level keys.
         values = {"type": kind, **{name: value for name, value in values.items() if name.endswith("_factor")}}
         if not math.isclose(config.rope_scaling_factor, config.context_length / config.rope_original_context_length):
             values["factor"] = config.rope_scaling_factor

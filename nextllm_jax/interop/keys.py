@@ -1,4 +1,4 @@
-"""Values of a foreign description of a model, read strictly."""
+"""Strict access to the values of an external model config."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ from nextllm_jax.errors import InputError
 
 
 class Keys:
-    """Named values, with defaults for what is missing; `where` names the file in errors.
+    """Named values, with defaults for missing ones; `where` names the file in errors.
 
-    Each reader raises InputError, naming the key, for a value of another kind.
+    Each method that returns a value raises InputError, which names the key, if it has the wrong type.
     """
 
     def __init__(self, values: dict[str, Any], defaults: dict[str, Any], where: str) -> None:
@@ -18,7 +18,7 @@ class Keys:
         return name in self._values
 
     def get(self, name: str) -> Any:
-        """The value, else the default, else None."""
+        """The value, or its default, or None."""
         return self._values.get(name, self._defaults.get(name))
 
     def number(self, name: str) -> float:
@@ -54,17 +54,17 @@ class Keys:
         return tuple(map(float, value))
 
     def part(self, name: str) -> "Keys":
-        """An object below, empty if it is missing or null."""
+        """The nested object `name`; empty if it is missing or null."""
         value = self.get(name)
         if value is not None and not isinstance(value, dict):
             raise self.refusal(name, "it must be an object")
         return Keys(value or {}, {}, f"{self.where}: {name}")
 
     def names(self) -> list[str]:
-        """The names of the values that are there."""
+        """The names of all values, without defaults."""
         return list(self._values)
 
     def refusal(self, name: str, reason: str) -> InputError:
-        """The error for a value that cannot be."""
+        """The InputError for a bad or unsupported value."""
         said = repr(self._values[name])[:100] if name in self._values else "missing"
         return InputError(f"{self.where}: {name} is {said}; {reason}")

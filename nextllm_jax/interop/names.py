@@ -1,8 +1,8 @@
-"""One table of tensor names: ours, Hugging Face's and GGUF's; import reads it one way, export the other.
+"""One table of tensor names (ours, Hugging Face's and GGUF's), used by both import and export.
 
-In files a matrix is [outputs, inputs] with heads flattened, in our tree [inputs, ..., outputs, ...]: transposing is
-all that happens to it, since RoPE is half-split on both sides. Layers of a period are stacked in our tree and
-apart in files. Some families fuse matrices that read the same input, one below the other.
+A matrix is [outputs, inputs] in files, with flattened heads, and [inputs, ..., outputs, ...] in our tree. Conversion
+only transposes and reshapes it, since RoPE rotates halves in both. Our tree stacks the layers of a period; files have
+separate tensors per layer. Some families fuse matrices with the same input by concatenating their rows.
 """
 
 import math
@@ -19,7 +19,7 @@ Format = Literal["huggingface", "gguf"]
 
 
 class Name(NamedTuple):
-    """One tensor under its three names; ours is the path in a layer (or in the whole tree)."""
+    """The three names of a tensor; ours is the path within a layer, or in the whole tree."""
 
     ours: str
     huggingface: str
@@ -50,7 +50,7 @@ LAYER = (
     Name("mlp/down/kernel", "mlp.down_proj.weight", "ffn_down.weight"),
     Name("mlp_post_norm/scale", "post_feedforward_layernorm.weight", "post_ffw_norm.weight"),
 )
-# Where there are norms on both sides, Hugging Face gives the name that is else the MLP norm's to another norm.
+# With norms before and after, Hugging Face uses the usual name of the MLP norm for another norm.
 SANDWICH_MLP_NORM = "pre_feedforward_layernorm.weight"
 FUSED = {
     "attention/q/kernel": Name("attention/qkv", "self_attn.qkv_proj.weight", "attn_qkv.weight"),
@@ -63,22 +63,22 @@ LAYER_PREFIX = {"huggingface": "model.layers.{}.", "gguf": "blk.{}."}
 
 
 class Part(NamedTuple):
-    """Rows of a tensor in a file that are one layer of a leaf in our tree."""
+    """Rows of a tensor in a file that correspond to one layer of a leaf in our tree."""
 
     leaf: str
     """Path of the leaf, such as layers/block_0/attention/q/kernel."""
     index: int | None
-    """Place in the leaf's stack; None where the leaf is no stack."""
+    """Index in the leaf's stack of layers; None if the leaf is not stacked."""
     shape: tuple[int, ...]
-    """Shape of the leaf, or of one place in its stack."""
+    """Shape of the leaf without the stack dimension."""
     tensor: str
     """Name in the file."""
     first_row: int = 0
-    """First row in the tensor; over 0 only where tensors are fused."""
+    """First row in the tensor; greater than 0 only in fused tensors."""
 
     kind: Kind = "matrix"
     inputs: int = 0
-    """Leading dimensions of `shape` that a matrix contracts; 0 for what is stored as it is."""
+    """Number of leading dimensions of `shape` that are a matrix's inputs; 0 if the leaf is not transposed."""
 
     @property
     def file_shape(self) -> tuple[int, ...]:
@@ -88,20 +88,20 @@ class Part(NamedTuple):
         return self.shape if self.kind == "embedding" else (math.prod(self.shape),)
 
     def to_file(self, array: np.ndarray) -> np.ndarray:
-        """One layer of the leaf, or of the scales of its groups, as the file has it."""
+        """One layer of the leaf, or of its quantization scales, in the layout of the file."""
         if self.inputs:
             return array.reshape(math.prod(array.shape[: self.inputs]), -1).T
         return array if self.kind == "embedding" else array.reshape(self.file_shape)
 
     def from_file(self, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """What `to_file` makes `rows` of, in our shape."""
+        """The inverse of `to_file`, with the given shape."""
         return (rows.T if self.inputs else rows).reshape(shape)
 
 
 def parts_of(config: ModelConfig, abstract: Any, file_format: Format, *, fused: bool = False) -> list[Part]:
-    """Every part of a parameter tree (of arrays or shapes), layer by layer, in the order of the table.
+    """The parts of a parameter tree of arrays or shapes, layer by layer, in the order of the table.
 
-    The tree may be stacked over the layers or come from `unstack_layers`.
+    The layers may be stacked, or unstacked as by `unstack_layers`.
     """
     leaves = by_name(abstract)
     stacked = any(leaf.startswith(f"{STACK}/") for leaf in leaves)
@@ -128,7 +128,7 @@ def parts_of(config: ModelConfig, abstract: Any, file_format: Format, *, fused: 
 
 
 def tensor_shapes(parts: list[Part]) -> dict[str, tuple[int, ...]]:
-    """The tensors of a file and their shapes, in order."""
+    """The shapes of a file's tensors, by name, in order."""
     shapes: dict[str, tuple[int, ...]] = {}
     for part in parts:
         rows, *columns = part.file_shape

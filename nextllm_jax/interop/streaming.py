@@ -1,7 +1,7 @@
-"""Tensors from files into a parameter tree, and back: one at a time, each straight to the devices that hold it.
+"""Streams tensors from files into a sharded parameter tree, and back, one at a time.
 
-Importing holds no whole model beside the one it makes: for each shard of each leaf it reads the rows and columns
-that the shard needs from every layer into one buffer, and hands that buffer to its device.
+Importing never needs a second copy of the model. For each shard of each leaf it reads the required rows and columns of
+every layer into one buffer, and transfers that buffer to its device.
 """
 
 import functools
@@ -21,51 +21,51 @@ from nextllm_jax.model.weights import by_name, with_names
 from nextllm_jax.ops.quantized import QTensor
 
 _BLOCK_NUMBERS = 4_000_000
-"""Numbers that are read at a time."""
+"""Number of values that are read at a time."""
 
 
 class Source(Protocol):
-    """A file, or several, of named tensors."""
+    """One or more files with named tensors."""
 
     where: str
-    """What to call it in errors."""
+    """Name of the source in errors."""
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The tensors that are there."""
+        """The shape of each tensor."""
         ...
 
     def read(self, tensor: str, rows: slice, columns: slice) -> np.ndarray:
-        """Part of a tensor (a vector has rows only) as floating point numbers."""
+        """Part of a tensor as floating-point values; `columns` is ignored for a vector."""
         ...
 
     def read_quantized(self, tensor: str, rows: slice) -> QTensor | None:
-        """Rows of a matrix, in numpy arrays, if the file has it as small integers with scales for groups of columns."""
+        """Rows of a quantized matrix, as numpy arrays; None if it is not quantized in a supported type."""
         ...
 
 
 def require_tensors(source: Source, parts: list[Part], *, ignore: Callable[[str], bool] = lambda _: False) -> None:
-    """Raise InputError, naming the first that is wrong, unless a source has the tensors of `parts` and no others."""
+    """Raise InputError, which names the first bad tensor, unless a source has exactly the tensors of `parts`."""
     found, wanted = source.shapes(), tensor_shapes(parts)
     missing = [name for name in wanted if name not in found]
     extra = [name for name in found if name not in wanted and not ignore(name)]
-    for names, what in ((missing, "lacks"), (extra, "has no place for")):
+    for names, what in ((missing, "lacks"), (extra, "does not have")):
         if names:
             others = f" and {len(names) - 1} more" if len(names) > 1 else ""
             subject = source.where if what == "lacks" else f"the model that {source.where} describes"
-            raise InputError(f"{subject} {what} the tensor {names[0]}{others}; bring the files of one whole model")
+            raise InputError(f"{subject} {what} the tensor {names[0]}{others}; use the files of one complete model")
     for name, shape in wanted.items():
         if found[name] != shape:
             raise InputError(
-                f"{source.where}: tensor {name} is {list(found[name])}, the config asks for {list(shape)}; "
-                "bring the config and the weights of one model"
+                f"{source.where}: tensor {name} has shape {list(found[name])}, but the config needs {list(shape)}; "
+                "use the config and the weights of one model"
             )
 
 
 def read_params(source: Source, parts: list[Part], abstract: Any, observe: Observer = ignore) -> Any:
-    """The parameter tree that `abstract` describes: its structure, with a shape, type and sharding at each leaf.
+    """The parameter tree with the structure of `abstract` and the shape, type and sharding of each of its leaves.
 
-    A QTensor in `abstract` asks for a quantized weight; values that the file has in that form already stay as they are.
-    `observe` sees each of them. Raises InputError for a tensor with numbers that are not finite.
+    A QTensor in `abstract` gives a quantized weight. If the file already stores it in that form, its values are kept.
+    `observe` is called for each quantized weight. Raises InputError for a tensor with values that are not finite.
     """
     parts_by_leaf: dict[str, list[Part]] = {}
     for part in parts:
@@ -82,7 +82,7 @@ def read_params(source: Source, parts: list[Part], abstract: Any, observe: Obser
 
 
 def _read_stack(source: Source, parts: list[Part], leaf: QTensor, observe: Observer) -> QTensor:
-    """A quantized weight, read and quantized one layer after another."""
+    """A quantized weight, read and quantized one layer at a time."""
     if parts[0].index is None:
         return _read_quantized(source, parts[0], leaf, observe)
     layer = jax.tree.map(_without_stack, leaf)
@@ -115,7 +115,7 @@ def _read_quantized(source: Source, part: Part, like: QTensor, observe: Observer
 
 
 def _in_our_layout(part: Part, found: QTensor, like: QTensor) -> QTensor | None:
-    """A quantized matrix of a file in the form of `like`, with the same values; None if that cannot hold them."""
+    """A quantized matrix of a file in the form of `like`, with the same values; None if that form cannot hold them."""
     groups = part.to_file(np.empty(like.scale.shape, bool)).shape[1]
     if like.q.dtype != found.q.dtype or groups % found.scale.shape[1]:
         return None
@@ -139,7 +139,7 @@ def _in_our_layout(part: Part, found: QTensor, like: QTensor) -> QTensor | None:
 
 
 def _read_leaf(source: Source, parts: list[Part], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """One leaf, its shards made one after another; devices that hold the same shard share a read."""
+    """One leaf, read one shard at a time; a shard that several devices hold is read once."""
     sharding: Any = leaf.sharding
     devices_by_spans: dict[tuple[tuple[int, int], ...], list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
@@ -163,7 +163,7 @@ def _read_shard(source: Source, parts: list[Part], spans: tuple[slice, ...], dty
 
 
 def _aligned_empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
-    """An array that jax takes as it is on a CPU: one that starts elsewhere than at a multiple of 64 it would copy."""
+    """An array that jax uses on a CPU without a copy, since it is aligned to 64 bytes."""
     size = math.prod(shape) * dtype.itemsize
     buffer = np.empty(size + 64, np.uint8)
     start = -buffer.ctypes.data % 64
@@ -171,7 +171,7 @@ def _aligned_empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
 
 
 def _fill(layer: np.ndarray, source: Source, part: Part, spans: tuple[slice, ...]) -> None:
-    """Read the spans of one layer of a leaf into `layer`, which is in our layout, a few rows of the file at a time."""
+    """Read the spans of one layer of a leaf into `layer`, in our layout, a few rows of the file at a time."""
     inputs, dtype = part.inputs, layer.dtype
     # As plain integers, which numpy transposes several times faster than bfloat16.
     layer = layer.view(f"u{dtype.itemsize}")
@@ -188,31 +188,31 @@ def _fill(layer: np.ndarray, source: Source, part: Part, spans: tuple[slice, ...
         block = source.read(part.tensor, slice(part.first_row + start, part.first_row + stop), columns)
         if not np.isfinite(block).all():
             raise InputError(
-                f"{source.where}: tensor {part.tensor} holds numbers that are not finite; bring intact weights"
+                f"{source.where}: tensor {part.tensor} holds values that are not finite; restore intact weights"
             )
         target[start - rows.start : stop - rows.start] = block.astype(dtype, copy=False).view(layer.dtype)
 
 
 def _flat(spans: tuple[slice, ...], shape: tuple[int, ...]) -> slice:
-    """The span of several dimensions flattened into one, of which the first alone may be divided."""
+    """The span of several dimensions when they are flattened into one. Only the first may be sharded."""
     inner = 1
     for span, size in zip(spans[1:], shape[1:], strict=True):
         if (span.start, span.stop) != (0, size):
-            raise ValueError(f"dimensions {shape} are divided at {spans}; only the first may be")
+            raise ValueError(f"dimensions {shape} are sharded as {spans}; only the first may be")
         inner *= size
     return slice(spans[0].start * inner, spans[0].stop * inner)
 
 
 def tensors_of(parts: list[Part], params: Any, *, rows: int) -> Iterator[tuple[str, Any]]:
-    """(name, array) of every tensor of a file, one at a time; embedding and head have the first `rows` rows alone.
+    """(name, array) of every tensor of a file, one at a time; only the first `rows` rows of embedding and head.
 
-    A quantized one is a QTensor of arrays in the layout of the file.
+    A quantized tensor is a QTensor of arrays in the layout of the file.
     """
     leaves = by_name(params)
     pending: list[Any] = []
-    for place, part in enumerate(parts):
+    for i, part in enumerate(parts):
         pending.append(jax.tree.map(functools.partial(_rows_of, part, rows), leaves[part.leaf]))
-        if place + 1 == len(parts) or parts[place + 1].tensor != part.tensor:
+        if i + 1 == len(parts) or parts[i + 1].tensor != part.tensor:
             yield part.tensor, jax.tree.map(lambda *arrays: np.concatenate(arrays), *pending)
             pending = []
 

@@ -17,7 +17,7 @@ from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config, DataConfig, ModelConfig
 from nextllm_jax.config.quantization import Quantization
-from nextllm_jax.errors import InputError, RunFailed, failed_place
+from nextllm_jax.errors import InputError, RunFailed, failed_path
 from nextllm_jax.model.calibration import calibrate, calibration_windows
 from nextllm_jax.model.quantize import Observer, abstract_quantized, ignore, is_quantized
 from nextllm_jax.model.transformer import abstract_params
@@ -220,7 +220,7 @@ def _appearing(output: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 _remove(partial)
     except OSError as error:
-        place = failed_place(error, output)
+        place = failed_path(error, output)
         raise RunFailed(
             f"{output} cannot be written ({place}: {error.strerror or error}); make room, make {place} a "
             "writable directory, or choose another --output"

@@ -1,4 +1,4 @@
-"""A directory on disk, or one that is mounted from a network."""
+"""File operations in a directory on a local or mounted disk."""
 
 import contextlib
 import errno
@@ -16,10 +16,10 @@ _NEW = ".new"
 
 
 class Disk:
-    """The files in a directory: all that a run asks of the storage that it is in.
+    """The files in a directory, with all operations that a run needs from its storage.
 
-    A name is a path relative to the directory, with "/" as separator. Failures raise OSError. The public methods are
-    those that a bucket can have too; only `lock` creates the directory.
+    A name is a path relative to the directory, with "/" as separator. Failures raise OSError. A storage bucket could
+    implement the same public methods. Only `lock` creates the directory.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -28,7 +28,7 @@ class Disk:
         self._directory = Path(directory)
 
     def names(self, directory: str = "") -> list[str]:
-        """What a directory holds, without unfinished writes; nothing if it is missing."""
+        """The names in a directory, without unfinished writes; empty if it is missing."""
         try:
             names = os.listdir(self._directory / directory)
         except (FileNotFoundError, NotADirectoryError):
@@ -47,7 +47,7 @@ class Disk:
             return b""
 
     def write(self, name: str, content: bytes) -> None:
-        """Replace a file, whole or not at all."""
+        """Replace a file atomically."""
         path = self._target(name)
         new = path.with_name(f".{path.name}{_NEW}")
         try:
@@ -59,7 +59,7 @@ class Disk:
             raise
 
     def append(self, name: str, content: bytes) -> None:
-        """Extend a file by all of `content` or not at all."""
+        """Append to a file. If that fails, nothing is appended."""
         path = self._target(name)
         size = os.path.getsize(path) if path.exists() else 0
         try:
@@ -76,7 +76,7 @@ class Disk:
 
     def _target(self, name: str) -> Path:
         path = self._directory / name
-        if "/" in name:  # the directory itself is not created again: if it vanished, the write must fail
+        if "/" in name:  # the run directory itself is not created: if it vanished, the write must fail
             path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -93,7 +93,10 @@ class Disk:
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """Hold a lock until the context ends or the process dies. Raises InputError, naming the process that has it."""
+        """Hold a lock until the context ends or the process dies.
+
+        Raises InputError, which names the other process, if another process holds it.
+        """
         self._directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self._directory / name, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -104,12 +107,12 @@ class Disk:
             os.pwrite(descriptor, json.dumps(holder).encode(), 0)
             yield
         finally:
-            with contextlib.suppress(OSError):  # closing is not enough: a forked child may have the descriptor open
+            with contextlib.suppress(OSError):  # closing is not enough, since a forked child may hold the descriptor
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
     def require_unlocked(self, name: str) -> None:
-        """Raise InputError, naming the process, if one holds a lock now."""
+        """Raise InputError, which names the process, if a process currently holds a lock."""
         with contextlib.suppress(OSError), open(self._directory / name, "rb") as file:
             if not lock_file(file.fileno(), shared=True):
                 raise self._in_use(file.fileno())
@@ -120,13 +123,13 @@ class Disk:
             who = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
         except (ValueError, KeyError):
             who = "another process"
-        return InputError(f"{self._directory} is in use by {who}; stop that, or choose another --workdir")
+        return InputError(f"{self._directory} is in use by {who}; stop that process, or choose another --workdir")
 
 
 def lock_file(descriptor: int, *, shared: bool = False, wait: bool = False) -> bool:
     """Lock an open file or directory until it is closed. Returns False if another process holds the lock.
 
-    With `wait`, waits for it instead. On a file system without locks nothing is locked, and this returns True.
+    With `wait`, waits for the lock instead. On a file system without locks, nothing is locked and this returns True.
     """
     operation = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
     try:

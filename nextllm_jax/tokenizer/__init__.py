@@ -1,1 +1,1 @@
-"""Tokenizers: our own, OpenAI's, Hugging Face's and those of GGUF files; and chat templates."""
+"""Tokenizers (trained here, OpenAI's, Hugging Face's and those in GGUF files) and chat templates."""

@@ -1,6 +1,6 @@
-"""Text to ids in two ways: tiktoken for byte-level BPE, Hugging Face `tokenizers` for what that cannot do exactly.
+"""The two tokenizer backends: tiktoken for byte-level BPE, and Hugging Face `tokenizers` for all other vocabularies.
 
-Both find tokens that text spells out (`<|im_end|>`) only as far as they are asked to, see `Recognize`.
+`Recognize` says whether a token such as `<|im_end|>` is recognized if the text contains its spelling.
 """
 
 import base64
@@ -18,17 +18,17 @@ import tiktoken
 from nextllm_jax.errors import InputError
 
 Recognize = Literal["all", "added", "none"]
-"""Which tokens are found in a text by their spelling: all; the added tokens that are not special; none."""
+"""Which tokens are recognized by their spelling in a text: all; added tokens that are not special; none."""
 
 _LONGEST_BLANK = 100_000
 _CONTINUATION_BYTES = range(0x80, 0xC0)
 
 
 class ByteBPE:
-    """Byte-level BPE through tiktoken: ranks (which are the ids), and the pattern that cuts text before merging.
+    """Byte-level BPE by tiktoken, from ranks (which are the ids) and the pattern that splits text before merging.
 
-    Bytes that the ranks lack are left out of a text, after it was cut. `nfc` composes the text's characters first,
-    for which it needs the `tokenizers` package. Raises InputError for ids that repeat, or without that package.
+    Bytes that the ranks lack are dropped after the text is split. With `nfc` the text is first normalized to NFC, which
+    needs the `tokenizers` package. Raises InputError for repeated ids, or if that package is missing.
     """
 
     def __init__(
@@ -44,13 +44,15 @@ class ByteBPE:
         self.special_tokens, self.added_tokens = dict(special_tokens), dict(added_tokens or {})
         self.tokens = {**self.added_tokens, **self.special_tokens}
         if len({*ranks.values(), *self.tokens.values()}) != len(ranks) + len(self.tokens):
-            raise InputError("the tokenizer gives one id to two tokens; bring ranks without repeated ids")
+            raise InputError("the tokenizer gives the same id to two tokens; use ranks without repeated ids")
         self.bytes_of = {rank: token for token, rank in ranks.items()}
         self.bytes_of |= {rank: token.encode() for token, rank in self.tokens.items()}
-        # tiktoken panics on a byte without a rank, so the missing ones get ranks that no text reaches.
+        # tiktoken panics on a byte without a rank, so missing bytes get ranks; they are removed before encoding.
         missing = missing_bytes(ranks)
         if lost := [byte for byte in missing if byte[0] in _CONTINUATION_BYTES]:
-            raise InputError(f"the ranks lack the byte 0x{lost[0][0]:02X}, without which most text cannot be spelled")
+            raise InputError(
+                f"the ranks lack the byte 0x{lost[0][0]:02X}, which most non-ASCII text needs; use complete ranks"
+            )
         self._missing = b"".join(missing)
         spare = itertools.count(max(self.bytes_of) + 1)
         self._encoding = tiktoken.Encoding(
@@ -59,13 +61,13 @@ class ByteBPE:
             mergeable_ranks=ranks | dict(zip(missing, spare, strict=False)),
             special_tokens=self.tokens,
         )
-        # Python's own Unicode tables are older or newer than those that the models' ids were made with.
+        # Not Python's unicodedata: its Unicode version may differ from the one that the models were trained with.
         self._compose = import_tokenizers().normalizers.NFC().normalize_str if nfc else None
         self._added = match_any(self.added_tokens)
         self._all = match_any(self.tokens)
 
     def encode(self, text: str, recognize: Recognize) -> list[int]:
-        """Ids of a text without surrogates."""
+        """The ids of a text, which must not contain surrogates."""
         pattern = {"all": self._all, "added": self._added, "none": None}[recognize]
         if pattern is None:
             return self._encode_plain(text)
@@ -73,7 +75,7 @@ class ByteBPE:
         return [id for part in parts for id in ([part] if isinstance(part, int) else self._encode_plain(part))]
 
     def split(self, text: str) -> Iterator[str | int]:
-        """The text cut at the tokens that it spells out: these as ids, what is between as text."""
+        """The text split at the tokens that it contains: tokens as ids, the rest as text."""
         return split_at(self._all, self.tokens, text)
 
     @functools.cached_property
@@ -88,24 +90,24 @@ class ByteBPE:
             return self._encode_without_missing(text)
         if len(text) <= _LONGEST_BLANK:
             return self._encoding.encode_ordinary(text)
-        return [token for piece in _cut_blanks(text) for token in self._encoding.encode_ordinary(piece)]
+        return [token for piece in _split_blanks(text) for token in self._encoding.encode_ordinary(piece)]
 
     def _encode_without_missing(self, text: str) -> list[int]:
-        """Ids of a text with characters that the ranks cannot spell: cut first, since the cut sees whole characters."""
+        """The ids of a text with bytes that the ranks lack. Splits first, since the pattern needs whole characters."""
         import regex  # comes with tiktoken
 
         ids: list[int] = []
         for found in regex.finditer(self.pattern, text):
             if piece := found[0].encode().translate(None, self._missing):
-                # A piece must not be cut again, for which the package has no public function.
+                # A piece must not be split again; tiktoken has no public function for that.
                 ids += self._encoding._encode_single_piece(piece)
         return ids
 
 
 class HuggingFaceBPE:
-    """The tokenizer of a `tokenizer.json`, run by the `tokenizers` package, which must be installed.
+    """The tokenizer of a `tokenizer.json`, run by the `tokenizers` package.
 
-    Raises InputError if it is not, or if the JSON is not a tokenizer whose tokens spell bytes.
+    Raises InputError if the package is missing, or if the JSON is not a byte-level or SentencePiece tokenizer.
     """
 
     def __init__(self, description: str) -> None:
@@ -125,18 +127,18 @@ class HuggingFaceBPE:
         self._all = match_any(self.tokens, {token.content: token for token in added.values()})
 
     def encode(self, text: str, recognize: Recognize) -> list[int]:
-        """Ids of a text without surrogates."""
+        """The ids of a text, which must not contain surrogates."""
         if recognize == "none":
             return self._recognize_none.encode(text, add_special_tokens=False).ids
         encoder = self._recognize_all if recognize == "all" else self._recognize_added
         return encoder.encode(text, add_special_tokens=False).ids
 
     def split(self, text: str) -> Iterator[str | int]:
-        """The text cut at the tokens that it spells out: these as ids, what is between as text."""
+        """The text split at the tokens that it contains: tokens as ids, the rest as text."""
         return split_at(self._all, self.tokens, text)
 
     def puts_first(self) -> int | None:
-        """The id that the description's post-processor puts before a text, None if it puts none."""
+        """The id that the post-processor of the tokenizer.json puts before a text; None if it puts none."""
         plain, whole = (self._recognize_all.encode("a", add_special_tokens=ends).ids for ends in (False, True))
         return whole[0] if whole[:1] != plain[:1] else None
 
@@ -160,21 +162,22 @@ def import_tokenizers() -> Any:
 
 
 def from_json(description: str) -> Any:
-    """A `tokenizers.Tokenizer` that neither cuts nor pads. Raises InputError without the package, or for other JSON."""
+    """A `tokenizers.Tokenizer` without truncation and padding.
+
+    Raises InputError if the package is missing, or if the JSON is not a tokenizer.
+    """
     tokenizers = import_tokenizers()
     try:
         tokenizer = tokenizers.Tokenizer.from_str(description)
     except Exception as error:  # the package raises plain Exception
-        raise InputError(
-            f"tokenizer.json is not a tokenizer that can be read ({error}); bring an intact one"
-        ) from error
+        raise InputError(f"tokenizer.json cannot be read as a tokenizer ({error}); restore an intact copy") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 def match_any(tokens: Collection[str], flags: dict[str, Any] | None = None) -> re.Pattern[str] | None:
-    """A pattern for the first, longest of the tokens, with the blanks that they swallow; None if there are none."""
+    """A pattern for any of the tokens, longest first, including the whitespace that they strip; None without tokens."""
     if not tokens:
         return None
     parts = []
@@ -186,7 +189,7 @@ def match_any(tokens: Collection[str], flags: dict[str, Any] | None = None) -> r
 
 
 def split_at(pattern: re.Pattern[str] | None, tokens: dict[str, int], text: str) -> Iterator[str | int]:
-    """The text cut at matches of `match_any(tokens)`: ids for them, text for what is between; no empty text."""
+    """The text split at matches of `match_any(tokens)`: ids for the matches, and the text between, if not empty."""
     start = 0
     for found in pattern.finditer(text) if pattern else ():
         if found.start() > start:
@@ -199,9 +202,9 @@ def split_at(pattern: re.Pattern[str] | None, tokens: dict[str, int], text: str)
 
 @functools.cache
 def byte_letters() -> dict[str, int]:
-    """The letters that stand for the bytes in a byte-level vocabulary, as GPT-2 drew them up.
+    """The letter of each byte in a byte-level vocabulary, as defined by GPT-2.
 
-    Printable Latin-1 stands for itself; the other bytes, in order, for U+0100, U+0101, ...
+    Printable Latin-1 characters represent themselves. U+0100, U+0101, ... represent the other bytes, in order.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -214,13 +217,13 @@ def _letter_of_byte() -> list[str]:
 
 
 def bytes_to_letters(token: bytes) -> str:
-    """The spelling of some bytes in a byte-level vocabulary."""
+    """The spelling of a token's bytes in a byte-level vocabulary."""
     letters = _letter_of_byte()
     return "".join([letters[byte] for byte in token])
 
 
 def letters_to_bytes(piece: str) -> bytes:
-    """The bytes of a piece of a byte-level vocabulary; of letters outside of it, their UTF-8."""
+    """The bytes of a piece of a byte-level vocabulary; its UTF-8 if it has other letters than `byte_letters`."""
     letters = byte_letters()
     if all(letter in letters for letter in piece):
         return bytes(letters[letter] for letter in piece)
@@ -234,7 +237,7 @@ def _sentencepiece_to_bytes(piece: str) -> bytes:
 
 
 def _piece_decoder(decoder: dict[str, Any] | None) -> Any:
-    """The function from a vocabulary's piece to its bytes, for the decoder of a tokenizer.json."""
+    """The function that maps a piece of the vocabulary to its bytes, for the decoder of a tokenizer.json."""
     kinds = {decoder["type"]} if decoder else set()
     if decoder and decoder["type"] == "Sequence":
         kinds = {part["type"] for part in decoder["decoders"]}
@@ -243,8 +246,8 @@ def _piece_decoder(decoder: dict[str, Any] | None) -> Any:
     if kinds and kinds <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
         return _sentencepiece_to_bytes
     raise InputError(
-        f"tokenizer.json decodes with {', '.join(sorted(kinds)) or 'nothing'}; byte-level BPE and SentencePiece "
-        "vocabularies can be used"
+        f"tokenizer.json has the decoder {', '.join(sorted(kinds)) or 'none'}, which is not supported; use a "
+        "byte-level BPE or SentencePiece tokenizer"
     )
 
 
@@ -263,27 +266,27 @@ def parse_ranks(text: bytes, where: str) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
-            raise InputError(f"{where} line {number} is not 'base64-token rank'; bring a .tiktoken file") from error
+            raise InputError(f"{where} line {number} is not 'base64-token rank'; give a .tiktoken file") from error
     if not ranks:
-        raise InputError(f"{where} holds no ranks; bring a .tiktoken file")
+        raise InputError(f"{where} holds no ranks; give a .tiktoken file")
     if min(ranks.values()) < 0 or max(ranks.values()) >= 2**31:
-        raise InputError(f"{where} has a rank outside 0 to 2^31; bring a .tiktoken file")
+        raise InputError(f"{where} has a rank outside 0 to 2^31; give a .tiktoken file")
     return ranks
 
 
 def format_ranks(ranks: dict[bytes, int]) -> bytes:
-    """The ranks in tiktoken's text format, in their order."""
+    """The ranks in tiktoken's text format, sorted."""
     ordered = sorted(ranks.items(), key=lambda item: item[1])
     return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ordered)
 
 
 def sha256(content: bytes) -> str:
-    """The hex digest of some bytes."""
+    """The sha256 of some bytes, in hex."""
     return hashlib.sha256(content).hexdigest()
 
 
-def _cut_blanks(text: str) -> list[str]:
-    """The text in pieces without long runs of blanks, on which tiktoken's pattern engine overflows its stack."""
+def _split_blanks(text: str) -> list[str]:
+    """The text split within long runs of whitespace, on which tiktoken's pattern engine would overflow its stack."""
     cuts = [0]
     for run in re.finditer(r"\s+", text):
         cuts.extend(range(run.start() + _LONGEST_BLANK, run.end(), _LONGEST_BLANK))

@@ -1,7 +1,7 @@
-"""Chat templates: messages to text in a sandbox, to ids, and which ids are the assistant's.
+"""Chat templates: format messages as text, encode them, and mask the assistant's tokens.
 
-A template is a program of the model's makers, and a message may come from anyone. So the template runs where it can
-reach nothing of Python's, and a control token that a message spells out stays ordinary text.
+Neither templates nor messages are trusted. A template runs in a sandbox without access to Python objects, and a control
+token in the text of a message is encoded as ordinary text.
 """
 
 import datetime
@@ -15,24 +15,24 @@ from nextllm_jax.tokenizer.backends import match_any
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 Message = dict[str, Any]
-"""{"role": "system" | "user" | "assistant" | ..., "content": text}, and what else a template knows."""
+"""{"role": "system" | "user" | "assistant" | ..., "content": text}, and other keys that the template supports."""
 
 
 class _Marks(NamedTuple):
-    """Characters of a private area that neither messages nor template use."""
+    """Private-use characters that occur neither in the messages nor in the template."""
 
     ordinary: str
-    """Stands inside a control token that a message spells out."""
+    """Inserted into a control token in a message, so that it is encoded as ordinary text."""
     begin: str
-    """Begins what the template says the assistant generates."""
+    """Marks the start of a generation block."""
     end: str
-    """Ends it."""
+    """Marks the end of a generation block."""
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, or the Jinja `source` instead of it.
+    """A tokenizer's chat template, or the Jinja template `source` instead of it.
 
-    Raises InputError if there is none, if it is no Jinja, or without the jinja2 package.
+    Raises InputError if there is no template, if it is not valid Jinja, or if the jinja2 package is missing.
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str | None = None) -> None:
@@ -45,27 +45,27 @@ class ChatTemplate:
         self._source = source
         self._environment = _environment()
         self._template = self._guard(lambda: self._environment.from_string(source))
-        # Tokens that are not special may be control tokens all the same: the template writes them.
+        # Added tokens that the template uses are control tokens too, even if they are not special.
         added = [token for token in tokenizer.backend.added_tokens if token.strip() and token in source]
         self._special = _spelled(tokenizer.special_tokens)
         self._control = _spelled([*tokenizer.special_tokens, *added])
 
     def text(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """What the model reads; with the opening of the assistant's turn if asked. Raises InputError."""
+        """The text of the messages, optionally with the start of the assistant's turn. Raises InputError."""
         marks = self._unused(messages)
         return _without(self._render(messages, marks, add_generation_prompt), marks)
 
     def encode(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
-        """Ids of the text, where only the template's own control tokens are control tokens. Raises InputError."""
+        """The ids of the text, in which only the template's control tokens count as such. Raises InputError."""
         marks = self._unused(messages)
         rendered = self._render(messages, marks, add_generation_prompt)
         return self._ids(rendered.replace(marks.begin, "").replace(marks.end, ""), marks)
 
     def encode_with_mask(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """Ids of a whole conversation, and which of them the assistant is to generate, its end token included.
+        """The ids of a whole conversation, and a mask of the assistant's tokens, including its end token.
 
-        They are what stands in the template's generation blocks or, if it has none, what follows the opening of each
-        turn of the assistant. Raises InputError if neither tells.
+        The mask covers the template's generation blocks or, if it has none, what follows the start of each turn of the
+        assistant. Raises InputError if the turns cannot be located.
         """
         marks = self._unused(messages)
         rendered = self._render(messages, marks, False)
@@ -78,14 +78,14 @@ class ChatTemplate:
         ids = self._ids(text, marks)
         mask = [False] * len(ids)
         for start, stop in spans:
-            first, last = (_common(self._ids(text[:place], marks), ids) for place in (start, stop))
+            first, last = (_common(self._ids(text[:offset], marks), ids) for offset in (start, stop))
             while ends and last > first and ids[last - 1] not in ends and set(ids[first:last]) & set(ends):
-                last -= 1  # what the template writes behind the end token is not generated
+                last -= 1  # the model does not generate what the template writes after the end token
             mask[first:last] = [True] * (last - first)
         return ids, mask
 
     def _turns(self, messages: Sequence[Message], text: str, marks: _Marks) -> list[tuple[int, int]]:
-        """Where each message of the assistant stands in the text, by rendering what comes before it and with it."""
+        """(start, stop) of each assistant message in the text, found by rendering the messages up to it."""
         spans = []
         for i, message in enumerate(messages):
             if message.get("role") != "assistant":
@@ -94,14 +94,14 @@ class ChatTemplate:
             after = self._render(messages[: i + 1], marks, False)
             if not (after.startswith(before) and text.startswith(after)):
                 raise InputError(
-                    "the chat template writes earlier messages in another way once others follow, so the assistant's "
-                    "tokens cannot be told; put {% generation %} blocks into it"
+                    "the chat template formats earlier messages differently when others follow, so the assistant's "
+                    "tokens cannot be located; add {% generation %} blocks to it"
                 )
             spans.append((len(before), len(after)))
         return spans
 
     def _render(self, messages: Sequence[Message], marks: _Marks, add_generation_prompt: bool) -> str:
-        """The template's text, with `marks.ordinary` in the control tokens that messages spell out."""
+        """The rendered text, with `marks.ordinary` inserted into control tokens of the messages."""
         self._environment.globals["_generation_marks"] = (marks.begin, marks.end)
         marked = [self._mark(message, marks.ordinary) for message in messages]
         names = self._tokenizer.roles.names
@@ -112,7 +112,7 @@ class ChatTemplate:
         )
 
     def _mark(self, message: Message, mark: str) -> Message:
-        # What the assistant says is the model's own, but for the tokens that nothing should say.
+        # The assistant may write added tokens such as those of tool calls, but no special tokens.
         pattern = self._special if message.get("role") == "assistant" else self._control
 
         def marked(value: Any) -> Any:
@@ -135,7 +135,7 @@ class ChatTemplate:
                 continue
             new = self._tokenizer.encode(part.replace(marks.ordinary, ""), recognize="none")
             if control & set(new):
-                raise InputError("a message spells out a control token that cannot be told from text; take it out")
+                raise InputError("a message contains a control token that cannot be encoded as text; remove it")
             ids += new
         return ids
 
@@ -145,13 +145,13 @@ class ChatTemplate:
         return _Marks(next(free), next(free), next(free))
 
     def _guard(self, call: Any) -> Any:
-        """The result of a call into Jinja, whose failures become one sentence."""
+        """The result of a call into Jinja. Any exception becomes an InputError."""
         import jinja2
 
         try:
             return call()
         except jinja2.exceptions.SecurityError as error:
-            raise InputError(f"the chat template reaches for what it may not ({error}); use another one") from error
+            raise InputError(f"the chat template accesses a forbidden attribute ({error}); use another one") from error
         except _Refused as error:
             raise InputError(f"the chat template refuses these messages: {error}") from error
         except Exception as error:  # a template can raise anything
@@ -159,7 +159,7 @@ class ChatTemplate:
 
 
 class _Refused(Exception):
-    """A template's own complaint."""
+    """Raised by a template's call of `raise_exception`."""
 
 
 def _refuse(message: str) -> None:
@@ -167,10 +167,10 @@ def _refuse(message: str) -> None:
 
 
 def _environment() -> Any:
-    """A sandboxed Jinja environment with what templates on the Hugging Face Hub expect.
+    """A sandboxed Jinja environment with the features that templates on the Hugging Face Hub expect.
 
-    That is blocks without their line breaks, loop controls, generation blocks, `tojson` without HTML escapes,
-    `raise_exception` and `strftime_now`. Raises InputError without the jinja2 package.
+    These are trimmed blocks, loop controls, generation blocks, `tojson` without HTML escapes, `raise_exception` and
+    `strftime_now`. Raises InputError if the jinja2 package is missing.
     """
     try:
         import jinja2.ext
@@ -181,7 +181,7 @@ def _environment() -> Any:
 
     class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
-            # Jinja's own hands out an empty value, which a template may print without anybody noticing.
+            # Jinja's default returns an empty value, so the failure would go unnoticed.
             raise jinja2.exceptions.SecurityError(f"{type(obj).__name__}.{attribute}")
 
     class Generation(jinja2.ext.Extension):
@@ -210,7 +210,7 @@ def _to_json(
 
 
 def _spelled(tokens: Iterable[str]) -> re.Pattern[str] | None:
-    """A pattern for the tokens that a mark can be put into."""
+    """A pattern for the tokens of more than one character, into which a mark can be inserted."""
     return match_any([token for token in tokens if len(token) > 1])
 
 
@@ -219,17 +219,17 @@ def _without(text: str, marks: _Marks) -> str:
 
 
 def _spans(text: str, marks: _Marks) -> tuple[str, list[tuple[int, int]]]:
-    """The text without the marks around generation blocks, and where the blocks stand in it."""
+    """The text without the marks around generation blocks, and (start, stop) of each block in it."""
     spans: list[tuple[int, int]] = []
     pieces = re.split(f"[{marks.begin}{marks.end}]", text)
-    place = 0
+    offset = 0
     for i, piece in enumerate(pieces):
         if i % 2:
-            spans.append((place, place + len(piece)))
-        place += len(piece)
+            spans.append((offset, offset + len(piece)))
+        offset += len(piece)
     return "".join(pieces), spans
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many ids two sequences have in common at their beginning."""
+    """The length of the common prefix of two sequences of ids."""
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))

@@ -1,4 +1,4 @@
-"""The vocabulary in a GGUF file's metadata, both ways; the keys are those of llama.cpp's GGUF specification."""
+"""Reads and writes the vocabulary in a GGUF file's metadata; llama.cpp's GGUF specification defines the keys."""
 
 import json
 import re
@@ -39,7 +39,7 @@ PATTERNS = {
     "gpt-4o": O200K_PATTERN,
     "llama4": O200K_PATTERN,
 }
-"""How text is cut, by tokenizer.ggml.pre; of names for one pattern the first is written."""
+"""The pattern that splits text, by tokenizer.ggml.pre. Of several names for one pattern, the first is written."""
 
 _WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "tekken")
 _COMPOSED = ("qwen2", "deepseek-r1-qwen")
@@ -51,7 +51,7 @@ _STOPS = ("eos", "eot", "eom")
 def from_gguf(metadata: dict[str, Any]) -> Tokenizer:
     """The tokenizer in a GGUF file's metadata (key -> value, arrays as lists), with its roles and chat template.
 
-    Raises InputError, naming the key, for a vocabulary of another kind or a key that is missing.
+    Raises InputError, which names the key, for a missing key or an unsupported kind of vocabulary.
     """
     try:
         tokens = [str(token) for token in metadata["tokenizer.ggml.tokens"]]
@@ -60,7 +60,7 @@ def from_gguf(metadata: dict[str, Any]) -> Tokenizer:
         if len(types) != len(tokens):
             raise InputError(f"tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
         if len(set(tokens)) != len(tokens):
-            raise InputError("tokenizer.ggml.tokens has one token twice; bring an intact file")
+            raise InputError("tokenizer.ggml.tokens has the same token twice; use an intact file")
         if kind == "gpt2":
             description, begins = _byte_level(metadata, tokens, types)
         elif kind == "llama":
@@ -69,7 +69,7 @@ def from_gguf(metadata: dict[str, Any]) -> Tokenizer:
             description = describe(pieces, add_space_prefix=metadata.get("tokenizer.ggml.add_space_prefix", True))
             begins = True
         else:
-            raise InputError(f"tokenizer.ggml.model is {kind}; gpt2 and llama can be used")
+            raise InputError(f"tokenizer.ggml.model is {kind}; only gpt2 and llama are supported")
         named = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in (*_NAMES, *_STOPS)}
         inside = {name: int(id) for name, id in named.items() if id is not None and 0 <= id < len(tokens)}
         return from_description(
@@ -81,25 +81,25 @@ def from_gguf(metadata: dict[str, Any]) -> Tokenizer:
             chat_template=metadata.get("tokenizer.chat_template"),
         )
     except KeyError as error:
-        raise InputError(f"the GGUF metadata lacks {error.args[0]}; bring a file with its vocabulary") from error
+        raise InputError(f"the GGUF metadata lacks {error.args[0]}; use a file with a vocabulary") from error
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
-    """The metadata of a GGUF file, arrays as lists. Raises InputError if it cannot be read, or without `gguf`."""
+    """The metadata of a GGUF file, arrays as lists. Raises InputError if it is unreadable or `gguf` is missing."""
     try:
         import gguf
     except ImportError as error:
         raise InputError(f"{file} needs the gguf package; pip install 'nextllm_jax[interop]'") from error
     try:
         return {key: field.contents() for key, field in gguf.GGUFReader(file).fields.items()}
-    except Exception as error:  # the package checks little: a damaged file ends in any exception
-        raise InputError(f"{file} cannot be read as GGUF ({error}); bring an intact copy") from error
+    except Exception as error:  # the package checks little, so a damaged file can cause any exception
+        raise InputError(f"{file} cannot be read as GGUF ({error}); restore an intact copy") from error
 
 
 def to_gguf(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `tokenizer.*` metadata of a GGUF file for a tokenizer, ids 0 to vocab_size - 1.
+    """The `tokenizer.*` metadata of a GGUF file for a tokenizer, with ids 0 to vocab_size - 1.
 
-    Raises InputError if llama.cpp has no name for the way that the tokenizer cuts text.
+    Raises InputError if llama.cpp has no name for the pattern that splits text.
     """
     roles, backend = tokenizer.roles, tokenizer.backend
     metadata, vocabulary = _write_byte_level(backend) if isinstance(backend, ByteBPE) else _write_sentencepiece(backend)
@@ -122,10 +122,10 @@ def to_gguf(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _byte_level(metadata: dict[str, Any], tokens: list[str], types: list[int]) -> tuple[dict[str, Any], bool]:
-    """tokenizer.json of a gpt2 vocabulary, and whether its prompts begin with BOS where nothing says so."""
+    """The tokenizer.json of a gpt2 vocabulary, and the default for whether prompts begin with BOS."""
     pre = metadata["tokenizer.ggml.pre"]
     if pre not in PATTERNS:
-        raise InputError(f"tokenizer.ggml.pre is {pre}; {', '.join(PATTERNS)} can be used")
+        raise InputError(f"tokenizer.ggml.pre is {pre}; only {', '.join(PATTERNS)} are supported")
     kinds = list(zip(tokens, types, strict=True))
     description = byte_level_description(
         PATTERNS[pre],
@@ -143,27 +143,27 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str], types: list[int]) -
 
 
 def _write_byte_level(backend: ByteBPE) -> tuple[dict[str, Any], dict[int, tuple[str, int]]]:
-    """What says how text is cut and merged, and id -> (spelling, kind)."""
+    """The metadata for splitting and merging text, and id -> (spelling, kind)."""
     pattern = PLAIN.get(backend.pattern, backend.pattern)
-    # The two differ only in blanks at the end of a text that hold a line break.
+    # The two differ only for whitespace with a line break at the end of a text.
     pattern = LLAMA3_PATTERN if pattern == PLAIN_GPT4_PATTERN else pattern
     pre = next((name for name, known in PATTERNS.items() if known == pattern), None)
     if pre is None:
-        raise InputError("GGUF has no name for the pattern by which this tokenizer cuts text; export to Hugging Face")
+        raise InputError("GGUF has no name for the pattern that this tokenizer splits text by; export to Hugging Face")
     pairs = [f"{bytes_to_letters(left)} {bytes_to_letters(right)}" for left, right in merges(backend.ranks)]
     metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.merges": pairs}
     return metadata, {id: (bytes_to_letters(token), NORMAL) for token, id in backend.ranks.items()}
 
 
 def _write_sentencepiece(backend: HuggingFaceBPE) -> tuple[dict[str, Any], dict[int, tuple[str, int]]]:
-    """What says how text is merged, and id -> (spelling, kind); scores stand for the order of the merges."""
+    """The metadata for merging text, and id -> (spelling, kind). The scores encode the order of the merges."""
     description = json.loads(backend.description)
     model = description["model"]
     if model["type"] != "BPE" or not model.get("byte_fallback"):
-        raise InputError("this tokenizer is neither byte-level BPE nor SentencePiece, so GGUF cannot hold it")
+        raise InputError("this tokenizer is neither byte-level BPE nor SentencePiece; export to Hugging Face, not GGUF")
     scores = dict.fromkeys(model["vocab"].values(), -1e9)
-    for place, merge in reversed(list(enumerate(model["merges"]))):
-        scores[model["vocab"]["".join(merge)]] = -float(place)
+    for number, merge in reversed(list(enumerate(model["merges"]))):
+        scores[model["vocab"]["".join(merge)]] = -float(number)
     metadata = {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",

@@ -1,7 +1,7 @@
-"""Hugging Face tokenizers in and out: tokenizer.json, or a SentencePiece tokenizer.model, and the files beside it.
+"""Reads and writes Hugging Face tokenizers: tokenizer.json or a SentencePiece tokenizer.model, with their config files.
 
-A byte-level BPE becomes a tiktoken encoding if its pattern is a known one and its merges are those that tiktoken makes;
-whatever is left stays with the `tokenizers` package.
+A byte-level BPE with a known pattern runs in tiktoken if tiktoken would make the same merges. All other tokenizers run
+in the `tokenizers` package.
 """
 
 import json
@@ -30,10 +30,11 @@ _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def load_huggingface(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a Hugging Face directory, or of a tokenizer.json alone, with its roles and chat template.
+    """The tokenizer of a Hugging Face directory or of a single tokenizer.json, with its roles and chat template.
 
-    What begins and ends text is read from tokenizer_config.json, special_tokens_map.json, generation_config.json and
-    config.json, as far as they are there. Raises InputError, naming the file, for one that is missing or broken.
+    The tokens that begin and end text are read from tokenizer_config.json, special_tokens_map.json,
+    generation_config.json and config.json, if these exist. Raises InputError, which names the file, for a missing
+    tokenizer or a damaged file.
     """
     file = Path(path)
     folder = file.parent if file.name == "tokenizer.json" else file
@@ -42,7 +43,7 @@ def load_huggingface(path: str | os.PathLike[str]) -> Tokenizer:
     elif (folder / "tokenizer.model").is_file():
         description = sentencepiece.read_model(folder / "tokenizer.model")
     else:
-        raise InputError(f"{folder} holds neither tokenizer.json nor tokenizer.model; bring one of them")
+        raise InputError(f"{folder} holds neither tokenizer.json nor tokenizer.model; add one of them")
     config = _read_json(folder / "tokenizer_config.json")
     names = {**_read_json(folder / "special_tokens_map.json"), **config}
     names = {name: _spelling(names.get(name)) for name in _NAMES}
@@ -74,9 +75,9 @@ def from_description(
 ) -> Tokenizer:
     """The tokenizer of a parsed tokenizer.json; `names` are the spellings of bos_token, eos_token, ...
 
-    `add_bos` None: as the post-processor of the description does. Raises InputError.
+    If `add_bos` is None, the post-processor of the description decides. Raises InputError.
     """
-    description = json.loads(from_json(json.dumps(description)).to_str())  # checked, and with every key there
+    description = json.loads(from_json(json.dumps(description)).to_str())  # validated, with every key present
     description = _with_special(description, names.values())
     huggingface = HuggingFaceBPE(json.dumps(description, ensure_ascii=False))
     tokens = huggingface.ids
@@ -84,7 +85,7 @@ def from_description(
     if "eos_token" not in names:
         ends = [token for token in _TEXT_ENDS if token in huggingface.special_tokens]
         if not ends:
-            raise InputError("nothing says which token ends a text; set eos_token in tokenizer_config.json")
+            raise InputError("the end-of-text token is unknown; set eos_token in tokenizer_config.json")
         names["eos_token"] = ends[0]
     if add_bos is None:
         add_bos = "bos_token" in names and huggingface.puts_first() == tokens[names["bos_token"]]
@@ -105,7 +106,7 @@ def from_description(
 
 
 def byte_bpe(description: dict[str, Any], huggingface: HuggingFaceBPE) -> ByteBPE | None:
-    """The tiktoken encoding that gives the ids of a parsed tokenizer.json, None if there is none."""
+    """The tiktoken encoding that is equivalent to a parsed tokenizer.json; None if there is none."""
     model, added = description["model"], description["added_tokens"]
     nfc = description["normalizer"] is not None
     pattern = _pattern(description["pre_tokenizer"])
@@ -128,12 +129,12 @@ def byte_bpe(description: dict[str, Any], huggingface: HuggingFaceBPE) -> ByteBP
         return None
     try:
         return ByteBPE(ranks, pattern, huggingface.special_tokens, huggingface.added_tokens, nfc=nfc)
-    except InputError:  # a byte without which nothing works
+    except InputError:  # the ranks lack a byte that tiktoken needs
         return None
 
 
 def save_huggingface(tokenizer: Tokenizer, directory: str | os.PathLike[str]) -> None:
-    """Write tokenizer.json and tokenizer_config.json, with the chat template, for transformers' AutoTokenizer."""
+    """Write tokenizer.json, and tokenizer_config.json with the chat template, for transformers' AutoTokenizer."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     roles = tokenizer.roles
@@ -157,7 +158,7 @@ def to_description(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merges that make a byte-level vocabulary, first to last: every cut of each token into two others."""
+    """The merges that produce a byte-level vocabulary, in order: every split of each token into two other tokens."""
     cuts = []
     for token, rank in ranks.items():
         for middle in range(1, len(token)):
@@ -168,7 +169,7 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def _describe(backend: ByteBPE) -> dict[str, Any]:
-    """tokenizer.json of a tiktoken encoding, without the post-processor."""
+    """The tokenizer.json of a tiktoken encoding, without a post-processor."""
     spelling = {token: bytes_to_letters(token) for token in backend.ranks}
     return byte_level_description(
         PLAIN.get(backend.pattern, backend.pattern),
@@ -192,9 +193,9 @@ def byte_level_description(
     nfc: bool,
     ignore_merges: bool,
 ) -> dict[str, Any]:
-    """tokenizer.json, without post-processor, of a byte-level BPE that cuts text by `pattern`.
+    """The tokenizer.json, without a post-processor, of a byte-level BPE that splits text by `pattern`.
 
-    `merges` are pairs of spellings; with `ignore_merges` a word of the vocabulary is taken whole first.
+    `merges` are pairs of spellings. With `ignore_merges` a word that is in the vocabulary is not split further.
     """
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     if pattern == DIGITS_PATTERN:
@@ -233,7 +234,7 @@ def added_token(id: int, content: str, *, special: bool) -> dict[str, Any]:
 
 
 def _post_processor(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What puts bos_id before a text, if a prompt begins with it."""
+    """The post-processor, which puts bos_id before a text if prompts begin with it."""
     first, second = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
     if not tokenizer.add_bos:
         return {"type": "TemplateProcessing", "single": [first], "pair": [first, second], "special_tokens": {}}
@@ -248,26 +249,26 @@ def _post_processor(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """The object in a file; an empty one if there is no file. Raises InputError for anything else."""
+    """The JSON object in a file; empty if the file is missing. Raises InputError for other content."""
     try:
         content = json.loads(file.read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read as JSON ({error}); bring an intact copy") from error
+        raise InputError(f"{file} cannot be read as JSON ({error}); restore an intact copy") from error
     if not isinstance(content, dict):
-        raise InputError(f"{file} must hold a JSON object, not {type(content).__name__}; bring an intact copy")
+        raise InputError(f"{file} must hold a JSON object, not {type(content).__name__}; restore an intact copy")
     return content
 
 
 def _spelling(token: Any) -> str | None:
-    """A token's text in tokenizer_config.json, where it may be an object."""
+    """The text of a token from tokenizer_config.json, in which a token may be a string or an object."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """The model's chat template: the default one, where a model has several."""
+    """The model's chat template; the one named "default" if there are several."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
@@ -278,7 +279,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
 
 
 def _with_special(description: dict[str, Any], tokens: Iterable[str]) -> dict[str, Any]:
-    """The description with these tokens of its vocabulary special, as transformers makes the named ones."""
+    """The description in which these tokens are special, as transformers treats bos_token, eos_token, ..."""
     added = {token["content"]: token for token in description["added_tokens"]}
     vocabulary = description["model"].get("vocab")
     for token in tokens:
@@ -291,13 +292,13 @@ def _with_special(description: dict[str, Any], tokens: Iterable[str]) -> dict[st
 
 
 def _text_end(eos: str, special_tokens: dict[str, int]) -> str:
-    """The token that ends documents: models that chat declare the one that ends a turn as their eos_token."""
+    """The token that ends documents. The eos_token of a chat model may be the one that ends a turn instead."""
     ends = [eos, *_TEXT_ENDS] if eos in _TEXT_ENDS else [*_TEXT_ENDS, eos]
     return next(token for token in ends if token in special_tokens)
 
 
 def _pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
-    """The one pattern that cuts text as a pre-tokenizer does, None if there is none."""
+    """The single pattern that is equivalent to a pre-tokenizer; None if there is none."""
     steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
     *before, last = steps
     if not last or last["type"] != "ByteLevel" or last["add_prefix_space"] or len(before) > 1:
@@ -314,11 +315,13 @@ def _pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
 
 
 def _merges_as_tiktoken(description: dict[str, Any], ranks: dict[bytes, int]) -> bool:
-    """Whether merging in the listed order is tiktoken's way, which joins any two pieces that make one, lowest id first.
+    """Whether the listed merges give the same result as tiktoken, which merges any two pieces that form a token.
 
-    The merges must come in the order of the ids that they make. They are all that tiktoken makes if each token, taken
-    by itself, is made by them: two pieces that make a token then never meet but as its own merge has them. Or they
-    list every cut of each token, and whole words are looked up first, as tiktoken does.
+    tiktoken merges lower ids first, so the merges must be listed in the order of the ids that they produce. One of
+    these must also hold:
+    - The merges reduce each token's own bytes to that token. Then two pieces that form a token only ever occur next to
+      each other in the way that the token's own merge lists.
+    - The merges list every split of each token, and whole words are looked up first, as in tiktoken.
     """
     model = description["model"]
     pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]

@@ -1,4 +1,4 @@
-"""Tokenizers by name or path: OpenAI's published encodings, ranks files, saved directories, Hugging Face's files."""
+"""Loads tokenizers by name or path: OpenAI's encodings, ranks files, saved directories, Hugging Face and GGUF files."""
 
 import hashlib
 import os
@@ -20,7 +20,7 @@ _PUBLISHED = "https://openaipublic.blob.core.windows.net/"
 
 
 class KnownEncoding(NamedTuple):
-    """A published encoding: the file of its ranks, that file's sha256, and what the file does not say."""
+    """A published encoding: the name and sha256 of its ranks file, and the pattern and special tokens."""
 
     file: str
     sha256: str
@@ -57,10 +57,11 @@ KNOWN_ENCODINGS = {
 
 
 def load_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer that `spec` names: gpt2, cl100k_base, o200k_base, a ranks file, a saved directory (or the run or
-    data directory that it is in), a Hugging Face directory or tokenizer.json, a GGUF file, or a published model.
+    """The tokenizer that `spec` names.
 
-    Only a named encoding that tiktoken has not cached uses the network. Raises InputError.
+    `spec` is gpt2, cl100k_base or o200k_base, a ranks file, a saved directory (or the run or data directory that
+    contains it), a Hugging Face directory or tokenizer.json, a GGUF file, or a published model. Only a named encoding
+    that is not in tiktoken's cache uses the network. Raises InputError.
     """
     if str(spec) in KNOWN_ENCODINGS:
         return _load_named(str(spec))
@@ -77,14 +78,14 @@ def load_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
     if path.is_file():
         return _load_ranks_file(path)
     raise InputError(
-        f"tokenizer {spec} is not {', '.join(KNOWN_ENCODINGS)} and there is no such file or directory; give a "
-        ".tiktoken ranks file, a directory with a saved or Hugging Face tokenizer, a tokenizer.json, a .gguf file or "
-        f"a published model ({', '.join(PUBLISHED_MODELS)})"
+        f"tokenizer {spec} is not an existing file or directory; give {', '.join(KNOWN_ENCODINGS)}, a .tiktoken ranks "
+        "file, a directory with a saved or Hugging Face tokenizer, a tokenizer.json, a .gguf file or a published model "
+        f"({', '.join(PUBLISHED_MODELS)})"
     )
 
 
 def files_to_fetch(name: str) -> list[str]:
-    """The addresses from which tiktoken would fetch a named encoding, empty if it has them in its cache."""
+    """The URLs that tiktoken would fetch for a named encoding; empty if its cache has the files."""
     known = KNOWN_ENCODINGS[name]
     names = ["gpt-2/encodings/main/vocab.bpe", "gpt-2/encodings/main/encoder.json"]
     addresses = [_PUBLISHED + file for file in (names if name == "gpt2" else [f"encodings/{known.file}"])]
@@ -100,17 +101,21 @@ def _load_named(name: str) -> Tokenizer:
         ranks = openai_public.ENCODING_CONSTRUCTORS[name]()["mergeable_ranks"]
     except Exception as error:
         raise InputError(
-            f"tokenizer {name} is not in tiktoken's cache and cannot be fetched ({type(error).__name__}); bring "
+            f"tokenizer {name} is not in tiktoken's cache and cannot be fetched ({type(error).__name__}); download "
             f"{_PUBLISHED}encodings/{known.file} and pass its path as --data.tokenizer"
         ) from error
     return Tokenizer(name, ByteBPE(ranks, known.pattern, known.special_tokens))
 
 
 def _load_ranks_file(path: Path) -> Tokenizer:
-    """A published file, known by its content, gets its own pattern and specials; others GPT-4's and ours."""
+    """The tokenizer of a ranks file.
+
+    A published file, recognized by its sha256, gets its published pattern and special tokens. Any other file gets
+    GPT-4's pattern and the special tokens of trained tokenizers.
+    """
     ranks = parse_ranks(path.read_bytes(), str(path))
     if missing := missing_bytes(ranks):
-        raise InputError(f"{path} lacks {len(missing)} of the 256 single bytes; bring complete ranks")
+        raise InputError(f"{path} lacks {len(missing)} of the 256 single bytes; use complete ranks")
     digest = sha256(format_ranks(ranks))
     for name, known in KNOWN_ENCODINGS.items():
         if digest == known.sha256:

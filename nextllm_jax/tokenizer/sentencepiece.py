@@ -1,7 +1,7 @@
-"""SentencePiece BPE vocabularies, from a tokenizer.model or a GGUF file, as the content of a tokenizer.json.
+"""Converts SentencePiece BPE vocabularies, from a tokenizer.model or a GGUF file, to the content of a tokenizer.json.
 
-They are run by the `tokenizers` package, which also reads the tokenizer.json files that these models come with, and
-not by the sentencepiece package: one library then gives the ids of all of them, and exporting is writing its file.
+The `tokenizers` package then runs them, not the sentencepiece package. So one library gives the ids for every source of
+a vocabulary, and exporting only has to write its file.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
 class Piece(NamedTuple):
-    """An entry of the vocabulary; its place is its id. The greatest score merges first."""
+    """An entry of the vocabulary; its index is its id. Higher scores merge first."""
 
     text: str
     score: float
@@ -22,7 +22,10 @@ class Piece(NamedTuple):
 
 
 def describe(pieces: list[Piece], *, add_space_prefix: bool) -> dict[str, Any]:
-    """The content of a tokenizer.json for the pieces; each stretch of ordinary text begins with a space if asked."""
+    """The content of a tokenizer.json for the pieces.
+
+    `add_space_prefix` puts a space before the text, and before the text that follows an added token.
+    """
     added = {id: piece for id, piece in enumerate(pieces) if piece.kind in (UNKNOWN, CONTROL, USER_DEFINED)}
     prepend = [{"type": "Prepend", "prepend": "▁"}] if add_space_prefix else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if add_space_prefix else []
@@ -34,7 +37,7 @@ def describe(pieces: list[Piece], *, add_space_prefix: bool) -> dict[str, Any]:
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            # A piece with spaces is looked for once they are written as in the vocabulary.
+            # A piece with spaces is matched after normalization, which replaces spaces as in the vocabulary.
             {"id": id, "content": piece.text, **flags, "normalized": "▁" in piece.text and not add_space_prefix,
              "special": piece.kind != USER_DEFINED}
             for id, piece in added.items()
@@ -59,7 +62,7 @@ def describe(pieces: list[Piece], *, add_space_prefix: bool) -> dict[str, Any]:
 
 
 def _merges(pieces: list[Piece]) -> list[list[str]]:
-    """Every pair of normal pieces that make a third, those of the greatest score first."""
+    """Every pair of normal pieces whose concatenation is a normal piece, highest score first."""
     scores = {piece.text: (-piece.score, id) for id, piece in enumerate(pieces) if piece.kind == NORMAL}
     cuts = [
         (*scores[text], scores[text[:middle]], scores[text[middle:]], text[:middle], text[middle:])
@@ -73,7 +76,7 @@ def _merges(pieces: list[Piece]) -> list[list[str]]:
 def read_model(file: Path) -> dict[str, Any]:
     """The content of a tokenizer.json for a SentencePiece model file.
 
-    Raises InputError if the file is none, if it is no BPE, or if it changes text before it merges.
+    Raises InputError if the file is not such a model, if it is not BPE, or if it normalizes text.
     """
     try:
         from sentencepiece import sentencepiece_model_pb2
@@ -85,14 +88,14 @@ def read_model(file: Path) -> dict[str, Any]:
     try:
         model.ParseFromString(file.read_bytes())
     except Exception as error:  # protobuf's DecodeError
-        raise InputError(f"{file} is not a SentencePiece model ({error}); bring an intact copy") from error
+        raise InputError(f"{file} is not a SentencePiece model ({error}); restore an intact copy") from error
     if not model.pieces:
-        raise InputError(f"{file} is not a SentencePiece model, for it holds no pieces; bring an intact copy")
+        raise InputError(f"{file} is not a SentencePiece model: it holds no pieces; restore an intact copy")
     if model.trainer_spec.model_type != model.trainer_spec.BPE:
-        raise InputError(f"{file} is not a BPE model; bring the model's tokenizer.json")
+        raise InputError(f"{file} is not a BPE model; use the model's tokenizer.json")
     rules = model.normalizer_spec
     changes = rules.precompiled_charsmap or rules.remove_extra_whitespaces or not rules.escape_whitespaces
     if changes or model.trainer_spec.treat_whitespace_as_suffix:
-        raise InputError(f"{file} normalizes text in a way that cannot be reproduced; bring the model's tokenizer.json")
+        raise InputError(f"{file} normalizes text in an unsupported way; use the model's tokenizer.json")
     pieces = [Piece(piece.piece, piece.score, piece.type) for piece in model.pieces]
     return describe(pieces, add_space_prefix=rules.add_dummy_prefix)

@@ -1,6 +1,6 @@
-"""A tokenizer: how text becomes ids and ids text, and what its special tokens are for.
+"""The tokenizer: text to ids and back, with the roles of its special tokens.
 
-It is saved as two files: `encoding.json`, and the ranks in tiktoken's own text format or a Hugging Face
+It is saved as two files: `encoding.json`, and either the ranks in tiktoken's text format or a Hugging Face
 `tokenizer.json`.
 """
 
@@ -18,34 +18,34 @@ from nextllm_jax.errors import InputError
 from nextllm_jax.tokenizer.backends import ByteBPE, HuggingFaceBPE, Recognize, parse_ranks, sha256
 
 FORMAT = "nextllm_jax tokenizer 1"
-"""Of encoding.json."""
+"""Format of encoding.json."""
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
-_BRING_AGAIN = "bring an intact copy, or save the tokenizer again"
+_RESTORE_HINT = "restore an intact copy, or save the tokenizer again"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Roles:
-    """What the special tokens of a tokenizer are for."""
+    """The roles of a tokenizer's special tokens."""
 
     bos_id: int
     """Begins a document."""
     eos_id: int
     """Ends a document."""
     add_bos: bool = True
-    """Whether a prompt begins with bos_id too."""
+    """Whether a prompt also begins with bos_id."""
     stop_ids: tuple[int, ...] = ()
-    """Ids that end generated text: of the document, of a turn."""
+    """Ids that end generated text: the end of a document or of a turn."""
     pad_id: int | None = None
-    """Fills up rows; None if the model has no such token."""
+    """Padding token; None if the model has none."""
     names: dict[str, str] = dataclasses.field(default_factory=dict)
-    """The tokens' spelling by the names that chat templates use: bos_token, eos_token, ..."""
+    """The spellings of the tokens, by their names in chat templates: bos_token, eos_token, ..."""
     chat_template: str | None = None
-    """The model's own Jinja template, from messages to text."""
+    """The model's Jinja chat template, which formats messages as text."""
 
 
 def default_roles(special_tokens: dict[str, int]) -> Roles:
-    """The roles in a vocabulary of ours or OpenAI's, where <|endoftext|> may both begin and end documents."""
+    """The roles for a trained or an OpenAI vocabulary. <|endoftext|> may both begin and end documents."""
     bos = BOS if BOS in special_tokens else "<|endoftext|>"
     eos = EOS if EOS in special_tokens else "<|endoftext|>"
     bos_id, eos_id = special_tokens[bos], special_tokens[eos]
@@ -53,11 +53,11 @@ def default_roles(special_tokens: dict[str, int]) -> Roles:
 
 
 class Tokenizer:
-    """A vocabulary with its special tokens; any text goes in, any ids come out.
+    """A vocabulary with its special tokens. It encodes any text and decodes any ids.
 
-    `vocab_size` is the greatest id plus one; ids in between may be unassigned. `hash` changes when the ids
-    of any document could. `bos_id` and `eos_id` are one id where the vocabulary has only `<|endoftext|>`.
-    `roles` are `default_roles` where they are not given.
+    `vocab_size` is the highest id plus one; lower ids may be unassigned. `hash` changes whenever the ids of some
+    document might change. `bos_id` and `eos_id` are the same id if the vocabulary has only `<|endoftext|>`. `roles`
+    defaults to `default_roles`.
     """
 
     def __init__(self, name: str, backend: ByteBPE | HuggingFaceBPE, roles: Roles | None = None) -> None:
@@ -75,35 +75,35 @@ class Tokenizer:
         self.hash = _hash(backend, self.roles)
 
     def encode(self, text: str, *, recognize: Recognize = "added") -> list[int]:
-        """Ids of the text, which is ordinary text: "<|endoftext|>" in it is not special.
+        """The ids of the text. By default special tokens such as "<|endoftext|>" in it are encoded as ordinary text.
 
-        Tokens that were added to a vocabulary without being special are found. `recognize` "all" finds the special
-        ones too, as a chat template means them, "none" neither. Never raises; lone surrogates become U+FFFD.
+        Added tokens that are not special are recognized. With `recognize` "all", special tokens are recognized too, as
+        in the output of a chat template; with "none", neither. Never raises; lone surrogates become U+FFFD.
         """
         return self.backend.encode(_without_surrogates(text), recognize)
 
     def encode_document(self, text: str) -> list[int]:
-        """Ids of the text between the tokens that begin and end a document."""
+        """The ids of the text between the tokens that begin and end a document."""
         return [self.bos_id, *self.encode(text), self.eos_id]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text to continue, never none: behind bos_id if the model wants it there, or if there is no text."""
+        """The ids of a prompt, at least one. They begin with bos_id if `add_bos` is set or the text is empty."""
         ids = self.encode(text)
         return [self.bos_id, *ids] if self.add_bos or not ids else ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Bytes of the ids; unassigned ids become U+FFFD."""
+        """The bytes of the ids; unassigned ids become U+FFFD."""
         return b"".join([self._bytes_of.get(int(token), _REPLACEMENT) for token in ids])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; invalid UTF-8 and unassigned ids become U+FFFD, nothing raises.
+        """The text of the ids. Never raises; invalid UTF-8 and unassigned ids become U+FFFD.
 
-        A space that the vocabulary puts before a text, as SentencePiece's do, is part of it.
+        The space that a SentencePiece vocabulary puts before a text is kept.
         """
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write the tokenizer into `directory`; one that is there stays whole until it is replaced."""
+        """Write the tokenizer into `directory`, atomically replacing one that is already there."""
         folder = epath.Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         backend = self.backend
@@ -129,7 +129,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> "Tokenizer":
-        """The tokenizer that `save` wrote. Raises InputError, naming the file, if one is missing or damaged."""
+        """The tokenizer that `save` wrote. Raises InputError, which names the file, if one is missing or damaged."""
         file = epath.Path(directory) / "encoding.json"
         try:
             description = json.loads(file.read_text())
@@ -137,20 +137,20 @@ class Tokenizer:
                 raise InputError(f"{file} has format '{description['format']}'; use the version that wrote it")
             tokenizer = cls(str(description["name"]), _load_backend(file, description), _load_roles(description))
             if description.get("hash", tokenizer.hash) != tokenizer.hash:
-                raise InputError(f"{file} is damaged: pattern or special tokens were changed; {_BRING_AGAIN}")
+                raise InputError(f"{file} is damaged: its hash does not match its content; {_RESTORE_HINT}")
             return tokenizer
         except FileNotFoundError as error:
             raise InputError(f"{directory} holds no saved tokenizer: {error.filename or file} is missing") from error
         except OSError as error:
             raise InputError(f"the tokenizer in {directory} cannot be read ({error.strerror or error})") from error
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise InputError(f"{file} is damaged ({error!r}); {_BRING_AGAIN}") from error
+            raise InputError(f"{file} is damaged ({error!r}); {_RESTORE_HINT}") from error
 
 
 class IncrementalDecoder:
-    """Text of ids that arrive a few at a time; a UTF-8 character is handed out whole.
+    """Decodes ids that arrive a few at a time, without splitting UTF-8 characters.
 
-    All the texts joined are `tokenizer.decode` of all the ids.
+    The concatenated results equal `tokenizer.decode` of all ids.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -158,16 +158,16 @@ class IncrementalDecoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that these ids complete; the bytes of an unfinished character wait."""
+        """The text that these ids complete. Bytes of an unfinished character are kept for the next call."""
         return self._decoder.decode(self._tokenizer.decode_bytes(ids))
 
     def finish(self) -> str:
-        """What waits, as U+FFFD, or nothing."""
+        """U+FFFD for the bytes of an unfinished character, or an empty string."""
         return self._decoder.decode(b"", final=True)
 
 
 def trained_special_tokens(num_ranks: int) -> dict[str, int]:
-    """The special tokens put behind ranks that come without any: begin and end of text."""
+    """The special tokens for ranks that have none: begin and end of text, with the ids after the ranks."""
     return {BOS: num_ranks, EOS: num_ranks + 1}
 
 
@@ -176,7 +176,7 @@ def _load_backend(file: epath.Path, description: dict[str, Any]) -> ByteBPE | Hu
     path = file.parent / description[f"{kind}_file"]
     content = path.read_bytes()
     if sha256(content) != description[f"{kind}_sha256"]:
-        raise InputError(f"{path} is damaged: its sha256 is not the one in {file}; {_BRING_AGAIN}")
+        raise InputError(f"{path} is damaged: its sha256 differs from the one in {file}; {_RESTORE_HINT}")
     if kind == "huggingface":
         return HuggingFaceBPE(content.decode())
     return ByteBPE(
@@ -197,7 +197,7 @@ def _load_roles(description: dict[str, Any]) -> Roles | None:
 
 
 def _hash(backend: ByteBPE | HuggingFaceBPE, roles: Roles) -> str:
-    """A digest of what decides the ids of documents; what a vocabulary does not have leaves no trace in it."""
+    """A hash of everything that affects the ids of documents. Features that a vocabulary lacks do not affect it."""
     if isinstance(backend, ByteBPE):
         settings: list[Any] = [backend.pattern, backend.special_tokens]
         settings += [backend.added_tokens] if backend.added_tokens else []

@@ -1,1 +1,1 @@
-"""The train step, and the loop around it."""
+"""Training: the train step, the optimizer, and the training loop."""

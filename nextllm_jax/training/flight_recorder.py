@@ -1,11 +1,11 @@
-"""The flight recorder: what is kept of the first bad step of a stretch, so that `nextllm replay` can show its cause.
+"""The flight recorder writes a bundle for the first of consecutive skipped steps; `nextllm replay` shows its cause.
 
-A bundle is a directory flight/step-<n> of the run, where n counts the step itself, as in metrics.jsonl: its batch is
-the one with index n - 1. It holds
-    bundle.json   what the step measured, the config, the data, versions, and the checkpoint to start a replay from
-    batch.npz     tokens, targets, segment ids, positions and mask of the whole global batch, and its window numbers
-Without bundle.json, which is written last, it is no bundle.
-Numbers are exact; those that JSON does not have are the words nan, inf and -inf.
+A bundle is a directory flight/step-<n> of the run. Step numbers are those of metrics.jsonl, so the batch of step n has
+index n - 1. A bundle contains
+    bundle.json   the step's metrics, the config, the data, versions, and the checkpoint from which a replay starts
+    batch.npz     tokens, targets, segment ids, positions and loss mask of the global batch, and its window numbers
+A directory without bundle.json, which is written last, is not a bundle.
+Numbers are exact. Values that JSON cannot represent are the strings nan, inf and -inf.
 """
 
 import io
@@ -42,12 +42,12 @@ _WHY = {
 
 
 def json_number(value: float) -> float | str:
-    """A float as JSON that `float` reads back exactly: a word for what is not finite."""
+    """A float as a JSON value that `float` converts back exactly; a string if it is not finite."""
     return float(value) if math.isfinite(value) else str(float(value))
 
 
 def measured(config: Config, metrics: StepMetrics) -> dict[str, Any]:
-    """What a step's metrics say, as JSON; equal for equal steps. Waits for the step."""
+    """A step's metrics as JSON; bit-identical steps give equal values. Waits for the step."""
     metrics = jax.device_get(metrics)
     return {
         "reason": _reason(metrics),
@@ -72,7 +72,7 @@ def _loss(metrics: StepMetrics) -> float:
 
 
 def environment(mesh: jax.sharding.Mesh, dtype: np.dtype) -> dict[str, Any]:
-    """What the bits of a step depend on beside the config: a replay elsewhere may round differently."""
+    """What the exact values of a step depend on in addition to the config: versions, devices, mesh and dtype."""
     return {
         "versions": {**versions(), "jaxlib": jaxlib.version.__version__},
         "devices": f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}",
@@ -82,9 +82,10 @@ def environment(mesh: jax.sharding.Mesh, dtype: np.dtype) -> dict[str, Any]:
 
 
 class FlightRecorder:
-    """Looks at each step of a run once, reports a skipped one, and writes bundles to `run`/flight.
+    """Checks each step of a run, reports skipped steps, and writes bundles to `run`/flight.
 
-    All processes make the same calls; process 0 writes. `about` is `environment`'s. At most MAX_BUNDLES lie in a run.
+    All processes make the same calls; process 0 writes. `about` is the result of `environment`. A run has at most
+    MAX_BUNDLES bundles.
     """
 
     def __init__(
@@ -105,9 +106,9 @@ class FlightRecorder:
         self._bad = False
 
     def look(self, step: int, metrics: StepMetrics) -> None:
-        """Report step `step` if it was skipped, with a bundle if the step before was not. Waits for the step.
+        """Report step `step` if it was skipped, with a bundle if the previous step was not. Waits for the step.
 
-        A step that was looked at already is left alone. Raises RunFailed after too many skipped steps in a row.
+        Does nothing for a step that was already checked. Raises RunFailed after too many consecutive skipped steps.
         """
         if step <= self._seen:
             return
@@ -115,28 +116,28 @@ class FlightRecorder:
         if not metrics.skipped:
             self._bad = False
             return
-        reason, in_a_row = _reason(metrics), int(metrics.skipped_in_a_row)
+        reason, consecutive = _reason(metrics), int(metrics.skipped_in_a_row)
         why = _WHY[reason]
         if reason == "spike":
             why += f" (loss {_loss(metrics):.4f}, limit {float(metrics.loss_limit):.4f})"
         recorded = "" if self._bad else self._record(step, metrics)
         self._bad = True
-        self._writers.message(f"step {step}: {why}; it is skipped ({in_a_row} in a row){recorded}")
-        if in_a_row >= self._config.training.max_skipped_steps:
-            self._give_up(step, in_a_row)
+        self._writers.message(f"step {step}: {why}; skipped ({consecutive} consecutive){recorded}")
+        if consecutive >= self._config.training.max_skipped_steps:
+            self._give_up(step, consecutive)
 
-    def _give_up(self, step: int, in_a_row: int) -> None:
+    def _give_up(self, step: int, consecutive: int) -> None:
         latest = self._checkpoints.latest_step()
-        stands = f"the checkpoint of step {latest} stands" if latest is not None else "there is no checkpoint yet"
+        state = f"the last checkpoint is step {latest}" if latest is not None else "there is no checkpoint yet"
         raise RunFailed(
-            f"{in_a_row} steps in a row were skipped (training.max_skipped_steps), the last one step {step}; {stands}; "
-            f"see nextllm replay and {self._run.flight}, lower optimizer.learning_rate, or look at the data"
+            f"{consecutive} consecutive steps up to step {step} were skipped (training.max_skipped_steps); {state}; "
+            f"run nextllm replay on a bundle in {self._run.flight}, lower optimizer.learning_rate, or check the data"
         )
 
     def _record(self, step: int, metrics: StepMetrics) -> str:
-        """Write the bundle of a step; the end of the sentence that reports it.
+        """Write the bundle of a step; returns the end of the message about the step.
 
-        All processes decide alike, by what they found at the start and have recorded since.
+        Deterministic across processes: it depends on the bundles found at startup and on those recorded since.
         """
         content = {
             "format": FORMAT,
@@ -152,23 +153,24 @@ class FlightRecorder:
         name = next((name for name, known in self._bundles.items() if known == identity), None)
         if name is None:
             if len(self._bundles) >= MAX_BUNDLES:
-                return f"; {self._run.flight} has {len(self._bundles)} bundles and takes no more"
+                return f"; no bundle is written, since {self._run.flight} already has {len(self._bundles)}"
             name, number = f"step-{step}", 2
-            while name in self._bundles:  # of this step with other settings
+            while name in self._bundles:  # a bundle of this step with other settings
                 name, number = f"step-{step}-{number}", number + 1
             self._bundles[name] = identity
             content["checkpoint"] = self._pin(step)
             if jax.process_index() == 0:
                 try:
                     self._write(f"{FLIGHT}/{name}", content)
-                except (OSError, RunFailed) as error:  # the run can go on without it
+                except (OSError, RunFailed) as error:  # the run can continue without it
                     return f"; its bundle {self._run.flight / name} cannot be written ({cause(error)})"
-        return f"; to see where it went wrong: nextllm replay {self._run.flight / name}"
+        return f"; to find the cause: nextllm replay {self._run.flight / name}"
 
     def _pin(self, step: int) -> int | None:
-        """Keep the last checkpoint before a step for its replay; None: there is none, a replay starts at step 0.
+        """Pin the last checkpoint before a step for its replay, and return its step.
 
-        Every process finds the same one, since none is being saved then.
+        Returns None if there is none; a replay then starts at step 0. Every process finds the same checkpoint, since
+        this first waits for the current save.
         """
         self._checkpoints.wait()
         before = [saved for saved in self._checkpoints.steps() if saved < step]
@@ -187,7 +189,7 @@ class FlightRecorder:
 
 
 def _identity(run: RunDir, bundle: str) -> list[Any] | None:
-    """What two bundles of the same step have in common, though a continued run wrote the second; None if unreadable."""
+    """The values by which two bundles of the same step are recognized, also in a resumed run; None if unreadable."""
     try:
         content = json.loads(run.read(bundle))
         return [content[name] for name in _IDENTITY]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from nextllm_jax.config import Config
 from nextllm_jax.config.files import local_workdir
-from nextllm_jax.distributed.process_group import Group, facts_of
+from nextllm_jax.distributed.process_group import ProcessGroup, facts_of
 from nextllm_jax.distributed.rendezvous import DistributedConfig
 from nextllm_jax.distributed.signals import StopRequest
 from nextllm_jax.process import use_compilation_cache
@@ -37,7 +37,7 @@ def train(
     A first SIGINT, SIGTERM or SIGHUP saves and gives "interrupted", if this is the main thread. Raises InputError for
     what the user can fix, and RunFailed for a failure of the machine.
     """
-    group = Group(distributed or DistributedConfig(num_processes=1))
+    group = ProcessGroup(distributed or DistributedConfig(num_processes=1))
     with StopRequest(group, may_exit=may_exit) as stop, group:
         config, source = _prepare(config, file or config, group, stop, overwrite, allow_change)
 
@@ -57,7 +57,7 @@ def train(
 
 
 def _prepare(
-    config: Config, file: Config, group: Group, stop: StopRequest, overwrite: bool, allow_change: Collection[str]
+    config: Config, file: Config, group: ProcessGroup, stop: StopRequest, overwrite: bool, allow_change: Collection[str]
 ) -> tuple[Config, "Source | None"]:
     """Meet the other processes, if there are any, and have the data prepared; then connect jax.
 
@@ -71,7 +71,7 @@ def _prepare(
 
     consent = allowed_fields(allow_change)
     local_workdir(config)  # raises InputError for none
-    group.meet()
+    group.connect()
     source = None
     if config.init_from is not None:
         from nextllm_jax.pretrained.init_from import require_tokenizer, with_source  # imports jax

@@ -20,7 +20,7 @@ from nextllm_jax.config.files import local_workdir
 from nextllm_jax.data.loader import validation_batches
 from nextllm_jax.data.prepare import default_data_path
 from nextllm_jax.data.shards import Dataset
-from nextllm_jax.distributed.process_group import Group
+from nextllm_jax.distributed.process_group import ProcessGroup
 from nextllm_jax.distributed.signals import StopRequest
 from nextllm_jax.errors import InputError
 from nextllm_jax.evaluation.evaluate import evaluate
@@ -113,7 +113,7 @@ def train(
     overwrite: bool = False,
     allow_change: Collection[str] = (),
     profile_steps: int = 0,
-    group: Group | None = None,
+    group: ProcessGroup | None = None,
     stop: StopRequest | None = None,
 ) -> Outcome:
     """Train on data that is prepared, from the latest checkpoint if the run directory holds one.
@@ -130,7 +130,7 @@ def train(
         overwrite=overwrite,
         allow_change=allow_change,
     )
-    group = group or Group()
+    group = group or ProcessGroup()
     writes = group.process_id == 0
     remarks = require(CHECKS, start)
     mesh, dtype, dataset = start.mesh, start.program.model.dtype, start.dataset

@@ -1,4 +1,4 @@
-"""What a run reports about itself: token-weighted loss, throughput and MFU."""
+"""Training metrics: token-weighted loss, throughput and MFU."""
 
 import math
 import time
@@ -13,14 +13,15 @@ from nextllm_jax.training.step import StepMetrics
 
 
 class TrainMeter:
-    """Sums over train steps, kept on the device until they are read.
+    """Sums of metrics over train steps. The values stay on the device until they are read.
 
-    The clock starts paused. Steps added while it is paused (the one that compiles) count for everything but
-    the throughput; so do not evaluation, saving, or whatever else happens between `pause` and `resume`.
+    The clock starts paused. A step that is added while it is paused, such as the one that compiles, counts for
+    everything except the throughput. The time between `pause` and `resume`, such as for evaluation or saving, does not
+    count for the throughput.
 
-    `flops_per_token`: forward and backward, of one loss-bearing token. `peak_flops`: of all devices together,
-    or None where the chip is unknown, and then there is no MFU. `record` is the `state` of an earlier part of the same
-    run, if there was one.
+    `flops_per_token` is for the forward and backward pass of one token in the loss mask. `peak_flops` is the sum over
+    all devices, or None for an unknown chip, which has no MFU. `record` is the `state` of an earlier part of the same
+    run, if there is one.
     """
 
     def __init__(
@@ -51,20 +52,20 @@ class TrainMeter:
         self._last: StepMetrics | None = None
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON: the totals, and the sums of the steps since the last `read`."""
+        """The state to store in a checkpoint, as JSON: the totals, and the sums since the last `read`."""
         return {**self.totals(), "unread": [self._nll_sum, self._num_tokens]}
 
     def totals(self) -> dict[str, Any]:
-        """What the run came to so far; waits for the last step.
+        """The totals of the run so far. Waits for the last step.
 
-        `tokens_seen`: loss-bearing tokens of all steps, skipped ones included. `elapsed_seconds`: wall time,
-        pauses included.
+        `tokens_seen`: tokens in the loss mask of all steps, including skipped ones. `elapsed_seconds`: wall time,
+        including pauses.
         """
         self._drain()
         return {"tokens_seen": self._tokens_seen, "elapsed_seconds": self._clock() - self._began}
 
     def wait_for(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch; what time that takes is input_wait_fraction of the time that the clock runs."""
+        """The next batch. The time that this takes counts for input_wait_fraction while the clock runs."""
         began = self._clock()
         batch = next(batches)
         if self._running_since is not None:
@@ -72,17 +73,17 @@ class TrainMeter:
         return batch
 
     def add(self, metrics: StepMetrics) -> None:
-        """Take a step's device scalars, without waiting for them."""
+        """Add the metrics of a step, without waiting for it."""
         self._pending.append((metrics, self._running_since is not None))
 
     def resume(self) -> None:
-        """Start the clock, once the steps added before are done. Waits for nothing if it runs already."""
+        """Wait for the added steps and start the clock. Does nothing if the clock is already running."""
         if self._running_since is None:
             self._drain()
             self._running_since = self._clock()
 
     def pause(self) -> None:
-        """Stop the clock, once the steps added before are done. Pausing twice is pausing once."""
+        """Wait for the added steps and stop the clock, if it is running."""
         self._drain()
         if self._running_since is not None:
             self._timed_seconds += self._clock() - self._running_since
@@ -102,12 +103,11 @@ class TrainMeter:
         self._pending = []
 
     def read(self, step: int) -> dict[str, Any]:
-        """The record of the steps since the last read, with the names that `metrics.jsonl` has.
+        """The record of the steps since the last read, with the names of `metrics.jsonl`. Waits for the last step.
 
-        `loss` is the mean over the loss-bearing tokens of the steps that were not skipped (NaN if all were);
-        `learning_rate` and `grad_norm` are the last step's. `tokens_per_second` and `input_wait_fraction`, the share of
-        that time in which the host waited for data, are None if no step was timed.
-        Waits for the last step.
+        `loss` is the mean over the tokens in the loss mask of steps that were not skipped, or NaN if all were.
+        `learning_rate` and `grad_norm` are those of the last step. `input_wait_fraction` is the fraction of the timed
+        seconds in which the host waited for data. It and `tokens_per_second` are None if no step was timed.
         """
         self._drain()
         if self._running_since is not None:

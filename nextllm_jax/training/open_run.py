@@ -1,7 +1,7 @@
-"""Who may train in a run directory, and that a training never loses what is there by mistake.
+"""Opens and locks a run directory for training, and makes sure that no existing run is lost by mistake.
 
-A run directory is checked twice, by `require_usable`. `launch` checks it before data is prepared, to report mistakes
-at once. `open_run` checks it again under the run's lock, because until then another training may change it.
+`require_usable` checks the directory twice: in `launch`, before data is prepared, to report errors early; and in
+`open_run`, under the run's lock, since another training may change the directory until then.
 """
 
 import contextlib
@@ -15,20 +15,20 @@ from nextllm_jax.checkpoint import step_files
 from nextllm_jax.checkpoint.run_dir import CONFIG, METRICS, RunDir
 from nextllm_jax.config import Config
 from nextllm_jax.config.files import local_workdir
-from nextllm_jax.distributed.process_group import Group
+from nextllm_jax.distributed.process_group import ProcessGroup
 from nextllm_jax.errors import InputError
 from nextllm_jax.training.resume_guard import Change, require_resumable
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenRun:
-    """A run directory that belongs to this training."""
+    """A run directory that is locked for this training."""
 
     dir: RunDir
     set_aside: epath.Path | None = None
-    """Where the files of an overwritten run went."""
+    """The directory with the files of an overwritten run."""
     changes: Sequence[Change] = ()
-    """Changed fields of a continued run, which the user allowed."""
+    """Config fields that changed in a resumed run, and that the user allowed to change."""
 
 
 @contextlib.contextmanager
@@ -38,32 +38,32 @@ def open_run(
     *,
     overwrite: bool = False,
     allow_change: Collection[str] = (),
-    group: Group | None = None,
+    group: ProcessGroup | None = None,
 ) -> Iterator[OpenRun]:
-    """The run in `workdir`, new or continued, locked against a second training until the context ends.
+    """The run in `workdir`, new or resumed, locked until the context ends so that no second training uses it.
 
-    Writes the config to config.json of a new run; a continued run keeps its own, which the caller replaces once its
-    other checks have passed. `overwrite` moves the run's files to overwritten/<n> and leaves other files alone. Every
-    process of `group` calls this; process 0 does the work. On a file system without locks nothing is locked.
+    For a new run, writes config.json. A resumed run keeps its config.json; the caller replaces it after other checks.
+    `overwrite` moves the run's files to overwritten/<n> and does not touch other files. Every process of `group` must
+    call this; process 0 does the work. On a file system without locks, nothing is locked.
 
-    Raises InputError as `require_usable` does, and for a run that another process trains.
+    Raises InputError as `require_usable` does, and if another process trains in the directory.
     """
-    run, group = RunDir(workdir), group or Group()
+    run, group = RunDir(workdir), group or ProcessGroup()
     if group.process_id != 0:
         group.gather(None)
         if not run.exists():
             raise InputError(
-                f"process {group.process_id} does not see {run.path / CONFIG}, which process 0 wrote; --workdir must "
-                "name a directory that all processes share"
+                f"process {group.process_id} does not see {run.path / CONFIG}, which process 0 wrote; set --workdir "
+                "to a directory that all processes share"
             )
         yield OpenRun(run)
         return
     with contextlib.ExitStack() as stack:
         try:
-            run.require_run_or_empty()  # before there is a lock: nothing is written into another program's directory
+            run.require_run_or_empty()  # before locking, which would write a file into another program's directory
             stack.enter_context(run.lock())
             opened = _take_over(run, config, overwrite, allow_change)
-            run.checkpoints.mkdir(exist_ok=True)  # from here on, a run without it has lost its checkpoints
+            run.checkpoints.mkdir(exist_ok=True)  # from now on, a run without this directory has lost its checkpoints
         except OSError as error:
             raise InputError(
                 f"run directory {run.path} cannot be used ({error.strerror or error}); "
@@ -74,7 +74,7 @@ def open_run(
 
 
 def _take_over(run: RunDir, config: Config, overwrite: bool, allow_change: Collection[str]) -> OpenRun:
-    """Begin or continue the run of `config` in the directory."""
+    """Start or resume the run of `config` in the directory."""
     changes, is_new = require_usable(run, config, overwrite=overwrite, allow_change=allow_change), not run.exists()
     if not (is_new or overwrite):
         return OpenRun(run, changes=changes)
@@ -84,18 +84,18 @@ def _take_over(run: RunDir, config: Config, overwrite: bool, allow_change: Colle
 
 
 def require_startable(config: Config, *, overwrite: bool, allow_change: Collection[str]) -> list[Change]:
-    """`require_usable` of the config's run directory, where no process may be training."""
+    """`require_usable` for the config's run directory. Also raises InputError if a process trains in it."""
     run = RunDir(local_workdir(config))
     run.require_unlocked()
     return require_usable(run, config, overwrite=overwrite, allow_change=allow_change)
 
 
 def require_usable(run: RunDir, config: Config, *, overwrite: bool, allow_change: Collection[str]) -> list[Change]:
-    """Raise InputError if `config` cannot be trained in a directory, as a new run or as one that is continued.
+    """Raise InputError if `config` cannot be trained in a directory, either as a new run or as a resumed one.
 
     Raises if the directory is neither empty nor a run, if the config differs in a field that may not change, if the
-    run is past training.steps, if checkpoints or base weights are missing, or if a file is not writable. Returns the
-    changes of a continued run that `allow_change` permits.
+    run is past training.steps, if checkpoints or frozen base weights are missing, or if a file is not writable. Returns
+    the changes of a resumed run that `allow_change` permits.
     """
     run.require_run_or_empty()
     if overwrite or not run.exists():
@@ -107,7 +107,10 @@ def require_usable(run: RunDir, config: Config, *, overwrite: bool, allow_change
     if not saved:
         _require_nothing_lost(run)
     elif max(saved) > config.training.steps:
-        raise InputError(f"the run is at step {max(saved)} already, beyond training.steps {config.training.steps}")
+        raise InputError(
+            f"the run in {run.path} is already at step {max(saved)}, beyond training.steps {config.training.steps}; "
+            "raise training.steps"
+        )
     elif config.lora.rank:
         from nextllm_jax.checkpoint.base import base_id  # imports jax, which other runs do not need yet
 
@@ -116,13 +119,13 @@ def require_usable(run: RunDir, config: Config, *, overwrite: bool, allow_change
 
 
 def _require_nothing_lost(run: RunDir) -> None:
-    """Raise InputError if metrics.jsonl shows that a checkpoint must have existed and none does.
+    """Raise InputError if there is no checkpoint but metrics.jsonl shows that there must have been one.
 
-    A save is certain to be complete once the next one was due.
+    A save is certain to be complete once the next save is due.
     """
     config, last = run.read_config(), None
     for line in run.read(METRICS).splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line of a process that was killed
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # an incomplete line of a killed process
             last = int(json.loads(line)["step"])
     first_save = min(config.checkpoint.every_steps, config.training.evaluate_every_steps)
     certain = 0 if config.init_from is not None else 2 * first_save

@@ -12,11 +12,11 @@ from nextllm_jax.model.weights import of_kind, path_name
 
 
 def schedule(config: OptimizerConfig, training_steps: int) -> optax.Schedule:
-    """The learning rate as a function of the step, warmup first.
+    """The learning rate as a function of the step, with a warmup.
 
-    The first step has `learning_rate` divided by the steps of warmup, so none is wasted on a rate of zero. The last
-    step of the schedule has the final rate, and every later step keeps it. The decay never overlaps the warmup: wsd
-    decays for at most the steps that the warmup leaves. The warmup takes at most half of the schedule.
+    The first step has `learning_rate` divided by the number of warmup steps, not zero, so no step is wasted. The last
+    step of the schedule has the final learning rate, which later steps keep. The warmup takes at most half of the
+    schedule, and the decay never overlaps it.
     """
     steps, warmup = config.schedule_length(training_steps), config.warmup_length(training_steps)
     peak = config.learning_rate
@@ -39,20 +39,20 @@ def schedule(config: OptimizerConfig, training_steps: int) -> optax.Schedule:
 
 
 def describe_warmup(config: OptimizerConfig, training_steps: int) -> str | None:
-    """What to say of a warmup that is shorter than the config's, because the schedule is short."""
+    """A message if the schedule is so short that the warmup is shorter than configured; else None."""
     steps, warmup = config.schedule_length(training_steps), config.warmup_length(training_steps)
     if warmup == config.warmup_steps:
         return None
     return (
-        f"warming up for {warmup} steps instead of optimizer.warmup_steps {config.warmup_steps}: "
-        f"at most half of the schedule's {steps} steps"
+        f"warming up for {warmup} steps instead of optimizer.warmup_steps {config.warmup_steps}, "
+        f"since the warmup takes at most half of the schedule's {steps} steps"
     )
 
 
 def decay_mask(config: OptimizerConfig, model: ModelConfig, params: Any) -> Any:
-    """True for each parameter that weight decay shrinks: matrices, and embeddings by choice.
+    """True for each parameter with weight decay: matrices, and embeddings if `decay_embeddings` is set.
 
-    `params` may be boxed, a part of the model's parameters (stacked over layers), or adapters, which do not decay.
+    `params` may be boxed, a part of the model's parameters (stacked over layers), or adapters, which are not decayed.
     """
     boxed = abstract_params(model)
     names = of_kind(boxed, "matrix", "embedding") if config.decay_embeddings else of_kind(boxed, "matrix")
@@ -60,7 +60,7 @@ def decay_mask(config: OptimizerConfig, model: ModelConfig, params: Any) -> Any:
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
-    """`optax.clip_by_global_norm`, for updates that may be a part of the gradient with this global `grad_norm`."""
+    """`optax.clip_by_global_norm` for updates that may be part of a gradient, whose global norm is `grad_norm`."""
 
     def clip(updates: Any, state: Any, params: Any = None, *, grad_norm: Any = None, **_: Any) -> tuple[Any, Any]:
         norm = optax.tree.norm(updates) if grad_norm is None else grad_norm
@@ -72,10 +72,10 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArg
 
 
 def make_optimizer(config: OptimizerConfig, model: ModelConfig) -> optax.GradientTransformationExtraArgs:
-    """Clipping and AdamW at a learning rate of 1: the train step scales the update by the schedule.
+    """Clipping and AdamW with a learning rate of 1. The train step multiplies the update by the learning rate.
 
-    The schedule reads the step that counts skipped updates too, which optax's own count does not know. Updates take
-    the `grad_norm` of the whole gradient, or else compute it.
+    It does so because the schedule counts skipped steps, which optax's own count does not. `update` takes the
+    `grad_norm` of the whole gradient as an argument, or else computes it.
     """
     return optax.chain(
         clip_by_global_norm(config.clip_norm),

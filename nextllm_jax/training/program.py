@@ -1,4 +1,4 @@
-"""What a config compiles to: the model and its steps, and the layout of the state."""
+"""The program of a config: the model, its train and evaluation steps, and the layout of the training state."""
 
 import dataclasses
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from nextllm_jax.training.step import StepMetrics, make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What is compiled once: the model and its steps, and the layout of the state."""
+    """The model, its jitted steps, and the functions that create and restore the training state."""
 
     model: Transformer
     objective: Objective
@@ -38,14 +38,14 @@ class Program:
     create_state: Callable[[], TrainState]
     """The state of step 0 with random parameters."""
     state_from: Callable[[Any], TrainState]
-    """The state of step 0 with given parameters, which are used up."""
+    """The state of step 0 with the given parameters, which are donated."""
     restore_state: Callable[[Checkpoints, int], tuple[TrainState, dict[str, Any]]]
-    """The state and the record of a saved step. Raises as `Checkpoints.restore` and `restore_base` do."""
+    """The state and the record of a checkpoint. Raises as `Checkpoints.restore` and `restore_base` do."""
 
 
 def build_program(config: Config, mesh: Mesh, objective: Objective = next_token) -> Program:
-    """The steps of a config on a mesh; nothing is compiled or computed yet."""
-    platform = mesh.devices.flat[0].platform  # of the mesh, which may be a topology that is not here
+    """The program of a config on a mesh. Nothing is compiled or computed yet."""
+    platform = mesh.devices.flat[0].platform  # not jax.default_backend(): the mesh may be of absent devices
     dtype = resolve_dtype(config.model.dtype, platform, training=True)
     model = Transformer(config.model, dtype, kernel=choose_kernel(config, mesh, dtype))
     optimizer = make_optimizer(config.optimizer, config.model)
@@ -94,12 +94,12 @@ def build_program(config: Config, mesh: Mesh, objective: Objective = next_token)
 
 
 def to_save(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The items of a checkpoint, and what its record holds beside them; `Program.restore_state` puts them together."""
+    """The items of a checkpoint, and additional entries for its record. `Program.restore_state` reads both."""
     items = {"params": state.params, "rest": _rest(state)}
     return items, {"recent_losses": recent_losses(state)} if state.recent_losses is not None else {}
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
-    """What a checkpoint holds beside the parameters, by its name in the state; others are saved elsewhere."""
+    """The fields of the state that the item "rest" of a checkpoint holds; fields that are saved elsewhere are None."""
     names = (field.name for field in dataclasses.fields(state) if field.name != "frozen")
     return {name: getattr(state, name) for name in names} | {"params": None, "recent_losses": None}

@@ -1,6 +1,6 @@
-"""The refusal, field by field, of a config with which a run may not go on; see config.fields.
+"""Checks whether a run may be resumed with a config, and reports each field that differs; see config.fields.
 
-Importing this module does not import jax, so that a command can refuse before it prepares data.
+Importing this module does not import jax, so a command can check before it prepares data.
 """
 
 import difflib
@@ -19,7 +19,7 @@ _NEW_RUN = "start a new run: another --workdir, or --overwrite to set the old ru
 
 
 class Change(NamedTuple):
-    """A field that may not differ as it is, with its two values and what to know about it."""
+    """A changed field, with its old and new value and the effect of the change."""
 
     name: str
     old: Any
@@ -32,28 +32,28 @@ class Change(NamedTuple):
 
 
 def allowed_fields(allow_change: Collection[str]) -> frozenset[str]:
-    """The dotted names that `--allow-change` gave.
+    """The dotted field names from `--allow-change`.
 
-    Raises InputError for a name that is no field, or the field of a model that no consent can change.
+    Raises InputError for an unknown field, and for a field that cannot change even with an explicit override.
     """
     known, allowed = fields_of(Config()), frozenset(name.replace("-", "_") for name in allow_change)
     for name in sorted(allowed):
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else "give a dotted name, such as optimizer.learning_rate"
-            raise InputError(f"--allow-change {name}: there is no such field; {hint}")
+            raise InputError(f"--allow-change {name}: unknown field; {hint}")
         if known[name].on_resume.change == "fixed":
             raise InputError(
-                f"--allow-change {name}: the saved arrays fit no other value, so that it cannot change; {_NEW_RUN}"
+                f"--allow-change {name}: this field cannot change, since the saved arrays would not fit; {_NEW_RUN}"
             )
     return allowed
 
 
 def _schedule_change(old: Config, new: Config) -> Change | None:
-    """The change by which the learning rates of steps already taken would have been others; None without one.
+    """A change of the schedule that would have changed the learning rates of past steps; None if there is none.
 
-    More steps on a schedule of stated length leave the past as it was; so does any length of a constant one that does
-    not change the warmup.
+    There is none if training.steps changes but optimizer.schedule_steps is set, or if a constant schedule changes its
+    length but not its warmup.
     """
     before = old.optimizer.schedule_length(old.training.steps)
     after = new.optimizer.schedule_length(new.training.steps)
@@ -63,39 +63,39 @@ def _schedule_change(old: Config, new: Config) -> Change | None:
         return None
     if old.optimizer.schedule_steps == new.optimizer.schedule_steps:
         meaning = (
-            "it is the schedule's length too, so that the learning rate would jump: add "
-            f"--optimizer.schedule-steps {before} to keep the schedule as it was"
+            "this is also the length of the schedule, so the learning rate would jump; add "
+            f"--optimizer.schedule-steps {before} to keep the schedule"
         )
         return Change("training.steps", old.training.steps, new.training.steps, meaning, True)
-    lengths = f"the schedule would have {after} steps instead of {before}, so that the learning rate would jump"
+    lengths = f"the schedule would have {after} steps instead of {before}, so the learning rate would jump"
     return Change("optimizer.schedule_steps", old.optimizer.schedule_steps, new.optimizer.schedule_steps, lengths, True)
 
 
 def _changes_since_first_format(old: Config, new: Config) -> list[Change]:
-    """The settings of a run of the first format whose schedule this version computes in another way."""
+    """The schedule settings of a first-format run that this version interprets differently."""
     length = new.optimizer.schedule_length(new.training.steps)
     warmup, fraction = old.optimizer.warmup_steps, old.optimizer.decay_steps_fraction
     found = []
     if warmup > length // 2:
-        meaning = "a warmup takes at most half of the schedule now, so the learning rate would jump"
+        meaning = "the warmup now takes at most half of the schedule, so the learning rate would jump"
         found.append(Change("optimizer.warmup_steps", warmup, length // 2, meaning, True))
     room = length - warmup - 1
     if old.optimizer.schedule == "wsd" and round(length * fraction) > max(room, 1):
-        meaning = "the decay never overlaps the warmup now, so the learning rate would jump"
+        meaning = "the decay now never overlaps the warmup, so the learning rate would jump"
         found.append(Change("optimizer.decay_steps_fraction", fraction, max(room, 0) / length, meaning, True))
     return found
 
 
 def _are_same(name: str, old: Any, new: Any) -> bool:
-    """Whether two values of a field mean the same."""
-    if name == "lora.targets":  # the order does not matter, and earlier versions spelled out what is () now
+    """Whether two values of a field are equivalent."""
+    if name == "lora.targets":  # the order does not matter, and () is a newer way to say all
         every = ("q", "k", "v", "o", "gate", "up", "down")
         return set(old or every) == set(new or every)
     return old == new
 
 
 def changes(old: Config, new: Config) -> list[Change]:
-    """The fields in which `new` would not simply go on with a run of `old`, in the order of the config."""
+    """The differences from `old` to `new` that matter for resuming, in the order of the config."""
     after = fields_of(new)
     schedule = _schedule_change(old, new)
     found = []
@@ -108,9 +108,9 @@ def changes(old: Config, new: Config) -> list[Change]:
 
 
 def require_resumable(run: RunDir, config: Config, allow_change: Collection[str]) -> list[Change]:
-    """Raise InputError, a line for each field, if `run` may not go on as `config`.
+    """Raise InputError, with a line for each field, if `run` may not be resumed with `config`.
 
-    Returns the changes that `allow_change` names, which may be; none where there is no run.
+    Returns the changes that `allow_change` permits; none if there is no run yet.
     """
     allowed = allowed_fields(allow_change)
     if not run.exists():
@@ -123,17 +123,17 @@ def require_resumable(run: RunDir, config: Config, allow_change: Collection[str]
     refused = [change for change in found if change.name not in allowed]
     if not refused:
         return found
-    consent = " ".join(f"--allow-change {change.name}" for change in refused)
-    fix = f"restore them, or consent: {consent}; or " if all(change.allowable for change in refused) else ""
+    flags = " ".join(f"--allow-change {change.name}" for change in refused)
+    fix = f"restore the old values, or allow the changes: {flags}; or " if all(c.allowable for c in refused) else ""
     lines = "".join(f"\n  {change}" for change in refused)
-    raise InputError(f"{run.path} holds a run with another config, and stays as it is:{lines}\n{fix}{_NEW_RUN}")
+    raise InputError(f"{run.path} holds a run with another config, which was not touched:{lines}\n{fix}{_NEW_RUN}")
 
 
 def recorded_data(record: dict[str, Any]) -> dict[str, Any]:
-    """The position in the data that a checkpoint's record holds. Raises InputError if there is none."""
+    """The data position in a checkpoint's record. Raises InputError if it has none."""
     if not isinstance(record.get("data"), dict):
         raise InputError(
-            "the checkpoint does not say which data it was trained on; another version may have written it: use that "
+            "the checkpoint does not record its training data, so another version may have written it; use that "
             f"version, or {_NEW_RUN}"
         )
     return record["data"]
@@ -142,20 +142,20 @@ def recorded_data(record: dict[str, Any]) -> dict[str, Any]:
 def require_same_data(
     recorded: dict[str, Any], found: dict[str, Any], where: epath.PathLike, allow_change: Collection[str]
 ) -> None:
-    """Raise InputError if the data in `where` is not that which a checkpoint was trained on.
+    """Raise InputError if the data in `where` is not the data that a checkpoint was trained on.
 
-    `recorded` and `found` are positions in the data, of the checkpoint and of the loader; see TrainLoader. Other
-    data of the same tokenizer may follow where `allow_change` names data.path or another field that chooses data.
+    `recorded` and `found` are the data positions of the checkpoint and of the loader; see TrainLoader. Other data with
+    the same tokenizer is accepted if `allow_change` names data.path or another field that selects data.
     """
     if recorded.get("tokenizer_hash", found["tokenizer_hash"]) != found["tokenizer_hash"]:
         raise InputError(
-            f"the data in {where} has another tokenizer than the run, whose embedding belongs to the ids of its own; "
-            f"set data.path to data of that tokenizer, or {_NEW_RUN}"
+            f"the data in {where} has another tokenizer than the run, so its ids do not fit the model; "
+            f"set data.path to data with the run's tokenizer, or {_NEW_RUN}"
         )
     choosing = {name for name, field in fields_of(Config()).items() if field.on_resume.meaning == OTHER_DATA}
     if recorded.get("data_id") != found["data_id"] and not choosing & allowed_fields(allow_change):
         raise InputError(
             f"the checkpoint was trained on other data than {where} holds ({recorded.get('data_id')} -> "
-            f"{found['data_id']}); set data.path to the data of the checkpoint, or consent: --allow-change data.path "
-            f"({OTHER_DATA}); or {_NEW_RUN}"
+            f"{found['data_id']}); set data.path to the data of the checkpoint, or allow the change: "
+            f"--allow-change data.path ({OTHER_DATA}); or {_NEW_RUN}"
         )

@@ -1,4 +1,4 @@
-"""What a training starts from, and the named checks of it: `train` runs them, `nextllm doctor` prints them."""
+"""The inputs of a training (data, mesh, program), and named checks of them for `train` and `nextllm doctor`."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from nextllm_jax.training.program import Program, build_program
 
 
 class Remark(NamedTuple):
-    """What a check that passed has to say."""
+    """A message from a check that passed."""
 
     text: str
     is_warning: bool = False
@@ -30,33 +30,33 @@ class Remark(NamedTuple):
 
 @dataclasses.dataclass
 class Start:
-    """A training about to start. Each part is built on first use; building raises InputError."""
+    """The inputs of a training. Each is created on first use, which may raise InputError."""
 
     config: Config
     open_dataset: Callable[[], Dataset]
-    """Opens the data to train on, which is prepared by then."""
+    """Opens the training data, which must be prepared by then."""
     overwrite: bool = False
     allow_change: Collection[str] = ()
 
     @functools.cached_property
     def dataset(self) -> Dataset:
-        """The data to train on."""
+        """The training data."""
         return self.open_dataset()
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the data."""
+        """The tokenizer of the data."""
         return self.dataset.tokenizer()
 
     @functools.cached_property
     def mesh(self) -> Mesh:
-        """The devices."""
+        """The device mesh."""
         check_platform(self.config)
         return make_mesh(self.config.mesh)
 
     @functools.cached_property
     def program(self) -> Program:
-        """The model and its steps, not compiled yet."""
+        """The model and its steps, which are not compiled yet."""
         return build_program(self.config, self.mesh)
 
     @functools.cached_property
@@ -76,12 +76,12 @@ class Check:
 
 
 def require(checks: Iterable[Check], start: Start) -> list[Remark]:
-    """The remarks of all checks. Raises InputError for the first check that fails."""
+    """The remarks of all checks. Raises InputError at the first check that fails."""
     return [remark for check in checks for remark in check.run(start)]
 
 
 def make_loader(config: Config, dataset: Dataset, mesh: Mesh) -> TrainLoader:
-    """The training batches of a config on a mesh. Raises InputError if data, batch and mesh do not go together."""
+    """The training batches of a config on a mesh. Raises InputError if data, batch size and mesh do not fit."""
     return TrainLoader(
         dataset.split("train"),
         sequence_length=config.data.sequence_length,
@@ -92,11 +92,11 @@ def make_loader(config: Config, dataset: Dataset, mesh: Mesh) -> TrainLoader:
 
 
 def check_platform(config: Config) -> None:
-    """Raise InputError if jax finds no device, or another platform than the config's."""
+    """Raise InputError if jax finds no device, or another platform than the config requires."""
     try:
         found = jax.default_backend()
     except RuntimeError as error:
-        raise InputError(f"jax finds no device to run on ({str(error).splitlines()[0]}); see JAX_PLATFORMS") from error
+        raise InputError(f"jax found no device ({str(error).splitlines()[0]}); check JAX_PLATFORMS") from error
     if config.platform not in ("auto", found):
         raise InputError(
             f"platform is {config.platform}, but jax found {found}; install jax for it, set JAX_PLATFORMS, or "
@@ -105,17 +105,17 @@ def check_platform(config: Config) -> None:
 
 
 def check_divides(config: Config, mesh: Mesh | AbstractMesh) -> None:
-    """Raise InputError if the mesh does not divide the batch and the sequences of a step."""
+    """Raise InputError if the mesh cannot shard the microbatches and sequences of a step evenly."""
     rows = config.training.global_batch_size // config.training.accumulation_steps
     parts = num_parts(mesh, "batch")
     if rows % parts:
         raise InputError(
-            f"training.global_batch_size / accumulation_steps is {rows}, which mesh.data x mesh.fsdp = {parts} "
-            "does not divide"
+            f"training.global_batch_size / accumulation_steps is {rows}; it must be divisible by mesh.data x mesh.fsdp "
+            f"= {parts}"
         )
     length, parts = config.data.sequence_length, mesh.shape["sequence"]
     if length % parts:
-        raise InputError(f"data.sequence_length {length} is not divisible by mesh.sequence {parts}")
+        raise InputError(f"data.sequence_length is {length}; it must be divisible by mesh.sequence {parts}")
 
 
 def _check_devices(start: Start) -> Iterator[Remark]:
@@ -130,7 +130,7 @@ def _check_model(start: Start) -> Iterator[Remark]:
     model = start.program.model
     trained = adapter_count(config.model, config.lora)
     yield Remark(
-        f"{parameter_count(config.model):,} parameters{f' below {trained:,} in adapters' if trained else ''}, "
+        f"{parameter_count(config.model):,} parameters{f' and {trained:,} in adapters' if trained else ''}, "
         f"{np.dtype(model.dtype).name} matmuls, {model.kernel.name} attention ({model.kernel.reason})"
     )
     if said := describe_warmup(config.optimizer, config.training.steps):
@@ -147,7 +147,7 @@ def _check_fit(start: Start) -> Iterator[Remark]:
     config, tokenizer = start.config, start.tokenizer
     if tokenizer.vocab_size > config.model.vocab_size:
         raise InputError(
-            f"the data's tokenizer has {tokenizer.vocab_size} tokens but model.vocab_size is "
+            f"the data's tokenizer has {tokenizer.vocab_size} tokens, but model.vocab_size is "
             f"{config.model.vocab_size}; set --model.vocab-size {tokenizer.vocab_size} or more"
         )
     training = config.training
@@ -155,8 +155,8 @@ def _check_fit(start: Start) -> Iterator[Remark]:
         needed = 1 + len(tokenizer.encode(prompt)) + training.sample_tokens
         if needed > config.model.context_length:
             raise InputError(
-                f"training.sample_prompts has {prompt[:20]!r}..., which needs {needed} tokens with "
-                f"training.sample_tokens, over model.context_length {config.model.context_length}"
+                f"the prompt {prompt[:20]!r}... in training.sample_prompts needs {needed} tokens with "
+                f"training.sample_tokens; it must fit model.context_length {config.model.context_length}"
             )
     yield Remark("vocabulary and sample prompts fit the model")
 
@@ -167,8 +167,8 @@ def _check_batches(start: Start) -> Iterator[Remark]:
     for split in map(start.dataset.split, SPLITS):
         if not has_targets(split):
             raise InputError(
-                f"the {split.name} split of {start.dataset.path} has no token in its loss mask (in conversations only "
-                "assistant text is in the mask); use other data, or check data.chat_template"
+                f"the {split.name} split of {start.dataset.path} has no token in its loss mask (in conversations, only "
+                "assistant text is in it); use other data, or check data.chat_template"
             )
     length, batch = config.data.sequence_length, config.training.global_batch_size
     windows = count_windows(train, length, partial=False)
@@ -177,7 +177,8 @@ def _check_batches(start: Start) -> Iterator[Remark]:
         f"{windows:,} windows of {length} tokens; {config.training.steps:,} steps of {batch} are {epochs:,.2f} epochs"
     )
     repeats = batch > windows
-    yield Remark(f"{said}; each step repeats windows: more data, or a smaller batch" if repeats else said, repeats)
+    warning = f"{said}; each step repeats windows: use more data or a smaller batch"
+    yield Remark(warning if repeats else said, repeats)
     for split in map(start.dataset.split, SPLITS):
         if said := describe_windows(split, length):
             yield Remark(said)
@@ -190,4 +191,4 @@ CHECKS = (
     Check("fit", _check_fit, needs_data=True),
     Check("batches", _check_batches, needs_data=True),
 )
-"""The loop makes them in all processes once the data is prepared. `open_run` checks the run directory."""
+"""The loop runs these in all processes once the data is prepared. `open_run` checks the run directory."""

@@ -1,4 +1,4 @@
-"""The training state, made sharded: abstract shapes, then shardings, then one jitted initialisation."""
+"""The training state. It is created sharded: first abstract shapes, then shardings, then a jitted initialization."""
 
 import dataclasses
 import functools
@@ -22,28 +22,28 @@ from nextllm_jax.sharding import also_over_data, placed
 
 @flax.struct.dataclass
 class TrainState:
-    """What training carries from step to step and saves."""
+    """The state that each train step updates and that checkpoints save."""
 
     step: jax.Array
-    """int32: global batches consumed, skipped updates included."""
+    """int32: global batches consumed, including skipped steps."""
     skipped: jax.Array
-    """int32: updates skipped, in all (see `step.SKIP_REASONS`)."""
+    """int32: total number of skipped steps (see `step.SKIP_REASONS`)."""
     skipped_in_a_row: jax.Array
-    """int32: of these, the ones without a good update since."""
+    """int32: number of consecutive skipped steps up to now."""
     params: Any
-    """What is trained: the model's parameters or, on frozen ones, their adapters."""
+    """The trained parameters: the model's or, if these are frozen, their adapters'."""
     opt_state: Any
     frozen: adapters.Frozen | None = None
-    """None if all parameters are trained. Saved once, beside the checkpoints."""
+    """The frozen base weights, which are saved once, not in checkpoints; None if all parameters are trained."""
     recent_losses: jax.Array | None = None
-    """float32 [W]: the last W finite losses, oldest first, NaN where there were fewer; None if spikes are not skipped.
-    Not saved with the arrays but in a checkpoint's record, so that W may change."""
+    """float32 [W]: the last W finite losses, oldest first, padded with NaN at the start; None if spikes are not
+    skipped. Saved in a checkpoint's record instead of its arrays, so that W may change."""
 
 
 def require_finite(state: TrainState, where: str) -> None:
-    """Raise InputError, naming the first one, if parameters or optimizer state have values that are not finite.
+    """Raise InputError, which names the first bad array, if parameters or optimizer state are not finite.
 
-    No step would find out: all of them would be skipped. `where` is the run directory.
+    Otherwise training would just skip every step. `where` is the run directory.
     """
     arrays = {"params": state.params, "opt_state": state.opt_state, "frozen": state.frozen}
     flags = jax.device_get(jax.jit(lambda tree: jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree))(arrays))
@@ -51,16 +51,16 @@ def require_finite(state: TrainState, where: str) -> None:
         if not finite:
             name, step = jax.tree_util.keystr(path, simple=True, separator="/"), int(state.step)
             raise InputError(
-                f"{name} of checkpoint {step} in {where} is not finite; move that checkpoint away to go on from another"
+                f"{name} of checkpoint {step} in {where} is not finite; move that checkpoint away to use another"
                 if step
-                else f"{name} is not finite before the first step; lower model.init_std, which must fit into float32"
+                else f"{name} is not finite before the first step; lower model.init_std so that weights fit float32"
             )
 
 
 def with_recent_losses(state: TrainState, losses: Sequence[float] | None, window_steps: int, mesh: Mesh) -> TrainState:
-    """The state with the last of `losses` as its window of `window_steps`; without a window for 0 steps.
+    """The state whose window of recent losses holds the last `window_steps` of `losses`; no window if that is 0.
 
-    None: with the window's shape alone, for a state that is abstract.
+    If `losses` is None, the window is a ShapeDtypeStruct, for an abstract state.
     """
     if not window_steps:
         return dataclasses.replace(state, recent_losses=None)
@@ -75,7 +75,7 @@ def with_recent_losses(state: TrainState, losses: Sequence[float] | None, window
 
 
 def recent_losses(state: TrainState) -> list[float]:
-    """What `with_recent_losses` takes, exactly; JSON values. Waits for the state."""
+    """The losses in the window, as JSON values for `with_recent_losses`, exactly. Waits for the state."""
     if state.recent_losses is None:
         return []
     window = np.asarray(state.recent_losses)
@@ -83,7 +83,7 @@ def recent_losses(state: TrainState) -> list[float]:
 
 
 def _initial_state(model: Transformer, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state of step 0 with parameters and moments in Flax boxes that hold their logical axes."""
+    """The state of step 0, with parameters and moments in Flax boxes that hold their logical axes."""
     tokens_BT = jnp.zeros((1, 1), jnp.int32)
     return _at_start(optimizer, model.init(jax.random.key(seed), tokens_BT, tokens_BT)["params"])
 
@@ -100,11 +100,11 @@ def abstract_state(
     placement: OptimizerConfig | None = None,
     lora: LoraConfig | None = None,
 ) -> TrainState:
-    """The state as shapes, types and shardings, without a byte of it: what a checkpoint is restored into.
+    """The shapes, types and shardings of the state; nothing is allocated. Checkpoints are restored into it.
 
-    `placement` says where the moments lie (none: as the parameters do).
+    `placement` determines the shardings of the moments; None: the same as those of the parameters.
 
-    Raises InputError if a parameter's axis cannot be divided over the mesh.
+    Raises InputError if an axis of a parameter cannot be sharded over the mesh.
     """
     if lora is None or not lora.rank:
         state = placed(mesh, jax.eval_shape(lambda: _initial_state(model, optimizer, 0)))
@@ -117,7 +117,7 @@ def abstract_state(
 
 
 def _place_moments(state: TrainState, config: OptimizerConfig) -> TrainState:
-    """An abstract state whose moments are divided over "data" too, or in the host's memory, if the config says so."""
+    """An abstract state whose moments are also sharded over "data", or are in host memory, as the config says."""
 
     def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         sharding = leaf.sharding
@@ -142,9 +142,9 @@ def create_state(
     seed: int,
     placement: OptimizerConfig | None = None,
 ) -> TrainState:
-    """The state of step 0, each array born on its own shard; see `abstract_state`.
+    """The state of step 0, with each array created in its sharding; see `abstract_state`.
 
-    The values depend on the seed alone, not on the mesh.
+    The values depend only on the seed, not on the mesh.
     """
     shardings = shardings_of(abstract_state(model, optimizer, mesh, placement))
     make = jax.jit(lambda: nn.meta.unbox(_initial_state(model, optimizer, seed)), out_shardings=shardings)
@@ -154,9 +154,10 @@ def create_state(
 def state_from(
     params: Any, model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh, config: Config
 ) -> TrainState:
-    """The state of step 0 with these parameters, which are used up.
+    """The state of step 0 with these parameters, which are donated.
 
-    With a rank they are frozen below new adapters, and must be in the form of `lora.abstract_frozen`.
+    With a LoRA rank they become the frozen base weights of new adapters, and must have the form of
+    `lora.abstract_frozen`.
     """
     lora, seed = config.lora, config.seed
     shardings = shardings_of(abstract_state(model, optimizer, mesh, config.optimizer, lora))
@@ -173,7 +174,7 @@ def state_from(
 
 
 def whole_params(state: TrainState, config: ModelConfig, mesh: Mesh) -> Any:
-    """The parameters of the model that a state amounts to: adapters are merged into a copy of the frozen weights."""
+    """The parameters of the complete model; adapters are merged into a copy of the frozen base weights."""
     if state.frozen is None:
         return state.params
     shardings = shardings_of(placed(mesh, abstract_params(config)))

@@ -17,8 +17,8 @@ from nextllm_jax.training.state import TrainState
 from nextllm_jax.training.update import make_update
 
 SKIP_REASONS = ("none", "loss", "gradient", "update", "spike")
-"""Why a step was skipped: not finite are its loss, its gradient (or the norm of it), or the parameters that its update
-would give; or its loss is a spike."""
+"""Why a step was skipped. loss, gradient: it (or its norm) is not finite; update: the updated parameters would not be
+finite; spike: the loss is a spike."""
 
 
 class StepMetrics(NamedTuple):
@@ -33,36 +33,36 @@ class StepMetrics(NamedTuple):
     learning_rate: jax.Array
     """float32."""
     skipped: jax.Array
-    """bool: nothing was updated."""
+    """bool: parameters and optimizer state were not updated."""
     skipped_in_a_row: jax.Array
-    """int32: skipped steps up to and with this one."""
+    """int32: number of consecutive skipped steps up to and including this one."""
     reason: jax.Array
-    """int32: index in SKIP_REASONS, the first that holds."""
+    """int32: index in SKIP_REASONS of the first reason that applies."""
     loss_limit: jax.Array
-    """float32: mean loss over which the step is a spike; NaN where none would be."""
+    """float32: mean loss above which the step is a spike; NaN if there is no limit yet."""
     gradient_norms: jax.Array
-    """float32 [P]: norm of the accumulated gradient at each of `layer_norms.places`, before clipping."""
+    """float32 [P]: norm of the accumulated gradient of each of `layer_norms.places`, before clipping."""
     activation_rms: jax.Array
-    """float32 [M]: root mean square of the residual stream behind the first of these places."""
+    """float32 [M]: root mean square of the residual stream after each of the first M of these places."""
 
 
 class MeanGradient(NamedTuple):
-    """What the forward and backward passes of a global batch give."""
+    """The result of the forward and backward passes of a global batch."""
 
     loss: jax.Array
-    """float32: summed loss, which is differentiated."""
+    """float32: summed loss, whose gradient is taken."""
     nll_sum: jax.Array
     """float32: summed negative log likelihood, in nats."""
     num_tokens: jax.Array
     """int32: tokens in the loss mask."""
     gradients: Any
-    """Of the mean loss over these tokens."""
+    """Gradients of the mean loss over these tokens."""
     mean_squares: jax.Array
-    """float32 [M]: of the residual stream, see `layer_norms.mean_squares`."""
+    """float32 [M]: mean squares of the residual stream, see `layer_norms.mean_squares`."""
 
 
 def _cast_matrices(model: Transformer, params: Any) -> Any:
-    """The parameters with the matrices of the layers in the type of the matmuls, as the model would cast them."""
+    """The parameters, with the matrices of the layers cast to the matmul type, as the model would cast them."""
     names = of_kind(abstract_params(model.config), "matrix")
 
     def cast(path: Any, leaf: jax.Array) -> jax.Array:
@@ -80,10 +80,9 @@ def _sums(
     frozen: Frozen | None,
     gradients_over_data: bool,
 ) -> tuple[tuple[jax.Array, jax.Array, Metrics], Any]:
-    """(what the objective returns, its gradient), each summed over the microbatches of the batch.
+    """(result of the objective, its gradient), each summed over the microbatches of the batch.
 
-    Matrices are cast before they are differentiated: their gradients, in the type of the matmuls already, are then
-    kept in it instead of wider.
+    Matrices are cast before differentiation, so their gradients stay in the matmul type instead of a wider one.
     """
     params = _cast_matrices(model, params)
 
@@ -105,7 +104,7 @@ def _sums(
             microbatch = jax.tree.map(lambda x: constrain(x, "batch", "seq"), microbatch)
             return jax.tree.map(lambda total, x: total + x, sums, sums_and_gradient(weights, microbatch)), None
 
-        # Microbatch i takes rows i, i + A, ...: so every device keeps the rows that it already holds.
+        # Microbatch i has rows i, i + A, ..., so every device keeps the rows that it already holds.
         microbatches = jax.tree.map(
             lambda x: constrain(
                 jnp.swapaxes(x.reshape(-1, accumulation_steps, *x.shape[1:]), 0, 1), None, "batch", "seq"
@@ -120,8 +119,9 @@ def _sums(
         gradients = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), weights[0])
         return jax.lax.scan(accumulate, (found, gradients), microbatches)[0]
 
-    # The microbatches share one buffer, and each of them is reduced over the axes that shard it, which keeps it small:
-    # "fsdp", and "data" if the gradients are sharded over that too. Otherwise "data" is summed over once, at the end.
+    # Gradients accumulate in one buffer. Each microbatch's gradient is reduced over the axes that shard the buffer:
+    # "fsdp", and "data" if the gradients are also sharded over it. Otherwise they are summed over "data" once, at the
+    # end.
     if gradients_over_data:
         return accumulated((params, frozen), batch)
     return sum_over_data(accumulated, (params, frozen), batch)
@@ -137,9 +137,10 @@ def mean_gradient(
     *,
     gradients_over_data: bool = False,
 ) -> MeanGradient:
-    """Loss and gradient of a global batch, whatever the microbatches: a mean over all its tokens in the loss mask.
+    """Loss and gradient of a global batch. The gradient is of the mean over all its tokens in the loss mask.
 
-    `gradients_over_data`: the caller shards the gradients over "data" too.
+    So the number of microbatches does not matter. `gradients_over_data`: the caller also shards the gradients over
+    "data".
     """
     (loss, num_tokens, metrics), gradients = _sums(
         objective, model, params, batch, accumulation_steps, frozen, gradients_over_data
@@ -150,7 +151,7 @@ def mean_gradient(
 
 
 def _skip_reason(*found: jax.Array) -> jax.Array:
-    """Index in SKIP_REASONS of the first that was found, of the ones after "none"; 0: nothing was."""
+    """Index in SKIP_REASONS of the first flag in `found` that is true, which start after "none"; 0 if none is."""
     return jnp.where(jnp.any(jnp.stack(found)), jnp.argmax(jnp.stack(found)) + 1, 0).astype(jnp.int32)
 
 
@@ -164,19 +165,19 @@ def make_train_step(
     accumulation_steps: int = 1,
     spike_factor: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """A jitted `(state, batch) -> (state, metrics)` that donates the state.
+    """A jitted `(state, batch) -> (state, metrics)` that donates the state. Call it under `jax.set_mesh`.
 
-    The loss is the mean over all tokens in the loss mask of the global batch, whatever the microbatches and
-    devices; the gradient is clipped once, after accumulation. If loss, gradient or updated parameters are not
-    finite, or if the mean loss is over `spike_factor` times the median of the state's full window of recent losses,
-    parameters and optimizer state stay as they were, and the step still counts. The moments of a finite gradient are
-    finite: its norm is, and so the square of each value. `state_shardings` is the layout of the state on both sides
-    (see `state.shardings_of`). Call it under `jax.set_mesh`.
+    The loss is the mean over all tokens in the loss mask of the global batch, independent of microbatches and devices.
+    The gradient is clipped once, after accumulation. A step is skipped if loss, gradient or updated parameters are not
+    finite, or if the mean loss exceeds `spike_factor` times the median of the state's full window of recent losses. A
+    skipped step leaves parameters and optimizer state unchanged, but still counts. The moments need no check: if the
+    gradient's norm is finite, so are the squares of its values. `state_shardings` are the shardings of the state before
+    and after the step (see `state.shardings_of`).
     """
 
-    # Gradients and updates are divided as the moments are.
-    divided = jax.tree.map(
-        lambda place: place.with_memory_kind("device"), optax.tree.get(state_shardings.opt_state, "mu")
+    # Gradients and updates are sharded like the moments.
+    gradient_shardings = jax.tree.map(
+        lambda each: each.with_memory_kind("device"), optax.tree.get(state_shardings.opt_state, "mu")
     )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -187,9 +188,9 @@ def make_train_step(
             batch,
             accumulation_steps,
             state.frozen,
-            gradients_over_data=any(is_over_data(place) for place in jax.tree.leaves(divided)),
+            gradients_over_data=any(is_over_data(each) for each in jax.tree.leaves(gradient_shardings)),
         )
-        gradients = jax.lax.with_sharding_constraint(gradients, divided)
+        gradients = jax.lax.with_sharding_constraint(gradients, gradient_shardings)
         grad_norm = optax.tree.norm(gradients)
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
         update = make_update(optimizer, learning_rate, gradients, grad_norm, state_shardings.opt_state)
@@ -197,17 +198,17 @@ def make_train_step(
         losses, loss_limit, spikes = state.recent_losses, jnp.asarray(jnp.nan, jnp.float32), jnp.asarray(False)
         loss = total_nll / jnp.maximum(num_tokens, 1)
         if losses is not None:
-            loss_limit = spike_factor * jnp.median(losses)  # NaN, and so never passed, until the window is full
+            loss_limit = spike_factor * jnp.median(losses)  # NaN, so never exceeded, until the window is full
             spikes = loss > loss_limit
         reason = _skip_reason(~jnp.isfinite(total_loss), ~jnp.isfinite(grad_norm), ~update.is_finite(state), spikes)
-        taken = reason == 0
-        params, opt_state = update.take(state, taken)
+        applied = reason == 0
+        params, opt_state = update.apply_if(applied, state)
         if losses is not None:
             losses = jnp.where(jnp.isfinite(loss), jnp.append(losses[1:], loss), losses)
-        skipped_in_a_row = jnp.where(taken, 0, state.skipped_in_a_row + 1)
+        skipped_in_a_row = jnp.where(applied, 0, state.skipped_in_a_row + 1)
         new_state = TrainState(
             step=state.step + 1,
-            skipped=state.skipped + (~taken).astype(jnp.int32),
+            skipped=state.skipped + (~applied).astype(jnp.int32),
             skipped_in_a_row=skipped_in_a_row,
             params=params,
             opt_state=opt_state,
@@ -219,11 +220,11 @@ def make_train_step(
             num_tokens=num_tokens,
             grad_norm=grad_norm,
             learning_rate=learning_rate,
-            skipped=~taken,
+            skipped=~applied,
             skipped_in_a_row=skipped_in_a_row,
             reason=reason,
             loss_limit=loss_limit,
-            # On every device, so that each process can read them.
+            # Replicated, so that each process can read them.
             gradient_norms=constrain(layer_norms.gradient_norms(model.config, gradients), None),
             activation_rms=constrain(jnp.sqrt(mean_squares), None),
         )

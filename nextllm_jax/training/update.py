@@ -1,4 +1,4 @@
-"""The optimizer's update: whether it is finite, and taking it; of all layers at once, or of one after another."""
+"""The optimizer's update: checks that it is finite, and applies it, for all layers at once or one at a time."""
 
 import dataclasses
 from typing import Any
@@ -13,7 +13,7 @@ from nextllm_jax.training.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """What moves the parameters of a state."""
+    """An update of a state's parameters and optimizer state by a gradient."""
 
     optimizer: optax.GradientTransformation
     """See `make_optimizer`."""
@@ -24,7 +24,7 @@ class Update:
     """float32: global norm of the gradients, before clipping."""
 
     def apply(self, params: Any, opt_state: Any, gradients: Any) -> tuple[Any, Any]:
-        """(parameters, optimizer state) after the update, finite or not; of all parameters or of some."""
+        """(parameters, optimizer state) after the update, finite or not, of all parameters or some."""
         with jax.named_scope("optimizer"):
             optimizer = optax.with_extra_args_support(self.optimizer)
             updates, opt_state = optimizer.update(gradients, opt_state, params, grad_norm=self.grad_norm)
@@ -32,27 +32,27 @@ class Update:
             return optax.apply_updates(params, updates), opt_state
 
     def is_finite(self, state: TrainState) -> jax.Array:
-        """Whether the update gives finite parameters: a bool.
+        """Whether the updated parameters are finite: a bool.
 
-        It is computed apart from the update that is taken, which then goes straight into the buffers of the old
-        state; one computation for both would hold all of the new parameters beside the old ones until this is known.
+        This computes the update separately from `apply_if`, which can then write into the buffers of the old state. One
+        computation for both would have to hold the new parameters next to the old ones until the result is known.
         """
         held = jax.lax.optimization_barrier((state.params, state.opt_state, self.gradients))
         return _all_finite(self.apply(*held)[0])
 
-    def take(self, state: TrainState, taken: jax.Array) -> tuple[Any, Any]:
-        """(parameters, optimizer state) after the update if it is `taken`, else as they were."""
+    def apply_if(self, applied: jax.Array, state: TrainState) -> tuple[Any, Any]:
+        """(parameters, optimizer state) after the update if `applied` is true, else unchanged."""
         old = (state.params, state.opt_state)
-        return _where(taken, self.apply(*old, self.gradients), old)
+        return _where(applied, self.apply(*old, self.gradients), old)
 
 
 @dataclasses.dataclass(frozen=True)
 class OffloadedUpdate(Update):
-    """An update with moments in the host's memory, of which a device holds only a few layers' at a time.
+    """An update with moments in host memory. A device holds the moments of only a few layers at a time.
 
-    The compiler fetches what it can as early as it can, but nothing of a later turn of a loop; so the stacked layers
-    are updated period by period, and their moments come twice, for the check and for the update that is taken. What
-    is not stacked (embedding, head, layers outside the scan) comes whole.
+    The compiler prefetches as early as possible, but not across iterations of a loop. So a loop updates the stacked
+    layers period by period. Their moments are transferred twice, for the check and for the update. Moments that are not
+    stacked (embedding, head, layers outside the scan) are transferred all at once.
     """
 
     def is_finite(self, state: TrainState) -> jax.Array:
@@ -67,24 +67,25 @@ class OffloadedUpdate(Update):
 
         return jax.lax.fori_loop(0, _num_layers(layers), check, _all_finite(params))
 
-    def take(self, state: TrainState, taken: jax.Array) -> tuple[Any, Any]:
-        """As `Update.take`."""
+    def apply_if(self, applied: jax.Array, state: TrainState) -> tuple[Any, Any]:
+        """As `Update.apply_if`."""
         rest, layers = _parts((state.params, state.opt_state, self.gradients))
 
-        def taken_from(part: tuple[Any, Any, Any]) -> tuple[Any, Any]:
-            params, opt_state = _where(taken, *self._apply_fetched(part))
+        def updated_part(part: tuple[Any, Any, Any]) -> tuple[Any, Any]:
+            params, opt_state = _where(applied, *self._apply_fetched(part))
             return params, in_memory(opt_state, jax.memory.Space.Host)
 
         def update(i: jax.Array, kept: tuple[Any, Any]) -> tuple[Any, Any]:
-            return _with_layer(kept, taken_from(_layer((*kept, layers[2]), i)), i)
+            return _with_layer(kept, updated_part(_layer((*kept, layers[2]), i)), i)
 
         updated = jax.lax.fori_loop(0, _num_layers(layers), update, layers[:2])
-        return jax.tree.map(lambda a, b: b if a is None else a, taken_from(rest), updated, is_leaf=lambda x: x is None)
+        updated_rest = updated_part(rest)
+        return jax.tree.map(lambda a, b: b if a is None else a, updated_rest, updated, is_leaf=lambda x: x is None)
 
     def _apply_fetched(self, part: tuple[Any, Any, Any]) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-        """(parameters, optimizer state) of some (parameters, optimizer state, gradients) after the update and before.
+        """(parameters, optimizer state) after the update, and the same before it; all in device memory.
 
-        All are in the device's memory.
+        `part` is (parameters, optimizer state, gradients) of some parameters.
         """
         params, opt_state, gradients = part
         old = params, in_memory(opt_state, jax.memory.Space.Device)
@@ -92,16 +93,16 @@ class OffloadedUpdate(Update):
 
 
 def make_update(
-    optimizer: optax.GradientTransformation, learning_rate: Any, gradients: Any, grad_norm: Any, places: Any
+    optimizer: optax.GradientTransformation, learning_rate: Any, gradients: Any, grad_norm: Any, shardings: Any
 ) -> Update:
-    """The update by a gradient, of an optimizer state with the shardings `places`."""
-    offloaded = any(place.memory_kind == "pinned_host" for place in jax.tree.leaves(places))
+    """The update by a gradient, for an optimizer state with these shardings."""
+    offloaded = any(sharding.memory_kind == "pinned_host" for sharding in jax.tree.leaves(shardings))
     kind = OffloadedUpdate if offloaded else Update
     return kind(optimizer, learning_rate, gradients, grad_norm)
 
 
 def _parts(tree: Any) -> tuple[Any, Any]:
-    """`tree` with None for the stacked layers, and with None for all else but scalars."""
+    """`tree` without its stacked layers, and `tree` with only those and scalars; None replaces what is left out."""
 
     def part(stacked: bool) -> Any:
         def keep(path: Any, leaf: jax.Array) -> jax.Array | None:
@@ -117,12 +118,12 @@ def _num_layers(layers: Any) -> int:
 
 
 def _layer(layers: Any, i: jax.Array) -> Any:
-    """Number `i` of stacked layers; scalars are as they were."""
+    """Layer `i` of stacked layers; scalars are unchanged."""
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False) if x.ndim else x, layers)
 
 
 def _with_layer(layers: Any, layer: Any, i: jax.Array) -> Any:
-    """Stacked layers with `layer` as number `i`; scalars are as they were."""
+    """Stacked layers in which layer `i` is replaced by `layer`; scalars are unchanged."""
 
     def put(stacked: jax.Array, x: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_index_in_dim(stacked, x, i, 0) if stacked.ndim else stacked
@@ -131,7 +132,7 @@ def _with_layer(layers: Any, layer: Any, i: jax.Array) -> Any:
 
 
 def in_memory(opt_state: Any, memory: Any) -> Any:
-    """An optimizer state with its moments in this `jax.memory.Space`."""
+    """An optimizer state with its moments moved to this `jax.memory.Space`."""
     return jax.tree.map(lambda x: jax.device_put(x, memory) if x.ndim else x, opt_state)
 
 
@@ -139,5 +140,5 @@ def _all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
-def _where(taken: jax.Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda new, old: jnp.where(taken, new, old), new, old)
+def _where(condition: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)

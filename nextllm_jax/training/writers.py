@@ -1,4 +1,4 @@
-"""What a run shows: progress, metrics.jsonl, TensorBoard, loss.png and samples.txt."""
+"""The outputs of a run: progress on the terminal, metrics.jsonl, TensorBoard, loss.png and samples.txt."""
 
 import contextlib
 import datetime
@@ -17,7 +17,7 @@ from nextllm_jax.checkpoint import orbax_errors
 from nextllm_jax.checkpoint.run_dir import LOSS, METRICS, SAMPLES, RunDir
 from nextllm_jax.errors import InputError, RunFailed
 
-# The fields of a line of metrics.jsonl, in order; bits_per_byte is in the validation lines alone.
+# The fields of a line of metrics.jsonl, in order; only validation lines have bits_per_byte.
 _FIELDS = ("step", "split", "loss", "perplexity", "bits_per_byte", "learning_rate", "grad_norm",
            "tokens_per_second", "mfu", "input_wait_fraction", "tokens_seen", "elapsed_seconds")  # fmt: skip
 _SAMPLES_HEADER = re.compile(rb"^===== step (\d+) =====$")
@@ -25,7 +25,7 @@ _INDENT = "    "
 
 
 def _json_value(value: Any) -> Any:
-    """A plain value; None for NaN and infinity, which JSON does not have."""
+    """A JSON value; None for NaN and infinity, which JSON cannot represent."""
     if value is None or isinstance(value, (int, str)):
         return value
     number = float(value)
@@ -36,10 +36,10 @@ def _duration(seconds: float) -> str:
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
-def _cut_metrics(run: RunDir, last_step: int | None, evaluated: bool) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl up to and with `last_step` (None: none of them), and cuts the others.
+def _truncate_metrics(run: RunDir, last_step: int | None, evaluated: bool) -> list[dict[str, Any]]:
+    """Truncate metrics.jsonl after `last_step` (None: remove all records), and return the remaining records.
 
-    The validation record of `last_step` itself stays if that step is `evaluated`.
+    The validation record of `last_step` itself is kept only if `evaluated` is true.
     """
     content = run.read(METRICS)
     records, lines = [], []
@@ -49,7 +49,7 @@ def _cut_metrics(run: RunDir, last_step: int | None, evaluated: bool) -> list[di
             keep = last_step is not None and record["step"] <= last_step and line.endswith(b"\n")
             keep = keep and (evaluated or record["step"] < last_step or record["split"] != "validation")
         except (ValueError, KeyError, TypeError):
-            continue  # half a line, of a process that was killed
+            continue  # an incomplete line of a killed process
         if keep:
             records.append(record)
             lines.append(line)
@@ -59,8 +59,8 @@ def _cut_metrics(run: RunDir, last_step: int | None, evaluated: bool) -> list[di
     return records
 
 
-def _cut_samples(run: RunDir, last_step: int | None) -> int | None:
-    """The last step of samples.txt up to and with `last_step` (None: none); cuts the blocks beyond."""
+def _truncate_samples(run: RunDir, last_step: int | None) -> int | None:
+    """Truncate samples.txt after `last_step` (None: remove all blocks), and return its last step, if any."""
     content, last = run.read(SAMPLES), None
     kept, keep = [], last_step is not None
     for line in content.split(b"\n"):
@@ -87,8 +87,8 @@ def _without_environment(name: str) -> Iterator[None]:
 
 
 def draw_losses(train: list[tuple[int, float]], validation: list[tuple[int, float]]) -> bytes:
-    """A PNG with the two losses, as (step, loss), against the step."""
-    with _without_environment("MPLBACKEND"):  # of a notebook, say: matplotlib cannot be imported with an unknown one
+    """A PNG that plots the two losses, given as (step, loss), over the step."""
+    with _without_environment("MPLBACKEND"):  # for example a notebook's: matplotlib fails on an unknown backend
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -112,10 +112,10 @@ def draw_losses(train: list[tuple[int, float]], validation: list[tuple[int, floa
 
 
 class _TensorBoard:
-    """One event file, written at once.
+    """One event file, which is written synchronously.
 
-    tensorboardX's SummaryWriter writes from a thread behind a short queue; when that thread dies of a full
-    disk, training waits for the queue for ever. So this uses the RecordWriter under it.
+    tensorboardX's SummaryWriter writes from a thread with a short queue. If that thread dies because the disk is full,
+    training waits for the queue forever. So this uses its RecordWriter directly.
     """
 
     def __init__(self, directory: os.PathLike[str], initial_step: int | None) -> None:
@@ -128,7 +128,7 @@ class _TensorBoard:
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
         self._writer = RecordWriter(os.path.join(directory, name))
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        # TensorBoard hides what an earlier part of the run wrote beyond the step that it continues from.
+        # With this event TensorBoard hides earlier events of the run after the step from which it resumes.
         start = SessionLog(status=SessionLog.START)
         self._write(Event(step=0 if initial_step is None else initial_step + 1, session_log=start))
 
@@ -145,12 +145,12 @@ class _TensorBoard:
 
 
 class Writers:
-    """Everything that tells of a run, in its directory and on the terminal.
+    """Writes all outputs of a run, to its directory and to the terminal.
 
-    `initial_step` is the step that a run continues from, None for a new one: what the files hold beyond it is cut,
-    since it is written again, and so is that step's own validation unless it was `evaluated`. With `enabled` False
-    (every process but the first) nothing is read, written or printed. If metrics.jsonl cannot be written, RunFailed
-    is raised; a run can do without the other files, so a failure there is reported and ends that output alone.
+    `initial_step` is the step from which a run resumes, None for a new run. The files are truncated after it, since
+    those steps are written again. The validation record of that step itself is kept only if it was `evaluated`. With
+    `enabled` False (in all processes except process 0), nothing is read, written or printed. If metrics.jsonl cannot be
+    written, RunFailed is raised. The other outputs are optional: a failure disables only that output, with a warning.
     """
 
     def __init__(
@@ -167,20 +167,20 @@ class Writers:
         self._enabled = enabled
         self._failed: set[str] = set()
         self.last_samples_step: int | None = None
-        """The last step in samples.txt, None without any."""
+        """The last step in samples.txt; None if it is empty."""
         self._curves: dict[str, list[tuple[int, float]]] = {"train": [], "validation": []}
         self._tensorboard: _TensorBoard | None = None
         self._bar: Any = None
         self._first_progress: tuple[float, int] | None = None
         if enabled:
-            for record in _cut_metrics(run, initial_step, evaluated):
+            for record in _truncate_metrics(run, initial_step, evaluated):
                 self._remember(record)
-            self.optional(SAMPLES, lambda: self._cut_samples(initial_step))
-            # Here and not at the first record: the import would count as time of a train step.
+            self.optional(SAMPLES, lambda: self._truncate_samples(initial_step))
+            # Not at the first record, since the time of the import would count for a train step.
             self.optional("TensorBoard", lambda: self._open_tensorboard(initial_step))
 
-    def _cut_samples(self, initial_step: int | None) -> None:
-        self.last_samples_step = _cut_samples(self._run, initial_step)
+    def _truncate_samples(self, initial_step: int | None) -> None:
+        self.last_samples_step = _truncate_samples(self._run, initial_step)
 
     def _open_tensorboard(self, initial_step: int | None) -> None:
         self._tensorboard = _TensorBoard(self._run.tensorboard, initial_step)
@@ -190,7 +190,7 @@ class Writers:
             self._curves[record["split"]].append((record["step"], record["loss"]))
 
     def optional(self, output: str, write: Callable[[], object]) -> None:
-        """Write what a run can do without; the first failure is reported, and nothing is done from then on."""
+        """Write an optional output. After its first failure, which is reported, the output is disabled."""
         if output in self._failed:
             return
         try:
@@ -198,15 +198,15 @@ class Writers:
         except Exception as error:
             self._failed.add(output)
             kind = "" if isinstance(error, OSError | InputError | RunFailed) else f"{type(error).__name__}: "
-            self.message(f"WARNING: no more {output} in this training ({kind}{orbax_errors.cause(error)})")
+            self.message(f"WARNING: {output} is disabled for this training ({kind}{orbax_errors.cause(error)})")
 
     def train(self, record: dict[str, Any]) -> None:
-        """Write what `TrainMeter.read` gave, and show it as progress."""
+        """Write a record from `TrainMeter.read`, and show it as progress."""
         self._record("train", record)
         self.progress(record["step"], record["loss"], record.get("tokens_per_second"))
 
     def validation(self, record: dict[str, Any]) -> None:
-        """Write an evaluation's record, and report it."""
+        """Write and print the record of an evaluation."""
         self._record("validation", record)
         bits = record["bits_per_byte"]
         self.message(
@@ -220,7 +220,7 @@ class Writers:
             self.optional(LOSS, lambda: self._run.write(LOSS, draw_losses(**self._curves)))
 
     def _record(self, split: str, record: dict[str, Any]) -> None:
-        """Append a line with every field of the split, null where the record has none."""
+        """Append a line with all fields of the split; null for fields that the record lacks."""
         unknown = set(record) - set(_FIELDS)
         if unknown:
             raise ValueError(f"metrics.jsonl has no fields {sorted(unknown)}")
@@ -238,7 +238,7 @@ class Writers:
             self.optional("TensorBoard", lambda: board.scalars(line["step"], values))
 
     def samples(self, step: int, texts: Iterable[tuple[str, str]]) -> None:
-        """Append a block of (prompt, text) to samples.txt; each text is what follows its prompt, and indented."""
+        """Append a block of (prompt, continuation) pairs to samples.txt, indented."""
         if not self._enabled:
             return
         blocks = [f"===== step {step} =====\n"]
@@ -249,7 +249,7 @@ class Writers:
         self.last_samples_step = step
 
     def progress(self, step: int, loss: float | None = None, tokens_per_second: float | None = None) -> None:
-        """Show how far the run is: a bar on a terminal, elsewhere a line for each call that has a loss."""
+        """Show the progress of the run: a bar on a terminal; otherwise a line for each call with a loss."""
         if not self._enabled:
             return
         if self._first_progress is None:
@@ -267,7 +267,7 @@ class Writers:
 
             self._bar = tqdm(
                 total=self._total_steps,
-                initial=step,  # from here on, so that the time to the end does not count the compiler's
+                initial=step,  # so that the estimated time does not include compilation
                 dynamic_ncols=True,
                 bar_format="step {n_fmt}/{total_fmt} |{bar}| {elapsed} ETA {remaining}{postfix}",
             )
@@ -276,7 +276,7 @@ class Writers:
             self._bar.set_postfix_str(", ".join(words))
 
     def _eta(self, step: int) -> str:
-        """Time to the end at the pace since progress was first told of, when the first step had been compiled."""
+        """Estimated remaining time, from the pace since the first call of `progress`, which is after compilation."""
         assert self._first_progress is not None
         began, first = self._first_progress
         if step <= first:
@@ -293,7 +293,7 @@ class Writers:
             self._bar.write(text, file=sys.stdout)
 
     def close(self) -> None:
-        """Let go of the bar and of the event file."""
+        """Close the progress bar and the event file."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -96,7 +96,7 @@ def test_damage_to_any_file_is_found_and_named(directory, how):
             assert caught.value.step == 1
             sentence = str(caught.value)
             assert sentence.startswith(f"checkpoint {step} is damaged ({name} "), sentence
-            assert sentence.endswith("; use another step of: 2")
+            assert sentence.endswith("; use another step: 2")
         assert reports(directory) == {"1": ("damaged", [name]), "2": ("ok", [])}
         path.write_bytes(content)
         restore(directory, 1, *items)
@@ -125,7 +125,7 @@ def test_files_that_were_not_saved_do_no_harm_and_are_reported(directory):
     one, two = check(directory)
     names = sorted(str(path.relative_to(step)) + "/" * (path.name == "notes") for path in expected)
     assert (one.state, one.failed, one.to_json()["unknown"]) == ("ok", False, names)
-    assert str(one).endswith(f"; not saved with it and ignored: {', '.join(names)}")
+    assert str(one).endswith(f"; ignored files that were not saved with it: {', '.join(names)}")
     assert (two.state, two.to_json()["unknown"]) == ("ok", [])
     assert "ignored" not in str(two)
 
@@ -133,7 +133,7 @@ def test_files_that_were_not_saved_do_no_harm_and_are_reported(directory):
 @pytest.mark.parametrize("gone", ["params", "params/d", "params/ocdbt.process_0"])
 def test_a_directory_that_is_gone_is_damage(directory, gone):
     shutil.rmtree(directory / "1" / gone)
-    with pytest.raises(DamagedCheckpoint, match=rf"/1 is damaged \({gone}/\S+ is missing\); use another step of: 2$"):
+    with pytest.raises(DamagedCheckpoint, match=rf"/1 is damaged \({gone}/\S+ is missing\); use another step: 2$"):
         restore(directory, 1, "params")
     state, files = reports(directory)["1"]
     assert state == "damaged"
@@ -150,7 +150,7 @@ def test_no_byte_of_a_manifest_can_change(directory):
         with pytest.raises(step_files.DamagedFile):
             step_files.read_manifest(step_files.epath.Path(directory / "1"))
     path.write_bytes(content.replace(b'"validation_loss": 1.0', b'"validation_loss": 0.1'))
-    with pytest.raises(DamagedCheckpoint, match=r"\(manifest.json is not what was written\)"):
+    with pytest.raises(DamagedCheckpoint, match=r"\(manifest.json does not match its checksum\)"):
         Checkpoints(directory).record(1)
 
 
@@ -172,17 +172,17 @@ def with_values(**values):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (without("items", "record"), "has no items and no record"),
-        (without("validation_loss"), "has no validation_loss"),
-        (without("files"), "has no files"),
-        (with_values(items=["params"]), "has values of another kind in items"),
-        (with_values(items={"params": {"norm": ["float32", 3]}}), "has values of another kind in items"),
-        (with_values(record=None, validation_loss="1.0"), "has values of another kind in validation_loss and record"),
-        (with_values(validation_loss=float("nan")), "has values of another kind in validation_loss"),
-        (with_values(files={"a": {"size": "1"}}), "has values of another kind in files"),
-        (with_values(format=2), "has format 2, this version reads up to 1"),
-        (with_values(format="new"), "has format new, this version reads up to 1"),
-        (lambda _: b"[1]", "is no JSON object"),
+        (without("items", "record"), "lacks items and record"),
+        (without("validation_loss"), "lacks validation_loss"),
+        (without("files"), "lacks files"),
+        (with_values(items=["params"]), "has invalid values in items"),
+        (with_values(items={"params": {"norm": ["float32", 3]}}), "has invalid values in items"),
+        (with_values(record=None, validation_loss="1.0"), "has invalid values in validation_loss and record"),
+        (with_values(validation_loss=float("nan")), "has invalid values in validation_loss"),
+        (with_values(files={"a": {"size": "1"}}), "has invalid values in files"),
+        (with_values(format=2), "has format 2, but this version reads formats up to 1"),
+        (with_values(format="new"), "has format new, but this version reads formats up to 1"),
+        (lambda _: b"[1]", "is not a JSON object"),
         (lambda _: b"manifest", "is not JSON"),
         (lambda _: b"[" * 100_000, "is not JSON"),
     ],
@@ -191,7 +191,7 @@ def test_a_manifest_of_another_version_is_a_sentence(directory, change, problem,
     rewrite_manifest(directory / "2", change)
     checkpoints = Checkpoints(directory)
     found = rf"/2 cannot be read \(manifest.json {problem}; another version may have written it( \(it was written with "
-    found += r"python \S+, .*jax .*\))?\); use another step of: 1$"
+    found += r"python \S+, .*jax .*\))?\); use another step: 1$"
     uses = (
         lambda: restore(directory, 2, "params"),
         lambda: checkpoints.record(2),
@@ -238,13 +238,13 @@ def test_a_damaged_best_neither_ends_a_run_nor_is_deleted(directory, capsys):
     assert names(directory) == ["1", "2", "4"]  # what step 1 is worth is unknown, so it stays
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning.startswith(
-        f"WARNING: checkpoint {directory / '1'} is damaged (manifest.json is not what was written); use another step of"
+        f"WARNING: checkpoint {directory / '1'} is damaged (manifest.json does not match its checksum); use another"
     )
 
 
 def test_the_best_is_not_guessed(directory):
     flip(directory / "1" / "manifest.json")
-    with pytest.raises(DamagedCheckpoint, match=r"/1 is damaged \(manifest.json .*; use another step of: 2$"):
+    with pytest.raises(DamagedCheckpoint, match=r"/1 is damaged \(manifest.json .*; use another step: 2$"):
         Checkpoints(directory).resolve("best")
     assert Checkpoints(directory).resolve("latest") == 2
 
@@ -272,7 +272,8 @@ def test_files_that_are_wrong_on_disk_are_not_saved(tmp_path, monkeypatch):
         save(checkpoints, 1)
         monkeypatch.setattr(step_files, "seal", seal_and_damage)
         with pytest.raises(
-            RunFailed, match=r"step 2 could not be saved in .* \(params/manifest.ocdbt is not what was .*step 1 stands"
+            RunFailed,
+            match=r"step 2 could not be saved in .* \(params/manifest.ocdbt is not .*checkpoint is step 1",
         ):
             save(checkpoints, 2)
         monkeypatch.undo()
@@ -302,7 +303,7 @@ def test_verify_refuses_what_is_no_run(tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "5").mkdir()
     for path in (tmp_path / "nowhere", tmp_path / "notes", tmp_path):
-        with pytest.raises(InputError, match=r"is no run; give a run directory"):
+        with pytest.raises(InputError, match=r"is not a run; give a run directory"):
             find_steps(path)
     (tmp_path / "config.json").write_text("{}")
     assert find_steps(tmp_path) == []

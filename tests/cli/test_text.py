@@ -39,7 +39,7 @@ def test_tokenize_prints_a_line_a_token(directory, capsys):
 
 
 BAD_TOKENIZE = {
-    "no tokenizer": (["--tokenizer", "nowhere", "x"], "tokenizer nowhere is not gpt2"),
+    "no tokenizer": (["--tokenizer", "nowhere", "x"], "tokenizer nowhere is not an existing file"),
     "no file": (["--tokenizer", "runs/config", "--file", "nowhere.txt"], "nowhere.txt cannot be read"),
     "two texts": (["--tokenizer", "runs/config", "x", "--file", "text.txt"], "both a text and --file"),
     "empty directory": (["--tokenizer", "corpus", "x"], "corpus holds no tokenizer"),
@@ -102,7 +102,7 @@ def test_data_of_another_tokenizer_is_refused(directory, tmp_path):
     from nextllm_jax.data.prepare import prepare
 
     prepare(DataConfig(corpus="corpus", vocab_size=300, num_processes=1, validation_fraction=0.2), tmp_path / "other")
-    with pytest.raises(InputError, match="was made with another tokenizer than the model's"):
+    with pytest.raises(InputError, match="has another tokenizer than the model"):
         evaluate_command(["--checkpoint", "runs/config", "--data", str(tmp_path / "other")])
 
 
@@ -125,7 +125,7 @@ def test_chat_answers_each_prompt_on_its_own(directory, capsys, monkeypatch):
 BAD_CHAT = {
     "no template": (["--chat", "--prompt", "x"], "has no chat template; pass --chat-template FILE"),
     "no file": (["--chat", "--chat-template", "nowhere", "--prompt", "x"], "nowhere cannot be read"),
-    "template of evil": (["--chat", "--chat-template", "evil.jinja", "--prompt", "x"], "reaches for what it may not"),
+    "template of evil": (["--chat", "--chat-template", "evil.jinja", "--prompt", "x"], "a forbidden attribute"),
     "no chat": (["--system", "x", "--prompt", "x"], "--system and --chat-template are for a chat"),
     "samples": (["--chat", "--num-samples", "2", "--prompt", "x"], "a chat answers once"),
 }

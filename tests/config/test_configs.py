@@ -173,7 +173,7 @@ def test_a_removed_field_is_ignored_where_that_changes_nothing(value: str) -> No
         ('{"model": {"num_layers": "3"}}', ["model.num_layers is '3'"]),
         (
             '{"mesh": {"context_parallelism": "sideways"}}',
-            ["runs/a/config.json: mesh has context_parallelism 'sideways', which nextllm_jax config 2 dropped"],
+            ["runs/a/config.json: mesh has context_parallelism 'sideways', which nextllm_jax config 2 removed"],
         ),
     ],
 )
@@ -198,7 +198,10 @@ def test_a_broken_config_json_is_named(text: str, words: list[str]) -> None:
         ),
         ("from nextllm_jax.config import *\ndef get_config(): return Config(sed=3)", ["did you mean seed?"]),
         ("from nextllm_jax.config import *\nModelConfig(vocabsize=3)", ["did you mean vocab_size?"]),
-        ("from nextllm_jax.config import *\nMeshConfig(context_parallelism='ring')", ["config 2 dropped it, leave it"]),
+        (
+            "from nextllm_jax.config import *\nMeshConfig(context_parallelism='ring')",
+            ["config 2 removed this field, so leave it"],
+        ),
         ("import sys\nsys.exit(0)", ["SystemExit"]),
     ],
 )
@@ -214,7 +217,7 @@ def test_a_bad_config_file_is_named(text: str | None, words: list[str], tmp_path
 
 def test_a_config_file_that_is_not_python_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("steps: 3")
-    with pytest.raises(InputError, match=r"mine\.yaml must be a python file"):
+    with pytest.raises(InputError, match=r"mine\.yaml must be a Python file"):
         config_files.load_config_file(str(tmp_path / "mine.yaml"))
 
 

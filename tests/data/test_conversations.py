@@ -53,9 +53,9 @@ def dataset(tmp_path_factory):
 
 
 def documents(split):
-    """(ids, learnt) of each document of a split."""
+    """(ids, in_loss) of each document of a split."""
     starts = split.document_starts.tolist()
-    return [(split.tokens(a, b).tolist(), split.learnt(a, b).tolist()) for a, b in itertools.pairwise(starts)]
+    return [(split.tokens(a, b).tolist(), split.loss_mask(a, b).tolist()) for a, b in itertools.pairwise(starts)]
 
 
 def test_ids_and_masks_are_those_of_transformers(dataset, tmp_path):
@@ -107,8 +107,8 @@ def plain_windows(lengths, sequence_length):
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=12), st.integers(1, 9), st.randoms())
 def test_windows_hold_whole_conversations_and_each_target_once(lengths, sequence_length, rng):
-    learnt = np.array([rng.random() < 0.5 for _ in range(sum(lengths))])
-    split = make_split(lengths, learnt=learnt)
+    in_loss = np.array([rng.random() < 0.5 for _ in range(sum(lengths))])
+    split = make_split(lengths, in_loss=in_loss)
     windows = count_windows(split, sequence_length, partial=True)
     expected = plain_windows(lengths, sequence_length)
     batch = read_batch(split, np.arange(windows + 1), sequence_length)
@@ -118,7 +118,7 @@ def test_windows_hold_whole_conversations_and_each_target_once(lengths, sequence
         assert (batch.segment_ids_BT[row] > 0).sum() == len(tokens) - 1
     assert not batch.segment_ids_BT[windows].any()
     firsts = set(split.document_starts[:-1].tolist())
-    wanted = [i + 1 for i in range(len(learnt)) if learnt[i] and i not in firsts]
+    wanted = [i + 1 for i in range(len(in_loss)) if in_loss[i] and i not in firsts]
     assert sorted(batch.targets_BT[batch.loss_mask_BT].tolist()) == wanted
     cut = sum(length > sequence_length + 1 for length in lengths)
     assert f"{cut} are longer" in str(describe_windows(split, sequence_length))
@@ -128,10 +128,10 @@ def test_windows_hold_whole_conversations_and_each_target_once(lengths, sequence
     ("row", "words"),
     [
         ('{"text": "a"}', ["line 21", "no field 'messages'", "data.messages_field"]),
-        ('{"messages": "a"}', ["line 21", "no list"]),
+        ('{"messages": "a"}', ["line 21", "not a list"]),
         ('{"messages": [{"role": "robot", "content": "a"}]}', ["line 21", "message 1", "'robot'", "assistant"]),
         ('{"messages": [{"role": "user", "content": null}]}', ["line 21", "message 1", "NoneType"]),
-        ('{"messages": [{"role": "user", "content": "a"}]}', ["line 21", "nothing to learn"]),
+        ('{"messages": [{"role": "user", "content": "a"}]}', ["line 21", "the loss mask is empty"]),
         ('{"messages": [{"role": "assistant", "content": "refused"}]}', ["line 21", "refuses", "no thanks"]),
     ],
 )
@@ -155,7 +155,7 @@ def test_bad_rows_are_named_with_their_line(tmp_path, row, words):
     ("options", "words"),
     [
         ({"corpus": "stdlib"}, "rows with messages"),
-        ({"tokenizer": "train", "vocab_size": 300}, "no chat template"),
+        ({"tokenizer": "train", "vocab_size": 300}, "needs a chat template"),
         ({"chat_template": "nowhere.jinja"}, "nowhere.jinja"),
     ],
 )

@@ -98,7 +98,7 @@ def test_lone_surrogates_of_json_are_replaced(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"body": "x"}', r"rows.jsonl line 2 has no field 'text' but body; set data.text_field"),
+        ('{"body": "x"}', r"rows.jsonl line 2 has no field 'text'; it has body; set data.text_field"),
         ('{"text": 5}', r"rows.jsonl line 2: field 'text' is int, not text"),
         ('{"text": "x"', r"rows.jsonl line 2 is not JSON"),
         ("[1]", r"rows.jsonl line 2 has no field 'text'"),
@@ -122,7 +122,7 @@ def test_parquet_rows(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(arrow.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
     assert read(tmp_path) == [Document(row["text"], None) for row in ROWS[:2]]
-    with pytest.raises(InputError, match=r"rows.parquet has no field 'body' but text, id"):
+    with pytest.raises(InputError, match=r"rows.parquet has no field 'body'; it has text, id"):
         read(tmp_path, text_field="body")
     parquet.write_table(arrow.table({"text": ["a", None]}), tmp_path / "rows.parquet")
     with pytest.raises(InputError, match=r"rows.parquet row 2: field 'text' is NoneType"):
@@ -153,7 +153,7 @@ def test_huggingface_rows_are_streamed_with_the_settings(monkeypatch):
     documents = read("hf:some/name", hf_config="small", hf_split="test")
     assert documents == [Document(row["text"], None) for row in ROWS[:2]]
     assert calls == [(("some/name", "small"), {"split": "test", "streaming": True})]
-    with pytest.raises(InputError, match=r"row 1 has no field 'body' but text, id"):
+    with pytest.raises(InputError, match=r"row 1 has no field 'body'; it has text, id"):
         read("hf:some/name", text_field="body")
 
 
@@ -185,7 +185,7 @@ def test_missing_and_packed_files_are_refused(tmp_path):
     with pytest.raises(InputError, match="holds no text"):
         read(tmp_path)
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"x"))
-    with pytest.raises(InputError, match="is packed"):
+    with pytest.raises(InputError, match="is compressed"):
         read(tmp_path / "a.txt.gz")
 
 
@@ -211,7 +211,7 @@ def test_the_validation_limit_holds_out_at_least_one_document():
 
 @pytest.mark.parametrize("name", ["", "./nowhere", "/nowhere/at/all", "~/texts", "a/b/c", "two words"])
 def test_a_huggingface_name_that_is_no_name_and_no_directory_is_refused(name):
-    with pytest.raises(InputError, match=rf"data.corpus hf:{name}: '{name}' is no directory, nor NAME or OWNER/NAME"):
+    with pytest.raises(InputError, match=rf"data.corpus hf:{name}: '{name}' is not a directory, NAME or OWNER/NAME"):
         read(f"hf:{name}")
 
 

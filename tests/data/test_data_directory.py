@@ -75,14 +75,14 @@ def test_the_index_of_something_else_is_not_prepared_data(tmp_path, content):
 def test_prepared_data_with_other_files_is_not_overwritten(tmp_path, name):
     output = write_prepared(tmp_path / "out")
     (output / name).mkdir() if name.endswith("/") else (output / name).write_text("mine")
-    with pytest.raises(InputError, match=f"holds more than prepared data \\({name.strip('/')}\\); move that away"):
+    with pytest.raises(InputError, match=f"other than prepared data \\({name.strip('/')}\\); move them away"):
         check_replaceable(output, overwrite=True)
 
 
 def test_a_damaged_index_lets_nothing_be_removed(tmp_path):
     output = write_prepared(tmp_path / "out")
     (output / "index.json").write_text(json.dumps({"format": SETTINGS["format"], "splits": 3}))
-    with pytest.raises(InputError, match="holds more than prepared data"):
+    with pytest.raises(InputError, match="holds files other than prepared data"):
         check_replaceable(output, overwrite=True)
 
 

@@ -13,7 +13,7 @@ from nextllm_jax.model.objective import Batch
 
 
 class MemorySplit(types.SimpleNamespace):
-    """A split held in memory, of conversations if it says what of them is learnt."""
+    """A split held in memory, of conversations if it says what of them is in_loss."""
 
     name = "train"
     __hash__ = object.__hash__
@@ -29,14 +29,14 @@ class MemorySplit(types.SimpleNamespace):
     def tokens(self, start, stop):
         return self.stream[start:stop]
 
-    def learnt(self, start, stop):
+    def loss_mask(self, start, stop):
         return np.ones(stop - start, bool) if self.mask is None else self.mask[start:stop]
 
 
-def make_split(lengths, learnt=None) -> Any:
+def make_split(lengths, in_loss=None) -> Any:
     stream = np.arange(1, sum(lengths) + 1, dtype=np.uint16)
     starts = np.cumsum([0, *lengths])
-    return MemorySplit(stream=stream, num_tokens=len(stream), document_starts=starts, mask=learnt)
+    return MemorySplit(stream=stream, num_tokens=len(stream), document_starts=starts, mask=in_loss)
 
 
 def expected_rows(lengths, sequence_length):

@@ -173,7 +173,7 @@ def test_preparing_again_does_nothing_and_other_settings_are_refused(config, tmp
     before = contents(output)
     stamp = (output / "index.json").stat().st_mtime_ns
     prepare(config, output)
-    assert "prepared already" in capsys.readouterr().out
+    assert "already prepared" in capsys.readouterr().out
     assert (output / "index.json").stat().st_mtime_ns == stamp
     other = dataclasses.replace(config, vocab_size=290)
     with pytest.raises(InputError, match="other settings"):
@@ -206,7 +206,7 @@ def test_parts_of_other_settings_are_not_used(config, tmp_path, monkeypatch):
 
 
 def test_an_address_is_refused(config):
-    with pytest.raises(InputError, match="mounted disk"):
+    with pytest.raises(InputError, match="not a local path"):
         prepare(config, default_data_path(dataclasses.replace(config, path="gs://bucket/data")))
 
 
@@ -285,7 +285,7 @@ def test_files_that_changed_are_told_of(config, tmp_path, capsys):
     prepare(config, output)
     before = contents(output)
     (texts / "new.txt").write_text("one more document")
-    with pytest.raises(InputError, match=r"files of data.corpus .* changed after .*--overwrite"):
+    with pytest.raises(InputError, match=r"files of data.corpus .* have changed since .*--overwrite"):
         prepare(config, output)
     capsys.readouterr()
     assert ensure_prepared(used) == output
@@ -303,7 +303,7 @@ def test_files_that_changed_are_told_of(config, tmp_path, capsys):
         path.unlink()
     prepare(config, output)
     ensure_prepared(used)
-    assert "prepared already" in capsys.readouterr().out, "prepared data needs its corpus no more"
+    assert "already prepared" in capsys.readouterr().out, "prepared data needs its corpus no more"
 
 
 def test_an_interrupted_run_starts_over_if_its_files_changed(config, tmp_path, monkeypatch):
@@ -350,7 +350,7 @@ def test_data_that_the_user_names_is_used_as_it_is_and_described(config, tmp_pat
         assert capsys.readouterr().err == ""
     assert ensure_prepared(dataclasses.replace(named, corpus="stdlib", tokenizer="gpt2")) == output
     line = capsys.readouterr().err
-    assert f"using {output} as it is: corpus {config.corpus}, tokenizer train of 300 tokens" in line
+    assert f"using {output} unchanged: corpus {config.corpus}, tokenizer train with 300 tokens" in line
     assert "the config says corpus stdlib, tokenizer gpt2" in line
     assert line.count("\n") == 1
     assert contents(output) == before

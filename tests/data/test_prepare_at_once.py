@@ -58,7 +58,7 @@ def test_data_that_was_published_before_the_claim_is_not_prepared_twice(config, 
     prepare(config, output)
     printed = capsys.readouterr().out
     assert printed.count("training a tokenizer") == 1
-    assert f"{output} is prepared already" in printed
+    assert f"{output} is already prepared" in printed
     assert entries(output.parent) == ["corpus", "out"]
 
 
@@ -128,7 +128,7 @@ def test_waiting_for_a_process_that_finishes_takes_its_data(config, output, tmp_
     capsys.readouterr()
     prepare(config, output, wait=True)
     printed = capsys.readouterr()
-    assert f"{output} is prepared already" in printed.out
+    assert f"{output} is already prepared" in printed.out
     assert printed.err.count(f"waiting for another process, which is preparing {output}") == (seconds > 1)
     assert entries(tmp_path) == ["corpus", "out"]
 
@@ -194,7 +194,7 @@ def test_two_trainings_at_once_prepare_their_data_once(door, trained):
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         printed += out
-    assert printed.count("training a tokenizer") == printed.count("is prepared already") == 1
+    assert printed.count("training a tokenizer") == printed.count("is already prepared") == 1
     assert entries(path.parent) == [path.name]
     expected = [line["loss"] for line in metrics(trained.directory / "runs" / "config", "train")]
     for name in ("a", "b"):

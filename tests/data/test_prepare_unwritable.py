@@ -100,7 +100,7 @@ def test_what_is_in_the_way_is_named(config, tmp_path, monkeypatch, obstacle):
 def test_a_directory_that_cannot_be_replaced_is_refused(config, tmp_path, monkeypatch, name):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    with pytest.raises(InputError, match=f"{name} cannot be replaced by prepared data; name a directory in it"):
+    with pytest.raises(InputError, match=f"{name} cannot be replaced by prepared data; name a new directory inside it"):
         prepare(config, Path(name))
 
 

@@ -63,7 +63,7 @@ def test_a_healthy_step_has_no_such_place(mesh, state):
 FORWARD = {
     "embedding": [(("embed", "embedding"), np.inf)],
     "layer 1 attention q": [((*SCAN, "attention", "q", "kernel"), np.inf)],
-    "layer 1 attention (scores and weighted values)": [
+    "layer 1 attention (attention logits and weighted values)": [
         ((*SCAN, "attention", "q", "kernel"), 1e22),
         ((*SCAN, "attention", "k", "kernel"), 1e22),
     ],
@@ -73,9 +73,9 @@ FORWARD = {
         ((*SCAN, "mlp", "up", "kernel"), 1e25),
     ],
     "layer 1 mlp down": [((*SCAN, "mlp", "down", "kernel"), np.inf)],
-    "layer 1 mlp (residual stream behind it)": [((*SCAN, "mlp", "down", "kernel"), 1e28)],
+    "layer 1 mlp (residual stream after it)": [((*SCAN, "mlp", "down", "kernel"), 1e28)],
     "layer 2 attention norm": [((*REST, "attention_norm", "scale"), np.nan)],
-    "layer 2 attention (residual stream behind it)": [((*REST, "attention", "o", "kernel"), 1e25)],
+    "layer 2 attention (residual stream after it)": [((*REST, "attention", "o", "kernel"), 1e25)],
     "layer 2 mlp up": [((*REST, "mlp", "up", "kernel"), np.inf)],
     "final norm": [(("final_norm", "scale"), np.inf)],
     "head and loss": [(("lm_head", "embedding"), np.nan)],

@@ -28,7 +28,7 @@ def test_versions_out_of_range_are_named(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1" if name == "jax" else version(name))
     message, status = machine.versions()
     assert status == "PROBLEM"
-    assert message.startswith("jax is 0.1, >=")
+    assert message.startswith("jax is 0.1, but >=")
 
     def missing(name):
         if name == "grain":
@@ -36,7 +36,7 @@ def test_versions_out_of_range_are_named(monkeypatch):
         return version(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    assert machine.versions()[0].startswith("grain is missing; pip install")
+    assert machine.versions()[0].startswith("grain is missing; run pip install")
 
 
 @pytest.mark.parametrize("first_moment_dtype", ["float32", "bfloat16"])
@@ -71,8 +71,8 @@ def accelerators(stats, **shape):
 @pytest.mark.parametrize(
     ("stats", "fsdp", "host", "status", "words"),
     [
-        (None, 1, None, "PROBLEM", "take 119.7 GiB a device; the NVIDIA H100 80GB HBM3 has 80.0 GiB: a smaller"),
-        (None, 8, None, "ok", "take 15.0 GiB a device; the NVIDIA H100 80GB HBM3 has 80.0 GiB"),
+        (None, 1, None, "PROBLEM", "take 119.7 GiB per device; the NVIDIA H100 80GB HBM3 has 80.0 GiB; use a smaller"),
+        (None, 8, None, "ok", "take 15.0 GiB per device; the NVIDIA H100 80GB HBM3 has 80.0 GiB"),
         ({"bytes_limit": 20 * 2**30}, 8, None, "warning", "has 20.0 GiB, which leaves little for activations"),
         ({"bytes_limit": 10 * 2**30}, 8, None, "PROBLEM", "has 10.0 GiB"),
         (None, 8, 2**30, "warning", "a save copies 89.7 GiB to the host, which has 1.0 GiB free"),
@@ -97,12 +97,12 @@ def test_a_clock_that_jumps_or_went_back_is_told_of(tmp_path):
     now = (time.time(), time.monotonic())
     assert machine.clock(tmp_path / "run", now)[1] == "ok"
     message, status = machine.clock(tmp_path / "run", (now[0] - 60, now[1]))
-    assert (re.match(r"it jumped by \+(59|60)\.", message) is not None, status) == (True, "warning")
+    assert (re.match(r"the clock jumped by \+(59|60)\.", message) is not None, status) == (True, "warning")
     (tmp_path / "config.json").write_text("")
     os.utime(tmp_path / "config.json", (now[0] + 3600, now[0] + 3600))
     message, status = machine.clock(tmp_path, now)
     assert status == "warning"
-    assert "it went back" in message
+    assert "the clock was set back" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
 
 
@@ -116,7 +116,7 @@ def test_a_file_system_with_a_time_of_its_own_is_told_of(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "stat", late)
     message, status = machine.clock(tmp_path, (time.time(), time.monotonic()))
     assert status == "warning"
-    assert "s off the system's clock" in message
+    assert "s off the system clock" in message
 
 
 def test_retention_counts_in_the_disk_that_is_needed(tmp_path):

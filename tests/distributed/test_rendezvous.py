@@ -9,8 +9,8 @@ import threading
 import pytest
 
 from nextllm_jax.config import Config
-from nextllm_jax.distributed.process_group import Group, facts_of
-from nextllm_jax.distributed.rendezvous import DistributedConfig, Place, find_place
+from nextllm_jax.distributed.process_group import ProcessGroup, facts_of
+from nextllm_jax.distributed.rendezvous import DistributedConfig, ProcessInfo, find_process_info
 from nextllm_jax.errors import InputError, RunFailed
 from tests.processes import free_port
 
@@ -28,9 +28,9 @@ def together(configs, work):
     """What `work(group)` returns, or the exception that it raises, of a group for each config."""
 
     def one(config):
-        with Group(config) as group:
+        with ProcessGroup(config) as group:
             try:
-                group.meet()
+                group.connect()
                 return work(group)
             except (InputError, RunFailed) as error:
                 return error
@@ -53,8 +53,8 @@ def test_all_gather_the_values_of_all_in_order():
 
 
 def test_a_group_of_one_gathers_its_own_value():
-    with Group() as group:
-        group.meet()
+    with ProcessGroup() as group:
+        group.connect()
         assert group.gather("x") == ["x"]
         group.check_same({"a": "b"})
         group.end()
@@ -68,7 +68,7 @@ def test_other_facts_are_named_with_their_process_in_all():
 
     errors = together([config(i, 3, port) for i in range(3)], work)
     assert {str(error).partition(";")[0] for error in errors} == {
-        "process 2 has model.num_layers 3 where process 0 has 2"
+        "process 2 has model.num_layers 3, but process 0 has 2"
     }
 
 
@@ -82,8 +82,8 @@ def test_facts_are_the_config_the_code_and_the_libraries():
 @pytest.mark.parametrize(
     ("others", "sentence"),
     [
-        ([(1, 3), (1, 3)], "two processes say that they are process 1"),
-        ([(1, 2)], "process 1 counts 2 processes where process 0 counts 3"),
+        ([(1, 3), (1, 3)], "two processes have the process-id 1"),
+        ([(1, 2)], "process 1 has num-processes 2, but process 0 has 3"),
     ],
 )
 def test_processes_that_do_not_go_together_are_refused(others, sentence):
@@ -98,13 +98,13 @@ def test_a_process_that_does_not_come_is_named(capsys, monkeypatch):
     port = free_port()
     errors = together([config(i, 4, port, seconds=4) for i in (0, 2)], lambda group: None)
     assert {type(error) for error in errors} == {RunFailed}
-    assert all("of 4 processes at localhost:" in str(error) and "1, 3 did not come" in str(error) for error in errors)
+    assert all("of 4 processes at localhost:" in str(error) and "1, 3 did not" in str(error) for error in errors)
     assert "2 joined: 0, 2" in capsys.readouterr().err
 
 
 def test_without_process_0_the_others_give_up():
     errors = together([config(1, 2, free_port(), seconds=1)], lambda group: None)
-    assert "process 1 found no process 0 at localhost:" in str(errors[0])
+    assert "process 1 could not reach process 0 at localhost:" in str(errors[0])
 
 
 def test_a_stranger_at_the_port_is_no_process():
@@ -143,13 +143,17 @@ OPEN_MPI = {
 
 @pytest.mark.parametrize(
     ("environment", "place"),
-    [(SLURM, Place("node003:62344", 4, 2, [0])), (OPEN_MPI, Place("10.96.0.1:62624", 3, 1, [1])), ({}, None)],
+    [
+        (SLURM, ProcessInfo("node003:62344", 4, 2, [0])),
+        (OPEN_MPI, ProcessInfo("10.96.0.1:62624", 3, 1, [1])),
+        ({}, None),
+    ],
 )
 def test_the_cluster_says_who_a_process_is(monkeypatch, environment, place):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert find_place(DistributedConfig()) == place
-    assert find_place(DistributedConfig(num_processes=1)) is None
+    assert find_process_info(DistributedConfig()) == place
+    assert find_process_info(DistributedConfig(num_processes=1)) is None
 
 
 @pytest.mark.parametrize(
@@ -162,7 +166,7 @@ def test_the_cluster_says_who_a_process_is(monkeypatch, environment, place):
 def test_a_process_alone_on_its_machine_takes_all_devices(monkeypatch, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    place = find_place(DistributedConfig())
+    place = find_process_info(DistributedConfig())
     assert place is not None
     assert place.local_device_ids is None
 
@@ -211,7 +215,7 @@ def slice_of(number, slices):
         ({"agent-worker-number": "0", "worker-network-endpoints": "127.0.0.1"}, None),
         (
             {"agent-worker-number": "2", "worker-network-endpoints": "a:1:127.0.0.5,b:2:127.0.0.6,c:3:127.0.0.7"},
-            Place("127.0.0.5:8482", 3, 2),
+            ProcessInfo("127.0.0.5:8482", 3, 2),
         ),
         (
             {
@@ -219,7 +223,7 @@ def slice_of(number, slices):
                 "worker-network-endpoints": "127.0.0.5,127.0.0.6",
                 "tpu-env": slice_of(2, 4),
             },
-            Place("127.0.0.9:8482", 8, 5),
+            ProcessInfo("127.0.0.9:8482", 8, 5),
         ),
     ],
 )
@@ -227,14 +231,17 @@ def test_tpu_vms_are_found_by_their_metadata(tpu_vm, attributes, place):
     pytest.importorskip("requests")  # comes with jax[tpu]
     with metadata_server({"tpu-env": "ACCELERATOR_TYPE: 'v5litepod-16'", **attributes}) as address:
         tpu_vm(GCE_METADATA_IP=address)
-        assert find_place(DistributedConfig()) == place
+        assert find_process_info(DistributedConfig()) == place
 
 
 @pytest.mark.parametrize(
     ("slices", "place"),
     [
-        ({}, Place("127.0.0.5:8482", 2, 1)),
-        ({"COORDINATOR_ADDRESS": "127.0.0.9:8081", "NUM_SLICES": "3", "SLICE_ID": "2"}, Place("127.0.0.9:8482", 6, 5)),
+        ({}, ProcessInfo("127.0.0.5:8482", 2, 1)),
+        (
+            {"COORDINATOR_ADDRESS": "127.0.0.9:8081", "NUM_SLICES": "3", "SLICE_ID": "2"},
+            ProcessInfo("127.0.0.9:8482", 6, 5),
+        ),
     ],
 )
 def test_tpus_in_gke_are_found_by_their_environment(tpu_vm, slices, place):
@@ -243,23 +250,23 @@ def test_tpus_in_gke_are_found_by_their_environment(tpu_vm, slices, place):
     tpu_vm(**{f"MEGASCALE_{name}": value for name, value in {**unset, **slices}.items()})
     with metadata_server({"tpu-env": ""}) as address:
         tpu_vm(GCE_METADATA_IP=address)
-        assert find_place(DistributedConfig()) == place
+        assert find_process_info(DistributedConfig()) == place
 
 
 def test_flags_overrule_the_cluster(monkeypatch):
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    assert find_place(DistributedConfig(coordinator_address="host:1234")) == Place("host:1234", 4, 2, [0])
+    assert find_process_info(DistributedConfig(coordinator_address="host:1234")) == ProcessInfo("host:1234", 4, 2, [0])
 
 
 BAD_FLAGS = {
-    "process-id": ({"process_id": 2, "num_processes": 2}, "process_id is 2; it must lie in 0 to 1"),
+    "process-id": ({"process_id": 2, "num_processes": 2}, "process_id is 2; it must be between 0 and 1"),
     "negative": ({"process_id": -1}, "process_id is -1"),
     "count": ({"num_processes": 0}, "num_processes is 0; it must be positive"),
     "no port": ({"coordinator_address": "localhost"}, "coordinator_address is localhost; it must be HOST:PORT"),
     "port": ({"coordinator_address": "localhost:70000"}, "must be HOST:PORT"),
     "timeout": ({"start_timeout_seconds": 0}, "start_timeout_seconds is 0"),
-    "alone": ({"process_id": 1}, "distributed.coordinator_address and distributed.num_processes must be given too"),
+    "alone": ({"process_id": 1}, "distributed.coordinator_address and distributed.num_processes must be set too"),
 }
 
 
@@ -267,4 +274,4 @@ BAD_FLAGS = {
 def test_bad_flags_are_refused(case):
     fields, sentence = BAD_FLAGS[case]
     with pytest.raises(InputError, match=sentence):
-        find_place(DistributedConfig(**fields))
+        find_process_info(DistributedConfig(**fields))

@@ -139,7 +139,7 @@ def test_a_later_signal_ends_a_command_and_says_what_is_lost(number, code):
             time.sleep(0.1)
         said = process.stderr.read()
     assert process.returncode == code
-    assert f"a second signal, {number.name}: ended without saving" in said
+    assert f"second signal {number.name}: exiting without saving" in said
 
 
 _ENDING = """

@@ -24,7 +24,7 @@ def damaged(trained, door):
 def test_a_flipped_bit_is_named_by_every_command(trained, door, damaged):
     run, name = damaged
     before = contents(run)
-    found = f"damaged ({name} is not what was saved (its sha256 differs)); use another step of: 30"
+    found = f"damaged ({name} is not what was saved (its sha256 differs)); use another step: 30"
     refused = door.run("sample.py", "--checkpoint", "runs/config", "--prompt", "the", exit_code=2)
     assert found in refused.stderr
     strict = door.run("train.py", "--config", "config.py", "--checkpoint.strict", exit_code=2)
@@ -41,7 +41,7 @@ def test_a_flipped_bit_is_named_by_every_command(trained, door, damaged):
     whole = trained.run("nextllm_jax.cli", "verify", "runs/config/checkpoints/40").stdout
     assert whole.startswith("runs/config/checkpoints/40: ok, ")
     nothing = door.run("nextllm_jax.cli", "verify", "corpus", exit_code=2)
-    assert nothing.stderr.startswith("error: corpus is no run; give a run directory")
+    assert nothing.stderr.startswith("error: corpus is not a run; give a run directory")
     shutil.rmtree(run / "checkpoints")
     lost = door.run("nextllm_jax.cli", "verify", "runs/config", exit_code=1)
     assert lost.stderr == "runs/config holds no checkpoint\n"

@@ -92,7 +92,7 @@ def test_a_killed_process_ends_the_other_and_the_checkpoint_stands(door, victim)
         aborted = victim == 0 and codes[survivor] == -signal.SIGABRT
         if not aborted:
             assert codes[survivor] == 1, two.outputs()
-            assert_sentence(two.output(survivor), f"process {victim} died .* the latest checkpoint stands")
+            assert_sentence(two.output(survivor), f"process {victim} died .* continue from the latest checkpoint")
 
 
 def test_another_config_is_refused_in_all_before_anything_is_written(door):
@@ -100,7 +100,7 @@ def test_another_config_is_refused_in_all_before_anything_is_written(door):
         codes, _ = two.end()
         assert codes == [2, 2]
         for number in (0, 1):
-            assert_sentence(two.output(number), "process 1 has optimizer.learning_rate 0.5 where process 0 has 0.005")
+            assert_sentence(two.output(number), "process 1 has optimizer.learning_rate 0.5, but process 0 has 0.005")
     assert not (door.directory / "runs").exists()
 
 
@@ -127,7 +127,7 @@ def test_a_process_that_does_not_come_is_named(door):
         assert codes == [1, 1]
         for number in (0, 2):
             assert f"waiting for 3 processes at {two.address}, 2 joined: 0, 2" in two.output(number)
-            assert_sentence(two.output(number), f"of 3 processes at {two.address}, 1 did not come within 8 seconds")
+            assert_sentence(two.output(number), f"of 3 processes at {two.address}, 1 did not connect within 8 seconds")
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -148,7 +148,7 @@ def test_a_signal_while_compiling_ends_all_at_once(door, count):
 
 def test_bad_flags_are_one_sentence(door):
     failed = door.run("train.py", "--config", "config.py", "--distributed.process-id", "1", exit_code=2)
-    assert "distributed.coordinator_address and distributed.num_processes must be given too" in failed.stderr
+    assert "distributed.coordinator_address and distributed.num_processes must be set too" in failed.stderr
     assert "Traceback" not in failed.stderr
 
 

@@ -82,7 +82,7 @@ def test_best_and_latest_both_survive(door):
     log = door.run("train.py", "--config", "config.py", "--training.evaluate-every-steps", "10",
                    "--training.sample-tokens", "0", "--optimizer.learning-rate", "20",
                    "--optimizer.warmup-steps", "30").stdout  # fmt: skip
-    assert "warming up for 20 steps instead of optimizer.warmup_steps 30: at most half of" in log
+    assert "warming up for 20 steps instead of optimizer.warmup_steps 30, since" in log
     run = door.directory / "runs" / "config"
     losses = {line["step"]: line["loss"] for line in metrics(run, "validation")}
     best = min(losses, key=losses.get)
@@ -104,8 +104,8 @@ def test_non_finite_steps_end_the_run_and_leave_the_checkpoint(door):
     failed = door.run("train.py", "--config", "config.py", "--optimizer.schedule-steps", "4000",
                       "--optimizer.learning-rate", "1e38", "--allow-change", "optimizer.learning_rate",
                       "--training.max-skipped-steps", "3", exit_code=1)  # fmt: skip
-    assert "3 steps in a row were skipped" in failed.stderr
-    assert "the checkpoint of step" in failed.stderr
+    assert "3 consecutive steps" in failed.stderr
+    assert "the last checkpoint is step" in failed.stderr
     assert "Traceback" not in failed.stderr
     door.run("sample.py", "--checkpoint", "runs/config", "--prompt", "the", "--max-new-tokens", "4")
 
@@ -137,19 +137,22 @@ BAD_TRAIN = {
     "bad value": (["--config", "config.py", "--model.num-kv-heads", "3"], "3 does not divide model.num_heads 4"),
     "vocabulary": (
         ["--config", "config.py", "--model.vocab-size", "300"],
-        "data.vocab_size 320 is over model.vocab_size 300",
+        "data.vocab_size 320 exceeds model.vocab_size 300",
     ),
     "vocabulary of the data": (
         ["--config", "config.py", "--model.vocab-size", "300", "--data.vocab-size", "300", "--data.path", "data/known"],
-        "tokenizer has 320 tokens but model.vocab_size is 300",
+        "tokenizer has 320 tokens, but model.vocab_size is 300",
     ),
-    "sample prompts": (["--config", "config.py", "--training.sample-tokens", "126"], "over model.context_length 128"),
+    "sample prompts": (
+        ["--config", "config.py", "--training.sample-tokens", "126"],
+        "must fit model.context_length 128",
+    ),
     "rows and mesh": (
         ["--config", "config.py", "--training.accumulation-steps", "8", "--training.global-batch-size", "12"],
         "8 does not divide training.global_batch_size 12",
     ),
     "two configs": (["--config", "config.py", "--config", "config.py"], "--config is given 2 times"),
-    "no such platform": (["--config", "config.py"], "jax finds no device", {"JAX_PLATFORMS": "tpu"}),
+    "no such platform": (["--config", "config.py"], "jax found no device", {"JAX_PLATFORMS": "tpu"}),
     "remote workdir": (["--config", "config.py", "--workdir", "gs://bucket/run"], "must name a local directory"),
     "batch and mesh": (["--config", "config.py", "--mesh.data", "2"], "does not use 1 devices"),
     "platform": (["--config", "config.py", "--platform", "tpu"], "platform is tpu, but jax found cpu"),
@@ -206,12 +209,12 @@ def test_a_finished_run_is_extended_and_changed_by_consent(trained, door):
     assert rates[40] == rates[41] == rates[44]
     changed = [*extended, "--training.steps", "48", "--training.global-batch-size", "16", "--seed", "3"]
     refused = door.run("train.py", "--config", "config.py", *changed, exit_code=2).stderr
-    assert "consent: --allow-change seed --allow-change training.global_batch_size" in refused
-    consent = ["--allow-change", "seed", "--allow-change", "training.global-batch-size"]
-    code, output = interrupt(door, "SIGTERM", 2, *changed, *consent)
+    assert "allow the changes: --allow-change seed --allow-change training.global_batch_size" in refused
+    override = ["--allow-change", "seed", "--allow-change", "training.global-batch-size"]
+    code, output = interrupt(door, "SIGTERM", 2, *changed, *override)
     assert "changed: seed 0 -> 3" in output
     assert code == 75
-    door.run("train.py", "--config", "config.py", *changed)  # consent was given: the same run goes on without it
+    door.run("train.py", "--config", "config.py", *changed)  # the override is recorded, so it is not needed again
     lines = metrics(run, "train")
     assert [line["step"] for line in lines] == list(range(1, 49))
     tokens = {line["step"]: line["tokens_seen"] for line in lines}
@@ -267,7 +270,7 @@ def test_a_full_disk_fails_with_a_sentence_and_the_checkpoint_stands(door):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1, out + err
     assert "Traceback" not in err
-    assert "step 20 stands" in err
+    assert "the last checkpoint is step 20" in err
     assert {path: path.read_bytes() for path in before} == before
 
 

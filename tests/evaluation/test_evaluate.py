@@ -34,7 +34,7 @@ class FakeSplit:
     def tokens(self, start, stop):
         return self.stream[start:stop]
 
-    def learnt(self, start, stop):
+    def loss_mask(self, start, stop):
         return np.ones(stop - start, np.bool_)
 
 

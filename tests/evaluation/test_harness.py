@@ -147,7 +147,7 @@ def test_a_chat_s_control_tokens_are_meant(llm, tmp_path):
 def test_settings_that_cannot_be_honoured_are_refused(llm):
     from nextllm_jax.evaluation.harness import HarnessModel, _settings
 
-    with pytest.raises(InputError, match="num_beams, which cannot be honoured"):
+    with pytest.raises(InputError, match="num_beams, not supported"):
         _settings({"until": ["x"], "num_beams": 4}, 8)
     with pytest.raises(InputError, match="batch_size is auto"):
         HarnessModel(llm=llm, batch_size="auto")

@@ -104,7 +104,7 @@ def test_without_any_validation_loss_load_takes_the_latest(llm, run_directory, t
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(4, {"params": llm.params}, {}, validation_loss=None)
     assert equal(nextllm_jax.load(str(tmp_path)).params, unstack_layers(CONFIG, llm.params))
-    with pytest.raises(InputError, match="has a validation loss; ask for latest"):
+    with pytest.raises(InputError, match="has a validation loss; use latest"):
         nextllm_jax.load(str(tmp_path), step="best")
 
 

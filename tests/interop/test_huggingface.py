@@ -189,7 +189,7 @@ def test_a_missing_size_is_named():
 
 
 def test_a_model_that_no_family_has_is_refused_with_its_fields():
-    with pytest.raises(InputError, match=r"no Hugging Face model_type .* comes closest but not with model\.\w+"):
+    with pytest.raises(InputError, match=r"no Hugging Face model_type .* which differs in model\.\w+"):
         write_model_config(ModelConfig(norm_placement="post", logit_soft_cap=3.0))
 
 
@@ -281,35 +281,35 @@ def index_of_missing(directory: Path) -> None:
 
 
 HOSTILE: dict[str, tuple[Any, str]] = {
-    "cut short": (lambda d: truncate(d, 30_000), "damaged or cut short"),
-    "cut in the header": (lambda d: truncate(d, 100), "damaged or cut short"),
-    "empty": (lambda d: truncate(d, 0), "damaged or cut short"),
-    "oversized header": (oversized_header, "damaged or cut short"),
+    "cut short": (lambda d: truncate(d, 30_000), "damaged or truncated"),
+    "cut in the header": (lambda d: truncate(d, 100), "damaged or truncated"),
+    "empty": (lambda d: truncate(d, 0), "damaged or truncated"),
+    "oversized header": (oversized_header, "damaged or truncated"),
     "missing tensor": (
         lambda d: edit_weights(d, lambda t: t.pop("model.norm.weight")),
         r"lacks the tensor model\.norm",
     ),
     "extra tensor": (
         lambda d: edit_weights(d, lambda t: t.update({"model.layers.9.x": np.zeros(3)[:2].astype("f4")})),
-        r"no place for the tensor model\.layers\.9",
+        r"does not have the tensor model\.layers\.9",
     ),
     "other shape": (
         lambda d: edit_weights(d, other_shape),
-        r"model\.norm\.weight is \[31\], the config asks for \[32\]",
+        r"model\.norm\.weight has shape \[31\], but the config needs \[32\]",
     ),
     "not finite": (lambda d: edit_weights(d, not_finite), r"model\.layers\.1\.mlp\.up_proj\.weight .* not finite"),
     "integers": (
         lambda d: edit_weights(d, lambda t: t.update({"model.norm.weight": np.ones(32, np.int8)})),
         "is I8; weights must be",
     ),
-    "pickle": (as_pickle, r"pytorch_model\.bin, a pickle"),
+    "pickle": (as_pickle, r"pytorch_model\.bin, which could run"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor"),
-    "index outside": (index_outside, "must lie in the same directory"),
-    "index of missing files": (index_of_missing, "which is not there"),
+    "index outside": (index_outside, "must be in the same directory"),
+    "index of missing files": (index_of_missing, "which is missing"),
     "broken index": (lambda d: (d / "model.safetensors.index.json").write_text("[]"), "no weight_map"),
     "another head": (
         lambda d: edit_weights(d, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1})),
-        r"lm_head\.weight is not the embedding",
+        r"lm_head\.weight differs from the embedding",
     ),
     "broken config": (lambda d: (d / "config.json").write_text("{"), "is not JSON"),
 }

@@ -132,7 +132,7 @@ def test_what_cannot_be_had_is_refused(settings, message):
 def test_blocks_come_from_the_config_or_from_the_chip():
     assert chosen("tpu", attention_blocks=(256, 128)).blocks == (256, 128)
     assert chosen("tpu", kind="TPU v5").blocks != chosen("tpu", kind="TPU v5 lite").blocks
-    with pytest.raises(InputError, match=r"attention_blocks is .*two positive numbers"):
+    with pytest.raises(InputError, match=r"attention_blocks is .*two positive block sizes"):
         ModelConfig(attention_blocks=(128,))
 
 

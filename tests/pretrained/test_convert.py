@@ -67,15 +67,15 @@ def test_gguf_from_and_to_other_formats(huggingface, tmp_path, dtype):
 
 def test_a_failed_import_or_export_leaves_nothing(huggingface, tmp_path):
     os.truncate(huggingface / "model.safetensors", 20_000)
-    with pytest.raises(InputError, match="damaged or cut short"):
+    with pytest.raises(InputError, match="damaged or truncated"):
         import_model(str(huggingface), str(tmp_path / "run"))
-    with pytest.raises(InputError, match="damaged or cut short"):
+    with pytest.raises(InputError, match="damaged or truncated"):
         export_model(str(huggingface), str(tmp_path / "out.gguf"), file_format="gguf", dtype="float32")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_an_export_that_cannot_be_said_leaves_nothing(huggingface, tmp_path):
-    with pytest.raises(InputError, match="no Hugging Face model_type can say this model; qwen3"):
+    with pytest.raises(InputError, match=r"no Hugging Face model_type can represent this model; .* qwen3"):
         export_model(
             str(huggingface), str(tmp_path / "out"), file_format="huggingface", dtype="float32", model_type="qwen3"
         )
@@ -154,6 +154,6 @@ def test_a_refusal_at_the_door_is_a_sentence_and_exit_code_2(door):
     write_huggingface(door.directory / "hf")
     (door.directory / "hf" / "model.safetensors").rename(door.directory / "hf" / "pytorch_model.bin")
     failed = door.run("nextllm_jax.cli", "import", "hf", "--output", "run", exit_code=2)
-    assert failed.stderr.startswith("error: hf has its weights in pytorch_model.bin, a pickle")
+    assert failed.stderr.startswith("error: hf has its weights in the pickle pytorch_model.bin")
     assert failed.stderr.count("\n") == 1
     assert not (door.directory / "run").exists()

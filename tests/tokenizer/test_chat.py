@@ -91,7 +91,7 @@ def test_the_assistant_s_tokens_end_with_the_token_that_ends_its_turn():
 
 def test_a_template_that_rewrites_the_past_is_refused_for_training():
     forgetful = "{% for m in messages %}{{ m.content if loop.last else '...' }}{% endfor %}"
-    with pytest.raises(InputError, match="writes earlier messages in another way"):
+    with pytest.raises(InputError, match="formats earlier messages differently"):
         ChatTemplate(tokenizer(forgetful)).encode_with_mask(TALK)
 
 
@@ -146,7 +146,7 @@ REACHING = [
 
 @pytest.mark.parametrize("source", REACHING)
 def test_a_template_that_reaches_for_python_is_refused(source):
-    with pytest.raises(InputError, match="reaches for what it may not"):
+    with pytest.raises(InputError, match="accesses a forbidden attribute"):
         ChatTemplate(tokenizer(), source).text(TALK)
 
 

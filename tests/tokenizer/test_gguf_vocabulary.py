@@ -103,8 +103,8 @@ REFUSED = {
     "no cut": ({"tokenizer.ggml.pre": None}, "lacks tokenizer.ggml.pre"),
     "no merges": ({"tokenizer.ggml.merges": None}, "lacks tokenizer.ggml.merges"),
     "short types": ({"tokenizer.ggml.token_type": [1, 1]}, "token_type has 2 entries"),
-    "a token twice": ({"tokenizer.ggml.tokens": ["a", "a"], "tokenizer.ggml.token_type": None}, "one token twice"),
-    "a broken merge": ({"tokenizer.ggml.merges": ["a bx"]}, "not a tokenizer that can be read"),
+    "a token twice": ({"tokenizer.ggml.tokens": ["a", "a"], "tokenizer.ggml.token_type": None}, "same token twice"),
+    "a broken merge": ({"tokenizer.ggml.merges": ["a bx"]}, "cannot be read as a tokenizer"),
 }
 
 

@@ -116,7 +116,7 @@ def test_saved_and_exported_it_gives_the_same_ids(tmp_path):
 
 REFUSED = {
     "unigram": ({**PLAIN, "model_type": "unigram", "hard_vocab_limit": False}, "is not a BPE model"),
-    "normalizing": ({"model_type": "bpe", "byte_fallback": True}, "normalizes text in a way"),
+    "normalizing": ({"model_type": "bpe", "byte_fallback": True}, "normalizes text in an unsupported way"),
 }
 
 

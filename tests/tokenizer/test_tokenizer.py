@@ -167,7 +167,7 @@ def test_a_known_ranks_file_is_known_by_its_content(tmp_path, monkeypatch):
         (b"YQ== 0\nrubbish\n", "line 2"),
         (b"YQ== x\n", "line 1"),
         (b"YQ== 0\n", "lacks 255 of the 256 single bytes"),
-        (b"".join(base64.b64encode(bytes([i])) + b" 1\n" for i in range(256)), "one id to two tokens"),
+        (b"".join(base64.b64encode(bytes([i])) + b" 1\n" for i in range(256)), "same id to two tokens"),
     ],
 )
 def test_broken_ranks_files_are_refused(tmp_path, content, message):

@@ -203,7 +203,7 @@ BROKEN = {
     "no file": (None, "holds neither tokenizer.json nor tokenizer.model"),
     "no JSON": ("{", "tokenizer.json cannot be read as JSON"),
     "another JSON": ("[1]", "must hold a JSON object"),
-    "no tokenizer": ('{"added_tokens": []}', "is not a tokenizer that can be read"),
+    "no tokenizer": ('{"added_tokens": []}', "cannot be read as a tokenizer"),
 }
 
 
@@ -219,7 +219,7 @@ def test_broken_files_are_refused_by_name(tmp_path, case):
 def test_a_vocabulary_of_another_kind_is_refused(tmp_path):
     theirs = hf.Tokenizer(hf.models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     theirs.decoder = hf.decoders.WordPiece()
-    with pytest.raises(InputError, match="decodes with WordPiece"):
+    with pytest.raises(InputError, match="the decoder WordPiece"):
         load_huggingface(save(theirs, tmp_path))
 
 

@@ -26,8 +26,8 @@ def test_loss_and_bits_per_byte_count_what_the_assistant_says(tmp_path):
     params = models.write_huggingface(tmp_path / "hf", CONFIG)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     nll, count = 0.0, 0
-    for ids, learnt in documents(split):
-        labels = torch.tensor([[token if said else -100 for token, said in zip(ids, learnt, strict=True)]])
+    for ids, in_loss in documents(split):
+        labels = torch.tensor([[token if said else -100 for token, said in zip(ids, in_loss, strict=True)]])
         scored = int((labels[:, 1:] != -100).sum())
         with torch.no_grad():
             nll += float(theirs(torch.tensor([ids]), labels=labels).loss) * scored

@@ -54,14 +54,14 @@ class Messages(list):
         self.append(text)
 
 
-def step_metrics(reason="none", in_a_row=1, loss=2.5):
+def step_metrics(reason="none", consecutive=1, loss=2.5):
     return StepMetrics(
         nll_sum=jnp.float32(10 * loss),
         num_tokens=jnp.int32(10),
         grad_norm=jnp.float32(math.nan if reason == "gradient" else 1),
         learning_rate=jnp.float32(0.1),
         skipped=jnp.bool(reason != "none"),
-        skipped_in_a_row=jnp.int32(in_a_row if reason != "none" else 0),
+        skipped_in_a_row=jnp.int32(consecutive if reason != "none" else 0),
         reason=jnp.int32(SKIP_REASONS.index(reason)),
         loss_limit=jnp.float32(2.0 if reason == "spike" else math.nan),
         gradient_norms=jnp.array([1.0, math.inf, math.nan, 0.1]),
@@ -85,18 +85,18 @@ def bundles(run):
 
 def test_the_first_step_of_each_bad_stretch_is_kept_with_the_checkpoint_before_it(tmp_path, saved):
     recorder, messages = make_recorder(tmp_path, saved)
-    for step, reason, in_a_row in (
+    for step, reason, consecutive in (
         (20, "loss", 1),
         (21, "loss", 2),
         (22, "none", 0),
         (23, "spike", 1),
         (23, "loss", 1),
     ):
-        recorder.look(step, step_metrics(reason, in_a_row))
+        recorder.look(step, step_metrics(reason, consecutive))
     assert bundles(tmp_path) == ["step-20", "step-23"]
     assert saved.pinned == [10, 10]
     assert len(messages) == 3, "step 23 is looked at once"
-    assert "step 20: its loss is not finite; it is skipped (1 in a row)" in messages[0]
+    assert "step 20: its loss is not finite; skipped (1 consecutive)" in messages[0]
     assert f"nextllm replay {tmp_path}/flight/step-20" in messages[0]
     assert "replay" not in messages[1]
     assert "spike (loss 2.5000, limit 2.0000)" in messages[2]
@@ -130,10 +130,10 @@ def test_bundles_are_bounded(tmp_path, saved):
         recorder.look(step, step_metrics("loss"))
         recorder.look(step + 1, step_metrics())
     assert len(bundles(tmp_path)) == len(saved.pinned) == MAX_BUNDLES
-    assert "takes no more" in messages[-1]
+    assert "no bundle is written" in messages[-1]
     recorder, messages = make_recorder(tmp_path, saved)
     recorder.look(50, step_metrics("loss"))
-    assert "takes no more" in messages[-1]
+    assert "no bundle is written" in messages[-1]
 
 
 def test_a_bundle_that_cannot_be_written_does_not_end_the_run(tmp_path, saved):
@@ -146,7 +146,7 @@ def test_a_bundle_that_cannot_be_written_does_not_end_the_run(tmp_path, saved):
 def test_training_gives_up_after_too_many(tmp_path, saved):
     recorder, _ = make_recorder(tmp_path, saved)
     recorder.look(20, step_metrics("loss", 3))
-    with pytest.raises(RunFailed, match=r"4 steps in a row .* step 21; the checkpoint of step 40 stands"):
+    with pytest.raises(RunFailed, match=r"4 consecutive steps up to step 21 .* the last checkpoint is step 40"):
         recorder.look(21, step_metrics("loss", 4))
 
 
@@ -161,7 +161,7 @@ def diverged(trained, tmp_path_factory):
         exit_code=1,
     )  # fmt: skip
     assert "nextllm replay runs/config/flight/step-2" in failed.stdout
-    assert "4 steps in a row were skipped" in failed.stderr
+    assert "4 consecutive steps" in failed.stderr
     assert "Traceback" not in failed.stderr
     return door
 
@@ -179,7 +179,7 @@ def test_a_divergence_is_replayed_bit_for_bit_from_its_pinned_checkpoint(diverge
     assert (found["reproduced"], found["bit_for_bit"], found["differences"]) == (True, True, [])
     assert found["recorded"] == found["replayed"]
     assert found["recorded"]["reason"] == "gradient"
-    assert (found["first"]["pass"], found["first"]["place"]) == ("forward", "layer 0 mlp (residual stream behind it)")
+    assert (found["first"]["pass"], found["first"]["place"]) == ("forward", "layer 0 mlp (residual stream after it)")
     assert len(found["windows"]) == 8
     assert "replaying steps 2 to 2" in done.stderr
     assert contents(run) == before

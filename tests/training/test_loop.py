@@ -56,8 +56,8 @@ def test_an_interruption_a_failed_evaluation_and_failed_output_lose_nothing(trai
     monkeypatch.setattr(loop, "sample_text", mock.Mock(side_effect=RuntimeError("no sampler")))
     assert loop.train(config) == "finished"
     out = capsys.readouterr().out
-    assert out.count("no more loss.png in this training (ValueError: no fonts)") == 1
-    assert out.count("no more samples.txt in this training (RuntimeError: no sampler)") == 1
+    assert out.count("loss.png is disabled for this training (ValueError: no fonts)") == 1
+    assert out.count("samples.txt is disabled for this training (RuntimeError: no sampler)") == 1
 
     reference = trained.directory / "runs" / "config"  # trained without an interruption, with a line for each step
     expected = {line["step"]: pytest.approx(line["loss"], rel=1e-5) for line in metrics(reference, "validation")}

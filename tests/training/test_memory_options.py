@@ -156,7 +156,7 @@ def test_a_tpu_holds_the_moments_of_a_few_layers_at_a_time(four_tpus):
         update = make_update(
             make_optimizer(settings, model), jnp.float32(1), gradients, optax.tree.norm(gradients), shardings.opt_state
         )
-        return update.take(state, update.is_finite(state))
+        return update.apply_if(update.is_finite(state), state)
 
     shardings = shardings_of(state)
     run = jax.jit(update, donate_argnums=0, out_shardings=(shardings.params, shardings.opt_state))

@@ -206,7 +206,7 @@ def test_a_run_whose_overwrite_was_killed_is_refused_until_that_is_finished(run)
     before = files(run)
     (run / "overwritten" / "1").mkdir(parents=True)
     (run / "checkpoints").rename(run / "overwritten" / "1" / "checkpoints")
-    with pytest.raises(InputError, match=r"was interrupted, and part of the run is in .*overwritten/1; run it again"):
+    with pytest.raises(InputError, match=r"was interrupted, so part of the run is in .*overwritten/1; run again"):
         open_run(run, CONFIG).__enter__()
     with open_run(run, CONFIG, overwrite=True) as opened:
         assert opened.set_aside == epath.Path(run / "overwritten" / "1")

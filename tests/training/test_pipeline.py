@@ -90,6 +90,6 @@ def test_what_cannot_be_profiled_is_said(door, tmp_path):
         profiler.end_if_due(step, pytest.fail)
     profiler.close()
     profiler.close()
-    assert "no profile: only steps after the first 2" in said.pop()
+    assert "no profile: training ended within the first 2" in said.pop()
     assert not said
     assert not (tmp_path / "profile").exists()

@@ -124,7 +124,7 @@ def test_every_field_is_free_or_asks_for_consent_or_never_changes(name):
     assert str(change).startswith(f"{name} {change.old} -> {change.new}")
     assert change.allowable == (name not in NEVER)
     if name in NEVER:
-        with pytest.raises(InputError, match=f"--allow-change {name}: the saved arrays fit no other.*new run"):
+        with pytest.raises(InputError, match=f"--allow-change {name}: this field cannot change.*new run"):
             allowed_fields([name])
     else:
         assert allowed_fields([name.replace("_", "-")]) == {name}
@@ -141,14 +141,15 @@ def test_the_refusal_is_a_diff_with_what_to_do(run):
     with pytest.raises(InputError) as caught:
         require_resumable(RunDir(run), config, ["optimizer.learning_rate"])
     assert str(caught.value).splitlines() == [
-        f"{run} holds a run with another config, and stays as it is:",
-        "  model.num_layers 8 -> 16 (never: the saved arrays do not fit)",
-        "  training.global_batch_size 16 -> 32 (the data goes on where it is, with more or fewer windows a step)",
+        f"{run} holds a run with another config, which was not touched:",
+        "  model.num_layers 8 -> 16 (cannot change: the saved arrays would not fit)",
+        "  training.global_batch_size 16 -> 32 "
+        "(the data continues at its current position, with more or fewer windows per step)",
         "start a new run: another --workdir, or --overwrite to set the old run aside",
     ]
     config = changed("seed", "optimizer.learning_rate")
     with pytest.raises(
-        InputError, match=r"consent: --allow-change seed --allow-change optimizer.learning_rate; or start"
+        InputError, match=r"allow the changes: --allow-change seed --allow-change optimizer.learning_rate; or start"
     ):
         require_resumable(RunDir(run), config, [])
     assert [change.name for change in require_resumable(RunDir(run), config, ["optimizer.learning-rate", "seed"])] == [
@@ -195,11 +196,11 @@ def test_a_run_is_extended_without_bending_its_schedule(old, new, name):
 @pytest.mark.parametrize(
     ("settings", "change"),
     [
-        ({"warmup_steps": 15}, "optimizer.warmup_steps 15 -> 10 (a warmup takes at most half of the schedule now"),
+        ({"warmup_steps": 15}, "optimizer.warmup_steps 15 -> 10 (the warmup now takes at most half of the schedule"),
         ({"warmup_steps": 10}, None),
         (
             {"warmup_steps": 5, "schedule": "wsd", "decay_steps_fraction": 1.0},
-            "optimizer.decay_steps_fraction 1.0 -> 0.7 (the decay never overlaps the warmup now",
+            "optimizer.decay_steps_fraction 1.0 -> 0.7 (the decay now never overlaps the warmup",
         ),
         ({"warmup_steps": 5, "schedule": "wsd", "decay_steps_fraction": 0.7}, None),
     ],
@@ -231,11 +232,11 @@ def test_other_data_needs_consent_and_another_tokenizer_never_fits():
     require_same_data(here, here, "data/x", [])
     require_same_data({"data_id": "a"}, here, "data/x", [])
     other = {"data_id": "b", "tokenizer_hash": "t"}
-    for consent in ([], ["seed"]):
+    for allowed in ([], ["seed"]):
         with pytest.raises(InputError, match=r"other data than data/x holds \(b -> a\).*--allow-change data.path"):
-            require_same_data(other, here, "data/x", consent)
-    for consent in (["data.path"], ["data.corpus"], ["data.validation-fraction"]):
-        require_same_data(other, here, "data/x", consent)
+            require_same_data(other, here, "data/x", allowed)
+    for allowed in (["data.path"], ["data.corpus"], ["data.validation-fraction"]):
+        require_same_data(other, here, "data/x", allowed)
     with pytest.raises(InputError, match="another tokenizer than the run"):
         require_same_data({"data_id": "b", "tokenizer_hash": "u"}, here, "data/x", ["data.path", "data.tokenizer"])
 

@@ -168,7 +168,7 @@ def test_output_that_fails_is_reported_once_and_ends_alone(tmp_path, writers, ca
     assert len(lines(tmp_path)) == 2
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
     assert len(warnings) == 3
-    assert "no more loss.png in this training (ValueError: no fonts)" in warnings[1]
+    assert "loss.png is disabled for this training (ValueError: no fonts)" in warnings[1]
 
 
 def test_a_block_of_samples_is_written_whole_or_not_at_all(tmp_path, writers, monkeypatch):
