@@ -179,9 +179,9 @@ def test_opening_the_source_touches_no_device(sources, name):
     program = """
 import sys
 from jax._src import xla_bridge
-from nextllm_jax.config import Config
+from nextllm_jax.config import Config, DataConfig
 from nextllm_jax.pretrained.init_from import with_source
-config = Config(init_from=sys.argv[1], workdir="nowhere")
+config = Config(init_from=sys.argv[1], workdir="nowhere", data=DataConfig(sequence_length=64))
 with_source(config, config)
 sys.exit(xla_bridge.backends_are_initialized())
 """
