@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import tyro
 
-import sample
+from nextllm_jax.cli import sample
 from nextllm_jax.cli.main import COMMANDS, train_command
 from nextllm_jax.training import launch
 from tests.conftest import CONFIG_FILE, ROOT

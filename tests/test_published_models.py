@@ -12,7 +12,7 @@ pytest.importorskip("gguf", reason="gguf is missing; install the extra 'interop'
 pytest.importorskip("tokenizers", reason="tokenizers is missing; install the extra 'interop'")
 
 import nextllm_jax
-import sample
+from nextllm_jax.cli import sample
 from nextllm_jax.cli import text as text_cli
 from nextllm_jax.cli.convert import export_command, import_command
 from nextllm_jax.cli.text import evaluate_command, tokenize_command

@@ -24,7 +24,10 @@ class ImportArguments:
 
 
 def import_command(argv: list[str]) -> int:
-    """Import a model; the exit code."""
+    """Turn a model of another program into a run directory.
+
+    Returns the exit code.
+    """
     arguments = tyro.cli(ImportArguments, args=argv, prog="nextllm import", description=ImportArguments.__doc__)
 
     from nextllm_jax.pretrained.convert import import_model
@@ -60,7 +63,10 @@ class ExportArguments:
 
 
 def export_command(argv: list[str]) -> int:
-    """Export a model; the exit code."""
+    """Write a model for transformers, vLLM or llama.cpp.
+
+    Returns the exit code.
+    """
     arguments = tyro.cli(ExportArguments, args=argv, prog="nextllm export", description=ExportArguments.__doc__)
     if arguments.format == "huggingface" and arguments.dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype {arguments.dtype} is for --format gguf; huggingface takes float32 and bfloat16")

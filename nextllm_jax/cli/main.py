@@ -7,8 +7,10 @@ prepared before devices are touched.
 import contextlib
 import dataclasses
 import difflib
+import importlib.metadata
 import io
 import json
+import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ from nextllm_jax import process, standard_streams
 from nextllm_jax.cli.convert import export_command, import_command
 from nextllm_jax.cli.plan import plan_command
 from nextllm_jax.cli.quantize import quantize_command
+from nextllm_jax.cli.sample import chat_command, sample_command
 from nextllm_jax.cli.text import evaluate_command, lm_eval_command, tokenize_command
 from nextllm_jax.config import Config, DataConfig
 from nextllm_jax.config.files import config_of_arguments
@@ -98,7 +101,10 @@ def parse_train(argv: list[str], file: Config) -> TrainArguments:
 
 
 def train_command(argv: list[str]) -> int:
-    """Prepare the data if it is not there, then train; the exit code."""
+    """Train a model, or continue an interrupted run.
+
+    Returns the exit code.
+    """
     file = config_of_arguments(argv)
     arguments = parse_train(argv, file)
     process.restart_with_settings()
@@ -129,7 +135,10 @@ class PrepareArguments:
 
 
 def prepare_command(argv: list[str]) -> int:
-    """Prepare data; the exit code."""
+    """Turn a corpus into tokenized shards.
+
+    Returns the exit code.
+    """
     from nextllm_jax.data.prepare import default_data_path, prepare
 
     default = PrepareArguments(data=config_of_arguments(argv).data)
@@ -152,7 +161,10 @@ class VerifyArguments:
 
 
 def verify_command(argv: list[str]) -> int:
-    """Print the state of each checkpoint of a run; the exit code."""
+    """Check every byte of a run's checkpoints.
+
+    Returns the exit code.
+    """
     arguments = tyro.cli(VerifyArguments, args=argv, prog="nextllm verify")
 
     from tqdm import tqdm
@@ -192,7 +204,10 @@ class DoctorArguments:
 
 
 def doctor_command(argv: list[str]) -> int:
-    """Print the findings for a start of `train`, or the proof of exact resuming; the exit code."""
+    """Run the checks of a start without starting, or prove exact resuming.
+
+    Returns the exit code.
+    """
     config_given = any(argument.partition("=")[0] == "--config" for argument in argv)
     if "--resume-proof" in argv and not config_given:
         argv = ["--config", "configs/tiny.py", *argv]
@@ -253,7 +268,10 @@ class ReplayArguments:
 
 
 def replay_command(argv: list[str]) -> int:
-    """Replay a bundle and print what was found; the exit code."""
+    """Repeat a recorded bad step and name the first layer that is not finite.
+
+    Returns the exit code.
+    """
     arguments = tyro.cli(ReplayArguments, args=argv, prog="nextllm replay")
     process.restart_with_settings()
     use_compilation_cache()
@@ -267,6 +285,8 @@ def replay_command(argv: list[str]) -> int:
 
 COMMANDS = {
     "train": train_command,
+    "sample": sample_command,
+    "chat": chat_command,
     "prepare": prepare_command,
     "verify": verify_command,
     "doctor": doctor_command,
@@ -281,13 +301,26 @@ COMMANDS = {
 }
 
 
+def _versions() -> list[str]:
+    """The versions of this package, of Python and of the libraries that a bug report needs."""
+    packages = ("nextllm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tiktoken")
+    versions = [f"{package} {importlib.metadata.version(package)}" for package in packages]
+    return [versions[0], f"Python {platform.python_version()} on {platform.platform()}", *versions[1:]]
+
+
 def nextllm_command(argv: list[str]) -> int:
     """Dispatch to one of COMMANDS by the first argument; the exit code."""
     name = argv[0] if argv else "--help"
     if name in ("-h", "--help"):
         print("usage: nextllm COMMAND [OPTIONS]\n")
-        for command in COMMANDS:
-            print(f"  nextllm {command} --help")
+        for command, run in COMMANDS.items():
+            print(f"  {command:10}{(run.__doc__ or '').splitlines()[0]}")
+        print(
+            "\nnextllm COMMAND --help lists the options of a command; nextllm --version prints what a bug report needs"
+        )
+        return 0
+    if name == "--version":
+        print("\n".join(_versions()))
         return 0
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)

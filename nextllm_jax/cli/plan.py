@@ -58,7 +58,10 @@ class PlanArguments:
 
 
 def plan_command(argv: list[str]) -> int:
-    """Print a plan; the exit code."""
+    """Estimate memory and time on devices that you do not have.
+
+    Returns the exit code.
+    """
     default: Any = PlanArguments(config=tyro.MISSING, run=config_of_arguments(argv))
     arguments = tyro.cli(PlanArguments, args=argv, prog="nextllm plan", default=default)
     _check(arguments)

@@ -38,7 +38,10 @@ class QuantizeArguments:
 
 
 def quantize_command(argv: list[str]) -> int:
-    """Quantize a model and print what that did to it; the exit code."""
+    """Write a run directory with int8 or int4 weights.
+
+    Returns the exit code.
+    """
     arguments = tyro.cli(QuantizeArguments, args=argv, prog="nextllm quantize", description=QuantizeArguments.__doc__)
     text, calibration = (path and read_text(path) for path in (arguments.text, arguments.calibrate))
 

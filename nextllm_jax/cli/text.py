@@ -32,7 +32,10 @@ class TokenizeArguments:
 
 
 def tokenize_command(argv: list[str]) -> int:
-    """Print what a tokenizer makes of a text; the exit code."""
+    """Show the ids and pieces of a text.
+
+    Returns the exit code.
+    """
     from nextllm_jax.tokenizer.published import load_tokenizer
 
     arguments = tyro.cli(TokenizeArguments, args=argv, prog="nextllm tokenize", description=TokenizeArguments.__doc__)
@@ -92,7 +95,10 @@ class EvaluateArguments:
 
 
 def evaluate_command(argv: list[str]) -> int:
-    """Print a model's score; the exit code."""
+    """Print perplexity and bits per byte on a text or on prepared data.
+
+    Returns the exit code.
+    """
     arguments = tyro.cli(EvaluateArguments, args=argv, prog="nextllm evaluate", description=EvaluateArguments.__doc__)
     if (arguments.text is None) == (arguments.data is None):
         raise InputError("there must be one thing to score; give either --text FILE or --data DIR")
@@ -142,7 +148,10 @@ def trained_window(checkpoint: str) -> int | None:
 
 
 def lm_eval_command(argv: list[str]) -> int:
-    """Run the lm-evaluation-harness, whose options these are, on `--model_args checkpoint=PATH`; the exit code."""
+    """Run the lm-evaluation-harness on a model.
+
+    Returns the exit code.
+    """
     from nextllm_jax.evaluation.harness import run_harness
 
     use_compilation_cache()

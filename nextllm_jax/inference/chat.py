@@ -65,7 +65,7 @@ class Conversation:
         if room < 1:
             raise ContextFull(
                 f"the conversation would take {len(prompt):,} tokens and leaves no room for an answer in the model's "
-                f"context of {context_length:,}; /reset starts anew"
+                f"context of {context_length:,}; /reset starts over"
             )
         cached, self._cached = self._cached, None  # whatever happens now, it is gone
         stream = llm.stream_tokens(

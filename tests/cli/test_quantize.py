@@ -240,4 +240,5 @@ def test_quantized_weights_are_not_trained_but_adapters_on_them_are(models):
         params = by_name(initial_params(whole, source, lambda boxed: on_device(boxed, jax.devices()[0])))
         for name, leaf in params.items():
             assert is_quantized(leaf) == (frozen == "int8" and name.endswith("kernel"))
-            np.testing.assert_array_equal(*(dequantize(tree, jnp.float32) for tree in (leaf, written[name])))
+            ours, theirs = (dequantize(tree, jnp.float32) for tree in (leaf, written[name]))
+            np.testing.assert_array_equal(ours, theirs)

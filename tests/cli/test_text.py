@@ -7,7 +7,7 @@ import re
 import pytest
 
 import nextllm_jax
-import sample
+from nextllm_jax.cli import sample
 from nextllm_jax.cli import text as text_cli
 from nextllm_jax.cli.text import evaluate_command, tokenize_command
 from nextllm_jax.errors import InputError

@@ -1,5 +1,6 @@
 """train.py, sample.py and nextllm as a user runs them."""
 
+import importlib.metadata
 import json
 import re
 import shutil
@@ -309,7 +310,11 @@ def test_help_explains(trained):
     out = trained.run("train.py", "--config", "config.py", "--help").stdout
     assert "Query heads" in out
     assert "GLIBC_TUNABLES" in out
-    assert "nextllm prepare" in trained.run("nextllm_jax.cli", "--help").stdout
+    listed = trained.run("nextllm_jax.cli", "--help").stdout
+    assert "  prepare   Turn a corpus into tokenized shards." in listed
+    versions = trained.run("nextllm_jax.cli", "--version").stdout.splitlines()
+    assert versions[0].startswith("nextllm_jax ")
+    assert f"jax {importlib.metadata.version('jax')}" in versions
 
 
 def test_a_misspelt_command_gets_a_suggestion(trained):
@@ -337,11 +342,12 @@ def test_chat_converses_through_a_pipe(trained):
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a{% endif %}"
     )
     (trained.directory / "chat.jinja").write_text(template)
-    chat = ("sample.py", "--checkpoint", "runs/config", "--chat", "--chat-template", "chat.jinja", "--temperature", "0")
-    typed = "the cat\n\na dog\n/reset\nthe cat\n" + "long " * 100 + "\n/exit\nnot read\n"
-    talked = trained.run(*chat, "--max-new-tokens", "12", "--json", typed=typed, exit_code=1)
+    chat = ("nextllm_jax.cli", "chat", "--checkpoint", "runs/config", "--chat-template", "chat.jinja")
+    typed = "the cat\n\na dog\n/reset\n/restart\nthe cat\n" + "long " * 100 + "\n/exit\nnot read\n"
+    talked = trained.run(*chat, "--temperature", "0", "--max-new-tokens", "12", "--json", typed=typed, exit_code=1)
     rows = [json.loads(line) for line in talked.stdout.splitlines()]
     assert [row["prompt"] for row in rows] == ["the cat", "a dog", "the cat"]
     assert rows[0] == rows[2]
+    assert "/restart is not a command; the commands are /reset and /exit" in talked.stderr
     assert "leaves no room for an answer in the model's context of 128" in talked.stderr
     assert "Traceback" not in talked.stderr

@@ -114,7 +114,7 @@ def test_the_context_fills_up(llm):
     list(talk.say("x" * 200))
     assert talk.is_full == (talk.sample is not None and talk.sample.finish_reason == "length")
     before = list(talk.messages)
-    with pytest.raises(ContextFull, match=r"context of 320; /reset starts anew"):
+    with pytest.raises(ContextFull, match=r"context of 320; /reset starts over"):
         list(talk.say("x" * 300))
     assert talk.messages == before
     talk.reset()
