@@ -26,15 +26,15 @@ class QuantizeArguments:
     """Run directory to write: config.json, tokenizer, and the weights as checkpoint 0."""
     quantization: Annotated[Quantization, tyro.conf.arg(name="")]
     step: str | None = None
-    """Checkpoint to take: best, latest, or a step number; none: best, or latest while none has a validation loss."""
+    """Checkpoint to use: best, latest, or a step number; none: best, or latest while none has a validation loss."""
     calibrate: str | None = None
-    """For int4: text like what the model will read, of which 128 windows of 512 tokens decide what the later weights
-    of each matrix make up for. Takes minutes and the float model in memory; none: each weight is rounded by itself."""
+    """int4 only: text file typical of the model's input. GPTQ uses up to 128 windows of 512 tokens of it to compensate
+    for rounding errors. Takes minutes and holds the float model in memory; none: weights are rounded independently."""
     text: str | None = None
     """File to measure the perplexity on; none: 32,768 characters of Python's standard library, from the files that
     training on it holds out."""
     perplexity: bool = True
-    """Measure the perplexity before and after; the former has the float model in memory."""
+    """Measure the perplexity before and after; measuring before loads the float model."""
 
 
 def quantize_command(argv: list[str]) -> int:
@@ -43,7 +43,7 @@ def quantize_command(argv: list[str]) -> int:
     Returns the exit code.
     """
     arguments = tyro.cli(QuantizeArguments, args=argv, prog="nextllm quantize", description=QuantizeArguments.__doc__)
-    text, calibration = (path and read_text(path) for path in (arguments.text, arguments.calibrate))
+    text, calibration = (None if path is None else read_text(path) for path in (arguments.text, arguments.calibrate))
 
     from tqdm import tqdm
 

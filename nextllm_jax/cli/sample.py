@@ -28,7 +28,7 @@ class SampleArguments:
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text to continue; may be given several times. None: the start of a document."""
     chat: bool = False
-    """Answer instead of continuing, in the model's chat format; without --prompt, converse: a line is a message,
+    """Answer instead of continuing, in the model's chat format; without --prompt, read one message per line;
     /reset starts over, /exit or the end of the input ends."""
     system: str | None = None
     """System message of a chat; none: the template's own."""
@@ -41,7 +41,7 @@ class SampleArguments:
     seed: int = 0
     """Seed of the draws; the same seed, prompt and settings give the same text."""
     num_samples: int = 1
-    """Continuations of each prompt, each drawn in its own way."""
+    """Continuations of each prompt, sampled independently."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text to stop before; may be given several times. The end of the document always stops."""
     step: str | None = None
@@ -60,7 +60,19 @@ def sample_command(argv: list[str]) -> int:
 
     Returns the exit code.
     """
-    arguments = tyro.cli(SampleArguments, args=argv, prog="nextllm sample", description=SampleArguments.__doc__)
+    return _run(argv, "nextllm sample", SampleArguments.__doc__)
+
+
+def chat_command(argv: list[str]) -> int:
+    """Hold a conversation with a model that has a chat template, or answer prompts.
+
+    Returns the exit code.
+    """
+    return _run(["--chat", *argv], "nextllm chat", "Hold a conversation with a trained model, or answer prompts.")
+
+
+def _run(argv: list[str], prog: str, description: str | None) -> int:
+    arguments = tyro.cli(SampleArguments, args=argv, prog=prog, description=description)
 
     from nextllm_jax.inference.llm import MAX_NEW_TOKENS, load  # late, so that --help does not wait for jax
 
@@ -84,14 +96,6 @@ def sample_command(argv: list[str]) -> int:
     else:
         print_text(stream, [prompt for prompt in prompts for _ in range(arguments.num_samples)])
     return 0
-
-
-def chat_command(argv: list[str]) -> int:
-    """Hold a conversation with a model that has a chat template.
-
-    Returns the exit code.
-    """
-    return sample_command(["--chat", *argv])
 
 
 def chat(arguments: SampleArguments) -> int:

@@ -1,4 +1,4 @@
-"""int4 weights that make up for the errors of rounding, on a text that stands for what the model will read."""
+"""GPTQ calibration: int4 weights chosen to compensate for rounding errors on a sample text."""
 
 import functools
 import math
@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from nextllm_jax.config import ModelConfig
-from nextllm_jax.errors import InputError
+from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.model.attention_kernel import AttentionKernel
 from nextllm_jax.model.layers import INPUTS
 from nextllm_jax.model.quantize import Observer, convert, ignore, is_quantized
-from nextllm_jax.model.transformer import Block, Transformer, ropes, set_matmul_precision
+from nextllm_jax.model.transformer import Block, Transformer, ropes
 from nextllm_jax.model.weights import by_name, layer_paths, path_name, with_names
 from nextllm_jax.ops.gptq import quantize_for_inputs
 
@@ -32,7 +32,7 @@ def calibration_windows(document: Sequence[int], context_length: int) -> np.ndar
     T = min(context_length, _WINDOW)
     count = len(document) // T
     if count == 0:
-        raise InputError(f"the text to calibrate on is {len(document)} tokens, which fill no window of {T}; give more")
+        raise InputError(f"the calibration text has {len(document)} tokens; at least {T} are needed")
     windows_BT = np.asarray(document[: count * T], np.int32).reshape(count, T)
     return windows_BT[np.linspace(0, count - 1, min(count, _NUM_WINDOWS)).astype(int)]
 
@@ -40,13 +40,15 @@ def calibration_windows(document: Sequence[int], context_length: int) -> np.ndar
 def calibrate(
     config: ModelConfig, params: Any, like: Any, windows_BT: np.ndarray, *, observe: Observer = ignore
 ) -> Any:
-    """The parameters quantized as `like` says, layer after layer, each for what the quantized layers before it make.
+    """The parameters quantized as `like` says. A layer is calibrated on the output of the quantized layers before it.
 
     `params` and `like`, which is abstract, are those of a Transformer without scan_layers. The embedding and the head
-    are rounded as they are. The first local device needs room for the embedding, a layer, and the residual stream of
-    all windows, float32 [B, T, D]; `params` may lie elsewhere.
+    are rounded without calibration. The first local device needs memory for the embedding, a layer, float32
+    [inputs, inputs] for each of its matrices, and twice the residual stream of all windows, float32 [B, T, D]; `params`
+    may be elsewhere. Call it under `jax.default_matmul_precision("highest")`.
+
+    Raises RunFailed if an activation of the model is not finite.
     """
-    set_matmul_precision(np.dtype(jnp.float32))
     device = jax.local_devices()[0]
     paths = [path for path, _ in layer_paths(config, stacked=False)]
     new = {name: _converted(name, params[name], like[name], observe) for name in params if name not in paths}
@@ -81,6 +83,8 @@ def _calibrated(path: str, layer: Any, like: Any, hessians: dict[str, jax.Array]
         if not is_quantized(wanted):
             new[name] = convert(floats[name], wanted)
             continue
+        if not jnp.isfinite(hessians[name.removesuffix("/kernel")]).all():
+            raise RunFailed(f"the inputs of {path}/{name} are not finite on the calibration text; check the model")
         rounded = quantize_for_inputs(floats[name], hessians[name.removesuffix("/kernel")], wanted)
         new[name] = jax.tree.map(lambda part, like: jax.device_put(part, like.sharding), rounded, wanted)
         observe(f"{path}/{name}", floats[name], rounded)

@@ -121,5 +121,5 @@ def _unpacked(leaf: QTensor, like: QTensor) -> QTensor:
     made = unpack(leaf)
     found, wanted = ([(part.shape, part.dtype) for part in jax.tree.leaves(x)] for x in (made, like))
     if found != wanted:
-        raise InputError("the weights are quantized in another way already; leave out how to quantize them")
+        raise InputError("the weights are already quantized with other settings; leave out --quantize")
     return made

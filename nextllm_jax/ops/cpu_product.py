@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 _FEW_ROWS = 8
-"""Rows up to which int8 times int8 is faster than float32. XLA takes as long for one as for eight of them, and with
-fewer falls back to a scalar loop."""
+"""Up to this many rows, int8 times int8 is faster than float32. XLA uses a scalar loop for fewer, so they are
+repeated."""
 _FINER = 254
-"""Steps of the second row in one of the first."""
+"""Fine steps in a coarse step."""
 _TILE_OUTPUTS = 128
 
 
@@ -47,11 +47,12 @@ def _tiled_product(x_RI: jax.Array, q_IO: jax.Array) -> jax.Array:
 
     XLA would otherwise turn all matrices of a model into floats first. A tile stays in the processor's cache.
     """
-    num_outputs = q_IO.shape[1]
-    tile = next(size for size in range(min(_TILE_OUTPUTS, num_outputs), 0, -1) if num_outputs % size == 0)
+    num_tiles = q_IO.shape[1] // _TILE_OUTPUTS
 
-    def multiply(start: jax.Array) -> jax.Array:
-        return x_RI @ jax.lax.dynamic_slice_in_dim(q_IO, start, tile, axis=1).astype(jnp.float32)
+    def multiply(tile: jax.Array) -> jax.Array:
+        q_IT = jax.lax.dynamic_slice_in_dim(q_IO, tile * _TILE_OUTPUTS, _TILE_OUTPUTS, axis=1)
+        return x_RI @ q_IT.astype(jnp.float32)
 
-    y = jax.lax.map(multiply, jnp.arange(num_outputs // tile) * tile)
-    return jnp.moveaxis(y, 0, 1).reshape(len(x_RI), -1)
+    y = jnp.moveaxis(jax.lax.map(multiply, jnp.arange(num_tiles)), 0, 1).reshape(len(x_RI), -1) if num_tiles else None
+    rest = x_RI @ q_IO[:, num_tiles * _TILE_OUTPUTS :].astype(jnp.float32)
+    return rest if y is None else jnp.concatenate([y, rest], axis=1)

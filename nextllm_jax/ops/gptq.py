@@ -16,9 +16,9 @@ _DAMPING = 0.01
 def quantize_for_inputs(kernel: jax.Array, hessian_II: jax.Array, like: QTensor) -> QTensor:
     """The kernel [..., outputs] rounded so that `x @ kernel` changes little for the x that made the Hessian.
 
-    `hessian_II` is the sum of x^T x, float32, over all input axes as one, which come first in the kernel. `like` has
-    the shapes and types of the result, whose groups are neighbours among the inputs. Input after input is rounded, and
-    those that follow make up for its error as well as they can (Frantar et al. 2022, "GPTQ: Accurate Post-Training
+    `hessian_II` is the sum of x^T x, float32, with all input axes flattened; they come first in the kernel. `like` has
+    the shapes and types of the result. Inputs are rounded in order, and the remaining ones are updated to compensate
+    (Frantar et al. 2022, "GPTQ: Accurate Post-Training
     Quantization for Generative Pre-trained Transformers", arXiv:2210.17323).
     """
     num_inputs = len(hessian_II)
@@ -52,6 +52,6 @@ def _inverse_factor(hessian_II: jax.Array) -> jax.Array:
     """The upper Cholesky factor of the inverse of the damped Hessian."""
     diagonal = jnp.diag(hessian_II)
     damped = hessian_II + jnp.diag(jnp.where(diagonal == 0, 1, _DAMPING * jnp.mean(diagonal)))
-    lower = jnp.linalg.cholesky(damped)
-    identity = jnp.eye(len(damped), dtype=damped.dtype)
-    return jnp.linalg.cholesky(jax.scipy.linalg.cho_solve((lower, True), identity), upper=True)
+    # H = R R^T with R upper triangular, so H^-1 = U^T U with U = R^-1: the inverse itself is never formed.
+    upper = jnp.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+    return jax.scipy.linalg.solve_triangular(upper, jnp.eye(len(damped), dtype=damped.dtype), lower=False)

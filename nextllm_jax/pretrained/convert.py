@@ -76,9 +76,9 @@ def quantize_model(
     else:
         windows_BT = calibration_windows(tokenizer.encode_document(calibration), config.context_length)
         floats, wanted = (_on_cpu(config, kept, scan_layers=False) for kept in (None, quantization))
-        params = stack_layers(
-            config, calibrate(config, opened.load_params(floats), wanted, windows_BT, observe=observe)
-        )
+        with jax.default_matmul_precision("highest"):
+            params = calibrate(config, opened.load_params(floats), wanted, windows_BT, observe=observe)
+        params = stack_layers(config, params)
     params = jax.tree.map(
         lambda leaf: jax.jit(pack)(leaf) if is_quantized(leaf) else leaf, params, is_leaf=is_quantized
     )
@@ -99,12 +99,12 @@ def require_quantizable(
     """The opened model, which `quantize_model` can quantize. Raises InputError as that does, before any work."""
     _require_free(Path(output))
     if calibration is not None and quantization.scheme != "int4":
-        raise InputError(
-            f"--calibrate is for int4, and the scheme is {quantization.scheme}, which needs none; leave it out"
-        )
+        raise InputError(f"--calibrate applies to int4 only; the scheme is {quantization.scheme}")
     opened = open_path(resolve(source), step=step)
     opened.require_floats(source)
     _on_cpu(opened.config, quantization)
+    if calibration is not None:
+        calibration_windows(opened.load_tokenizer().encode_document(calibration), opened.config.context_length)
     return opened
 
 

@@ -74,4 +74,5 @@ def _relative_errors(before: jax.Array, after: QTensor, *, axes: int) -> jax.Arr
     whole = before.astype(jnp.float32)
     norm = functools.partial(jnp.linalg.norm, axis=-1)
     flat = (*before.shape[: before.ndim - axes], -1)
-    return norm((dequantize(after, jnp.float32) - whole).reshape(flat)) / norm(whole.reshape(flat))
+    size = norm(whole.reshape(flat))
+    return norm((dequantize(after, jnp.float32) - whole).reshape(flat)) / jnp.where(size == 0, 1, size)

@@ -23,7 +23,7 @@ CONFIG = ModelConfig(
 
 
 @pytest.mark.parametrize("quantization", [Quantization(scheme="int4"), Quantization(scheme="int4", embeddings=True)])
-def test_calibrated_weights_change_what_the_model_makes_of_the_text_less(quantization):
+def test_calibration_reduces_the_output_error(quantization):
     params = unstack_layers(CONFIG, reference.random_params(nn.meta.unbox(abstract_params(CONFIG))))
     boxed = abstract_params(CONFIG, scan_layers=False)
     like = abstract_quantized(boxed, on_device(boxed, jax.devices()[0]), quantization)
@@ -58,5 +58,5 @@ def test_windows_are_spread_over_the_text():
     assert windows_BT.shape == (128, 512)
     assert (windows_BT[0, 0], windows_BT[-1, -1]) == (0, 512 * 1000 - 1)
     assert calibration_windows(range(70), 32).shape == (2, 32)
-    with pytest.raises(InputError, match=r"is 31 tokens, which fill no window of 32; give more"):
+    with pytest.raises(InputError, match=r"has 31 tokens; at least 32 are needed"):
         calibration_windows(range(31), 32)

@@ -130,5 +130,5 @@ def test_mistakes_are_a_line(settings, message):
 
 def test_nothing_is_rounded_twice():
     int8, int4 = quantized(Quantization(scheme="int8")), wanted(INT4)
-    with pytest.raises(InputError, match="quantized in another way already"):
+    with pytest.raises(InputError, match="already quantized with other settings"):
         jax.tree.map(convert, int8, int4, is_leaf=is_quantized)

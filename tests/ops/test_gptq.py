@@ -35,7 +35,7 @@ def by_the_paper(w, hessian, like):
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_each_error_is_made_up_for_as_the_paper_says(symmetric):
+def test_matches_the_formulas_of_the_paper(symmetric):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(200, INPUTS)) @ rng.normal(size=(INPUTS, INPUTS))
     w = rng.normal(size=(INPUTS, OUTPUTS))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nextllm_jax.ops import quantized
+from nextllm_jax.ops.cpu_product import cpu_product
 from nextllm_jax.ops.product import _grouped_product, product
 from nextllm_jax.ops.quantized import QTensor, dequantize, pack, quantize, take_rows, unpack
 
@@ -118,6 +119,15 @@ def test_products_and_their_gradients_are_those_of_the_dequantized_matrix(equati
 
     found, expected = (np.asarray(jax.grad(summed)(x, matrix)) for matrix in (kernel, jnp.asarray(dense)))
     np.testing.assert_allclose(found, expected, rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("num_outputs", [100, 128, 300])
+@pytest.mark.parametrize("rows", [3, 20])
+def test_a_cpu_multiplies_with_int8_whatever_the_number_of_outputs(num_outputs, rows):
+    """Many rows meet tiles of 128 outputs and what is left over."""
+    x, q = RNG.normal(size=(rows, 16)).astype(np.float32), RNG.integers(-127, 128, (16, num_outputs)).astype(np.int8)
+    found = jax.jit(lambda x, q: cpu_product(x, q, 1, inputs_first=True))(x, q)
+    np.testing.assert_allclose(found, x @ q.astype(np.float32), rtol=1e-4, atol=0.05 if rows == 3 else 1e-4)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
