@@ -47,12 +47,17 @@ def _tiled_product(x_RI: jax.Array, q_IO: jax.Array) -> jax.Array:
 
     XLA would otherwise turn all matrices of a model into floats first. A tile stays in the processor's cache.
     """
-    num_tiles = q_IO.shape[1] // _TILE_OUTPUTS
+    num_outputs = q_IO.shape[1]
+    width = next(
+        (size for size in range(_TILE_OUTPUTS, _TILE_OUTPUTS // 4, -1) if num_outputs % size == 0), _TILE_OUTPUTS
+    )
+    num_tiles = num_outputs // width
 
     def multiply(tile: jax.Array) -> jax.Array:
-        q_IT = jax.lax.dynamic_slice_in_dim(q_IO, tile * _TILE_OUTPUTS, _TILE_OUTPUTS, axis=1)
-        return x_RI @ q_IT.astype(jnp.float32)
+        return x_RI @ jax.lax.dynamic_slice_in_dim(q_IO, tile * width, width, axis=1).astype(jnp.float32)
 
-    y = jnp.moveaxis(jax.lax.map(multiply, jnp.arange(num_tiles)), 0, 1).reshape(len(x_RI), -1) if num_tiles else None
-    rest = x_RI @ q_IO[:, num_tiles * _TILE_OUTPUTS :].astype(jnp.float32)
-    return rest if y is None else jnp.concatenate([y, rest], axis=1)
+    rest = x_RI @ q_IO[:, num_tiles * width :].astype(jnp.float32)
+    if num_tiles == 0:
+        return rest
+    y = jnp.moveaxis(jax.lax.map(multiply, jnp.arange(num_tiles)), 0, 1).reshape(len(x_RI), -1)
+    return jnp.concatenate([y, rest], axis=1)
