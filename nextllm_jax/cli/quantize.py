@@ -47,6 +47,7 @@ def quantize_command(argv: list[str]) -> int:
 
     from tqdm import tqdm
 
+    from nextllm_jax.data.corpora import held_out_text
     from nextllm_jax.pretrained.convert import quantize_model, require_quantizable
     from nextllm_jax.pretrained.quantization_report import QuantizationReport
 
@@ -54,6 +55,8 @@ def quantize_command(argv: list[str]) -> int:
     what = (arguments.checkpoint, arguments.output, arguments.quantization)
     how = {"step": arguments.step, "calibration": calibration}
     source = require_quantizable(*what, **how)
+    if text is None:
+        text = held_out_text(DataConfig(), _TEXT_CHARACTERS) if arguments.perplexity else ""
     before = _perplexity(arguments.checkpoint, arguments.step, text) if arguments.perplexity else None
     report = QuantizationReport(source.config, arguments.quantization)
     with tqdm(total=report.total, desc="quantizing", unit="weight", unit_scale=True, disable=None, leave=False) as bar:
@@ -67,11 +70,8 @@ def quantize_command(argv: list[str]) -> int:
     return 0
 
 
-def _perplexity(checkpoint: str, step: str | None, text: str | None) -> float:
-    """The perplexity of a model on a text; None: on held-out files of the standard library."""
-    from nextllm_jax.data.corpora import held_out_text
+def _perplexity(checkpoint: str, step: str | None, text: str) -> float:
     from nextllm_jax.inference.llm import load
 
     llm = load(checkpoint, step=step)
-    text = held_out_text(DataConfig(), _TEXT_CHARACTERS) if text is None else text
     return llm.score(text, window=min(llm.config.context_length, 1024), progress=batch_progress).perplexity

@@ -51,7 +51,7 @@ def calibrate(
     """
     device = jax.local_devices()[0]
     paths = [path for path, _ in layer_paths(config, stacked=False)]
-    new = {name: _converted(name, params[name], like[name], observe) for name in params if name not in paths}
+    new = {name: _quantized(name, params[name], like[name], {}, observe) for name in params if name not in paths}
     model = Transformer(config.without_remat(), jnp.float32, scan_layers=False)
     embed = jax.jit(functools.partial(model.apply, method="embedded"))
     embedding = {"params": jax.device_put({"embed": new["embed"]}, device)}
@@ -62,32 +62,26 @@ def calibrate(
         layer = jax.device_put(params[path], device)
         sums = (_sums_of_squares(block, layer, x_BTD) for x_BTD in batches)
         hessians = functools.reduce(functools.partial(jax.tree.map, jnp.add), sums)
-        new[path] = _calibrated(path, layer, like[path], hessians, observe)
+        new[path] = _quantized(path, layer, like[path], hessians, observe)
         layer = jax.device_put(new[path], device)
         batches = [_output(block, layer, x_BTD) for x_BTD in batches]
     return new
 
 
-def _converted(prefix: str, tree: Any, like: Any, observe: Observer) -> Any:
-    new = jax.tree.map(convert, tree, like)
-    for name, leaf in by_name(new).items():
-        if is_quantized(leaf):
-            observe(f"{prefix}/{name}", by_name(tree)[name], leaf)
-    return new
-
-
-def _calibrated(path: str, layer: Any, like: Any, hessians: dict[str, jax.Array], observe: Observer) -> Any:
-    """A layer's parameters in the form and on the devices of `like`."""
-    floats, new = by_name(layer), {}
+def _quantized(prefix: str, tree: Any, like: Any, hessians: dict[str, jax.Array], observe: Observer) -> Any:
+    """A subtree in the form and on the devices of `like`, calibrated where there is a Hessian."""
+    floats, new = by_name(tree), {}
     for name, wanted in by_name(like).items():
-        if not is_quantized(wanted):
+        hessian_II = hessians.get(name.removesuffix("/kernel"))
+        if hessian_II is None or not is_quantized(wanted):
             new[name] = convert(floats[name], wanted)
-            continue
-        if not jnp.isfinite(hessians[name.removesuffix("/kernel")]).all():
-            raise RunFailed(f"the inputs of {path}/{name} are not finite on the calibration text; check the model")
-        rounded = quantize_for_inputs(floats[name], hessians[name.removesuffix("/kernel")], wanted)
-        new[name] = jax.tree.map(lambda part, like: jax.device_put(part, like.sharding), rounded, wanted)
-        observe(f"{path}/{name}", floats[name], rounded)
+        elif not jnp.isfinite(hessian_II).all():
+            raise RunFailed(f"the inputs of {prefix}/{name} are not finite on the calibration text; check the model")
+        else:
+            rounded = quantize_for_inputs(floats[name], hessian_II, wanted)
+            new[name] = jax.tree.map(lambda part, like: jax.device_put(part, like.sharding), rounded, wanted)
+        if is_quantized(wanted):
+            observe(f"{prefix}/{name}", floats[name], new[name])
     return with_names(like, new)
 
 

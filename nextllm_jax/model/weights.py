@@ -137,9 +137,11 @@ def stack_layers(config: ModelConfig, params: Any) -> Any:
     for layer, (name, _) in enumerate(layer_paths(config)):
         groups.setdefault(name, []).append(params[f"{_REMAINDER}{layer}"])
     for name, layers in groups.items():
-        stack, _, block = name.rpartition("/")
-        tree = jax.tree.map(lambda *parts: jnp.stack(parts), *layers) if stack else layers[0]
-        (stacked.setdefault(stack, {}) if stack else stacked)[block] = tree
+        if name.startswith(_REMAINDER):
+            (stacked[name],) = layers
+        else:
+            block = name.removeprefix(f"{STACK}/")
+            stacked.setdefault(STACK, {})[block] = jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
     return stacked
 
 

@@ -18,8 +18,8 @@ def quantize_for_inputs(kernel: jax.Array, hessian_II: jax.Array, like: QTensor)
 
     `hessian_II` is the sum of x^T x, float32, with all input axes flattened; they come first in the kernel. `like` has
     the shapes and types of the result. Inputs are rounded in order, and the remaining ones are updated to compensate
-    (Frantar et al. 2022, "GPTQ: Accurate Post-Training
-    Quantization for Generative Pre-trained Transformers", arXiv:2210.17323).
+    (Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+    arXiv:2210.17323).
     """
     num_inputs = len(hessian_II)
     w_IO = kernel.astype(jnp.float32).reshape(num_inputs, -1)

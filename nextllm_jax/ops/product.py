@@ -37,7 +37,6 @@ def product(
     if not isinstance(kernel, QTensor):
         return _multiply(equation, x, kernel.astype(x.dtype), result_type)
     inputs = _input_axes(equation)
-    few_rows = math.prod(x.shape[: x.ndim - len(inputs)]) <= _FEW_ROWS
     if kernel.minimum is None and all(kernel.scale.shape[axis] == 1 for axis in inputs):
         return _product_by_output(equation, x, kernel, result_type)
 
@@ -50,7 +49,7 @@ def product(
     def tiled(x: jax.Array, kernel: QTensor) -> jax.Array:
         return _tiled_product(x, kernel, len(inputs), result_type or x.dtype, dequantized)
 
-    if not few_rows:
+    if math.prod(x.shape[: x.ndim - len(inputs)]) > _FEW_ROWS:
         if per_device is None or x.dtype != jnp.bfloat16 or inputs[0] != 0:
             return dequantized(x, kernel)
         on_tpu = _with_gradients_of(dequantized, per_device(tiled))

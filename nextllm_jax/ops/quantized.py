@@ -40,10 +40,8 @@ def quantize(x: jax.Array, like: QTensor) -> QTensor:
     within = tuple(axis for axis, size in enumerate(coarse) if size == 1)
     x32 = x.astype(jnp.float32).reshape(full)
     scale, minimum = fit(x32, like, within)
-    q = steps_of(x32, scale, minimum, like.q.dtype).astype(like.q.dtype).reshape(like.q.shape)
-    if minimum is not None and like.minimum is not None:
-        minimum = minimum.reshape(like.minimum.shape)
-    return QTensor(q, scale.reshape(like.scale.shape), minimum)
+    q = steps_of(x32, scale, minimum, like.q.dtype).astype(like.q.dtype)
+    return jax.tree.map(lambda part, wanted: part.reshape(wanted.shape), QTensor(q, scale, minimum), like)
 
 
 _NARROWER = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
