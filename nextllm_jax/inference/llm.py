@@ -310,9 +310,9 @@ def load(
         devices = make_mesh(mesh)
         place = functools.partial(placed, devices)
     model, abstract = decoding_model(config, compute_dtype, place, quantization)
-    if quantization is not None and quantization.inputs_per_scale and jax.default_backend() == "cpu":
-        by_channel = Quantization(scheme="int8", embeddings=quantization.embeddings)
-        params = regroup(source.load_params(abstract), decoding_model(config, compute_dtype, place, by_channel)[1])
+    if quantization is not None and quantization != quantization.by_channel and jax.default_backend() == "cpu":
+        _, by_channel = decoding_model(config, compute_dtype, place, quantization.by_channel)
+        params = regroup(source.load_params(abstract), by_channel)
     else:
         params = source.load_params(abstract)
     return LLM(config, params, source.load_tokenizer, compute_dtype, model.scan_layers, devices)
