@@ -121,7 +121,7 @@ def _converter(like: Any, from_quantized: bool) -> Callable[[Any], Any]:
 def _unpacked(leaf: QTensor, like: QTensor) -> QTensor:
     made = unpack(leaf)
     if _layout(made) != _layout(like):
-        raise InputError("the weights are already quantized with other settings; leave out --quantize")
+        raise InputError("the weights are already quantized with other settings; leave out --quantize or --lora.frozen")
     return made
 
 
