@@ -29,6 +29,7 @@ from nextllm_jax.config.files import config_of_arguments
 from nextllm_jax.distributed.rendezvous import DistributedConfig
 from nextllm_jax.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, InputError, RunFailed
 from nextllm_jax.process import use_compilation_cache
+from nextllm_jax.progress import show_messages
 from nextllm_jax.training.launch import train
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def run_main(command: Callable[[list[str]], int]) -> NoReturn:
     sentence and 1, Ctrl-C in 130; anything else is a bug and keeps its traceback.
     """
     standard_streams.open_missing()
+    show_messages()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 must not end a sample
     try:
