@@ -29,6 +29,7 @@ from nextllm_jax.config.files import config_of_arguments
 from nextllm_jax.distributed.rendezvous import DistributedConfig
 from nextllm_jax.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, InputError, RunFailed
 from nextllm_jax.process import use_compilation_cache
+from nextllm_jax.progress import progress_bar, show_messages
 from nextllm_jax.training.launch import train
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def run_main(command: Callable[[list[str]], int]) -> NoReturn:
     sentence and 1, Ctrl-C in 130; anything else is a bug and keeps its traceback.
     """
     standard_streams.open_missing()
+    show_messages()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 must not end a sample
     try:
@@ -167,15 +169,13 @@ def verify_command(argv: list[str]) -> int:
     """
     arguments = tyro.cli(VerifyArguments, args=argv, prog="nextllm verify")
 
-    from tqdm import tqdm
-
     from nextllm_jax.checkpoint import verify
 
     steps = verify.find_steps(arguments.path)
     if not steps:
-        print(f"{arguments.path} holds no checkpoint", file=sys.stderr)
-    failed = not steps
-    with tqdm(total=verify.count_bytes(steps), unit="B", unit_scale=True, leave=False, delay=1, disable=None) as bar:
+        raise RunFailed(f"{arguments.path} holds no checkpoint")
+    failed = False
+    with progress_bar(total=verify.count_bytes(steps), desc="checking", unit="B", unit_scale=True) as bar:
         for report in verify.check_steps(steps, bar.update):
             with bar.external_write_mode():
                 print(json.dumps(report.to_json()) if arguments.json else report, flush=True)
@@ -240,8 +240,7 @@ def _diagnose(arguments: DoctorArguments, source: "Source | None") -> int:
 def _prove_resuming(arguments: DoctorArguments) -> int:
     from nextllm_jax.diagnostics.resume_proof import prove
 
-    say = (lambda _: None) if arguments.json else (lambda text: print(text, flush=True))
-    comparisons = prove(arguments.run, steps=arguments.steps, say=say)
+    comparisons = prove(arguments.run, steps=arguments.steps)
     equal = all(comparison.equal for comparison in comparisons)
     if arguments.json:
         rows = [{**dataclasses.asdict(row), "equal": row.equal} for row in comparisons]

@@ -3,9 +3,6 @@
 import dataclasses
 import json
 import os
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -66,8 +63,7 @@ def plan_command(argv: list[str]) -> int:
     arguments = tyro.cli(PlanArguments, args=argv, prog="nextllm plan", default=default)
     _check(arguments)
     process.use_planning_settings()
-    with _Progress() as say:
-        values, table = _plan(arguments, say)
+    values, table = _plan(arguments)
     print(json.dumps(values) if arguments.json else table)
     return 0
 
@@ -102,7 +98,7 @@ def _check(arguments: PlanArguments) -> None:
             raise InputError(f"{name} is {value}; it must be positive")
 
 
-def _plan(arguments: PlanArguments, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
+def _plan(arguments: PlanArguments) -> tuple[dict[str, Any], str]:
     """What is asked for, as JSON values and as a table."""
     from nextllm_jax.plan import report, topology
     from nextllm_jax.plan.decoding import Request, plan_decoding
@@ -119,36 +115,13 @@ def _plan(arguments: PlanArguments, say: Callable[[str], None]) -> tuple[dict[st
             batch_size=arguments.batch_size, prompt_tokens=arguments.prompt_tokens, new_tokens=arguments.new_tokens
         )
         quantization = None if arguments.quantize == "none" else Quantization(scheme=arguments.quantize)
-        decoding = plan_decoding(config, place, request, say, quantization)
+        decoding = plan_decoding(config, place, request, quantization)
         return report.decoding_json(decoding), report.decoding_table(decoding)
     if arguments.search:
         minutes = 0.0 if arguments.fast else arguments.search_minutes
-        plans = search(config, place, minutes, say)
+        plans = search(config, place, minutes)
         return report.search_json(plans, budget), report.search_table(plans, budget)
-    plan = estimate_training(config, place) if arguments.fast else plan_training(config, place, say)
+    plan = estimate_training(config, place) if arguments.fast else plan_training(config, place)
     if arguments.hlo is not None:
         Path(arguments.hlo).write_text(plan.hlo)
     return report.training_json(plan, budget), report.training_table(plan, budget)
-
-
-class _Progress:
-    """One line on standard error: rewritten on a terminal, elsewhere repeated for each stage and every half minute."""
-
-    def __init__(self) -> None:
-        self._stage, self._said = "", 0.0
-        self._is_terminal = sys.stderr.isatty()
-
-    def __enter__(self) -> Callable[[str], None]:
-        return self._say
-
-    def _say(self, text: str) -> None:
-        stage, now = text.partition(",")[0], time.monotonic()
-        if self._is_terminal:
-            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-        elif stage != self._stage or now - self._said >= 30:
-            self._stage, self._said = stage, now
-            print(text, file=sys.stderr, flush=True)
-
-    def __exit__(self, *_: object) -> None:
-        if self._is_terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ import tyro
 from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.errors import InputError
 from nextllm_jax.process import use_compilation_cache
+from nextllm_jax.progress import progress_bar
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,10 +136,8 @@ def evaluate_command(argv: list[str]) -> int:
 
 
 def batch_progress(batches: Iterable[Any], total: int) -> Iterable[Any]:
-    """The batches, with a progress bar on a terminal while they are iterated over."""
-    from tqdm import tqdm
-
-    return tqdm(batches, total=total, unit="batch", disable=None, leave=False)
+    """The batches, with a progress bar while they are iterated over."""
+    return progress_bar(batches, total=total, desc="scoring", unit=" batches")
 
 
 def trained_window(checkpoint: str) -> int | None:

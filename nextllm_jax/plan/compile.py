@@ -17,7 +17,7 @@ from nextllm_jax.config import Config, MeshConfig
 from nextllm_jax.errors import RunFailed
 from nextllm_jax.model.accounting import flops_per_token
 from nextllm_jax.model.objective import Batch
-from nextllm_jax.plan.topology import Say
+from nextllm_jax.progress import progress_bar
 from nextllm_jax.sharding import make_mesh, sharding
 from nextllm_jax.training.program import build_program
 
@@ -77,12 +77,12 @@ def abstract_batch(config: Config, mesh: Mesh) -> Batch:
     return Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for dtype in dtypes))
 
 
-def compile_train_step(config: Config, mesh: Mesh, say: Say) -> Compiled:
-    """The train step of `training.program` on a mesh, compiled; `say` hears of the progress.
+def compile_train_step(config: Config, mesh: Mesh) -> Compiled:
+    """The train step of `training.program` on a mesh, compiled.
 
     Raises RunFailed for an error of the compiler other than a lack of memory.
     """
-    return compile_lowered(_lower_train_step(config, mesh), say, "train step")
+    return compile_lowered(_lower_train_step(config, mesh), "train step")
 
 
 def flops_of_two_layers(config: Config) -> tuple[float, float]:
@@ -115,14 +115,14 @@ def _lower_train_step(config: Config, mesh: Mesh) -> Any:
         return program.train_step.lower(program.abstract_state, abstract_batch(config, mesh))  # pyright: ignore
 
 
-def compile_lowered(lowered: Any, say: Say, name: str) -> Compiled:
-    """A lowered jitted function, compiled; `name` is what `say` hears.
+def compile_lowered(lowered: Any, name: str) -> Compiled:
+    """A lowered jitted function, compiled; `name` is what the progress bar calls it.
 
     Raises RunFailed for an error of the compiler other than a lack of memory.
     """
     began = time.monotonic()
     try:
-        with _clock(say, name):
+        with _elapsed_time(f"compiling the {name} (1 to 3 minutes for billions of parameters)"):
             compiled = lowered.compile()
     except JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -179,21 +179,19 @@ def _bytes(number: str, unit: str) -> int:
 
 
 @contextlib.contextmanager
-def _clock(say: Say, name: str) -> Iterator[None]:
-    """Says every second how long the compiler has been at work, which says nothing itself."""
-    done, began = threading.Event(), time.monotonic()
+def _elapsed_time(desc: str) -> Iterator[None]:
+    """A context whose elapsed time is shown each second, since the compiler reports no progress."""
+    done = threading.Event()
+    with progress_bar(desc=desc) as bar:
 
-    def tick() -> None:
-        while True:
-            seconds = time.monotonic() - began
-            say(f"compiling the {name}, {seconds:.0f} s; models of billions take 1 to 3 minutes")
-            if done.wait(1.0):
-                return
+        def tick() -> None:
+            while not done.wait(1.0):
+                bar.update(0)
 
-    thread = threading.Thread(target=tick, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+        thread = threading.Thread(target=tick, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()

@@ -22,7 +22,7 @@ from nextllm_jax.model.transformer import Transformer, resolve_dtype
 from nextllm_jax.plan.collectives import Collective, Traffic, collectives
 from nextllm_jax.plan.compile import Compiled, compile_lowered
 from nextllm_jax.plan.roofline import Roofline, roofline
-from nextllm_jax.plan.topology import Place, Say
+from nextllm_jax.plan.topology import Place
 from nextllm_jax.sharding import num_parts, placed
 
 
@@ -72,7 +72,7 @@ class DecodingPlan:
 
 
 def plan_decoding(
-    config: Config, place: Place, request: Request, say: Say, quantization: Quantization | None = None
+    config: Config, place: Place, request: Request, quantization: Quantization | None = None
 ) -> DecodingPlan:
     """Prefill and decoding of `request` with the config's model on all devices of a place, compiled for them.
 
@@ -105,8 +105,8 @@ def plan_decoding(
         return Phase(compiled=compiled, traffic=traffic, roofline=limit, tokens=tokens)
 
     with jax.set_mesh(mesh):
-        first, state = _compile_prefill(model, params, mesh, request, say)
-        second = None if state is None else _compile_decode(model, params, state, mesh, request, say)
+        first, state = _compile_prefill(model, params, mesh, request)
+        second = None if state is None else _compile_decode(model, params, state, mesh, request)
     return DecodingPlan(
         topology=place.name,
         device_kind=place.device_kind,
@@ -153,12 +153,12 @@ def _array(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
 
-def _compile_prefill(model: Transformer, params: Any, mesh: Mesh, request: Request, say: Say) -> tuple[Compiled, Any]:
+def _compile_prefill(model: Transformer, params: Any, mesh: Mesh, request: Request) -> tuple[Compiled, Any]:
     """The program, and the abstract state that it gives; None if it does not fit."""
     tokens_BT = _array(mesh, jnp.int32, request.batch_size, request.prompt_tokens)
     lengths_B = _array(mesh, jnp.int32, request.batch_size)
     lowered = prefill.lower(model, params, tokens_BT, lengths_B, cache_length=request.cache_length, track_seen=False)
-    compiled = compile_lowered(lowered, say, "prefill")
+    compiled = compile_lowered(lowered, "prefill")
     if compiled.output_shardings is None:
         return compiled, None
     state = jax.tree.map(
@@ -169,7 +169,7 @@ def _compile_prefill(model: Transformer, params: Any, mesh: Mesh, request: Reque
     return compiled, state
 
 
-def _compile_decode(model: Transformer, params: Any, state: Any, mesh: Mesh, request: Request, say: Say) -> Compiled:
+def _compile_decode(model: Transformer, params: Any, state: Any, mesh: Mesh, request: Request) -> Compiled:
     """The program; its loop over tokens counts as one step, since its length is known only when it runs."""
     arguments = (
         _array(mesh, jnp.int32),
@@ -179,4 +179,4 @@ def _compile_decode(model: Transformer, params: Any, state: Any, mesh: Mesh, req
         _array(mesh, jnp.int32, 1),
     )
     static = {"sampling": SamplingConfig(), "vocab_size": model.config.vocab_size}
-    return compile_lowered(decode.lower(model, params, state, *arguments, **static), say, "decode step")
+    return compile_lowered(decode.lower(model, params, state, *arguments, **static), "decode step")

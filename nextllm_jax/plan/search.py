@@ -5,27 +5,26 @@ import time
 import typing
 from collections.abc import Iterator
 
-from tqdm import tqdm
-
 from nextllm_jax.config import Config
 from nextllm_jax.config.model import ModelConfig
 from nextllm_jax.errors import InputError
-from nextllm_jax.plan.topology import Place, Say
+from nextllm_jax.plan.topology import Place
 from nextllm_jax.plan.training import TrainingPlan, estimate_training, plan_training
+from nextllm_jax.progress import progress_bar
 
 MOST_COMPILED = 8
 _MARGIN = 1.15
 """An estimate of so much more memory than there is may still fit."""
 
 
-def search(config: Config, place: Place, minutes: float, say: Say) -> list[TrainingPlan]:
+def search(config: Config, place: Place, minutes: float) -> list[TrainingPlan]:
     """Plans of variants of a config that fit, fastest first: those that were compiled, then those only estimated.
 
     A variant differs in its mesh, remat policy and accumulation steps, so that all train the same. The best by
     arithmetic are compiled, as long as the time lasts; one that is being compiled is waited for.
     """
     began = time.monotonic()
-    estimates = sorted(_estimates(config, place, say), key=_slowness)
+    estimates = sorted(_estimates(config, place), key=_slowness)
     if not estimates:
         raise InputError(
             f"no mesh, remat policy or accumulation steps make this config fit {place.name}, by arithmetic; give more "
@@ -33,16 +32,11 @@ def search(config: Config, place: Place, minutes: float, say: Say) -> list[Train
         )
     compiled: list[TrainingPlan] = []
     rest = list(estimates)
-    while place.devices is not None and rest and len(compiled) < MOST_COMPILED:
-        elapsed = time.monotonic() - began
-        if elapsed > 60 * minutes:
+    most = 0 if place.devices is None else min(MOST_COMPILED, len(estimates))
+    for _ in progress_bar(range(most), desc="compiling variants", unit=" variants"):
+        if time.monotonic() - began > 60 * minutes:
             break
-        bar = tqdm.format_meter(
-            len(compiled), min(MOST_COMPILED, len(estimates)), elapsed, ncols=60, unit="compiled", ascii=True
-        )
-        compiled.append(
-            plan_training(rest.pop(0).config, place, lambda text, bar=bar: say(f"{bar} {text}"), check=False)
-        )
+        compiled.append(plan_training(rest.pop(0).config, place, check=False))
     confirmed = sorted((plan for plan in compiled if plan.fits), key=_slowness)
     return confirmed + [plan for plan in rest if plan.fits]
 
@@ -52,11 +46,9 @@ def _slowness(plan: TrainingPlan) -> tuple[float, float]:
     return plan.roofline.seconds, plan.roofline.seconds_in_turn
 
 
-def _estimates(config: Config, place: Place, say: Say) -> Iterator[TrainingPlan]:
+def _estimates(config: Config, place: Place) -> Iterator[TrainingPlan]:
     """Of all variants that may fit."""
-    for number, variant in enumerate(variants(config, place.num_devices)):
-        if number % 20 == 0:
-            say(f"estimating, {number} variants")
+    for variant in progress_bar(list(variants(config, place.num_devices)), desc="estimating", unit=" variants"):
         try:
             plan = estimate_training(variant, place)
         except InputError:

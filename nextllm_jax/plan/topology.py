@@ -2,7 +2,6 @@
 
 import importlib.util
 import re
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jax.sharding import AbstractMesh, AxisType, Mesh
@@ -11,9 +10,6 @@ from nextllm_jax.config import Config
 from nextllm_jax.errors import InputError
 from nextllm_jax.hardware import Chip, chip
 from nextllm_jax.sharding import MESH_AXES, make_mesh
-
-Say = Callable[[str], None]
-"""Takes a line about what is being done."""
 
 
 class Place(NamedTuple):

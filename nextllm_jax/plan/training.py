@@ -1,6 +1,7 @@
 """The plan of a training: what its step takes on devices that are not here."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -22,8 +23,10 @@ from nextllm_jax.plan.estimate import (
     recomputed_flops_per_token,
 )
 from nextllm_jax.plan.roofline import Roofline, roofline
-from nextllm_jax.plan.topology import Place, Say
+from nextllm_jax.plan.topology import Place
 from nextllm_jax.training.start import check_divides
+
+_log = logging.getLogger(__name__)
 
 
 class FlopsCheck(NamedTuple):
@@ -120,7 +123,7 @@ class TrainingPlan:
         return self.flops_per_step / (self.roofline.seconds * self.num_devices * self.chip.peak_flops_bf16)
 
 
-def plan_training(config: Config, place: Place, say: Say, *, check: bool = True) -> TrainingPlan:
+def plan_training(config: Config, place: Place, *, check: bool = True) -> TrainingPlan:
     """The plan of a config on all devices of a place, its train step compiled for them.
 
     `check`: count the FLOPs of two layers too. Raises InputError if mesh, batch and devices do not go together.
@@ -130,9 +133,9 @@ def plan_training(config: Config, place: Place, say: Say, *, check: bool = True)
     if isinstance(mesh, AbstractMesh):
         raise InputError(f"{place.name} cannot be compiled for without such devices; estimate with --fast")
     if check:
-        say("counting the FLOPs of two layers")
+        _log.info("counting the FLOPs of two layers")
     flops_check = FlopsCheck(*flops_of_two_layers(config)) if check else None
-    compiled = compile_train_step(config, mesh, say)
+    compiled = compile_train_step(config, mesh)
     found = collectives(compiled.hlo, mesh.shape, config.mesh.slices) if compiled.hlo else None
     traffic = found.traffic if found else None
     plan = dataclasses.replace(

@@ -5,8 +5,8 @@ Both write into a directory beside the output and rename it at the end, so that 
 
 import contextlib
 import dataclasses
+import logging
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,8 @@ from nextllm_jax.pretrained.source import ORIGIN, QUANTIZED, Source, open_path
 from nextllm_jax.published_models import resolve
 from nextllm_jax.sharding import on_device
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
 
 Format = Literal["huggingface", "gguf"]
 
@@ -152,12 +154,7 @@ def export_model(
     # Hugging Face directories of our families hold floats alone.
     quantization = opened.quantization if file_format == "gguf" else None
     if opened.quantization is not None and quantization is None:
-        print(
-            f"WARNING: {source} is quantized ({opened.quantization}); the export holds its values as {dtype}, which "
-            "takes their size",
-            file=sys.stderr,
-            flush=True,
-        )
+        _log.warning(f"{source} is quantized ({opened.quantization}); the export stores its values as {dtype}")
     config, tokenizer = opened.config, opened.load_tokenizer()
     params = opened.load_params(_on_cpu(config, quantization))
     options = {

@@ -5,12 +5,14 @@ and by which importer, so that another file or another importer makes another di
 """
 
 import hashlib
-import sys
+import logging
 from pathlib import Path
 
 from nextllm_jax.pretrained.convert import LAYOUT, import_model
 from nextllm_jax.process import cache_directory
 from nextllm_jax.storage.disk import lock_file
+
+_log = logging.getLogger(__name__)
 
 
 def imported_run(name: str, file: Path) -> Path:
@@ -27,6 +29,6 @@ def imported_run(name: str, file: Path) -> Path:
         with open(run.with_name(f"{run.name}.lock"), "w") as lock:
             lock_file(lock.fileno(), wait=True)  # on a file system without locks, two imports at once may both fail
             if not run.exists():  # else another process was faster
-                print(f"importing {name} into {run}, once", file=sys.stderr, flush=True)
+                _log.info("importing %s into %s, once", name, run)
                 import_model(str(file), str(run))
     return run

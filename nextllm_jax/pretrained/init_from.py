@@ -1,7 +1,7 @@
 """`--init-from PATH`: a run that begins with the weights, the architecture and the tokenizer of another model."""
 
 import dataclasses
-import sys
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from nextllm_jax.pretrained.source import Source, open_path
 from nextllm_jax.published_models import resolve
 from nextllm_jax.tokenizer.published import load_tokenizer
 
+_log = logging.getLogger(__name__)
+
 _OURS = ("param_dtype", *EXECUTION_FIELDS)
 """Fields of a model that say how it is kept and computed, not what it computes: they come from the config."""
 
@@ -27,7 +29,7 @@ def with_source(config: Config, file: Config, *, overwrite: bool = False) -> tup
     """The config with the model and the tokenizer of `init_from`, and the source; (config, None) without `init_from`.
 
     `file` is the config before the command line changed it. A run that exists already knows its model, so its source
-    is not opened and may be gone. The source's model replaces a different one in `file`, with a line on standard error.
+    is not opened and may be gone. The source's model replaces a different one in `file`, with a message.
     Raises InputError for a field that the command line sets to another value than the source's.
     """
     if config.init_from is None:
@@ -108,8 +110,8 @@ def _model(config: Config, file: ModelConfig, source: ModelConfig) -> ModelConfi
     plain = ModelConfig()
     stated = [name for name in _differing(file, model) if getattr(file, name) != getattr(plain, name)]
     if stated:
-        said = ", ".join(f"model.{name} {getattr(file, name)} -> {getattr(model, name)}" for name in stated)
-        print(f"the model is that of {config.init_from}, not the config's: {said}", file=sys.stderr)
+        changes = ", ".join(f"model.{name} {getattr(file, name)} -> {getattr(model, name)}" for name in stated)
+        _log.info("the model is that of %s, not the config's: %s", config.init_from, changes)
     return model
 
 

@@ -1,7 +1,7 @@
 """`open_model`: the one way to open a model."""
 
 import dataclasses
-import sys
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from nextllm_jax.model.weights import by_name
 from nextllm_jax.pretrained.import_cache import imported_run
 from nextllm_jax.pretrained.source import Source, open_path
 from nextllm_jax.published_models import is_published, resolve
+
+_log = logging.getLogger(__name__)
 
 
 def open_model(path: str, *, step: str | int | None = None) -> Source:
@@ -33,7 +35,7 @@ def _open_published(name: str, file: Path) -> Source:
     """A published model by way of its import, or from its file where the import cannot be used."""
 
     def read_file(error: Exception) -> Source:
-        print(f"{name} is read from {file}, because its import cannot be used: {error}", file=sys.stderr, flush=True)
+        _log.warning("%s is read from %s, because its import cannot be used: %s", name, file, error)
         return open_path(str(file))
 
     try:

@@ -78,7 +78,6 @@ def test_a_train_step_for_four_tpus(door) -> None:
     assert values["unknown_loops"] == 0
     assert abs(values["flops_check"]["relative_difference"]) < 0.1
     assert values["roofline"]["ici_seconds"] > 0
-    assert "compiling" in done.stderr
 
 
 @pytest.mark.tpu

@@ -29,10 +29,6 @@ CONFIG = Config(
 SLOW_CHIP = Chip(peak_flops_bf16=1e9, hbm_bytes=2**30, hbm_bandwidth=1e9, network_bandwidth=1e9)
 
 
-def silent(_: str) -> None:
-    pass
-
-
 def here() -> Place:
     """The eight simulated devices of this machine."""
     return Place("here", "cpu", SLOW_CHIP, 8, jax.devices())
@@ -44,7 +40,7 @@ def planned():
     compiled = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compile_module, "memory_of", lambda program: compiled.append(program) or memory_of(program))
-        plan = plan_training(CONFIG, here(), silent)
+        plan = plan_training(CONFIG, here())
     return plan, compiled[-1]
 
 
@@ -165,7 +161,7 @@ def test_devices_that_are_only_counted() -> None:
     assert plan.fits
     assert plan.roofline.network > 0
     with pytest.raises(InputError, match="--fast"):
-        plan_training(config, counted("NVIDIA H100 80GB HBM3", 8), silent)
+        plan_training(config, counted("NVIDIA H100 80GB HBM3", 8))
     with pytest.raises(InputError, match="not known"):
         counted("Abacus", 8)
 
