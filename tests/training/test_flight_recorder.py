@@ -83,7 +83,7 @@ def bundles(run):
     return sorted(path.name for path in (run / "flight").glob("*"))
 
 
-def test_the_first_step_of_each_bad_stretch_is_kept_with_the_checkpoint_before_it(tmp_path, saved, caplog):
+def test_the_first_step_of_each_bad_stretch_is_kept_with_the_checkpoint_before_it(tmp_path, saved, messages):
     recorder = make_recorder(tmp_path, saved)
     for step, reason, consecutive in (
         (20, "loss", 1),
@@ -91,18 +91,17 @@ def test_the_first_step_of_each_bad_stretch_is_kept_with_the_checkpoint_before_i
         (22, "none", 0),
         (23, "spike", 1),
     ):
-        assert f"step {step}" not in caplog.text
+        assert f"step {step}" not in messages.text
         recorder.after_step(step, step_metrics(reason, consecutive))
     recorder.pause()
     recorder.pause()
     assert bundles(tmp_path) == ["step-20", "step-23"]
     assert saved.pinned == [10, 10]
-    messages = caplog.messages
-    assert len(messages) == 3, "each skipped step is reported once, when the next one is dispatched or the steps pause"
-    assert "step 20: its loss is not finite; skipped (1 consecutive)" in messages[0]
-    assert f"nextllm replay {tmp_path}/flight/step-20" in messages[0]
-    assert "replay" not in messages[1]
-    assert "spike (loss 2.5000, limit 2.0000)" in messages[2]
+    first, second, third = messages.messages
+    assert "step 20: its loss is not finite; skipped (1 consecutive)" in first
+    assert f"nextllm replay {tmp_path}/flight/step-20" in first
+    assert "replay" not in second
+    assert "spike (loss 2.5000, limit 2.0000)" in third
     content = json.loads((tmp_path / "flight" / "step-20" / "bundle.json").read_text())
     assert (content["step"], content["checkpoint"], content["windows"]) == (20, 10, [19, 7])
     assert content["measured"]["gradient_norms"] == [1.0, "inf", "nan", float(np.float32(0.1))]
@@ -118,32 +117,32 @@ def test_before_the_first_checkpoint_a_replay_starts_at_step_0(tmp_path, saved):
     assert saved.pinned == []
 
 
-def test_the_same_step_met_again_is_not_kept_twice_and_another_is(tmp_path, saved, caplog):
+def test_the_same_step_met_again_is_not_kept_twice_and_another_is(tmp_path, saved, messages):
     for loss in (2.5, 2.5, 3.5):
         recorder = make_recorder(tmp_path, saved)
         look(recorder, 20, step_metrics("gradient", loss=loss))
     assert bundles(tmp_path) == ["step-20", "step-20-2"]
-    assert caplog.messages[-1].endswith("step-20-2")
+    assert messages.messages[-1].endswith("step-20-2")
     assert len(saved.pinned) == 2
 
 
-def test_bundles_are_bounded(tmp_path, saved, caplog):
+def test_bundles_are_bounded(tmp_path, saved, messages):
     recorder = make_recorder(tmp_path, saved)
     for step in range(11, 41, 2):
         look(recorder, step, step_metrics("loss"))
         look(recorder, step + 1, step_metrics())
     assert len(bundles(tmp_path)) == len(saved.pinned) == MAX_BUNDLES
-    assert "no bundle is written" in caplog.messages[-1]
+    assert "no bundle is written" in messages.messages[-1]
     recorder = make_recorder(tmp_path, saved)
     look(recorder, 50, step_metrics("loss"))
-    assert "no bundle is written" in caplog.messages[-1]
+    assert "no bundle is written" in messages.messages[-1]
 
 
-def test_a_bundle_that_cannot_be_written_does_not_end_the_run(tmp_path, saved, caplog):
+def test_a_bundle_that_cannot_be_written_does_not_end_the_run(tmp_path, saved, messages):
     (tmp_path / "flight").write_text("in the way")
     recorder = make_recorder(tmp_path, saved)
     look(recorder, 20, step_metrics("loss"))
-    assert "cannot be written" in caplog.messages[0]
+    assert "cannot be written" in messages.messages[0]
 
 
 def test_training_gives_up_after_too_many(tmp_path, saved):

@@ -19,7 +19,7 @@ def test_the_public_names_are_there():
     }
 
 
-def test_a_notebook_trains_in_a_thread_and_keeps_its_signal_handlers(trained, door, monkeypatch, caplog, capsys):
+def test_a_notebook_trains_in_a_thread_and_keeps_its_signal_handlers(trained, door, monkeypatch, messages, capsys):
     """The run is finished already, so nothing is compiled."""
     monkeypatch.chdir(door.directory)
     monkeypatch.setattr(launch, "use_compilation_cache", lambda: None)  # it is the whole process's
@@ -28,9 +28,9 @@ def test_a_notebook_trains_in_a_thread_and_keeps_its_signal_handlers(trained, do
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         assert pool.submit(nextllm_jax.train, config).result() == "finished"
-    assert any("the run is finished at step 40" in message for message in caplog.messages)
+    assert any("the run is finished at step 40" in message for message in messages.messages)
     assert nextllm_jax.train(config) == "finished"
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", ""), "messages go to the handlers that the program has configured"
     with pytest.raises(InputError, match=r"another config.*\n.*seed 0 -> 1"):
         nextllm_jax.train(dataclasses.replace(config, seed=1))

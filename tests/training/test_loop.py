@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import logging
 from pathlib import Path
 from unittest import mock
 
@@ -47,7 +46,7 @@ def stop_at(call):
     return mock.Mock(reached=lambda: "SIGTERM" if next(calls) >= call else None)
 
 
-def test_an_interruption_a_failed_evaluation_and_failed_output_lose_nothing(trained, config, monkeypatch, caplog):
+def test_an_interruption_a_failed_evaluation_and_failed_output_lose_nothing(trained, config, monkeypatch, messages):
     assert train(config, stop=stop_at(16)) == "interrupted"
     checkpoints = Checkpoints(RUN / "checkpoints")
     assert checkpoints.steps() == [15]
@@ -60,11 +59,11 @@ def test_an_interruption_a_failed_evaluation_and_failed_output_lose_nothing(trai
     assert (checkpoints.validation_loss(20), checkpoints.record(20)["evaluated"]) == (None, False)
 
     monkeypatch.setattr(pictures, "draw_losses", mock.Mock(side_effect=ValueError("no fonts")))
-    caplog.clear()
+    messages.clear()
     monkeypatch.setattr(samples, "sample_text", mock.Mock(side_effect=RuntimeError("no sampler")))
     assert train(config) == "finished"
-    assert caplog.messages.count("loss.png is disabled for this training (ValueError: no fonts)") == 1
-    assert caplog.messages.count("samples.txt is disabled for this training (RuntimeError: no sampler)") == 1
+    assert messages.messages.count("loss.png is disabled for this training (ValueError: no fonts)") == 1
+    assert messages.messages.count("samples.txt is disabled for this training (RuntimeError: no sampler)") == 1
 
     reference = trained.directory / "runs" / "config"  # trained without an interruption, with a line for each step
     expected = {line["step"]: pytest.approx(line["loss"], rel=1e-5) for line in metrics(reference, "validation")}
@@ -79,9 +78,8 @@ def test_an_interruption_a_failed_evaluation_and_failed_output_lose_nothing(trai
         assert line["loss"] == pytest.approx(nll / (seen[line["step"]] - seen[line["step"] - 10]), rel=1e-5)
 
 
-def test_the_score_before_the_first_step_outlives_an_interruption(trained, config, monkeypatch, caplog):
+def test_the_score_before_the_first_step_outlives_an_interruption(trained, config, monkeypatch, messages):
     """A run that starts from other weights is saved, evaluated and sampled at step 0."""
-    caplog.set_level(logging.INFO, "nextllm_jax")
     config = dataclasses.replace(config, init_from=str(trained.directory / "runs" / "config"))
     config, _ = with_source(config, config)
     sample_text = mock.Mock(return_value=[("def ", "f()")])
@@ -91,7 +89,7 @@ def test_the_score_before_the_first_step_outlives_an_interruption(trained, confi
     for _ in range(2):
         assert train(config, stop=stop) == "interrupted"
         written.append([(RUN / name).read_bytes() for name in ("metrics.jsonl", "samples.txt")])
-    assert f"continuing from step 0 of {RUN}" in caplog.messages
+    assert f"continuing from step 0 of {RUN}" in messages.messages
     assert written[0] == written[1]
     assert [line["step"] for line in metrics(RUN, "validation")] == [0]
     assert sample_text.call_count == 1

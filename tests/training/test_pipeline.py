@@ -84,7 +84,7 @@ def test_a_profile_has_the_steps_and_the_scopes_of_the_model(door):
     assert [line["step"] for line in metrics(run, "train")] == list(range(1, 7))
 
 
-def test_what_cannot_be_profiled_is_said(door, tmp_path, caplog):
+def test_what_cannot_be_profiled_is_said(door, tmp_path, messages):
     refused = door.run("train.py", "--config", "config.py", "--profile", "-1", exit_code=2)
     assert "--profile is -1" in refused.stderr
     profiler = StepProfiler(tmp_path / "profile", 10, 3, lambda: pytest.fail("paused"))
@@ -93,5 +93,5 @@ def test_what_cannot_be_profiled_is_said(door, tmp_path, caplog):
         profiler.after_step(step, mock.Mock())
     profiler.close()
     profiler.close()
-    assert caplog.messages == ["no profile: training ended within the first 2 steps, which are not traced"]
+    assert messages.messages == ["no profile: training ended within the first 2 steps, which are not traced"]
     assert not (tmp_path / "profile").exists()

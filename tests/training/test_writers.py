@@ -151,12 +151,12 @@ def test_a_validation_that_is_repeated_is_cut(tmp_path):
     assert found == [(10, "train"), (20, "train"), (20, "validation"), (30, "train"), (40, "train")]
 
 
-def test_event_files_that_fail_are_reported_once_and_end_alone(tmp_path, writers, caplog):
+def test_event_files_that_fail_are_reported_once_and_end_alone(tmp_path, writers, messages):
     writers._tensorboard.close()
     for step in (10, 20):
         writers.train(train_record(step))
     assert len(lines(tmp_path)) == 2
-    (message,) = caplog.messages
+    (message,) = messages.messages
     assert message.startswith("TensorBoard is disabled for this training (")
 
 
@@ -213,7 +213,7 @@ def test_tensorboard_has_the_scalars(tmp_path, writers):
     assert scalars[10, "train/activation_rms/embedding"] == 1.0
 
 
-def test_processes_other_than_the_first_write_nothing(tmp_path, caplog):
+def test_processes_other_than_the_first_write_nothing(tmp_path, messages):
     (tmp_path / "metrics.jsonl").write_text("half")
     run = RunDir(tmp_path)
     writers = MetricsWriter(run, MODEL, initial_step=5, enabled=False)
@@ -224,7 +224,7 @@ def test_processes_other_than_the_first_write_nothing(tmp_path, caplog):
     writers.close()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
     assert (tmp_path / "metrics.jsonl").read_text() == "half"
-    assert caplog.messages == []
+    assert messages.messages == []
 
 
 class Reads(TrainMeter):
@@ -246,8 +246,7 @@ def make_log(writers, **values):
     return TrainLog(config, Reads(**values), writers)
 
 
-def test_log_has_plain_lines_at_log_steps(writers, caplog, monkeypatch):
-    caplog.set_level("INFO", "nextllm_jax")
+def test_log_has_plain_lines_at_log_steps(writers, messages, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     log = make_log(writers, tokens_per_second=12345.6)
@@ -256,21 +255,20 @@ def test_log_has_plain_lines_at_log_steps(writers, caplog, monkeypatch):
         log.after_step(step, mock.Mock())
     log.write_line(20)  # as a run that fails: the line is there already
     make_log(writers, tokens_per_second=None, loss=math.nan).after_step(100, mock.Mock())
-    assert caplog.messages == [
+    assert messages.messages == [
         "step 10/100, loss 2.0000, 12,346 tokens/s, ETA 0:01:30",
         "step 20/100, loss 2.0000, 12,346 tokens/s, ETA 0:01:20",
         "step 100/100, loss nan, ETA ?",
     ]
 
 
-def test_terminal_has_a_bar(writers, monkeypatch, caplog):
+def test_terminal_has_a_bar(writers, monkeypatch, messages):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
-    caplog.set_level("INFO", "nextllm_jax")
     log = make_log(writers)
     for step in (59, 60, 61, 80):
         log.after_step(step, mock.Mock())
@@ -278,7 +276,7 @@ def test_terminal_has_a_bar(writers, monkeypatch, caplog):
     shown = terminal.getvalue()
     assert re.search(r"step: *60%.* 60/100 .*ETA .*loss 2.0000, 1,000 tokens/s", shown)
     assert re.search(r"step: *80%.* 80/100 .*ETA .*loss 2.0000, 1,000 tokens/s", shown)
-    assert caplog.messages == []
+    assert messages.messages == []
 
 
 def test_full_disk_is_a_sentence(tmp_path, writers):
