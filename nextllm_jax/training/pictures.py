@@ -94,6 +94,7 @@ def draw_layers(records: Iterable[dict[str, Any]], places: Sequence[str]) -> byt
         _draw_heat_map(axes, [record["step"] for record in train], [record[name] for record in train])
         axes.set_title(title)
         axes.set_xlabel("step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
     every = -(-len(places) // _MOST_LABELS)
     panels[0].set_yticks(range(0, len(places), every), places[::every])
     panels[0].set_ylim(len(places) - 0.5, -0.5)

@@ -16,6 +16,7 @@ from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.model.objective import Batch
 from nextllm_jax.training.flight_recorder import MAX_BUNDLES, FlightRecorder
 from nextllm_jax.training.step import SKIP_REASONS, StepMetrics
+from tests.runs import metrics
 
 CONFIG = Config(model=ModelConfig(num_layers=1), training=TrainingConfig(global_batch_size=2, max_skipped_steps=4))
 
@@ -162,7 +163,7 @@ def diverged(trained, tmp_path_factory):
     failed = door.run(
         "train.py", "--config", "config.py", "--optimizer.learning-rate", "1e6", "--checkpoint.every-steps", "1",
         "--checkpoint.keep-last", "1", "--training.max-skipped-steps", "4", "--training.sample-tokens", "0",
-        exit_code=1,
+        "--training.log-every-steps", "10", exit_code=1,
     )  # fmt: skip
     assert "nextllm replay runs/config/flight/step-2" in failed.stderr
     assert "4 consecutive steps" in failed.stderr
@@ -187,6 +188,15 @@ def test_a_divergence_is_replayed_bit_for_bit_from_its_pinned_checkpoint(diverge
     assert len(found["windows"]) == 8
     assert "replaying steps 2 to 2" in done.stderr
     assert contents(run) == before
+
+
+def test_a_run_that_fails_shows_in_which_layers(diverged):
+    run = diverged.directory / "runs" / "config"
+    (line,) = metrics(run, "train")  # written for the failure: none was due
+    assert line["step"] == 5
+    assert line["activation_rms"][0] is not None
+    assert line["activation_rms"][2:] == [None] * 3
+    assert (run / "layers.png").stat().st_size > 1000
 
 
 def copy_of(diverged, tmp_path, change=None):

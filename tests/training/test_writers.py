@@ -22,6 +22,7 @@ from nextllm_jax.training.samples import Samples
 from nextllm_jax.training.start import Start
 from nextllm_jax.training.train_log import TrainLog
 from nextllm_jax.training.writers import MetricsWriter
+from tests.runs import metrics
 
 MODEL = ModelConfig(num_layers=1)
 TRAIN_FIELDS = ["step", "split", "loss", "perplexity", "learning_rate", "grad_norm", "tokens_per_second", "mfu",
@@ -105,6 +106,12 @@ def test_device_and_numpy_scalars_are_numbers(tmp_path, writers):
     writers.train(train_record(10) | {"loss": jnp.float32(1.5), "tokens_seen": 10**12, "grad_norm": np.float32(2)})
     (line,) = lines(tmp_path)
     assert (line["loss"], line["tokens_seen"], line["grad_norm"]) == (1.5, 10**12, 2.0)
+
+
+def test_norms_of_gradients_add_up_to_that_of_all(trained):
+    for line in metrics(trained.directory / "runs" / "config", "train"):
+        assert len(line["gradient_norms"]) == len(line["activation_rms"]) + 1 == 6
+        assert math.hypot(*line["gradient_norms"]) == pytest.approx(line["grad_norm"], rel=1e-3)
 
 
 def write_run(workdir, steps, initial_step=None, **arguments):
