@@ -48,29 +48,28 @@ def run_main(command: Callable[[list[str]], int]) -> NoReturn:
     show_messages()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # characters that the terminal cannot show are replaced
+    message = ""
     try:
         code = command(sys.argv[1:])
         sys.stdout.flush()
     except InputError as error:
-        code = _print_error(str(error), EXIT_BAD_INPUT)
+        message, code = str(error), EXIT_BAD_INPUT
     except RunFailed as error:
-        code = _print_error(str(error), EXIT_FAILED)
+        message, code = str(error), EXIT_FAILED
     except BrokenPipeError:
         code = EXIT_FAILED  # the reader of the pipe has exited
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        code = _print_error(f"{error.strerror or error}{where}", EXIT_FAILED)
+        message, code = f"{error.strerror or error}{where}", EXIT_FAILED
     except KeyboardInterrupt:
-        code = _print_error("interrupted", 130)
+        message, code = "interrupted", 130
     finally:
         standard_streams.drop_unwritten()
+    if message:  # printed here, since progress bars disappear when the exception is deleted
+        with contextlib.suppress(OSError):
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        standard_streams.drop_unwritten()
     sys.exit(code)
-
-
-def _print_error(message: str, code: int) -> int:
-    with contextlib.suppress(OSError):
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    return code
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
