@@ -226,9 +226,9 @@ class IdentitySet:
 
 def test_mistakes_are_a_line_and_leave_nothing(models, tmp_path, monkeypatch):
     int8, output = str(models / "int8"), tmp_path / "out"
-    with pytest.raises(InputError, match=r"int8 is quantized already \(int8 by output channel\); quantize the model"):
+    with pytest.raises(InputError, match=r"int8 is already quantized \(int8 by output channel\); quantize the model"):
         quantize_model(int8, str(output), SCHEMES["int4"])
-    with pytest.raises(InputError, match="is quantized already"):
+    with pytest.raises(InputError, match="is already quantized"):
         nextllm_jax.load(int8, quantize="int4")
     with pytest.raises(InputError, match="scheme is 'int5'"):
         nextllm_jax.load(str(models / "hf"), quantize="int5")

@@ -15,7 +15,7 @@ pytest.importorskip("tokenizers", reason="tokenizers is missing; install the ext
 
 import nextllm_jax
 from nextllm_jax.errors import InputError, RunFailed
-from nextllm_jax.pretrained.convert import _appearing, export_model, import_model
+from nextllm_jax.pretrained.convert import _published, export_model, import_model
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 from tests.interop.models import CONFIG, TOKENIZER, assert_equal_trees, write_huggingface
 
@@ -99,7 +99,7 @@ def test_an_output_that_cannot_be_written_is_named_with_what_is_in_the_way(huggi
         patch.setattr(Path, "is_dir", not_permitted)
         with (
             pytest.raises(RunFailed, match=r"run cannot be written \(.*: Permission denied\)"),
-            _appearing(tmp_path / "run"),
+            _published(tmp_path / "run"),
         ):
             pass
     monkeypatch.setattr("nextllm_jax.interop.huggingface.save_file", full_disk)
@@ -124,7 +124,7 @@ def test_other_paths_are_refused(tmp_path):
     with pytest.raises(InputError, match="is not a run directory"):
         export_model(str(tmp_path), str(tmp_path / "out"), file_format="gguf", dtype="float32")
     write_huggingface(tmp_path / "hf")
-    with pytest.raises(InputError, match=r"context_length 4096 is over the model's own, 64"):
+    with pytest.raises(InputError, match=r"context_length 4096 exceeds that of the model, 64"):
         import_model(str(tmp_path / "hf"), str(tmp_path / "run"), context_length=4096)
 
 
