@@ -156,8 +156,6 @@ class LLM:
             raise InputError("there are no prompts; give at least one, the empty text if need be")
         if num_samples < 1:
             raise InputError(f"num_samples is {num_samples}; it must be positive")
-        if not all(stop):
-            raise InputError("a stop string is empty; leave it out, or give the text to stop at")
         rows = [prompt for prompt in prompts for _ in range(num_samples)]
         encoded = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
         return self.stream_tokens(
@@ -189,6 +187,8 @@ class LLM:
 
         See Generation for `cached` and `least_cache_length`, and for what it raises.
         """
+        if not all(stop):
+            raise InputError("a stop string is empty; leave it out, or give the text to stop at")
         ends = {"max_new_tokens": max_new_tokens, "stop_ids": self.tokenizer.stop_ids}
         generation = Generation(
             self.model,
