@@ -56,7 +56,7 @@ class SampleArguments:
     num_samples: int = 1
     """Number of independent samples of each prompt."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Text at which a sample ends, without it; may be given several times. Backslashes have no meaning in it: a line
+    """A sample ends before this text; may be given several times. Backslashes have no meaning in it: a line
     break is $'\\n' in bash and zsh. The end of a document always ends a sample."""
     step: str | None = None
     """Checkpoint to use: best (lowest validation loss), latest, or a step number; none: best, or latest while no
