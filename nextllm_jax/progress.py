@@ -1,6 +1,7 @@
 """Messages and progress bars for people, on standard error. Results of commands go to standard output instead.
 
-A module writes a message with `logging.getLogger(__name__).info(...)` or `.warning(...)`.
+A module writes a message with `logging.getLogger(__name__).info(...)` or `.warning(...)`. tqdm is imported when it is
+needed, so that `--help` comes at once.
 """
 
 import contextlib
@@ -8,9 +9,10 @@ import io
 import logging
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _LOG_SECONDS = 30.0
 """Time between the lines of a progress bar where standard error is not a terminal."""
@@ -41,6 +43,8 @@ class _Handler(logging.Handler):
     """Writes messages above the progress bar, and the level in front of those that are more than information."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
         level = "" if record.levelno <= logging.INFO else f"{record.levelname}: "
         with contextlib.suppress(OSError):  # a message that cannot be written must not end the work
             tqdm.write(f"{level}{self.format(record)}", file=sys.stderr)
@@ -55,12 +59,14 @@ def progress_bar(
     unit: str = "it",
     unit_scale: bool = False,
     disable: bool = False,
-) -> tqdm:
+) -> "tqdm":
     """A tqdm bar on standard error with an ETA, which disappears at the end.
 
     Where standard error is not a terminal, it writes a line every 30 seconds, and none for shorter work. The arguments
     are those of tqdm. With `initial`, the speed and the ETA count only what follows.
     """
+    from tqdm import tqdm
+
     is_terminal = sys.stderr.isatty()
     if total is None and iterable is not None:
         total = len(iterable) if hasattr(iterable, "__len__") else None  # pyright: ignore[reportArgumentType]
@@ -76,7 +82,7 @@ def progress_bar(
         leave=not is_terminal,
         dynamic_ncols=is_terminal,
         mininterval=0.2 if is_terminal else _LOG_SECONDS,
-        miniters=1,
+        miniters=0,
         delay=0 if is_terminal else _LOG_SECONDS,
         bar_format=None
         if total is None
@@ -90,5 +96,5 @@ class _Lines(io.TextIOBase):
     def write(self, text: str, /) -> int:
         if line := text.strip():
             with contextlib.suppress(OSError):
-                print(line, file=sys.stderr, flush=True)
+                sys.stderr.write(f"{line}\n")
         return len(text)

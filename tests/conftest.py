@@ -1,5 +1,6 @@
 """Eight simulated devices, strict rank promotion, and one trained run that many tests share."""
 
+import logging
 import os
 import random
 import subprocess
@@ -95,6 +96,13 @@ def write_corpus(directory: Path, *, documents: int = 40) -> None:
             for _ in range(rng.randrange(10, 60))
         ]
         (directory / f"{i:03}.txt").write_text("".join(sentences), encoding="utf-8")
+
+
+@pytest.fixture
+def messages(caplog) -> pytest.LogCaptureFixture:
+    """What this package logs for people, from INFO on."""
+    caplog.set_level(logging.INFO, logger="nextllm_jax")
+    return caplog
 
 
 @pytest.fixture

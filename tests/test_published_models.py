@@ -90,14 +90,15 @@ def test_a_slip_is_put_right_and_a_missing_package_named(models, package, monkey
         resolve("empty")
 
 
-def test_it_is_imported_once(models, expected, monkeypatch, capsys):
+def test_it_is_imported_once(models, expected, monkeypatch, messages):
     np.testing.assert_array_equal(logits(), expected)
     run = the_run(models)
-    assert capsys.readouterr().err == f"importing tiny into {run}, once\n"
+    assert messages.messages == [f"importing tiny into {run} (only once)"]
+    messages.clear()
     assert (run / "config.json").is_file()
     monkeypatch.setattr(import_cache, "import_model", None)
     np.testing.assert_array_equal(logits(), expected)
-    assert capsys.readouterr().err == ""
+    assert not messages.messages
     with pytest.raises(InputError, match="has no steps; leave the step out"):
         nextllm_jax.load("tiny", step=0)
 
@@ -118,15 +119,15 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_the_file_is_read_where_its_import_is_damaged(models, package, expected, capsys, damage):
+def test_the_file_is_read_where_its_import_is_damaged(models, package, expected, messages, damage):
     logits()
     harm, says = DAMAGES[damage]
     harm(the_run(models))
-    capsys.readouterr()
+    messages.clear()
     np.testing.assert_array_equal(logits(), expected)
     assert nextllm_jax.load("tiny").tokenizer.vocab_size > 0
-    said = capsys.readouterr().err
-    assert said.startswith(f"tiny is read from {package / 'tiny.gguf'}, because its import cannot be used: ")
+    said = messages.messages[-1]
+    assert said.startswith(f"tiny is read from {package / 'tiny.gguf'}, since its cached import cannot be used: ")
     assert says in said
     assert str(the_run(models)) in said
 
@@ -154,11 +155,11 @@ def test_three_at_once_import_once(models, package, monkeypatch):
     assert len(imports) == 1
 
 
-def test_without_a_place_to_keep_it_the_file_is_read(models, package, expected, monkeypatch, capsys):
+def test_without_a_place_to_keep_it_the_file_is_read(models, package, expected, monkeypatch, messages):
     models.parent.parent.write_text("a file where the cache directory should be")
     np.testing.assert_array_equal(logits(), expected)
-    said = capsys.readouterr().err
-    assert said.startswith(f"tiny is read from {package / 'tiny.gguf'}, because its import cannot be used: ")
+    said = messages.messages[-1]
+    assert said.startswith(f"tiny is read from {package / 'tiny.gguf'}, since its cached import cannot be used: ")
     assert "Not a directory" in said
 
 

@@ -5,16 +5,15 @@ the hashes and the validation loss, reads everything back, and renames the direc
 Older steps are deleted only after that. Restoring first verifies every byte, since orbax restores a flipped bit without
 an error.
 
-The latest and the best step are determined only from the steps in the directory; they are not recorded elsewhere. This
-is why orbax's CheckpointManager is not used: it ranks steps by metrics stored elsewhere, and counts an empty directory
-named by a number as a step.
+The latest and the best step are determined only from the steps in the directory. Orbax's CheckpointManager ranks steps
+by metrics stored elsewhere, and counts an empty directory named by a number as a step.
 """
 
 import concurrent.futures
 import contextlib
 import errno
+import logging
 import math
-import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
@@ -28,6 +27,7 @@ from nextllm_jax.checkpoint import orbax_errors, step_files
 from nextllm_jax.checkpoint.leaves import leaves_of, mismatch, read_parts
 from nextllm_jax.errors import InputError, RunFailed
 
+_log = logging.getLogger(__name__)
 _TEXT_BYTES = 1000  # of a message that processes exchange
 
 
@@ -92,7 +92,7 @@ class Checkpoints:
         # Other processes may not be here, so finish this process's part of the save, and nothing that needs all.
         step, saved = self._saving or (0, None)
         if saved and (failure := saved.exception()):
-            print(f"error: {self._sentence(step, failure)}", file=sys.stderr, flush=True)  # `error` still propagates
+            _log.error(self._sentence(step, failure))  # `error` still propagates
         self._saving = None
         self._let_go()
 
@@ -134,7 +134,7 @@ class Checkpoints:
     def _warn_once(self, path: epath.Path, message: str) -> None:
         if path not in self._warned:
             self._warned.add(path)
-            print(f"WARNING: {message}", file=sys.stderr, flush=True)
+            _log.warning(message)
 
     def validation_loss(self, step: int) -> float | None:
         """The validation loss that a step was saved with; None if there was none or it was not finite."""

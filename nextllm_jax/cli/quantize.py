@@ -9,6 +9,7 @@ from nextllm_jax.cli.text import batch_progress, read_text
 from nextllm_jax.config import DataConfig
 from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.process import use_compilation_cache
+from nextllm_jax.progress import progress_bar
 
 _TEXT_CHARACTERS = 32_768
 
@@ -45,8 +46,6 @@ def quantize_command(argv: list[str]) -> int:
     arguments = tyro.cli(QuantizeArguments, args=argv, prog="nextllm quantize", description=QuantizeArguments.__doc__)
     text, calibration = (None if path is None else read_text(path) for path in (arguments.text, arguments.calibrate))
 
-    from tqdm import tqdm
-
     from nextllm_jax.data.corpora import held_out_text
     from nextllm_jax.pretrained.convert import quantize_model, require_quantizable
     from nextllm_jax.pretrained.quantization_report import QuantizationReport
@@ -59,7 +58,7 @@ def quantize_command(argv: list[str]) -> int:
         text = held_out_text(DataConfig(), _TEXT_CHARACTERS) if arguments.perplexity else ""
     before = _perplexity(arguments.checkpoint, arguments.step, text) if arguments.perplexity else None
     report = QuantizationReport(source.config, arguments.quantization)
-    with tqdm(total=report.total, desc="quantizing", unit="weight", unit_scale=True, disable=None, leave=False) as bar:
+    with progress_bar(total=report.total, desc="quantizing", unit=" weights", unit_scale=True) as bar:
         report.progress = bar.update
         quantize_model(*what, **how, observe=report.observe)
     print(report)

@@ -3,9 +3,9 @@
 import contextlib
 import errno
 import json
+import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import Any
 from nextllm_jax.data.shards import FORMAT, SPLITS, files_of, partial_path
 from nextllm_jax.errors import InputError, failed_path
 from nextllm_jax.storage.disk import lock_file
+
+_log = logging.getLogger(__name__)
 
 _SETTINGS = "settings.json"
 _INDEX = "index.json"
@@ -121,7 +123,7 @@ def _claim(partial: Path, output: Path, wait: bool) -> int:
             if not wait:
                 raise InputError(f"another process is preparing {output}; wait for it")
             if not said and time.monotonic() - started > _SILENT_SECONDS:
-                print(f"waiting for another process, which is preparing {output}", file=sys.stderr, flush=True)
+                _log.info("waiting for another process, which is preparing %s", output)
                 said = True
             time.sleep(_POLL_SECONDS)
 
@@ -141,7 +143,7 @@ def start_or_continue(partial: Path, settings: dict[str, Any]) -> None:
     """
     found = read_settings(partial)
     if found == settings:
-        print(f"continuing the interrupted preparation in {partial}", flush=True)
+        _log.info("continuing the interrupted preparation in %s", partial)
         return
     temporary = partial / f"{_SETTINGS}.tmp"
     entries = [entry for entry in partial.iterdir() if entry != temporary]

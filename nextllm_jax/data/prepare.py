@@ -11,16 +11,14 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from nextllm_jax.config import DataConfig
 from nextllm_jax.data.conversations import contents_of
@@ -48,10 +46,13 @@ from nextllm_jax.data.shards import (
     write_split,
 )
 from nextllm_jax.errors import InputError
+from nextllm_jax.progress import progress_bar
 from nextllm_jax.tokenizer.bpe import train_tokenizer
 from nextllm_jax.tokenizer.chat import ChatTemplate
 from nextllm_jax.tokenizer.published import load_tokenizer
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
 
 TOKENIZER_SAMPLE_CHARACTERS = 100_000_000
 """A tokenizer is trained on the first training documents, up to this many characters."""
@@ -107,7 +108,7 @@ def remark(config: DataConfig, path: Path) -> str | None:
         return f"{_describe(path, found)}; the config says {', '.join(differing)}"
     if _files_changed(config, found):
         return (
-            f"warning: the files of data.corpus {config.corpus} have changed since {path} was prepared; using the "
+            f"the files of data.corpus {config.corpus} have changed since {path} was prepared; using the "
             "prepared data unchanged (nextllm prepare --overwrite prepares it again)"
         )
     return None
@@ -117,16 +118,16 @@ def ensure_prepared(config: DataConfig) -> Path:
     """The directory of the data that a config trains on. If `config.path` is None, the data is prepared first.
 
     Existing data is used unchanged. If it differs from the config, or if the files of the corpus have changed since, a
-    line on standard error says so. Raises InputError if `config.path` is set but holds no prepared data.
+    warning says so. Raises InputError if `config.path` is set but holds no prepared data.
     If another process is preparing the data, this waits for it, and takes over if that process dies.
     """
     path = find_prepared(config)
     if path is None:
         path = default_data_path(config)
-        print(f"preparing {config.corpus} in {path}", file=sys.stderr)
+        _log.info("preparing %s in %s", config.corpus, path)
         prepare(config, path, wait=True)
-    elif said := remark(config, path):
-        print(said, file=sys.stderr)
+    elif difference := remark(config, path):
+        _log.warning(difference)
     return path
 
 
@@ -151,8 +152,8 @@ def prepare(config: DataConfig, output: Path, *, overwrite: bool = False, wait: 
     """Write the corpus as token shards into `output`, which is published atomically once it is complete.
 
     Does nothing if `output` was already prepared with these settings. An interrupted preparation continues when it is
-    run again. The output is byte-identical for any number of interruptions and processes. Prints the throughput of
-    each process.
+    run again. The output is byte-identical for any number of interruptions and processes. Logs the throughput of each
+    process.
 
     A script that calls this needs `if __name__ == "__main__":`, since worker processes are spawned.
     Raises InputError
@@ -181,7 +182,7 @@ def prepare(config: DataConfig, output: Path, *, overwrite: bool = False, wait: 
             shutil.rmtree(partial / "parts")
         check_replaceable(output, overwrite)
         publish(partial, output)
-    _print_counts(output)
+    _log_counts(output)
 
 
 def _is_prepared_already(config: DataConfig, output: Path) -> bool:
@@ -194,7 +195,7 @@ def _is_prepared_already(config: DataConfig, output: Path) -> bool:
             "pass --overwrite to prepare it again, or name another directory"
         )
     remove_replaced(output)
-    print(f"{output} is already prepared")
+    _log.info("%s is already prepared", output)
     return True
 
 
@@ -244,11 +245,11 @@ def _make_tokenizer(config: DataConfig, read: Documents, limit: int, directory: 
     if (directory / "encoding.json").is_file():
         return Tokenizer.load(directory)
     if config.tokenizer == "train":
-        print(f"training a tokenizer of {config.vocab_size:,} tokens on the corpus", flush=True)
+        _log.info(f"training a tokenizer of {config.vocab_size:,} tokens on the corpus")
         texts = _sample_training_texts(read(), limit)
         tokenizer = train_tokenizer(map(contents_of, texts) if config.messages_field else texts, config.vocab_size)
         if tokenizer.vocab_size < config.vocab_size:
-            print(f"the corpus has enough pairs for only {tokenizer.vocab_size:,} tokens", flush=True)
+            _log.warning(f"the corpus has enough pairs for only {tokenizer.vocab_size:,} tokens")
     else:
         tokenizer = load_tokenizer(config.tokenizer)
     if config.messages_field:
@@ -300,21 +301,20 @@ def _tokenize_corpus(config: DataConfig, read: Documents, limit: int, partial: P
     work = functools.partial(tokenize_part, tokenizer_directory=partial / "tokenizer", tokenizer_hash=tokenizer_hash)
     tokens: collections.Counter[int] = collections.Counter()
     seconds: collections.defaultdict[int, float] = collections.defaultdict(float)
-    redraw_seconds = 0.2 if sys.stderr.isatty() else 10.0  # less often in a log than on a terminal
-    with tqdm(desc="tokenizing", unit=" tokens", unit_scale=True, mininterval=redraw_seconds) as bar:
+    with progress_bar(desc="tokenizing", unit=" tokens", unit_scale=True) as bar:
         for report in map_in_processes(work, missing_parts(), config.num_processes or os.cpu_count() or 1):
             tokens[report.process] += report.num_tokens
             seconds[report.process] += report.seconds
             bar.update(report.num_tokens)
     for number, process in enumerate(tokens, 1):
-        print(f"process {number}: {tokens[process]:,} tokens, {tokens[process] / seconds[process]:,.0f} tokens/s")
+        _log.info(f"process {number}: {tokens[process]:,} tokens, {tokens[process] / seconds[process]:,.0f} tokens/s")
     return paths
 
 
-def _print_counts(output: Path) -> None:
+def _log_counts(output: Path) -> None:
     dataset = Dataset.open(output, verify="sizes")
     counts = ", ".join(
         f"{dataset.split(name).num_tokens:,} {name} tokens in {dataset.split(name).num_documents:,} documents"
         for name in SPLITS
     )
-    print(f"prepared {output}: {counts}", flush=True)
+    _log.info("prepared %s: %s", output, counts)

@@ -149,8 +149,8 @@ class _Data:
         if prepared is not None:
             self._path, self.is_prepared = prepared, True
             self._report.add("data", str(prepared))
-            if said := remark(config, prepared):
-                self._report.add("data", said.removeprefix("warning: "), "warning")
+            if difference := remark(config, prepared):
+                self._report.add("data", difference, "warning")
             return
         path = default_data_path(config)
         state = "an interrupted preparation would continue" if partial_path(path).is_dir() else "would be prepared"

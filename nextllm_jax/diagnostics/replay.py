@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.checkpoint.run_dir import FLIGHT, RunDir
@@ -25,6 +24,7 @@ from nextllm_jax.diagnostics.diagnosis import Diagnosis, diagnose
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.objective import Batch
 from nextllm_jax.model.transformer import set_matmul_precision
+from nextllm_jax.progress import progress_bar
 from nextllm_jax.sharding import make_mesh, sharding
 from nextllm_jax.training.flight_recorder import BATCH, BUNDLE, FORMAT, environment, json_number, measured
 from nextllm_jax.training.program import Program, build_program
@@ -248,7 +248,7 @@ def _run(bundle: Bundle, program: Program, loader: TrainLoader, state: TrainStat
     first, last = int(state.step), bundle.content["step"]
     batches = loader.batches(first)
     metrics: StepMetrics | None = None
-    for _ in tqdm(range(first, last), desc=f"replaying steps {first + 1} to {last}", unit="step", mininterval=1):
+    for _ in progress_bar(range(first, last), desc=f"replaying steps {first + 1} to {last}", unit=" steps"):
         if metrics is not None:
             jax.block_until_ready(metrics)  # so that the bar shows finished steps, with only one in progress
         state, metrics = program.train_step(state, next(batches))

@@ -6,13 +6,14 @@ Both are real processes of `nextllm train`. One is killed in the middle with SIG
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from nextllm_jax.data.prepare import ensure_prepared
 from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.sharding import make_mesh
 from nextllm_jax.training.program import build_program, to_save
+
+_log = logging.getLogger(__name__)
 
 FEWEST_STEPS = 8
 _CONFIG_FILE = """from nextllm_jax.config.files import read_config
@@ -56,12 +59,11 @@ class Comparison:
         return f"{self.name:18} {self.uninterrupted:18} {self.interrupted:18} {verdict}"
 
 
-def prove(config: Config, *, steps: int, say: Callable[[str], None]) -> list[Comparison]:
+def prove(config: Config, *, steps: int) -> list[Comparison]:
     """Train `config` for `steps` steps twice, once with a kill in the middle, and compare the results.
 
-    `say` is called with messages about the progress. If the data is not prepared, it is prepared where `train.py` would
-    do it; everything else is written to a temporary directory. Raises InputError for too few steps, and RunFailed if a
-    training fails by itself.
+    If the data is not prepared, it is prepared where `train.py` would do it; everything else is written to a temporary
+    directory. Raises InputError for too few steps, and RunFailed if a training fails by itself.
     """
     if steps < FEWEST_STEPS:
         raise InputError(f"--steps is {steps}; it must be at least {FEWEST_STEPS}, for a kill in the middle")
@@ -71,12 +73,12 @@ def prove(config: Config, *, steps: int, say: Callable[[str], None]) -> list[Com
         (directory / "proof.py").write_text(_CONFIG_FILE)
         (directory / "proof.json").write_text(config.to_json())
         straight, broken = RunDir(directory / "uninterrupted"), RunDir(directory / "interrupted")
-        say(f"training {steps} steps")
+        _log.info("training %d steps", steps)
         _train(directory, straight)
-        say(f"training {steps} steps again, with kill -9 in the middle")
+        _log.info("training %d steps again, with kill -9 in the middle", steps)
         step = _last_step(_train(directory, broken, kill_after=max(2 * steps // 5, config.checkpoint.every_steps + 1)))
         saved = Checkpoints(broken.checkpoints).latest_step()
-        say(f"killed at step {step}; the last checkpoint is step {saved}; running it again")
+        _log.info("killed at step %d; the last checkpoint is step %d; running it again", step, saved)
         if f"continuing from step {saved} of" not in _train(directory, broken):
             raise RunFailed(f"the training did not continue from its checkpoint of step {saved}")
         return compare(config, straight, broken)

@@ -11,6 +11,7 @@ during a run means that a process died, and ends the others. Importing this modu
 import atexit
 import hashlib
 import importlib.metadata
+import logging
 import os
 import platform
 import selectors
@@ -28,10 +29,11 @@ from nextllm_jax.distributed.rendezvous import (
     ProcessInfo,
     Rendezvous,
     find_process_info,
-    report,
 )
 from nextllm_jax.errors import EXIT_BAD_INPUT, EXIT_FAILED, InputError, RunFailed
 from nextllm_jax.standard_streams import write_at_once
+
+_log = logging.getLogger(__name__)
 
 LAST_SECONDS = 10
 """Time that a process has to exit by itself after another process has failed."""
@@ -140,7 +142,7 @@ class ProcessGroup:
         with self._changed:
             patience = _PATIENCE_SECONDS
             while not self._changed.wait_for(lambda: results or self._failure, timeout=patience):
-                report(f"process {self.process_id} is waiting for {waiting_for}")
+                _log.info(f"process {self.process_id} is waiting for {waiting_for}")
                 patience = _REMINDER_SECONDS
         del self._handlers[kind]
         if not results:

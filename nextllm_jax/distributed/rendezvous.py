@@ -6,16 +6,18 @@ Importing this module does not import jax.
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import selectors
 import socket
-import sys
 import time
 import warnings
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from nextllm_jax.errors import InputError, RunFailed
+
+_log = logging.getLogger(__name__)
 
 _REPORT_SECONDS = 3
 _HELLO = "nextllm_jax 1"
@@ -141,11 +143,6 @@ class Connection:
         self.socket.close()
 
 
-def report(text: str) -> None:
-    """Print a line on standard error and flush it."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def _failure(error: InputError | RunFailed) -> dict[str, Any]:
     return {"kind": "failed", "value": [str(error), isinstance(error, InputError)]}
 
@@ -243,7 +240,7 @@ class Rendezvous:
             self._next_report += _REPORT_SECONDS
             here = ", ".join(map(str, joined))
             text = f"waiting for {count} processes at {self._info.address}, {len(joined)} joined: {here}"
-            report(text)
+            _log.info(text)
             self._tell_joined({"kind": "waiting", "value": text})
 
     def _tell_joined(self, message: dict[str, Any]) -> None:
@@ -283,7 +280,7 @@ class Rendezvous:
                     return True
                 if message["kind"] == "failed":
                     raise (InputError if value[1] else RunFailed)(value[0])
-                report(value)
+                _log.info(value)
 
     def _connect_to_coordinator(self) -> Connection:
         host, _, port = self._info.address.rpartition(":")
@@ -294,7 +291,7 @@ class Rendezvous:
                 self._give_up_in_time(error.strerror or str(error))
             if time.monotonic() >= self._next_report:
                 self._next_report += _REPORT_SECONDS
-                report(f"process {self._info.process_id} is waiting for process 0 at {self._info.address}")
+                _log.info(f"process {self._info.process_id} is waiting for process 0 at {self._info.address}")
             time.sleep(_REPORT_SECONDS / 10)
 
     def _give_up_in_time(self, reason: str, grace: float = 0.0) -> None:

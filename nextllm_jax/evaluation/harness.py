@@ -15,6 +15,7 @@ from nextllm_jax.errors import InputError
 from nextllm_jax.inference.generate import bucket
 from nextllm_jax.inference.llm import LLM, load
 from nextllm_jax.model.objective import text_batch, token_scores
+from nextllm_jax.progress import progress_bar
 from nextllm_jax.sharding import on_mesh
 from nextllm_jax.tokenizer.chat import ChatTemplate
 
@@ -25,7 +26,6 @@ try:
         get_rolling_token_windows,
         make_disjoint_window,
     )
-    from tqdm import tqdm
 except ImportError as error:
     raise InputError(f"the harness is not installed ({error}); pip install 'nextllm_jax[lm-eval]'") from error
 
@@ -113,7 +113,7 @@ class HarnessModel(TemplateLM):
         if any(count < len(request[2]) for count, request in zip(counts, requests, strict=True)):
             raise InputError(f"a continuation exceeds the model's context_length {longest}; leave the task out")
         results: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
-        for batch in tqdm(self._batches(rows), desc="loglikelihood", disable=disable_tqdm):
+        for batch in progress_bar(self._batches(rows), desc="loglikelihood", unit=" batches", disable=disable_tqdm):
             logprobs_BT, greedy_BT = self._score([rows[i] for i in batch])
             for i, logprobs_T, greedy_T in zip(batch, logprobs_BT, greedy_BT, strict=False):
                 end = len(rows[i]) - 1
@@ -147,7 +147,7 @@ class HarnessModel(TemplateLM):
         groups: dict[tuple[Any, ...], list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(_settings(request.args[1], self.max_gen_toks), []).append(i)
-        progress = tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm)
+        progress = progress_bar(total=len(requests), desc="generate_until", unit=" requests", disable=disable_tqdm)
         for (stop, max_new_tokens, sampling), members in groups.items():
             room = self.llm.config.context_length - max_new_tokens
             if room < 1:

@@ -31,7 +31,7 @@ CHUNK_TOKENS = 64
 
 @flax.struct.dataclass
 class State:
-    """The carry of the decode loop. Finished rows stay in the batch. The last token of a row is not in the cache yet."""
+    """The carry of the decode loop. Finished rows stay in the batch. The last token of a row is not cached yet."""
 
     cache: KVCache
     token_B: jax.Array

@@ -1,12 +1,12 @@
-"""Models from other programs into run directories, and out again.
+"""Imports models into run directories, quantizes them, and exports them.
 
-Both write into a directory beside the output and rename it at the end, so that what appears is whole.
+Each writes to a temporary path next to the output and renames it at the end, so the output is always complete.
 """
 
 import contextlib
 import dataclasses
+import logging
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,8 @@ from nextllm_jax.published_models import resolve
 from nextllm_jax.sharding import on_device
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
+_log = logging.getLogger(__name__)
+
 Format = Literal["huggingface", "gguf"]
 
 LAYOUT = 1
@@ -35,10 +37,10 @@ LAYOUT = 1
 
 
 def import_model(source: str, output: str, *, dtype: str = "float32", context_length: int | None = None) -> None:
-    """Write a run directory (config.json, tokenizer, checkpoint 0) with the model of foreign files.
+    """Write a run directory (config.json, tokenizer, checkpoint 0) from a Hugging Face directory or a GGUF file.
 
-    Parameters are kept in `dtype`. `context_length` limits the model's own. Raises InputError for files that are
-    not whole or that this model cannot honour, and for an output that exists.
+    Parameters are stored in `dtype`. `context_length` may lower the model's own. Raises InputError for damaged files,
+    for unsupported models, and if the output exists.
     """
     opened = open_path(resolve(source))
     if opened.is_run:
@@ -46,7 +48,9 @@ def import_model(source: str, output: str, *, dtype: str = "float32", context_le
     model = dataclasses.replace(opened.config, param_dtype=dtype)
     if context_length is not None:
         if context_length > model.context_length:
-            raise InputError(f"context_length {context_length} is over the model's own, {model.context_length}")
+            raise InputError(
+                f"context_length {context_length} exceeds that of the model, {model.context_length}; lower it"
+            )
         model = dataclasses.replace(model, context_length=context_length)
     tokenizer, params = opened.load_tokenizer(), opened.load_params(_on_cpu(model))
     _write_run(Path(output), model, tokenizer, params, {ORIGIN: _origin(opened)})
@@ -61,13 +65,13 @@ def quantize_model(
     calibration: str | None = None,
     observe: Observer = ignore,
 ) -> None:
-    """Write a run directory with a model (a run directory's, or a foreign one) whose matrices are quantized.
+    """Write a run directory with the model at `source` and quantized matrices.
 
-    The float weights are read one after another, and never all of them in memory; with `calibration`, a text for
-    `model.calibration.calibrate`, they are all in the host's memory. `observe` sees each of them.
+    The float weights are read one at a time. With `calibration`, a text for `model.calibration.calibrate`, all of them
+    are held in host memory. `observe` is called for each quantized weight.
 
-    Raises InputError for a model that is quantized already, for a text that is too short or a scheme that takes none,
-    and for an output that exists.
+    Raises InputError if the model is already quantized, if the output exists, and for a calibration text that is too
+    short or that the scheme does not use.
     """
     opened = require_quantizable(source, output, quantization, step=step, calibration=calibration)
     config, tokenizer = opened.config, opened.load_tokenizer()
@@ -96,7 +100,7 @@ def require_quantizable(
     step: str | int | None = None,
     calibration: str | None = None,
 ) -> Source:
-    """The opened model, which `quantize_model` can quantize. Raises InputError as that does, before any work."""
+    """The opened model. Raises InputError, before any work, if `quantize_model` would."""
     _require_free(Path(output))
     if calibration is not None and quantization.scheme != "int4":
         raise InputError(f"--calibrate applies to int4 only; the scheme is {quantization.scheme}")
@@ -120,10 +124,10 @@ def _write_run(
     record: dict[str, Any],
     window: int | None = None,
 ) -> None:
-    """Write a run directory with checkpoint 0; `window` is the tokens in a window of training (None: at most 1024)."""
+    """Write a run directory with checkpoint 0. `window` is its sequence length for training (None: up to 1024)."""
     window = window or min(model.context_length, 1024)
     data = DataConfig(tokenizer=str(RunDir(output.absolute()).tokenizer), sequence_length=window)
-    with _appearing(output) as directory:
+    with _published(output) as directory:
         run = RunDir(directory)
         tokenizer.save(run.tokenizer)
         with Checkpoints(run.checkpoints) as checkpoints:
@@ -141,23 +145,18 @@ def export_model(
     model_type: str | None = None,
     shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write a model (a run directory's, or a foreign one) as a Hugging Face directory or a GGUF file.
+    """Write the model at `source` as a Hugging Face directory or a GGUF file.
 
-    Embedding and head have as many rows as the tokenizer has ids, or as the imported model had. `model_type` is
-    the Hugging Face family to write; none: the one that the model was imported from, or else the first that fits.
+    Embedding and head have one row per id of the tokenizer; for an imported model, as many rows as its files had.
+    `model_type` is the Hugging Face family to write; None: the one it was imported from, or else the first that fits.
 
-    Raises InputError where the format cannot say this model, and for an output that exists.
+    Raises InputError if the format cannot represent the model, and if the output exists.
     """
     opened = open_path(resolve(source), step=step)
-    # Hugging Face directories of our families hold floats alone.
+    # Exported Hugging Face directories hold only floats.
     quantization = opened.quantization if file_format == "gguf" else None
     if opened.quantization is not None and quantization is None:
-        print(
-            f"WARNING: {source} is quantized ({opened.quantization}); the export holds its values as {dtype}, which "
-            "takes their size",
-            file=sys.stderr,
-            flush=True,
-        )
+        _log.warning(f"{source} is quantized ({opened.quantization}); the export stores its values as {dtype}")
     config, tokenizer = opened.config, opened.load_tokenizer()
     params = opened.load_params(_on_cpu(config, quantization))
     options = {
@@ -170,13 +169,13 @@ def export_model(
             from nextllm_jax.interop import gguf
             from nextllm_jax.tokenizer.gguf import to_gguf
 
-            with _appearing(Path(output)) as file:
+            with _published(Path(output)) as file:
                 gguf.export(config, params, file, metadata=to_gguf(tokenizer), **options)
             return
         from nextllm_jax.interop import huggingface
         from nextllm_jax.tokenizer.huggingface import save_huggingface
 
-        with _appearing(Path(output)) as directory:
+        with _published(Path(output)) as directory:
             ids = {
                 "bos_token_id": tokenizer.bos_id,
                 "eos_token_id": _one_or_all(tokenizer.stop_ids),
@@ -201,10 +200,10 @@ def _one_or_all(ids: tuple[int, ...]) -> int | list[int]:
 
 
 @contextlib.contextmanager
-def _appearing(output: Path) -> Iterator[Path]:
-    """A path beside `output` to write to, which becomes `output` if the context ends well, and else goes away.
+def _published(output: Path) -> Iterator[Path]:
+    """A context with a temporary path next to `output`. It is renamed to `output` on success and deleted otherwise.
 
-    Raises InputError if there is something at `output` already, and RunFailed if the disk does not take it.
+    Raises InputError if `output` exists, and RunFailed if it cannot be written.
     """
     partial = output.parent / f".{output.name}.partial"
     try:
@@ -220,15 +219,15 @@ def _appearing(output: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 _remove(partial)
     except OSError as error:
-        place = failed_path(error, output)
+        path = failed_path(error, output)
         raise RunFailed(
-            f"{output} cannot be written ({place}: {error.strerror or error}); make room, make {place} a "
+            f"{output} cannot be written ({path}: {error.strerror or error}); make room, make {path} a "
             "writable directory, or choose another --output"
         ) from error
 
 
 def _require_free(output: Path) -> None:
-    """Raise InputError if there is something at `output` already, but for an empty directory."""
+    """Raise InputError if `output` exists and is not an empty directory."""
     if not output.name or (output.exists() and not (output.is_dir() and not any(output.iterdir()))):
         raise InputError(f"{output} exists; choose another --output, or remove it")
 

@@ -187,7 +187,7 @@ def with_values(**values):
         (lambda _: b"[" * 100_000, "is not JSON"),
     ],
 )
-def test_a_manifest_of_another_version_is_a_sentence(directory, change, problem, capsys):
+def test_a_manifest_of_another_version_is_a_sentence(directory, change, problem, messages):
     rewrite_manifest(directory / "2", change)
     checkpoints = Checkpoints(directory)
     found = rf"/2 cannot be read \(manifest.json {problem}; another version may have written it( \(it was written with "
@@ -203,7 +203,7 @@ def test_a_manifest_of_another_version_is_a_sentence(directory, change, problem,
             use()
         assert not isinstance(caught.value, DamagedCheckpoint)  # training must not set it aside
     assert checkpoints.best_step() == 1
-    assert re.match(rf"WARNING: checkpoint \S+/2 cannot be read \(manifest.json {problem};", capsys.readouterr().err)
+    assert re.match(rf"checkpoint \S+/2 cannot be read \(manifest.json {problem};", messages.messages[0])
     one, two = check(directory)
     assert (one.state, two.state, two.failed) == ("ok", "unreadable", True)
     assert str(two).startswith(f"{directory / '2'}: unreadable: manifest.json {problem}; another version may have")
@@ -227,7 +227,7 @@ def test_files_of_an_owner_without_a_name(directory, monkeypatch):
         save(checkpoints, 3, 3.0)
 
 
-def test_a_damaged_best_neither_ends_a_run_nor_is_deleted(directory, capsys):
+def test_a_damaged_best_neither_ends_a_run_nor_is_deleted(directory, messages):
     """The best is not the latest, so nobody restores it: retention meets it first."""
     flip(directory / "1" / "manifest.json")
     with Checkpoints(directory) as checkpoints:
@@ -236,9 +236,9 @@ def test_a_damaged_best_neither_ends_a_run_nor_is_deleted(directory, capsys):
         checkpoints.add_validation_loss(4, 5.0, {})
         assert checkpoints.best_step() == 2
     assert names(directory) == ["1", "2", "4"]  # what step 1 is worth is unknown, so it stays
-    (warning,) = capsys.readouterr().err.splitlines()
+    (warning,) = messages.messages
     assert warning.startswith(
-        f"WARNING: checkpoint {directory / '1'} is damaged (manifest.json does not match its checksum); use another"
+        f"checkpoint {directory / '1'} is damaged (manifest.json does not match its checksum); use another"
     )
 
 

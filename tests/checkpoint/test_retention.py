@@ -73,7 +73,7 @@ def refuse(*_):
 
 
 @pytest.mark.parametrize("refused", ["rmtree", "rename"])
-def test_a_step_that_cannot_be_deleted_is_a_warning_and_goes_later(tmp_path, monkeypatch, capsys, refused):
+def test_a_step_that_cannot_be_deleted_is_a_warning_and_goes_later(tmp_path, monkeypatch, messages, refused):
     directory, steps = type(epath.Path(tmp_path)), ["1", "2", "3"]
     with Checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 1)
@@ -85,24 +85,27 @@ def test_a_step_that_cannot_be_deleted_is_a_warning_and_goes_later(tmp_path, mon
         save(checkpoints, 2)
         save(checkpoints, 3)
         assert names(tmp_path) == steps
-        for name, line in zip(steps[:2], capsys.readouterr().err.splitlines(), strict=True):  # once each
+        for name, line in zip(steps[:2], messages.messages, strict=True):  # once each
             problem = "cannot be deleted (Operation not permitted); the next save tries again"
-            assert line == f"WARNING: {tmp_path / name} {problem}"
+            assert line == f"{tmp_path / name} {problem}"
+        messages.clear()
         monkeypatch.undo()
         save(checkpoints, 4)
         assert names(tmp_path) == ["4"]
-    assert capsys.readouterr().err == ""
+    assert not messages.messages
 
 
-def test_a_leftover_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch, capsys):
+def test_a_leftover_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch, messages):
     (tmp_path / "9.unfinished").mkdir()
     monkeypatch.setattr(type(epath.Path(tmp_path)), "rmtree", refuse)
     with Checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 1)
         save(checkpoints, 2)
     assert checkpoints.steps() == [2]
-    warnings = capsys.readouterr().err.splitlines()
-    assert [line.split()[1] for line in warnings] == [str(tmp_path / "9.unfinished"), str(tmp_path / "1.deleted")]
+    assert [line.split()[0] for line in messages.messages] == [
+        str(tmp_path / "9.unfinished"),
+        str(tmp_path / "1.deleted"),
+    ]
 
 
 def test_a_step_is_set_aside_over_one_that_cannot_be_deleted(tmp_path, monkeypatch):
@@ -138,25 +141,25 @@ def save_and_raise(directory, error):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyboardInterrupt(), RunFailed("not finite")])
-def test_an_exception_waits_for_the_save(tmp_path, error, capsys):
+def test_an_exception_waits_for_the_save(tmp_path, error, messages):
     with pytest.raises(type(error)) as caught:
         save_and_raise(tmp_path, error)
     assert caught.value is error
     assert names(tmp_path) == ["1"]
     Checkpoints(tmp_path).restore(1, "params", abstract(tree()))
-    assert capsys.readouterr().err == ""
+    assert not messages.messages
 
 
 def fail(*_):
     raise OSError(28, "No space left on device")
 
 
-def test_an_exception_beside_a_failed_save_is_not_hidden_and_both_are_said(tmp_path, monkeypatch, capsys):
+def test_an_exception_beside_a_failed_save_is_not_hidden_and_both_are_said(tmp_path, monkeypatch, messages):
     monkeypatch.setattr(step_files, "seal", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         save_and_raise(tmp_path, RuntimeError("a bug"))
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: step 1 could not be saved in")
+    (line,) = messages.messages
+    assert line.startswith("step 1 could not be saved in")
     assert "(No space left on device); there is no earlier checkpoint" in line
 
 

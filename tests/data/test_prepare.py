@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def contents(directory):
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-def test_the_shards_hold_the_documents(config, tmp_path, small_parts, capsys):
+def test_the_shards_hold_the_documents(config, tmp_path, small_parts, messages):
     output = tmp_path / "out"
     prepare(config, output)
     dataset = Dataset.open(output)
@@ -65,13 +66,11 @@ def test_the_shards_hold_the_documents(config, tmp_path, small_parts, capsys):
             assert split.tokens(start, stop).tolist() == tokenizer.encode_document(text)
     training_texts = [d.text for d in documents if document_hash(d) > limit]
     assert tokenizer.hash == train_tokenizer(training_texts, 300).hash, "the tokenizer learns from training text alone"
-    printed = capsys.readouterr().out
-    assert "process 1:" in printed
-    assert "tokens/s" in printed
+    assert re.search(r"process 1: .* tokens/s", messages.text)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "texts"]
 
 
-def test_any_number_of_processes_gives_the_same_bytes(config, tmp_path, small_parts, capsys):
+def test_any_number_of_processes_gives_the_same_bytes(config, tmp_path, small_parts):
     prepare(config, tmp_path / "one")
     prepare(dataclasses.replace(config, num_processes=2), tmp_path / "two")
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
@@ -167,13 +166,13 @@ def is_running(process):
     return Path(f"/proc/{process}").exists()
 
 
-def test_preparing_again_does_nothing_and_other_settings_are_refused(config, tmp_path, capsys):
+def test_preparing_again_does_nothing_and_other_settings_are_refused(config, tmp_path, messages):
     output = tmp_path / "out"
     prepare(config, output)
     before = contents(output)
     stamp = (output / "index.json").stat().st_mtime_ns
     prepare(config, output)
-    assert "already prepared" in capsys.readouterr().out
+    assert "already prepared" in messages.text
     assert (output / "index.json").stat().st_mtime_ns == stamp
     other = dataclasses.replace(config, vocab_size=290)
     with pytest.raises(InputError, match="other settings"):
@@ -279,7 +278,7 @@ def test_the_settings_are_kept_beside_the_data(config, tmp_path):
     assert settings["vocab_size"] == 300
 
 
-def test_files_that_changed_are_told_of(config, tmp_path, capsys):
+def test_files_that_changed_are_told_of(config, tmp_path, messages):
     texts, output = Path(config.corpus), tmp_path / "out"
     used = dataclasses.replace(config, path=str(output))
     prepare(config, output)
@@ -287,23 +286,23 @@ def test_files_that_changed_are_told_of(config, tmp_path, capsys):
     (texts / "new.txt").write_text("one more document")
     with pytest.raises(InputError, match=r"files of data.corpus .* have changed since .*--overwrite"):
         prepare(config, output)
-    capsys.readouterr()
+    messages.clear()
     assert ensure_prepared(used) == output
-    assert "warning: the files of data.corpus" in capsys.readouterr().err
+    assert "the files of data.corpus" in messages.text
     assert contents(output) == before
     prepare(config, output, overwrite=True)
     assert (
         Dataset.open(output).split("train").num_documents + Dataset.open(output).split("validation").num_documents == 41
     )
     prepare(config, output)
-    capsys.readouterr()
+    messages.clear()
     ensure_prepared(used)
-    assert capsys.readouterr().err == ""
+    assert not messages.messages
     for path in texts.iterdir():
         path.unlink()
     prepare(config, output)
     ensure_prepared(used)
-    assert "already prepared" in capsys.readouterr().out, "prepared data needs its corpus no more"
+    assert "already prepared" in messages.text, "prepared data needs its corpus no more"
 
 
 def test_an_interrupted_run_starts_over_if_its_files_changed(config, tmp_path, monkeypatch):
@@ -323,7 +322,7 @@ def test_a_missing_corpus_leaves_nothing(config, tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
-def test_data_that_is_not_there_is_prepared_in_its_default_place_only(config, tmp_path, monkeypatch, capsys):
+def test_data_that_is_not_there_is_prepared_in_its_default_place_only(config, tmp_path, monkeypatch, messages):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"data.path typo holds no prepared data.*nextllm prepare --output typo"):
         ensure_prepared(dataclasses.replace(config, path="typo"))
@@ -332,27 +331,25 @@ def test_data_that_is_not_there_is_prepared_in_its_default_place_only(config, tm
     assert path == default_data_path(config)
     Dataset.open(path)
     stamp = (path / "index.json").stat().st_mtime_ns
-    capsys.readouterr()
+    messages.clear()
     assert ensure_prepared(config) == path
     assert (path / "index.json").stat().st_mtime_ns == stamp
-    printed = capsys.readouterr()
-    assert printed.out + printed.err == ""
+    assert not messages.messages
 
 
-def test_data_that_the_user_names_is_used_as_it_is_and_described(config, tmp_path, capsys):
+def test_data_that_the_user_names_is_used_as_it_is_and_described(config, tmp_path, messages):
     output = tmp_path / "out"
     prepare(config, output)
     before = contents(output)
     named = dataclasses.replace(config, path=str(output))
-    capsys.readouterr()
+    messages.clear()
     for same in (named, dataclasses.replace(named, tokens_per_shard=2048, sequence_length=8)):
         assert ensure_prepared(same) == output
-        assert capsys.readouterr().err == ""
+        assert not messages.messages
     assert ensure_prepared(dataclasses.replace(named, corpus="stdlib", tokenizer="gpt2")) == output
-    line = capsys.readouterr().err
+    (line,) = messages.messages
     assert f"using {output} unchanged: corpus {config.corpus}, tokenizer train with 300 tokens" in line
     assert "the config says corpus stdlib, tokenizer gpt2" in line
-    assert line.count("\n") == 1
     assert contents(output) == before
 
 
@@ -367,11 +364,12 @@ def test_how_shards_are_cut_does_not_change_the_data_id(config, tmp_path):
 KILLED_AT_EVERY_CHANGE = """
 import os, shutil, signal, sys
 from pathlib import Path
+from tqdm import tqdm
 from nextllm_jax.config import DataConfig
 from nextllm_jax.data import parts, prepare as module
 
 parts.PART_CHARACTERS = 5000
-module.tqdm.monitor_interval = 0  # its thread would not live on in the forks
+tqdm.monitor_interval = 0  # its thread would not live on in the forks
 corpus, directory = sys.argv[1], Path(sys.argv[2])
 config = DataConfig(corpus=corpus, vocab_size=300, num_processes=1, validation_fraction=0.2, tokens_per_shard=3000)
 

@@ -53,21 +53,20 @@ def test_while_another_process_prepares_it_is_refused(config, output):
     prepare(config, output)
 
 
-def test_data_that_was_published_before_the_claim_is_not_prepared_twice(config, output, monkeypatch, capsys):
+def test_data_that_was_published_before_the_claim_is_not_prepared_twice(config, output, monkeypatch, messages):
     before_the_claim(monkeypatch, lambda: prepare(config, output))
     prepare(config, output)
-    printed = capsys.readouterr().out
-    assert printed.count("training a tokenizer") == 1
-    assert f"{output} is already prepared" in printed
+    assert messages.text.count("training a tokenizer") == 1
+    assert f"{output} is already prepared" in messages.messages
     assert entries(output.parent) == ["corpus", "out"]
 
 
-def test_other_data_that_was_published_before_the_claim_is_refused_without_work(config, output, monkeypatch, capsys):
+def test_other_data_that_was_published_before_the_claim_is_refused_without_work(config, output, monkeypatch, messages):
     other = dataclasses.replace(config, vocab_size=290)
     before_the_claim(monkeypatch, lambda: prepare(other, output))
     with pytest.raises(InputError, match="prepared with other settings"):
         prepare(config, output)
-    assert capsys.readouterr().out.count("training a tokenizer") == 1
+    assert messages.text.count("training a tokenizer") == 1
     assert entries(output.parent) == ["corpus", "out"]
     before_the_claim(monkeypatch, lambda: prepare(other, output))
     prepare(config, output, overwrite=True)
@@ -113,7 +112,7 @@ class Clock(types.SimpleNamespace):
 
 
 @pytest.mark.parametrize("seconds", [0.1, 5])
-def test_waiting_for_a_process_that_finishes_takes_its_data(config, output, tmp_path, monkeypatch, capsys, seconds):
+def test_waiting_for_a_process_that_finishes_takes_its_data(config, output, tmp_path, monkeypatch, messages, seconds):
     prepare(config, tmp_path / "elsewhere")
     partial, other = partial_path(output), contextlib.ExitStack()
     other.enter_context(claimed(partial, output))
@@ -125,15 +124,14 @@ def test_waiting_for_a_process_that_finishes_takes_its_data(config, output, tmp_
         other.close()
 
     monkeypatch.setattr(data_directory, "time", Clock(seconds, finish))
-    capsys.readouterr()
+    messages.clear()
     prepare(config, output, wait=True)
-    printed = capsys.readouterr()
-    assert f"{output} is already prepared" in printed.out
-    assert printed.err.count(f"waiting for another process, which is preparing {output}") == (seconds > 1)
+    assert f"{output} is already prepared" in messages.messages
+    assert messages.text.count(f"waiting for another process, which is preparing {output}") == (seconds > 1)
     assert entries(tmp_path) == ["corpus", "out"]
 
 
-def test_waiting_for_a_process_that_dies_goes_on_from_its_parts(config, output, monkeypatch, capsys):
+def test_waiting_for_a_process_that_dies_goes_on_from_its_parts(config, output, monkeypatch, messages):
     def die(*args):
         raise RuntimeError("killed")
 
@@ -144,9 +142,9 @@ def test_waiting_for_a_process_that_dies_goes_on_from_its_parts(config, output, 
     other = contextlib.ExitStack()
     other.enter_context(claimed(partial_path(output), output))
     monkeypatch.setattr(data_directory, "time", Clock(5, other.close))
-    capsys.readouterr()
+    messages.clear()
     prepare(config, output, wait=True)
-    assert "continuing the interrupted preparation" in capsys.readouterr().out
+    assert "continuing the interrupted preparation" in messages.text
     Dataset.open(output)
 
 

@@ -93,13 +93,13 @@ def test_processes_that_do_not_go_together_are_refused(others, sentence):
     assert all(sentence in str(error) for error in errors)
 
 
-def test_a_process_that_does_not_come_is_named(capsys, monkeypatch):
+def test_a_process_that_does_not_come_is_named(messages, monkeypatch):
     monkeypatch.setattr("nextllm_jax.distributed.rendezvous._REPORT_SECONDS", 0.5)  # several reports before the end
     port = free_port()
     errors = together([config(i, 4, port, seconds=4) for i in (0, 2)], lambda group: None)
     assert {type(error) for error in errors} == {RunFailed}
     assert all("of 4 processes at localhost:" in str(error) and "1, 3 did not" in str(error) for error in errors)
-    assert "2 joined: 0, 2" in capsys.readouterr().err
+    assert "2 joined: 0, 2" in messages.text
 
 
 def test_without_process_0_the_others_give_up():

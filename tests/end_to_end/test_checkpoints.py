@@ -44,7 +44,7 @@ def test_a_flipped_bit_is_named_by_every_command(trained, door, damaged):
     assert nothing.stderr.startswith("error: corpus is not a run; give a run directory")
     shutil.rmtree(run / "checkpoints")
     lost = door.run("nextllm_jax.cli", "verify", "runs/config", exit_code=1)
-    assert lost.stderr == "runs/config holds no checkpoint\n"
+    assert lost.stderr == "error: runs/config holds no checkpoint\n"
 
 
 def test_the_only_checkpoint_damaged_ends_in_a_sentence_and_nothing_changes(door, damaged):

@@ -76,7 +76,7 @@ def test_a_signal_while_preparing_leaves_what_is_continued(door, number, count, 
     assert not (door.directory / "runs").exists()
     options = [argument.replace("--data.", "--") for argument in arguments]
     again = door.run("nextllm_jax.cli", "prepare", "--config", "config.py", *options)
-    assert "continuing the interrupted preparation" in again.stdout
+    assert "continuing the interrupted preparation" in again.stderr
 
 
 @pytest.mark.slow

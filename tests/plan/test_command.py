@@ -16,11 +16,11 @@ COMMAND = ("nextllm_jax.cli", "plan", "--config", "config.py")
     ("arguments", "sentence"),
     [
         ([], "give either --topology, or --fast, --chip and --devices"),
-        (["--chip", "NVIDIA H200", "--devices", "8"], "give --fast and --devices with it"),
-        (["--chip", "Abacus", "--devices", "8", "--fast"], "the limits of a chip 'Abacus' are not known"),
-        (["--topology", "v5e:4x4", "--devices", "8"], "--devices goes with --chip"),
-        (["--topology", "v5e:4x4", "--decode", "--fast"], "--decode is compiled once"),
-        (["--topology", "v5e:4x4", "--quantize", "int8"], "--quantize is for sampling; give --decode with it"),
+        (["--chip", "NVIDIA H200", "--devices", "8"], "add --fast and --devices"),
+        (["--chip", "Abacus", "--devices", "8", "--fast"], "chip 'Abacus' is unknown"),
+        (["--topology", "v5e:4x4", "--devices", "8"], "--devices is for --chip"),
+        (["--topology", "v5e:4x4", "--decode", "--fast"], "--decode always compiles"),
+        (["--topology", "v5e:4x4", "--quantize", "int8"], "--quantize is for sampling; add --decode"),
         (["--topology", "v5e:4x4", "--hlo", "none/step.hlo"], "--hlo none/step.hlo cannot be written; name a file in"),
         (["--topology", "v5e:4x4", "--days", "0"], "days is 0.0; it must be positive"),
     ],
@@ -78,7 +78,6 @@ def test_a_train_step_for_four_tpus(door) -> None:
     assert values["unknown_loops"] == 0
     assert abs(values["flops_check"]["relative_difference"]) < 0.1
     assert values["roofline"]["ici_seconds"] > 0
-    assert "compiling" in done.stderr
 
 
 @pytest.mark.tpu

@@ -20,9 +20,9 @@ from nextllm_jax.model.quantize import is_quantized
 from nextllm_jax.plan import hlo
 from nextllm_jax.plan.decoding import Request, bytes_on_device, plan_decoding
 from nextllm_jax.plan.report import decoding_json, decoding_table
-from nextllm_jax.plan.topology import Place
+from nextllm_jax.plan.topology import Target
 from nextllm_jax.sharding import make_mesh, on_device, placed
-from tests.plan.test_training import CONFIG, SLOW_CHIP, here, silent
+from tests.plan.test_training import CONFIG, SLOW_CHIP, here
 
 REQUEST = Request(batch_size=4, prompt_tokens=16, new_tokens=16)
 
@@ -30,7 +30,7 @@ REQUEST = Request(batch_size=4, prompt_tokens=16, new_tokens=16)
 def test_prefill_and_a_decode_step() -> None:
     model = dataclasses.replace(CONFIG.model, remat="full", remat_offload=True)  # which decoding has no use for
     config = dataclasses.replace(CONFIG, model=model, mesh=MeshConfig(data=4, tensor=2))
-    plan = plan_decoding(config, here(), REQUEST, silent)
+    plan = plan_decoding(config, here(), REQUEST)
     assert plan.decode is not None
     # Keys and values of 4 layers, 2 heads of 16, 4 rows of 32 slots, in float32; a row and a head on a device.
     assert plan.cache_bytes == 2 * 4 * 2 * 16 * 4 * 32 * 4
@@ -50,15 +50,15 @@ def test_prefill_and_a_decode_step() -> None:
 
 def test_rows_and_lengths_that_do_not_fit() -> None:
     with pytest.raises(InputError, match="batch_size 4 is not divisible by"):
-        plan_decoding(CONFIG, here(), REQUEST, silent)
+        plan_decoding(CONFIG, here(), REQUEST)
     long = dataclasses.replace(REQUEST, batch_size=8, new_tokens=4000)
     with pytest.raises(InputError, match="context_length 2048"):
-        plan_decoding(CONFIG, here(), long, silent)
+        plan_decoding(CONFIG, here(), long)
 
 
 def test_quantized_weights_count_as_they_are_kept() -> None:
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=4, tensor=2))
-    plan = plan_decoding(config, here(), REQUEST, silent, Quantization(scheme="int8"))
+    plan = plan_decoding(config, here(), REQUEST, Quantization(scheme="int8"))
     # By layer q, o: 64 x 64; k, v: 64 x 32; gate, up, down: 64 x 128. A device has half of each, and a float32 scale
     # for each of its outputs, but all 64 of o and down. Two norms a layer and one at the end are whole.
     matrices = 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) // 2
@@ -94,11 +94,11 @@ WIDE = dataclasses.replace(
 @pytest.mark.tpu
 @pytest.mark.parametrize(("scheme", "batch_size"), [("int8", 16), ("int4", 1), ("int4", 16)])
 def test_a_tpu_holds_no_float_copy_of_a_quantized_matrix(four_tpus, scheme, batch_size) -> None:
-    place = Place("v5e:2x2", four_tpus[0].device_kind, chip(four_tpus[0].device_kind), 4, list(four_tpus))
+    target = Target("v5e:2x2", four_tpus[0].device_kind, chip(four_tpus[0].device_kind), 4, list(four_tpus))
     config = dataclasses.replace(CONFIG, model=WIDE, mesh=MeshConfig(data=1, tensor=4))
     request = Request(batch_size=batch_size, prompt_tokens=16, new_tokens=8)
     with jax.default_matmul_precision("default"):
-        plan = plan_decoding(config, place, request, silent, Quantization(scheme=scheme))
+        plan = plan_decoding(config, target, request, Quantization(scheme=scheme))
     # q and o of two heads, k and v of one, a quarter of gate, up and down.
     sizes = {256 * 2 * 128, 256 * 128, 256 * 384}
     program = hlo.parse(plan.decode.compiled.hlo)

@@ -124,7 +124,7 @@ def test_other_paths_are_refused(tmp_path):
     with pytest.raises(InputError, match="is not a run directory"):
         export_model(str(tmp_path), str(tmp_path / "out"), file_format="gguf", dtype="float32")
     write_huggingface(tmp_path / "hf")
-    with pytest.raises(InputError, match=r"context_length 4096 is over the model's own, 64"):
+    with pytest.raises(InputError, match=r"context_length 4096 exceeds that of the model, 64"):
         import_model(str(tmp_path / "hf"), str(tmp_path / "run"), context_length=4096)
 
 

@@ -188,7 +188,7 @@ sys.exit(xla_bridge.backends_are_initialized())
     subprocess.run([sys.executable, "-c", program, str(sources / name)], check=True)
 
 
-def test_the_model_is_the_sources_but_for_how_it_is_computed(sources, capsys):
+def test_the_model_is_the_sources_but_for_how_it_is_computed(sources, messages):
     gguf, source = str(sources / "model.gguf"), read_config(sources / "runs/config/config.json").model
     ours = ModelConfig(num_layers=7, remat="full", param_dtype="bfloat16", context_length=96)
     file = Config(model=ours, data=DataConfig(sequence_length=64, tokenizer="gpt2"))
@@ -197,11 +197,12 @@ def test_the_model_is_the_sources_but_for_how_it_is_computed(sources, capsys):
         assert getattr(found.model, name) == getattr(source, name)
     assert (found.model.remat, found.model.param_dtype, found.model.context_length) == ("full", "bfloat16", 96)
     assert found.data.tokenizer == gguf
-    assert "model.num_layers 7 -> 2" in capsys.readouterr().err
+    assert "model.num_layers 7 -> 2" in messages.text
+    messages.clear()
     again = resolve(file=found, init_from=gguf)
     assert again == found
     assert found.workdir == "nowhere"
-    assert not capsys.readouterr().err
+    assert not messages.messages
     assert resolve().model == ModelConfig()
 
 
