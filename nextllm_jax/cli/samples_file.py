@@ -205,7 +205,7 @@ def sample_missing(
             "--max-new-tokens"
         )
     rows = sorted(file.rows, key=lambda row: (-len(tokens[row[0]]), row))
-    with progress_bar(desc="sampling", total=len(rows), initial=len(file.done), unit="sample") as bar:
+    with progress_bar(desc="sampling", total=len(rows), initial=len(file.done), unit=" samples") as bar:
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             if file.done.issuperset(batch):
