@@ -42,7 +42,7 @@ def _width(dtype: str) -> int:
 
 
 def frozen_bytes(config: ModelConfig, lora: LoraConfig) -> int:
-    """Bytes of the frozen base weights of adapters; 0 without adapters. Scales of quantized matrices are not counted."""
+    """Bytes of the frozen base weights of adapters; 0 without adapters. Scales of quantized matrices do not count."""
     if not lora.rank:
         return 0
     width, matrices = _width(config.param_dtype), matrix_size(config)
