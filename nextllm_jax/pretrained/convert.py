@@ -5,8 +5,13 @@ Both write into a directory beside the output and rename it at the end, so that 
 
 import contextlib
 import dataclasses
+import errno
+import os
 import shutil
+import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +45,7 @@ def import_model(source: str, output: str, *, dtype: str = "float32", context_le
     Parameters are kept in `dtype`. `context_length` limits the model's own. Raises InputError for files that are
     not whole or that this model cannot honour, and for an output that exists.
     """
+    _require_free(Path(output))
     opened = open_path(resolve(source))
     if opened.is_run:
         raise InputError(f"{source} is a run directory already; give a Hugging Face directory or a .gguf file")
@@ -148,6 +154,7 @@ def export_model(
 
     Raises InputError where the format cannot say this model, and for an output that exists.
     """
+    _require_free(Path(output))
     opened = open_path(resolve(source), step=step)
     # Hugging Face directories of our families hold floats alone.
     quantization = opened.quantization if file_format == "gguf" else None
@@ -202,13 +209,13 @@ def _one_or_all(ids: tuple[int, ...]) -> int | list[int]:
 
 @contextlib.contextmanager
 def _appearing(output: Path) -> Iterator[Path]:
-    """A path beside `output` to write to, which becomes `output` if the context ends well, and else goes away.
+    """A path next to `output` to write to, which becomes `output` if the context ends well and is removed otherwise.
 
-    Raises InputError if there is something at `output` already, and RunFailed if the disk does not take it.
+    SIGTERM and SIGHUP raise SystemExit meanwhile. Raises as `_require_free` does, and RunFailed for a full disk.
     """
     partial = output.parent / f".{output.name}.partial"
-    try:
-        _require_free(output)
+    _require_free(output)
+    with _failing_as_output(output), _signals_raise():
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             _remove(partial)
@@ -216,9 +223,28 @@ def _appearing(output: Path) -> Iterator[Path]:
             if output.is_dir():
                 output.rmdir()  # an empty one, which a file could not replace
             partial.rename(output)
-        finally:
-            with contextlib.suppress(OSError):
-                _remove(partial)
+        except BaseException:
+            _discard(partial)
+            raise
+
+
+def _require_free(output: Path) -> None:
+    """Raise InputError if there is something at `output` but an empty directory, and RunFailed if it has no place."""
+    with _failing_as_output(output):
+        is_empty = output.is_dir() and not output.is_symlink() and not any(output.iterdir())
+        if not output.name or (os.path.lexists(output) and not is_empty):
+            raise InputError(f"{output} exists; choose another --output, or remove it")
+        parent = next(path for path in output.absolute().parents if os.path.lexists(path))
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            number = errno.EACCES if parent.is_dir() else errno.ENOTDIR
+            raise OSError(number, os.strerror(number), str(parent))
+
+
+@contextlib.contextmanager
+def _failing_as_output(output: Path) -> Iterator[None]:
+    """Raise RunFailed, with what is in the way of `output`, for an OSError."""
+    try:
+        yield
     except OSError as error:
         place = failed_path(error, output)
         raise RunFailed(
@@ -227,10 +253,34 @@ def _appearing(output: Path) -> Iterator[Path]:
         ) from error
 
 
-def _require_free(output: Path) -> None:
-    """Raise InputError if there is something at `output` already, but for an empty directory."""
-    if not output.name or (output.exists() and not (output.is_dir() and not any(output.iterdir()))):
-        raise InputError(f"{output} exists; choose another --output, or remove it")
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Raise SystemExit at SIGTERM and SIGHUP, if they would otherwise end the process without cleaning up."""
+
+    def stop(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    stopping = []
+    if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
+        numbers = (signal.SIGTERM, signal.SIGHUP)
+        stopping = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    try:
+        for number in stopping:
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number in stopping:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _discard(partial: Path) -> None:
+    """Remove what could not be written whole. For a moment, threads of a save that failed create it again."""
+    for _ in range(10):
+        if not os.path.lexists(partial):
+            break
+        with contextlib.suppress(OSError):
+            _remove(partial)
+        time.sleep(0.2)
 
 
 def _remove(path: Path) -> None:
