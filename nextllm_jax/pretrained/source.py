@@ -166,7 +166,7 @@ def _load_run(
     for name, saved in _saved_weights(run, step, config, quantization, _placement(abstract)):
         for target, index in [(name, None)] if is_stacked else unstacked_names(config.model, name):
             weight = saved if index is None else jax.tree.map(lambda part, i=index: part[i], saved)
-            params[target] = convert(weight, wanted[target])
+            params[target] = convert(weight, wanted[target], name=target)
             if is_quantized(wanted[target]):
                 observe(target, None if is_quantized(weight) else weight, params[target])
         del saved, weight  # before the next one is read
