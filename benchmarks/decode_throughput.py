@@ -47,10 +47,10 @@ def write_models(directory: Path) -> None:
     for kind, dtype in (("F32", "float32"), ("F16", "float16"), ("Q8_0", "q8_0")):
         export_model("smollm2", str(directory / f"{kind}.gguf"), file_format="gguf", dtype=dtype)
     for kind, symmetric in (("Q4_0", True), ("Q4_1", False)):
-        quantization = Quantization(scheme="int4", symmetric=symmetric, embeddings=True)
+        quantization = Quantization(scheme="int4", symmetric=symmetric, embeddings="int4")
         quantize_model("smollm2", str(directory / kind), quantization)
         export_model(str(directory / kind), str(directory / f"{kind}.gguf"), file_format="gguf", dtype="q8_0")
-    quantize_model("smollm2", str(directory / "int8"), Quantization(scheme="int8", embeddings=True))
+    quantize_model("smollm2", str(directory / "int8"), Quantization(scheme="int8", embeddings="int8"))
     (directory / "Q4_1").rename(directory / "int4")
     export_model("smollm2", str(directory / "float32"), file_format="huggingface", dtype="float32")
     tokens = load("smollm2").tokenizer.encode(held_out_text(DataConfig(), 16_384))

@@ -35,12 +35,13 @@ from nextllm_jax.data.corpora import document_hash, held_out_text, read_document
 from nextllm_jax.pretrained.convert import export_model, quantize_model  # noqa: E402
 
 CHARACTERS, CALIBRATION_CHARACTERS = 32_768, 400_000
-INT4 = Quantization(scheme="int4", embeddings=True)
-SYMMETRIC = Quantization(scheme="int4", symmetric=True, embeddings=True)
+INT4 = Quantization(scheme="int4", embeddings="int4")
+SYMMETRIC = Quantization(scheme="int4", symmetric=True, embeddings="int4")
 OURS = {
     "int8": ("float32", Quantization(scheme="int8")),
-    "int8, embeddings": ("float32", Quantization(scheme="int8", embeddings=True)),
+    "int8, embeddings": ("float32", Quantization(scheme="int8", embeddings="int8")),
     "int4": ("float32", Quantization(scheme="int4")),
+    "int4, int8 embeddings": ("float32", Quantization(scheme="int4", embeddings="int8")),
     "int4, embeddings": ("float32", INT4),
     "int4, symmetric, embeddings": ("float32", SYMMETRIC),
     "the same, calibrated": ("float32", SYMMETRIC),

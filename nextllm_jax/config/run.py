@@ -195,9 +195,9 @@ class LoraConfig:
     """The output of an adapter is multiplied by alpha / rank."""
     targets: Fixed[tuple[str, ...]] = ()
     """Matrices that get adapters, such as q v; empty: all."""
-    frozen: Fixed[Literal["unquantized", "int8"]] = "unquantized"
+    frozen: Fixed[Literal["unquantized", "int8", "int4"]] = "unquantized"
     """How the frozen base weights are stored. unquantized: in model.param_dtype; int8: matrices in 8 bits, with one
-    scale per output channel."""
+    scale per output channel; int4: matrices in 4 bits, with a scale and a minimum per group of 32 inputs."""
 
     def __post_init__(self) -> None:
         _check_types(self, "lora.")

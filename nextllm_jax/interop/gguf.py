@@ -4,6 +4,7 @@ Import supports float types and most quantized types (`_READABLE`); export write
 matrices of a model are exported in the matching block type: Q8_0, Q4_0 or Q4_1 (see gguf_blocks).
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -156,7 +157,9 @@ def export(
     architecture, (matrix_type, file_type) = ARCHITECTURES[name], _WRITABLE[dtype]
     parts = parts_of(config, params, "gguf", fused=architecture.fused)
     block_types = _block_types(parts, params)
-    file_type = next((gguf_blocks.FILE_TYPES[kind] for kind in block_types.values()), file_type)
+    if block_types:
+        ((most_common, _),) = collections.Counter(block_types.values()).most_common(1)
+        file_type = gguf_blocks.FILE_TYPES[most_common]
     shapes = {
         tensor: (vocab_size, *shape[1:]) if _is_table(tensor) else shape
         for tensor, shape in tensor_shapes(parts).items()

@@ -42,12 +42,12 @@ def _width(dtype: str) -> int:
 
 
 def frozen_bytes(config: ModelConfig, lora: LoraConfig) -> int:
-    """Bytes of the frozen base weights of adapters; 0 without adapters. Scales of int8 matrices are not counted."""
+    """Bytes of the frozen base weights of adapters; 0 without adapters. Scales of quantized matrices do not count."""
     if not lora.rank:
         return 0
-    width = _width(config.param_dtype)
-    matrices = matrix_size(config)
-    return (parameter_count(config) - matrices) * width + matrices * (1 if lora.frozen == "int8" else width)
+    width, matrices = _width(config.param_dtype), matrix_size(config)
+    bits = {"unquantized": 8 * width, "int8": 8, "int4": 4}[lora.frozen]
+    return (parameter_count(config) - matrices) * width + matrices * bits // 8
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int, lora: LoraConfig | None = None) -> float:

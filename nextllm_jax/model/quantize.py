@@ -41,7 +41,8 @@ def abstract_quantized(boxed: Any, placed: Any, quantization: Quantization | Non
         return placed
 
     def quantized(path: Any, weight: Weight, leaf: jax.ShapeDtypeStruct) -> Any:
-        return _abstract(path_name(path), weight, leaf, quantization) if weight.kind in quantization.kinds else leaf
+        scheme = quantization.of_kind(weight.kind)
+        return leaf if scheme is None else _abstract(path_name(path), weight, leaf, scheme)
 
     return jax.tree_util.tree_map_with_path(quantized, boxed, placed, is_leaf=is_weight)
 
@@ -98,11 +99,11 @@ def convert(leaf: Any, like: Any) -> Any:
 
 
 def regroup(params: Any, like: Any) -> Any:
-    """Quantized parameters rounded a second time, to the quantized weights of `like`, which is abstract."""
+    """Quantized parameters rounded a second time where `like`, which is abstract, has other types or groups."""
     weights = by_name(params)
     del params  # so that each weight goes when it is rounded
     for name, wanted in by_name(like).items():
-        if is_quantized(wanted):
+        if is_quantized(wanted) and _layout(weights[name]) != _layout(wanted):
             weights[name] = convert(dequantize(weights[name], jnp.float32), wanted)
     return with_names(like, weights)
 
@@ -119,7 +120,11 @@ def _converter(like: Any, from_quantized: bool) -> Callable[[Any], Any]:
 
 def _unpacked(leaf: QTensor, like: QTensor) -> QTensor:
     made = unpack(leaf)
-    found, wanted = ([(part.shape, part.dtype) for part in jax.tree.leaves(x)] for x in (made, like))
-    if found != wanted:
-        raise InputError("the weights are already quantized with other settings; leave out --quantize")
+    if _layout(made) != _layout(like):
+        raise InputError("the weights are already quantized with other settings; leave out --quantize or --lora.frozen")
     return made
+
+
+def _layout(x: QTensor) -> list[Any]:
+    """The shapes and types of a quantized weight's parts."""
+    return [(part.shape, part.dtype) for part in jax.tree.leaves(x)]

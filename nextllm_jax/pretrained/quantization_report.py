@@ -12,7 +12,7 @@ from nextllm_jax.config import ModelConfig
 from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.model.accounting import parameter_bytes
 from nextllm_jax.model.transformer import abstract_params
-from nextllm_jax.model.weights import by_name, of_kind
+from nextllm_jax.model.weights import by_name
 from nextllm_jax.ops.quantized import QTensor, dequantize, pack
 
 
@@ -35,7 +35,8 @@ class QuantizationReport:
         boxed = abstract_params(config)
         self._declared = by_name(abstract_params(config, scan_layers=False)) | by_name(boxed)
         self._kinds: dict[str, _Kind] = {}
-        self.total = sum(weight.value.size for weight in of_kind(boxed, *quantization.kinds).values())
+        quantized = [weight for weight in by_name(boxed).values() if quantization.of_kind(weight.kind)]
+        self.total = sum(weight.value.size for weight in quantized)
         """Number of weights to quantize."""
         self.progress: Callable[[int], object] = lambda weights: None
         """Called with the number of weights quantized since the last call."""

@@ -139,7 +139,7 @@ def _open_run(run: RunDir, step: str | int | None) -> Source:
         record = checkpoints.record(number)
     origin, quantized = record.get(ORIGIN, {}), record.get(QUANTIZED)
     where = f"the record of checkpoint {number} in {run.checkpoints}"
-    quantization = from_dict(Quantization, quantized, where) if quantized else None
+    quantization = from_dict(Quantization, Quantization.upgraded(quantized), where) if quantized else None
     return Source(
         config.model,
         load_tokenizer=lambda: Tokenizer.load(run.tokenizer),

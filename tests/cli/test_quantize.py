@@ -32,7 +32,7 @@ from tests.interop.models import CONFIG as TINY
 from tests.interop.models import assert_equal_trees, write_huggingface
 
 TEXT = "a cat sat on 12 mats."
-SCHEMES = {"int8": Quantization(scheme="int8"), "int4": Quantization(scheme="int4", embeddings=True)}
+SCHEMES = {"int8": Quantization(scheme="int8"), "int4": Quantization(scheme="int4", embeddings="int8")}
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +85,16 @@ def test_every_command_takes_a_quantized_directory(models, tmp_path, compilation
     expected = nextllm_jax.load(int4).score(TEXT)
     assert json.loads(capsys.readouterr().out)["nll"] == pytest.approx(expected.nll, rel=1e-4)
     export_model(int4, str(tmp_path / "hf"), file_format="huggingface", dtype="float32")
-    assert "is quantized (int4 in groups of 32, asymmetric); the export stores its values as float32" in messages.text
+    assert f"is quantized ({SCHEMES['int4']}); the export stores its values as float32" in messages.text
     assert nextllm_jax.load(str(tmp_path / "hf")).score(TEXT).nll == pytest.approx(expected.nll, rel=2e-3)
+    export_model(int4, str(tmp_path / "gguf"), file_format="gguf", dtype="float32")
+    reader = gguf.GGUFReader(tmp_path / "gguf")
+    assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q4_1
+    types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert (types["token_embd.weight"], types["blk.0.ffn_up.weight"]) == ("Q8_0", "Q4_1")
+    assert nextllm_jax.load(str(tmp_path / "gguf")).score(TEXT).nll == pytest.approx(
+        expected.nll, rel=2e-2
+    )  # "o" is rounded again
 
 
 def test_the_command_says_what_it_did(models, tmp_path, capsys):
@@ -100,6 +108,7 @@ def test_the_command_says_what_it_did(models, tmp_path, capsys):
     assert (number, bits) == ("3", "5.00")  # 4 bits, and a float16 for 16 weights
     assert 5 < float(mean.rstrip("%")) <= float(worst.rstrip("%")) < 15
     assert any(line.startswith("int4 in groups of 16, symmetric: ") for line in out)
+    assert str(SCHEMES["int4"]) == "int4 in groups of 32, asymmetric; embeddings int8 by output channel"
     before, after = (nextllm_jax.load(str(path)).score(TEXT * 20) for path in (models / "run", tmp_path / "q"))
     assert f"perplexity {before.perplexity:.3f} -> {after.perplexity:.3f}" in "\n".join(out)
 
@@ -121,6 +130,12 @@ def test_calibrating_rounds_for_a_text(models, tmp_path):
     with pytest.raises(InputError, match="--calibrate applies to int4 only; the scheme is int8"):
         quantize_command([*int4, "--scheme", "int8", "--output", str(tmp_path / "new"), "--calibrate", str(text)])
     assert not (tmp_path / "new").exists()
+
+
+def test_records_of_earlier_versions_say_whether_embeddings_are_quantized():
+    fields = {"scheme": "int4", "group_size": None, "symmetric": False}
+    for before, today in ((True, "int4"), (False, "none"), ("int8", "int8")):
+        assert Quantization.upgraded(fields | {"embeddings": before}) == fields | {"embeddings": today}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

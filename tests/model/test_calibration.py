@@ -22,7 +22,7 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("quantization", [Quantization(scheme="int4"), Quantization(scheme="int4", embeddings=True)])
+@pytest.mark.parametrize("quantization", [Quantization(scheme="int4"), Quantization(scheme="int4", embeddings="int4")])
 def test_calibration_reduces_the_output_error(quantization):
     params = unstack_layers(CONFIG, reference.random_params(nn.meta.unbox(abstract_params(CONFIG))))
     boxed = abstract_params(CONFIG, scan_layers=False)
@@ -33,7 +33,9 @@ def test_calibration_reduces_the_output_error(quantization):
     found, wanted = ([(part.shape, part.dtype) for part in jax.tree.leaves(tree)] for tree in (calibrated, like))
     assert found == wanted
     assert sorted(names) == sorted(
-        name for name in by_name(params) if name.endswith("kernel") or (quantization.embeddings and "embed" in name)
+        name
+        for name in by_name(params)
+        if name.endswith("kernel") or ("embed" in name and quantization.embeddings == "int4")
     )
     model = Transformer(CONFIG, scan_layers=False)
     positions_BT = np.broadcast_to(np.arange(16, dtype=np.int32), windows_BT.shape)

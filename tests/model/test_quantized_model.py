@@ -22,7 +22,7 @@ CONFIG = ModelConfig(
     layer_pattern=("global", "local"), sliding_window=5, tie_embeddings=False, attention_bias=True, dtype="float32",
 )  # fmt: skip
 BOXED = abstract_params(CONFIG)
-INT4 = Quantization(scheme="int4", embeddings=True)
+INT4 = Quantization(scheme="int4", embeddings="int4")
 
 
 def wanted(quantization, place=None):
@@ -37,7 +37,7 @@ def quantized(quantization, place=None):
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_the_model_on_quantized_weights_is_numpy_on_what_they_stand_for(scheme):
-    params = quantized(Quantization(scheme=scheme, embeddings=True))
+    params = quantized(Quantization(scheme=scheme, embeddings=scheme))
     dense = jax.tree.map(lambda leaf: dequantize(leaf, jnp.float32), params, is_leaf=is_quantized)
     tokens = np.random.default_rng(0).integers(0, 64, (2, 7))
     expected = reference.forward(dense, CONFIG, tokens)

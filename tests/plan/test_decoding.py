@@ -69,7 +69,7 @@ def test_quantized_weights_count_as_they_are_kept() -> None:
     assert plan.decode.roofline.hbm == pytest.approx(read / SLOW_CHIP.hbm_bandwidth)
     assert plan.decode.compiled.memory.argument_bytes < 1.1 * (plan.parameter_bytes + plan.cache_bytes / 8)
     assert decoding_json(plan)["quantization"] == {
-        "scheme": "int8", "group_size": None, "symmetric": False, "embeddings": False
+        "scheme": "int8", "group_size": None, "symmetric": False, "embeddings": "none"
     }  # fmt: skip
     assert "int8 by output channel" in decoding_table(plan)
 
