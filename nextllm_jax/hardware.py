@@ -1,5 +1,6 @@
 """Peak performance and memory of accelerators, by jax's device kind, and the memory of the host."""
 
+import difflib
 from typing import NamedTuple
 
 
@@ -45,6 +46,8 @@ def _chip(
 # (400, 1200, 800 and 1200 GB/s over 4, 6, 4 and 6 links) and the network's (25, 50, 100 and 100 Gbps); Jouppi et al.
 # 2023 (arXiv:2304.01433) gives 50 GB/s per link for v4. A dimension of a v5e or v6e slice is a ring if it has 16 chips;
 # in generations with cubes of 4x4x4 chips, if it is a multiple of 4. The network of a GPU is its NVLink, one way.
+# GeForce cards multiply bfloat16 at half the rate of their chip when they accumulate in float32, as XLA does; the white
+# papers of Ampere GA102, Ada and RTX Blackwell list that rate.
 _CHIPS = {
     "TPU v2": _chip(22.5, 8, 350),
     "TPU v3": _chip(61.5, 16, 450),
@@ -58,6 +61,8 @@ _CHIPS = {
     "TPU7x": _chip(1153.5, 96, 3690, ici=(50, 4), network=6.25),  # Ironwood
     "NVIDIA A10": _chip(125, 24, 600),
     "NVIDIA A10G": _chip(70, 24, 600),
+    "NVIDIA A30": _chip(165, 24, 933),
+    "NVIDIA A40": _chip(149.7, 48, 696),
     "NVIDIA A100-PCIE-40GB": _chip(312, 40, 1555),
     "NVIDIA A100-SXM4-40GB": _chip(312, 40, 1555, network=300),
     "NVIDIA A100 80GB PCIe": _chip(312, 80, 1935),
@@ -72,11 +77,26 @@ _CHIPS = {
     "NVIDIA B200": _chip(2250, 180, 8000, network=900),
     "NVIDIA GB200": _chip(2500, 186, 8000, network=900),
     "NVIDIA L4": _chip(121, 24, 300),
+    "NVIDIA L40": _chip(181, 48, 864),
     "NVIDIA L40S": _chip(362, 48, 864),
+    "NVIDIA RTX A4000": _chip(76.7, 16, 448),
+    "NVIDIA RTX A5000": _chip(111, 24, 768),
     "NVIDIA RTX A6000": _chip(155, 48, 768),
     "NVIDIA RTX 6000 Ada Generation": _chip(364, 48, 960),
+    "NVIDIA GeForce RTX 3070": _chip(40.6, 8, 448),
+    "NVIDIA GeForce RTX 3070 Ti": _chip(43.5, 8, 608),
+    "NVIDIA GeForce RTX 3080": _chip(59.5, 10, 760),
+    "NVIDIA GeForce RTX 3080 Ti": _chip(68.2, 12, 912),
     "NVIDIA GeForce RTX 3090": _chip(71, 24, 936),
+    "NVIDIA GeForce RTX 3090 Ti": _chip(80, 24, 1008),
+    "NVIDIA GeForce RTX 4070": _chip(58.3, 12, 504),
+    "NVIDIA GeForce RTX 4070 Ti": _chip(80.2, 12, 504),
+    "NVIDIA GeForce RTX 4080": _chip(97.5, 16, 717),
+    "NVIDIA GeForce RTX 4080 SUPER": _chip(104.4, 16, 736),
     "NVIDIA GeForce RTX 4090": _chip(165, 24, 1008),
+    "NVIDIA GeForce RTX 5070": _chip(61.7, 12, 672),
+    "NVIDIA GeForce RTX 5070 Ti": _chip(87.9, 16, 896),
+    "NVIDIA GeForce RTX 5080": _chip(112.6, 16, 960),
     "NVIDIA GeForce RTX 5090": _chip(210, 32, 1792),
 }
 
@@ -87,6 +107,18 @@ def chip(device_kind: str) -> Chip | None:
     The name must match exactly, since a guess from part of the name could silently give a wrong MFU.
     """
     return _CHIPS.get(device_kind)
+
+
+def unknown_chip(device_kind: str) -> str:
+    """A sentence that says that a device kind is not in the table, with the names that are meant and all names."""
+    words = set(_words(device_kind))
+    close = [kind for kind in _CHIPS if words.issubset(_words(kind))] or difflib.get_close_matches(device_kind, _CHIPS)
+    hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+    return f"chip '{device_kind}' is unknown{hint}; the known ones are {', '.join(_CHIPS)}"
+
+
+def _words(device_kind: str) -> list[str]:
+    return device_kind.lower().replace("-", " ").split()
 
 
 def available_host_memory() -> int | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +14,9 @@ from nextllm_jax.config import Config
 from nextllm_jax.config.files import config_of_arguments
 from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError
+from nextllm_jax.hardware import unknown_chip
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +31,8 @@ class PlanArguments:
     fast: bool = False
     """Estimate by formula within a second, without compiling."""
     chip: str | None = None
-    """With --fast, instead of --topology: JAX's name of the devices, such as "NVIDIA H100 80GB HBM3"."""
+    """With --fast, instead of --topology: JAX's name of the devices, such as "NVIDIA H100 80GB HBM3". For an unknown
+    name, the plan has memory and traffic, but no speed, and a warning lists the known names."""
     devices: int | None = None
     """With --chip: number of devices."""
     search: bool = False
@@ -109,6 +114,8 @@ def _plan(arguments: PlanArguments) -> tuple[dict[str, Any], str]:
     config, budget = arguments.run, report.Budget(arguments.days, arguments.tokens)
     if arguments.chip is not None:
         target = topology.devices_of_kind(arguments.chip, arguments.devices or 0)
+        if target.chip is None and not arguments.search:
+            _log.warning(f"{unknown_chip(arguments.chip)}. The plan has memory without speed")
     else:
         target = topology.tpu_slices(arguments.topology or "", config.mesh.slices)
     if arguments.decode:

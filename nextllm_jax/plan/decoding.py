@@ -80,7 +80,8 @@ def plan_decoding(
     if the matrices cannot be quantized as asked.
     """
     mesh = target.mesh(config)
-    if isinstance(mesh, AbstractMesh):
+    chip = target.chip
+    if isinstance(mesh, AbstractMesh) or chip is None:
         raise InputError(f"cannot compile for {target.name} without such devices; give a --topology")
     _check(config, request, mesh)
     dtype = resolve_dtype(config.model.dtype, mesh.devices.flat[0].platform)
@@ -102,7 +103,7 @@ def plan_decoding(
             return Phase(compiled=compiled, traffic=None, roofline=None, tokens=tokens)
         traffic = collectives(compiled.hlo, mesh.shape, config.mesh.slices).traffic
         flops = tokens * flops_per_token(config.model, tokens_per_row) / 3
-        limit = roofline(flops, read_bytes + cache_bytes / mesh.size, traffic, mesh, target.chip)
+        limit = roofline(flops, read_bytes + cache_bytes / mesh.size, traffic, mesh, chip)
         return Phase(compiled=compiled, traffic=traffic, roofline=limit, tokens=tokens)
 
     with jax.set_mesh(mesh):
@@ -111,7 +112,7 @@ def plan_decoding(
     return DecodingPlan(
         topology=target.name,
         device_kind=target.device_kind,
-        chip=target.chip,
+        chip=chip,
         mesh=dict(mesh.shape),
         request=request,
         quantization=quantization,

@@ -23,14 +23,14 @@ class Budget(NamedTuple):
     tokens: float | None
     """Tokens, reported as days; None: the tokens of training.steps."""
 
-    def steps(self, plan: TrainingPlan) -> int:
-        """The largest number of steps in these days."""
-        return int(self.days * _DAY / plan.roofline.seconds)
+    def steps(self, plan: TrainingPlan) -> int | None:
+        """The largest number of steps in these days; None for an unknown chip."""
+        return int(self.days * _DAY / plan.roofline.seconds) if plan.roofline else None
 
-    def days_of_tokens(self, plan: TrainingPlan) -> float:
-        """The smallest number of days that the tokens take."""
+    def days_of_tokens(self, plan: TrainingPlan) -> float | None:
+        """The smallest number of days that the tokens take; None for an unknown chip."""
         tokens = self.tokens or plan.config.training.steps * plan.tokens_per_step
-        return tokens / plan.tokens_per_second / _DAY
+        return tokens / plan.tokens_per_second / _DAY if plan.tokens_per_second else None
 
 
 _FIELDS = (
@@ -40,7 +40,10 @@ _FIELDS = (
 
 
 def training_json(plan: TrainingPlan, budget: Budget) -> dict[str, Any]:
-    """The plan as JSON values. Bytes are per device; bytes of collectives are per device and step."""
+    """The plan as JSON values. Bytes are per device; bytes of collectives are per device and step.
+
+    Values that need the speed or the capacity of a device are None for an unknown chip.
+    """
     config, check, steps = plan.config, plan.flops_check, budget.steps(plan)
     return {
         **_target_json(plan),
@@ -56,10 +59,10 @@ def training_json(plan: TrainingPlan, budget: Budget) -> dict[str, Any]:
         "flops_check": check and check._asdict() | {"relative_difference": check.relative_difference},
         "collectives": _traffic_json(plan.traffic),
         "collectives_minimum": _traffic_json(plan.minimum),
-        "roofline": _roofline_json(plan.roofline),
-        "step_seconds": plan.roofline.seconds,
+        "roofline": plan.roofline and _roofline_json(plan.roofline),
+        "step_seconds": plan.roofline and plan.roofline.seconds,
         "days": budget.days_of_tokens(plan),
-        "budget": {"days": budget.days, "steps": steps, "tokens": steps * plan.tokens_per_step},
+        "budget": {"days": budget.days, "steps": steps, "tokens": steps and steps * plan.tokens_per_step},
     }
 
 
@@ -106,7 +109,7 @@ def _target_json(plan: TrainingPlan | DecodingPlan) -> dict[str, Any]:
         "device_kind": plan.device_kind,
         "devices": math.prod(plan.mesh.values()),
         "mesh": dict(plan.mesh),
-        "hbm_bytes": plan.chip.hbm_bytes,
+        "hbm_bytes": plan.chip and plan.chip.hbm_bytes,
     }
 
 
@@ -121,7 +124,9 @@ def _roofline_json(roofline: Roofline) -> dict[str, Any]:
 
 def training_table(plan: TrainingPlan, budget: Budget) -> str:
     """The plan as text: blocks of lines."""
-    blocks = (_training_head(plan), _training_memory(plan), _training_traffic(plan), _training_time(plan, budget))
+    blocks = [_training_head(plan), _training_memory(plan), _training_traffic(plan)]
+    if plan.roofline:
+        blocks.append(_training_time(plan, plan.roofline, budget))
     return "\n\n".join("\n".join(block) for block in blocks)
 
 
@@ -154,6 +159,9 @@ def _training_memory(plan: TrainingPlan) -> Iterator[str]:
         yield _line("peak", readable_bytes(plan.estimated_peak_bytes), "estimated; leave out --fast to compile")
     if plan.needed_bytes:
         yield _line("needed", readable_bytes(plan.needed_bytes))
+    if plan.limit_bytes is None:
+        yield "the capacity and the speed of the device are unknown"
+        return
     yield _line("capacity", readable_bytes(plan.limit_bytes))
     yield "it fits" if plan.fits else "it does NOT fit; try these changes, in this order:"
     for number, sentence in enumerate(plan.advice, 1):
@@ -199,8 +207,7 @@ def _traffic_lines(traffic: Mapping[Collective, Traffic]) -> Iterator[str]:
     yield _line("total", readable_bytes(total))
 
 
-def _training_time(plan: TrainingPlan, budget: Budget) -> Iterator[str]:
-    roofline = plan.roofline
+def _training_time(plan: TrainingPlan, roofline: Roofline, budget: Budget) -> Iterator[str]:
     yield "lower bound on the time of a step"
     yield from _roofline_lines(roofline)
     yield _line("tokens/s, upper bound", f"{plan.tokens_per_second:,.0f}", f"MFU {plan.mfu_bound:.1%}")
@@ -211,7 +218,7 @@ def _training_time(plan: TrainingPlan, budget: Budget) -> Iterator[str]:
     yield _line("FLOPs", f"{plan.flops_per_step:.3e}", note)
     what = f"{budget.tokens:.3e} tokens" if budget.tokens else f"{plan.config.training.steps:,} steps"
     yield f"{what} take at least {budget.days_of_tokens(plan):,.2f} days"
-    steps = budget.steps(plan)
+    steps = budget.steps(plan) or 0
     yield f"{budget.days:g} days are enough for at most {steps:,} steps or {steps * plan.tokens_per_step:.3e} tokens"
 
 
@@ -264,6 +271,7 @@ def search_table(plans: Sequence[TrainingPlan], budget: Budget) -> str:
     """A table of the plans that fit, best first, then the details of the best one."""
     lines = [f"{'mesh':40}{'remat':>16}{'accum.':>7}{'peak':>12}{'step':>12}{'MFU':>8}"]
     for plan in plans[:20]:
+        assert plan.roofline is not None  # search needs a known chip
         peak = readable_bytes(plan.memory.peak_bytes if plan.memory else plan.estimated_peak_bytes)
         steps = plan.config.training.accumulation_steps
         note = "" if plan.memory else "  estimated"

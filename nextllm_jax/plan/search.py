@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from nextllm_jax.config import Config
 from nextllm_jax.config.model import ModelConfig
 from nextllm_jax.errors import InputError
+from nextllm_jax.hardware import unknown_chip
 from nextllm_jax.plan.topology import Target
 from nextllm_jax.plan.training import TrainingPlan, estimate_training, plan_training
 from nextllm_jax.progress import progress_bar
@@ -22,10 +23,12 @@ def search(config: Config, target: Target, minutes: float) -> list[TrainingPlan]
 
     Variants differ in mesh, remat policy and accumulation steps, so all of them compute the same updates. The variants
     with the best estimates are compiled until `minutes` have passed; the last compilation is not interrupted.
-    Raises InputError if no variant fits.
+    Raises InputError if no variant fits, and for an unknown chip.
     """
+    if target.chip is None:
+        raise InputError(f"--search needs the memory and speed of a device, but {unknown_chip(target.device_kind)}")
     began = time.monotonic()
-    estimates = sorted(_estimates(config, target), key=_step_time)
+    estimates = sorted(_estimates(config, target, target.chip.hbm_bytes), key=_step_time)
     if not estimates:
         raise InputError(
             f"no mesh, remat policy or number of accumulation steps makes this config fit {target.name}; give more "
@@ -44,17 +47,18 @@ def search(config: Config, target: Target, minutes: float) -> list[TrainingPlan]
 
 def _step_time(plan: TrainingPlan) -> tuple[float, float]:
     """The sort key: the lower bound on the step time, then the time without overlap."""
+    assert plan.roofline is not None  # the chip is known
     return plan.roofline.seconds, plan.roofline.seconds_without_overlap
 
 
-def _estimates(config: Config, target: Target) -> Iterator[TrainingPlan]:
-    """The plans of all variants that may fit."""
+def _estimates(config: Config, target: Target, limit_bytes: int) -> Iterator[TrainingPlan]:
+    """The plans of all variants that may fit into `limit_bytes` on each device."""
     for variant in progress_bar(list(variants(config, target.num_devices)), desc="estimating", unit=" variants"):
         try:
             plan = estimate_training(variant, target)
         except InputError:
             continue  # the model or the batch is not divisible by this mesh
-        if plan.estimated_peak_bytes <= _MARGIN * target.chip.hbm_bytes:
+        if plan.estimated_peak_bytes <= _MARGIN * limit_bytes:
             yield plan
 
 

@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from nextllm_jax.config import Config
 from nextllm_jax.errors import InputError
-from nextllm_jax.hardware import Chip, chip
+from nextllm_jax.hardware import Chip, chip, unknown_chip
 from nextllm_jax.sharding import MESH_AXES, make_mesh
 
 
@@ -17,8 +17,8 @@ class Target(NamedTuple):
 
     name: str
     device_kind: str
-    chip: Chip
-    """Limits of one device."""
+    chip: Chip | None
+    """Limits of one device; None if they are unknown, which leaves the memory that a program needs."""
     num_devices: int
     devices: list[Any] | None
     """None if only their number is known, so that nothing can be compiled for them."""
@@ -60,24 +60,19 @@ def tpu_slices(topology: str, num_slices: int = 1) -> Target:
         ) from error
     name = f"{num_slices} x {topology}" if num_slices > 1 else topology
     kind = devices[0].device_kind
-    limits = _limits(kind)
+    limits = chip(kind)
+    if limits is None:
+        raise InputError(unknown_chip(kind))
     if kind == "TPU v4" and any(device.core_on_chip for device in devices):
         limits = _half(limits)  # libtpu lists its two cores separately; a v4 machine shows them as one device
     return Target(name, kind, limits, len(devices), devices)
 
 
 def devices_of_kind(device_kind: str, num_devices: int) -> Target:
-    """`num_devices` devices of a kind listed in `hardware`. Raises InputError for an unknown kind."""
+    """`num_devices` devices of a kind, with their limits if `hardware` lists them."""
     if num_devices < 1:
         raise InputError(f"devices is {num_devices}; it must be positive")
-    return Target(device_kind, device_kind, _limits(device_kind), num_devices, None)
-
-
-def _limits(device_kind: str) -> Chip:
-    limits = chip(device_kind)
-    if limits is None:
-        raise InputError(f"chip '{device_kind}' is unknown; hardware.py lists the known ones")
-    return limits
+    return Target(device_kind, device_kind, chip(device_kind), num_devices, None)
 
 
 def _half(whole: Chip) -> Chip:

@@ -48,7 +48,8 @@ class TrainingPlan:
     config: Config
     topology: str
     device_kind: str
-    chip: Chip
+    chip: Chip | None
+    """Limits of a device; None if they are unknown."""
     mesh: Mapping[str, int]
     argument_bytes: int
     """The training state and the batch."""
@@ -62,7 +63,8 @@ class TrainingPlan:
     """A lower bound on what a step sends."""
     unknown_loops: int
     """Loops with collectives whose trip count is unknown; they count as one iteration."""
-    roofline: Roofline
+    roofline: Roofline | None
+    """None for an unknown chip."""
     flops_check: FlopsCheck | None
     compile_seconds: float | None
     """None for an estimate."""
@@ -77,10 +79,10 @@ class TrainingPlan:
         return int(np.prod(list(self.mesh.values())))
 
     @property
-    def limit_bytes(self) -> int:
-        """Memory that is available to a program."""
+    def limit_bytes(self) -> int | None:
+        """Memory that is available to a program; None for an unknown chip."""
         reported = self.out_of_memory.limit_bytes if self.out_of_memory else None
-        return reported or self.chip.hbm_bytes
+        return reported or (self.chip and self.chip.hbm_bytes)
 
     @property
     def needed_bytes(self) -> int | None:
@@ -91,10 +93,12 @@ class TrainingPlan:
         return report.needed_bytes or (report.temporary_bytes and report.temporary_bytes + self.argument_bytes)
 
     @property
-    def fits(self) -> bool:
-        """Whether the step fits into the memory of a device."""
+    def fits(self) -> bool | None:
+        """Whether the step fits into the memory of a device; None for an unknown chip."""
         if self.out_of_memory:
             return False
+        if self.chip is None:
+            return None
         peak = self.memory.peak_bytes if self.memory else self.estimated_peak_bytes
         return peak <= self.chip.hbm_bytes
 
@@ -114,13 +118,15 @@ class TrainingPlan:
         return self.tokens_per_step * flops_per_token(self.config.model, self.config.data.sequence_length)
 
     @property
-    def tokens_per_second(self) -> float:
-        """Upper bound on the throughput of all devices together."""
-        return self.tokens_per_step / self.roofline.seconds
+    def tokens_per_second(self) -> float | None:
+        """Upper bound on the throughput of all devices together; None for an unknown chip."""
+        return self.roofline and self.tokens_per_step / self.roofline.seconds
 
     @property
-    def mfu_bound(self) -> float:
-        """Upper bound on the model FLOPs utilization."""
+    def mfu_bound(self) -> float | None:
+        """Upper bound on the model FLOPs utilization; None for an unknown chip."""
+        if self.roofline is None or self.chip is None:
+            return None
         return self.flops_per_step / (self.roofline.seconds * self.num_devices * self.chip.peak_flops_bf16)
 
 
@@ -186,7 +192,8 @@ def estimate_training(config: Config, target: Target) -> TrainingPlan:
 
 def _advised(plan: TrainingPlan, target: Target) -> TrainingPlan:
     """The plan, with advice if it does not fit. Estimates in it are scaled to match what the compiler reported."""
-    if plan.fits:
+    limit = plan.limit_bytes
+    if plan.fits or limit is None:
         return plan
     scale = max(1.0, (plan.needed_bytes or 0) / plan.estimated_peak_bytes)
 
@@ -195,14 +202,23 @@ def _advised(plan: TrainingPlan, target: Target) -> TrainingPlan:
         check_divides(config, mesh)
         return scale * peak_bytes(config, mesh.shape, argument_bytes(config, mesh))
 
-    sentences = advice(plan.config, plan.mesh, plan.limit_bytes, peak)
+    sentences = advice(plan.config, plan.mesh, limit, peak)
     return dataclasses.replace(plan, advice=sentences)
 
 
 def _roofline(
-    config: Config, mesh: Mesh | AbstractMesh, chip: Chip, traffic: Mapping[Collective, Traffic], state_bytes: float
-) -> Roofline:
-    """The roofline of a train step that sends `traffic` and holds `state_bytes` on each device."""
+    config: Config,
+    mesh: Mesh | AbstractMesh,
+    chip: Chip | None,
+    traffic: Mapping[Collective, Traffic],
+    state_bytes: float,
+) -> Roofline | None:
+    """The roofline of a train step that sends `traffic` and holds `state_bytes` on each device.
+
+    None for an unknown chip.
+    """
+    if chip is None:
+        return None
     length, tokens = config.data.sequence_length, config.training.global_batch_size * config.data.sequence_length
     flops = flops_per_token(config.model, length) + recomputed_flops_per_token(config.model, length)
     through_memory = memory_traffic_bytes(config, mesh.shape, state_bytes)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from nextllm_jax import process
+from nextllm_jax.cli.plan import plan_command
 from nextllm_jax.errors import InputError
 from nextllm_jax.plan.topology import tpu_slices
 
@@ -17,7 +19,7 @@ COMMAND = ("nextllm_jax.cli", "plan", "--config", "config.py")
     [
         ([], "give either --topology, or --fast, --chip and --devices"),
         (["--chip", "NVIDIA H200", "--devices", "8"], "add --fast and --devices"),
-        (["--chip", "Abacus", "--devices", "8", "--fast"], "chip 'Abacus' is unknown"),
+        (["--chip", "Abacus", "--devices", "8", "--fast", "--search"], "chip 'Abacus' is unknown; the known ones are"),
         (["--topology", "v5e:4x4", "--devices", "8"], "--devices is for --chip"),
         (["--topology", "v5e:4x4", "--decode", "--fast"], "--decode always compiles"),
         (["--topology", "v5e:4x4", "--quantize", "int8"], "--quantize is for sampling; add --decode"),
@@ -39,6 +41,22 @@ def test_an_estimate_for_gpus(door) -> None:
     assert values["fits"]
     assert values["memory"]["peak_bytes"] > values["memory"]["argument_bytes"]
     assert "estimated" in door.run(*COMMAND, *arguments).stdout
+
+
+def test_an_unknown_chip_has_memory_without_speed(monkeypatch, caplog, capsys) -> None:
+    """A name from a shop instead of JAX's: the memory does not depend on it."""
+    monkeypatch.setattr(process, "use_planning_settings", lambda: None)  # which are for the whole process
+    config = str(Path(__file__).parent.parent.parent / "configs" / "tiny.py")
+    arguments = ["--config", config, "--fast", "--chip", "NVIDIA RTX 4090", "--devices", "4"]
+    plan_command([*arguments, "--json"])
+    assert "did you mean NVIDIA GeForce RTX 4090?); the known ones are TPU v2, TPU v3" in caplog.text
+    values = json.loads(capsys.readouterr().out)
+    assert values["memory"]["peak_bytes"] > 0
+    assert all(values[name] is None for name in ("fits", "hbm_bytes", "roofline", "tokens_per_second", "days"))
+    plan_command(arguments)
+    table = capsys.readouterr().out
+    assert "the capacity and the speed of the device are unknown" in table
+    assert "tokens/s" not in table
 
 
 def test_without_libtpu(monkeypatch) -> None:

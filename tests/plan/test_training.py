@@ -162,8 +162,6 @@ def test_devices_that_are_only_counted() -> None:
     assert plan.roofline.network > 0
     with pytest.raises(InputError, match="--fast"):
         plan_training(config, devices_of_kind("NVIDIA H100 80GB HBM3", 8))
-    with pytest.raises(InputError, match="is unknown"):
-        devices_of_kind("Abacus", 8)
 
 
 def test_a_mesh_or_a_batch_that_does_not_go_with_the_devices() -> None:
