@@ -4,13 +4,16 @@ Orbax, TensorBoard, the profiler and the tokenizer write their own directories, 
 module does not import jax.
 """
 
+import json
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 from etils import epath
 
 from nextllm_jax.checkpoint.orbax_errors import writing
 from nextllm_jax.config import Config
-from nextllm_jax.config.files import read_config
+from nextllm_jax.config.files import REPLACED, read_config
 from nextllm_jax.errors import InputError
 from nextllm_jax.storage.disk import Disk
 
@@ -41,9 +44,15 @@ class RunDir:
         """The run's config. Raises InputError if config.json is missing or is not a run's."""
         return read_config(self.path / CONFIG)
 
-    def write_config(self, config: Config) -> None:
-        """Replace config.json."""
-        self.write(CONFIG, config.to_json().encode())
+    def read_replaced(self) -> dict[str, tuple[Any, ...]]:
+        """By dotted field, the values that `--allow-change` has replaced in this run; see `write_config`."""
+        self.read_config()  # raises InputError for another file
+        return {name: _hashable(values) for name, values in json.loads(self.read(CONFIG)).get(REPLACED, {}).items()}
+
+    def write_config(self, config: Config, replaced: Mapping[str, tuple[Any, ...]] | None = None) -> None:
+        """Replace config.json. `replaced` has earlier values of fields, see `training.accepted_changes`."""
+        values = json.loads(config.to_json()) | ({REPLACED: replaced} if replaced else {})
+        self.write(CONFIG, (json.dumps(values, indent=2) + "\n").encode())
 
     def names(self, directory: str) -> list[str]:
         """The names in one of the run's directories."""
@@ -117,3 +126,8 @@ class RunDir:
     def require_unlocked(self) -> None:
         """Raise InputError, which names the process, if a process currently trains in the directory."""
         self._storage.require_unlocked(_LOCK)
+
+
+def _hashable(value: Any) -> Any:
+    """A JSON value with tuples for lists, as in a Config."""
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value

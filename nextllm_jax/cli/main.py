@@ -25,7 +25,7 @@ from nextllm_jax.cli.quantize import quantize_command
 from nextllm_jax.cli.sample import chat_command, sample_command
 from nextllm_jax.cli.text import evaluate_command, lm_eval_command, tokenize_command
 from nextllm_jax.config import Config, DataConfig
-from nextllm_jax.config.files import config_of_arguments
+from nextllm_jax.config.files import config_of_arguments, stated_fields
 from nextllm_jax.distributed.rendezvous import DistributedConfig
 from nextllm_jax.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, InputError, RunFailed
 from nextllm_jax.process import use_compilation_cache
@@ -81,7 +81,8 @@ class TrainArguments:
     overwrite: bool = False
     """Start over in an existing run directory. The old files are moved into its overwritten/."""
     allow_change: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Config field that may change when a run is continued, such as optimizer.learning_rate. May be repeated."""
+    """Config field that may change when a run is continued, such as optimizer.learning_rate. May be repeated. The new
+    value becomes the run's: later commands need neither this option nor the changed one."""
     profile: int = 0
     """Number of steps to trace, after two warmup steps, into the run's profile/ for XProf and Perfetto; 0: none."""
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
@@ -118,6 +119,7 @@ def train_command(argv: list[str]) -> int:
         profile_steps=arguments.profile,
         distributed=arguments.distributed,
         file=file,
+        stated=stated_fields(argv),
         may_exit=True,
     )
     return EXIT_INTERRUPTED if outcome == "interrupted" else 0
@@ -219,8 +221,10 @@ def doctor_command(argv: list[str]) -> int:
     arguments = tyro.cli(DoctorArguments, args=argv, prog="nextllm doctor", default=default)
 
     from nextllm_jax.pretrained.init_from import with_source
+    from nextllm_jax.training.accepted_changes import with_accepted_changes
 
-    config, source = with_source(arguments.run, file, overwrite=arguments.overwrite)
+    config = arguments.run if arguments.overwrite else with_accepted_changes(arguments.run, stated_fields(argv))
+    config, source = with_source(config, file, overwrite=arguments.overwrite)
     arguments = dataclasses.replace(arguments, run=config)
     return _prove_resuming(arguments) if arguments.resume_proof else _diagnose(arguments, source)
 

@@ -20,6 +20,9 @@ from nextllm_jax.config.checks import require
 from nextllm_jax.config.run import FIRST_FORMAT, FORMAT, Config
 from nextllm_jax.errors import InputError
 
+REPLACED = "replaced"
+"""Key of a run's config.json, next to the fields of the config; see `training.accepted_changes`."""
+
 
 class _Removed(NamedTuple):
     """A field that this version no longer has."""
@@ -73,7 +76,10 @@ def from_json(text: str, where: str) -> Config:
 
 def config_of_values(values: dict[str, Any], where: str) -> Config:
     """The Config of the JSON object that `Config.to_json` wrote; `where` names the file in errors."""
-    fields = {name: value for name, value in values.items() if name != "format"} if isinstance(values, dict) else values
+    if isinstance(values, dict):
+        fields = {name: value for name, value in values.items() if name not in ("format", REPLACED)}
+    else:
+        fields = values
     config = from_dict(Config, fields, where)
     # Another program's config.json could be an empty object, which has no unknown fields.
     require({"model", "data", "training"} <= values.keys(), f"{where} is not the config.json of a run")
@@ -136,6 +142,13 @@ def config_of_arguments(argv: list[str]) -> Config:
     if len(files) > 1:
         raise InputError(f"--config is given {len(files)} times; give one file, and override fields with flags")
     return load_config_file(files[0]) if files else Config()
+
+
+def stated_fields(argv: Iterable[str]) -> frozenset[str]:
+    """The dotted names of the fields that command-line options set, such as "optimizer.learning_rate"."""
+    options = (argument.partition("=")[0] for argument in argv if argument.startswith("--"))
+    names = {option.removeprefix("--").replace("-", "_") for option in options}
+    return frozenset(names | {re.sub(r"(^|\.)no_", r"\1", name) for name in names})
 
 
 def local_workdir(config: Config) -> str:

@@ -15,6 +15,7 @@ from nextllm_jax.distributed.rendezvous import DistributedConfig
 from nextllm_jax.distributed.signals import StopRequest
 from nextllm_jax.process import use_compilation_cache
 from nextllm_jax.progress import show_messages
+from nextllm_jax.training.accepted_changes import replaced_values, with_accepted_changes
 from nextllm_jax.training.resume_guard import allowed_fields
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def train(
     profile_steps: int = 0,
     distributed: DistributedConfig | None = None,
     file: Config | None = None,
+    stated: Collection[str] = (),
     may_exit: bool = False,
 ) -> Literal["finished", "interrupted"]:
     """Train as configured, or resume the run in `config.workdir`. Data that is missing is prepared first.
@@ -40,6 +42,8 @@ def train(
         profile_steps: Number of steps to trace into profile/ of the run.
         distributed: Settings of several processes; None: a single process.
         file: The config before command-line overrides, which determine what `init_from` may replace; None: `config`.
+        stated: Dotted fields that the command line sets. A change that `allow_change` accepted earlier stays in force
+            for the others, if their value is the one that it replaced.
         may_exit: Whether a signal may exit the process while no work would be lost. Only commands set it.
 
     Returns "interrupted" if SIGINT, SIGTERM or SIGHUP arrived: the run is saved, and the same call resumes it. Signals
@@ -58,7 +62,11 @@ def train(
         local_workdir(config)  # raises InputError if there is none
         group.connect()
         stack.enter_context(_messages_from_process_0(group))
-        config, source = _prepare(config, file or config, group, stop, overwrite, consent)
+        file, replaced = file or config, {}
+        if not overwrite:
+            config = with_accepted_changes(config, stated)
+            replaced = replaced_values(config, file, consent)
+        config, source = _prepare(config, file, group, stop, overwrite, consent)
 
         from nextllm_jax.training.loop import run_steps
         from nextllm_jax.training.setup import open_session
@@ -68,6 +76,7 @@ def train(
             source=source,
             overwrite=overwrite,
             allow_change=allow_change,
+            replaced=replaced,
             profile_steps=profile_steps,
             group=group,
             stop=stop,

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -43,6 +43,7 @@ def open_session(
     source: Source | None = None,
     overwrite: bool = False,
     allow_change: Collection[str] = (),
+    replaced: Mapping[str, tuple[Any, ...]] | None = None,
     profile_steps: int = 0,
     group: ProcessGroup | None = None,
     stop: StopRequest | None = None,
@@ -50,8 +51,8 @@ def open_session(
     """A run on data that is prepared, and the moment from which it goes on: its latest checkpoint, or step 0.
 
     `config` already has the model of its `init_from`; `source` is that model if `with_source` opened it. `group`: the
-    processes of this training (None: only this one). `stop`: a StopRequest that is already entered. The rest is as in
-    `launch.train`.
+    processes of this training (None: only this one). `stop`: a StopRequest that is already entered. `replaced`: as
+    `accepted_changes.replaced_values` returns it. The rest is as in `launch.train`.
 
     Raises InputError for what the user can fix.
     """
@@ -80,7 +81,7 @@ def open_session(
         writes = group.process_id == 0
         if writes:  # only now, when a resumed run has passed all checks
             start.tokenizer.save(opened.dir.tokenizer)
-            opened.dir.write_config(config)
+            opened.dir.write_config(config, replaced)
         writer = MetricsWriter(
             opened.dir, config.model, initial_step=initial_step, evaluated=at.evaluated, enabled=writes
         )
@@ -111,6 +112,8 @@ def _announce(run: OpenRun, remarks: Iterable[Remark], step: int | None) -> None
         _log.info(f"continuing from step {step} of {run.dir.path}")
     for change in run.changes:
         _log.info(f"changed: {change}")
+    if run.changes:
+        _log.info("the run keeps these changes: from now on, the command without them continues it too")
 
 
 def _make_meter(start: Start, record: dict[str, Any]) -> TrainMeter:

@@ -225,3 +225,10 @@ def test_a_workdir_of_the_config_is_kept(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("from nextllm_jax.config import *\ndef get_config(): return Config(workdir='elsewhere')")
     assert config_files.load_config_file(str(file)).workdir == "elsewhere"
+
+
+def test_fields_that_a_command_line_states():
+    argv = ["--config", "c.py", "--optimizer.learning-rate=1e-3", "--seed", "1", "--checkpoint.no-strict"]
+    stated = config_files.stated_fields(argv)
+    assert {"optimizer.learning_rate", "seed", "checkpoint.strict"} <= stated
+    assert "optimizer.b1" not in stated

@@ -10,6 +10,9 @@ import sys
 import pytest
 
 import nextllm_jax
+from nextllm_jax import process
+from nextllm_jax.checkpoint.run_dir import RunDir
+from nextllm_jax.cli.main import train_command
 from nextllm_jax.config.files import load_config_file
 from nextllm_jax.errors import InputError
 from nextllm_jax.training import launch
@@ -36,6 +39,31 @@ def test_a_notebook_trains_in_a_thread_and_keeps_its_signal_handlers(trained, do
     assert capsys.readouterr() == ("", ""), "messages go to the handlers that the program has configured"
     with pytest.raises(InputError, match=r"another config.*\n.*seed 0 -> 1"):
         nextllm_jax.train(dataclasses.replace(config, seed=1))
+
+
+def test_an_accepted_change_is_the_runs_and_the_first_command_continues_it(trained, door, monkeypatch, messages):
+    """The run is finished already, so nothing is compiled."""
+    monkeypatch.chdir(door.directory)
+    monkeypatch.setattr(launch, "use_compilation_cache", lambda: None)  # it is the whole process's
+    monkeypatch.setattr(process, "restart_with_settings", lambda: None)
+    shutil.copytree(trained.directory / "runs", "runs")
+    first, rate = ["--config", "config.py"], "--optimizer.learning-rate"
+    # The file says 0.005.
+    assert train_command([*first, rate, "0.002", "--allow-change", "optimizer.learning-rate"]) == 0
+    assert "changed: optimizer.learning_rate 0.005 -> 0.002" in messages.text
+    assert "the command without them continues it too" in messages.text
+    messages.clear()
+    for _ in range(2):  # the first must not make the run forget
+        assert train_command(first) == 0
+        assert "optimizer.learning_rate is 0.002 instead of 0.005, by an earlier --allow-change" in messages.text
+    assert RunDir("runs/config").read_config().optimizer.learning_rate == 0.002
+    for value in ("0.005", "0.001"):
+        with pytest.raises(InputError, match=rf"learning_rate 0.002 -> {value}"):
+            train_command([*first, f"{rate}={value}"])
+    text = (door.directory / "config.py").read_text()
+    (door.directory / "edited.py").write_text(text.replace("learning_rate=5e-3", "learning_rate=1e-3"))
+    with pytest.raises(InputError, match=r"learning_rate 0.002 -> 0.001"):
+        train_command(["--config", "edited.py", "--workdir", "runs/config"])
 
 
 NOTEBOOK = """
