@@ -44,11 +44,6 @@ def _finite(loss: float | None) -> float | None:
     return float(loss) if loss is not None and math.isfinite(loss) else None
 
 
-def _best(losses: dict[int, float | None]) -> int | None:
-    """The step with the lowest loss, the earliest one if several are equal; None if no step has a loss."""
-    return min(((loss, step) for step, loss in losses.items() if loss is not None), default=(None, None))[1]
-
-
 def _first_found(text: str) -> str:
     """The first nonempty text among those of all processes; every process gets it."""
     if jax.process_count() == 1:
@@ -118,7 +113,7 @@ class Checkpoints:
 
         A step whose manifest cannot be read is left out, with a warning.
         """
-        return _best(self._losses())
+        return step_files.best(self._losses())
 
     def _losses(self) -> dict[int, float | None]:
         """The validation loss of each step with a readable manifest, in the order of the steps."""
@@ -180,7 +175,7 @@ class Checkpoints:
             losses = self._losses()
             for unknown in sorted(set(self.steps()) - losses.keys()):
                 self._manifest(unknown)
-            if (best := _best(losses)) is None:
+            if (best := step_files.best(losses)) is None:
                 raise InputError(f"no checkpoint in {self._directory} has a validation loss; use latest ({there})")
             return best
         number = int(step) if str(step).isdecimal() else None
@@ -389,7 +384,7 @@ class Checkpoints:
     def _superseded(self) -> list[int]:
         """The steps that need not be kept. A step that cannot be read is kept, since it may be the best."""
         losses, every = self._losses(), self._keep_every_steps
-        keep = {*list(losses)[-self._keep_last :], _best(losses)}
+        keep = {*list(losses)[-self._keep_last :], step_files.best(losses)}
         keep |= {step for step in losses if every and step and step % every == 0}
         keep |= {step for step in losses if (self._path(step) / step_files.PINNED).exists()}
         return [step for step in losses if step not in keep]

@@ -21,7 +21,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import IO, Any
 
@@ -80,6 +80,11 @@ def saved_steps(directory: epath.Path) -> list[int]:
     """The saved steps in a directory, sorted; empty if it is missing."""
     entries = directory.iterdir() if directory.is_dir() else ()
     return sorted(int(path.name) for path in entries if is_step(path))
+
+
+def best(losses: Mapping[int, float | None]) -> int | None:
+    """The step with the lowest loss, the earliest one if several are equal; None if no step has a loss."""
+    return min(((loss, step) for step, loss in losses.items() if loss is not None), default=(None, None))[1]
 
 
 def is_leftover(path: epath.Path) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from etils import epath
 
 from nextllm_jax.checkpoint import step_files
-from nextllm_jax.checkpoint.run_dir import CHECKPOINTS, RunDir
+from nextllm_jax.checkpoint.run_dir import BASE, CHECKPOINTS, RunDir
 from nextllm_jax.errors import InputError
 
 
@@ -29,6 +29,8 @@ class StepReport:
     damages: tuple[step_files.DamagedFile, ...] = ()
     unknown: tuple[str, ...] = ()
     """Paths in the step that were not saved with it. They do no harm."""
+    marks: tuple[str, ...] = ()
+    """Why retention keeps the step: best, latest or pinned."""
 
     @property
     def failed(self) -> bool:
@@ -43,6 +45,7 @@ class StepReport:
             "files": len(self.manifest.get("files", {})),
             "bytes": _bytes(self.manifest),
             "validation_loss": self.manifest.get("validation_loss"),
+            "marks": list(self.marks),
             "damaged": [{"file": damage.file, "problem": damage.problem} for damage in self.damages],
             "unknown": list(self.unknown),
         }
@@ -53,7 +56,8 @@ class StepReport:
             loss = self.manifest["validation_loss"]
             scored = "" if loss is None else f", validation loss {loss:.4f}"
             size = f"{len(self.manifest['files'])} files, {_bytes(self.manifest):,} bytes"
-            return f"{self.path}: ok, {size}{scored}{unknown}"
+            marks = f" ({', '.join(self.marks)})" if self.marks else ""
+            return f"{self.path}: ok, {size}{scored}{marks}{unknown}"
         if self.failed:
             return f"{self.path}: {self.state}: {'; '.join(map(str, self.damages))}{unknown}"
         why = {
@@ -82,6 +86,21 @@ def find_steps(path: epath.PathLike) -> list[epath.Path]:
     return sorted(ours, key=lambda entry: (int(entry.name.partition(".")[0]), entry.name))
 
 
+def describe_retention(path: epath.PathLike) -> str | None:
+    """A sentence on why there are no other checkpoints in a run; None if `path` is not a run."""
+    try:
+        kept = RunDir(path).read_config().checkpoint
+    except InputError:
+        return None
+    every = kept.keep_every_steps
+    milestones = f", multiples of checkpoint.keep_every_steps {every}" if every else ""
+    fix = "" if every else "; --checkpoint.keep-every-steps keeps milestones"
+    return (
+        f"training keeps the best checkpoint, the latest (checkpoint.keep_last {kept.keep_last}){milestones} and "
+        f"pinned ones, and deletes the others after each save{fix}"
+    )
+
+
 def count_bytes(paths: Iterable[epath.Path]) -> int:
     """The number of bytes that `check_steps` will read, from the manifests; for a progress bar."""
     count = 0
@@ -93,13 +112,36 @@ def count_bytes(paths: Iterable[epath.Path]) -> int:
 
 def check_steps(paths: Iterable[epath.Path], progress: step_files.Progress | None = None) -> Iterator[StepReport]:
     """The report of each directory from `find_steps`, except those that a training run deletes in the meantime."""
+    marks: dict[epath.Path, dict[str, list[str]]] = {}
     for path in paths:
+        if path.parent not in marks:
+            marks[path.parent] = _marks(path.parent)
         if step_files.is_leftover(path):
             yield StepReport(path, "unfinished")
         elif step_files.is_set_aside(path):
             yield StepReport(path, "set aside")
         elif (report := _check_step(path, progress)) and path.exists():
-            yield report
+            yield dataclasses.replace(report, marks=tuple(marks[path.parent].get(path.name, ())))
+
+
+def _marks(directory: epath.Path) -> dict[str, list[str]]:
+    """The marks of each step in a directory, by its name; none for the frozen base weights of a run."""
+    if directory.name == BASE:
+        return {}
+    losses: dict[int, float | None] = {}
+    for step in step_files.saved_steps(directory):
+        losses[step] = None
+        with contextlib.suppress(OSError, step_files.DamagedFile):
+            losses[step] = step_files.read_manifest(directory / str(step))["validation_loss"]
+    best, latest = step_files.best(losses), max(losses, default=None)
+    return {
+        str(step): [
+            *(["best"] if step == best else []),
+            *(["latest"] if step == latest else []),
+            *(["pinned"] if (directory / str(step) / step_files.PINNED).exists() else []),
+        ]
+        for step in losses
+    }
 
 
 def _check_step(path: epath.Path, progress: step_files.Progress | None) -> StepReport:

@@ -10,6 +10,7 @@ import difflib
 import importlib.metadata
 import io
 import json
+import logging
 import platform
 import sys
 from collections.abc import Callable
@@ -34,6 +35,8 @@ from nextllm_jax.training.launch import train
 
 if TYPE_CHECKING:
     from nextllm_jax.pretrained.source import Source
+
+_log = logging.getLogger(__name__)
 
 
 def run_main(command: Callable[[list[str]], int]) -> NoReturn:
@@ -184,6 +187,8 @@ def verify_command(argv: list[str]) -> int:
             with bar.external_write_mode():
                 print(json.dumps(report.to_json()) if arguments.json else report, flush=True)
             failed |= report.failed
+    if not arguments.json and (sentence := verify.describe_retention(arguments.path)):
+        _log.info(sentence)
     return EXIT_FAILED if failed else 0
 
 

@@ -13,6 +13,8 @@ import pytest
 from nextllm_jax.checkpoint import step_files
 from nextllm_jax.checkpoint.manager import Checkpoints, DamagedCheckpoint
 from nextllm_jax.checkpoint.verify import check_steps, find_steps
+from nextllm_jax.cli.main import verify_command
+from nextllm_jax.config import CheckpointConfig, Config
 from nextllm_jax.errors import InputError, RunFailed
 from tests.checkpoint.tree import abstract, names, save, tree
 
@@ -287,6 +289,20 @@ def test_files_that_are_wrong_on_disk_are_not_saved(tmp_path, monkeypatch):
 def test_verify_takes_a_run_its_checkpoints_or_a_step(directory, below):
     expected = {"1": ("ok", [])} if below.endswith("1") else {"1": ("ok", []), "2": ("ok", [])}
     assert reports(directory.parent / below) == expected
+
+
+def test_verify_marks_what_retention_keeps(directory, messages, capsys):
+    """The earlier of the two has the lower loss."""
+    (directory / "1" / "pinned").touch()
+    (directory.parent / "config.json").write_text(Config(checkpoint=CheckpointConfig(keep_last=3)).to_json())
+    assert verify_command([str(directory.parent)]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith(" (best, pinned)")
+    assert second.endswith(" (latest)")
+    assert "the latest (checkpoint.keep_last 3) and pinned ones, and deletes the others" in messages.text
+    assert "--checkpoint.keep-every-steps keeps milestones" in messages.text
+    assert verify_command([str(directory / "2"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["marks"] == ["latest"]
 
 
 def test_verify_tells_leftovers_from_checkpoints(directory):
