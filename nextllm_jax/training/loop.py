@@ -18,7 +18,7 @@ from nextllm_jax.checkpoint.run_dir import SAMPLES, RunDir
 from nextllm_jax.config import Config
 from nextllm_jax.config.files import local_workdir
 from nextllm_jax.data.loader import validation_batches
-from nextllm_jax.data.prepare import default_data_path
+from nextllm_jax.data.settings import default_data_path
 from nextllm_jax.data.shards import Dataset
 from nextllm_jax.distributed.process_group import ProcessGroup
 from nextllm_jax.distributed.signals import StopRequest

@@ -3,6 +3,7 @@
 Importing this module does not import jax, so a command can check before it prepares data.
 """
 
+import dataclasses
 import difflib
 from collections.abc import Collection
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from nextllm_jax.checkpoint.run_dir import CONFIG, RunDir
 from nextllm_jax.config import Config
 from nextllm_jax.config.fields import OTHER_DATA, fields_of
 from nextllm_jax.config.files import is_of_first_format
+from nextllm_jax.data.settings import continued
 from nextllm_jax.errors import InputError
 
 _NEW_RUN = "start a new run: another --workdir, or --overwrite to set the old run aside"
@@ -127,6 +129,13 @@ def require_resumable(run: RunDir, config: Config, allow_change: Collection[str]
     fix = f"restore the old values, or allow the changes: {flags}; or " if all(c.allowable for c in refused) else ""
     lines = "".join(f"\n  {change}" for change in refused)
     raise InputError(f"{run.path} holds a run with another config, which was not touched:{lines}\n{fix}{_NEW_RUN}")
+
+
+def with_recorded_data(config: Config, run: RunDir) -> Config:
+    """The config with the path of the data that `run` was trained on, if it does not choose other data."""
+    if not run.exists():
+        return config
+    return dataclasses.replace(config, data=continued(config.data, run.read_config().data))
 
 
 def recorded_data(record: dict[str, Any]) -> dict[str, Any]:
