@@ -50,7 +50,7 @@ def _message(message: Message, where: str) -> Message:
     message = {name: value for name, value in message.items() if value is not None}
     if "role" not in message and "from" in message:
         role, content = message.pop("from"), message.pop("value", None)
-        message = {"role": _SHAREGPT_ROLES.get(str(role), role), "content": content, **message}
+        message |= {"role": _SHAREGPT_ROLES.get(str(role), role), "content": content}
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise InputError(f"{where} has the role {role!r}; use one of {', '.join(ROLES)}")
@@ -60,7 +60,8 @@ def _message(message: Message, where: str) -> Message:
         content = "\n".join(_part_text(part, f"{where}: part {i}") for i, part in enumerate(content, 1))
     if not isinstance(content, str):
         raise InputError(f"{where}: the content is {type(content).__name__}, not text; fix or remove the row")
-    return {**message, "content": content}
+    others = {name: value for name, value in message.items() if name not in ("role", "content")}
+    return {"role": role, "content": content, **others}
 
 
 def _part_text(part: Any, where: str) -> str:
@@ -73,6 +74,12 @@ def _part_text(part: Any, where: str) -> str:
 def messages_of(text: str) -> list[Message]:
     """The messages in a document's text."""
     return json.loads(text)
+
+
+def conversation_group(text: str) -> str:
+    """What conversations with the same text share, whatever else their messages say, such as an id or a date."""
+    names = ("role", "content", "tool_calls")
+    return json.dumps([{name: message[name] for name in names if name in message} for message in messages_of(text)])
 
 
 def contents_of(text: str) -> str:

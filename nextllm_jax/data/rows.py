@@ -1,5 +1,6 @@
 """Reads rows from files of JSON, from parquet and from Hugging Face datasets, and counts what is skipped."""
 
+import contextlib
 import datetime
 import decimal
 import json
@@ -61,7 +62,18 @@ def read_rows(file: CorpusFile, config: DataConfig) -> Iterator[Row]:
     """
     if file.kind == "parquet":
         return _parquet_rows(file.path, config)
-    return _json_lines(file) if file.kind == "lines" else _json_array(file)
+    return _json_lines(file) if file.kind == "lines" or _holds_lines(file) else _json_values(file)
+
+
+def _holds_lines(file: CorpusFile) -> bool:
+    """Whether a .json file has a row in each line, so that one can be bad without the others."""
+    with open_text(file) as content:
+        if content.read(4096).lstrip()[:1] in ("[", ""):
+            return False
+    with open_text(file) as content, contextlib.suppress(ValueError, RecursionError):
+        json.loads(next(line for line in content if line.strip()))
+        return True
+    return False
 
 
 def _json_lines(file: CorpusFile) -> Iterator[Row]:
@@ -80,7 +92,7 @@ def _json_lines(file: CorpusFile) -> Iterator[Row]:
             yield row, where
 
 
-def _json_array(file: CorpusFile) -> Iterator[Row]:
+def _json_values(file: CorpusFile) -> Iterator[Row]:
     number = 0
     try:
         with open_text(file) as content:
@@ -181,7 +193,7 @@ def plain_value(value: Any, where: str, depth: int = 0) -> Any:
         raise InputError(f"{where} is nested more than {_MAX_DEPTH} levels deep; fix or remove the row")
     if isinstance(value, str):
         # JSON can contain lone surrogates, which cannot be encoded in UTF-8.
-        has_surrogates = _SURROGATES.search(value)
+        has_surrogates = not value.isascii() and _SURROGATES.search(value)
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if has_surrogates else value
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")

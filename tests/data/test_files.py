@@ -167,7 +167,7 @@ def test_json_is_read_as_a_stream(monkeypatch, size):
     [
         ('[{"text": "a"}, {"body": "b"}]', "x.json row 2 has no field 'text'; it has body"),
         ('[{"text": "a"}, {"text": "b"', "x.json row 2 is not JSON"),
-        ('{"data": [{"text": "a"}]}', "x.json row 1 has no field 'text'; it has data"),
+        ('{"data": [{"text": "a"}]}', "x.json line 1 has no field 'text'; it has data"),
         ('[{"text": "a"}, ' + "[" * 100_000 + "]" * 100_000 + "]", "x.json row 2 is nested too deeply"),
     ],
 )

@@ -1,6 +1,7 @@
 """Validation text is held out by content, so training does not see it under another name."""
 
 import hashlib
+import json
 
 import pytest
 
@@ -94,3 +95,15 @@ def test_training_documents_that_are_also_held_out_are_counted():
     list(census.count(documents, limit))
     (line,) = census.describe()
     assert f"5 of 7 documents repeat the text of another, and {6 - held_out} training documents are also" in line
+
+
+def test_conversations_are_held_out_by_what_is_said(tmp_path):
+    for number in range(40):
+        talk = [{"role": "user", "content": f"q{number}"}, {"role": "assistant", "content": "a"}]
+        turned = [{"id": number, "value": each["content"], "from": each["role"]} for each in talk]
+        rows = [json.dumps({"messages": messages}) for messages in (talk, turned)]
+        (tmp_path / f"{number}.jsonl").write_text("\n".join(rows))
+    training, held_out = split(tmp_path, messages_field="messages", validation_fraction=0.3)
+    questions = [{json.loads(text)[0]["content"] for text in texts} for texts in (training, held_out)]
+    assert not questions[0] & questions[1]
+    assert len(training) + len(held_out) == 80

@@ -215,5 +215,6 @@ def test_bad_rows_of_parquet_and_of_arrays_are_skipped(tmp_path):
     rows = [{"text": "a"}, {"text": None}, {"text": "b"}]
     write_parquet(tmp_path / "x.parquet", {"text": [row["text"] for row in rows]})
     (tmp_path / "x.json").write_text(json.dumps([*rows, "text", {"body": "c"}]))
-    for name in ("x.parquet", "x.json"):
+    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, rows)) + '\n{"text": \n')
+    for name in ("x.parquet", "x.json", "lines.json"):
         assert [document.text for document in read(tmp_path / name, skip_bad_rows=3)] == ["a", "b"]
