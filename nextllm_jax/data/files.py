@@ -90,58 +90,69 @@ def find_files(config: DataConfig) -> Listing:
 
     A directory is searched recursively, through links, for `TEXT_SUFFIXES` and files of rows, each of which may be
     compressed. Hidden entries are skipped, and so are .json files whose first row lacks the field. Explicit files and
-    globs are not filtered. The case of suffixes does not matter. Raises InputError if nothing is found, or if a
-    directory or an archive among the explicit files cannot be read.
+    globs are not filtered. The case of suffixes does not matter. Raises InputError if nothing is found, if a file or a
+    directory cannot be read, or if an explicit file is an archive.
     """
-    root, skipped = Path(config.corpus), collections.Counter[str]()
-    sizes = collections.Counter[str]()
-    found: list[CorpusFile] = []
-    if root.is_dir():
-        for path in _walk(root, skipped, frozenset(map(str, Path(os.path.realpath(root)).parents))):
-            file = _corpus_file(path, root)
-            if reason := _reason_to_skip(file, config):
-                skipped[reason] += 1
-                sizes[reason] += path.stat().st_size if path.exists() else 0
-            else:
-                found.append(file)
-    else:
-        names = [config.corpus] if root.is_file() else glob.glob(config.corpus, recursive=True)
-        parts = itertools.takewhile(lambda part: not set("*?[") & set(part), root.parts)
-        root = root.parent if root.is_file() else Path(*parts)
-        found = [_corpus_file(Path(name), root) for name in names if os.path.isfile(name)]
-        for file in found:
-            if file.name.lower().endswith(_ARCHIVES):
-                raise InputError(
-                    f"data.corpus file {file.path} is compressed; unpack it first (only {', '.join(_COMPRESSED)} of "
-                    "text and JSON need not be)"
-                )
-    listing = Listing(sorted(found), {reason: (count, sizes[reason]) for reason, count in skipped.items()})
-    if not found:
-        skipped_too = f" ({listing.describe_skipped()})" if skipped else ""
+    try:
+        listing = _find_in_directory(config) if os.path.isdir(config.corpus) else _find_by_name(config.corpus)
+    except OSError as error:
+        raise InputError(f"data.corpus file {error.filename} cannot be read: {error.strerror}") from error
+    if not listing.files:
+        skipped = f" ({listing.describe_skipped()})" if listing.skipped else ""
         raise InputError(
-            f"data.corpus {config.corpus} holds no text{skipped_too}; give stdlib, hf:NAME, or an existing file, "
+            f"data.corpus {config.corpus} holds no text{skipped}; give stdlib, hf:NAME, or an existing file, "
             "directory or glob of text, .jsonl, .json or .parquet"
         )
     return listing
 
 
-def _walk(directory: Path, skipped: collections.Counter[str], above: frozenset[str]) -> Iterator[Path]:
-    """The files below a directory, also below links to directories. Hidden entries and cycles are only counted.
+def _find_in_directory(config: DataConfig) -> Listing:
+    root = Path(config.corpus)
+    found: list[CorpusFile] = []
+    counts, sizes = collections.Counter[str](), collections.Counter[str]()
+    for path in walk(root, counts):
+        file = _corpus_file(path, root)
+        if reason := _reason_to_skip(file, config):
+            counts[reason] += 1
+            sizes[reason] += path.lstat().st_size
+        else:
+            found.append(file)
+    return Listing(sorted(found), {reason: (count, sizes[reason]) for reason, count in counts.items()})
 
-    `above` holds the real paths of the directories on the way, since a link to one of them would never end.
+
+def _find_by_name(corpus: str) -> Listing:
+    parts = itertools.takewhile(lambda part: not set("*?[") & set(part), Path(corpus).parts)
+    is_file = os.path.isfile(corpus)
+    root = Path(corpus).parent if is_file else Path(*parts)
+    names = [corpus] if is_file else filter(os.path.isfile, glob.glob(corpus, recursive=True))
+    found = [_corpus_file(Path(name), root) for name in names]
+    for file in found:
+        if file.name.lower().endswith(_ARCHIVES):
+            raise InputError(
+                f"data.corpus file {file.path} is compressed; unpack it first (only {', '.join(_COMPRESSED)} of text "
+                "and JSON need not be)"
+            )
+    return Listing(sorted(found), {})
+
+
+def walk(root: Path, skipped: collections.Counter[str]) -> Iterator[Path]:
+    """The files below a directory, also below links to directories.
+
+    Hidden entries, and links to a directory that contains them, are only counted.
     """
+    yield from _walk(root, skipped, frozenset(map(str, Path(os.path.realpath(root)).parents)))
+
+
+def _walk(directory: Path, skipped: collections.Counter[str], above: frozenset[str]) -> Iterator[Path]:
+    """`above` holds the real paths of the directories on the way, since a link to one of them would never end."""
     real = os.path.realpath(directory)
     if real in above:
         skipped["links to a directory above"] += 1
         return
-    try:
-        entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
-    except OSError as error:
-        raise InputError(f"data.corpus directory {directory} cannot be read: {error.strerror}") from error
-    for entry in entries:
+    for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
         if entry.name.startswith("."):
             skipped["hidden"] += 1
-        elif entry.is_dir():
+        elif os.path.isdir(entry.path):
             yield from _walk(Path(entry.path), skipped, above | {real})
         else:
             yield Path(entry.path)

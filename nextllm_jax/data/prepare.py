@@ -33,6 +33,7 @@ from nextllm_jax.data.parts import Part, is_intact, load_bad_rows, load_mask, lo
 from nextllm_jax.data.processes import map_in_processes
 from nextllm_jax.data.rows import Skipped
 from nextllm_jax.data.settings import (
+    data_of_same_paths,
     data_settings,
     default_data_path,
     describe_differences,
@@ -76,6 +77,8 @@ def ensure_prepared(config: DataConfig, *, allow_change: Collection[str] = ()) -
     path = find_prepared(config)
     if path is None:
         path = default_data_path(config)
+        if earlier := data_of_same_paths(config):
+            _log.info("%s has other content than %s was prepared from", config.corpus, earlier[0])
         _log.info("preparing %s in %s", config.corpus, path)
         prepare(config, path, wait=True)
     elif config.path:

@@ -4,22 +4,24 @@ Data is looked up by the content of the corpus, the tokenizer and the chat templ
 equal copies of a corpus share their data.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
 import os
 import platform
 import re
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nextllm_jax.config import DataConfig
 from nextllm_jax.data.data_directory import is_prepared, read_settings
-from nextllm_jax.data.files import find_files
+from nextllm_jax.data.files import find_files, walk
 from nextllm_jax.data.shards import FORMAT, Dataset, mounted_path
 from nextllm_jax.errors import InputError
 from nextllm_jax.process import cache_directory
@@ -89,10 +91,20 @@ def default_data_path(config: DataConfig) -> Path:
 
 def _path_of(config: DataConfig, settings: dict[str, Any]) -> Path:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return Path("data") / f"{_name_of(config)}-{digest}"
+
+
+def _name_of(config: DataConfig) -> str:
     trained = f"bpe{config.vocab_size}"
     names = [config.corpus.removeprefix("hf:"), trained if config.tokenizer == "train" else config.tokenizer]
-    corpus, tokenizer = (re.sub(r"[^A-Za-z0-9_.]+", "_", Path(name).name).strip("_.") for name in names)
-    return Path("data") / f"{corpus}-{tokenizer}-{digest}"
+    return "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", Path(name).name).strip("_.") for name in names)
+
+
+def data_of_same_paths(config: DataConfig) -> list[Path]:
+    """Prepared data in data/ whose settings have the paths of this config; their content may have been another one."""
+    wanted = named_settings(config).items()
+    found = sorted(Path("data").glob(f"{glob.escape(_name_of(config))}-*"))
+    return [path for path in found if is_prepared(path) and wanted <= read_settings(path).items()]
 
 
 def continued(config: DataConfig, recorded: DataConfig) -> DataConfig:
@@ -112,7 +124,12 @@ def find_prepared(config: DataConfig) -> Path | None:
 
     Raises InputError if `config.path` is set but holds no prepared data.
     """
-    path = mounted_path(default_data_path(config))
+    try:
+        path = mounted_path(default_data_path(config))
+    except InputError as error:
+        if earlier := data_of_same_paths(config):
+            raise InputError(f"{error}; to train on the data that was prepared, set data.path {earlier[0]}") from error
+        raise
     if is_prepared(path):
         return path
     if config.path:
@@ -203,10 +220,11 @@ def require_unchanged(config: DataConfig, path: Path, allow_change: Collection[s
 def listing_hash(config: DataConfig) -> str | None:
     """A hash of the paths, sizes and times of the files of a corpus on this machine; None for stdlib and hf:NAME.
 
-    A file that was written to or replaced has another change time, which programs cannot set.
+    A file that was written to or replaced has another change time, which programs cannot set. Raises InputError.
     """
-    files = _corpus_files(config)
-    return None if files is None else _listing(files)[0]
+    with _reading_corpus():
+        files = _corpus_files(config)
+        return None if files is None else _listing(files)[0]
 
 
 def _corpus_sha256(config: DataConfig) -> str | None:
@@ -214,18 +232,16 @@ def _corpus_sha256(config: DataConfig) -> str | None:
 
     The hash of a large corpus is kept in the cache directory, under its `listing_hash`.
     """
-    files = _corpus_files(config)
-    if files is None:
-        return None
-    listing, size, newest = _listing(files)
-    cached = cache_directory() / "corpora" / listing
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        if size > _FAST_BYTES and re.fullmatch("[0-9a-f]{64}", known := cached.read_text()):
-            return known
-    try:
+    with _reading_corpus():
+        files = _corpus_files(config)
+        if files is None:
+            return None
+        listing, size, newest = _listing(files)
+        cached = cache_directory() / "corpora" / listing
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if size > _FAST_BYTES and re.fullmatch("[0-9a-f]{64}", known := cached.read_text()):
+                return known
         found = _hash_files(files, size)
-    except OSError as error:
-        raise InputError(f"data.corpus file {error.filename} cannot be read: {error.strerror}") from error
     if size > _FAST_BYTES and newest < time.time() - _SETTLED_SECONDS:
         with contextlib.suppress(OSError):
             cached.parent.mkdir(parents=True, exist_ok=True)
@@ -233,6 +249,14 @@ def _corpus_sha256(config: DataConfig) -> str | None:
             temporary.write_text(found)
             temporary.replace(cached)
     return found
+
+
+@contextlib.contextmanager
+def _reading_corpus() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"data.corpus file {error.filename} cannot be read: {error.strerror}") from error
 
 
 def _corpus_files(config: DataConfig) -> list[tuple[str, Path]] | None:
@@ -243,8 +267,7 @@ def _corpus_files(config: DataConfig) -> list[tuple[str, Path]] | None:
         root = Path(config.corpus.removeprefix("hf:"))
         if not root.is_dir():
             return None
-        found = [(path.relative_to(root), path) for path in root.rglob("*") if path.is_file()]
-        return sorted((name.as_posix(), path) for name, path in found if not any(p[0] == "." for p in name.parts))
+        return sorted((path.relative_to(root).as_posix(), path) for path in walk(root, collections.Counter()))
     return [(file.name, file.path) for file in find_files(config).files]
 
 

@@ -109,9 +109,9 @@ def test_one_line_reports_what_is_skipped(tmp_path, messages):
     prepare(DataConfig(corpus=str(corpus), vocab_size=260, num_processes=1), tmp_path / "out")
     (line,) = [text for text in messages.messages if "skipped" in text]
     assert "\n" not in line
-    assert "read 3 files (18 bytes) and skipped 8 (9.05 kB): " in line
+    assert "read 3 files (18 bytes) and skipped 8 (9.07 kB): " in line
     for kind in ("1 without a suffix (9 kB)", "2 .png (8 bytes)", "2 .json without rows that have the field 'text' (26",
-                 "1 .tar.gz", "1 hidden,", "1 links to nothing"):  # fmt: skip
+                 "1 .tar.gz", "1 hidden,", "1 links to nothing (11 bytes)"):  # fmt: skip
         assert kind in line
     for path in corpus.glob("*.txt"):
         path.unlink()
@@ -128,6 +128,7 @@ def test_directories_are_followed_through_links_without_going_in_circles(tmp_pat
     (tmp_path / "corpus" / "a" / "up").symlink_to(tmp_path / "corpus")
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "corpus" / "a")
     (tmp_path / "corpus" / "a" / "over").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "corpus" / "itself.txt").symlink_to("itself.txt")
     assert set(texts(tmp_path / "corpus")) == {"near", "far"}
     assert find_files(DataConfig(corpus=str(tmp_path / "corpus"))).skipped["links to a directory above"][0] > 0
 

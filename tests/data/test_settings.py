@@ -223,6 +223,19 @@ def test_a_run_continues_with_the_data_that_it_recorded(config):
     assert continued(config, recorded) == config
 
 
+def test_data_whose_corpus_is_gone_is_named(config, messages):
+    path = ensure_prepared(config)
+    Path("texts/00.txt").write_text("edited since")
+    messages.clear()
+    ensure_prepared(config)
+    assert f"texts has other content than {path} was prepared from" in messages.text
+    shutil.rmtree("texts")
+    with pytest.raises(InputError, match=r"holds no text.*set data.path data/texts-bpe260-"):
+        find_prepared(config)
+    with pytest.raises(InputError, match=r"or \.parquet$"):
+        find_prepared(dataclasses.replace(config, deduplicate="exact"))
+
+
 def test_data_of_an_earlier_version_is_found_by_its_run_and_loads(config):
     """Its directory is named after the paths, which its settings record without their content."""
     earlier = Path("data/texts-bpe260-84c8605d")
