@@ -1,10 +1,10 @@
-"""Temporaries and time of one attention layer's forward and backward pass, for each kernel and length.
+"""Temporary memory and time of attention, forward and backward, for each kernel and sequence length.
 
-    python benchmarks/attention.py [--lengths 1024 4096]               # the kernels that run here, timed
-    python benchmarks/attention.py --topology v5e:2x2                  # compiled for a TPU chip; needs '.[tpu]'
+    python benchmarks/attention.py [--lengths 1024 4096]               # time the kernels that run here
+    python benchmarks/attention.py --topology v5e:2x2                  # compile for a TPU; needs '.[tpu]'
 
-Temporaries are XLA's own `memory_analysis()`: what the passes need beside arguments and results. The kernels come by
-turns, and their times are medians.
+Temporaries are from XLA's `memory_analysis()`, without arguments and results. The kernels alternate, and times are
+medians.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-if any(argument.startswith("--topology") for argument in sys.argv):  # the compiler without a TPU, set before jax starts
+if any(argument.startswith("--topology") for argument in sys.argv):  # must be set before jax starts
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 import jax
@@ -31,7 +31,7 @@ from nextllm_jax.ops.splash import splash_attention
 
 
 def kernels(blocks: tuple[int, int], platform: str) -> dict:
-    """Each kernel's function of (q, k, v, segment ids)."""
+    """A function of (q, k, v, segment ids) for each kernel."""
     found = {
         "xla": lambda q, k, v, ids: causal_attention(q, k, v, segment_ids_BT=ids),
         "blockwise": lambda q, k, v, ids: blockwise_attention(q, k, v, segment_ids_BS=ids, blocks=blocks),
@@ -45,22 +45,22 @@ def kernels(blocks: tuple[int, int], platform: str) -> dict:
 
 
 def passes(attend, q, k, v, ids):
-    """The output, and the gradients for a cotangent that is the output itself."""
+    """The output, and the gradients for a cotangent equal to the output."""
     out, backward = jax.vjp(functools.partial(attend, ids=ids), q, k, v)
     return out, backward(out)
 
 
 def compiled(attend, T: int, arguments: argparse.Namespace, dtype, device):
-    """Forward and backward pass for one device, which need not be here."""
-    place = NamedSharding(Mesh(np.array([device]), ("one",)), PartitionSpec())
+    """The compiled forward and backward pass for a device, which need not be attached."""
+    sharding = NamedSharding(Mesh(np.array([device]), ("one",)), PartitionSpec())
     B, heads, H = arguments.batch_size, (arguments.num_heads, *2 * (arguments.num_kv_heads,)), arguments.head_dim
-    shapes = [jax.ShapeDtypeStruct((B, T, N, H), dtype, sharding=place) for N in heads]
-    ids = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=place)
+    shapes = [jax.ShapeDtypeStruct((B, T, N, H), dtype, sharding=sharding) for N in heads]
+    ids = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=sharding)
     return jax.jit(functools.partial(passes, attend)).lower(*shapes, ids).compile()
 
 
 def inputs(T: int, arguments: argparse.Namespace, dtype):
-    """Queries, keys and values of unit variance, and two documents."""
+    """Random queries, keys and values with unit variance, and segment ids of two documents."""
     rng, H = np.random.default_rng(0), arguments.head_dim
     heads = (arguments.num_heads, *2 * (arguments.num_kv_heads,))
     arrays = [jnp.asarray(rng.normal(size=(arguments.batch_size, T, N, H)), dtype) for N in heads]
@@ -74,10 +74,10 @@ def main() -> None:
     parser.add_argument("--num-heads", type=int, default=8)
     parser.add_argument("--num-kv-heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--blocks", type=int, nargs=2, default=(512, 512), help="positions in a block of queries, keys")
+    parser.add_argument("--blocks", type=int, nargs=2, default=(512, 512), help="positions per block of queries, keys")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--topology", help="compile for a chip of this TPU topology, and run nothing")
+    parser.add_argument("--topology", help="only compile, for a chip of this TPU topology")
     arguments = parser.parse_args()
     device = jax.devices()[0]
     if arguments.topology:

@@ -1,10 +1,10 @@
-"""Sampling SmolLM2-135M on this machine's CPU: here, in llama.cpp and in transformers.
+"""Sampling throughput of SmolLM2-135M on this machine's CPU: ours, llama.cpp and transformers.
 
     python benchmarks/decode_throughput.py [--rounds 3] [--repeats 3] [--sides int8 'llama.cpp Q8_0' ...]
 
-Greedy, prompts of 128 tokens of the standard library, 128 new tokens a row. Each measurement is a process of its own
-that loads the model, warms up and takes the fastest of its calls; sides take turns within a round, and the table has
-the medians of the rounds. Needs `pip install 'nextllm_jax[parity,interop]'` and the published model smollm2.
+Greedy decoding, prompts of 128 tokens from the standard library, 128 new tokens per row. Each measurement is a new
+process, which loads the model, warms up and reports its fastest call. Sides alternate within a round, and the table has
+the medians over rounds. Needs `pip install 'nextllm_jax[parity,interop]'` and the published model smollm2.
 """
 
 import argparse
@@ -27,17 +27,17 @@ sys.path.insert(0, str(ROOT))
 PROMPT_TOKENS = NEW_TOKENS = 128
 BATCH_SIZES = (1, 8)
 OURS = ("float32", "bfloat16", "int8", "int4")
-"""Of int8 and int4 the embedding is quantized too, as it is in llama.cpp's files."""
+"""int8 and int4 include the embedding, as llama.cpp's files do."""
 LLAMA_CPP = ("F32", "F16", "Q8_0", "Q4_0", "Q4_1")
 TRANSFORMERS = ("float32", "bfloat16")
 SIDES = (*OURS, *(f"llama.cpp {kind}" for kind in LLAMA_CPP), *(f"transformers {dtype}" for dtype in TRANSFORMERS))
 
 Call = Callable[[], tuple[float, float]]
-"""Continues the prompts, and returns the seconds of prefill and of decoding."""
+"""Continues the prompts and returns the seconds of prefill and of decoding."""
 
 
 def write_models(directory: Path) -> None:
-    """The model in all forms, and the prompts."""
+    """Write the model in all formats, and the prompts."""
     from nextllm_jax.config import DataConfig
     from nextllm_jax.config.quantization import Quantization
     from nextllm_jax.data.corpora import held_out_text
@@ -59,7 +59,7 @@ def write_models(directory: Path) -> None:
 
 
 def load_ours(directory: Path, kind: str, prompts: list[list[int]]) -> tuple[Call, int]:
-    """The call, and the bytes of the weights in memory."""
+    """(the call, bytes of the weights in memory)."""
     import jax
 
     import nextllm_jax
@@ -82,7 +82,7 @@ def load_ours(directory: Path, kind: str, prompts: list[list[int]]) -> tuple[Cal
 
 
 def load_llama_cpp(directory: Path, kind: str, prompts: list[list[int]]) -> tuple[Call, int]:
-    """The call, and the bytes of the file, which is mapped into memory."""
+    """(the call, bytes of the file, which is mapped into memory)."""
     llama_cpp: Any = importlib.import_module("xllamacpp")
     file = directory / f"{kind}.gguf"
     params = llama_cpp.CommonParams()
@@ -105,7 +105,7 @@ def load_llama_cpp(directory: Path, kind: str, prompts: list[list[int]]) -> tupl
 
 
 def load_transformers(directory: Path, kind: str, prompts: list[list[int]]) -> tuple[Call, int]:
-    """The call, and the bytes of the weights."""
+    """(the call, bytes of the weights)."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -127,7 +127,7 @@ def load_transformers(directory: Path, kind: str, prompts: list[list[int]]) -> t
 
 
 def measure(directory: Path, side: str, batch_size: int, repeats: int) -> dict[str, float]:
-    """The speeds and sizes of a side, in this process."""
+    """The throughputs and sizes of a side in this process."""
     prompts = json.loads((directory / "prompts.json").read_text())[:batch_size]
     program, _, kind = side.rpartition(" ")
     loaders = {"": load_ours, "llama.cpp": load_llama_cpp, "transformers": load_transformers}
@@ -148,13 +148,13 @@ def measure(directory: Path, side: str, batch_size: int, repeats: int) -> dict[s
 
 
 def peak_megabytes() -> float:
-    """The most memory that this process has had; getrusage counts that of the process that started it too."""
+    """The peak memory of this process. getrusage would include that of its parent."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024 / 1e6
 
 
 def measure_in_new_process(directory: str, side: str, batch_size: int, repeats: int) -> dict[str, float]:
-    """`measure`, in a process of its own."""
+    """`measure` in a new process."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "TRANSFORMERS_VERBOSITY": "error"}
     where = ["--directory", directory, "--sides", side, "--batch-size", str(batch_size), "--repeats", str(repeats)]
     result = subprocess.run(
@@ -170,10 +170,10 @@ def measure_in_new_process(directory: str, side: str, batch_size: int, repeats: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="processes for each side and batch size")
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls in a process")
+    parser.add_argument("--rounds", type=int, default=3, help="processes per side and batch size")
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls per process")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
-    parser.add_argument("--directory", help="measure the one side in this process, with the models of a directory")
+    parser.add_argument("--directory", help="measure one side in this process, with the models in this directory")
     parser.add_argument("--batch-size", type=int, help="with --directory")
     arguments = parser.parse_args()
     if arguments.directory:

@@ -1,12 +1,14 @@
-"""Sizes and perplexities of SmolLM2-135M with quantized weights, here and in llama.cpp.
+"""Sizes and perplexities of SmolLM2-135M with quantized weights, ours and llama.cpp's.
 
     python benchmarks/quantized_perplexity.py [--tokens 1024]
 
-The text is 32,768 characters of the standard library that training on it holds out, in windows of 1,024 tokens; int4 is
-calibrated on other files of it. llama.cpp scores the first `--tokens` tokens, one request a token, and so does this
-for the last column. The published weights are Q4_1 blocks already, which int4 with a minimum keeps: `folded` is the
-same model with the scales of its norms multiplied into the matrices, whose values no blocks hold. Needs
-`pip install 'nextllm_jax[parity,interop]'` and the published model smollm2.
+- The text is 32,768 characters of the standard library that training holds out, in windows of 1,024 tokens. int4 is
+  calibrated on other files.
+- The last column is for the first `--tokens` tokens, which llama.cpp scores with one request per token.
+- The published weights are already Q4_1 blocks, which int4 with a minimum reproduces exactly. `folded` is the same
+  model with the scales of its norms multiplied into the matrices, so that its values are not on such a grid.
+
+Needs `pip install 'nextllm_jax[parity,interop]'` and the published model smollm2.
 """
 
 import argparse
@@ -46,18 +48,18 @@ OURS = {
     "folded, int4": ("folded", Quantization(scheme="int4")),
     "folded, int4, calibrated": ("folded", Quantization(scheme="int4")),
 }
-"""The directory and what is made of it."""
+"""Row of the table: (directory of the float model, its quantization)."""
 LLAMA_CPP = {
     "F32": (None, "float32"),
     "Q8_0": (None, "q8_0"),
     "Q4_0": ("int4, symmetric, embeddings", "q8_0"),
     "Q4_1": ("int4, embeddings", "q8_0"),
 }
-"""The model that is exported, None for the published one, and the type of what it does not quantize."""
+"""File: (row of OURS that is exported, None for the published model; dtype of its floats)."""
 
 
 def calibration_text() -> str:
-    """Files of the standard library that are not held out, from all over it."""
+    """Text from evenly spaced files of the standard library that are not held out."""
     config = DataConfig()
     limit = validation_limit(read_documents(config), config.validation_fraction)
     documents = [document.text for document in read_documents(config) if document_hash(document) > limit]
@@ -66,7 +68,7 @@ def calibration_text() -> str:
 
 
 def write_folded(directory: Path) -> None:
-    """A Hugging Face directory of the model with the scales of its layers' norms multiplied into the matrices."""
+    """Write the model as a Hugging Face directory, with the scales of its norms multiplied into the matrices."""
     export_model("smollm2", str(directory), file_format="huggingface", dtype="float32")
     (file,) = directory.glob("*.safetensors")
     weights = load_file(file)
@@ -81,7 +83,7 @@ def write_folded(directory: Path) -> None:
 
 
 def ours(directory: Path, name: str, text: str, tokens: int) -> str:
-    """A row of the table for a model that can be loaded."""
+    """The row of the table for a model that `load` opens."""
     llm = nextllm_jax.load(str(directory))
     size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
     start = llm.tokenizer.encode_document(text)[: tokens + 1]
@@ -91,7 +93,7 @@ def ours(directory: Path, name: str, text: str, tokens: int) -> str:
 
 
 def llama_cpp(file: Path, name: str, ids: list[int]) -> str:
-    """A row of the table, from the log probability of each token after those before it."""
+    """The row of the table for a GGUF file in llama.cpp, from the log probability of each token given those before."""
     module: Any = importlib.import_module("xllamacpp")
     params = module.CommonParams()
     params.model.path = str(file)
@@ -101,7 +103,7 @@ def llama_cpp(file: Path, name: str, ids: list[int]) -> str:
     server = module.Server(params)
     nll = 0.0
     for i in range(1, len(ids)):
-        # The bias decides what is taken; the log probability is that without it.
+        # The bias selects the token; the reported log probability is without the bias.
         request = {"prompt": ids[:i], "n_predict": 1, "temperature": 0, "n_probs": 1, "cache_prompt": True}
         answer = server.handle_completions(request | {"logit_bias": [[ids[i], 1000.0]]})
         (step,) = answer["choices"][0]["logprobs"]["content"]
@@ -129,7 +131,7 @@ def main() -> None:
         print(ours(directory / "folded", "folded, float32", text, tokens), flush=True)
         for name, (source, quantization) in OURS.items():
             text_to_fit = calibration if name.endswith("calibrated") else None
-            # The published file itself, not its floats, has the blocks that int4 keeps.
+            # Only the published file itself has the Q4_1 blocks.
             path = "smollm2" if source == "float32" else str(directory / source)
             quantize_model(path, str(directory / name), quantization, calibration=text_to_fit)
             print(ours(directory / name, name, text, tokens), flush=True)

@@ -1,11 +1,10 @@
-"""What dividing a train step costs the host: one device against eight simulated ones, on the same cores and work.
+"""Overhead of sharding a train step: one CPU device compared with eight simulated ones on the same cores.
 
     python benchmarks/simulated_mesh.py [--rounds 3] [--steps 8]
 
-The eight devices share the cores that the one device has alone, so that a perfect division would take the same time:
-the ratio is the overhead of eight programs, their collectives and smaller matrix products. It says nothing of the
-speed of a network. Each measurement is a process of its own; the sides alternate within a round, and ratios are taken
-within a round.
+Both sides do the same work on the same cores, so without overhead they would take the same time. The ratio shows the
+cost of eight programs, their collectives and smaller matrix products; it does not include a network. Each measurement
+is a new process. Sides alternate within a round, and ratios are taken within a round.
 """
 
 import argparse
@@ -34,7 +33,7 @@ MESHES = {
 
 
 def measure(name: str, steps: int) -> dict[str, float]:
-    """Tokens/s of the train step on this process's devices, and the loss after the steps."""
+    """Throughput of the train step on this process's devices, and the loss after the last step."""
     import jax
     import jax.numpy as jnp
 
@@ -69,8 +68,8 @@ def measure(name: str, steps: int) -> dict[str, float]:
     return {"tokens_per_second": BATCH * LENGTH / statistics.median(times[WARMUP_STEPS:]), "loss": loss}
 
 
-def measure_apart(name: str, steps: int) -> dict[str, float]:
-    """`measure` in a process of its own with as many simulated devices as the mesh has."""
+def measure_in_new_process(name: str, steps: int) -> dict[str, float]:
+    """`measure` in a new process with as many simulated devices as the mesh needs."""
     count = 1 if name == "1 device" else 8
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
     environment = {**os.environ, **TRAINING_ENVIRONMENT, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
@@ -88,14 +87,14 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(arguments.measure, arguments.steps)))
         return
-    rounds = [{name: measure_apart(name, arguments.steps) for name in MESHES} for _ in range(arguments.rounds)]
+    rounds = [{name: measure_in_new_process(name, arguments.steps) for name in MESHES} for _ in range(arguments.rounds)]
     alone = rounds[0]["1 device"]["loss"]
-    print(f"{'mesh':20} {'tokens/s':>9} {'of 1 device':>12} {'loss':>9}")
+    print(f"{'mesh':20} {'tokens/s':>9} {'/ 1 device':>12} {'loss':>9}")
     for name in MESHES:
         speed = statistics.median(found[name]["tokens_per_second"] for found in rounds)
         ratios = [found[name]["tokens_per_second"] / found["1 device"]["tokens_per_second"] for found in rounds]
         loss = rounds[0][name]["loss"]
-        assert abs(loss - alone) < 1e-3, f"{name} has loss {loss} where one device has {alone}"
+        assert abs(loss - alone) < 1e-3, f"{name} has loss {loss}, one device has {alone}"
         print(f"{name:20} {speed:9,.0f} {statistics.median(ratios):12.2f} {loss:9.5f}", flush=True)
 
 

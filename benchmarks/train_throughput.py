@@ -1,14 +1,16 @@
-"""Training tokens/s of our train step beside transformers' Llama and litgpt's in torch, on a CPU or a GPU.
+"""Training throughput of our train step, compared with the Llamas of transformers and litgpt in torch, on CPU or GPU.
 
     python benchmarks/train_throughput.py [--rounds 5] [--steps 5]
     python benchmarks/train_throughput.py --platform cuda --shape 114m --batch-size 32 --sequence-length 1024
 
-Both sides train the same model on the same shapes: float32 parameters, AdamW, clipping at 1, matmuls in float32 or
-bfloat16 (torch: autocast). Each measurement is a process of its own, since equal processes differ here by tens of
-percent; sides alternate within a round, and ratios are taken within a round. We run with the process settings that
-train.py makes for itself, transformers on a CPU both with torch's defaults and with ours, on a GPU both as it is and
-through torch.compile. Needs `pip install
-'nextllm_jax[parity]'`; litgpt is measured too where it is installed (`pip install litgpt`).
+All sides train the same model on the same shapes: float32 parameters, AdamW, clipping at 1, matmuls in float32 or
+bfloat16 (torch: autocast).
+
+- Each measurement runs in a new process, since equal processes may differ by tens of percent. Sides alternate within a
+  round, and ratios are taken within a round.
+- Ours runs with the process settings of train.py. On a CPU, transformers runs both with torch's defaults and with these
+  settings. On a GPU, it runs both eagerly and with torch.compile.
+- Needs `pip install 'nextllm_jax[parity]'`. litgpt is included if it is installed (`pip install litgpt`).
 """
 
 import argparse
@@ -51,7 +53,7 @@ SIDES = {
 
 
 def make_our_step(shape: ModelConfig, dtype: str, batch_size: int, length: int) -> Callable[[], float]:
-    """A function that takes one step of the train step that train.py runs, and returns its loss."""
+    """A function that runs one step of train.py's train step and returns the loss."""
     import jax
     import jax.numpy as jnp
 
@@ -84,7 +86,7 @@ def make_our_step(shape: ModelConfig, dtype: str, batch_size: int, length: int) 
 def make_transformers_step(
     shape: ModelConfig, dtype: str, batch_size: int, length: int, compiled: bool = False
 ) -> Callable[[], float]:
-    """A function that takes one step of transformers' Llama (SDPA attention, fused AdamW), and returns its loss."""
+    """A function that runs one train step of transformers' Llama (SDPA attention, fused AdamW) and returns the loss."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -99,7 +101,7 @@ def make_transformers_step(
 
 
 def make_litgpt_step(shape: ModelConfig, dtype: str, batch_size: int, length: int) -> Callable[[], float]:
-    """A function that takes one step of litgpt's Llama, and returns its loss."""
+    """A function that runs one train step of litgpt's Llama and returns the loss."""
     import litgpt  # pyright: ignore[reportMissingImports]
 
     config = litgpt.Config(
@@ -116,7 +118,7 @@ def make_litgpt_step(shape: ModelConfig, dtype: str, batch_size: int, length: in
 def make_torch_step(
     model: Any, logits_of: Callable[[Any], Any], shape: ModelConfig, dtype: str, batch_size: int, length: int
 ) -> Callable[[], float]:
-    """A function that takes one step of a torch model, and returns its loss."""
+    """A function that runs one train step of a torch model and returns the loss."""
     import torch
 
     torch.manual_seed(0)
@@ -141,7 +143,7 @@ def make_torch_step(
 
 
 def peak_gpu_bytes(side: str) -> int:
-    """The most GPU memory that a side has used in this process."""
+    """The peak GPU memory of a side in this process."""
     if side == "ours":
         import jax
 
@@ -152,9 +154,9 @@ def peak_gpu_bytes(side: str) -> int:
 
 
 def measure(side: str, dtype: str, arguments: argparse.Namespace) -> tuple[float, float]:
-    """Training tokens per second, and per second of processor time, of one side in this process.
+    """(training tokens per second, per second of CPU time) of one side in this process.
 
-    The median step counts, and none of the warmup. The second figure stands when other programs take the cores.
+    Both are from the median step after warmup. The second is meaningful even if other programs use the cores.
     """
     makers = {
         "ours": make_our_step,
@@ -172,13 +174,13 @@ def measure(side: str, dtype: str, arguments: argparse.Namespace) -> tuple[float
         seconds.append(time.perf_counter() - started)
         processor_seconds.append(time.process_time() - processor_started)
     if arguments.platform == "cuda":
-        print(f"{side}, {dtype}: {peak_gpu_bytes(side) / 2**30:.2f} GiB at the peak", file=sys.stderr)
+        print(f"{side}, {dtype}: {peak_gpu_bytes(side) / 2**30:.2f} GiB peak memory", file=sys.stderr)
     tokens = arguments.batch_size * arguments.sequence_length
     return tokens / statistics.median(seconds), tokens / statistics.median(processor_seconds)
 
 
 def measure_in_new_process(side: str, dtype: str, platform: str) -> tuple[float, float]:
-    """`measure`, in a process with the side's settings."""
+    """`measure` in a new process with the side's settings."""
     settings = TRAINING_ENVIRONMENT if side in ("ours", "torch with our settings") else {}
     environment = {name: value for name, value in os.environ.items() if name not in TRAINING_ENVIRONMENT}
     environment |= {"JAX_PLATFORMS": platform, "TRANSFORMERS_VERBOSITY": "error", **settings}
@@ -189,8 +191,8 @@ def measure_in_new_process(side: str, dtype: str, platform: str) -> tuple[float,
 
 
 def report(rounds: dict[tuple[str, str], list[tuple[float, float]]], dtypes: list[str], sides: list[str]) -> None:
-    """Print the median of each side, and of the ratio to torch's faster settings within a round."""
-    print(f"\n{'side':<26}{'dtype':<10}{'tokens/s':>9}{'per proc. second':>18}  lowest to highest tokens/s")
+    """Print the median of each side, and the median ratio to the fastest other side within a round."""
+    print(f"\n{'side':<26}{'dtype':<10}{'tokens/s':>9}{'per CPU second':>18}  minimum to maximum tokens/s")
     for (side, dtype), measured in rounds.items():
         speeds, processor_speeds = zip(*measured, strict=True)
         print(
@@ -198,11 +200,11 @@ def report(rounds: dict[tuple[str, str], list[tuple[float, float]]], dtypes: lis
             f"{min(speeds):,.0f} to {max(speeds):,.0f}"
         )
     for candidates in [*([dtype] for dtype in dtypes), dtypes]:
-        of_what = candidates[0] if len(candidates) == 1 else "fastest of each"
-        for column, unit in enumerate(("tokens/s", "tokens a processor second")):
+        dtype_name = candidates[0] if len(candidates) == 1 else "fastest of each"
+        for column, unit in enumerate(("tokens/s", "tokens per CPU second")):
 
             def best(names: list[str], candidates=candidates, column=column) -> list[float]:
-                """The speeds of the fastest of these sides and types, by median."""
+                """The throughputs of the side and dtype with the highest median."""
                 chosen = [key for key in rounds if key[0] in names and key[1] in candidates]
                 speeds = [[measured[column] for measured in rounds[key]] for key in chosen]
                 return max(speeds, key=statistics.median, default=[])
@@ -210,20 +212,22 @@ def report(rounds: dict[tuple[str, str], list[tuple[float, float]]], dtypes: lis
             ours, theirs = best(["ours"]), best([side for side in sides if side != "ours"])
             if ours and theirs:
                 ratio = statistics.median(mine / other for mine, other in zip(ours, theirs, strict=True))
-                print(f"ours / torch, {of_what}, {unit}: {ratio:.2f}")
+                print(f"ours / torch, {dtype_name}, {unit}: {ratio:.2f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="processes for each side and type")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps in a process")
+    parser.add_argument("--rounds", type=int, default=5, help="processes per side and dtype")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps per process")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--platform", choices=list(SIDES), default="cpu")
-    parser.add_argument("--shape", choices=list(SHAPES), default="8m", help="parameters of the model, about")
+    parser.add_argument(
+        "--shape", choices=list(SHAPES), default="8m", help="model, named by its approximate number of parameters"
+    )
     every_side = sorted({side for sides in SIDES.values() for side in sides})
-    parser.add_argument("--sides", nargs="+", choices=every_side, help="measure these alone")
+    parser.add_argument("--sides", nargs="+", choices=every_side, help="measure only these sides")
     parser.add_argument("--side", choices=every_side, help="measure this side in this process and print one JSON line")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="for --side")
     arguments = parser.parse_args()
@@ -235,14 +239,14 @@ def main() -> None:
     for side in SIDES[arguments.platform]:
         missing = [name for name in NEEDS.get(side, ("torch", "transformers")) if not importlib.util.find_spec(name)]
         if missing:
-            print(f"without {side}: {' and '.join(missing)} is not installed (see --help)")
+            print(f"skipping {side}: {' and '.join(missing)} is not installed (see --help)")
         elif side in (arguments.sides or every_side):
             sides.append(side)
     shape = SHAPES[arguments.shape]
     print(
         f"{shape.num_layers} layers, width {shape.embed_dim}, {shape.num_heads}/{shape.num_kv_heads} heads of "
         f"{shape.head_dim}, SwiGLU {shape.mlp_dim}, vocabulary {shape.vocab_size}, "
-        f"{arguments.batch_size} x {arguments.sequence_length} tokens a step, {len(os.sched_getaffinity(0))} cores\n"
+        f"{arguments.batch_size} x {arguments.sequence_length} tokens per step, {len(os.sched_getaffinity(0))} cores\n"
         f"our settings: {', '.join(f'{name}={value}' for name, value in TRAINING_ENVIRONMENT.items())}"
     )
     rounds: dict[tuple[str, str], list[tuple[float, float]]] = {
@@ -253,7 +257,7 @@ def main() -> None:
             measured.append(measure_in_new_process(side, dtype, arguments.platform))
             speed, processor_speed = measured[-1]
             print(
-                f"{number + 1}: {side}, {dtype}: {speed:,.0f} tokens/s, {processor_speed:,.0f} per processor second",
+                f"{number + 1}: {side}, {dtype}: {speed:,.0f} tokens/s, {processor_speed:,.0f} per CPU second",
                 flush=True,
             )
     report(rounds, arguments.dtypes, sides)

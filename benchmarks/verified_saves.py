@@ -1,10 +1,10 @@
-"""What hashing and reading back cost a save of 500 MB: the training thread, the background, and the steps meanwhile.
+"""Cost of hashing a checkpoint and reading it back: blocking time, background time, and slowdown of steps.
 
     python benchmarks/verified_saves.py [--rounds 5] [--megabytes 500] [--directory DIR]
 
-Both sides save the same arrays with the same code; `plain` leaves out what is hashed and read back. Sides alternate
-within a round, and each is compared with steps of the same round that run beside no save. A step is a chain of jitted
-matmuls on this machine's CPU; on an accelerator the hashing competes with nothing but the host's own work.
+Both sides save the same arrays with the same code; `plain` skips hashing and reading back. Sides alternate within a
+round, and each is compared with steps of the same round without a save. A step is a chain of jitted matmuls on this
+machine's CPU. With an accelerator, hashing would only compete with the host's own work.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def write_manifest_alone(path, content) -> None:
 
 @contextlib.contextmanager
 def side(name: str) -> Iterator[None]:
-    """What a side leaves out."""
+    """A context in which `plain` skips hashing and reading back."""
     with contextlib.ExitStack() as stack:
         if name == "plain":
             stack.enter_context(mock.patch.object(step_files, "seal", write_manifest_alone))
@@ -52,7 +52,7 @@ def step(x: jax.Array) -> jax.Array:
 
 
 def timed_steps(x: jax.Array, going_on) -> list[float]:
-    """Seconds of each step for as long as `going_on()`."""
+    """Seconds of each step, while `going_on()` is true."""
     times = []
     while going_on():
         started = time.perf_counter()
@@ -62,22 +62,22 @@ def timed_steps(x: jax.Array, going_on) -> list[float]:
 
 
 def measure(checkpoints: Checkpoints, number: int, state: dict[str, jax.Array], x: jax.Array) -> dict[str, float]:
-    """One save with steps beside it, and as many steps as fit into the same time without one."""
+    """Times of one save with concurrent steps, and of steps without a save for the same duration."""
     started = time.perf_counter()
     checkpoints.save(number, {"params": state}, {}, validation_loss=None)
     blocked = time.perf_counter() - started
     assert checkpoints._saving is not None
     saved = checkpoints._saving[1]
-    beside = timed_steps(x, lambda: not saved.done())
+    concurrent = timed_steps(x, lambda: not saved.done())
     background = time.perf_counter() - started - blocked
     checkpoints.wait()
     until = time.perf_counter() + background
     alone = timed_steps(x, lambda: time.perf_counter() < until)
-    lost = background - len(beside) * statistics.median(alone)
+    lost = background - len(concurrent) * statistics.median(alone)
     return {
         "blocked": blocked,
         "background": background,
-        "step": statistics.median(beside),
+        "step": statistics.median(concurrent),
         "alone": statistics.median(alone),
         "lost": lost,
     }
@@ -87,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--megabytes", type=int, default=500)
-    parser.add_argument("--directory", help="where to save; none: a temporary directory")
+    parser.add_argument("--directory", help="parent of the temporary directory to save in")
     arguments = parser.parse_args()
     size = arguments.megabytes * 1_000_000 // 4 // ARRAYS
     state = {str(i): jax.random.normal(jax.random.key(i), (size,)) for i in range(ARRAYS)}
@@ -101,9 +101,9 @@ def main() -> None:
                 number += 1
                 with side(name):
                     result = measure(checkpoints, number, state, x)
-                if round_number:  # the first is a warm-up
+                if round_number:  # the first round is a warmup
                     results[name].append(result)
-    print(f"{arguments.megabytes} MB in {ARRAYS} arrays, {arguments.rounds} rounds, medians (least to most)")
+    print(f"{arguments.megabytes} MB in {ARRAYS} arrays, {arguments.rounds} rounds, medians (minimum to maximum)")
     for name in SIDES:
         columns = {key: [result[key] for result in results[name]] for key in results[name][0]}
         slowdown = [result["step"] / result["alone"] for result in results[name]]
@@ -113,7 +113,7 @@ def main() -> None:
 
         print(
             f"{name:>8}: save() blocks {show(columns['blocked'])}; background {show(columns['background'])}; "
-            f"steps beside it {show(slowdown, ' x')}; training time lost to a save {show(columns['lost'])}"
+            f"concurrent steps {show(slowdown, ' x')}; training time lost to a save {show(columns['lost'])}"
         )
 
 

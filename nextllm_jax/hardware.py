@@ -13,7 +13,7 @@ class Chip(NamedTuple):
     hbm_bandwidth: float
     """Bytes per second between device memory and the cores."""
     ici_link_bandwidth: float | None = None
-    """Bytes per second that a TPU sends over one of its links to a neighbor; None if there are no such links."""
+    """Bytes per second in one direction over one link of a TPU to a neighbor; None without such links."""
     ici_ring_size: int = 0
     """A dimension of a slice is a ring if its size is a multiple of this many chips; otherwise it is a line."""
     network_bandwidth: float | None = None
@@ -43,8 +43,8 @@ def _chip(
 # From vendors' data sheets. A jax device is a whole chip, except for TPU v2, v3 and 7x, whose chips are two devices.
 # Links of TPUs: cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x} give the bidirectional inter-chip bandwidth of a chip
 # (400, 1200, 800 and 1200 GB/s over 4, 6, 4 and 6 links) and the network's (25, 50, 100 and 100 Gbps); Jouppi et al.
-# 2023 (arXiv:2304.01433) gives 50 GB/s per link for v4. Dimensions of v5e and v6e slices are rings at 16 chips; slices
-# that consist of cubes have rings at multiples of 4. The network of a GPU is its NVLink, one way.
+# 2023 (arXiv:2304.01433) gives 50 GB/s per link for v4. A dimension of a v5e or v6e slice is a ring if it has 16 chips;
+# in generations with cubes of 4x4x4 chips, if it is a multiple of 4. The network of a GPU is its NVLink, one way.
 _CHIPS = {
     "TPU v2": _chip(22.5, 8, 350),
     "TPU v3": _chip(61.5, 16, 450),

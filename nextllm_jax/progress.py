@@ -77,7 +77,7 @@ def progress_bar(
         initial=initial,
         unit=unit,
         unit_scale=unit_scale,
-        disable=disable,
+        disable=disable or total == 0,
         file=sys.stderr if is_terminal else _Lines(),
         leave=not is_terminal,
         dynamic_ncols=is_terminal,

@@ -1,8 +1,10 @@
-"""The device mesh, and the one table that says which mesh axes a logical axis is divided over.
+"""The device mesh, and the table of the mesh axes that each logical axis is sharded over.
 
-Logical axis names are written once at each parameter's initializer; `RULES` translates them. The
-translation is strict: an unknown name, two logical axes that claim one mesh axis, and a size that its
-mesh axes do not divide are errors, where Flax would quietly copy the array to every device.
+Logical axis names are stated once at each parameter's initializer. `RULES` maps them to mesh axes. The mapping is
+strict, where Flax would silently replicate the array. Errors are
+- a name that is not in the table;
+- two logical axes of an array that use the same mesh axis;
+- a size that is not divisible by its mesh axes.
 """
 
 import contextlib
@@ -25,11 +27,11 @@ MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     # activations
     "batch": ("data", "fsdp"),
-    "lookup_batch": ("data",),  # while the embedding is read
+    "lookup_batch": ("data",),  # during the embedding lookup
     "seq": ("sequence",),
-    "residual_seq": ("sequence", "tensor"),  # between attention and MLP, in training
+    "residual_seq": ("sequence", "tensor"),  # between sublayers, in training
     "activation_embed": (),
-    # parameters; heads, kv_heads, mlp and vocab divide activations in the same way
+    # parameters; heads, kv_heads, mlp and vocab also shard activations
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -43,10 +45,10 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of all given devices (default: all there are) with the axes of MESH_AXES, all Auto.
+    """A mesh of all given devices (default: all devices) with the axes MESH_AXES of type Auto.
 
-    The order of TPUs follows their torus, and each slice is one contiguous part of the data axis. Raises InputError
-    if the axis sizes do not use the devices exactly, or if the devices form other slices than the config says.
+    The order of TPUs follows their torus. Each slice is one contiguous part of the data axis. Raises InputError if the
+    product of the axis sizes is not the number of devices, or if `config.slices` does not match the devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
@@ -55,62 +57,61 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         in_a_slice = (sizes[0] // found, *sizes[1:])
         order = create_hybrid_device_mesh(in_a_slice, (found, 1, 1, 1), devices, allow_split_physical_axes=True)
     elif config.slices == 1 and (found == 1 or devices[0].platform != "tpu"):
-        # Nodes of GPUs count as slices too, but any axis may cross the network that joins them.
+        # GPU nodes count as slices too, but any axis may span several nodes.
         order = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     elif found == 1 and devices[0].platform == "cpu":
         order = np.array(devices).reshape(sizes)  # simulated slices: data is the outermost axis
     else:
-        fit = f"{found}" if found == 1 or devices[0].platform == "tpu" else f"{found}, or 1 to let any axis cross them"
+        fit = f"{found}" if found == 1 or devices[0].platform == "tpu" else f"{found}, or 1 to let any axis span them"
         raise InputError(f"mesh.slices is {config.slices}, but the devices form {found}; set --mesh.slices {fit}")
     return Mesh(order, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """A context that sets jax's mesh; it does nothing for None."""
+    """A context in which `mesh` is jax's current mesh. It does nothing for None."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def num_slices(devices: Sequence[Any]) -> int:
-    """How many slices the devices say they are in: TPU slices, nodes of GPUs. 1 for devices that do not say it."""
+    """The number of TPU slices or GPU nodes of the devices; 1 for devices that do not report it."""
     return len({getattr(device, "slice_index", None) for device in devices})
 
 
 def num_parts(mesh: Mesh | AbstractMesh, name: str) -> int:
-    """How many parts a mesh shards a logical axis into."""
+    """The number of shards of a logical axis on a mesh."""
     return math.prod(mesh.shape[axis] for axis in RULES[name])
 
 
 def padded_size(size: int, name: str) -> int:
-    """The least size, from `size` on, that the mesh in force can shard along a logical axis."""
+    """The smallest size >= `size` that the current mesh can shard evenly along a logical axis."""
     mesh = jax.sharding.get_abstract_mesh()
     return size if mesh.empty else -(-size // num_parts(mesh, name)) * num_parts(mesh, name)
 
 
 def spec(names: Sequence[str | None]) -> PartitionSpec:
-    """The PartitionSpec of an array whose dimensions have these logical names (None: not divided).
+    """The PartitionSpec of an array whose dimensions have these logical names (None: not sharded).
 
-    Inside `jax.shard_map` it leaves out the axes that are manual there: a device has its own part along them.
-
-    Raises ValueError for a name that RULES lacks and for two names that claim one mesh axis.
+    Inside `jax.shard_map`, manual axes are left out. Raises ValueError for a name that is not in RULES, and for two
+    names that use the same mesh axis.
     """
     entries: list[str | tuple[str, ...] | None] = []
-    claimed: dict[str, str] = {}
+    used: dict[str, str] = {}
     manual = jax.sharding.get_abstract_mesh().manual_axes
     for name in names:
         if name is not None and name not in RULES:
             raise ValueError(f"logical axis '{name}' is unknown; sharding.RULES has {', '.join(RULES)}")
         axes = RULES[name] if name is not None else ()
         for axis in axes:
-            if axis in claimed:
-                raise ValueError(f"logical axes '{claimed[axis]}' and '{name}' of {tuple(names)} both claim '{axis}'")
-            claimed[axis] = str(name)
+            if axis in used:
+                raise ValueError(f"logical axes '{used[axis]}' and '{name}' of {tuple(names)} both use '{axis}'")
+            used[axis] = str(name)
         axes = tuple(axis for axis in axes if axis not in manual)
         entries.append(None if not axes else axes[0] if len(axes) == 1 else axes)
     return PartitionSpec(*entries)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """`x`, laid out on the mesh in force (`jax.set_mesh`) by its logical axes; unchanged without a mesh."""
+    """`x`, constrained to the sharding of its logical axes on the current mesh; unchanged without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(names))
@@ -122,32 +123,32 @@ def per_shard(
     out_names: Sequence[str],
     summed_names: Sequence[str] = (),
 ) -> Callable[..., Any]:
-    """`f`, run on each device's part of its arguments: for what XLA cannot divide, such as Pallas kernels.
+    """`f`, mapped over shards of its arguments, for functions that XLA cannot shard, such as Pallas kernels.
 
-    The names are the logical axes of each argument, and of the one result; the results of the parts along
-    `summed_names` are added. Without a mesh in force this is `f`.
+    `in_names` are the logical axes of each argument, and `out_names` those of the single result. Results are summed
+    over the mesh axes of `summed_names`. Without a current mesh this is `f`.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return f
     summed = tuple(axis for name in summed_names for axis in RULES[name])
 
-    def on_part(*args: Any) -> Any:
+    def on_shard(*args: Any) -> Any:
         return jax.lax.psum(f(*args), summed) if summed else f(*args)
 
-    return jax.shard_map(on_part, in_specs=tuple(map(spec, in_names)), out_specs=spec(out_names), check_vma=False)
+    return jax.shard_map(on_shard, in_specs=tuple(map(spec, in_names)), out_specs=spec(out_names), check_vma=False)
 
 
 def is_divisible(shape: Sequence[int], names: Sequence[str]) -> bool:
-    """Whether the mesh in force, if there is one, can shard an array of this shape by its logical axes."""
+    """Whether the current mesh can shard an array of this shape evenly by its logical axes. True without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or all(size % num_parts(mesh, name) == 0 for size, name in zip(shape, names, strict=True))
 
 
 def sum_over_data(f: Callable[[Any, Any], Any], whole: Any, batch: Any) -> Any:
-    """`f(whole, rows)` of the rows of `batch` at each index of the mesh axis "data", summed: a tree of arrays.
+    """The sum over the mesh axis "data" of `f(whole, rows)`, where `rows` is each index's shard of `batch`.
 
-    `f` sends nothing over "data"; its results do, once. Without such an axis in the mesh in force this is
-    `f(whole, batch)`.
+    `f` returns a pytree of arrays. It communicates nothing over "data"; only the sum does. Without such an axis in the
+    current mesh this is `f(whole, batch)`.
     """
     if jax.sharding.get_abstract_mesh().shape.get("data", 1) == 1:
         return f(whole, batch)
@@ -167,10 +168,10 @@ def sharding(mesh: Mesh | AbstractMesh, *names: str | None) -> NamedSharding:
 
 
 def on_device(abstract_tree: Any, device: Any) -> Any:
-    """The tree of abstract arrays without boxes, each of them whole on one device."""
-    place = SingleDeviceSharding(device)
+    """The tree of abstract arrays without boxes, each placed on one device."""
+    single = SingleDeviceSharding(device)
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), nn.meta.unbox(abstract_tree)
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=single), nn.meta.unbox(abstract_tree)
     )
 
 
@@ -179,12 +180,10 @@ def _is_boxed(leaf: Any) -> bool:
 
 
 def tree_shardings(mesh: Mesh | AbstractMesh, abstract_tree: Any) -> Any:
-    """A NamedSharding for each leaf of a tree of abstract arrays, boxed ones by their logical names.
+    """A NamedSharding for each leaf of a tree of abstract arrays, from the logical names in its box.
 
-    Leaves without a box (counters and the like) are copied to every device. The result has the
-    structure of the unboxed tree.
-
-    Raises InputError if a dimension is not divisible by its mesh axes.
+    Leaves without a box, such as counters, are replicated. The result has the structure of the unboxed tree. Raises
+    InputError if a dimension is not divisible by its mesh axes.
     """
 
     def leaf_sharding(path: Any, leaf: Any) -> NamedSharding:
@@ -197,7 +196,7 @@ def tree_shardings(mesh: Mesh | AbstractMesh, abstract_tree: Any) -> Any:
             if size % parts:
                 raise InputError(
                     f"{jax.tree_util.keystr(path, simple=True, separator='/')}: its '{name}' axis of size {size} "
-                    f"cannot be divided over {parts} devices (mesh.{' x mesh.'.join(axes)})"
+                    f"cannot be sharded over {parts} devices (mesh.{' x mesh.'.join(axes)})"
                 )
         return result
 
@@ -217,9 +216,9 @@ def placed(mesh: Mesh | AbstractMesh, boxed: Any) -> Any:
 
 
 def resized(sharding: Any, shape: Sequence[int], new: Sequence[int]) -> Any:
-    """The sharding of an array of the shape `new` that is one of `shape` with some axes made shorter.
+    """The sharding for an array of shape `new`, given the sharding for an array of shape `shape`.
 
-    An axis that is shorter and that its devices do not divide is whole.
+    Axes may be shorter in `new`. A shorter axis that is not divisible by its mesh axes is not sharded.
     """
     if not isinstance(sharding, NamedSharding):
         return sharding
@@ -232,9 +231,9 @@ def resized(sharding: Any, shape: Sequence[int], new: Sequence[int]) -> Any:
 
 
 def also_over_data(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
-    """The sharding of an array of this shape that divides it over "data" beside its own axes.
+    """The sharding with the mesh axis "data" added to the largest dimension that remains divisible.
 
-    The largest dimension that all of them divide is cut again; without one the sharding is as it was.
+    If there is no such dimension, the sharding is unchanged.
     """
     mesh = sharding.mesh
     entries = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
@@ -248,5 +247,5 @@ def also_over_data(sharding: NamedSharding, shape: Sequence[int]) -> NamedShardi
 
 
 def is_over_data(sharding: NamedSharding) -> bool:
-    """Whether an array with this sharding is divided over "data"."""
+    """Whether an array with this sharding is sharded over "data"."""
     return any("data" in (entry or ()) for entry in sharding.spec)

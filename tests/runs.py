@@ -10,7 +10,7 @@ from orbax import checkpoint as ocp
 from tests.conftest import ROOT
 
 INJECT = Path(__file__).parent / "faults" / "inject.py"
-TRAINED_A_STEP = "nextllm_jax.training.writers:Writers.train"  # called after each step of the test's config
+TRAINED_A_STEP = "nextllm_jax.training.writers:MetricsWriter.train"  # called after each step of the test's config
 
 
 def metrics(directory, split):

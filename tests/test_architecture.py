@@ -42,6 +42,18 @@ def test_functions_are_short() -> None:
     assert statistics.quantiles(FUNCTIONS.values(), n=10)[-1] < 45
 
 
+def test_the_training_loop_reads_as_a_story() -> None:
+    """It knows of few other modules, and periodic work is in hooks."""
+    loop = f"{PACKAGE}.training.loop"
+    imported = set()
+    for node in ast.walk(ast.parse(SOURCES[loop].read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            imported |= names & SOURCES.keys() or {node.module}
+    assert 0 < len(imported) <= 14, imported
+    assert FUNCTIONS[f"{loop}.run_steps"] <= 30
+
+
 def test_reading_a_config_does_not_import_jax() -> None:
     program = """
 import sys

@@ -93,7 +93,7 @@ def test_a_slip_is_put_right_and_a_missing_package_named(models, package, monkey
 def test_it_is_imported_once(models, expected, monkeypatch, messages):
     np.testing.assert_array_equal(logits(), expected)
     run = the_run(models)
-    assert messages.messages == [f"importing tiny into {run}, once"]
+    assert messages.messages == [f"importing tiny into {run} (only once)"]
     messages.clear()
     assert (run / "config.json").is_file()
     monkeypatch.setattr(import_cache, "import_model", None)
@@ -127,7 +127,7 @@ def test_the_file_is_read_where_its_import_is_damaged(models, package, expected,
     np.testing.assert_array_equal(logits(), expected)
     assert nextllm_jax.load("tiny").tokenizer.vocab_size > 0
     said = messages.messages[-1]
-    assert said.startswith(f"tiny is read from {package / 'tiny.gguf'}, because its import cannot be used: ")
+    assert said.startswith(f"tiny is read from {package / 'tiny.gguf'}, since its cached import cannot be used: ")
     assert says in said
     assert str(the_run(models)) in said
 
@@ -159,7 +159,7 @@ def test_without_a_place_to_keep_it_the_file_is_read(models, package, expected, 
     models.parent.parent.write_text("a file where the cache directory should be")
     np.testing.assert_array_equal(logits(), expected)
     said = messages.messages[-1]
-    assert said.startswith(f"tiny is read from {package / 'tiny.gguf'}, because its import cannot be used: ")
+    assert said.startswith(f"tiny is read from {package / 'tiny.gguf'}, since its cached import cannot be used: ")
     assert "Not a directory" in said
 
 

@@ -118,14 +118,14 @@ def test_spec_refuses_an_unknown_axis() -> None:
 
 @pytest.mark.parametrize("names", [("heads", "mlp"), ("batch", "embed"), ("vocab", "vocab")])
 def test_spec_refuses_axes_that_collide(names: tuple[str, str]) -> None:
-    with pytest.raises(ValueError, match=f"'{names[0]}' and '{names[1]}' of .* both claim"):
+    with pytest.raises(ValueError, match=f"'{names[0]}' and '{names[1]}' of .* both use"):
         sharding.spec(names)
 
 
 def test_a_size_that_the_mesh_does_not_divide_is_refused() -> None:
     mesh = sharding.make_mesh(MeshConfig(tensor=8))
     box = nn.LogicallyPartitioned(jax.ShapeDtypeStruct((16, 12), jnp.float32), ("embed", "mlp"))
-    with pytest.raises(InputError, match=r"mlp/up.*'mlp' axis of size 12 cannot be divided over 8.*mesh\.tensor"):
+    with pytest.raises(InputError, match=r"mlp/up.*'mlp' axis of size 12 cannot be sharded over 8.*mesh\.tensor"):
         sharding.tree_shardings(mesh, {"mlp": {"up": box}})
 
 
@@ -192,7 +192,7 @@ def test_initial_parameters_depend_on_the_seed_and_not_on_the_mesh() -> None:
 
 
 def test_a_model_that_the_mesh_does_not_divide_is_refused() -> None:
-    with pytest.raises(InputError, match=r"'kv_heads' axis of size 2 cannot be divided over 4"):
+    with pytest.raises(InputError, match=r"'kv_heads' axis of size 2 cannot be sharded over 4"):
         make_state(MeshConfig(tensor=4))
 
 

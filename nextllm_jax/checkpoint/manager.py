@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 from nextllm_jax.checkpoint import orbax_errors, step_files
 from nextllm_jax.checkpoint.leaves import leaves_of, mismatch, read_parts
 from nextllm_jax.errors import InputError, RunFailed
+from nextllm_jax.progress import progress_bar
 
 _log = logging.getLogger(__name__)
 _TEXT_BYTES = 1000  # of a message that processes exchange
@@ -157,8 +158,8 @@ class Checkpoints:
 
     def _unusable(self, step: int, why: str) -> str:
         """The error message for a step that cannot be used."""
-        others = [str(other) for other in self.steps() if other != step]
-        fix = f"use another step: {', '.join(others)}" if others else "there is no other step"
+        others = ", ".join(str(other) for other in self.steps() if other != step)
+        fix = f"use another step: {others}" if others else "there is no other step"
         return f"checkpoint {self._path(step)} {why}; {fix}"
 
     def resolve(self, step: str | int | None) -> int:
@@ -179,8 +180,7 @@ class Checkpoints:
             losses = self._losses()
             for unknown in sorted(set(self.steps()) - losses.keys()):
                 self._manifest(unknown)
-            best = _best(losses)
-            if best is None:
+            if (best := _best(losses)) is None:
                 raise InputError(f"no checkpoint in {self._directory} has a validation loss; use latest ({there})")
             return best
         number = int(step) if str(step).isdecimal() else None
@@ -204,8 +204,7 @@ class Checkpoints:
         manifest = self._manifest(step)
         if name not in (saved := manifest["items"]):
             raise InputError(f"checkpoint {self._path(step)} has no {name}; it has {', '.join(saved)}")
-        difference = mismatch(saved[name], leaves_of(abstract))
-        if difference:
+        if difference := mismatch(saved[name], leaves_of(abstract)):
             path = f"checkpoint {self._path(step)}"
             raise InputError(f"{path} does not fit ({name}: {difference}); use the config that it was saved with")
         orbax_errors.silence_tracebacks()
@@ -221,10 +220,12 @@ class Checkpoints:
     def _verify(self, step: int, name: str, manifest: dict[str, Any]) -> None:
         """Raise DamagedCheckpoint, in every process, if a file of an item is damaged. Each process reads some files."""
         share = jax.process_index(), jax.process_count()
-        damages = step_files.damaged_files(self._path(step), manifest, item=name, share=share)
-        found = _first_found(str(next(damages, "")))
-        if found:
-            raise DamagedCheckpoint(step, self._unusable(step, f"is damaged ({found})"))
+        size = sum(entry["size"] for file, entry in manifest["files"].items() if file.startswith(f"{name}/"))
+        with progress_bar(desc=f"checking step {step}", total=size // share[1], unit="B", unit_scale=True) as bar:
+            found = step_files.damaged_files(self._path(step), manifest, item=name, share=share, progress=bar.update)
+            damage = _first_found(str(next(found, "")))
+        if damage:
+            raise DamagedCheckpoint(step, self._unusable(step, f"is damaged ({damage})"))
 
     def save(self, step: int, items: dict[str, Any], record: dict[str, Any], *, validation_loss: float | None) -> None:
         """Start saving a step. Returns once the arrays may be donated, before they are on disk.
@@ -313,8 +314,7 @@ class Checkpoints:
         Raises InputError if there is no such step, and RunFailed if the manifest cannot be written.
         """
         self.wait()
-        manifest = self._manifest(self.resolve(step))
-        manifest |= {"validation_loss": _finite(validation_loss), "record": record}
+        manifest = self._manifest(self.resolve(step)) | {"validation_loss": _finite(validation_loss), "record": record}
         if jax.process_index() == 0:
             with orbax_errors.writing(self._path(step) / step_files.MANIFEST):
                 step_files.write_manifest(self._path(step), manifest)

@@ -14,7 +14,9 @@ from nextllm_jax.config.files import read_config
 from nextllm_jax.errors import InputError
 from nextllm_jax.storage.disk import Disk
 
-CONFIG, METRICS, LOSS, SAMPLES = FILES = ("config.json", "metrics.jsonl", "loss.png", "samples.txt")
+CONFIG, METRICS, LOSS, LAYERS, SAMPLES = FILES = (
+    "config.json", "metrics.jsonl", "loss.png", "layers.png", "samples.txt",
+)  # fmt: skip
 CHECKPOINTS, FLIGHT, BASE, TOKENIZER, PROFILE, TENSORBOARD = DIRECTORIES = (
     "checkpoints", "flight", "base", "tokenizer", "profile", "tensorboard",
 )  # fmt: skip

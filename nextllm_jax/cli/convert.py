@@ -1,7 +1,7 @@
 """The commands `nextllm import` and `nextllm export`."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -10,21 +10,21 @@ from nextllm_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImportArguments:
-    """Turn a Hugging Face directory or a GGUF file into a run directory, which sampling and training take."""
+    """Convert a Hugging Face directory or a GGUF file to a run directory, for sampling and training."""
 
-    source: tyro.conf.Positional[str]
+    source: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="PATH")]]
     """Hugging Face directory (config.json, safetensors, tokenizer.json), GGUF file, or the name of a published model:
     smollm2."""
     output: str
     """Run directory to write: config.json, tokenizer, and the weights as checkpoint 0."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type in which the parameters are kept."""
+    """Dtype of the parameters."""
     context_length: int | None = None
-    """Limit on the positions of the model; none: its own."""
+    """Maximum context length of the model; none: its own."""
 
 
 def import_command(argv: list[str]) -> int:
-    """Turn a model of another program into a run directory.
+    """Convert a Hugging Face or GGUF model to a run directory.
 
     Returns the exit code.
     """
@@ -47,19 +47,19 @@ class ExportArguments:
     """Write a model for transformers, vLLM and llama.cpp."""
 
     checkpoint: str
-    """Run directory; a Hugging Face directory, a GGUF file or a published model (smollm2) is converted too."""
+    """Run directory, Hugging Face directory, GGUF file, or a published model: smollm2."""
     output: str
     """Directory (huggingface) or file (gguf) to write."""
     format: Literal["huggingface", "gguf"] = "huggingface"
     """A directory with config.json, safetensors and tokenizer.json, or one GGUF file."""
     dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = "float32"
-    """Type of the matrices; float16 and q8_0 in GGUF alone."""
+    """Dtype of the matrices; float16 and q8_0 only with --format gguf."""
     step: str | None = None
-    """Checkpoint to take: best, latest, or a step number; none: best, or latest while none has a validation loss."""
+    """Checkpoint to use: best, latest, or a step number; none: best, or latest while none has a validation loss."""
     model_type: str | None = None
-    """Family to write, such as llama; none: what the model was imported as, or else the first that fits."""
+    """Model family to write, such as llama; none: the one it was imported from, or else the first that fits."""
     shard_gigabytes: float = 5.0
-    """Most in one safetensors file."""
+    """Maximum size of one safetensors file in GB."""
 
 
 def export_command(argv: list[str]) -> int:

@@ -1,7 +1,7 @@
-"""The `nextllm` command, with `train`, `prepare`, `verify`, `doctor` and `replay`; its siblings have the others.
+"""The `nextllm` command, with `train`, `prepare`, `verify`, `doctor` and `replay`. Other modules define the rest.
 
-Nothing here imports jax until a command needs it, so that errors and `--help` come at once, and data is
-prepared before devices are touched.
+Nothing here imports jax before a command needs it. So `--help` and errors appear immediately, and data is prepared
+before devices are initialized.
 """
 
 import contextlib
@@ -37,53 +37,53 @@ if TYPE_CHECKING:
 
 
 def run_main(command: Callable[[list[str]], int]) -> NoReturn:
-    """Run a command on the command line's arguments and exit with its code.
+    """Run a command with the arguments of the command line, and exit with its exit code.
 
-    The user's mistakes end in one sentence and exit code 2, failures of the machine (a full disk) in one
-    sentence and 1, Ctrl-C in 130; anything else is a bug and keeps its traceback.
+    - Bad input gives a one-line error and exit code 2.
+    - A failure of the machine, such as a full disk, gives a one-line error and exit code 1.
+    - Ctrl-C gives exit code 130.
+    - Any other exception is a bug and keeps its traceback.
     """
     standard_streams.open_missing()
     show_messages()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 must not end a sample
+        sys.stdout.reconfigure(errors="replace")  # characters that the terminal cannot show are replaced
+    message = ""
     try:
         code = command(sys.argv[1:])
         sys.stdout.flush()
     except InputError as error:
-        code = _complain(str(error), EXIT_BAD_INPUT)
+        message, code = str(error), EXIT_BAD_INPUT
     except RunFailed as error:
-        code = _complain(str(error), EXIT_FAILED)
+        message, code = str(error), EXIT_FAILED
     except BrokenPipeError:
-        code = EXIT_FAILED  # the reader of a pipe has left; say nothing
+        code = EXIT_FAILED  # the reader of the pipe has exited
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        code = _complain(f"{error.strerror or error}{where}", EXIT_FAILED)
+        message, code = f"{error.strerror or error}{where}", EXIT_FAILED
     except KeyboardInterrupt:
-        code = _complain("interrupted", 130)
+        message, code = "interrupted", 130
     finally:
+        standard_streams.drop_unwritten()
+    if message:  # printed here, since progress bars disappear when the exception is deleted
+        with contextlib.suppress(OSError):
+            print(f"error: {message}", file=sys.stderr, flush=True)
         standard_streams.drop_unwritten()
     sys.exit(code)
 
 
-def _complain(message: str, code: int) -> int:
-    with contextlib.suppress(OSError):
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    return code
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainArguments:
-    """Train a model; the same command continues an interrupted run."""
+    """Train a model. The same command continues an interrupted run."""
 
     config: str
     """Python file that defines get_config() -> Config, such as configs/small.py."""
     overwrite: bool = False
-    """Start over in a run directory that holds a run; its files move to overwritten/ in it."""
+    """Start over in an existing run directory. The old files are moved into its overwritten/."""
     allow_change: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Field in which a continued run may differ from what it was, such as optimizer.learning_rate; may be given
-    several times."""
+    """Config field that may change when a run is continued, such as optimizer.learning_rate. May be repeated."""
     profile: int = 0
-    """Steps to trace, after two of warm-up, into profile/ of the run, for XProf and Perfetto; 0: none."""
+    """Number of steps to trace, after two warmup steps, into the run's profile/ for XProf and Perfetto; 0: none."""
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     run: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
@@ -93,7 +93,7 @@ class TrainArguments:
 
 
 def parse_train(argv: list[str], file: Config) -> TrainArguments:
-    """What `train` is asked to do, on top of a config file's Config; exits for --help and for what it does not know."""
+    """The arguments of `train`; their defaults are in `file`. Exits for --help and unknown options."""
     return tyro.cli(
         TrainArguments,
         args=argv,
@@ -125,14 +125,14 @@ def train_command(argv: list[str]) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrepareArguments:
-    """Turn a corpus into tokenized shards that training reads."""
+    """Turn a corpus into tokenized shards for training."""
 
     config: str | None = None
-    """Config file whose data settings are the defaults of the options below."""
+    """Config file; its data settings become the defaults of the options below."""
     output: str | None = None
-    """Directory to write; none: data.path, or data/<corpus>-<tokenizer>-<hash>."""
+    """Output directory; none: data.path, or data/<corpus>-<tokenizer>-<hash>."""
     overwrite: bool = False
-    """Replace prepared data that is already there."""
+    """Replace prepared data in the output directory."""
     data: Annotated[DataConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=DataConfig)
 
 
@@ -154,13 +154,15 @@ def prepare_command(argv: list[str]) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VerifyArguments:
-    """Check every byte of a run's checkpoints; exit 0 if all are whole, 1 if one is damaged or there is none, 2 if PATH
-    is not a run."""
+    """Check every byte of a run's checkpoints.
 
-    path: tyro.conf.Positional[str]
-    """Run directory, its checkpoints directory, or the directory of one step."""
+    Exit code 0: all are intact. 1: one is damaged, or there is none. 2: PATH is not a run.
+    """
+
+    path: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="PATH")]]
+    """Run directory, its checkpoints/, or the directory of one step."""
     json: bool = False
-    """Print one JSON object a checkpoint."""
+    """Print one JSON object per checkpoint."""
 
 
 def verify_command(argv: list[str]) -> int:
@@ -186,7 +188,7 @@ def verify_command(argv: list[str]) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DoctorArguments:
-    """Say what would go wrong with a training, without starting it; exit 0 if nothing would, 1 if something would."""
+    """Run the checks of `train` without training. Exit code 0: no problems. 1: training would fail."""
 
     config: str
     """Python file that defines get_config() -> Config, as for train; with --resume-proof: configs/tiny.py."""
@@ -195,17 +197,18 @@ class DoctorArguments:
     allow_change: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """As for train."""
     resume_proof: bool = False
-    """Instead, train a few steps in a temporary directory twice, once with kill -9 in the middle, and compare the ends
-    bit by bit; exit 0 if they are equal, 1 if not. On a GPU set XLA_FLAGS=--xla_gpu_deterministic_ops=true."""
+    """Instead, prove exact resuming: train a few steps twice in a temporary directory, once with kill -9 in the middle,
+    and compare the final states bit for bit. Exit code 0: they are equal; 1: they differ. On a GPU, set
+    XLA_FLAGS=--xla_gpu_deterministic_ops=true."""
     steps: int = 40
-    """Steps of that training."""
+    """With --resume-proof: number of steps."""
     json: bool = False
     """Print one JSON object."""
     run: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
 
 def doctor_command(argv: list[str]) -> int:
-    """Run the checks of a start without starting, or prove exact resuming.
+    """Run the checks of `train` without training, or prove exact resuming.
 
     Returns the exit code.
     """
@@ -228,13 +231,13 @@ def _diagnose(arguments: DoctorArguments, source: "Source | None") -> int:
     from nextllm_jax.training.resume_guard import allowed_fields
 
     show = (lambda _: None) if arguments.json else (lambda finding: print(finding, flush=True))
-    consent = allowed_fields(arguments.allow_change)
-    findings = diagnose(arguments.run, source=source, overwrite=arguments.overwrite, allow_change=consent, show=show)
+    allowed = allowed_fields(arguments.allow_change)
+    findings = diagnose(arguments.run, source=source, overwrite=arguments.overwrite, allow_change=allowed, show=show)
     problems = sum(finding.status == "PROBLEM" for finding in findings)
     if arguments.json:
         print(json.dumps({"problems": problems, "checks": [dataclasses.asdict(finding) for finding in findings]}))
     else:
-        print(f"{problems} problems: train would fail" if problems else "nothing that train would fail of was found")
+        print(f"{problems} problems: train would fail" if problems else "no problems found")
     return EXIT_FAILED if problems else 0
 
 
@@ -248,21 +251,23 @@ def _prove_resuming(arguments: DoctorArguments) -> int:
         print(json.dumps({"equal": equal, "comparisons": rows}))
     else:
         print(f"{'':18} {'uninterrupted':18} {'interrupted':18}", *comparisons, sep="\n")
-        print("equal: the interrupted training ended where the other one did" if equal else "NOT EQUAL")
+        print(
+            "equal: the interrupted training gives the same result as the uninterrupted one" if equal else "NOT EQUAL"
+        )
     return 0 if equal else EXIT_FAILED
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReplayArguments:
-    """Run to a bad step that the flight recorder kept, and say where it went wrong.
+    """Repeat a bad step that the flight recorder saved, and name the first layer that is not finite.
 
-    Exit 0 if the step is bad again, 1 if not. Writes nothing.
+    Exit code 0: the step is bad again. 1: it is not. Writes no files.
     """
 
-    bundle: tyro.conf.Positional[str]
-    """Directory of the bundle, such as runs/small/flight/step-120."""
+    bundle: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="PATH")]]
+    """Directory of the recorded step, such as runs/small/flight/step-120."""
     data: str | None = None
-    """Directory of the run's data, if they have moved."""
+    """Directory of the run's prepared data, if it was moved."""
     json: bool = False
     """Print one JSON object."""
 
@@ -309,22 +314,20 @@ def _versions() -> list[str]:
 
 
 def nextllm_command(argv: list[str]) -> int:
-    """Dispatch to one of COMMANDS by the first argument; the exit code."""
+    """Run the command that the first argument names; returns its exit code."""
     name = argv[0] if argv else "--help"
     if name in ("-h", "--help"):
         print("usage: nextllm COMMAND [OPTIONS]\n")
         for command, run in COMMANDS.items():
             print(f"  {command:10}{(run.__doc__ or '').splitlines()[0]}")
-        print(
-            "\nnextllm COMMAND --help lists the options of a command; nextllm --version prints what a bug report needs"
-        )
+        print("\nnextllm COMMAND --help lists its options; nextllm --version prints what a bug report needs")
         return 0
     if name == "--version":
         print("\n".join(_versions()))
         return 0
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(COMMANDS)}"
+        hint = f"; did you mean {close[0]}?" if close else f"; the commands are {', '.join(COMMANDS)}"
         raise InputError(f"nextllm has no command '{name}'{hint}")
     return COMMANDS[name](argv[1:])
 

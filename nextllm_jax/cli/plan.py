@@ -17,38 +17,39 @@ from nextllm_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanArguments:
-    """Say what a training takes on TPUs, without them: memory, communication and time of its compiled step."""
+    """Estimate the memory, communication and time of a train step on devices that you do not have."""
 
     config: str
     """Python file that defines get_config() -> Config, as for train."""
     topology: str | None = None
-    """TPU generation and shape, such as v5e:4x4, v5p:4x4x4, v6e:16x16 or tpu7x:4x4x4; of one of --mesh.slices."""
+    """TPU generation and shape of a slice, such as v5e:4x4, v5p:4x4x4, v6e:16x16 or tpu7x:4x4x4. With --mesh.slices: of
+    each slice."""
     fast: bool = False
-    """Estimate by arithmetic in a second, and compile nothing."""
+    """Estimate by formula within a second, without compiling."""
     chip: str | None = None
-    """With --fast, instead of a topology: name that jax gives the devices, such as "NVIDIA H100 80GB HBM3"."""
+    """With --fast, instead of --topology: JAX's name of the devices, such as "NVIDIA H100 80GB HBM3"."""
     devices: int | None = None
-    """With --chip: how many there are."""
+    """With --chip: number of devices."""
     search: bool = False
-    """Try meshes, remat policies and accumulation steps, and rank those that fit; the best are compiled."""
+    """Rank the meshes, remat policies and accumulation steps that fit, and compile the best ones."""
     search_minutes: float = 10.0
-    """Minutes after which --search begins no other compilation."""
+    """Minutes after which --search starts no further compilation."""
     days: float = 30.0
-    """Days for which to say how many steps and tokens they are at most."""
+    """Report how many steps and tokens are possible in this many days."""
     tokens: float | None = None
-    """Tokens for which to say how many days they take at least; none: those of training.steps."""
+    """Report how many days this many tokens take; none: the tokens of training.steps."""
     decode: bool = False
-    """Plan sampling instead: prefill, and a decode step with its cache."""
+    """Plan sampling instead of training: prefill, and a decode step with its KV cache."""
     batch_size: int = 1
-    """With --decode: rows that are sampled together."""
+    """With --decode: number of rows in a batch."""
     prompt_tokens: int = 512
-    """With --decode: length of the prompts."""
+    """With --decode: tokens per prompt."""
     new_tokens: int = 128
-    """With --decode: tokens that each row may get."""
+    """With --decode: maximum number of new tokens per row."""
     quantize: Literal["none", "int8", "int4"] = "none"
     """With --decode: quantize the matrices, as `sample --quantize` does."""
     hlo: str | None = None
-    """New file to write the compiled train step to, as XLA's text."""
+    """New file for the text of the compiled train step (XLA HLO)."""
     json: bool = False
     """Print one JSON object."""
     run: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
@@ -70,17 +71,17 @@ def plan_command(argv: list[str]) -> int:
 
 def _check(arguments: PlanArguments) -> None:
     if (arguments.topology is None) == (arguments.chip is None):
-        raise InputError("there must be one place to plan for; give either --topology, or --fast, --chip and --devices")
+        raise InputError("there must be one target; give either --topology, or --fast, --chip and --devices")
     if arguments.chip is not None and (not arguments.fast or arguments.devices is None):
-        raise InputError("--chip can only be estimated for; give --fast and --devices with it")
+        raise InputError("--chip can only be estimated; add --fast and --devices")
     if arguments.topology is not None and arguments.devices is not None:
-        raise InputError("--devices goes with --chip; a topology says how many there are")
+        raise InputError("--devices is for --chip; a topology has a fixed number of devices")
     if arguments.decode and (arguments.fast or arguments.search):
-        raise InputError("--decode is compiled once; leave out --fast and --search")
+        raise InputError("--decode always compiles; leave out --fast and --search")
     if arguments.quantize != "none" and not arguments.decode:
-        raise InputError("--quantize is for sampling; give --decode with it")
+        raise InputError("--quantize is for sampling; add --decode")
     if arguments.hlo is not None and (arguments.fast or arguments.search or arguments.decode):
-        raise InputError("--hlo writes the one train step that is compiled; leave out --fast, --search and --decode")
+        raise InputError("--hlo needs a single compiled train step; leave out --fast, --search and --decode")
     if arguments.hlo is not None and Path(arguments.hlo).exists():
         raise InputError(f"{arguments.hlo} exists already; give --hlo a new file")
     if arguments.hlo is not None and not os.access(Path(arguments.hlo).parent, os.W_OK):
@@ -89,8 +90,8 @@ def _check(arguments: PlanArguments) -> None:
         )
     if arguments.run.init_from is not None:
         raise InputError(
-            f"init_from is {arguments.run.init_from}; a plan does not look into other models, nor does it count "
-            "adapters: give it a config that states the model, and no init_from"
+            f"init_from is {arguments.run.init_from}, but plan neither reads other models nor supports adapters; give "
+            "a config that states the model, without init_from"
         )
     for name in ("days", "tokens", "search_minutes", "batch_size", "prompt_tokens", "new_tokens"):
         value = getattr(arguments, name)
@@ -99,7 +100,7 @@ def _check(arguments: PlanArguments) -> None:
 
 
 def _plan(arguments: PlanArguments) -> tuple[dict[str, Any], str]:
-    """What is asked for, as JSON values and as a table."""
+    """The plan that the arguments ask for, as JSON values and as a table."""
     from nextllm_jax.plan import report, topology
     from nextllm_jax.plan.decoding import Request, plan_decoding
     from nextllm_jax.plan.search import search
@@ -107,21 +108,21 @@ def _plan(arguments: PlanArguments) -> tuple[dict[str, Any], str]:
 
     config, budget = arguments.run, report.Budget(arguments.days, arguments.tokens)
     if arguments.chip is not None:
-        place = topology.counted(arguments.chip, arguments.devices or 0)
+        target = topology.devices_of_kind(arguments.chip, arguments.devices or 0)
     else:
-        place = topology.tpu_slices(arguments.topology or "", config.mesh.slices)
+        target = topology.tpu_slices(arguments.topology or "", config.mesh.slices)
     if arguments.decode:
         request = Request(
             batch_size=arguments.batch_size, prompt_tokens=arguments.prompt_tokens, new_tokens=arguments.new_tokens
         )
         quantization = None if arguments.quantize == "none" else Quantization(scheme=arguments.quantize)
-        decoding = plan_decoding(config, place, request, quantization)
+        decoding = plan_decoding(config, target, request, quantization)
         return report.decoding_json(decoding), report.decoding_table(decoding)
     if arguments.search:
         minutes = 0.0 if arguments.fast else arguments.search_minutes
-        plans = search(config, place, minutes)
+        plans = search(config, target, minutes)
         return report.search_json(plans, budget), report.search_table(plans, budget)
-    plan = estimate_training(config, place) if arguments.fast else plan_training(config, place)
+    plan = estimate_training(config, target) if arguments.fast else plan_training(config, target)
     if arguments.hlo is not None:
         Path(arguments.hlo).write_text(plan.hlo)
     return report.training_json(plan, budget), report.training_table(plan, budget)

@@ -1,7 +1,8 @@
-"""The commands `nextllm sample` and `nextllm chat`: what a trained model says."""
+"""The commands `nextllm sample` and `nextllm chat`."""
 
 import dataclasses
 import json
+import logging
 import re
 import sys
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -15,44 +16,63 @@ from nextllm_jax.process import use_compilation_cache
 
 if TYPE_CHECKING:
     from nextllm_jax.inference.chat import Conversation
+    from nextllm_jax.inference.llm import LLM
     from nextllm_jax.inference.stream import TextStream
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleArguments:
-    """Continue prompts with a trained model; the text streams as it is made."""
+    """Continue prompts with a trained model. The text is printed as it is generated, or written to a file."""
 
     checkpoint: str
     """Run directory that train.py wrote, such as runs/tiny, a Hugging Face directory, a GGUF file, or the name of a
     published model: smollm2."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Text to continue; may be given several times. None: the start of a document."""
+    """Text to continue; may be given several times. "-" reads it from standard input, without a final line break. None:
+    standard input, or the start of a document if standard input is a terminal or empty."""
+    prompts_file: str | None = None
+    """File of JSON lines with {"prompt": TEXT}, or "-" for standard input; other keys are ignored. The samples go to
+    --output. The same command continues an interrupted file."""
+    output: str | None = None
+    """File for the samples of --prompts-file, one JSON object per line: those of --json with `index`, the 0-based line
+    of the prompt, and `sample` if --num-samples is not 1. OUTPUT.settings.json records the options."""
+    batch_size: int = 16
+    """Samples of --prompts-file that are generated together. More are faster, and take more memory."""
     chat: bool = False
-    """Answer instead of continuing, in the model's chat format; without --prompt, read one message per line;
-    /reset starts over, /exit or the end of the input ends."""
+    """Answer in the model's chat format, instead of continuing a text. Without --prompt, read one message per line;
+    /reset starts over, and /exit or the end of the input ends."""
     system: str | None = None
-    """System message of a chat; none: the template's own."""
+    """System message of a chat; none: that of the chat template, if it has one."""
     chat_template: str | None = None
-    """File with a Jinja chat template, instead of the model's own."""
+    """File with a Jinja chat template that replaces the model's own."""
     max_new_tokens: int | None = None
-    """Most tokens to add to a prompt, which must fit the model's context with it; none: 128, or 512 in a chat, where
-    the end of the context ends an answer too."""
+    """Maximum number of new tokens; none: 128, or 512 in a chat. A prompt and its new tokens must fit the model's
+    context. An answer in a chat also ends at the end of the context."""
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=SamplingConfig)
     seed: int = 0
-    """Seed of the draws; the same seed, prompt and settings give the same text."""
+    """Random seed; the same seed, prompt and settings give the same text."""
     num_samples: int = 1
-    """Continuations of each prompt, sampled independently."""
+    """Number of independent samples of each prompt."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Text to stop before; may be given several times. The end of the document always stops."""
+    """A sample ends before this text; may be given several times. Backslashes have no meaning in it: a line
+    break is $'\\n' in bash and zsh. The end of a document always ends a sample."""
     step: str | None = None
-    """Checkpoint to take: best (lowest validation loss), latest, or a step number; none: best, or latest while no
+    """Checkpoint to use: best (lowest validation loss), latest, or a step number; none: best, or latest while no
     checkpoint has a validation loss."""
     dtype: Literal["auto", "float32", "bfloat16"] | None = None
-    """Type of the matmuls; none: what the run's config says."""
+    """Type of the matmuls; none: that of the model's config."""
     quantize: Literal["none", "int8", "int4"] = "none"
-    """Quantize the matrices as they are read; `nextllm quantize` writes them for good and has more choices."""
+    """Quantize the weights while loading. `nextllm quantize` writes quantized weights, and has more options."""
     json: bool = False
-    """Print one JSON object a sample (prompt, text, tokens, finish_reason), and the speeds as a last one."""
+    """Print one JSON object per sample (prompt, text, tokens, finish_reason), and finally one with the throughput."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_samples", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}; it must be positive")
 
 
 def sample_command(argv: list[str]) -> int:
@@ -73,19 +93,20 @@ def chat_command(argv: list[str]) -> int:
 
 def _run(argv: list[str], prog: str, description: str | None) -> int:
     arguments = tyro.cli(SampleArguments, args=argv, prog=prog, description=description)
-
-    from nextllm_jax.inference.llm import MAX_NEW_TOKENS, load  # late, so that --help does not wait for jax
-
+    if any("\\n" in stop for stop in arguments.stop):
+        _log.warning("--stop has a backslash and an n, which is no line break; for that, write --stop $'\\n'")
+    if arguments.prompts_file is not None or arguments.output is not None:
+        return sample_file(arguments)
     if arguments.chat:
         return chat(arguments)
     if arguments.system is not None or arguments.chat_template is not None:
         raise InputError("--system and --chat-template are for a chat; add --chat, or leave them out")
-    use_compilation_cache()
-    prompts = arguments.prompt or ("",)
-    llm = load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype, quantize=arguments.quantize)
-    stream = llm.stream(
+    from nextllm_jax.inference.llm import MAX_NEW_TOKENS  # late, so that --help does not wait for jax
+
+    prompts = read_prompt_arguments(arguments)
+    stream = load_model(arguments).stream(
         prompts,
-        max_new_tokens=MAX_NEW_TOKENS if arguments.max_new_tokens is None else arguments.max_new_tokens,
+        max_new_tokens=arguments.max_new_tokens or MAX_NEW_TOKENS,
         sampling=arguments.sampling,
         seed=arguments.seed,
         num_samples=arguments.num_samples,
@@ -98,39 +119,95 @@ def _run(argv: list[str], prog: str, description: str | None) -> int:
     return 0
 
 
-def chat(arguments: SampleArguments) -> int:
-    """Answer each prompt, or hold a conversation; the exit code, 1 if a message of a pipe got no answer."""
-    from nextllm_jax.inference.chat import MAX_ANSWER_TOKENS, Conversation
+def load_model(arguments: SampleArguments) -> "LLM":
+    """The model that the options name."""
     from nextllm_jax.inference.llm import load
+
+    use_compilation_cache()
+    return load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype, quantize=arguments.quantize)
+
+
+def read_prompt_arguments(arguments: SampleArguments) -> list[str]:
+    """The prompts of --prompt, where "-" is standard input. Without any, it is read too if it is not a terminal."""
+    prompts = list(arguments.prompt)
+    if not prompts and not arguments.chat:
+        if sys.stdin.isatty():
+            return [""]
+        _log.info("reading the prompt from standard input, since there is no --prompt")
+        prompts = ["-"]
+    if "-" in prompts:
+        text = sys.stdin.buffer.read().decode(errors="replace").removesuffix("\n")
+        prompts = [text if prompt == "-" else prompt for prompt in prompts]
+    return prompts
+
+
+def sample_file(arguments: SampleArguments) -> int:
+    """Write samples of --prompts-file to --output; the exit code."""
+    if arguments.prompts_file is None or arguments.output is None:
+        raise InputError("--prompts-file and --output go together; give both")
+    for option in ("prompt", "chat", "json"):
+        if getattr(arguments, option):
+            raise InputError(f"--{option} does not go with --prompts-file; leave it out")
+
+    from nextllm_jax.cli.samples_file import SamplesFile, read_prompts, sample_missing, weights_of
+    from nextllm_jax.inference.llm import MAX_NEW_TOKENS
+
+    prompts = read_prompts(arguments.prompts_file)
+    weights, step = weights_of(arguments.checkpoint, arguments.step)
+    how = {
+        "num_samples": arguments.num_samples,
+        "max_new_tokens": arguments.max_new_tokens or MAX_NEW_TOKENS,
+        "seed": arguments.seed,
+        "stop": arguments.stop,
+    }
+    model = {"weights": weights, "dtype": arguments.dtype, "quantize": arguments.quantize}
+    with SamplesFile(arguments.output, prompts, model | how | dataclasses.asdict(arguments.sampling)) as file:
+        try:
+            if len(file.done) < len(file.rows):
+                if file.done:
+                    _log.info("continuing %s, which has %d of %d samples", file.path, len(file.done), len(file.rows))
+                llm = load_model(dataclasses.replace(arguments, step=step))
+                sample_missing(llm, file, prompts, batch_size=arguments.batch_size, sampling=arguments.sampling, **how)
+            file.sort()
+        except KeyboardInterrupt:
+            _log.info("%s has %d of %d samples; the same command continues", file.path, len(file.done), len(file.rows))
+            raise
+    _log.info("%s is complete", file.path)
+    return 0
+
+
+def chat(arguments: SampleArguments) -> int:
+    """Answer each prompt, or hold a conversation; the exit code, 1 if a message from a pipe got no answer."""
+    from nextllm_jax.inference.chat import MAX_ANSWER_TOKENS, Conversation
 
     if arguments.num_samples != 1:
         raise InputError("a chat answers once; leave --num-samples out, and change --seed for another answer")
     template = read_text(arguments.chat_template) if arguments.chat_template is not None else None
-    use_compilation_cache()
+    prompts = read_prompt_arguments(arguments)
     conversation = Conversation(
-        load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype, quantize=arguments.quantize),
+        load_model(arguments),
         system=arguments.system,
         template=template,
-        max_new_tokens=MAX_ANSWER_TOKENS if arguments.max_new_tokens is None else arguments.max_new_tokens,
+        max_new_tokens=arguments.max_new_tokens or MAX_ANSWER_TOKENS,
         sampling=arguments.sampling,
         seed=arguments.seed,
         stop=arguments.stop,
     )
-    for prompt in arguments.prompt:
+    for prompt in prompts:
         conversation.reset()
         print_answer(conversation, prompt, as_json=arguments.json)
-    return 0 if arguments.prompt else converse(conversation, as_json=arguments.json)
+    return 0 if prompts else converse(conversation, as_json=arguments.json)
 
 
 def converse(conversation: "Conversation", *, as_json: bool) -> int:
-    """Answer line after line of the standard input, and print what goes wrong; the exit code."""
+    """Answer each line of standard input; the exit code. A message that leaves no room for an answer is reported."""
     from nextllm_jax.inference.chat import ContextFull
 
     interactive = sys.stdin.isatty()
     if interactive:
-        import readline  # noqa: F401  lets `input` edit lines and remember them
+        import readline  # noqa: F401  lets `input` edit lines and recall earlier ones
 
-        print("/reset starts over, /exit or Ctrl-D ends, Ctrl-C stops an answer", file=sys.stderr)
+        _log.info("/reset starts over, /exit or Ctrl-D ends, Ctrl-C stops an answer")
     failed = False
     while True:
         try:
@@ -142,33 +219,34 @@ def converse(conversation: "Conversation", *, as_json: bool) -> int:
         if line == "/reset":
             conversation.reset()
         elif re.fullmatch(r"/\w+", line):
-            print(f"{line} is not a command; the commands are /reset and /exit", file=sys.stderr)
+            _log.warning("%s is not a command; the commands are /reset and /exit", line)
         elif line:
             try:
                 print_answer(conversation, line, as_json=as_json)
             except ContextFull as error:
                 failed = True
-                print(f"error: {error}", file=sys.stderr)
+                _log.error("%s", error)
             except KeyboardInterrupt:
                 if not interactive:
                     raise
-                print("\n(stopped; message and answer are forgotten)", file=sys.stderr)
+                print()
+                _log.info("stopped; the message and its answer are not part of the conversation")
     return EXIT_FAILED if failed and not interactive else 0
 
 
 def print_answer(conversation: "Conversation", message: str, *, as_json: bool) -> None:
-    """Print the answer as it comes, or as one JSON object once it is there."""
+    """Print the answer as it is generated, or as one JSON object when it is complete."""
     for text in conversation.say(message):
         if not as_json:
             print(text, end="", flush=True)
     assert conversation.sample is not None
     print(json.dumps(dataclasses.asdict(conversation.sample)) if as_json else "", flush=True)
     if conversation.is_full:
-        print("the answer ends here because the model's context is full; /reset starts over", file=sys.stderr)
+        _log.warning("the answer ends here because the model's context is full; /reset starts over")
 
 
 def print_json(stream: "TextStream") -> None:
-    """Print the samples in the order of the prompts, each as soon as it can be, then the speeds."""
+    """Print each sample as soon as it and those before it are complete, and finally the throughput."""
     for piece in stream.in_order():
         if piece.sample is not None:
             print(json.dumps(dataclasses.asdict(piece.sample)), flush=True)
@@ -184,7 +262,7 @@ def print_json(stream: "TextStream") -> None:
 
 
 def print_text(stream: "TextStream", prompts: list[str]) -> None:
-    """Print each prompt and its text as it comes; several follow each other, with a line above each."""
+    """Print each prompt and its text as it is generated, one sample after another; several have a line above each."""
     row = None
     for piece in stream.in_order():
         if piece.row != row:

@@ -1,4 +1,4 @@
-"""The commands `nextllm tokenize`, `evaluate` and `lm_eval`: what a tokenizer and a model make of text."""
+"""The commands `nextllm tokenize`, `evaluate` and `lm_eval`."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from nextllm_jax.progress import progress_bar
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizeArguments:
-    """Show the ids and pieces of a text."""
+    """Show the token ids and pieces of a text."""
 
     text: tyro.conf.Positional[str | None] = None
     """Text to tokenize; none: --file, or standard input."""
@@ -27,13 +27,13 @@ class TokenizeArguments:
     file: str | None = None
     """File to tokenize."""
     special: bool = False
-    """Take special tokens that the text spells out (<|endoftext|>) as special; they are ordinary text otherwise."""
+    """Encode special tokens in the text, such as <|endoftext|>, as special tokens instead of ordinary text."""
     json: bool = False
-    """Print one JSON object: ids, and pieces with \\x.. for bytes that are no whole character."""
+    """Print one JSON object: ids and pieces, where bytes that are not a whole character appear as \\x.. ."""
 
 
 def tokenize_command(argv: list[str]) -> int:
-    """Show the ids and pieces of a text.
+    """Show the token ids and pieces of a text.
 
     Returns the exit code.
     """
@@ -41,7 +41,7 @@ def tokenize_command(argv: list[str]) -> int:
 
     arguments = tyro.cli(TokenizeArguments, args=argv, prog="nextllm tokenize", description=TokenizeArguments.__doc__)
     if arguments.text is not None and arguments.file is not None:
-        raise InputError("both a text and --file are given; give one of them")
+        raise InputError("both a text and --file are given; give only one")
     text = arguments.text if arguments.text is not None else read_text(arguments.file)
     tokenizer = load_tokenizer(arguments.tokenizer)
     ids = tokenizer.encode(text, recognize="all" if arguments.special else "added")
@@ -55,15 +55,18 @@ def tokenize_command(argv: list[str]) -> int:
         except UnicodeDecodeError:
             print(f"{token:>8}  {piece}")
     num_bytes = len(text.encode(errors="replace"))
-    print(f"{len(ids):,} tokens, {num_bytes:,} bytes, {num_bytes / max(len(ids), 1):.2f} bytes a token")
+    print(f"{len(ids):,} tokens, {num_bytes:,} bytes, {num_bytes / max(len(ids), 1):.2f} bytes per token")
     return 0
 
 
 def read_text(path: str | None) -> str:
-    """The text of a file, of standard input for None; invalid UTF-8 becomes U+FFFD."""
+    """The text of a file, or of standard input if `path` is None. Invalid UTF-8 becomes U+FFFD.
+
+    Raises InputError if the file cannot be read, or if standard input is a terminal.
+    """
     if path is None:
         if sys.stdin.isatty():
-            raise InputError("there is no text; give it as an argument, by --file, or through a pipe")
+            raise InputError("there is no text; give it as an argument, with --file, or through a pipe")
         return sys.stdin.buffer.read().decode(errors="replace")
     try:
         return Path(path).read_bytes().decode(errors="replace")
@@ -76,21 +79,21 @@ class EvaluateArguments:
     """Score a model on a text, or on the validation split of prepared data as training does."""
 
     checkpoint: str
-    """Run directory that train.py wrote, Hugging Face directory, GGUF file, or a published model: smollm2."""
+    """Run directory, Hugging Face directory, GGUF file, or a published model: smollm2."""
     text: str | None = None
-    """File to score as one document, in windows that do not see each other."""
+    """File to score as one document, in separate windows."""
     data: str | None = None
-    """Directory of prepared data, made with the model's tokenizer."""
+    """Directory of prepared data, tokenized with the model's tokenizer."""
     step: str | None = None
-    """Checkpoint to take: best, latest, or a step number; none: best, or latest while none has a validation loss."""
+    """Checkpoint to use: best, latest, or a step number; none: best, or latest while none has a validation loss."""
     window: int | None = None
-    """Tokens in a window; none: the model's context for a text, the run's data.sequence_length for data."""
+    """Tokens per window; none: the model's context length for --text, the run's data.sequence_length for --data."""
     batch_size: int = 8
-    """Windows that are scored together; the result does not depend on it."""
+    """Windows per batch; the result does not depend on it."""
     dtype: Literal["auto", "float32", "bfloat16"] | None = None
-    """Type of the matmuls; none: what the run's config says."""
+    """Dtype of the matmuls; none: model.dtype of the config."""
     quantize: Literal["none", "int8", "int4"] = "none"
-    """Quantize the matrices as they are read; `nextllm quantize` writes them for good and has more choices."""
+    """Quantize the matrices while loading. `nextllm quantize` writes a quantized model and has more options."""
     json: bool = False
     """Print one JSON object: tokens, nll, perplexity, bits_per_byte."""
 
@@ -102,7 +105,7 @@ def evaluate_command(argv: list[str]) -> int:
     """
     arguments = tyro.cli(EvaluateArguments, args=argv, prog="nextllm evaluate", description=EvaluateArguments.__doc__)
     if (arguments.text is None) == (arguments.data is None):
-        raise InputError("there must be one thing to score; give either --text FILE or --data DIR")
+        raise InputError("give either --text FILE or --data DIR")
     text = None if arguments.text is None else read_text(arguments.text)
 
     from nextllm_jax.evaluation.scoring import score_data
@@ -141,7 +144,7 @@ def batch_progress(batches: Iterable[Any], total: int) -> Iterable[Any]:
 
 
 def trained_window(checkpoint: str) -> int | None:
-    """The length of the windows that a run was trained on, None for what is no run."""
+    """The sequence length that a run was trained with; None if the checkpoint is not a run directory."""
     run = RunDir(checkpoint)
     return run.read_config().data.sequence_length if run.exists() and run.checkpoints.is_dir() else None
 

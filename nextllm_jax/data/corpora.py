@@ -111,7 +111,17 @@ def held_out_text(config: DataConfig, characters: int) -> str:
     return text[:characters]
 
 
-def _stdlib_documents() -> Iterator[Document]:
+def text_bytes(config: DataConfig) -> int | None:
+    """The size of the files of a corpus of plain text; None for others, whose text has another size."""
+    if config.corpus.startswith("hf:"):
+        return None
+    if config.corpus == "stdlib":
+        return sum(path.stat().st_size for _, path in _stdlib_files())
+    listing = find_files(config)
+    return listing.num_bytes if all(file.kind == "text" and not file.compression for file in listing.files) else None
+
+
+def _stdlib_files() -> list[tuple[str, Path]]:
     root = Path(sysconfig.get_path("stdlib"))
     # _sysconfigdata files are written at build time and differ between machines.
     files = sorted(
@@ -121,7 +131,11 @@ def _stdlib_documents() -> Iterator[Document]:
     )
     if not files:
         raise InputError(f"data.corpus is stdlib, but {root} holds no Python source; name another corpus")
-    for name, path in files:
+    return files
+
+
+def _stdlib_documents() -> Iterator[Document]:
+    for name, path in _stdlib_files():
         yield Document(path.read_text("utf-8", "replace"), str(path), group=name)
 
 

@@ -35,10 +35,11 @@ class Part(NamedTuple):
 
 
 class PartReport(NamedTuple):
-    """Which process tokenized a part, how many tokens it has, and how long that took."""
+    """Which process tokenized a part, how many tokens and bytes of text it has, and how long that took."""
 
     process: int
     num_tokens: int
+    num_bytes: int
     seconds: float
     bad_rows: list[str]
     """The error of each conversation that was skipped."""
@@ -110,7 +111,12 @@ def tokenize_part(part: Part, *, tokenizer_directory: Path, tokenizer_hash: str,
         np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
     temporary.replace(part.path)
     num_tokens = sum(len(arrays[f"{name}_tokens"]) for name in SPLITS)
-    return PartReport(os.getpid(), num_tokens, time.perf_counter() - started, bad_rows)
+    return PartReport(os.getpid(), num_tokens, text_size(part), time.perf_counter() - started, bad_rows)
+
+
+def text_size(part: Part) -> int:
+    """The UTF-8 bytes of a part's text."""
+    return sum(len(text.encode()) for text in part.texts)
 
 
 @functools.lru_cache(1)

@@ -18,7 +18,7 @@ from pathlib import Path
 from nextllm_jax.config import DataConfig
 from nextllm_jax.data.census import Census
 from nextllm_jax.data.conversations import contents_of
-from nextllm_jax.data.corpora import Document, document_hash, read_documents, validation_limit
+from nextllm_jax.data.corpora import Document, document_hash, read_documents, text_bytes, validation_limit
 from nextllm_jax.data.data_directory import (
     check_replaceable,
     claimed,
@@ -29,7 +29,16 @@ from nextllm_jax.data.data_directory import (
     writing,
 )
 from nextllm_jax.data.files import find_files
-from nextllm_jax.data.parts import Part, is_intact, load_bad_rows, load_mask, load_part, split_into_parts, tokenize_part
+from nextllm_jax.data.parts import (
+    Part,
+    is_intact,
+    load_bad_rows,
+    load_mask,
+    load_part,
+    split_into_parts,
+    text_size,
+    tokenize_part,
+)
 from nextllm_jax.data.processes import map_in_processes
 from nextllm_jax.data.rows import Skipped
 from nextllm_jax.data.settings import (
@@ -119,7 +128,7 @@ def prepare(config: DataConfig, output: Path, *, overwrite: bool = False, wait: 
         start_or_continue(partial, settings)
         if not is_prepared(partial):
             _log_skipped(config)
-            _write_dataset(config, functools.partial(read_documents, config), partial)
+            _write_dataset(config, functools.partial(read_documents, config), partial, text_bytes(config))
             if listing_hash(config) != listing:
                 (partial / "index.json").unlink()
                 raise InputError(f"the files of data.corpus {config.corpus} changed while they were read; run again")
@@ -168,7 +177,7 @@ def prepare_sample(config: DataConfig, output: Path, characters: int) -> bool:
             break
         documents.append(document)
         characters -= len(document.text)
-    _write_dataset(dataclasses.replace(config, num_processes=1), lambda _: documents, output)
+    _write_dataset(dataclasses.replace(config, num_processes=1), lambda _: documents, output, None)
     return is_all
 
 
@@ -176,10 +185,11 @@ Documents = Callable[[Skipped], Iterable[Document]]
 """Reads a corpus from its beginning, and adds what is skipped."""
 
 
-def _write_dataset(config: DataConfig, read: Documents, partial: Path) -> None:
+def _write_dataset(config: DataConfig, read: Documents, partial: Path, num_bytes: int | None) -> None:
+    """Write the documents as token shards. `num_bytes` is the size of their text for an ETA, None if unknown."""
     limit = validation_limit(read(Skipped(config)), config.validation_fraction)
     tokenizer = _make_tokenizer(config, read, limit, partial / "tokenizer")
-    part_paths = _tokenize_corpus(config, read, limit, partial, tokenizer.hash)
+    part_paths = _tokenize_corpus(config, read, limit, partial, tokenizer.hash, num_bytes)
     splits = {
         name: write_split(
             partial,
@@ -238,7 +248,9 @@ def _sample_training_texts(documents: Iterable[Document], limit: int) -> Iterato
             left -= len(document.text)
 
 
-def _tokenize_corpus(config: DataConfig, read: Documents, limit: int, partial: Path, tokenizer_hash: str) -> list[Path]:
+def _tokenize_corpus(
+    config: DataConfig, read: Documents, limit: int, partial: Path, tokenizer_hash: str, num_bytes: int | None
+) -> list[Path]:
     """Tokenize every part whose file is missing or damaged; returns the paths of all parts, in order."""
     (partial / "parts").mkdir(exist_ok=True)
     paths: list[Path] = []
@@ -250,7 +262,9 @@ def _tokenize_corpus(config: DataConfig, read: Documents, limit: int, partial: P
             paths.append(part.path)
             if not is_intact(part.path):
                 yield part
-            elif is_chat:
+                continue
+            bar.update(text_size(part))
+            if is_chat:
                 skipped.add_bad_rows(*load_bad_rows(part.path))
 
     work = functools.partial(
@@ -261,11 +275,11 @@ def _tokenize_corpus(config: DataConfig, read: Documents, limit: int, partial: P
     )
     tokens: collections.Counter[int] = collections.Counter()
     seconds: collections.defaultdict[int, float] = collections.defaultdict(float)
-    with progress_bar(desc="tokenizing", unit=" tokens", unit_scale=True) as bar:
+    with progress_bar(desc="tokenizing", total=num_bytes, unit="B", unit_scale=True) as bar:
         for report in map_in_processes(work, missing_parts(), config.num_processes or os.cpu_count() or 1):
             tokens[report.process] += report.num_tokens
             seconds[report.process] += report.seconds
-            bar.update(report.num_tokens)
+            bar.update(report.num_bytes)
             skipped.add_bad_rows(*report.bad_rows)
     for number, process in enumerate(tokens, 1):
         _log.info(f"process {number}: {tokens[process]:,} tokens, {tokens[process] / seconds[process]:,.0f} tokens/s")

@@ -1,11 +1,14 @@
 """Maps a function over parts in spawned processes, in order, with few parts in memory at a time."""
 
 import collections
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
+import types
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -18,7 +21,10 @@ _Result = TypeVar("_Result")
 
 
 def map_in_processes(work: Callable[[_Part], _Result], parts: Iterable[_Part], num_processes: int) -> Iterator[_Result]:
-    """The result of `work` for each part, in order. Raises InputError if a process is killed."""
+    """The result of `work`, a function of a module, for each part, in order. Raises InputError if a process is killed.
+
+    The processes do not import the caller's script, so it needs no `if __name__ == "__main__"`.
+    """
     if num_processes == 1:
         yield from map(work, parts)
         return
@@ -27,7 +33,8 @@ def map_in_processes(work: Callable[[_Part], _Result], parts: Iterable[_Part], n
     with ProcessPoolExecutor(num_processes, context, initializer=_start_worker) as executor:
         try:
             for part in parts:
-                waiting.append(executor.submit(work, part))
+                with _without_main_module():  # submitting may start a process
+                    waiting.append(executor.submit(work, part))
                 if len(waiting) > 2 * num_processes:
                     yield waiting.popleft().result()
             while waiting:
@@ -39,6 +46,20 @@ def map_in_processes(work: Callable[[_Part], _Result], parts: Iterable[_Part], n
             ) from error
         finally:
             executor.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _without_main_module() -> Iterator[None]:
+    """A context in which multiprocessing does not find the file that new processes would import as their main module.
+
+    A script that trains without a guard would train again in each of them, and wait for the data that they prepare.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _start_worker() -> None:

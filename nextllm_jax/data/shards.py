@@ -29,6 +29,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from nextllm_jax.errors import InputError
+from nextllm_jax.progress import progress_bar
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 FORMAT = "nextllm_jax tokens 3"
@@ -250,7 +251,8 @@ class Dataset:
             entries = _file_entries(index)
             for entry in entries:
                 _check_size(directory / entry["file"], entry["size"])
-            for entry, block in _blocks_to_check(entries, verify):
+            blocks = list(_blocks_to_check(entries, verify))
+            for entry, block in progress_bar(blocks, desc=f"checking {directory}", unit=" blocks"):
                 _check_block(directory / entry["file"], entry, block)
             return cls(directory, index)
         except (KeyError, TypeError, ValueError) as error:

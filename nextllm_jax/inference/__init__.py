@@ -1,1 +1,1 @@
-"""From prompts to text: sampling, the generate loop, streaming."""
+"""Generates text: loading a model, the decode loop, sampling, streaming and chat."""

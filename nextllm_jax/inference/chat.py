@@ -1,4 +1,4 @@
-"""A conversation with a model: its messages, and a cache from which only the new turn is missing."""
+"""A conversation with a model. It keeps the cache, so each turn processes only the new tokens."""
 
 from collections.abc import Iterator, Sequence
 
@@ -14,16 +14,16 @@ _LEAST_CACHE_LENGTH = 1024
 
 
 class ContextFull(InputError):
-    """No token more fits into the model's context; the conversation stands as it was."""
+    """The conversation leaves no room in the model's context for an answer. It is unchanged."""
 
 
 class Conversation:
-    """Turns of a user and a model, from an optional `system` message on.
+    """A conversation between a user and a model, which may begin with a `system` message.
 
-    `template` is a Jinja template instead of the model's own. `sample` is the last answer, `speeds` are those of
-    making it. Answers are what they would be if each were made from the whole conversation anew.
+    `template` is a Jinja template that replaces the model's own. `sample` is the last answer, and `speeds` is its
+    throughput. Answers are the same as if each were generated from the whole conversation without a cache.
 
-    Raises InputError for a model without a template, or a template that fails.
+    Raises InputError if the model has no template, or if the template fails.
     """
 
     def __init__(
@@ -44,18 +44,19 @@ class Conversation:
         self.sample: Sample | None = None
         self.speeds = Speeds()
         self.is_full = False
-        """Whether the last answer ended because the model's context did."""
+        """Whether the last answer ended because the model's context was full."""
         self.reset()
 
     def reset(self) -> None:
-        """Forget all but the system message."""
+        """Remove all messages except the system message."""
         self.messages: list[Message] = list(self._opening)
         self._cached: CachedRow | None = None
 
     def say(self, text: str, *, chunk_tokens: int = 8) -> Iterator[str]:
-        """The pieces of the model's answer as they are made; the turn counts once they are all taken.
+        """The model's answer in pieces, as it is generated.
 
-        Raises ContextFull if the text leaves no room for an answer.
+        The message and its answer become part of the conversation when all pieces have been read. If not all are read,
+        the conversation is unchanged. Raises ContextFull if the message leaves no room for an answer.
         """
         llm, (max_new_tokens, sampling, seed, stop) = self._llm, self._settings
         messages = [*self.messages, {"role": "user", "content": text}]
@@ -64,10 +65,10 @@ class Conversation:
         room = context_length - len(prompt)
         if room < 1:
             raise ContextFull(
-                f"the conversation would take {len(prompt):,} tokens and leaves no room for an answer in the model's "
+                f"the conversation has {len(prompt):,} tokens, which leaves no room for an answer in the model's "
                 f"context of {context_length:,}; /reset starts over"
             )
-        cached, self._cached = self._cached, None  # whatever happens now, it is gone
+        cached, self._cached = self._cached, None  # the generation donates it, even if this fails
         stream = llm.stream_tokens(
             [prompt],
             texts=[text],

@@ -1,7 +1,7 @@
-"""Rows of tokens from a model: one jitted prefill, and one jitted while loop called again until all rows are done.
+"""Generates tokens in rows: a jitted prefill, then a jitted while loop that is called until all rows are done.
 
-Prompts are padded to a few bucket lengths, so that many prompts mean few compilations. The loop's state (cache,
-last tokens, positions, flags) is donated: the cache is written in place and never copied.
+Prompts are padded to a few bucket lengths, to limit the number of compilations. The loop's state (cache, last tokens,
+positions, flags) is donated, so the cache is updated in place and never copied.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.sharding import on_mesh, padded_size
 
 CHUNK_TOKENS = 64
-"""Most tokens a row gets in one call of the loop."""
+"""Maximum number of tokens per row in one call of the loop."""
 
 
 @flax.struct.dataclass
 class State:
-    """What the loop carries. The last token of a row is not in the cache yet; done rows stand by."""
+    """The carry of the decode loop. Finished rows stay in the batch. The last token of a row is not cached yet."""
 
     cache: KVCache
     token_B: jax.Array
@@ -42,7 +42,7 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class Speeds:
-    """Tokens and seconds of prefill and decode, without compiling."""
+    """Tokens and seconds of prefill and decode, excluding compilation."""
 
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
@@ -51,12 +51,12 @@ class Speeds:
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """Prompt tokens a second, of all rows together; padding does not count."""
+        """Prompt tokens per second, summed over rows; padding does not count."""
         return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """New tokens a second, of all rows together."""
+        """New tokens per second, summed over rows."""
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
@@ -70,10 +70,9 @@ def _apply(
 def prefill(
     model: Transformer, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, *, cache_length: int, track_seen: bool
 ) -> State:
-    """The state after the prompts, which are padded on the right; rows of length 0 are done.
+    """The state after the prompts, int32 [B, T], which are padded on the right. Rows of length 0 are done.
 
-    The last token of a prompt is read again by the first step of the loop, which so is the only place that makes
-    logits and draws from them.
+    The first step of the loop processes the last token of each prompt again, so sampling happens only inside the loop.
     """
     B, T = tokens_BT.shape
     cache = KVCache.create(
@@ -91,9 +90,9 @@ def prefill(
 def extend(
     model: Transformer, params: Any, cache: KVCache, tokens_BT: jax.Array, lengths_B: jax.Array, start: jax.Array
 ) -> State:
-    """The state after more tokens, padded as in `prefill`, at positions `start`, ... of a cache (donated).
+    """The state after more tokens, padded as in `prefill`, are written to a cache (donated) from position `start` on.
 
-    What the cache holds beyond `start` is never seen: each slot is written before a query reaches it.
+    What the cache held from `start` on is never attended to, since each slot is overwritten before a query reaches it.
     """
     return _read(model, params, cache, tokens_BT, lengths_B, start)
 
@@ -101,7 +100,7 @@ def extend(
 def _read(
     model: Transformer, params: Any, cache: KVCache, tokens_BT: jax.Array, lengths_B: jax.Array, start: jax.Array
 ) -> State:
-    """The state, without `seen_BV`, once the tokens are in the cache from position `start` on."""
+    """Writes the tokens to the cache from position `start` on. Returns the state without `seen_BV`."""
     positions_BT = jnp.broadcast_to(start + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
     _, cache = _apply(model, params, tokens_BT, positions_BT, cache)
     last_B = jnp.maximum(lengths_B - 1, 0)
@@ -126,9 +125,9 @@ def decode(
     vocab_size: int,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[State, jax.Array]:
-    """The state (donated) after at most `limit` <= chunk_tokens more tokens a row, and the tokens, int32 [B, C].
+    """The state (donated) after at most `limit` <= chunk_tokens more tokens per row, and these tokens, int32 [B, C].
 
-    A row ends with a stop id, or before the call if `stopped_B` says so; places that it does not fill hold -1.
+    A row ends with a stop id. Rows in `stopped_B` get no tokens. After a row's last token, the rest is -1.
     """
     B = state.token_B.shape[0]
 
@@ -158,7 +157,7 @@ def decode(
 
 
 def bucket(size: int, least: int) -> int:
-    """The smallest of least x 1, 1.5, 2, 3, 4, 6, 8, ... that holds `size`; `least` is even, or 1."""
+    """The smallest of least x 1, 1.5, 2, 3, 4, 6, 8, ... that is at least `size`; `least` must be even, or 1."""
     power = least
     while power < size:
         if 2 * size <= 3 * power:
@@ -169,9 +168,9 @@ def bucket(size: int, least: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class CachedRow:
-    """What a Generation of one row leaves behind: the tokens that its cache holds, from position 0 on, and the cache.
+    """The cache of a Generation of one row, and the tokens that it holds, from position 0 on.
 
-    Once a Generation has taken it over, the cache is gone.
+    Another Generation that uses it donates the cache, so it can be used only once.
     """
 
     tokens: tuple[int, ...]
@@ -179,16 +178,17 @@ class CachedRow:
 
 
 class Generation:
-    """Rows of tokens in the making: `advance` until `done`. Row i continues prompts[i].
+    """Generates tokens in rows, of which row i continues prompts[i]. Call `advance` until `done`.
 
-    `samples[i]` is the index of row i among those of the same prompt; with `seed` and the position it decides
-    what is drawn. Runs on `mesh`, or on the mesh that the caller has set, or on the parameters' device.
+    `samples[i]` is the index of row i among the samples of its prompt. The random key of a token is a function of
+    `seed`, this index and the token's position. Runs on `mesh`; None: on the mesh that the caller has set, or on the
+    parameters' device.
 
-    With `cached`, a single row takes over the cache of another and reads only what its prompt does not share with
-    that; a repetition penalty reads all of it. A cache has at least `least_cache_length` slots, as far as the context
-    goes, so that later rows need no larger one, which would have to be compiled for.
+    `cached` is the cache of an earlier Generation; it allows only one row. Only the tokens after the common prefix of
+    its tokens and the prompt are processed, or all tokens if there is a repetition penalty. The cache has at least
+    `least_cache_length` slots, but not more than the context. This avoids compiling for a larger cache later.
 
-    Raises InputError for a prompt that does not fit the model's context together with the new tokens.
+    Raises InputError if a prompt and the new tokens exceed the model's context, or if max_new_tokens is not positive.
     """
 
     def __init__(
@@ -231,7 +231,7 @@ class Generation:
                 prefill, model, params, tokens_BT, lengths_B, cache_length=cache_length, track_seen=track_seen
             )
         with on_mesh(mesh):
-            read.func.lower(*read.args, **read.keywords).compile()  # so that the clock does not see it
+            read.func.lower(*read.args, **read.keywords).compile()  # before the clock starts
             started = time.perf_counter()
             self._state = jax.block_until_ready(read())
         self.speeds = Speeds(prefill_tokens=int(lengths_B.sum()), prefill_seconds=time.perf_counter() - started)
@@ -243,22 +243,23 @@ class Generation:
 
     @property
     def done(self) -> bool:
-        """True if no row can get another token."""
+        """Whether all rows have ended."""
         return self._remaining == 0 or bool(self._stopped_B.all())
 
     def cached_row(self, tokens: Sequence[int]) -> CachedRow:
-        """The cache of the only row for another Generation; `tokens` are its prompt and what it has made of it.
+        """The cache of the only row, for another Generation; `tokens` are the row's prompt and its new tokens.
 
-        The last of them has not been read yet. This Generation is over with it.
+        This Generation must not be used afterwards.
         """
+        # The last token has not been processed, so it is not in the cache.
         return CachedRow(tuple(tokens[:-1]), self._state.cache)
 
     def stop(self, row: int) -> None:
-        """End a row before the next call of `advance`."""
+        """End a row, which gets no more tokens."""
         self._stopped_B[row] = True
 
     def advance(self, limit: int = CHUNK_TOKENS) -> list[list[int]]:
-        """At most `limit` new tokens of each row, with the stop id that ended it, if one did."""
+        """At most `limit` new tokens for each row, including the stop id if one ended it."""
         limit = min(limit, CHUNK_TOKENS, self._remaining)
         started = time.perf_counter()
         tokens_BC = self._run(limit)
@@ -287,17 +288,17 @@ def _longest(prompts: Sequence[Sequence[int]], max_new_tokens: int, context_leng
         raise InputError(f"max_new_tokens is {max_new_tokens}; it must be positive")
     lengths = [len(prompt) for prompt in prompts]
     if min(lengths, default=0) == 0:
-        raise ValueError("there must be prompts, and each must hold at least the BOS token")
+        raise ValueError("prompts must not be empty, and each must have at least one token")
     if max(lengths) + max_new_tokens > context_length:
         raise InputError(
-            f"the prompt of {max(lengths)} tokens and max_new_tokens {max_new_tokens} are together over the model's "
-            f"context_length {context_length}; shorten the prompt or ask for fewer tokens"
+            f"the prompt has {max(lengths)} tokens, and with max_new_tokens {max_new_tokens} exceeds the model's "
+            f"context_length {context_length}; shorten the prompt, or lower max_new_tokens"
         )
     return max(lengths)
 
 
 def _num_shared(tokens: Sequence[int], prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens the only prompt begins with that are cached; the loop reads its last one again in any case."""
+    """The length of the common prefix of the cached tokens and the only prompt, without the prompt's last token."""
     (prompt,) = prompts
     shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tokens, prompt[:-1], strict=False))
     return sum(1 for _ in shared)

@@ -1,4 +1,4 @@
-"""`load(path)` -> LLM: a trained model with its tokenizer, to sample from, score with and look into."""
+"""`load(path)` -> LLM: a trained model with its tokenizer, for logits, sampling and scoring."""
 
 import dataclasses
 import functools
@@ -25,10 +25,11 @@ from nextllm_jax.sharding import make_mesh, on_device, on_mesh, padded_size, pla
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 128
+"""Default number of new tokens."""
 
 MAX_UNROLLED_LAYERS = 32
-"""Depth up to which `load` unrolls the layers. At 8 layers that halves a decode step of one row on a CPU and takes a
-second longer to compile; at 32 it is 8 seconds instead of 2, at 64 over 20."""
+"""Number of layers up to which `load` unrolls them. Unrolling 8 layers halves the time of a decode step of one row on a
+CPU, and compiling takes a second longer. With 32 layers, compiling takes 8 s instead of 2 s; with 64, over 20 s."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +39,9 @@ class Score:
     nll: float
     """Mean negative log-likelihood of the scored tokens, in nats."""
     tokens: int
-    """Scored tokens: those of the text, and the end of the document."""
+    """Scored tokens: those of the text, and the EOS token."""
     bits_per_byte: float | None
-    """Summed negative log-likelihood in bits, over the UTF-8 bytes of the text; None if there are none."""
+    """Summed negative log-likelihood in bits, divided by the UTF-8 bytes of the text; None if there are none."""
 
     @property
     def perplexity(self) -> float:
@@ -50,10 +51,10 @@ class Score:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LLM:
-    """A model to use: its config, parameters and tokenizer; matmuls run in `dtype`.
+    """A model for inference: its config, parameters and tokenizer; matmuls run in `dtype`.
 
-    The parameters are stacked over the layers as in training or, without `scan_layers`, come from `unstack_layers`
-    and decode faster.
+    With `scan_layers`, the parameters are stacked over the layers as in training. Otherwise they are unstacked by
+    `unstack_layers`, which decodes faster.
     """
 
     config: ModelConfig
@@ -62,7 +63,7 @@ class LLM:
     dtype: np.dtype
     scan_layers: bool = True
     mesh: Mesh | None = None
-    """Devices that hold the parameters; None: one device, or the mesh that the caller has set."""
+    """Mesh over which the parameters are sharded; None: one device, or the mesh that the caller has set."""
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -71,24 +72,24 @@ class LLM:
 
     @functools.cached_property
     def model(self) -> Transformer:
-        """The module that the parameters belong to."""
+        """The Flax module of the parameters."""
         return Transformer(self.config.without_remat(), self.dtype, self.scan_layers)
 
     def logits(self, tokens: Any) -> jax.Array:
-        """Logits, float32 [B, T, V], of a causal forward pass without cache over tokens, int [B, T].
+        """Logits, float32 [B, T, V], for tokens, int [B, T]: a causal forward pass without a cache.
 
-        V is `config.vocab_size`, which may exceed the tokenizer's.
+        V is `config.vocab_size`, which may exceed the tokenizer's vocabulary.
 
-        Raises InputError for another shape, ids outside of V, or more tokens than the context.
+        Raises InputError for another shape, for ids that are not in 0 to V - 1, or if T exceeds the context.
         """
         tokens_BT = np.asarray(tokens)
         if tokens_BT.ndim != 2 or tokens_BT.size == 0 or not np.issubdtype(tokens_BT.dtype, np.integer):
-            raise InputError(f"tokens must be integers [B, T]; got {tokens_BT.dtype} {list(tokens_BT.shape)}")
+            raise InputError(f"tokens must be integers of shape [B, T]; got {tokens_BT.dtype} {list(tokens_BT.shape)}")
         T, context_length = tokens_BT.shape[1], self.config.context_length
         if context_length < T:
-            raise InputError(f"{T} tokens are over the model's context_length {context_length}")
+            raise InputError(f"{T} tokens exceed the model's context_length {context_length}; pass fewer")
         if tokens_BT.min() < 0 or tokens_BT.max() >= self.config.vocab_size:
-            raise InputError(f"token ids must lie in 0 to {self.config.vocab_size - 1}, the model's vocab_size less 1")
+            raise InputError(f"token ids must be in 0 to {self.config.vocab_size - 1}, the model's vocab_size less 1")
         with on_mesh(self.mesh):
             rows, columns = padded_size(len(tokens_BT), "batch"), min(bucket(T, 16), context_length)
             padded_BT = np.zeros((rows, columns), np.int32)
@@ -109,12 +110,13 @@ class LLM:
         num_samples: int = 1,
         stop: str | Sequence[str] = (),
     ) -> list[Sample]:
-        """`num_samples` continuations of each prompt, those of one prompt together. See SamplingConfig for the rest.
+        """`num_samples` samples for each prompt; those of one prompt are next to each other.
 
-        A sample ends before a stop string, at one of the tokenizer's stop_ids, or after max_new_tokens. What is drawn
-        depends on the seed, the prompt and the sample's index alone, not on the other prompts.
+        A sample ends before a stop string, at one of the tokenizer's stop_ids, or after max_new_tokens. It depends only
+        on the seed, the prompt and its sample index, not on the other prompts. See SamplingConfig for temperature,
+        top_k, top_p, min_p and repetition_penalty.
 
-        Raises InputError for a prompt that does not fit the context with the new tokens, or a bad setting.
+        Raises InputError if a prompt and the new tokens exceed the context, or for an invalid setting.
         """
         sampling = SamplingConfig(
             temperature=temperature,
@@ -146,18 +148,17 @@ class LLM:
         stop: str | Sequence[str] = (),
         chunk_tokens: int = 8,
     ) -> TextStream:
-        """The pieces of text that `generate` would return at the end, as they are made, and how fast.
+        """The text that `generate` returns, in pieces as it is generated; `speeds` of the result has the throughput.
 
-        A piece's row is prompt index * num_samples + sample index. Raises InputError as `generate` does.
+        The row of a piece is prompt index * num_samples + sample index. Every `chunk_tokens` tokens, the rows yield
+        their pieces. Raises InputError as `generate` does.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         stop = [stop] if isinstance(stop, str) else list(stop)
         if not prompts:
-            raise InputError("there are no prompts; give at least one, the empty text if need be")
+            raise InputError("there are no prompts; give at least one, which may be empty")
         if num_samples < 1:
             raise InputError(f"num_samples is {num_samples}; it must be positive")
-        if not all(stop):
-            raise InputError("a stop string is empty; leave it out, or give the text to stop at")
         rows = [prompt for prompt in prompts for _ in range(num_samples)]
         encoded = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
         return self.stream_tokens(
@@ -185,10 +186,13 @@ class LLM:
         cached: CachedRow | None = None,
         least_cache_length: int = 0,
     ) -> TextStream:
-        """As `stream`, but from ids; `texts` are what the samples name as their prompts, `samples` their indices.
+        """Like `stream`, for prompts as token ids, one per row.
 
-        See Generation for `cached` and `least_cache_length`, and for what it raises.
+        `texts` are the prompts in the returned samples. `samples` are the sample indices of the rows; None: all 0.
+        See Generation for `cached`, `least_cache_length` and the errors.
         """
+        if not all(stop):
+            raise InputError("a stop string is empty; leave it out, or give the text to stop before")
         ends = {"max_new_tokens": max_new_tokens, "stop_ids": self.tokenizer.stop_ids}
         generation = Generation(
             self.model,
@@ -213,13 +217,14 @@ class LLM:
         batch_size: int = 8,
         progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda batches, total: batches,
     ) -> Score:
-        """How well the model predicts a document, in windows of `window` tokens (none: the context length).
+        """How well the model predicts a text, in windows of `window` tokens; None: the context length.
 
-        The document is BOS + text + EOS. Windows lie side by side, each target is scored once, and a window sees
-        nothing of the one before; the result does not depend on batch_size. `progress` wraps the batches, of which
-        there are `total`.
+        The document is BOS + text + EOS. It is split into disjoint windows that do not attend to each other, and each
+        target is scored once. The result does not depend on batch_size. `progress` is called with the batches and
+        their number, and returns them.
 
-        Raises InputError for an empty text, a window over the context length or a batch size that is not positive.
+        Raises InputError if the text is empty, if the window exceeds the context length, or if batch_size is not
+        positive.
         """
         window = self.config.context_length if window is None else window
         if not text:
@@ -227,9 +232,7 @@ class LLM:
         check_windows(window, batch_size, self.config.context_length)
         document = self.tokenizer.encode_document(text)
         if len(document) < 2:
-            raise InputError(
-                "the text to score is one token of this tokenizer, and nothing predicts it; give more text"
-            )
+            raise InputError("the text is a single token, which no other token predicts; give a longer text")
         batch = _windows(document, window, batch_size)
         starts = range(0, len(batch.tokens_BT), batch_size)
         with on_mesh(self.mesh):
@@ -242,15 +245,15 @@ class LLM:
 
 
 def check_windows(window: int, batch_size: int, context_length: int) -> None:
-    """Raise InputError if a model cannot score windows of this many tokens, or so many of them together."""
+    """Raise InputError if the window is not in 1 to the context length, or if the batch size is not positive."""
     if not 0 < window <= context_length:
-        raise InputError(f"window is {window}; it must lie in 1 to the model's context_length {context_length}")
+        raise InputError(f"window is {window}; it must be in 1 to the model's context_length {context_length}")
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; it must be positive")
 
 
 def _windows(document: Sequence[int], window: int, batch_size: int) -> Batch:
-    """All windows of a document, at stride T and padded to whole ones and to whole batches."""
+    """All windows of a document, at stride T. The last window and the last of several batches are padded."""
     count = len(document) - 1
     T = min(bucket(count, 16), window)
     num_windows = -(-count // T)
@@ -284,17 +287,21 @@ def load(
 ) -> LLM:
     """The model of a run directory, a Hugging Face directory, a GGUF file or a published name.
 
-    `path` and `step` are those of `open_model`. `dtype` is the type of the matmuls: "float32", "bfloat16", "auto" for
-    what suits the platform, None for what the model's config says. Matrices are cast to it once, here, norms stay as
-    they were trained. float32 asks jax for full matmul precision, for the whole process. `quantize` is "int8", "int4"
-    or a Quantization: matrices are quantized as they are read, so the float model is never whole in memory. "none":
-    they stay as the files have them. On a CPU, weights that share scales in groups of inputs, as int4 does, are rounded
-    once more to int8 by output channel, which a CPU multiplies several times faster. `mesh` shards the model over all
-    devices; None: one device.
+    - `step` selects a checkpoint of a run; see `open_model`.
+    - `dtype` is the type of the matmuls: "float32", "bfloat16", or "auto" for the best type of the platform. None: that
+      of the model's config. Matrices are cast to it while loading; norms keep their type. float32 sets jax's matmul
+      precision to full for the whole process.
+    - `quantize` is "int8", "int4" or a Quantization. Matrices are quantized one at a time while loading, so the float
+      model is never whole in memory. "none": they stay as they are in the files. On a CPU, weights with a scale per
+      group of inputs, such as int4, are rounded once more to int8 with a scale per output channel, which a CPU
+      multiplies several times faster.
+    - `mesh` shards the model over all devices. None: one device.
 
-    Raises InputError as `open_model` does, if the mesh does not fit the devices or the model, and if a model is to be
-    quantized that is already. The tokenizer is loaded on first use, so a model without one has logits, and what needs
-    text raises InputError.
+    The tokenizer is loaded when it is first used. A model without one has `logits`, and the methods that need text
+    raise InputError.
+
+    Raises InputError as `open_model` does, if the mesh does not fit the devices or the model, or if the weights to
+    quantize are quantized already.
     """
     source = open_model(path, step=step)
     config, quantization = source.config, source.quantization
@@ -321,7 +328,7 @@ def load(
 def decoding_model(
     config: ModelConfig, dtype: np.dtype, place: Callable[[Any], Any], quantization: Quantization | None = None
 ) -> tuple[Transformer, Any]:
-    """The model that decodes, and its abstract parameters with the shardings that `place` gives to boxed ones."""
+    """The module for decoding, and its abstract parameters, sharded as `place` shards boxed arrays."""
     model = Transformer(config.without_remat(), dtype, config.num_layers > MAX_UNROLLED_LAYERS)
     boxed = abstract_params(config, scan_layers=model.scan_layers)
     return model, abstract_quantized(boxed, cast_matrices(boxed, place(boxed), dtype), quantization)

@@ -1,7 +1,6 @@
-"""From logits to the next token: small pure functions, and the sampler composed of them.
+"""Samples the next token from logits: small pure functions, and `sample`, which composes them.
 
-Dimension letters beyond the legend: C candidates, the V tokens of the vocabulary or the k that top_k keeps.
-Dropped tokens have logit -inf.
+C is the number of candidates: all V tokens, or the k that top_k keeps. Dropped candidates have the logit -inf.
 """
 
 import jax
@@ -11,28 +10,28 @@ from nextllm_jax.config import SamplingConfig
 
 
 def mask_padding(logits_BV: jax.Array, vocab_size: int) -> jax.Array:
-    """The logits without the rows that pad the embedding beyond the tokenizer's `vocab_size`."""
+    """The logits, with -inf for ids from the tokenizer's `vocab_size` on, which only pad the embedding."""
     return jnp.where(jnp.arange(logits_BV.shape[-1])[None] < vocab_size, logits_BV, -jnp.inf)
 
 
 def repetition_penalty(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float) -> jax.Array:
-    """The logits with those of seen tokens divided by the penalty if positive, multiplied by it if negative.
+    """The logits; those of seen tokens are divided by the penalty if positive, and multiplied by it if negative.
 
-    Source: Keskar et al. 2019, CTRL, arXiv:1909.05858, in the form that keeps the sign of a logit.
+    Source: Keskar et al. 2019, CTRL, arXiv:1909.05858, in the variant that keeps the sign of a logit.
     """
     penalized_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
     return jnp.where(seen_BV, penalized_BV, logits_BV)
 
 
 def temperature(logits_BC: jax.Array, value: float) -> jax.Array:
-    """The logits over the temperature, which must be positive; shifted to a maximum of 0, so as not to overflow."""
+    """The logits divided by the temperature, which must be positive. Shifted to a maximum of 0 to avoid overflow."""
     return (logits_BC - logits_BC.max(-1, keepdims=True)) / value
 
 
 def top_k(logits_BV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Logits and ids, each [B, C], of the k most likely tokens; of all tokens if k is 0.
+    """Logits and ids, each [B, C], of the k most likely tokens in descending order; of all V in order of id if k is 0.
 
-    What follows then works on k numbers, not on the vocabulary.
+    Later stages then process k numbers instead of V.
     """
     V = logits_BV.shape[-1]
     if k == 0 or k >= V:
@@ -42,11 +41,11 @@ def top_k(logits_BV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 
 def top_p(logits_BC: jax.Array, p: float) -> jax.Array:
-    """The logits of the fewest tokens whose probabilities sum to at least p; of equal ones the first are kept.
+    """The logits of the smallest set of most likely tokens whose probabilities sum to at least p.
 
-    The least probability kept is found by bisection over its bits, which order positive floats as integers: a CPU
-    takes eight times as long to sort a vocabulary (92 ms instead of 12 for 8 rows of 50,304). Source: Holtzman et al.
-    2019, arXiv:1904.09751.
+    Of equally likely tokens, the first ones are kept. The smallest probability to keep is found by bisection over its
+    bits, since positive floats are ordered like their bits. Sorting would take eight times as long on a CPU (92 ms
+    instead of 12 ms for 8 rows of 50,304). Source: Holtzman et al. 2019, arXiv:1904.09751.
     """
     probability_BC = jax.nn.softmax(logits_BC, axis=-1)
     bits_BC = jax.lax.bitcast_convert_type(probability_BC, jnp.int32)
@@ -66,7 +65,7 @@ def top_p(logits_BC: jax.Array, p: float) -> jax.Array:
 
 
 def top_p_of_sorted(logits_BC: jax.Array, p: float) -> jax.Array:
-    """`top_p` of logits in descending order, as `top_k` leaves them."""
+    """`top_p` for logits in descending order, such as those of `top_k`."""
     probability_BC = jax.nn.softmax(logits_BC, axis=-1)
     return jnp.where(jnp.cumsum(probability_BC, axis=-1) - probability_BC < p, logits_BC, -jnp.inf)
 
@@ -77,9 +76,9 @@ def min_p(logits_BC: jax.Array, p: float) -> jax.Array:
 
 
 def row_keys(seed: jax.Array, sample_B: jax.Array, position_B: jax.Array) -> jax.Array:
-    """One random key a row, from the seed, the sample's index within its prompt, and the position of the token drawn.
+    """One random key per row, from the seed, the index among the prompt's samples, and the position of the new token.
 
-    The row's place in the batch has no part in it, so a row's text does not depend on its company.
+    The batch index is not folded in, so a row's text does not depend on the other rows.
     """
     key = jax.random.key(seed)
     return jax.vmap(lambda sample, position: jax.random.fold_in(jax.random.fold_in(key, sample), position))(
@@ -88,10 +87,10 @@ def row_keys(seed: jax.Array, sample_B: jax.Array, position_B: jax.Array) -> jax
 
 
 def draw(logits_BC: jax.Array, ids_BC: jax.Array, keys_B: jax.Array) -> jax.Array:
-    """Token ids [B], each drawn from softmax(logits) by its row's key (the Gumbel-max trick).
+    """Token ids [B], each sampled from softmax(logits) with its row's key (the Gumbel-max trick).
 
-    The noise belongs to the token's id, not to its rank: two candidates that rounding makes change places in
-    another batch still get their own noise.
+    The noise is a function of the token's id, not of its rank. So it does not change if rounding, in a batch of another
+    size, swaps the ranks of two candidates.
     """
     token_noise = jax.vmap(lambda key, id: jax.random.gumbel(jax.random.fold_in(key, id)), in_axes=(None, 0))
     noise_BC = jax.vmap(token_noise)(keys_B, ids_BC)
@@ -102,9 +101,9 @@ def draw(logits_BC: jax.Array, ids_BC: jax.Array, keys_B: jax.Array) -> jax.Arra
 def sample(
     logits_BV: jax.Array, seen_BV: jax.Array | None, keys_B: jax.Array, config: SamplingConfig, vocab_size: int
 ) -> jax.Array:
-    """Token ids [B], int32, under the config: the composition of this file.
+    """Token ids [B], int32, sampled from logits [B, V] according to the config.
 
-    `seen_BV` (bool: tokens in the prompt or the text) is needed only with a repetition penalty.
+    `seen_BV`, bool, marks the tokens of the prompt and the text. Only a repetition penalty needs it.
     """
     logits_BV = mask_padding(logits_BV, vocab_size)
     if config.repetition_penalty != 1:

@@ -1,4 +1,4 @@
-"""The host's side of sampling: tokens to text as they come, stop strings, and the finished samples."""
+"""Turns generated tokens into text on the host: incremental decoding, stop strings, finished samples."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -16,16 +16,16 @@ class Sample:
 
     prompt: str
     text: str
-    """What was generated, without the prompt and without the stop string or stop token."""
+    """The generated text, without the prompt and without the stop string or stop token."""
     tokens: list[int]
-    """Every generated id, the one that ended the sample included."""
+    """All generated ids, including the one that ended the sample."""
     finish_reason: FinishReason
-    """stop: a stop token or stop string; length: max_new_tokens."""
+    """stop: a stop token or stop string; length: max_new_tokens are reached."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A bit of new text of one row; the last piece of a row carries its finished sample."""
+    """New text of one row. The last piece of a row has its finished sample."""
 
     row: int
     text: str
@@ -33,10 +33,10 @@ class Piece:
 
 
 class StopFinder:
-    """Text up to the first stop string (none is empty), let through as soon as it cannot be the start of one.
+    """Passes text on up to the first stop string, and holds back an end that may be the start of one.
 
-    The stop string that is complete first decides, and of those complete at once the one that starts first; so
-    the result does not depend on how the text is cut into pushes.
+    The first stop string is the one that ends first. If several end at the same character, it is the one that starts
+    first. So the result does not depend on how the text is split into pushes. Stop strings must not be empty.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -45,7 +45,7 @@ class StopFinder:
         self.found = False
 
     def push(self, text: str) -> str:
-        """The text that is now certain to come before any stop string."""
+        """The additional text that is certain to precede any stop string."""
         if self.found:
             return ""
         self._held += text
@@ -57,11 +57,11 @@ class StopFinder:
         return self._release(len(self._held) - self._undecided())
 
     def finish(self) -> str:
-        """The text still held back, once no more will come."""
+        """The text that is still held back, at the end of the text."""
         return "" if self.found else self._release(len(self._held))
 
     def _undecided(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
+        """Length of the longest suffix of the held text that is a prefix of a stop string."""
         longest = min(len(self._held), max(map(len, self._stops), default=0))
         ends = (length for length in range(longest, 0, -1) if self._begins_stop(self._held[-length:]))
         return next(ends, 0)
@@ -75,7 +75,7 @@ class StopFinder:
 
 
 class _Row:
-    """One row on its way from tokens to a Sample."""
+    """The state of one row, from its tokens to a Sample."""
 
     def __init__(self, prompt: str, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
         self.prompt = prompt
@@ -111,10 +111,9 @@ class _Row:
 
 
 class TextStream:
-    """The texts of a generation's rows as they are made: iterate once over its pieces.
+    """The texts of a Generation's rows, as an iterator over pieces that can be read once.
 
-    Rows advance together, so their pieces alternate; `chunk_tokens` is how many tokens a row gets between two
-    looks at it. `speeds` says how fast it went so far.
+    All rows advance together by at most `chunk_tokens` tokens and then yield their pieces, so the rows alternate.
     """
 
     def __init__(
@@ -147,7 +146,7 @@ class TextStream:
                     yield Piece(index, text, sample)
 
     def in_order(self) -> Iterator[Piece]:
-        """The same pieces row by row: those of the first row as they come, then what the second has by now, ..."""
+        """The same pieces, ordered by row. Those of the first unfinished row come at once; later rows are held back."""
         waiting: list[list[Piece]] = [[] for _ in self._rows]
         current = 0
         for piece in self:
@@ -158,10 +157,10 @@ class TextStream:
                 current += first.sample is not None
 
     def cached_row(self, tokens: Sequence[int]) -> CachedRow:
-        """The cache of the only row, as `Generation.cached_row` gives it."""
+        """The cache of the only row; see `Generation.cached_row`."""
         return self._generation.cached_row(tokens)
 
     @property
     def speeds(self) -> Speeds:
-        """Tokens and seconds so far."""
+        """Tokens and seconds of prefill and decode so far."""
         return self._generation.speeds

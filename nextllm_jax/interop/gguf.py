@@ -44,6 +44,9 @@ _WRITABLE = {
     "bfloat16": (Type.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "q8_0": (Type.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
+_FLOAT16_MAX = float(np.finfo(np.float16).max)
+_FLOAT16_STEPS = {Type.F16: 1, Type.Q8_0: 127, Type.Q4_0: 8, Type.Q4_1: 1}
+"""The greatest magnitude that a type holds, in units of its float16 numbers."""
 
 
 class GGUFFile:
@@ -219,10 +222,13 @@ def _type_of(shape: tuple[int, ...], matrix_type: Type) -> Type:
 def _data_of(tensor: str, array: np.ndarray | QTensor, kind: Type) -> np.ndarray:
     """A tensor encoded as `kind`. Raises InputError for a value that exceeds the range of float16."""
     dense: Any = dequantize(array, np.float32)  # pyright: ignore[reportArgumentType]
+    if kind in _FLOAT16_STEPS and dense.size and np.abs(dense).max() > _FLOAT16_STEPS[kind] * _FLOAT16_MAX:
+        floats = "the model that was quantized " if isinstance(array, QTensor) else ""
+        raise InputError(
+            f"tensor {tensor} holds values that exceed float16 in {kind.name}; export {floats}as bfloat16 or float32"
+        )
     if isinstance(array, QTensor) and kind in gguf_blocks.FILE_TYPES:
         return gguf_blocks.encode(array, dense)
-    if kind == Type.F16 and dense.size and np.abs(dense).max() > np.finfo(np.float16).max:
-        raise InputError(f"tensor {tensor} holds values that exceed float16; export as bfloat16 or float32")
     return quants.quantize(dense, kind)
 
 

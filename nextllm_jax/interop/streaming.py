@@ -16,9 +16,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from nextllm_jax.errors import InputError
 from nextllm_jax.interop.names import Part, tensor_shapes
-from nextllm_jax.model.quantize import Observer, convert, ignore, is_quantized
+from nextllm_jax.model.quantize import Observer, convert, ignore, is_quantized, require_finite
 from nextllm_jax.model.weights import by_name, with_names
 from nextllm_jax.ops.quantized import QTensor
+from nextllm_jax.progress import progress_bar
 
 _BLOCK_NUMBERS = 4_000_000
 """Number of values that are read at a time."""
@@ -76,7 +77,7 @@ def read_params(source: Source, parts: list[Part], abstract: Any, observe: Obser
             name: _read_stack(source, parts_by_leaf[name], leaf, observe)
             if is_quantized(leaf)
             else _read_leaf(source, parts_by_leaf[name], leaf)
-            for name, leaf in by_name(abstract).items()
+            for name, leaf in progress_bar(by_name(abstract).items(), desc="reading weights", unit=" arrays")
         },
     )
 
@@ -105,11 +106,12 @@ def _read_quantized(source: Source, part: Part, like: QTensor, observe: Observer
     found = source.read_quantized(part.tensor, slice(part.first_row, part.first_row + part.file_shape[0]))
     kept = None if found is None else _in_our_layout(part, found, like)
     if kept is not None:
+        require_finite(part.leaf, kept)
         observe(part.leaf, None, kept)
         return kept
     whole: Any = jax.ShapeDtypeStruct(like.q.shape, jnp.float32, sharding=like.q.sharding)
     before = _read_leaf(source, [part], whole)
-    after = convert(before, like)
+    after = convert(before, like, name=part.leaf)
     observe(part.leaf, before, after)
     return after
 
@@ -210,7 +212,7 @@ def tensors_of(parts: list[Part], params: Any, *, rows: int) -> Iterator[tuple[s
     """
     leaves = by_name(params)
     pending: list[Any] = []
-    for i, part in enumerate(parts):
+    for i, part in enumerate(progress_bar(parts, desc="writing weights", unit=" tensors")):
         pending.append(jax.tree.map(functools.partial(_rows_of, part, rows), leaves[part.leaf]))
         if i + 1 == len(parts) or parts[i + 1].tensor != part.tensor:
             yield part.tensor, jax.tree.map(lambda *arrays: np.concatenate(arrays), *pending)

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, FLOPs and bytes, from the shapes of its weights."""
+"""Counts parameters, FLOPs and bytes of a model from the shapes of its weights."""
 
 import jax
 
@@ -9,30 +9,30 @@ from nextllm_jax.model.weights import by_name, of_kind
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Parameters of the model, padded vocabulary included; a tied embedding counts once."""
+    """Number of parameters, including padded vocabulary. A tied embedding counts once."""
     return sum(weight.value.size for weight in by_name(abstract_params(config)).values())
 
 
 def matrix_size(config: ModelConfig) -> int:
-    """Parameters in the matrices of all layers: those that multiply, without the embedding and the head."""
+    """Number of parameters in the matrices of all layers, without embedding and head."""
     return sum(weight.value.size for weight in of_kind(abstract_params(config), "matrix").values())
 
 
 def adapter_count(config: ModelConfig, lora: LoraConfig) -> int:
-    """Parameters of the adapters. Raises InputError as `lora.create` does."""
+    """Number of parameters in the adapters. Raises InputError as `lora.create` does."""
     shapes = jax.eval_shape(lambda: create(lora, abstract_params(config), jax.random.key(0)))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 def parameter_bytes(config: ModelConfig, lora: LoraConfig | None = None) -> int:
-    """Bytes of what is trained, as it is kept: of the parameters, or of float32 adapters on frozen ones."""
+    """Bytes of the trained parameters: the model's in `param_dtype`, or float32 adapters."""
     if lora is not None and lora.rank:
         return adapter_count(config, lora) * 4
     return parameter_count(config) * _width(config.param_dtype)
 
 
 def moment_bytes(config: ModelConfig, first_moment_dtype: str = "float32", lora: LoraConfig | None = None) -> int:
-    """Bytes of AdamW's two moments, the second of which is kept as what is trained is."""
+    """Bytes of AdamW's two moments. The second has the dtype of the trained parameters."""
     count = adapter_count(config, lora) if lora is not None and lora.rank else parameter_count(config)
     return count * _width(first_moment_dtype) + parameter_bytes(config, lora)
 
@@ -42,7 +42,7 @@ def _width(dtype: str) -> int:
 
 
 def frozen_bytes(config: ModelConfig, lora: LoraConfig) -> int:
-    """Bytes of the frozen weights below adapters; 0 without adapters. Scales of quantized matrices are not counted."""
+    """Bytes of the frozen base weights of adapters; 0 without adapters. Scales of quantized matrices do not count."""
     if not lora.rank:
         return 0
     width, matrices = _width(config.param_dtype), matrix_size(config)
@@ -51,12 +51,11 @@ def frozen_bytes(config: ModelConfig, lora: LoraConfig) -> int:
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int, lora: LoraConfig | None = None) -> float:
-    """Training FLOPs per token: 6 per weight that multiplies (2 forward, 4 backward) plus attention.
+    """Training FLOPs per token: 6 per weight of a matrix or head (2 forward, 4 backward), plus attention.
 
-    Of a frozen weight 4, since it has no gradient of its own, and 6 of an adapter's. The embedding lookup multiplies
-    nothing; the head does. Attention counts the causal half of the scores: 12 N H S / 2 per layer and token (2
-    products, forward and backward), fewer in local layers.
-    Source: the accounting of Chowdhery et al. 2022 (PaLM, appendix B), with causality.
+    A frozen weight counts 4, since it needs no gradient, and an adapter's weight counts 6. The embedding lookup counts
+    nothing. Attention counts the causal half of the logits: 12 N H S / 2 per layer and token (2 products, forward and
+    backward), and less in local layers. Source: Chowdhery et al. 2022 (PaLM, appendix B), with causality.
     """
     weights = matrix_size(config) + config.vocab_size * config.embed_dim
     pattern = config.layer_pattern
@@ -70,7 +69,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int, lora: LoraConfig 
 
 
 def _mean_visible(sequence_length: int, window: int) -> float:
-    """Mean number of positions that a query sees, itself included."""
+    """The mean number of positions that a query sees, including its own."""
     window = min(window, sequence_length)
     return window - window * (window - 1) / (2 * sequence_length)
 

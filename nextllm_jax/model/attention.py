@@ -16,7 +16,7 @@ from nextllm_jax.sharding import constrain
 
 
 class Attention(nn.Module):
-    """Causal attention of one layer; `kind` decides its window."""
+    """Causal attention of one layer. `kind` determines its window."""
 
     config: ModelConfig
     kind: LayerKind
@@ -35,7 +35,7 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """Return the output [B, T, D] and the cache with this layer's keys and values written.
 
-        `rope` holds the rotary cosines and sines of this layer, None if it has none.
+        `rope` holds the rotary cosines and sines; None for a layer without RoPE.
         """
         config = self.config
         q_BTNH = self._project("q", config.num_heads, "heads", x_BTD)
@@ -54,7 +54,7 @@ class Attention(nn.Module):
         }
         with jax.named_scope("attention"):
             if cache is None:
-                # Parameters are made with one token, which no mesh divides.
+                # Initialization runs on one token, which cannot be sharded.
                 kernel = AttentionKernel() if self.is_initializing() else self.kernel
                 out_BTNH = attend(kernel, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, **rule)
             else:
@@ -62,7 +62,7 @@ class Attention(nn.Module):
                 out_BTNH = cached_attention(q_BTNH, *cache.view(layer), positions_BT=positions_BT, **rule)
         out_BTNH = constrain(out_BTNH, "batch", "seq", "heads", "head_dim")
         output = Linear(
-            # Not H: einsum contracts in alphabetical order, and H before N would transpose the kernel at every call.
+            # "h", since einsum contracts in alphabetical order: H before N would transpose the kernel in each call.
             "BTNh,NhD->BTD",
             (config.num_heads, config.head_dim, config.embed_dim),
             ("heads", "head_dim", "embed"),

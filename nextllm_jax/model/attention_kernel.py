@@ -1,4 +1,4 @@
-"""Which attention kernel a model trains with, and running it on the mesh in force."""
+"""Chooses the attention kernel for training, and runs it on the current mesh."""
 
 import dataclasses
 import functools
@@ -17,29 +17,30 @@ from nextllm_jax.sharding import RULES, per_shard
 
 KernelName = Literal["xla", "blockwise", "splash", "cudnn"]
 
-# From here on blockwise is about as fast as xla on a CPU, with a quarter of its temporaries; benchmarks/attention.py.
+# From this length on, blockwise is about as fast as xla on a CPU with a quarter of its temporaries
+# (benchmarks/attention.py).
 _LONG = 2048
-# With a mask of documents cuDNN's backward pass takes 2 N T^2 bytes a sequence: 0.5 GiB here for 16 heads.
+# With a document mask, cuDNN's backward pass needs 2 N T^2 bytes per sequence: 0.5 GiB at this length for 16 heads.
 _LONGEST_MASK = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionKernel:
-    """How a model attends without a cache, settled for its devices."""
+    """The attention kernel of a model without a cache, chosen for its devices."""
 
     name: KernelName = "xla"
     blocks: tuple[int, int] = (512, 512)
-    """Positions in a block of queries and in one of keys."""
+    """Positions per block of queries and per block of keys."""
     interpret: bool = False
-    """Run a Pallas kernel on any device, slowly: for tests."""
+    """Run a Pallas kernel in interpret mode, on any device; for tests."""
     reason: str = dataclasses.field(default="", compare=False)
-    """Why this one, in a few words."""
+    """Why it was chosen, for a message."""
 
 
 def choose_kernel(config: Config, mesh: Mesh, dtype: Any) -> AttentionKernel:
-    """The kernel for training on the mesh's devices, which need not be here.
+    """The kernel for training on the devices of the mesh, which need not be attached to this machine.
 
-    Raises InputError if the config asks for one that cannot be had.
+    Raises InputError if the config asks for a kernel that is not available there.
     """
     name, reason = _name_and_reason(config, mesh, dtype)
     kind = mesh.devices.flat[0].device_kind
@@ -60,17 +61,17 @@ def _name_and_reason(config: Config, mesh: Mesh, dtype: Any) -> tuple[KernelName
     best: KernelName | None = {"tpu": "splash", "gpu": "cudnn"}.get(platform)  # pyright: ignore[reportAssignmentType]
     obstacle = _obstacle(best, config, mesh, dtype) if best else None
     if best == "cudnn" and not obstacle and length > _LONGEST_MASK:
-        obstacle = f"its mask of documents takes much memory beyond data.sequence_length {_LONGEST_MASK}"
+        obstacle = f"its document mask needs much memory beyond data.sequence_length {_LONGEST_MASK}"
     if best and not obstacle:
         return best, f"auto on {platform}"
-    why = f"auto on {platform}" + (f": {best} is out, {obstacle}" if obstacle else "")
+    why = f"auto on {platform}" + (f": {best} is not available, {obstacle}" if obstacle else "")
     if mesh.shape["sequence"] > 1:
         return "blockwise", why
     return ("blockwise", f"{why}, length {length:,}") if length >= _LONG else ("xla", why)
 
 
 def _obstacle(name: KernelName, config: Config, mesh: Mesh, dtype: Any) -> str | None:
-    """Why a config cannot have a kernel on a mesh; None if it can."""
+    """Why a config cannot use a kernel on a mesh; None if it can."""
     model, platform, parts = config.model, mesh.devices.flat[0].platform, mesh.shape["sequence"]
     length = config.data.sequence_length
     if name == "splash":
@@ -90,9 +91,9 @@ def _obstacle(name: KernelName, config: Config, mesh: Mesh, dtype: Any) -> str |
         if model.head_dim % 8 or model.head_dim > 128:
             return f"it needs a multiple of 8 up to 128 and model.head_dim is {model.head_dim}"
         if parts > 1:
-            return f"it cannot divide sequences (mesh.sequence {parts})"
+            return f"it cannot shard sequences (mesh.sequence {parts})"
         if length % 2:
-            return f"its mask of documents needs an even data.sequence_length, not {length}"
+            return f"its document mask needs an even data.sequence_length, not {length}"
     return None
 
 
@@ -104,32 +105,32 @@ def attend(
     segment_ids_BT: jax.Array | None,
     **rule: Any,
 ) -> jax.Array:
-    """`ops.attention.causal_attention` by a kernel, divided over the mesh in force.
+    """`ops.attention.causal_attention` with the given kernel, sharded over the current mesh.
 
-    XLA itself shards `xla`. The others run on each device's batch and heads; of a split sequence each device has its
-    own queries, and gathers all keys. `rule` is window, scale and soft cap.
+    XLA shards the kernel `xla` itself. The others run in `shard_map` over batch and heads. If sequences are sharded,
+    each device has its own queries and gathers all keys. `rule` holds window, scale and soft cap.
     """
     if kernel.name == "xla":
         return causal_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=segment_ids_BT, **rule)
     (axis,) = RULES["seq"]
     mesh = jax.sharding.get_abstract_mesh()
-    divided = not mesh.empty and mesh.shape[axis] > 1
+    is_sharded = not mesh.empty and mesh.shape[axis] > 1
 
     def on_shard(q_BTNH, k_BTKH, v_BTKH, ids_BT):
-        if not divided:
+        if not is_sharded:
             return _attend_whole(kernel, q_BTNH, k_BTKH, v_BTKH, ids_BT, 0, rule)
-        # The transpose of this gathering is a reduce-scatter: each device gets the gradients of its own keys.
+        # The gradient of the all-gather is a reduce-scatter: each device gets the gradients of its own keys.
         gather = functools.partial(jax.lax.all_gather, axis_name=axis, axis=1, tiled=True)
         k_BSKH, v_BSKH, ids_BS = jax.tree.map(gather, (k_BTKH, v_BTKH, ids_BT))
         return _attend_whole(kernel, q_BTNH, k_BSKH, v_BSKH, ids_BS, jax.lax.axis_index(axis), rule)
 
     names_q, names_k = ("batch", "seq", "heads", "head_dim"), ("batch", "seq", "kv_heads", "head_dim")
-    divide = per_shard(on_shard, (names_q, names_k, names_k, ("batch", "seq")), names_q)
-    return divide(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+    sharded = per_shard(on_shard, (names_q, names_k, names_k, ("batch", "seq")), names_q)
+    return sharded(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
 
 def _attend_whole(kernel: AttentionKernel, q_BTNH, k_BSKH, v_BSKH, ids_BS, shard, rule: dict[str, Any]) -> jax.Array:
-    """Attention of part number `shard` of the queries (of T = S queries, if it is 0) over whole sequences of keys."""
+    """Attention of shard number `shard` of the queries (0 also if T = S) over the keys of whole sequences."""
     if kernel.name == "cudnn":
         return cudnn_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=ids_BS, **rule)
     rule = rule | {"segment_ids_BS": ids_BS, "blocks": kernel.blocks, "shard": shard}

@@ -1,8 +1,8 @@
-"""How large activations and gradients are, layer by layer: what a train step says of itself at next to no cost.
+"""Norms of activations and gradients at each site of the model, which a train step measures at almost no cost.
 
-A place is the embedding, the attention or the MLP of a layer (each with its norms), the final norm, or a head
-that is not tied. The residual stream is measured behind each place up to the last MLP: before a norm, which computes
-its mean square anyway.
+The sites are the embedding, the attention and the MLP of each layer (with their norms), the final norm, and an untied
+head. The residual stream is measured after each site up to the last MLP. There, the next norm computes its mean square
+anyway.
 """
 
 from typing import Any
@@ -17,15 +17,15 @@ _PARTS = ("attention", "mlp")
 
 
 def places(config: ModelConfig) -> list[str]:
-    """Names of the places in forward order, such as "layer 3 mlp"; P of them, the first M with activations."""
+    """The names of the P sites in forward order, such as "layer 3 mlp". The first M have activations."""
     layers = [f"layer {layer} {part}" for layer in range(config.num_layers) for part in _PARTS]
     return ["embedding", *layers, "final norm", *([] if config.tie_embeddings else ["head"])]
 
 
 def gradient_norms(config: ModelConfig, gradients: Any) -> jax.Array:
-    """The norm of the gradient at each place, float32 [P]; a tied head is part of the embedding.
+    """The norm of the gradient at each site, float32 [P]. A tied head is part of the embedding.
 
-    It is 0 where nothing is trained, as of all but the adapted matrices in a tree of adapters.
+    It is 0 at sites without trained parameters, such as those without adapters in a pytree of adapters.
     """
 
     def squares(tree: Any, num_stacked: int = 0) -> jax.Array:
@@ -48,9 +48,9 @@ def gradient_norms(config: ModelConfig, gradients: Any) -> jax.Array:
 
 
 def mean_squares(config: ModelConfig, intermediates: Any) -> jax.Array:
-    """The mean square of the residual stream behind each place that has it, float32 [M] with M = 2L + 1.
+    """The mean square of the residual stream after each of the first M = 2L + 1 sites, float32 [M].
 
-    `intermediates` are what the model keeps of it: behind a place is before the next.
+    `intermediates` are those that the model records, each before the next site's norm.
     """
 
     def mean(recorded: tuple[jax.Array], first_axis: int = 0) -> jax.Array:

@@ -1,6 +1,6 @@
-"""The layers a decoder is made of: RMSNorm, Linear, Embed and SwiGLU.
+"""The building blocks of the decoder: RMSNorm, Linear, Embed and SwiGLU.
 
-Parameters are kept in `param_dtype` and cast to `dtype` where they are used; norms compute in float32.
+Parameters are stored in `param_dtype` and cast to `dtype` where they are used. Norms compute in float32.
 """
 
 import functools
@@ -20,13 +20,13 @@ from nextllm_jax.ops.quantized import take_rows
 from nextllm_jax.sharding import constrain, is_divisible, per_shard
 
 INPUTS = "inputs"
-"""The collection of what each Linear multiplies with its kernel, for a caller that makes it mutable."""
+"""The Flax collection with the input of each Linear; filled if the caller makes it mutable."""
 
 
-def keep_mean_square(module: nn.Module, name: str, x_BTD: jax.Array) -> None:
-    """Record the mean square of each position, float32 [B, T], for a caller that asks for intermediates.
+def record_mean_square(module: nn.Module, name: str, x_BTD: jax.Array) -> None:
+    """Record the mean square over D of each position, float32 [B, T], if the caller asks for intermediates.
 
-    Before a norm it costs nothing: the norm computes the same.
+    Before a norm this costs nothing, since the norm computes the same value.
     """
     module.sow("intermediates", name, jnp.mean(jnp.square(x_BTD.astype(jnp.float32)), axis=-1))
 
@@ -40,7 +40,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the normed array, computed in float32, in the type of `x`."""
+        """Return the normalized array in the dtype of `x`; computed in float32."""
         init = nn.initializers.constant(1.0 - self.scale_offset)
         scale = declare(self, "scale", "norm", init, ("norm",), (x.shape[-1],), self.param_dtype)
         scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,)) + self.scale_offset
@@ -49,15 +49,15 @@ class RMSNorm(nn.Module):
 
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
 def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """The backward pass computes its float32 arrays again from `x`, which is there in any case."""
+    """RMSNorm whose backward pass recomputes the float32 arrays from `x`, which is saved anyway."""
     x32 = x.astype(jnp.float32)
     return (x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps) * scale).astype(x.dtype)
 
 
 class Linear(nn.Module):
-    """An einsum with one kernel, whose shape, logical axes and equation are spelled out.
+    """An einsum of the input with one kernel, whose equation, shape and logical axes are given.
 
-    Applied with a collection "adapters", it adds a product of rank R: x @ a @ b, already scaled (see model/lora.py).
+    If the collection "adapters" is given, it adds the low-rank product x @ a @ b, already scaled (see model/lora.py).
     """
 
     equation: str
@@ -67,7 +67,7 @@ class Linear(nn.Module):
     dtype: Any
     param_dtype: Any
     bias_axes: tuple[str, ...] = ()
-    """Trailing kernel axes that get a bias; none: no bias."""
+    """The trailing kernel axes that have a bias; empty: no bias."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -90,8 +90,10 @@ class Linear(nn.Module):
         return y + bias.astype(self.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
 
     def _per_device(self, x: jax.Array, kernel: Any) -> Callable[[Product], Product] | None:
-        """What `product` needs for a kernel that XLA cannot shard; None if the devices do not divide the arrays."""
-        axes = tuple("activation_embed" if axis == "embed" else axis for axis in self.kernel_axes)  # whole, as in x
+        """The `per_device` argument of `product`; None if the arrays cannot be sharded evenly over the mesh."""
+        axes = tuple(
+            "activation_embed" if axis == "embed" else axis for axis in self.kernel_axes
+        )  # not sharded, as in x
         inputs, outputs = axes[: len(self._inputs())], axes[len(self._inputs()) :]
         x_axes, y_axes = ("batch", "seq", *inputs), ("batch", "seq", *outputs)
         if not is_divisible(x.shape, x_axes) or not all(is_divisible(p.shape, axes) for p in jax.tree.leaves(kernel)):
@@ -99,12 +101,12 @@ class Linear(nn.Module):
         return lambda f: per_shard(f, (x_axes, axes), y_axes, summed_names=inputs)
 
     def _inputs(self) -> str:
-        """The letters of the kernel's axes that the product contracts, which come first in it."""
+        """The letters of the kernel's contracted axes, which are its leading axes."""
         x_dims, kernel_dims = self.equation.split("->")[0].split(",")
         return "".join(dim for dim in kernel_dims if dim in x_dims)
 
     def _equation_of(self, adapter: str) -> str:
-        """The equation of an adapter: "BTD,DF->BTF" is "BTD,DR->BTR", then "BTR,RF->BTF"."""
+        """The equation of an adapter. For "BTD,DF->BTF": a has "BTD,DR->BTR", b has "BTR,RF->BTF"."""
         (x_dims, kernel_dims), y_dims = self.equation.split("->")[0].split(","), self.equation.split("->")[1]
         inputs = self._inputs()
         outputs = kernel_dims[len(inputs) :]
@@ -113,7 +115,7 @@ class Linear(nn.Module):
 
 
 class Embed(nn.Module):
-    """A [V, D] matrix, read by row on the way in and multiplied with on the way out."""
+    """A [V, D] matrix for embedding lookup and, as the head, for logits."""
 
     vocab_size: int
     embed_dim: int
@@ -126,9 +128,9 @@ class Embed(nn.Module):
         self.embedding = declare(self, "embedding", "embedding", init, ("vocab", "embed"), shape, self.param_dtype)
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        """Return the rows of the tokens, [B, T, D] in `dtype`."""
-        # The devices that divide the width of the table look up each other's tokens in their part of it and exchange
-        # what they found: tokens travel instead of the table, and its gradient is born divided.
+        """Return the embeddings of the tokens, [B, T, D] in `dtype`."""
+        # Devices that share the table along D all look up each other's tokens in their own shard, then exchange the
+        # results. This communicates tokens instead of the table, and the table's gradient is created sharded.
         tokens_BT = constrain(tokens_BT, "lookup_batch", "seq")
         x_BTD = take_rows(self.embedding, tokens_BT, self.dtype)
         return constrain(constrain(x_BTD, "lookup_batch", "seq", "embed"), "batch", "seq", "activation_embed")
@@ -151,10 +153,10 @@ class SwiGLU(nn.Module):
         embed, mlp = config.embed_dim, config.mlp_dim
         types = {"dtype": self.dtype, "param_dtype": jnp.dtype(config.param_dtype)}
         into = {"kernel_shape": (embed, mlp), "kernel_axes": ("embed", "mlp"), "init_std": config.init_std, **types}
-        activation = nn.silu if config.activation == "silu" else nn.gelu  # which is the tanh approximation
+        activation = nn.silu if config.activation == "silu" else nn.gelu  # the tanh approximation
         gate_BTF = Linear("BTD,DF->BTF", **into, name="gate")(x_BTD)
         up_BTF = Linear("BTD,DF->BTF", **into, name="up")(x_BTD)
-        # The backward pass computes what is between its two inputs and the product again, instead of keeping it.
+        # The backward pass recomputes the intermediate values from the two inputs instead of saving them.
         gated = jax.checkpoint(lambda gate, up: activation(gate) * up, prevent_cse=False)
         inner_BTF = constrain(gated(gate_BTF, up_BTF), "batch", "seq", "mlp")
         return Linear("BTF,FD->BTD", (mlp, embed), ("mlp", "embed"), residual_init_std(config), **types, name="down")(
@@ -168,6 +170,8 @@ def make_norm(config: ModelConfig, name: str | None = None) -> RMSNorm:
 
 
 def residual_init_std(config: ModelConfig) -> float:
-    """Initial standard deviation of projections into the residual stream, so that its variance does not
-    grow with depth (Radford et al. 2019, GPT-2)."""
+    """The initial standard deviation of projections into the residual stream (Radford et al. 2019, GPT-2).
+
+    It keeps the variance of the residual stream independent of depth.
+    """
     return config.init_std / math.sqrt(2 * config.num_layers)

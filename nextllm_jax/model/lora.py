@@ -1,8 +1,8 @@
 """Low-rank adapters on frozen weights (Hu et al. 2021, arXiv:2106.09685): x @ W + alpha / rank * (x @ A) @ B.
 
-A tree of adapters mirrors the parameters and holds {"a", "b"} in place of each adapted kernel; A is random and B zero
-at first, so that training begins with the function of the frozen weights. `layers.Linear` adds their product where the
-model is applied with a collection "adapters".
+A tree of adapters mirrors the parameters and holds {"a", "b"} in place of each adapted kernel. A is initialized
+randomly and B with zeros, so the model first computes the same as without adapters. `layers.Linear` adds their product
+if the model is applied with a collection "adapters".
 """
 
 import functools
@@ -25,16 +25,16 @@ from nextllm_jax.ops.quantized import dequantize
 
 @flax.struct.dataclass
 class Frozen:
-    """What adapters stand on."""
+    """The frozen base weights of adapters."""
 
     params: Any
-    """The model's parameters, its kernels perhaps as QTensors."""
+    """The model's parameters; kernels may be QTensors."""
     scale: float = flax.struct.field(pytree_node=False)
     """alpha / rank."""
 
 
 def variables(params: Any, frozen: Frozen | None) -> dict[str, Any]:
-    """What to apply the model to: its parameters or, if there are frozen ones, `params` as their adapters."""
+    """The variables to apply the model with. With `frozen` base weights, `params` are their adapters."""
     if frozen is None:
         return {"params": params}
 
@@ -45,12 +45,12 @@ def variables(params: Any, frozen: Frozen | None) -> dict[str, Any]:
 
 
 def weights(params: Any, frozen: Frozen | None) -> Any:
-    """The model's parameters proper, without adapters."""
+    """The model's own parameters, without adapters."""
     return params if frozen is None else frozen.params
 
 
 def adapted(config: LoraConfig, boxed: Any) -> dict[str, Weight]:
-    """The matrices that get adapters, by name, of a model's parameters in boxes.
+    """The matrices that get adapters, by name. `boxed` holds the model's parameters in `Weight` boxes.
 
     Raises InputError if `config.targets` names no matrix of the model.
     """
@@ -59,16 +59,16 @@ def adapted(config: LoraConfig, boxed: Any) -> dict[str, Weight]:
     unknown = [target for target in config.targets if target not in known]
     if unknown:
         raise InputError(
-            f"lora.targets has {unknown[0]!r}, which is no matrix of the model; choose from {' '.join(known)}"
+            f"lora.targets has {unknown[0]!r}, which is not a matrix of the model; choose from {' '.join(known)}"
         )
     targets = config.targets or known
     return {name: weight for name, weight in matrices.items() if _module(name) in targets}
 
 
 def create(config: LoraConfig, boxed: Any, key: jax.Array) -> Any:
-    """Adapters, float32 in boxes, for a model's parameters, which are arrays or shapes in boxes.
+    """New adapters, float32 in `Weight` boxes. `boxed` holds the model's parameters or their shapes in boxes.
 
-    Each matrix has a key of its own, derived from its name, so the choice of targets does not change the others.
+    The random key of a matrix is derived from its name, so it does not depend on which other matrices are adapted.
     Raises InputError as `adapted` does.
     """
     adapters: dict[str, Weight] = {}
@@ -80,7 +80,7 @@ def create(config: LoraConfig, boxed: Any, key: jax.Array) -> Any:
 
 
 def _module(name: str) -> str:
-    """The module of a weight: q of layers/block_0/attention/q/kernel."""
+    """The name of a weight's module: "q" for "layers/block_0/attention/q/kernel"."""
     return name.split("/")[-2]
 
 
@@ -98,18 +98,18 @@ def _pair(weight: Weight, rank: int, key: jax.Array) -> tuple[Weight, Weight]:
 
 
 def abstract_frozen(config: LoraConfig, boxed: Any, placed: Any) -> Any:
-    """The frozen parameters as they are kept while adapters are trained, of the abstract parameters `placed`.
+    """The frozen parameters as abstract arrays, quantized if `config.frozen` asks for it.
 
-    `boxed` holds the `Weight`s of the same tree.
+    `placed` holds the model's abstract parameters with shardings, `boxed` the `Weight`s of the same tree.
     """
     quantization = None if config.frozen == "unquantized" else Quantization(scheme=config.frozen)
     return abstract_quantized(boxed, placed, quantization)
 
 
 def merge(boxed: Any, params: Any, frozen: Frozen, dtype: jax.typing.DTypeLike) -> Any:
-    """The parameters of a model without adapters that computes the same: W + scale * A @ B, matrices in `dtype`.
+    """The parameters with the adapters merged, W + scale * A @ B; matrices in `dtype`.
 
-    `boxed` holds the shapes of the model's parameters.
+    `boxed` holds the `Weight`s of the model.
     """
     adapters = by_name(params)
 
@@ -122,7 +122,7 @@ def merge(boxed: Any, params: Any, frozen: Frozen, dtype: jax.typing.DTypeLike) 
 def merged_weight(
     name: str, weight: Weight, leaf: Any, adapters: dict[str, Any], scale: float, dtype: jax.typing.DTypeLike
 ) -> Any:
-    """One of those parameters; `adapters` are all there are, by name."""
+    """One parameter of `merge`. `adapters` holds all adapters by name."""
     if weight.kind != "matrix":
         return leaf
     dense = dequantize(leaf, jnp.float32) if is_quantized(leaf) else leaf

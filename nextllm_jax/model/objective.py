@@ -1,4 +1,4 @@
-"""What is trained and what is scored: batches, objectives, and the log probabilities of tokens."""
+"""Batches, training objectives, and log probabilities of tokens."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,9 +24,9 @@ _LOGITS_AT_ONCE = 1 << 26
 class Batch(NamedTuple):
     """Windows of T tokens and the tokens that follow each; int32, and bool for the mask.
 
-    `segment_ids_BT` number the documents of a window from 1 (0: padding), `positions_BT` restart at each
-    document, and `loss_mask_BT` is False where the target opens another document, on padding, and in conversations
-    where the target is not what the assistant says.
+    `segment_ids_BT` number the documents of a window from 1 (0: padding). `positions_BT` restart at each document.
+    `loss_mask_BT` is False on padding, where the target belongs to the next document, and in conversations where the
+    target is not part of an assistant's message.
     """
 
     tokens_BT: Any
@@ -48,8 +48,8 @@ class Metrics(NamedTuple):
 Objective = Callable[[Transformer, Any, Batch, Frozen | None], tuple[jax.Array, jax.Array, Metrics]]
 """`(model, params, batch, frozen) -> (summed loss, number of tokens in the loss mask, metrics)`.
 
-`params` is what is trained: the model's parameters or, with `frozen` ones, their adapters. The summed loss, float32,
-is differentiated; losses that are reported come from `metrics.nll`.
+`params` are the trained parameters: the model's or, with `frozen` base weights, their adapters. The summed loss
+(float32) is differentiated. Reported losses come from `metrics.nll`.
 """
 
 
@@ -75,7 +75,7 @@ def next_token(
 
 
 def _hidden(model: Transformer, params: Any, batch: Batch, frozen: Frozen | None) -> tuple[jax.Array, Any]:
-    """Hidden states [B, T, D] after the final norm, and the intermediates that the model keeps."""
+    """Hidden states [B, T, D] after the final norm, and the intermediates that the model records."""
     (hidden_BTD, _), recorded = model.apply(
         variables(params, frozen), batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT, mutable=["intermediates"]
     )
@@ -110,7 +110,7 @@ def token_scores(
         greedy_B = jnp.argmax(logits_BV[:, :vocab_size], axis=1) == targets_B
         return logprobs_B - jax.nn.logsumexp(logits_BV, axis=1), greedy_B
 
-    # Over time, since a mesh shards the rows.
+    # The loop runs over time, since the rows are sharded.
     B, T = batch.targets_BT.shape
     at_once = max(1, min(T, _LOGITS_AT_ONCE // (B * model.config.vocab_size)))
     columns = hidden_BTD.swapaxes(0, 1), batch.targets_BT.T
@@ -119,7 +119,7 @@ def token_scores(
 
 
 def text_batch(tokens_BS: np.ndarray) -> Batch:
-    """The batch of rows with one document each; T = S - 1, and each token but the first is a target."""
+    """A batch whose rows are one document each. T = S - 1; every token except the first is a target."""
     tokens_BT, targets_BT = tokens_BS[:, :-1], tokens_BS[:, 1:]
     positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1], dtype=np.int32), tokens_BT.shape)
     return Batch(tokens_BT, targets_BT, np.ones_like(tokens_BT), positions_BT, np.ones(tokens_BT.shape, bool))

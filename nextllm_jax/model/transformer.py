@@ -1,11 +1,11 @@
-"""The decoder: embedding, the layers, final norm, and the head apart.
+"""The decoder: embedding, layers, final norm, and a separate head.
 
-Layers are a scan over periods of the layer pattern, which compiles one period whatever the depth; what the
-periods leave over follows block by block. Generation leaves all of them over (`scan_layers=False`), for a scan
-over stacked parameters copies each matrix out of its stack before a decode step can multiply with it.
+The layers are a scan over periods of the layer pattern, so only one period is compiled for any depth. The layers that
+do not fill a period follow one by one. Generation uses no scan (`scan_layers=False`), since a scan over stacked
+parameters copies each matrix out of the stack before a decode step can multiply with it.
 
-The head is apart so that a chunked loss never builds the logits of a whole batch. Decoding is not a
-mode: prefill, a single-token step and training are one call, with a cache or without.
+The head is separate, so that a chunked loss never builds the logits of a whole batch. Decoding is not a mode: training,
+prefill and a decode step are the same call, with or without a cache.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from nextllm_jax.errors import InputError
 from nextllm_jax.model.attention import Attention
 from nextllm_jax.model.attention_kernel import AttentionKernel
 from nextllm_jax.model.kv_cache import KVCache
-from nextllm_jax.model.layers import Embed, SwiGLU, keep_mean_square, make_norm
+from nextllm_jax.model.layers import Embed, SwiGLU, make_norm, record_mean_square
 from nextllm_jax.model.weights import STACK
 from nextllm_jax.ops import rope
 from nextllm_jax.ops.cross_entropy import finish_logits
@@ -33,11 +33,11 @@ from nextllm_jax.sharding import constrain
 
 _BLOCK_INPUT = "block_input"
 
-# The names under which attention keeps its output and what its backward pass needs beside it.
+# The checkpoint names of the attention output, and of the other values that its backward pass needs.
 _ATTENTION = ("attention_out", "attention_residuals")
 
 Rope = dict[LayerKind, tuple[jax.Array, jax.Array]]
-"""The rotary cosines and sines of each kind of layer that has RoPE."""
+"""Rotary cosines and sines for each kind of layer that has RoPE."""
 
 
 class Block(nn.Module):
@@ -60,35 +60,35 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """Return the residual stream [B, T, D] and the cache after this layer."""
         config = self.config
-        # What tensor parallelism would copy, the residual stream and its norms, is divided along time between sublayers
-        # (Korthikanti et al. 2022, arXiv:2205.05198).
+        # Between sublayers, the residual stream and its norms are sharded along time over the tensor axis, which would
+        # otherwise replicate them (sequence parallelism, Korthikanti et al. 2022, arXiv:2205.05198).
         seq = "residual_seq" if cache is None else "seq"
         x_BTD = checkpoint_name(constrain(x_BTD, "batch", seq, "activation_embed"), _BLOCK_INPUT)
-        keep_mean_square(self, "before_attention", x_BTD)
+        record_mean_square(self, "before_attention", x_BTD)
         attended, cache = Attention(config, self.kind, self.dtype, self.kernel, name="attention")(
             self._before("attention_norm", x_BTD), ropes.get(self.kind), positions_BT, segment_ids_BT, cache, layer
         )
         x_BTD = constrain(x_BTD + self._after("attention_post_norm", attended), "batch", seq, "activation_embed")
-        keep_mean_square(self, "before_mlp", x_BTD)
+        record_mean_square(self, "before_mlp", x_BTD)
         with jax.named_scope("mlp"):
             out_BTD = SwiGLU(config, self.dtype, name="mlp")(self._before("mlp_norm", x_BTD))
             x_BTD = x_BTD + self._after("mlp_post_norm", out_BTD)
         return constrain(x_BTD, "batch", seq, "activation_embed"), cache
 
     def _before(self, name: str, x_BTD: jax.Array) -> jax.Array:
-        """What a sublayer reads of the residual stream, whole once for all of its matrices."""
+        """The input of a sublayer, gathered along time once for all of its matrices."""
         x_BTD = x_BTD if self.config.norm_placement == "post" else make_norm(self.config, name)(x_BTD)
         return constrain(x_BTD, "batch", "seq", "activation_embed")
 
     def _after(self, name: str, out_BTD: jax.Array) -> jax.Array:
-        """What a sublayer adds to the residual stream."""
+        """The output of a sublayer as it is added to the residual stream."""
         if self.config.norm_placement != "pre":
             out_BTD = make_norm(self.config, name)(out_BTD)
         return out_BTD if self.config.residual_scale == 1 else out_BTD * self.config.residual_scale
 
 
 _traced_once = nn.jit(lambda block, *args: block(*args))
-"""A layer's call that is traced once for all layers of a kind, not for each."""
+"""Calls a layer; all layers of a kind share one trace."""
 
 
 class Period(nn.Module):
@@ -110,7 +110,7 @@ class Period(nn.Module):
         """Return the carry (residual stream, cache) after this period's layers."""
         x_BTD, cache = carry
         pattern = self.config.layer_pattern
-        # Inside a scan nothing can be merged with the recomputation, so the guard against it is left out.
+        # A scan already prevents common subexpression elimination across its iterations.
         block = _remat(self.config, prevent_cse=False)
         for i, kind in enumerate(pattern):
             layer = period * len(pattern) + i
@@ -121,10 +121,9 @@ class Period(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Llama-style decoder (Touvron et al. 2023, arXiv:2302.13971); `dtype` is the type of the matmuls.
+    """Llama-style decoder (Touvron et al. 2023, arXiv:2302.13971). `dtype` is the dtype of the matmuls.
 
-    `kernel` attends where there is no cache. Without `scan_layers` it takes the parameters that `unstack_layers`
-    makes.
+    `kernel` computes attention without a cache. With `scan_layers=False` the parameters are those of `unstack_layers`.
     """
 
     config: ModelConfig
@@ -163,9 +162,9 @@ class Transformer(nn.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """Return hidden states [B, T, D] after the final norm, and the cache with these tokens written.
 
-        Without a cache attention is causal by index and stays within segments of equal `segment_ids_BT`
-        (0 is padding); positions (int32) drive RoPE only. With a cache, positions also say into which
-        slots the tokens go; those of a row are contiguous, and rows may start at different ones.
+        `positions_BT` (int32) are used for RoPE. Without a cache, attention is causal by index and limited to tokens
+        with equal `segment_ids_BT` (0 is padding). With a cache, positions are also the slots that the tokens are
+        written to; the positions of a row are contiguous, and rows may start at different positions.
 
         Raises ValueError for segment ids together with a cache.
         """
@@ -185,7 +184,7 @@ class Transformer(nn.Module):
                 x_BTD, part = _traced_once(block, x_BTD, *context, part, 0)
                 parts.append(part)
             cache = KVCache.joined(parts)
-        keep_mean_square(self, "before_final_norm", x_BTD)
+        record_mean_square(self, "before_final_norm", x_BTD)
         hidden_BTD = self.final_norm(x_BTD)
         if self.is_initializing():
             self.logits(hidden_BTD)  # creates the parameters of an untied head
@@ -207,12 +206,12 @@ class Transformer(nn.Module):
 
 @functools.lru_cache(maxsize=256)
 def abstract_params(config: ModelConfig, *, scan_layers: bool = True) -> Any:
-    """The parameters of a model as shapes and types in `Weight` boxes, which say what each is.
+    """The parameters of a model as abstract arrays in `Weight` boxes, which hold the metadata of each.
 
-    Allocates nothing and does not initialize a backend. The tree is shared: do not change it.
+    Allocates nothing and does not initialize a backend. The result is cached: do not modify it.
     """
-    as_declared = {name: getattr(ModelConfig, name) for name in EXECUTION_FIELDS}
-    return _abstract_params(dataclasses.replace(config, **as_declared), scan_layers)
+    defaults = {name: getattr(ModelConfig, name) for name in EXECUTION_FIELDS}
+    return _abstract_params(dataclasses.replace(config, **defaults), scan_layers)
 
 
 @functools.lru_cache(maxsize=64)
@@ -231,7 +230,7 @@ def _remat(config: ModelConfig, *, prevent_cse: bool) -> type[Block]:
 
 
 def _remat_policy(config: ModelConfig) -> Any:
-    """What a block saves for its backward pass beside its input; on the host, with its input, for remat_offload."""
+    """What a block saves for its backward pass, in addition to its input. remat_offload keeps both in host memory."""
     policies, names = jax.checkpoint_policies, _ATTENTION if config.remat == "save_attention" else ()
     if not config.remat_offload:
         dots = policies.dots_with_no_batch_dims_saveable
@@ -249,7 +248,7 @@ def _remat_policy(config: ModelConfig) -> Any:
 
 
 def ropes(config: ModelConfig, positions_BT: jax.Array) -> Rope:
-    """The rotary cosines and sines, float32 [B, T, H/2], of the kinds of layer that have RoPE."""
+    """Rotary cosines and sines, float32 [B, T, H/2], for each kind of layer that has RoPE."""
     kinds: list[LayerKind] = [kind for kind in sorted(set(config.layer_pattern)) if kind != "global_nope"]
     if config.rope_local_theta is None:
         return dict.fromkeys(kinds, rope_cos_sin(config, positions_BT)) if kinds else {}
@@ -259,7 +258,7 @@ def ropes(config: ModelConfig, positions_BT: jax.Array) -> Rope:
 
 
 def rope_cos_sin(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The rotary cosines and sines, float32 [B, T, H/2], with the config's scaling."""
+    """Rotary cosines and sines, float32 [B, T, H/2], with the config's RoPE scaling."""
     freqs = rope.frequencies(config.rotary_dim or config.head_dim, config.rope_theta)
     attention_factor = 1.0
     if config.rope_scaling == "linear":
@@ -287,22 +286,22 @@ def rope_cos_sin(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Arra
     elif config.rope_scaling == "longrope":
         original, factor = config.rope_original_context_length, config.rope_scaling_factor
         attention_factor = config.rope_attention_factor or rope.longrope_attention_factor(factor, original)
-        # Decided once for a model: keys already in a cache cannot change their frequencies.
+        # This depends on the model only, since keys that are already cached cannot change their frequencies.
         beyond = config.context_length > original
         freqs = rope.scale_longrope(freqs, config.rope_long_factors if beyond else config.rope_short_factors)
     return rope.cos_sin(positions_BT, freqs, attention_factor)
 
 
 def head_embedding(config: ModelConfig, params: Any) -> jax.Array | QTensor:
-    """The matrix [V, D] that turns hidden states into logits: the embedding itself if tied."""
+    """The head, [V, D]: the embedding itself if it is tied."""
     return params["embed" if config.tie_embeddings else "lm_head"]["embedding"]
 
 
 def resolve_dtype(name: str, platform: str, *, training: bool = False) -> np.dtype:
-    """The type of the matmuls on a jax platform ("cpu", "gpu", "tpu") for a config's `model.dtype`.
+    """The dtype of the matmuls for a config's `model.dtype` on a jax platform ("cpu", "gpu", "tpu").
 
-    On a CPU with bfloat16 units "auto" is bfloat16 for training alone: a product with a single row, as in
-    decoding, reads its matrix several times slower in bfloat16 there than in float32.
+    On a CPU with bfloat16 units, "auto" is bfloat16 only for training: products with a single row, as in decoding, are
+    several times slower there in bfloat16 than in float32. Raises InputError for any other name.
     """
     if name == "auto":
         fast = platform != "cpu" or (training and hardware.cpu_has_bfloat16())
@@ -313,6 +312,6 @@ def resolve_dtype(name: str, platform: str, *, training: bool = False) -> np.dty
 
 
 def set_matmul_precision(dtype: np.dtype) -> None:
-    """Ask jax for full products if they are float32: TPUs and recent GPUs multiply in fewer bits by default."""
+    """For float32, set jax to full precision, since TPUs and recent GPUs use fewer bits by default."""
     if dtype == jnp.float32:
         jax.config.update("jax_default_matmul_precision", "highest")

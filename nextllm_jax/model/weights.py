@@ -4,7 +4,7 @@ A module declares a weight once, with `declare`. Everything else (accounting, we
 norms per layer, names in other formats) reads the `Weight` boxes of `transformer.abstract_params`.
 
 Layers of a period of the layer pattern are stacked: the tree has `layers/block_<i>/...` with one leading axis per
-period, then `remainder_<i>/...` for each layer that the periods leave over. `transformer.py` creates this
+period, then `remainder_<i>/...` for each layer after the last whole period. `transformer.py` creates this
 layout; other modules use the helpers here.
 """
 
@@ -28,7 +28,7 @@ _REMAINDER = "remainder_"
 
 
 class Weight(nn.LogicallyPartitioned):
-    """A parameter in its box: `value` and the logical axes `names`, with what the parameter is for."""
+    """A parameter in its box: `value` and the logical axes `names`, and the kind of parameter."""
 
     kind: Kind = flax.struct.field(default="matrix", pytree_node=False)
     num_inputs: int = flax.struct.field(default=0, pytree_node=False)
@@ -36,12 +36,12 @@ class Weight(nn.LogicallyPartitioned):
 
     @property
     def num_stacked(self) -> int:
-        """1 for weights that are stacked over layers, else 0."""
+        """Number of stacking axes: 1 for weights that are stacked over layers, else 0."""
         return int(self.names[:1] == (STACK,))
 
     @property
     def contracted_axes(self) -> tuple[int, ...]:
-        """The axes that a product contracts: a matrix's inputs, or the width of an embedding (as the head)."""
+        """The axes that a product contracts: the inputs of a matrix, or the last axis of an embedding (as the head)."""
         if self.kind == "embedding":
             return (len(self.names) - 1,)
         return tuple(range(self.num_stacked, self.num_stacked + self.num_inputs))
@@ -72,18 +72,18 @@ def is_weight(leaf: Any) -> bool:
 
 
 def path_name(path: Iterable[Any]) -> str:
-    """The leaf's name from its key path, such as "layers/block_0/mlp/up/kernel"; the same with boxes and without."""
+    """The name of a leaf from its key path, such as "layers/block_0/mlp/up/kernel", with or without boxes."""
     return "/".join(step.key for step in path if isinstance(step, jax.tree_util.DictKey))
 
 
 def by_name(tree: Any) -> dict[str, Any]:
-    """The weights of a tree of parameters, boxed, quantized or plain, by their names."""
+    """The weights of a parameter tree (boxed, quantized or plain) by name."""
     flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_whole)
     return {path_name(path): leaf for path, leaf in flat}
 
 
 def with_names(tree: Any, weights: dict[str, Any]) -> Any:
-    """The tree with other weights, by the names that `by_name` gives to its own."""
+    """The tree with its weights replaced by `weights`, which is keyed as in `by_name`."""
     return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=_is_whole), [weights[name] for name in by_name(tree)])
 
 
@@ -131,7 +131,7 @@ def unstack_layers(config: ModelConfig, params: Any) -> Any:
 
 
 def stack_layers(config: ModelConfig, params: Any) -> Any:
-    """The parameters that `unstack_layers` was given."""
+    """The inverse of `unstack_layers`: the parameters with layers stacked for a scan."""
     stacked = {name: tree for name, tree in params.items() if not name.startswith(_REMAINDER)}
     groups: dict[str, list[Any]] = {}
     for layer, (name, _) in enumerate(layer_paths(config)):
@@ -146,7 +146,7 @@ def stack_layers(config: ModelConfig, params: Any) -> Any:
 
 
 def unstacked_names(config: ModelConfig, name: str) -> list[tuple[str, int | None]]:
-    """The names of a weight's layers after `unstack_layers`, and their indices in its stack (None: it is no stack)."""
+    """(name after `unstack_layers`, index in the stack or None if not stacked) for each layer of a weight."""
     layers = [
         (f"{_REMAINDER}{layer}{name.removeprefix(prefix)}", index)
         for layer, (prefix, index) in enumerate(layer_paths(config))
@@ -170,14 +170,14 @@ def in_layer_order(config: ModelConfig, tree: Any, value: Callable[[Any, int], j
 
 
 def subtree(tree: Any, name: str) -> Any:
-    """The subtree of this name; {} where a tree of adapters has none."""
+    """The subtree with this name; {} if there is none, as in a tree of adapters."""
     for step in name.split("/"):
         tree = tree.get(step, {})
     return tree
 
 
 def cast_matrices(boxed: Any, params: Any, dtype: np.dtype) -> Any:
-    """The parameters, or their shapes, with all but the norms' scales in `dtype`, as the model would cast them.
+    """The parameters (or abstract arrays) in `dtype`, except for the norms' scales, as the model would cast them.
 
     `boxed` is the `abstract_params` of the same tree.
     """

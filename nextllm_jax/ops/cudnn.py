@@ -15,20 +15,19 @@ def cudnn_attention(
     scale: float | None = None,
     soft_cap: float | None = None,
 ) -> jax.Array:
-    """`ops.attention.causal_attention` by cuDNN, for bfloat16 and head dims that are multiples of 8.
+    """`ops.attention.causal_attention` with cuDNN, for bfloat16 and head dims that are multiples of 8.
 
-    Causality and windows are the kernel's own. Documents become a bias over all pairs of positions, B T T numbers
-    (and the backward pass takes B N T T for it):
-    other documents' scores are lowered by 1e9, so that their exponential beside a visible score is exactly 0, and
-    nothing overflows in a row whose first block of keys is all masked. Without segment ids there is no such array.
-    Only the output has a name for `jax.checkpoint`: the rest is out of reach.
+    The kernel itself supports causality and windows. Segment ids become a bias of B x T x T values, whose backward pass
+    needs B x N x T x T values. The bias is -1e9 between documents: large enough that the softmax of a masked logit is
+    exactly 0, and small enough that a row whose first block of keys is fully masked does not overflow. Without segment
+    ids there is no bias. For `jax.checkpoint`, only the output has a name ("attention_out").
 
-    Raises NotImplementedError for a soft cap, which cuDNN does not know, and for what its kernel does not take.
+    Raises NotImplementedError for a soft cap and for fewer queries than keys, which cuDNN does not support.
     """
     if soft_cap is not None:
         raise NotImplementedError("cuDNN's attention has no soft cap; choose another model.attention")
     if q_BTNH.shape[1] != k_BTKH.shape[1]:
-        raise NotImplementedError("cuDNN's attention cannot take a part of the queries")
+        raise NotImplementedError("cuDNN's attention needs as many queries as keys; choose another model.attention")
     bias_B1TT = None
     if segment_ids_BT is not None:
         same_B1TT = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]

@@ -1,4 +1,4 @@
-"""The product of activations with a weight matrix, with a backward pass of its own."""
+"""The product of activations with a weight matrix, with a custom backward pass."""
 
 import functools
 
@@ -9,15 +9,15 @@ import jax.numpy as jnp
 def linear(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`einsum(equation, x, kernel)` in the operands' common dtype.
 
-    The equation spells out x, kernel and result, such as "BTD,DF->BTF", without a letter that only one of the three
-    has. Derived automatically, the kernel's gradient is made transposed and turned over afterwards, which takes a CPU
-    twice as long as making it as it is kept.
+    The equation names all axes, as in "BTD,DF->BTF"; each letter must be in at least two of the three operands. The
+    custom backward pass computes the kernel's gradient in the kernel's own layout. Automatic differentiation computes
+    it transposed and then transposes it, which takes twice as long on a CPU.
     """
     return _linear(equation, x, kernel)
 
 
 def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """An einsum that is as fast as the platform allows: XLA's CPU backend is slow at writing bfloat16 results."""
+    """An einsum that on CPUs accumulates in float32, since XLA's CPU backend is slow at writing bfloat16 results."""
 
     def accumulated(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32).astype(a.dtype)

@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), half-split as in Llama checkpoints.
 
-Frequencies are float32 and made once at trace time; positions are int32 and angles float32, since
-bfloat16 cannot tell position 256 from 257.
+Frequencies are float32 constants of the trace. Positions are int32 and angles float32, since bfloat16 cannot tell
+position 256 from 257.
 """
 
 import math
@@ -30,7 +30,7 @@ def scale_llama3(
     low_freq_factor: float,
     high_freq_factor: float,
 ) -> np.ndarray:
-    """float32 [H/2]: long wavelengths divided by `factor`, short ones kept, a linear blend between.
+    """float32 [H/2]: long wavelengths divided by `factor`, short ones unchanged, and a linear blend between them.
 
     Source: the Llama 3.1 release; wavelengths are measured in original context lengths.
     """
@@ -48,10 +48,10 @@ def scale_yarn(
     beta_fast: float,
     beta_slow: float,
 ) -> np.ndarray:
-    """float32 [H/2]: YaRN's blend of kept and divided frequencies (Peng et al. 2023, arXiv:2309.00071).
+    """float32 [H/2]: YaRN's blend of unchanged and divided frequencies (Peng et al. 2023, arXiv:2309.00071).
 
-    The ramp runs over dimension indices, between those that turn `beta_fast` and `beta_slow` times in
-    the original context. YaRN's factor on cosine and sine is `yarn_attention_factor`.
+    The ramp runs over dimension indices, between those that rotate `beta_fast` and `beta_slow` times in the original
+    context. `yarn_attention_factor` is YaRN's factor on cosine and sine.
     """
     half = len(frequencies_h)
 
@@ -60,8 +60,8 @@ def scale_yarn(
 
     low = max(math.floor(index_of(beta_fast)), 0)
     high = min(math.ceil(index_of(beta_slow)), 2 * half - 1)
-    divided = np.clip((np.arange(half) - low) / max(high - low, 1e-3), 0.0, 1.0)
-    return ((1 - divided) * frequencies_h + divided * frequencies_h / factor).astype(np.float32)
+    ramp = np.clip((np.arange(half) - low) / max(high - low, 1e-3), 0.0, 1.0)
+    return ((1 - ramp) * frequencies_h + ramp * frequencies_h / factor).astype(np.float32)
 
 
 def yarn_attention_factor(factor: float) -> float:
@@ -70,7 +70,7 @@ def yarn_attention_factor(factor: float) -> float:
 
 
 def scale_longrope(frequencies_h: np.ndarray, factors: Sequence[float]) -> np.ndarray:
-    """float32 [H/2]: each frequency divided by a factor of its own (Ding et al. 2024, arXiv:2402.13753)."""
+    """float32 [H/2]: each frequency divided by its own factor (Ding et al. 2024, arXiv:2402.13753)."""
     return (frequencies_h / np.asarray(factors, np.float64)).astype(np.float32)
 
 
@@ -88,14 +88,14 @@ def cos_sin(
 
 
 def apply_rope(x_BTNH: jax.Array, cos_BTh: jax.Array, sin_BTh: jax.Array) -> jax.Array:
-    """`x` with dimension i rotated against dimension i + H/2; float32 inside, the type of `x` outside.
+    """`x` with dimensions i and i + H/2 rotated as pairs. Computed in float32, returned in the dtype of `x`.
 
-    Cosines and sines that are fewer than H/2 turn the leading dimensions alone.
+    With fewer than H/2 cosines and sines, only the leading dimensions are rotated.
     """
     rotary_dim = 2 * cos_BTh.shape[-1]
     if rotary_dim < x_BTNH.shape[-1]:
-        turned = apply_rope(x_BTNH[..., :rotary_dim], cos_BTh, sin_BTh)
-        return jnp.concatenate([turned, x_BTNH[..., rotary_dim:]], axis=-1)
+        rotated = apply_rope(x_BTNH[..., :rotary_dim], cos_BTh, sin_BTh)
+        return jnp.concatenate([rotated, x_BTNH[..., rotary_dim:]], axis=-1)
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos_BTh[:, :, None, :], sin_BTh[:, :, None, :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)

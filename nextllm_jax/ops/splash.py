@@ -15,10 +15,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 LANES = 128
-"""Width of a TPU's vector registers: blocks are multiples of it."""
+"""Width of a TPU's vector registers. Block sizes must be multiples of it."""
 
-# Blocks of queries and keys by jax's name of a device. A block of scores is float32 and lies in the chip's vector
-# memory, of which a kernel gets 16 MiB (v6e: 32 MiB) unless XLA is told otherwise; larger blocks read keys less often.
+# Block sizes of queries and keys by device kind. A float32 block of logits must fit in the chip's vector memory, of
+# which a kernel gets 16 MiB by default (v6e: 32 MiB). With larger blocks, keys are read less often.
 _BLOCKS = {
     "TPU v5": (1024, 512),
     "TPU v5p": (1024, 512),
@@ -29,7 +29,7 @@ _BLOCKS = {
 
 
 def default_blocks(device_kind: str) -> tuple[int, int]:
-    """Positions in a block of queries and in one of keys, for `jax.Device.device_kind`."""
+    """Positions per block of queries and per block of keys for a `jax.Device.device_kind`."""
     return _BLOCKS.get(device_kind, (512, 512))
 
 
@@ -46,15 +46,17 @@ def splash_attention(
     shard: jax.Array | int = 0,
     interpret: bool = False,
 ) -> jax.Array:
-    """`ops.attention.causal_attention` by the splash kernel: no array over all pairs, key heads are not repeated.
+    """`ops.attention.causal_attention` with the splash kernel, which neither builds T x S arrays nor repeats key heads.
 
-    `blocks` are the positions of a block of queries and of keys, multiples of 128. Sequences are padded to what they
-    divide, behind their end, where no position sees the padding. With fewer queries than keys, S = n T, the queries
-    are part number `shard` of n; then the blocks must divide T. The scale is applied to the queries, and rounded to
-    their type. `interpret` runs the kernel on any device, slowly.
+    - `blocks` are the positions per block of queries and of keys, multiples of 128. Sequences are padded at the end to
+      a multiple of both.
+    - With fewer queries than keys, S = n T, the queries are shard number `shard` of n. Then T must be a multiple of the
+      block of queries.
+    - The scale is applied to the queries, in their dtype.
+    - `interpret` runs the kernel on any device, slowly.
 
-    For `jax.checkpoint` the kernel's output and log-sum-exp are both named "attention_out". XLA cannot divide the
-    kernel over devices: call it under `shard_map`. Raises ValueError for blocks that do not fit.
+    For `jax.checkpoint`, the output and the log-sum-exp are both named "attention_out". XLA cannot shard the kernel, so
+    call it in `shard_map`. Raises ValueError for block sizes that do not fit.
     """
     T, S, N, H = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[2], q_BTNH.shape[3]
     block_q, block_kv = (min(block, -(-S // LANES) * LANES) for block in blocks)
@@ -82,17 +84,17 @@ def _heads_first(x_BTNH: jax.Array, padding: int) -> jax.Array:
 
 
 def _part(leaf: np.ndarray, *, shards: int, shard: jax.Array | int) -> jax.Array:
-    """A shard's part of what the kernel knows of its mask: [heads, query blocks, key blocks], or [queries]."""
+    """A shard's part of an array of mask information: [heads, query blocks, key blocks], or [queries]."""
     axis = 1 if leaf.ndim == 3 else 0
     size = leaf.shape[axis] // shards
     return jax.lax.dynamic_slice_in_dim(jnp.asarray(leaf), shard * size, size, axis)
 
 
 class _Mask(masks.LocalMask):
-    """The causal mask, within a window if there is one.
+    """The causal mask, with an optional window.
 
-    JAX looks at every block several times, only to ask whether any or all of it is visible. Where two corners say so,
-    one element answers for the block: of 131,072 positions the whole mask would take minutes.
+    JAX only asks of each block whether any or all of its elements are visible. If two corners decide that, a single
+    element is returned instead of the block. Whole blocks would take minutes for 131,072 positions.
     """
 
     def __getitem__(self, idx: tuple[slice, slice]) -> np.ndarray:
@@ -117,7 +119,7 @@ def _kernel(
     block_kv: int,
     interpret: bool,
 ) -> Any:
-    """The kernel for whole sequences, in numpy: going over the blocks of a long mask takes seconds."""
+    """The kernel for whole sequences with numpy arrays, cached, since preparing a long mask takes seconds."""
     mask = _Mask((length, length), (None if window is None else window - 1, 0), 0)
     make = functools.partial(
         splash.make_splash_mha,
@@ -136,7 +138,7 @@ def _kernel(
         residual_checkpoint_name="attention_out",
         interpret=interpret,
     )
-    # It makes jax arrays. In a thread of their own they belong neither to the trace that this is called in nor to a
-    # mesh in force, whose devices may be only a topology to compile for.
+    # `make` creates jax arrays. In a new thread they belong neither to the current trace nor to the current mesh, whose
+    # devices may only be a topology to compile for.
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
         return thread.submit(lambda: jax.tree.map(np.asarray, make())).result()

@@ -1,4 +1,4 @@
-"""What to change when a training does not fit its devices, as flags in the order in which to try them."""
+"""Suggests flags that make a config fit its devices, in the order in which to try them."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -10,9 +10,9 @@ from nextllm_jax.hardware import readable_bytes
 
 
 def advice(config: Config, mesh: Mapping[str, int], limit_bytes: float, peak: Callable[[Config], float]) -> list[str]:
-    """Sentences with flags, each on top of those before it, those first that cost least, until it would fit.
+    """Sentences with flags, cheapest first. Each adds to the ones before it; the last makes the config fit.
 
-    `peak` estimates the memory of a config, and raises InputError if its mesh cannot be had.
+    `peak` estimates the peak memory of a config in bytes, and raises InputError if its mesh is not possible.
     """
     sentences = []
     for propose in (_fsdp, _smaller_microbatch, _full_remat, _small_moments, _offload, _tensor, _tensor, _tensor):
@@ -23,9 +23,9 @@ def advice(config: Config, mesh: Mapping[str, int], limit_bytes: float, peak: Ca
         try:
             needed = peak(changed)
         except InputError:
-            continue  # heads or sequences that do not divide so
+            continue  # the heads or the sequences are not divisible by this mesh
         config, mesh = changed, {name: getattr(changed.mesh, name) for name in mesh}
-        sentences.append(f"{flags}: {reason}; about {readable_bytes(needed)} then")
+        sentences.append(f"{flags}: {reason}; then about {readable_bytes(needed)}")
         if needed <= limit_bytes:
             return sentences
     return [*sentences, "more devices: give a larger --topology"]
@@ -33,11 +33,11 @@ def advice(config: Config, mesh: Mapping[str, int], limit_bytes: float, peak: Ca
 
 _Sections = dict[str, dict[str, Any]]
 _Proposal = tuple[_Sections, str] | None
-"""Fields by their sections, and why they help; None where nothing is to be changed."""
+"""The fields to change, by section, and how they help; None if there is nothing to change."""
 
 
 def _changed(config: Config, sections: _Sections) -> tuple[Config, str]:
-    """The config with these fields of its sections, and the flags that say so."""
+    """The config with the fields of `sections` changed, and the command-line flags for it."""
     parts = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
     flags = [
         f"--{section}.{name.replace('_', '-')}" + ("" if value is True else f" {value}")
@@ -48,11 +48,11 @@ def _changed(config: Config, sections: _Sections) -> tuple[Config, str]:
 
 
 def _fsdp(config: Config, mesh: Mapping[str, int]) -> _Proposal:
-    slices = config.mesh.slices  # which data alone may cross
+    slices = config.mesh.slices  # only the data axis may span slices
     if mesh["data"] == slices:
         return None
     sizes = {"data": slices, "fsdp": mesh["fsdp"] * mesh["data"] // slices}
-    return {"mesh": sizes}, "parameters and moments are divided, of which each device now keeps a copy"
+    return {"mesh": sizes}, "shards parameters and moments, of which each device now has a copy"
 
 
 def _smaller_microbatch(config: Config, mesh: Mapping[str, int]) -> _Proposal:
@@ -61,29 +61,29 @@ def _smaller_microbatch(config: Config, mesh: Mapping[str, int]) -> _Proposal:
     if rows <= 1:
         return None
     steps = {"accumulation_steps": training.accumulation_steps * rows}
-    return {"training": steps}, f"a device takes one sequence at a time, not {rows}; the result is the same"
+    return {"training": steps}, f"one sequence per microbatch and device instead of {rows}; the result is the same"
 
 
 def _full_remat(config: Config, mesh: Mapping[str, int]) -> _Proposal:
     if config.model.remat == "full":
         return None
-    return {"model": {"remat": "full"}}, f"keeps only what goes into each layer, where {config.model.remat} keeps more"
+    return {"model": {"remat": "full"}}, f"saves only the input of each layer, unlike {config.model.remat}"
 
 
 def _small_moments(config: Config, mesh: Mapping[str, int]) -> _Proposal:
     if config.optimizer.first_moment_dtype == "bfloat16":
         return None
-    return {"optimizer": {"first_moment_dtype": "bfloat16"}}, "AdamW's first moment takes half"
+    return {"optimizer": {"first_moment_dtype": "bfloat16"}}, "halves AdamW's first moment"
 
 
 def _offload(config: Config, mesh: Mapping[str, int]) -> _Proposal:
     if config.optimizer.offload_state:
         return None
-    return {"optimizer": {"offload_state": True}}, "AdamW's moments wait in the host's memory, and each step is longer"
+    return {"optimizer": {"offload_state": True}}, "keeps AdamW's moments in host memory; steps take longer"
 
 
 def _tensor(config: Config, mesh: Mapping[str, int]) -> _Proposal:
-    """Two devices for one sequence, where so far it had one."""
+    """Shard each sequence over twice as many devices."""
     if mesh["fsdp"] % 2:
         return None
     steps = config.training.accumulation_steps * 2
@@ -91,4 +91,4 @@ def _tensor(config: Config, mesh: Mapping[str, int]) -> _Proposal:
         steps = config.training.accumulation_steps
     sizes = {"data": mesh["data"], "fsdp": mesh["fsdp"] // 2, "tensor": 2 * mesh["tensor"]}
     changed = {"mesh": sizes, "training": {"accumulation_steps": steps}}
-    return changed, "twice the devices share the heads and the MLP of a sequence"
+    return changed, "shards the heads and the MLP over twice as many devices"

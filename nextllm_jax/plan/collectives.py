@@ -1,7 +1,7 @@
-"""Collectives of a compiled program: how many, over which mesh axes, and what they send.
+"""The collectives of a compiled program: how many there are, over which mesh axes, and how many bytes they send.
 
-Loops are multiplied out by their trip counts, fusions and calls are followed, and a collective that is started in one
-place and finished in another counts once.
+The body of a loop counts as often as it runs, and fusions and calls are followed. A collective with separate start and
+done instructions counts once.
 """
 
 import itertools
@@ -22,31 +22,31 @@ class Collective(NamedTuple):
 
     kind: str
     axes: str
-    """Mesh axes joined by "+"; "slices" between slices of TPUs; "other" for groups that no axes give."""
+    """Mesh axes joined by "+"; "slices" between slices of TPUs; "other" for groups that match no mesh axes."""
     dtype: str
 
 
 class Traffic(NamedTuple):
-    """What the collectives of a kind come to in one run of a program."""
+    """The total of one kind of collective in one run of a program."""
 
     count: float
     sent_bytes: float
-    """Bytes that each device sends, by the ring algorithms: gathering or scattering S bytes over n devices sends
-    S (n - 1) / n, an all-reduce twice that, a permute S."""
+    """Bytes that each device sends with ring algorithms: S (n - 1) / n to gather or scatter S bytes over n devices,
+    twice that for an all-reduce, S for a permute."""
 
 
 class Collectives(NamedTuple):
-    """Of one run of a program on one device."""
+    """The collectives in one run of a program on one device."""
 
     traffic: dict[Collective, Traffic]
     unknown_loops: int
-    """Loops with collectives whose trip count the program does not say; they count as one trip."""
+    """Loops with collectives whose trip count is unknown; they count as one iteration."""
 
 
 def collectives(hlo: str, mesh_shape: Mapping[str, int], slices: int = 1) -> Collectives:
-    """The collectives of a program's text, on a mesh whose devices are numbered as in `mesh.devices.flat`.
+    """The collectives in the text of a program, on a mesh whose devices are numbered as in `mesh.devices.flat`.
 
-    A TPU program of several slices, which divide the axis "data", numbers the devices of one.
+    With several TPU slices, which split the axis "data", the program numbers the devices within a slice.
     """
     program = parse(hlo)
     inside = {name: size // slices if name == "data" else size for name, size in mesh_shape.items()}
@@ -64,7 +64,7 @@ def _add(totals: _Totals, key: Collective, more: Traffic, times: float = 1) -> N
 
 
 class _Walk:
-    """Sums over computations, each of them once."""
+    """Sums the collectives of computations, visiting each computation once."""
 
     def __init__(self, program: Program, axes: "_Axes", slices: int) -> None:
         self._program = program
@@ -80,7 +80,7 @@ class _Walk:
         self.unknown_loops = 0
 
     def totals(self, name: str) -> _Totals:
-        """Of one run of a computation."""
+        """The collectives of one run of a computation."""
         if name not in self._totals:
             self._totals[name] = self._sum(self._program.computations[name])
         return self._totals[name]
@@ -112,7 +112,7 @@ class _Walk:
         instruction: Instruction,
         computation: Computation,
     ) -> None:
-        """Add one collective over (devices, their axes), by the types of its operands."""
+        """Add one collective, by the types of its operands. `group` is (devices in a group, their mesh axes)."""
         members, axes = group
         if members == 1:
             return
@@ -128,7 +128,7 @@ class _Walk:
             _add(totals, Collective(kind, axes, dtype), Traffic(1, size * share))
 
     def _add_callees(self, totals: _Totals, caller: Instruction, computation: Computation) -> None:
-        """Add what an instruction runs, as often as it does."""
+        """Add the collectives of the computations that an instruction calls, multiplied by the number of calls."""
         parts = [self.totals(callee) for callee in caller.callees if callee in self._program.computations]
         parts = [part for part in parts if part]
         if not parts:
@@ -149,10 +149,10 @@ class _Walk:
         return 1 if times is None else times
 
     def _chain(self, caller: Instruction) -> str | None:
-        """What names the collective that a fusion does a step of; None if it does no step.
+        """The id of the asynchronous collective that a fusion is a step of; None for other instructions.
 
-        A TPU fuses the steps of one asynchronous collective with computations that run beside it, a loop's too, and
-        each of these fusions shows the whole collective.
+        TPU programs fuse the steps of an asynchronous collective with computations that run at the same time, also in
+        loops. Each of these fusions contains the whole collective, which must count once.
         """
         if caller.opcode != "fusion":
             return None
@@ -169,12 +169,12 @@ def _starts(instruction: Instruction) -> bool:
 
 
 def _scatters(caller: Instruction) -> bool:
-    """Whether a fusion is a TPU's reduce-scatter, which reads as an all-reduce and a slice of it."""
+    """Whether a fusion is a TPU's reduce-scatter, which is written as an all-reduce followed by a slice."""
     return caller.opcode == "fusion" and any(callee.startswith("all-reduce-scatter") for callee in caller.callees)
 
 
 class _Axes:
-    """Which mesh axes the groups of a collective are."""
+    """Finds the mesh axes that the device groups of a collective span."""
 
     def __init__(self, mesh_shape: Mapping[str, int]) -> None:
         shape = tuple(mesh_shape.values())
@@ -182,7 +182,7 @@ class _Axes:
         self._all = ids.reshape(1, -1)
         axes = [(position, name) for position, (name, size) in enumerate(mesh_shape.items()) if size > 1]
         self._known: dict[str, np.ndarray] = {}
-        """Groups [G, M] of device numbers by axes joined by "+", small groups first."""
+        """Device numbers [groups, members] by axes joined by "+", small groups first."""
         for count in range(1, len(axes) + 1):
             for chosen in itertools.combinations(axes, count):
                 last = np.moveaxis(ids, [position for position, _ in chosen], range(-count, 0))
@@ -190,7 +190,7 @@ class _Axes:
                 self._known["+".join(name for _, name in chosen)] = _ordered(last.reshape(-1, members))
 
     def of(self, instruction: Instruction) -> tuple[int, str]:
-        """(devices of a group, their mesh axes joined by "+"); (1, ...) for what stays on its device."""
+        """(devices in a group, their mesh axes joined by "+"); (1, ...) if no data moves between devices."""
         if pairs := instruction.attribute(r"source_target_pairs=\{(\{.*?\})\}"):
             return self._of_pairs(np.array([_numbers(pair) for pair in re.findall(r"\{([\d,]+)\}", pairs)]))
         groups = _ordered(self._groups(instruction))
@@ -198,7 +198,7 @@ class _Axes:
         return groups.shape[1], next(same, "other")
 
     def _of_pairs(self, pairs: np.ndarray) -> tuple[int, str]:
-        """Of a permute: the fewest axes along which all its data move."""
+        """The same for a permute: the smallest set of axes along which all its data moves."""
         if np.array_equal(pairs[:, 0], pairs[:, 1]):
             return 1, ""
         for name, groups in self._known.items():
@@ -209,7 +209,7 @@ class _Axes:
         return self._all.size, "other"
 
     def _groups(self, instruction: Instruction) -> np.ndarray:
-        """[groups, members] of device numbers, in any of the forms that XLA prints."""
+        """Device numbers [groups, members], from any of the notations that XLA prints."""
         if mesh := re.search(
             r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? \{([^}]*)\}", instruction.attributes
         ):
@@ -221,7 +221,7 @@ class _Axes:
 
 
 def _ordered(groups: np.ndarray) -> np.ndarray:
-    """The same groups in one order."""
+    """The same groups in canonical order."""
     groups = np.sort(groups, axis=1)
     return groups[np.argsort(groups[:, 0])]
 
@@ -231,14 +231,14 @@ def _numbers(text: str) -> list[int]:
 
 
 def _iota(text: str) -> np.ndarray:
-    """Device numbers of "[4,2]T(1,0)": counted up in that shape, then transposed."""
+    """Device numbers of "[4,2]T(1,0)": an iota of that shape, transposed and flattened."""
     shape, _, order = text.strip("[)").partition("]")
     ids = np.arange(np.prod(_numbers(shape))).reshape(_numbers(shape))
     return (ids.transpose(_numbers(order.lstrip("T("))) if order else ids).ravel()
 
 
 def _mesh_groups(mesh: str, device_ids: str | None, axes: str) -> np.ndarray:
-    """Groups along axes of a mesh of XLA's own, such as "'a'=2,'b'=8" and "'b':(2)4" for a part of an axis."""
+    """Groups along axes of XLA's own mesh, such as mesh "'a'=2,'b'=8" and axes "'b':(2)4", a part of an axis."""
     sizes_by_name = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
     ids = np.arange(np.prod(list(sizes_by_name.values()), dtype=int))
     if device_ids:

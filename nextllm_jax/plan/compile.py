@@ -1,4 +1,4 @@
-"""The real train step of a config, compiled for devices that are not here."""
+"""Compiles the train step of a config for devices that this machine does not have."""
 
 import contextlib
 import dataclasses
@@ -24,41 +24,41 @@ from nextllm_jax.training.program import build_program
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on one device, as the compiler lays them out."""
+    """Memory of a compiled program in bytes, on one device."""
 
     argument_bytes: int
     """The training state and the batch."""
     output_bytes: int
     """The new state and the metrics."""
     alias_bytes: int
-    """Of the output, what takes the place of donated arguments."""
+    """The part of the output that reuses the memory of donated arguments."""
     temporary_bytes: int
     """Activations, gradients, gathered weights and buffers of collectives."""
     code_bytes: int
     """The program itself."""
     peak_bytes: int
-    """The most that is alive at once, arguments included."""
+    """Peak memory, including the arguments."""
     host_bytes: int
-    """In the host's memory: what is offloaded."""
+    """Offloaded arrays, in host memory."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OutOfMemory:
-    """What the compiler says of a program that does not fit; None where it does not say."""
+    """What the compiler reports about a program that does not fit. Numbers that it does not report are None."""
 
     needed_bytes: int | None
-    """Of the whole program."""
+    """Memory of the whole program."""
     temporary_bytes: int | None
-    """Of its temporaries alone."""
+    """Memory of the temporaries alone."""
     limit_bytes: int | None
-    """What a program can have."""
+    """Memory that is available to a program."""
     message: str
-    """The first line."""
+    """The first line of the compiler's message."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """A compiled program, or why there is none."""
+    """A compiled program, or the reason why it does not fit."""
 
     seconds: float
     memory: Memory | None = None
@@ -66,7 +66,7 @@ class Compiled:
     hlo: str = ""
     """The optimized program of one device."""
     output_shardings: Any = None
-    """A tree of them."""
+    """The shardings of the output, as a pytree."""
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> Batch:
@@ -78,19 +78,18 @@ def abstract_batch(config: Config, mesh: Mesh) -> Batch:
 
 
 def compile_train_step(config: Config, mesh: Mesh) -> Compiled:
-    """The train step of `training.program` on a mesh, compiled.
+    """The compiled train step of a config on a mesh.
 
-    Raises RunFailed for an error of the compiler other than a lack of memory.
+    Raises RunFailed for a compiler error other than running out of memory.
     """
     return compile_lowered(_lower_train_step(config, mesh), "train step")
 
 
 def flops_of_two_layers(config: Config) -> tuple[float, float]:
-    """(by arithmetic, by the compiler's count) FLOPs of a train step with two layers of the model, or one of each kind.
+    """FLOPs of a train step with two layers of the model (or one period of the layer pattern): (formula, compiler).
 
-    The compiler counts the bodies of loops once, so the layers are a single period here, the loss is a single chunk,
-    attention goes over no blocks, and nothing is recomputed. It is compiled for this machine's processor: what is
-    multiplied is the same.
+    The compiler counts the body of a loop once. Therefore this step has a single period of layers, a single chunk in
+    the loss, attention without blocks, and no recomputation. It is compiled for the CPU, which does the same products.
     """
     pattern = config.model.layer_pattern
     pattern = pattern * 2 if len(pattern) == 1 else pattern
@@ -116,9 +115,9 @@ def _lower_train_step(config: Config, mesh: Mesh) -> Any:
 
 
 def compile_lowered(lowered: Any, name: str) -> Compiled:
-    """A lowered jitted function, compiled; `name` is what the progress bar calls it.
+    """The compiled program of a lowered function. The progress bar shows `name`.
 
-    Raises RunFailed for an error of the compiler other than a lack of memory.
+    Raises RunFailed for a compiler error other than running out of memory.
     """
     began = time.monotonic()
     try:
@@ -127,7 +126,7 @@ def compile_lowered(lowered: Any, name: str) -> Compiled:
     except JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             first = str(error).splitlines()[0]
-            raise RunFailed(f"the compiler gave up: {first}") from error
+            raise RunFailed(f"compilation failed: {first}") from error
         return Compiled(seconds=time.monotonic() - began, out_of_memory=parse_out_of_memory(str(error)))
     return Compiled(
         seconds=time.monotonic() - began,
@@ -138,7 +137,7 @@ def compile_lowered(lowered: Any, name: str) -> Compiled:
 
 
 def memory_of(compiled: Any) -> Memory:
-    """The memory of one device, from the compiler's own table."""
+    """The memory of a compiled program, from the compiler's analysis."""
     stats = compiled.memory_analysis()
     return Memory(
         argument_bytes=stats.argument_size_in_bytes,
@@ -146,17 +145,17 @@ def memory_of(compiled: Any) -> Memory:
         alias_bytes=stats.alias_size_in_bytes,
         temporary_bytes=stats.temp_size_in_bytes,
         code_bytes=stats.generated_code_size_in_bytes,
-        # The compiler counts outputs in the host's memory too, though it takes programs that fit without them.
+        # The compiler's peak includes outputs in host memory, but a program that fits without them is accepted.
         peak_bytes=stats.peak_memory_in_bytes - stats.host_output_size_in_bytes,
         host_bytes=stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes,
     )
 
 
 def parse_out_of_memory(message: str) -> OutOfMemory:
-    """The numbers in the TPU compiler's message.
+    """The numbers in the TPU compiler's out-of-memory message.
 
-    It says "Used 28.59G of 15.75G hbm" of a whole program, or, when it gives up early, "the total memory required for
-    HLO temporaries (43.40G) exceeds available HBM (15.75G)".
+    The message says "Used 28.59G of 15.75G hbm" about the whole program. If compilation stops early, it says "the total
+    memory required for HLO temporaries (43.40G) exceeds available HBM (15.75G)".
     """
     used = re.search(rf"[Uu]sed {_SIZE} of {_SIZE} hbm", message)
     temporaries = re.search(rf"temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)", message)

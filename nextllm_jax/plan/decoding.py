@@ -1,4 +1,4 @@
-"""The plan of sampling: what prefill and a decode step take on a mesh of devices that are not here."""
+"""Plans sampling: memory, traffic and time of prefill and a decode step on devices that this machine does not have."""
 
 import dataclasses
 import functools
@@ -22,13 +22,13 @@ from nextllm_jax.model.transformer import Transformer, resolve_dtype
 from nextllm_jax.plan.collectives import Collective, Traffic, collectives
 from nextllm_jax.plan.compile import Compiled, compile_lowered
 from nextllm_jax.plan.roofline import Roofline, roofline
-from nextllm_jax.plan.topology import Place
+from nextllm_jax.plan.topology import Target
 from nextllm_jax.sharding import num_parts, placed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is sampled at once."""
+    """A batch of prompts of equal length."""
 
     batch_size: int
     prompt_tokens: int
@@ -36,25 +36,25 @@ class Request:
 
     @property
     def cache_length(self) -> int:
-        """Slots of the cache of a row."""
+        """Cache slots per row."""
         return self.prompt_tokens + self.new_tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One of the two programs, compiled."""
+    """A compiled program: prefill or a decode step."""
 
     compiled: Compiled
     traffic: Mapping[Collective, Traffic] | None
     roofline: Roofline | None
     """None if it does not fit."""
     tokens: int
-    """That it reads or makes in one run."""
+    """Tokens that one run of the program reads or generates."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodingPlan:
-    """What sampling takes. The decode step is the loop's body, run once."""
+    """Memory, traffic and time of sampling. A decode step is one iteration of the decode loop."""
 
     topology: str
     device_kind: str
@@ -63,29 +63,30 @@ class DecodingPlan:
     request: Request
     quantization: Quantization | None
     parameter_bytes: int
-    """On one device."""
+    """Bytes of the parameters on one device."""
     cache_bytes: int
-    """Of all rows, on all devices together, each value once."""
+    """Bytes of the cache of all rows, summed over devices; replicated values count once."""
     prefill: Phase
     decode: Phase | None
     """None if prefill does not fit."""
 
 
 def plan_decoding(
-    config: Config, place: Place, request: Request, quantization: Quantization | None = None
+    config: Config, target: Target, request: Request, quantization: Quantization | None = None
 ) -> DecodingPlan:
-    """Prefill and decoding of `request` with the config's model on all devices of a place, compiled for them.
+    """The plan of sampling `request` with the config's model, compiled for all devices of `target`.
 
-    Raises InputError if mesh, rows and devices do not go together, or if the matrices cannot be quantized so.
+    Raises InputError if nothing can be compiled for the devices, if mesh, rows and number of devices do not match, or
+    if the matrices cannot be quantized as asked.
     """
-    mesh = place.mesh(config)
+    mesh = target.mesh(config)
     if isinstance(mesh, AbstractMesh):
-        raise InputError(f"{place.name} cannot be compiled for without such devices; give a --topology")
+        raise InputError(f"cannot compile for {target.name} without such devices; give a --topology")
     _check(config, request, mesh)
     dtype = resolve_dtype(config.model.dtype, mesh.devices.flat[0].platform)
     model, params = decoding_model(config.model, dtype, functools.partial(placed, mesh), quantization)
     parameter_bytes = bytes_on_device(params)
-    # An embedding that is not the head as well is read by row.
+    # Only the rows of the tokens are read from the embedding, unless it is tied to the head.
     read_bytes = parameter_bytes - (0 if config.model.tie_embeddings else bytes_on_device(params["embed"]))
     cache_bytes = kv_cache_bytes(
         model.config,
@@ -95,22 +96,22 @@ def plan_decoding(
     )
 
     def phase(compiled: Compiled, tokens_per_row: int) -> Phase:
-        """A program that takes so many tokens of each row through the model, and the matrices and the cache once."""
+        """The phase of a program that processes `tokens_per_row` tokens and reads the matrices and the cache once."""
         tokens = request.batch_size * tokens_per_row
         if not compiled.hlo:
             return Phase(compiled=compiled, traffic=None, roofline=None, tokens=tokens)
         traffic = collectives(compiled.hlo, mesh.shape, config.mesh.slices).traffic
         flops = tokens * flops_per_token(config.model, tokens_per_row) / 3
-        limit = roofline(flops, read_bytes + cache_bytes / mesh.size, traffic, mesh, place.chip)
+        limit = roofline(flops, read_bytes + cache_bytes / mesh.size, traffic, mesh, target.chip)
         return Phase(compiled=compiled, traffic=traffic, roofline=limit, tokens=tokens)
 
     with jax.set_mesh(mesh):
         first, state = _compile_prefill(model, params, mesh, request)
         second = None if state is None else _compile_decode(model, params, state, mesh, request)
     return DecodingPlan(
-        topology=place.name,
-        device_kind=place.device_kind,
-        chip=place.chip,
+        topology=target.name,
+        device_kind=target.device_kind,
+        chip=target.chip,
         mesh=dict(mesh.shape),
         request=request,
         quantization=quantization,
@@ -122,9 +123,9 @@ def plan_decoding(
 
 
 def bytes_on_device(abstract: Any) -> int:
-    """Bytes that each device holds of a tree of abstract arrays with shardings, without the padding of a chip's tiles.
+    """Bytes per device of a pytree of abstract arrays with shardings, without the padding of a chip's tiles.
 
-    Two values of int4 take a byte.
+    Two int4 values take one byte.
     """
     leaves = jax.tree.leaves(abstract)
     bits = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * _bits(leaf.dtype) for leaf in leaves)
@@ -144,7 +145,7 @@ def _check(config: Config, request: Request, mesh: Mesh) -> None:
         )
     if request.cache_length > config.model.context_length:
         raise InputError(
-            f"prompt_tokens {request.prompt_tokens} and new_tokens {request.new_tokens} are together over "
+            f"prompt_tokens {request.prompt_tokens} and new_tokens {request.new_tokens} together exceed "
             f"model.context_length {config.model.context_length}"
         )
 
@@ -154,7 +155,7 @@ def _array(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
 
 
 def _compile_prefill(model: Transformer, params: Any, mesh: Mesh, request: Request) -> tuple[Compiled, Any]:
-    """The program, and the abstract state that it gives; None if it does not fit."""
+    """The compiled prefill and the abstract state that it returns; None for the state if prefill does not fit."""
     tokens_BT = _array(mesh, jnp.int32, request.batch_size, request.prompt_tokens)
     lengths_B = _array(mesh, jnp.int32, request.batch_size)
     lowered = prefill.lower(model, params, tokens_BT, lengths_B, cache_length=request.cache_length, track_seen=False)
@@ -170,7 +171,7 @@ def _compile_prefill(model: Transformer, params: Any, mesh: Mesh, request: Reque
 
 
 def _compile_decode(model: Transformer, params: Any, state: Any, mesh: Mesh, request: Request) -> Compiled:
-    """The program; its loop over tokens counts as one step, since its length is known only when it runs."""
+    """The compiled decode loop. It counts as one iteration, since its trip count is known only at run time."""
     arguments = (
         _array(mesh, jnp.int32),
         _array(mesh, jnp.bool_, request.batch_size),

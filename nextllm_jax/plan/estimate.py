@@ -1,4 +1,4 @@
-"""What a train step takes, by arithmetic alone: FLOPs, bytes through memory, the least that must be sent."""
+"""Estimates of a train step by formula, without compiling: FLOPs, memory, memory traffic, minimum communication."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ _LOSS_CHUNK_TOKENS = 2048
 
 
 def argument_bytes(config: Config, mesh: Mesh | AbstractMesh) -> int:
-    """Bytes of a step's arguments on one device: the state and the batch, without the padding of a chip's tiles."""
+    """Bytes of a step's arguments on one device: train state and batch, without the padding of a chip's tiles."""
     plain = dataclasses.replace(config.model.without_remat(), attention="auto")
     tokens = tokens_per_device(config, mesh.shape) * mesh.shape["tensor"]
     return _state_bytes(plain, config.optimizer, mesh) + int(tokens * _BATCH_BYTES_PER_TOKEN)
@@ -36,30 +36,31 @@ def _state_bytes(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh | Ab
 
 
 def peak_bytes(config: Config, mesh: Mapping[str, int], arguments: int) -> int:
-    """The most memory that a device holds during a step, arguments included: about what the TPU compiler makes of it.
+    """The peak memory of a device during a step in bytes, arguments included, close to what the TPU compiler reports.
 
-    Beside the arguments there are the layers' matrices in bfloat16, the gradients of the tables in float32, and what
-    remat keeps of all layers; and then either a chunk of the loss, or the gradients of the layers' matrices and one
-    layer at work in its backward pass.
+    The peak is the sum of the arguments, the layers' matrices in bfloat16, the gradients of embedding and head in
+    float32, the activations that remat saves, and the greater of
+    - one chunk of the loss;
+    - the gradients of the layers' matrices and the backward pass of one layer.
     """
     model, steps = config.model, config.training.accumulation_steps
     shards = mesh["fsdp"] * mesh["tensor"]
     matrices = matrix_size(model) / shards
     tables = matrix_parameters(model) / shards - matrices
     tokens = tokens_per_device(config, mesh) * mesh["tensor"] / steps
-    kept = 0 if model.remat_offload else model.num_layers * tokens * _kept_bytes_per_token(model, mesh["tensor"])
-    # Several microbatches add up their gradients in float32.
+    saved = 0 if model.remat_offload else model.num_layers * tokens * _saved_bytes_per_token(model, mesh["tensor"])
+    # Gradients are accumulated over microbatches in float32.
     sums = 0 if steps == 1 else matrices * _FLOAT32
-    # Of moments on the host those of the tables come whole.
+    # Offloaded moments of embedding and head are fetched as a whole.
     fetched = 2 * _FLOAT32 * tables if config.optimizer.offload_state else 0
-    always = arguments + _BF16 * matrices + _FLOAT32 * tables + kept + sums + fetched
+    always = arguments + _BF16 * matrices + _FLOAT32 * tables + saved + sums + fetched
     backward = _BF16 * matrices + _layer_bytes(model, mesh, tokens)
     return int(always + max(backward, _loss_bytes(model, mesh, tokens)))
 
 
-def _kept_bytes_per_token(model: ModelConfig, tensor: int) -> float:
-    """Of one layer, between the forward and the backward pass, in bfloat16."""
-    # The residual stream is divided over tensor too, what norms give to a sublayer is not.
+def _saved_bytes_per_token(model: ModelConfig, tensor: int) -> float:
+    """Bytes per token that one layer saves for its backward pass, in bfloat16."""
+    # The residual stream is sharded over tensor; the outputs of norms are not.
     embed, residual, mlp = model.embed_dim, model.embed_dim / tensor, model.mlp_dim / tensor
     q, kv = (model.head_dim * heads / tensor for heads in (model.num_heads, 2 * model.num_kv_heads))
     widths = {
@@ -72,20 +73,20 @@ def _kept_bytes_per_token(model: ModelConfig, tensor: int) -> float:
 
 
 def _layer_bytes(model: ModelConfig, mesh: Mapping[str, int], tokens: float) -> float:
-    """Of the layer whose backward pass is computed: matrices as they are gathered, activations and their gradients.
+    """Bytes for the backward pass of one layer: gathered matrices, activations and their gradients.
 
-    How many of each are there at once is fitted to compiled programs; see tests/plan/test_estimate.py.
+    The number of copies of each is fitted to compiled programs; see tests/plan/test_estimate.py.
     """
     gathered = matrix_size(model) / model.num_layers / mesh["tensor"] / 3 if mesh["fsdp"] > 1 else 0
-    divided = model.head_dim * (model.num_heads + 2 * model.num_kv_heads) + model.mlp_dim
-    return _BF16 * (gathered + tokens * (4 * model.embed_dim + 5 * divided / mesh["tensor"]))
+    sharded = model.head_dim * (model.num_heads + 2 * model.num_kv_heads) + model.mlp_dim
+    return _BF16 * (gathered + tokens * (4 * model.embed_dim + 5 * sharded / mesh["tensor"]))
 
 
 def _loss_bytes(model: ModelConfig, mesh: Mapping[str, int], tokens: float) -> float:
-    """Of a chunk of the loss: float32 logits, and their gradient in bfloat16; see `ops.cross_entropy`.
+    """Bytes for one chunk of the loss: logits in float32 and their gradient in bfloat16; see `ops.cross_entropy`.
 
-    The devices that share a head hold a part of the vocabulary each, if their tokens are fewer than its rows;
-    otherwise each gathers the head, and sums its gradient in float32 if there are several chunks.
+    If the devices along fsdp have fewer tokens than the vocabulary has rows, each keeps its shard of the head.
+    Otherwise each gathers the head, and with several chunks it sums the head's gradient in float32.
     """
     vocabulary, fsdp = model.vocab_size / mesh["tensor"], mesh["fsdp"]
     if fsdp > 1 and tokens * fsdp <= model.vocab_size and model.vocab_size % (fsdp * mesh["tensor"]) == 0:
@@ -96,12 +97,12 @@ def _loss_bytes(model: ModelConfig, mesh: Mapping[str, int], tokens: float) -> f
 
 
 def sharded_weights(config: ModelConfig) -> list[Weight]:
-    """The matrices and the embedding, stacked over layers: what FSDP shards."""
+    """The weights that FSDP shards: matrices and embedding, stacked over layers."""
     return list(of_kind(abstract_params(config), "matrix", "embedding").values())
 
 
 def matrix_parameters(config: ModelConfig) -> int:
-    """Parameters in matrices and in the embedding."""
+    """Number of parameters in matrices and embedding."""
     return sum(weight.value.size for weight in sharded_weights(config))
 
 
@@ -114,19 +115,20 @@ def layer_forward_flops(config: ModelConfig, sequence_length: int) -> tuple[floa
 
 
 def recomputed_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """FLOPs that remat adds; a layer's last product is not needed again."""
+    """FLOPs per token that remat adds. The last product of a layer is never recomputed."""
     products, attention = layer_forward_flops(config, sequence_length)
     products -= 2.0 * config.num_layers * config.embed_dim * config.mlp_dim
     return {"none": 0.0, "dots": attention, "save_attention": products}.get(config.remat, products + attention)
 
 
 def minimum_traffic(config: Config, mesh: Mapping[str, int]) -> dict[Collective, Traffic]:
-    """What must be sent at least, per device and step, where every matrix is divided over fsdp and tensor.
+    """A lower bound on what a device sends in a step, if every matrix is sharded over fsdp and tensor.
 
-    In bfloat16, weights are gathered for the forward and for the backward pass of each microbatch, and gradients are
-    reduced and scattered once for each; over `data`, and what is left of them between slices, the gradients' shards
-    are all-reduced in float32. Tensor parallelism adds up what attention and MLP give, forward and backward, in
-    bfloat16; to scatter the sums and gather them again after the norm, as the model does, sends as much.
+    - fsdp: each microbatch all-gathers the weights twice, for the forward and the backward pass, and reduce-scatters
+      their gradients once, all in bfloat16.
+    - data and slices: the gradients' shards are all-reduced in float32, within a slice and then between slices.
+    - tensor: the outputs of attention and MLP are all-reduced in bfloat16, forward and backward. The model instead
+      reduce-scatters them and all-gathers after the norm, which sends the same number of bytes.
     """
     model, steps = config.model, config.training.accumulation_steps
     traffic: dict[Collective, Traffic] = {}
@@ -152,16 +154,16 @@ def minimum_traffic(config: Config, mesh: Mapping[str, int]) -> dict[Collective,
 
 
 def tokens_per_device(config: Config, mesh: Mapping[str, int]) -> float:
-    """Tokens of a global batch, divided over all devices."""
+    """Tokens of a global batch per device."""
     return config.training.global_batch_size * config.data.sequence_length / math.prod(mesh.values())
 
 
 def memory_traffic_bytes(config: Config, mesh: Mapping[str, int], state_bytes: float) -> float:
-    """Bytes through the memory of a device in one step, at least.
+    """A lower bound on the bytes that a device reads and writes in its memory in a step.
 
-    The state is read and written once, and gradients are written and read in float32. Every pass over a microbatch
-    (forward, two products backward, and the forward pass that remat repeats) reads the weights that it multiplies
-    with, and writes and reads what goes in and out of its products. Attention keeps its scores on the chip.
+    The state is read and written once, and gradients are written and read in float32. Each pass over a microbatch reads
+    the weights, and writes and reads the inputs and outputs of its products. There is one forward pass, there are two
+    products in the backward pass, and with remat there is a second forward pass. Attention logits stay on the chip.
     """
     model, steps = config.model, config.training.accumulation_steps
     shards = mesh["fsdp"] * mesh["tensor"]

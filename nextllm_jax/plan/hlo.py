@@ -1,4 +1,4 @@
-"""XLA's text of an optimized program, as computations and instructions; what its loops run."""
+"""Parses the text of an optimized XLA program into computations and instructions, and finds trip counts of loops."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 _BITS = {"pred": 8, "bf16": 16, "tf32": 32, "token": 0}
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-_END = re.compile(r"^}(,|$)")  # what a kernel says of itself goes over several lines, of which one begins with "}}"
+_END = re.compile(r"^}(,|$)")  # a line of a kernel's backend config may begin with "}}"
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -26,18 +26,18 @@ class Instruction(NamedTuple):
     """Type of the result: a shape, or a tuple of them."""
     opcode: str
     arguments: str
-    """What stands between the parentheses."""
+    """The text between the parentheses."""
     attributes: str
-    """What stands behind them."""
+    """The text after the parentheses."""
 
     @property
     def operands(self) -> list[str]:
-        """Names of the instructions whose results it takes."""
+        """Names of the instructions whose results it uses."""
         return _NAME.findall(self.arguments)
 
     @property
     def callees(self) -> list[str]:
-        """Names of the computations that it runs, a loop's condition left out."""
+        """Names of the computations that it calls, except the condition of a loop."""
         return [name for found in _CALLEES.findall(self.attributes) for name in _NAME.findall(found)]
 
     def attribute(self, pattern: str) -> str | None:
@@ -48,7 +48,7 @@ class Instruction(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """A function of the program; the root comes by its own name, since text need not end with it."""
+    """A function of the program. `root` names the instruction that it returns, which may not be the last one."""
 
     instructions: dict[str, Instruction]
     root: str | None
@@ -71,10 +71,10 @@ class Program:
     entry: str
 
     def trip_count(self, caller: Computation, loop: Instruction) -> int | None:
-        """How often the body of a while loop runs; None where the program does not say.
+        """How often the body of a while loop runs; None if unknown.
 
-        The compiler notes it for a CPU. Otherwise a loop counts where its condition compares a counter with a
-        constant, and its body adds one to the counter.
+        CPU programs contain the trip count. Otherwise it is found if the condition compares a counter with a constant
+        and the body adds a constant to the counter.
         """
         if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
             return int(known)
@@ -94,7 +94,7 @@ class Program:
 
 
 def _step(body: Computation, index: int) -> int | None:
-    """What a loop's body adds to its counter, the element `index` of its state."""
+    """The constant that a loop's body adds to element `index` of its state; None if there is none."""
     root = body.instructions.get(body.root or "")
     if root is None or root.opcode != "tuple":
         return None
@@ -131,7 +131,7 @@ def parse(hlo: str) -> Program:
 
 
 def _instruction(name: str, text: str) -> Instruction:
-    """Of what stands behind "%name = "."""
+    """The instruction in `text`, which follows "%name = "."""
     end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
     shapes, rest = text[:end], text[end:].lstrip()
     opcode = rest.partition("(")[0]
@@ -140,7 +140,7 @@ def _instruction(name: str, text: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis at `start` closes."""
+    """The position of the parenthesis that closes the one at `start`."""
     depth = 0
     for found in re.finditer(r"[()]", text[start:]):
         depth += 1 if found[0] == "(" else -1
@@ -150,7 +150,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def sizes(shapes: str) -> Counter[str]:
-    """Bytes by type in a shape, or in a tuple of them, without the padding of tiles."""
+    """Bytes by dtype in a shape or a tuple of shapes, without the padding of tiles."""
     result: Counter[str] = Counter()
     for dtype, dims in _SHAPE.findall(shapes):
         width = re.search(r"\d+", dtype)

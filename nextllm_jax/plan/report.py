@@ -16,35 +16,35 @@ _DAY = 86_400.0
 
 
 class Budget(NamedTuple):
-    """What to say of a training at its best pace."""
+    """The durations and token counts that a report converts into each other at the best possible speed."""
 
     days: float
-    """In which so many steps and tokens are made at most."""
+    """Days, reported as steps and tokens."""
     tokens: float | None
-    """That take so many days at least; None: those of training.steps."""
+    """Tokens, reported as days; None: the tokens of training.steps."""
 
     def steps(self, plan: TrainingPlan) -> int:
-        """Steps in these days."""
+        """The largest number of steps in these days."""
         return int(self.days * _DAY / plan.roofline.seconds)
 
     def days_of_tokens(self, plan: TrainingPlan) -> float:
-        """Days that the tokens take."""
+        """The smallest number of days that the tokens take."""
         tokens = self.tokens or plan.config.training.steps * plan.tokens_per_step
         return tokens / plan.tokens_per_second / _DAY
 
 
-_AS_THEY_ARE = (
+_FIELDS = (
     *("parameters", "compile_seconds", "fits", "estimated_peak_bytes", "flops_per_step", "unknown_loops"),
     *("tokens_per_second", "mfu_bound"),
 )
 
 
 def training_json(plan: TrainingPlan, budget: Budget) -> dict[str, Any]:
-    """The plan as JSON values; bytes are per device, and per step where they are sent."""
+    """The plan as JSON values. Bytes are per device; bytes of collectives are per device and step."""
     config, check, steps = plan.config, plan.flops_check, budget.steps(plan)
     return {
-        **_place_json(plan),
-        **{name: getattr(plan, name) for name in _AS_THEY_ARE},
+        **_target_json(plan),
+        **{name: getattr(plan, name) for name in _FIELDS},
         "sequence_length": config.data.sequence_length,
         "global_batch_size": config.training.global_batch_size,
         "accumulation_steps": config.training.accumulation_steps,
@@ -64,7 +64,7 @@ def training_json(plan: TrainingPlan, budget: Budget) -> dict[str, Any]:
 
 
 def _memory_json(plan: TrainingPlan) -> dict[str, Any]:
-    """As compiled; as estimated; or, for a step that does not fit, as far as the compiler says it, the rest None."""
+    """The memory of the compiled step or of the estimate. If the step does not fit, unreported numbers are None."""
     if plan.memory:
         return dataclasses.asdict(plan.memory)
     if plan.out_of_memory:
@@ -75,9 +75,9 @@ def _memory_json(plan: TrainingPlan) -> dict[str, Any]:
 
 
 def decoding_json(plan: DecodingPlan) -> dict[str, Any]:
-    """The plan as JSON values; bytes are per device, and per run of a program where they are sent."""
+    """The plan as JSON values. Bytes are per device; bytes of collectives are per device and run of a program."""
     return {
-        **_place_json(plan),
+        **_target_json(plan),
         **dataclasses.asdict(plan.request),
         "quantization": plan.quantization and plan.quantization.to_json(),
         "parameter_bytes": plan.parameter_bytes,
@@ -100,7 +100,7 @@ def _phase_json(phase: Phase) -> dict[str, Any]:
     }
 
 
-def _place_json(plan: TrainingPlan | DecodingPlan) -> dict[str, Any]:
+def _target_json(plan: TrainingPlan | DecodingPlan) -> dict[str, Any]:
     return {
         "topology": plan.topology,
         "device_kind": plan.device_kind,
@@ -120,24 +120,25 @@ def _roofline_json(roofline: Roofline) -> dict[str, Any]:
 
 
 def training_table(plan: TrainingPlan, budget: Budget) -> str:
-    """The plan for people: blocks of lines."""
+    """The plan as text: blocks of lines."""
     blocks = (_training_head(plan), _training_memory(plan), _training_traffic(plan), _training_time(plan, budget))
     return "\n\n".join("\n".join(block) for block in blocks)
 
 
 def _training_head(plan: TrainingPlan) -> Iterator[str]:
     training, length = plan.config.training, plan.config.data.sequence_length
-    parts = f" in {training.accumulation_steps} parts" if training.accumulation_steps > 1 else ""
-    yield _place(plan)
+    steps = training.accumulation_steps
+    microbatches = f" in {steps} microbatches" if steps > 1 else ""
+    yield _target_line(plan)
     yield f"{plan.parameters:,} parameters, remat {plan.config.model.remat}"
-    yield f"{training.global_batch_size:,} sequences of {length:,} tokens a step{parts}"
+    yield f"{training.global_batch_size:,} sequences of {length:,} tokens per step{microbatches}"
 
 
 def _axes(plan: TrainingPlan | DecodingPlan) -> str:
     return ", ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1)
 
 
-def _place(plan: TrainingPlan | DecodingPlan) -> str:
+def _target_line(plan: TrainingPlan | DecodingPlan) -> str:
     axes = _axes(plan)
     return f"{plan.topology}: {math.prod(plan.mesh.values()):,} x {plan.device_kind}{f', mesh {axes}' if axes else ''}"
 
@@ -147,14 +148,14 @@ def _line(name: str, value: str, note: str = "") -> str:
 
 
 def _training_memory(plan: TrainingPlan) -> Iterator[str]:
-    yield "memory of a device"
+    yield "memory per device"
     yield from _memory_lines(plan.memory, plan.out_of_memory, plan.argument_bytes)
     if plan.compile_seconds is None:
         yield _line("peak", readable_bytes(plan.estimated_peak_bytes), "estimated; leave out --fast to compile")
     if plan.needed_bytes:
         yield _line("needed", readable_bytes(plan.needed_bytes))
-    yield _line("there", readable_bytes(plan.limit_bytes))
-    yield "it fits" if plan.fits else "it does NOT fit; what to change, in this order:"
+    yield _line("capacity", readable_bytes(plan.limit_bytes))
+    yield "it fits" if plan.fits else "it does NOT fit; try these changes, in this order:"
     for number, sentence in enumerate(plan.advice, 1):
         yield f"  {number}. {sentence}"
 
@@ -165,26 +166,26 @@ def _memory_lines(memory: Memory | None, out_of_memory: OutOfMemory | None, argu
         yield _line("temporaries", readable_bytes(memory.temporary_bytes))
         yield _line("peak", readable_bytes(memory.peak_bytes))
         if memory.host_bytes:
-            yield _line("on the host", readable_bytes(memory.host_bytes))
+            yield _line("host memory", readable_bytes(memory.host_bytes))
     elif out_of_memory and out_of_memory.temporary_bytes:
         yield _line("temporaries", readable_bytes(out_of_memory.temporary_bytes))
 
 
 def _training_traffic(plan: TrainingPlan) -> Iterator[str]:
     if not plan.traffic and not plan.minimum:
-        yield "nothing is sent between devices"
+        yield "no communication between devices"
         return
     if plan.traffic:
-        yield "sent by a device in a step"
+        yield "sent per device and step"
         yield from _traffic_lines(plan.traffic)
     if plan.unknown_loops:
-        yield f"{plan.unknown_loops} loops whose length the program does not say are counted once"
-    yield "what must be sent at least, by arithmetic"
+        yield f"{plan.unknown_loops} loops with an unknown trip count are counted as one iteration"
+    yield "lower bound on what is sent"
     yield from _traffic_lines(plan.minimum)
 
 
 def _traffic_lines(traffic: Mapping[Collective, Traffic]) -> Iterator[str]:
-    """The large ones, the small ones in one line, and the sum."""
+    """The large collectives, the other ones in one line, and the total."""
     total = sum(sent.sent_bytes for sent in traffic.values())
     small = 0.0
     for collective, sent in sorted(traffic.items(), key=lambda item: -item[1].sent_bytes):
@@ -194,30 +195,30 @@ def _traffic_lines(traffic: Mapping[Collective, Traffic]) -> Iterator[str]:
             note = f"{sent.count:,.0f} times, {collective.dtype}, over {collective.axes}"
             yield _line(collective.kind, readable_bytes(sent.sent_bytes), note)
     if small:
-        yield _line("small ones", readable_bytes(small))
-    yield _line("together", readable_bytes(total))
+        yield _line("other", readable_bytes(small))
+    yield _line("total", readable_bytes(total))
 
 
 def _training_time(plan: TrainingPlan, budget: Budget) -> Iterator[str]:
     roofline = plan.roofline
-    yield "least time of a step"
+    yield "lower bound on the time of a step"
     yield from _roofline_lines(roofline)
-    yield _line("tokens/s at most", f"{plan.tokens_per_second:,.0f}", f"MFU {plan.mfu_bound:.1%}")
-    alone = plan.tokens_per_step / roofline.seconds_in_turn
-    yield _line("tokens/s, nothing overlapping", f"{alone:,.0f}")
+    yield _line("tokens/s, upper bound", f"{plan.tokens_per_second:,.0f}", f"MFU {plan.mfu_bound:.1%}")
+    sequential = plan.tokens_per_step / roofline.seconds_without_overlap
+    yield _line("tokens/s without overlap", f"{sequential:,.0f}")
     check = plan.flops_check
-    note = f"the compiler counts {check.relative_difference:+.1%} on two layers" if check else ""
+    note = f"the compiler counts {check.relative_difference:+.1%} for two layers" if check else ""
     yield _line("FLOPs", f"{plan.flops_per_step:.3e}", note)
     what = f"{budget.tokens:.3e} tokens" if budget.tokens else f"{plan.config.training.steps:,} steps"
     yield f"{what} take at least {budget.days_of_tokens(plan):,.2f} days"
-    made = budget.steps(plan)
-    yield f"{budget.days:g} days are at most {made:,} steps or {made * plan.tokens_per_step:.3e} tokens"
+    steps = budget.steps(plan)
+    yield f"{budget.days:g} days are enough for at most {steps:,} steps or {steps * plan.tokens_per_step:.3e} tokens"
 
 
 def _roofline_lines(roofline: Roofline) -> Iterator[str]:
     for name, seconds in dataclasses.asdict(roofline).items():
         if seconds:
-            yield _line(name, _seconds(seconds), "the bound" if name == roofline.bound else "")
+            yield _line(name, _seconds(seconds), "bottleneck" if name == roofline.bound else "")
 
 
 def _seconds(seconds: float) -> str:
@@ -225,13 +226,13 @@ def _seconds(seconds: float) -> str:
 
 
 def decoding_table(plan: DecodingPlan) -> str:
-    """The plan for people: blocks of lines."""
+    """The plan as text: blocks of lines."""
     request = plan.request
     head = [
-        _place(plan),
+        _target_line(plan),
         f"{request.batch_size:,} rows, prompts of {request.prompt_tokens:,} tokens, {request.new_tokens:,} new ones",
-        _line("parameters on a device", readable_bytes(plan.parameter_bytes), str(plan.quantization or "")),
-        _line("cache of all rows", readable_bytes(plan.cache_bytes)),
+        _line("parameters per device", readable_bytes(plan.parameter_bytes), str(plan.quantization or "")),
+        _line("KV cache of all rows", readable_bytes(plan.cache_bytes)),
     ]
     blocks = [head, [*_phase("prefill", plan.prefill, plan)]]
     if plan.decode:
@@ -242,41 +243,41 @@ def decoding_table(plan: DecodingPlan) -> str:
 def _phase(name: str, phase: Phase, plan: DecodingPlan) -> Iterator[str]:
     yield name
     yield from _memory_lines(phase.compiled.memory, phase.compiled.out_of_memory, plan.parameter_bytes)
-    yield _line("there", readable_bytes(plan.chip.hbm_bytes))
+    yield _line("capacity", readable_bytes(plan.chip.hbm_bytes))
     if phase.roofline is None:
         yield "it does NOT fit; give fewer rows, shorter prompts, or more of --mesh.tensor"
         return
     if phase.traffic:
-        yield "sent by a device"
+        yield "sent per device"
         yield from _traffic_lines(phase.traffic)
-    yield "least time"
+    yield "lower bound on the time"
     yield from _roofline_lines(phase.roofline)
-    yield _line("tokens/s at most", f"{phase.tokens / phase.roofline.seconds:,.0f}")
+    yield _line("tokens/s, upper bound", f"{phase.tokens / phase.roofline.seconds:,.0f}")
 
 
 def search_json(plans: Sequence[TrainingPlan], budget: Budget) -> dict[str, Any]:
-    """Plans that fit as JSON values, best first."""
+    """The plans that fit as JSON values, best first."""
     return {"candidates": [training_json(plan, budget) for plan in plans]}
 
 
 def search_table(plans: Sequence[TrainingPlan], budget: Budget) -> str:
-    """Plans that fit for people, best first, and the best one whole."""
-    lines = [f"{'mesh':40}{'remat':>16}{'parts':>7}{'peak':>12}{'step':>12}{'MFU':>8}"]
+    """A table of the plans that fit, best first, then the details of the best one."""
+    lines = [f"{'mesh':40}{'remat':>16}{'accum.':>7}{'peak':>12}{'step':>12}{'MFU':>8}"]
     for plan in plans[:20]:
         peak = readable_bytes(plan.memory.peak_bytes if plan.memory else plan.estimated_peak_bytes)
-        parts = plan.config.training.accumulation_steps
+        steps = plan.config.training.accumulation_steps
         note = "" if plan.memory else "  estimated"
         lines.append(
-            f"{_axes(plan):40}{plan.config.model.remat:>16}{parts:>7}{peak:>12}{_seconds(plan.roofline.seconds):>12}"
+            f"{_axes(plan):40}{plan.config.model.remat:>16}{steps:>7}{peak:>12}{_seconds(plan.roofline.seconds):>12}"
             f"{plan.mfu_bound:>8.1%}{note}"
         )
     if not plans:
-        return "none of those that were compiled fits"
+        return "none of the compiled variants fits"
     return "\n".join(lines) + "\n\nthe best:\n" + training_table(plans[0], budget) + "\n\n" + _flags(plans[0])
 
 
 def _flags(plan: TrainingPlan) -> str:
-    """The command line's options that make a config this plan's."""
+    """The command-line options that select this plan."""
     mesh = " ".join(f"--mesh.{name} {size}" for name, size in plan.mesh.items())
     training = plan.config.training
     return f"{mesh} --model.remat {plan.config.model.remat} --training.accumulation-steps {training.accumulation_steps}"

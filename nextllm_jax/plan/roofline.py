@@ -1,4 +1,4 @@
-"""The least time that a program can take: each resource's work over its published limit."""
+"""A lower bound on the time of a program: the work of each resource divided by its published peak rate."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from nextllm_jax.plan.collectives import Collective, Traffic
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Roofline:
-    """Seconds that each resource needs alone; the program takes at least the longest of them."""
+    """Seconds that each resource is busy. The program takes at least the maximum of them."""
 
     compute: float
     hbm: float
@@ -28,19 +28,19 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """Of the resource that takes longest: everything else runs beside it."""
+        """The time if everything overlaps: that of the resource that takes longest."""
         return getattr(self, self.bound)
 
     @property
-    def seconds_in_turn(self) -> float:
-        """If nothing ran beside anything else."""
+    def seconds_without_overlap(self) -> float:
+        """The time if nothing overlaps: the sum over all resources."""
         return sum(dataclasses.asdict(self).values())
 
 
 def roofline(
     flops: float, hbm_bytes: float, traffic: Mapping[Collective, Traffic], mesh: Mesh | AbstractMesh, chip: Chip
 ) -> Roofline:
-    """The roofline of a program of so many FLOPs on all devices of a mesh, of which each moves and sends so much."""
+    """The roofline of a program on a mesh. `flops` is for all devices; `hbm_bytes` and `traffic` are per device."""
     seconds = {True: 0.0, False: 0.0}
     for axes in dict.fromkeys(collective.axes for collective in traffic):
         bandwidth, outside = axes_bandwidth(mesh, axes, chip)
@@ -55,11 +55,11 @@ def roofline(
 
 
 def axes_bandwidth(mesh: Mesh | AbstractMesh, axes: str, chip: Chip) -> tuple[float | None, bool]:
-    """(bytes per second that a device sends along a Collective's axes, whether that goes through the network).
+    """(bytes per second that a device can send along a Collective's axes, whether they use the network between slices).
 
-    A device of a slice has two links along each dimension of the torus that the axes run through, if it is a ring, and
-    one at the end of a line, which is where a line's collectives wait. Where nothing but the number of devices is
-    known, they are one ring. None where the limit is not known.
+    A TPU has two links along each torus dimension that the axes span if that dimension is a ring. Without a ring it
+    counts as one link, since the collectives wait for the devices at the ends. If only the number of devices is known,
+    they are assumed to form one ring. The bandwidth is None if it is unknown.
     """
     if isinstance(mesh, AbstractMesh):
         links = 2 * chip.ici_link_bandwidth if chip.ici_link_bandwidth else None
@@ -83,10 +83,10 @@ def axes_bandwidth(mesh: Mesh | AbstractMesh, axes: str, chip: Chip) -> tuple[fl
 
 
 def _slice(device: Any) -> int | None:
-    return getattr(device, "slice_index", None)  # which a topology of one slice does not have
+    return getattr(device, "slice_index", None)  # a topology of one slice does not have it
 
 
 def _along(devices: np.ndarray, positions: list[int]) -> list[Any]:
-    """The devices of one group along axes of the mesh."""
+    """The devices of one group along the given axes of the mesh."""
     index = tuple(slice(None) if axis in positions else 0 for axis in range(devices.ndim))
     return list(np.asarray(devices[index], dtype=object).ravel())

@@ -1,4 +1,4 @@
-"""Devices that are not here: those of a TPU topology, for which libtpu compiles, or a number of some chip."""
+"""The devices to plan for: a TPU topology, which libtpu compiles for, or a number of chips of a known kind."""
 
 import importlib.util
 import re
@@ -12,8 +12,8 @@ from nextllm_jax.hardware import Chip, chip
 from nextllm_jax.sharding import MESH_AXES, make_mesh
 
 
-class Place(NamedTuple):
-    """Where a program is to run."""
+class Target(NamedTuple):
+    """The devices to plan for."""
 
     name: str
     device_kind: str
@@ -21,20 +21,20 @@ class Place(NamedTuple):
     """Limits of one device."""
     num_devices: int
     devices: list[Any] | None
-    """None where they can only be counted, and nothing can be compiled for them."""
+    """None if only their number is known, so that nothing can be compiled for them."""
 
     def mesh(self, config: Config) -> Mesh | AbstractMesh:
-        """The config's mesh of all devices; raises InputError if they do not go together."""
+        """The config's mesh of all devices. Raises InputError if its axes do not multiply to their number."""
         if self.devices is not None:
             return make_mesh(config.mesh, self.devices)
         sizes = config.mesh.sizes(self.num_devices)
         return AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def tpu_slices(topology: str, num_slices: int = 1) -> Place:
-    """`num_slices` slices of a topology such as "v5e:4x4".
+def tpu_slices(topology: str, num_slices: int = 1) -> Target:
+    """The devices of `num_slices` slices of a topology such as "v5e:4x4".
 
-    Raises InputError without libtpu, and for a topology that it does not know.
+    Raises InputError if libtpu is not installed or does not know the topology.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(
@@ -62,21 +62,21 @@ def tpu_slices(topology: str, num_slices: int = 1) -> Place:
     kind = devices[0].device_kind
     limits = _limits(kind)
     if kind == "TPU v4" and any(device.core_on_chip for device in devices):
-        limits = _half(limits)  # libtpu counts its two cores apart, where a v4 machine shows them as one device
-    return Place(name, kind, limits, len(devices), devices)
+        limits = _half(limits)  # libtpu lists its two cores separately; a v4 machine shows them as one device
+    return Target(name, kind, limits, len(devices), devices)
 
 
-def counted(device_kind: str, num_devices: int) -> Place:
-    """A number of devices of a kind that `hardware` knows; raises InputError for another."""
+def devices_of_kind(device_kind: str, num_devices: int) -> Target:
+    """`num_devices` devices of a kind listed in `hardware`. Raises InputError for an unknown kind."""
     if num_devices < 1:
         raise InputError(f"devices is {num_devices}; it must be positive")
-    return Place(device_kind, device_kind, _limits(device_kind), num_devices, None)
+    return Target(device_kind, device_kind, _limits(device_kind), num_devices, None)
 
 
 def _limits(device_kind: str) -> Chip:
     limits = chip(device_kind)
     if limits is None:
-        raise InputError(f"the limits of a chip '{device_kind}' are not known; hardware.py lists those that are")
+        raise InputError(f"chip '{device_kind}' is unknown; hardware.py lists the known ones")
     return limits
 
 

@@ -1,4 +1,4 @@
-"""The plan of a training: what its step takes on devices that are not here."""
+"""Plans training: memory, traffic and time of a train step on devices that this machine does not have."""
 
 import dataclasses
 import logging
@@ -23,27 +23,27 @@ from nextllm_jax.plan.estimate import (
     recomputed_flops_per_token,
 )
 from nextllm_jax.plan.roofline import Roofline, roofline
-from nextllm_jax.plan.topology import Place
+from nextllm_jax.plan.topology import Target
 from nextllm_jax.training.start import check_divides
 
 _log = logging.getLogger(__name__)
 
 
 class FlopsCheck(NamedTuple):
-    """FLOPs of a step of two layers of the model, counted twice."""
+    """FLOPs of a train step with two layers, by formula and by the compiler."""
 
     by_arithmetic: float
     by_compiler: float
 
     @property
     def relative_difference(self) -> float:
-        """How much more the compiler counts: norms, softmax and the optimizer, and scores above the diagonal."""
+        """By how much the compiler counts more: norms, softmax, the optimizer, and attention above the diagonal."""
         return self.by_compiler / self.by_arithmetic - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """What a train step takes. Bytes are those of one device."""
+    """Memory, traffic and time of a train step. Bytes are per device."""
 
     config: Config
     topology: str
@@ -53,45 +53,46 @@ class TrainingPlan:
     argument_bytes: int
     """The training state and the batch."""
     memory: Memory | None
-    """None where the compiler ran out of it, or was not asked."""
+    """Memory of the compiled step; None if it does not fit, or for an estimate."""
     estimated_peak_bytes: int
     out_of_memory: OutOfMemory | None
     traffic: Mapping[Collective, Traffic] | None
-    """What the compiled step sends; None where there is none."""
+    """What the compiled step sends; None without a compiled step."""
     minimum: Mapping[Collective, Traffic]
-    """What it must send at least."""
+    """A lower bound on what a step sends."""
     unknown_loops: int
+    """Loops with collectives whose trip count is unknown; they count as one iteration."""
     roofline: Roofline
     flops_check: FlopsCheck | None
     compile_seconds: float | None
     """None for an estimate."""
     advice: Sequence[str] = ()
-    """What to change if it does not fit."""
+    """Changes that make it fit, in the order in which to try them; empty if it fits."""
     hlo: str = ""
-    """The compiled program's text."""
+    """The text of the compiled program; empty without one."""
 
     @property
     def num_devices(self) -> int:
-        """Devices of the mesh."""
+        """Number of devices in the mesh."""
         return int(np.prod(list(self.mesh.values())))
 
     @property
     def limit_bytes(self) -> int:
-        """Memory that a program can have."""
-        said = self.out_of_memory.limit_bytes if self.out_of_memory else None
-        return said or self.chip.hbm_bytes
+        """Memory that is available to a program."""
+        reported = self.out_of_memory.limit_bytes if self.out_of_memory else None
+        return reported or self.chip.hbm_bytes
 
     @property
     def needed_bytes(self) -> int | None:
-        """Memory that a program needs which the compiler gave up, as far as it says."""
-        said = self.out_of_memory
-        if said is None:
+        """Memory that a program that does not fit needs, if the compiler reports it."""
+        report = self.out_of_memory
+        if report is None:
             return None
-        return said.needed_bytes or (said.temporary_bytes and said.temporary_bytes + self.argument_bytes)
+        return report.needed_bytes or (report.temporary_bytes and report.temporary_bytes + self.argument_bytes)
 
     @property
     def fits(self) -> bool:
-        """Whether the step's memory is there."""
+        """Whether the step fits into the memory of a device."""
         if self.out_of_memory:
             return False
         peak = self.memory.peak_bytes if self.memory else self.estimated_peak_bytes
@@ -99,39 +100,40 @@ class TrainingPlan:
 
     @property
     def parameters(self) -> int:
-        """Of the model."""
+        """Number of parameters of the model."""
         return parameter_count(self.config.model)
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of a global batch."""
+        """Tokens in a global batch."""
         return self.config.training.global_batch_size * self.config.data.sequence_length
 
     @property
     def flops_per_step(self) -> float:
-        """Of the model, without what remat repeats."""
+        """FLOPs of the model, without recomputation."""
         return self.tokens_per_step * flops_per_token(self.config.model, self.config.data.sequence_length)
 
     @property
     def tokens_per_second(self) -> float:
-        """At most, of all devices together."""
+        """Upper bound on the throughput of all devices together."""
         return self.tokens_per_step / self.roofline.seconds
 
     @property
     def mfu_bound(self) -> float:
-        """The model's FLOP/s at that rate, as a share of the peak."""
+        """Upper bound on the model FLOPs utilization."""
         return self.flops_per_step / (self.roofline.seconds * self.num_devices * self.chip.peak_flops_bf16)
 
 
-def plan_training(config: Config, place: Place, *, check: bool = True) -> TrainingPlan:
-    """The plan of a config on all devices of a place, its train step compiled for them.
+def plan_training(config: Config, target: Target, *, check: bool = True) -> TrainingPlan:
+    """The plan of a config whose train step is compiled for all devices of `target`.
 
-    `check`: count the FLOPs of two layers too. Raises InputError if mesh, batch and devices do not go together.
+    `check` compares the FLOPs of two layers with the compiler's count. Raises InputError if nothing can be compiled for
+    the devices, or if mesh, batch and number of devices do not match.
     """
-    estimate = estimate_training(config, place)
-    mesh = place.mesh(config)
+    estimate = estimate_training(config, target)
+    mesh = target.mesh(config)
     if isinstance(mesh, AbstractMesh):
-        raise InputError(f"{place.name} cannot be compiled for without such devices; estimate with --fast")
+        raise InputError(f"cannot compile for {target.name} without such devices; estimate with --fast")
     if check:
         _log.info("counting the FLOPs of two layers")
     flops_check = FlopsCheck(*flops_of_two_layers(config)) if check else None
@@ -144,29 +146,29 @@ def plan_training(config: Config, place: Place, *, check: bool = True) -> Traini
         out_of_memory=compiled.out_of_memory,
         traffic=traffic,
         unknown_loops=found.unknown_loops if found else 0,
-        roofline=_roofline(config, mesh, place.chip, traffic or estimate.minimum, estimate.argument_bytes),
+        roofline=_roofline(config, mesh, target.chip, traffic or estimate.minimum, estimate.argument_bytes),
         flops_check=flops_check,
         compile_seconds=compiled.seconds,
         advice=(),
         hlo=compiled.hlo,
     )
-    return _advised(plan, place)
+    return _advised(plan, target)
 
 
-def estimate_training(config: Config, place: Place) -> TrainingPlan:
-    """The plan of a config on all devices of a place by arithmetic: nothing is compiled.
+def estimate_training(config: Config, target: Target) -> TrainingPlan:
+    """The estimated plan of a config on all devices of `target`. Nothing is compiled.
 
-    Raises InputError if mesh, batch and devices do not go together.
+    Raises InputError if mesh, batch and number of devices do not match.
     """
-    mesh = place.mesh(config)
+    mesh = target.mesh(config)
     check_divides(config, mesh)
     arguments = argument_bytes(config, mesh)
     minimum = minimum_traffic(config, mesh.shape)
     plan = TrainingPlan(
         config=config,
-        topology=place.name,
-        device_kind=place.device_kind,
-        chip=place.chip,
+        topology=target.name,
+        device_kind=target.device_kind,
+        chip=target.chip,
         mesh=dict(mesh.shape),
         argument_bytes=arguments,
         estimated_peak_bytes=peak_bytes(config, mesh.shape, arguments),
@@ -175,21 +177,21 @@ def estimate_training(config: Config, place: Place) -> TrainingPlan:
         traffic=None,
         minimum=minimum,
         unknown_loops=0,
-        roofline=_roofline(config, mesh, place.chip, minimum, arguments),
+        roofline=_roofline(config, mesh, target.chip, minimum, arguments),
         flops_check=None,
         compile_seconds=None,
     )
-    return _advised(plan, place)
+    return _advised(plan, target)
 
 
-def _advised(plan: TrainingPlan, place: Place) -> TrainingPlan:
-    """The plan with advice if it does not fit; estimates are scaled by what the compiler says of the plan itself."""
+def _advised(plan: TrainingPlan, target: Target) -> TrainingPlan:
+    """The plan, with advice if it does not fit. Estimates in it are scaled to match what the compiler reported."""
     if plan.fits:
         return plan
     scale = max(1.0, (plan.needed_bytes or 0) / plan.estimated_peak_bytes)
 
     def peak(config: Config) -> float:
-        mesh = place.mesh(config)
+        mesh = target.mesh(config)
         check_divides(config, mesh)
         return scale * peak_bytes(config, mesh.shape, argument_bytes(config, mesh))
 
@@ -200,7 +202,7 @@ def _advised(plan: TrainingPlan, place: Place) -> TrainingPlan:
 def _roofline(
     config: Config, mesh: Mesh | AbstractMesh, chip: Chip, traffic: Mapping[Collective, Traffic], state_bytes: float
 ) -> Roofline:
-    """The roofline of a train step that sends `traffic` and keeps `state_bytes` on each device."""
+    """The roofline of a train step that sends `traffic` and holds `state_bytes` on each device."""
     length, tokens = config.data.sequence_length, config.training.global_batch_size * config.data.sequence_length
     flops = flops_per_token(config.model, length) + recomputed_flops_per_token(config.model, length)
     through_memory = memory_traffic_bytes(config, mesh.shape, state_bytes)

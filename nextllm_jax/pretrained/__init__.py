@@ -1,1 +1,1 @@
-"""Models that exist already, from this and other programs."""
+"""Opening, importing, exporting and quantizing existing models."""

@@ -1,13 +1,10 @@
-"""Models from other programs into run directories, and out again.
+"""Imports models into run directories, quantizes them, and exports them.
 
-Both write into a directory beside the output and rename it at the end, so that what appears is whole.
+Each writes to a temporary path next to the output and renames it at the end, so the output is always complete.
 """
 
-import contextlib
 import dataclasses
 import logging
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +14,13 @@ from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config, DataConfig, ModelConfig
 from nextllm_jax.config.quantization import Quantization
-from nextllm_jax.errors import InputError, RunFailed, failed_path
+from nextllm_jax.errors import InputError
 from nextllm_jax.model.calibration import calibrate, calibration_windows
 from nextllm_jax.model.quantize import Observer, abstract_quantized, ignore, is_quantized
 from nextllm_jax.model.transformer import abstract_params
 from nextllm_jax.model.weights import stack_layers
 from nextllm_jax.ops.quantized import pack
+from nextllm_jax.pretrained.output import new_output, require_new
 from nextllm_jax.pretrained.source import ORIGIN, QUANTIZED, Source, open_path
 from nextllm_jax.published_models import resolve
 from nextllm_jax.sharding import on_device
@@ -37,18 +35,21 @@ LAYOUT = 1
 
 
 def import_model(source: str, output: str, *, dtype: str = "float32", context_length: int | None = None) -> None:
-    """Write a run directory (config.json, tokenizer, checkpoint 0) with the model of foreign files.
+    """Write a run directory (config.json, tokenizer, checkpoint 0) from a Hugging Face directory or a GGUF file.
 
-    Parameters are kept in `dtype`. `context_length` limits the model's own. Raises InputError for files that are
-    not whole or that this model cannot honour, and for an output that exists.
+    Parameters are stored in `dtype`. `context_length` may lower the model's own. Raises InputError for damaged files,
+    for unsupported models, and if the output exists.
     """
+    require_new(Path(output))
     opened = open_path(resolve(source))
     if opened.is_run:
         raise InputError(f"{source} is a run directory already; give a Hugging Face directory or a .gguf file")
     model = dataclasses.replace(opened.config, param_dtype=dtype)
     if context_length is not None:
         if context_length > model.context_length:
-            raise InputError(f"context_length {context_length} is over the model's own, {model.context_length}")
+            raise InputError(
+                f"context_length {context_length} exceeds that of the model, {model.context_length}; lower it"
+            )
         model = dataclasses.replace(model, context_length=context_length)
     tokenizer, params = opened.load_tokenizer(), opened.load_params(_on_cpu(model))
     _write_run(Path(output), model, tokenizer, params, {ORIGIN: _origin(opened)})
@@ -63,13 +64,13 @@ def quantize_model(
     calibration: str | None = None,
     observe: Observer = ignore,
 ) -> None:
-    """Write a run directory with a model (a run directory's, or a foreign one) whose matrices are quantized.
+    """Write a run directory with the model at `source` and quantized matrices.
 
-    The float weights are read one after another, and never all of them in memory; with `calibration`, a text for
-    `model.calibration.calibrate`, they are all in the host's memory. `observe` sees each of them.
+    The float weights are read one at a time. With `calibration`, a text for `model.calibration.calibrate`, all of them
+    are held in host memory. `observe` is called for each quantized weight.
 
-    Raises InputError for a model that is quantized already, for a text that is too short or a scheme that takes none,
-    and for an output that exists.
+    Raises InputError if the model is already quantized, if the output exists, and for a calibration text that is too
+    short or that the scheme does not use.
     """
     opened = require_quantizable(source, output, quantization, step=step, calibration=calibration)
     config, tokenizer = opened.config, opened.load_tokenizer()
@@ -98,8 +99,8 @@ def require_quantizable(
     step: str | int | None = None,
     calibration: str | None = None,
 ) -> Source:
-    """The opened model, which `quantize_model` can quantize. Raises InputError as that does, before any work."""
-    _require_free(Path(output))
+    """The opened model. Raises InputError, before any work, if `quantize_model` would."""
+    require_new(Path(output))
     if calibration is not None and quantization.scheme != "int4":
         raise InputError(f"--calibrate applies to int4 only; the scheme is {quantization.scheme}")
     opened = open_path(resolve(source), step=step)
@@ -122,10 +123,10 @@ def _write_run(
     record: dict[str, Any],
     window: int | None = None,
 ) -> None:
-    """Write a run directory with checkpoint 0; `window` is the tokens in a window of training (None: at most 1024)."""
+    """Write a run directory with checkpoint 0. `window` is its sequence length for training (None: up to 1024)."""
     window = window or min(model.context_length, 1024)
     data = DataConfig(tokenizer=str(RunDir(output.absolute()).tokenizer), sequence_length=window)
-    with _appearing(output) as directory:
+    with new_output(output) as directory:
         run = RunDir(directory)
         tokenizer.save(run.tokenizer)
         with Checkpoints(run.checkpoints) as checkpoints:
@@ -143,15 +144,16 @@ def export_model(
     model_type: str | None = None,
     shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write a model (a run directory's, or a foreign one) as a Hugging Face directory or a GGUF file.
+    """Write the model at `source` as a Hugging Face directory or a GGUF file.
 
-    Embedding and head have as many rows as the tokenizer has ids, or as the imported model had. `model_type` is
-    the Hugging Face family to write; none: the one that the model was imported from, or else the first that fits.
+    Embedding and head have one row per id of the tokenizer; for an imported model, as many rows as its files had.
+    `model_type` is the Hugging Face family to write; None: the one it was imported from, or else the first that fits.
 
-    Raises InputError where the format cannot say this model, and for an output that exists.
+    Raises InputError if the format cannot represent the model, and if the output exists.
     """
+    require_new(Path(output))
     opened = open_path(resolve(source), step=step)
-    # Hugging Face directories of our families hold floats alone.
+    # Exported Hugging Face directories hold only floats.
     quantization = opened.quantization if file_format == "gguf" else None
     if opened.quantization is not None and quantization is None:
         _log.warning(f"{source} is quantized ({opened.quantization}); the export stores its values as {dtype}")
@@ -167,13 +169,13 @@ def export_model(
             from nextllm_jax.interop import gguf
             from nextllm_jax.tokenizer.gguf import to_gguf
 
-            with _appearing(Path(output)) as file:
+            with new_output(Path(output)) as file:
                 gguf.export(config, params, file, metadata=to_gguf(tokenizer), **options)
             return
         from nextllm_jax.interop import huggingface
         from nextllm_jax.tokenizer.huggingface import save_huggingface
 
-        with _appearing(Path(output)) as directory:
+        with new_output(Path(output)) as directory:
             ids = {
                 "bos_token_id": tokenizer.bos_id,
                 "eos_token_id": _one_or_all(tokenizer.stop_ids),
@@ -195,43 +197,3 @@ def _on_cpu(config: ModelConfig, quantization: Quantization | None = None, *, sc
 
 def _one_or_all(ids: tuple[int, ...]) -> int | list[int]:
     return ids[0] if len(ids) == 1 else list(ids)
-
-
-@contextlib.contextmanager
-def _appearing(output: Path) -> Iterator[Path]:
-    """A path beside `output` to write to, which becomes `output` if the context ends well, and else goes away.
-
-    Raises InputError if there is something at `output` already, and RunFailed if the disk does not take it.
-    """
-    partial = output.parent / f".{output.name}.partial"
-    try:
-        _require_free(output)
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            _remove(partial)
-            yield partial
-            if output.is_dir():
-                output.rmdir()  # an empty one, which a file could not replace
-            partial.rename(output)
-        finally:
-            with contextlib.suppress(OSError):
-                _remove(partial)
-    except OSError as error:
-        place = failed_path(error, output)
-        raise RunFailed(
-            f"{output} cannot be written ({place}: {error.strerror or error}); make room, make {place} a "
-            "writable directory, or choose another --output"
-        ) from error
-
-
-def _require_free(output: Path) -> None:
-    """Raise InputError if there is something at `output` already, but for an empty directory."""
-    if not output.name or (output.exists() and not (output.is_dir() and not any(output.iterdir()))):
-        raise InputError(f"{output} exists; choose another --output, or remove it")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

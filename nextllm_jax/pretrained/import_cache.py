@@ -1,7 +1,7 @@
-"""Published models as run directories in the user's cache directory, imported once, so that they load fast.
+"""Imports published models once into the user's cache directory, so that they load fast.
 
-<cache directory>/models/<name>-<key>/ is what `nextllm import` writes. The key says from which bytes it was made
-and by which importer, so that another file or another importer makes another directory.
+<cache directory>/models/<name>-<key>/ is the run directory that `nextllm import` writes. The key depends on the content
+of the file and on the version of the importer.
 """
 
 import hashlib
@@ -16,10 +16,10 @@ _log = logging.getLogger(__name__)
 
 
 def imported_run(name: str, file: Path) -> Path:
-    """The run directory that `file` was imported into; imports it if that is not there yet.
+    """The run directory that `file` is imported into. Imports it on the first call.
 
-    Any number of processes may call this at once: one imports, the others wait. Raises OSError or RunFailed if the
-    cache cannot be written, and InputError for a file that cannot be imported.
+    If several processes call this at once, one imports and the others wait. Raises OSError or RunFailed if the cache
+    cannot be written, and InputError if the file cannot be imported.
     """
     with open(file, "rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
@@ -29,6 +29,6 @@ def imported_run(name: str, file: Path) -> Path:
         with open(run.with_name(f"{run.name}.lock"), "w") as lock:
             lock_file(lock.fileno(), wait=True)  # on a file system without locks, two imports at once may both fail
             if not run.exists():  # else another process was faster
-                _log.info("importing %s into %s, once", name, run)
+                _log.info("importing %s into %s (only once)", name, run)
                 import_model(str(file), str(run))
     return run

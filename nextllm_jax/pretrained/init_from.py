@@ -1,4 +1,4 @@
-"""`--init-from PATH`: a run that begins with the weights, the architecture and the tokenizer of another model."""
+"""`--init-from PATH`: starts a run with the weights, the architecture and the tokenizer of another model."""
 
 import dataclasses
 import logging
@@ -22,23 +22,23 @@ from nextllm_jax.tokenizer.published import load_tokenizer
 _log = logging.getLogger(__name__)
 
 _OURS = ("param_dtype", *EXECUTION_FIELDS)
-"""Fields of a model that say how it is kept and computed, not what it computes: they come from the config."""
+"""Fields of the model that come from the config, since they determine how it is computed, not what it computes."""
 
 
 def with_source(config: Config, file: Config, *, overwrite: bool = False) -> tuple[Config, Source | None]:
     """The config with the model and the tokenizer of `init_from`, and the source; (config, None) without `init_from`.
 
-    `file` is the config before the command line changed it. A run that exists already knows its model, so its source
-    is not opened and may be gone. The source's model replaces a different one in `file`, with a message.
-    Raises InputError for a field that the command line sets to another value than the source's.
+    `file` is the config without the changes of the command line. An existing run knows its model, so the source is not
+    opened and may no longer exist. The source's model replaces that of `file`; a message lists the differences. Raises
+    InputError if the command line sets a field to another value than the source has.
     """
     if config.init_from is None:
         return config, None
     if Path(config.init_from).resolve() == Path(local_workdir(config)).resolve():
         raise InputError(f"init_from is the run directory {config.workdir} itself; choose another --workdir")
-    begun = None if overwrite else _begun(config)
-    if begun:
-        source, model, tokenizer = None, begun.model, begun.data.tokenizer
+    existing = None if overwrite else _existing_run(config)
+    if existing:
+        source, model, tokenizer = None, existing.model, existing.data.tokenizer
     else:
         source, tokenizer = open_path(resolve(config.init_from)), config.init_from
         model = source.config
@@ -52,15 +52,18 @@ def with_source(config: Config, file: Config, *, overwrite: bool = False) -> tup
 
 
 def initial_params(config: Config, source: Source | None, place: Callable[[Any], Any]) -> Any:
-    """The weights of `config.init_from` in `model.param_dtype`, or as adapters want them frozen, sharded by `place`.
+    """The weights of `config.init_from`, sharded by `place`: in `model.param_dtype`, or frozen if there are adapters.
 
-    `source` is what `with_source` opened. Raises InputError if they cannot be read, or are not of the config's model.
+    `source` is the source that `with_source` opened, if any. Raises InputError if the weights cannot be read or are
+    those of another model.
     """
     assert config.init_from is not None
     source = source or open_path(resolve(config.init_from))
     differing = _differing(config.model, source.config, but=(*_OURS, "init_std", "context_length"))
     if differing:
-        raise InputError(f"init_from {config.init_from} holds another model now: {', '.join(differing)}; restore it")
+        raise InputError(
+            f"init_from {config.init_from} now holds another model: {', '.join(differing)} differ; restore it"
+        )
     boxed = abstract_params(config.model)
     return source.load_params(
         lora.abstract_frozen(config.lora, boxed, place(boxed)) if config.lora.rank else place(boxed)
@@ -68,7 +71,7 @@ def initial_params(config: Config, source: Source | None, place: Callable[[Any],
 
 
 def _require_trainable(config: Config, source: Source) -> None:
-    """Raise InputError if all weights are to be trained, and those of the source are quantized."""
+    """Raise InputError if all weights are trained but those of the source are quantized."""
     if source.quantization is not None and not config.lora.rank:
         raise InputError(
             f"init_from {config.init_from} holds quantized weights ({source.quantization}), which cannot be trained; "
@@ -77,24 +80,24 @@ def _require_trainable(config: Config, source: Source) -> None:
 
 
 def require_tokenizer(config: Config, source: Source) -> None:
-    """Raise InputError if a run's prepared data was made with another tokenizer than that of its `init_from`."""
+    """Raise InputError if the prepared data was tokenized with another tokenizer than that of `init_from`."""
     data = Dataset.open(default_data_path(config.data), verify="sizes")
     if data.tokenizer_hash != source.load_tokenizer().hash:
         raise InputError(
-            f"the data in {data.path} was made with another tokenizer than that of init_from {config.init_from}, whose "
-            "embedding belongs to the ids of its own; leave data.path out, or name data prepared with it"
+            f"the data in {data.path} was prepared with another tokenizer than that of init_from {config.init_from}; "
+            "leave data.path out, or name data that was prepared with its tokenizer"
         )
 
 
-def _begun(config: Config) -> Config | None:
-    """The config of the run that this one would continue, if that began from other weights too."""
+def _existing_run(config: Config) -> Config | None:
+    """The config of the existing run that this one continues, if that run has an `init_from` too."""
     run = RunDir(local_workdir(config))
-    begun = run.read_config() if run.exists() else None
-    return begun if begun and begun.init_from is not None else None
+    existing = run.read_config() if run.exists() else None
+    return existing if existing and existing.init_from is not None else None
 
 
 def _model(config: Config, file: ModelConfig, source: ModelConfig) -> ModelConfig:
-    """The source's model, with those of the config's fields that do not change its function."""
+    """The source's model, with the config's values of the fields that do not change what it computes."""
     asked = config.model
     kept = {name: getattr(asked, name) for name in _OURS}
     length = asked.context_length
@@ -111,18 +114,15 @@ def _model(config: Config, file: ModelConfig, source: ModelConfig) -> ModelConfi
     stated = [name for name in _differing(file, model) if getattr(file, name) != getattr(plain, name)]
     if stated:
         changes = ", ".join(f"model.{name} {getattr(file, name)} -> {getattr(model, name)}" for name in stated)
-        _log.info("the model is that of %s, not the config's: %s", config.init_from, changes)
+        _log.info("using the model of %s, which differs from the config's: %s", config.init_from, changes)
     return model
 
 
 def _data(config: Config, file: Config, tokenizer: str) -> DataConfig:
-    """The config's data, to be prepared with the source's tokenizer."""
+    """The config's data settings, with the source's tokenizer."""
     asked = config.data.tokenizer
     if asked not in (file.data.tokenizer, tokenizer) and load_tokenizer(asked).hash != load_tokenizer(tokenizer).hash:
-        raise InputError(
-            f"data.tokenizer {asked} is not that of init_from {config.init_from}, whose embedding belongs to the ids "
-            "of its own; leave it out"
-        )
+        raise InputError(f"data.tokenizer {asked} is not the tokenizer of init_from {config.init_from}; leave it out")
     return dataclasses.replace(config.data, tokenizer=tokenizer)
 
 

@@ -32,10 +32,10 @@ def open_model(path: str, *, step: str | int | None = None) -> Source:
 
 
 def _open_published(name: str, file: Path) -> Source:
-    """A published model by way of its import, or from its file where the import cannot be used."""
+    """A published model, from its cached import or, if that cannot be used, from its file."""
 
     def read_file(error: Exception) -> Source:
-        _log.warning("%s is read from %s, because its import cannot be used: %s", name, file, error)
+        _log.warning("%s is read from %s, since its cached import cannot be used: %s", name, file, error)
         return open_path(str(file))
 
     try:
@@ -46,11 +46,11 @@ def _open_published(name: str, file: Path) -> Source:
     def load(what: Callable[[Source], Any]) -> Any:
         try:
             return what(source)
-        except InputError as error:  # a damaged import is found only when it is read
+        except InputError as error:  # damage is found only when the import is read
             return what(read_file(error))
 
     def load_params(abstract: Any, observe: Observer = ignore) -> Any:
-        if any(map(is_quantized, by_name(abstract).values())):  # the file may hold what is asked for, bit for bit
+        if any(map(is_quantized, by_name(abstract).values())):  # the file may have the same quantization
             return open_path(str(file)).load_params(abstract, observe)
         return load(lambda source: source.load_params(abstract))
 

@@ -1,4 +1,4 @@
-"""What quantizing a model did to its weights."""
+"""Errors and sizes of quantized weights."""
 
 import dataclasses
 import functools
@@ -21,14 +21,14 @@ class _Kind:
     """The tensors of one kind, such as all matrices `q`."""
 
     errors: list[float] = dataclasses.field(default_factory=list)
-    """Of each layer: the norm of what rounding changed, over the norm of the matrix."""
+    """The relative error of each layer: norm of the difference / norm of the matrix."""
     weights: int = 0
     bytes: int = 0
-    """In files, scales included."""
+    """Bytes in files, including scales."""
 
 
 class QuantizationReport:
-    """Errors and sizes by kind of tensor, gathered by `observe`; printed as a table."""
+    """Collects errors and sizes by kind of tensor with `observe`. `str()` gives a table."""
 
     def __init__(self, config: ModelConfig, quantization: Quantization) -> None:
         self._config, self._quantization = config, quantization
@@ -37,12 +37,12 @@ class QuantizationReport:
         self._kinds: dict[str, _Kind] = {}
         quantized = [weight for weight in by_name(boxed).values() if quantization.of_kind(weight.kind)]
         self.total = sum(weight.value.size for weight in quantized)
-        """Weights to quantize."""
+        """Number of weights to quantize."""
         self.progress: Callable[[int], object] = lambda weights: None
         """Called with the number of weights quantized since the last call."""
 
     def observe(self, name: str, before: jax.Array | None, after: QTensor) -> None:
-        """The Observer to give to what quantizes; see model/quantize.py."""
+        """The Observer to pass to quantization functions; see model/quantize.py."""
         kind = self._kinds.setdefault(name.split("/")[-2], _Kind())
         weight = self._declared[name]
         if before is None:
@@ -71,7 +71,7 @@ class QuantizationReport:
 
 @functools.partial(jax.jit, static_argnames="axes")
 def _relative_errors(before: jax.Array, after: QTensor, *, axes: int) -> jax.Array:
-    """The norm of the difference over that of the matrix; for each layer if there is an axis before the last `axes`."""
+    """The norm of the difference / the norm of the matrix; per layer if there is an axis before the last `axes`."""
     whole = before.astype(jnp.float32)
     norm = functools.partial(jnp.linalg.norm, axis=-1)
     flat = (*before.shape[: before.ndim - axes], -1)

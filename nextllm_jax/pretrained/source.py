@@ -1,4 +1,4 @@
-"""The model at a path: a run directory, a Hugging Face directory or a GGUF file."""
+"""Opens the model of a run directory, a Hugging Face directory or a GGUF file."""
 
 import dataclasses
 import functools
@@ -28,9 +28,9 @@ from nextllm_jax.sharding import on_device, placed
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 ORIGIN = "imported"
-"""Name, in the record of an imported checkpoint, of what an export needs to know of the original files."""
+"""Key in the record of an imported checkpoint: facts about the original files that an export needs."""
 QUANTIZED = "quantized"
-"""Name, in the record of a checkpoint of quantized weights, of the Quantization."""
+"""Key in the record of a quantized checkpoint: its Quantization."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,31 +42,32 @@ class Source:
     """Raises InputError if there is none."""
     load_params: "LoadParams"
     is_run: bool
-    """Whether it is a run directory, not files of another program."""
+    """Whether it is a run directory."""
     model_type: str | None = None
     """The Hugging Face model type of imported weights."""
     vocab_size: int | None = None
-    """Rows of the embedding in the original files of imported weights."""
+    """Number of rows of the embedding in the files that the weights were imported from."""
     quantization: Quantization | None = None
-    """How the weights of a run are quantized; None: they are not. Blocks of GGUF files are read as floats too."""
+    """The quantization of a run's weights; None for floats. Also None for GGUF files, which can be read as floats."""
 
     def require_floats(self, path: str) -> None:
-        """Raise InputError, naming `path`, if the weights are quantized, so that they cannot be quantized again."""
+        """Raise InputError, which names `path`, if the weights are already quantized."""
         if self.quantization is not None:
             raise InputError(
-                f"{path} is quantized already ({self.quantization}); quantize the model that it was made from, or use "
+                f"{path} is already quantized ({self.quantization}); quantize the model that it was made from, or use "
                 "it as it is"
             )
 
 
 class LoadParams(Protocol):
-    """How to read a model's parameters."""
+    """Reads the parameters of a model."""
 
     def __call__(self, abstract: Any, observe: Observer = ignore) -> Any:
-        """The parameters as a tree of abstract arrays and QTensors asks for them, one weight after another.
+        """The parameters in the shapes, dtypes, shardings and quantization of `abstract`, read one weight at a time.
 
-        The tree may be stacked over layers or not. `observe` sees each weight that is quantized on the way. Raises
-        InputError if the weights are damaged, belong to another config, or are quantized in another way already.
+        `abstract` is a tree of abstract arrays and QTensors, stacked over layers or not. `observe` is called for each
+        weight that is quantized. Raises InputError if the weights are damaged, belong to another config, or are already
+        quantized in another way.
         """
         ...
 
@@ -93,7 +94,7 @@ def open_path(path: str, *, step: str | int | None = None) -> Source:
 
 
 def _is_huggingface(directory: Path) -> bool:
-    """Whether a directory has a config.json of Hugging Face's kind."""
+    """Whether a directory has a config.json in the format of Hugging Face."""
     try:
         values = json.loads((directory / "config.json").read_text())
     except (OSError, ValueError):
@@ -158,14 +159,14 @@ def _load_run(
     abstract: Any,
     observe: Observer = ignore,
 ) -> Any:
-    """The parameters of a run at a step, as `abstract` asks for them; adapters are merged into the frozen weights."""
+    """The parameters of a run at a step; see LoadParams. Adapters are merged into the frozen weights."""
     wanted = by_name(abstract)
     is_stacked = STACK in abstract
     params: dict[str, Any] = {}
     for name, saved in _saved_weights(run, step, config, quantization, _placement(abstract)):
         for target, index in [(name, None)] if is_stacked else unstacked_names(config.model, name):
             weight = saved if index is None else jax.tree.map(lambda part, i=index: part[i], saved)
-            params[target] = convert(weight, wanted[target])
+            params[target] = convert(weight, wanted[target], name=target)
             if is_quantized(wanted[target]):
                 observe(target, None if is_quantized(weight) else weight, params[target])
         del saved, weight  # before the next one is read
@@ -173,18 +174,18 @@ def _load_run(
 
 
 def _placement(abstract: Any) -> Callable[[Any], Any]:
-    """The function that shards boxed arrays as `abstract` is sharded."""
-    place = jax.tree.leaves(abstract)[0].sharding
-    if isinstance(place, NamedSharding):
-        return functools.partial(placed, place.mesh)
-    (device,) = place.device_set
+    """A function that gives boxed abstract arrays the same kind of sharding as `abstract`."""
+    sharding = jax.tree.leaves(abstract)[0].sharding
+    if isinstance(sharding, NamedSharding):
+        return functools.partial(placed, sharding.mesh)
+    (device,) = sharding.device_set
     return functools.partial(on_device, device=device)
 
 
 def _saved_weights(
     run: RunDir, step: int, config: Config, quantization: Quantization | None, place: Callable[[Any], Any]
 ) -> Iterator[tuple[str, Any]]:
-    """The names and the weights of a run, as they were saved; adapters are merged into the frozen weights."""
+    """(name, weight) for each saved weight of a run. Adapters are merged into the frozen weights."""
     checkpoints, boxed = Checkpoints(run.checkpoints), abstract_params(config.model)
     if not config.lora.rank:
         saved = abstract_packed(abstract_quantized(boxed, place(boxed), quantization))
@@ -199,7 +200,7 @@ def _saved_weights(
 
 
 def _one_by_one(abstract: Any, restore: Callable[[Any, Iterable[Any]], Iterator[Any]]) -> Iterator[tuple[str, Any]]:
-    """(name, weight) of a saved tree; no weight is held here while the next is read."""
+    """(name, weight) for each weight of a saved tree. Only one weight is in memory at a time."""
     weights = by_name(abstract)
     missing = {name: jax.tree.map(lambda _: PLACEHOLDER, weight) for name, weight in weights.items()}
     parts = restore(abstract, (with_names(abstract, missing | {name: weight}) for name, weight in weights.items()))

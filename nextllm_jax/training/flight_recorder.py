@@ -10,7 +10,9 @@ Numbers are exact. Values that JSON cannot represent are the strings nan, inf an
 
 import io
 import json
+import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,8 +27,10 @@ from nextllm_jax.config import Config
 from nextllm_jax.data.loader import TrainLoader
 from nextllm_jax.errors import RunFailed
 from nextllm_jax.model import layer_norms
+from nextllm_jax.training.hooks import Hook
 from nextllm_jax.training.step import SKIP_REASONS, StepMetrics
-from nextllm_jax.training.writers import Writers
+
+_log = logging.getLogger(__name__)
 
 FORMAT = "nextllm-flight-1"
 BUNDLE, BATCH = "bundle.json", "batch.npz"
@@ -81,11 +85,11 @@ def environment(mesh: jax.sharding.Mesh, dtype: np.dtype) -> dict[str, Any]:
     }
 
 
-class FlightRecorder:
+class FlightRecorder(Hook):
     """Checks each step of a run, reports skipped steps, and writes bundles to `run`/flight.
 
     All processes make the same calls; process 0 writes. `about` is the result of `environment`. A run has at most
-    MAX_BUNDLES bundles.
+    MAX_BUNDLES bundles. Before the recorder fails the run, it calls `before_failure` with the last step.
     """
 
     def __init__(
@@ -94,25 +98,31 @@ class FlightRecorder:
         config: Config,
         loader: TrainLoader,
         checkpoints: Checkpoints,
-        writers: Writers,
         about: dict[str, Any],
+        before_failure: Callable[[int], None],
     ) -> None:
         self._run = run
-        self._config, self._loader, self._checkpoints, self._writers = config, loader, checkpoints, writers
-        self._about = about
+        self._config, self._loader, self._checkpoints = config, loader, checkpoints
+        self._about, self._before_failure = about, before_failure
         names = sorted(name for name in run.names(FLIGHT) if name.startswith("step-"))
         self._bundles = {name: _identity(run, f"{FLIGHT}/{name}/{BUNDLE}") for name in names}
-        self._seen = 0
+        self._last: tuple[int, StepMetrics] | None = None
+        """A step that is not checked yet, since it may be running."""
         self._bad = False
 
-    def look(self, step: int, metrics: StepMetrics) -> None:
-        """Report step `step` if it was skipped, with a bundle if the previous step was not. Waits for the step.
+    def after_step(self, step: int, metrics: StepMetrics) -> None:
+        """Check the step before this one. Raises RunFailed after too many consecutive skipped steps."""
+        self.pause()
+        self._last = step, metrics
 
-        Does nothing for a step that was already checked. Raises RunFailed after too many consecutive skipped steps.
-        """
-        if step <= self._seen:
-            return
-        self._seen = step
+    def pause(self) -> None:
+        """Check the last step, before a save can delete the checkpoint from which its replay starts."""
+        if self._last is not None:
+            last, self._last = self._last, None
+            self._check(*last)
+
+    def _check(self, step: int, metrics: StepMetrics) -> None:
+        """Report a step if it was skipped, with a bundle if the step before it was not. Waits for the step."""
         if not metrics.skipped:
             self._bad = False
             return
@@ -122,8 +132,9 @@ class FlightRecorder:
             why += f" (loss {_loss(metrics):.4f}, limit {float(metrics.loss_limit):.4f})"
         recorded = "" if self._bad else self._record(step, metrics)
         self._bad = True
-        self._writers.message(f"step {step}: {why}; skipped ({consecutive} consecutive){recorded}")
+        _log.warning(f"step {step}: {why}; skipped ({consecutive} consecutive){recorded}")
         if consecutive >= self._config.training.max_skipped_steps:
+            self._before_failure(step)
             self._give_up(step, consecutive)
 
     def _give_up(self, step: int, consecutive: int) -> None:

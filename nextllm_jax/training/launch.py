@@ -1,10 +1,12 @@
-"""`train(config)` from the outside: the processes meet, process 0 prepares the data, and the loop takes over.
+"""`train(config)`: connects the processes, prepares the data, opens the run and runs its steps.
 
 Without init_from, jax is imported only once the data is prepared, so mistakes are reported at once.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Collection
+import logging
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Literal
 
 from nextllm_jax.config import Config
@@ -13,6 +15,8 @@ from nextllm_jax.distributed.process_group import ProcessGroup, facts_of
 from nextllm_jax.distributed.rendezvous import DistributedConfig
 from nextllm_jax.distributed.signals import StopRequest
 from nextllm_jax.process import use_compilation_cache
+from nextllm_jax.progress import show_messages
+from nextllm_jax.training.resume_guard import allowed_fields, with_recorded_data
 
 if TYPE_CHECKING:
     from nextllm_jax.pretrained.source import Source
@@ -28,23 +32,39 @@ def train(
     file: Config | None = None,
     may_exit: bool = False,
 ) -> Literal["finished", "interrupted"]:
-    """Train as configured, or continue the run in `config.workdir`; data that is not there is prepared first.
+    """Train as configured, or resume the run in `config.workdir`. Data that is missing is prepared first.
 
-    `overwrite` moves an existing run to overwritten/. `allow_change` lists dotted fields that may differ from the run
-    being continued. `profile_steps` steps are traced into the run's profile/. `distributed` configures several
-    processes; None: a single process. `file` is the config before command-line overrides. `may_exit` (commands only):
-    a signal may exit the process when no work would be lost.
+    Args:
+        config: The run. Its model comes from `init_from` if that is set.
+        overwrite: Start over; an existing run moves to overwritten/ in its directory.
+        allow_change: Dotted fields in which a resumed run may differ from its config.json.
+        profile_steps: Number of steps to trace into profile/ of the run.
+        distributed: Settings of several processes; None: a single process.
+        file: The config before command-line overrides, which determine what `init_from` may replace; None: `config`.
+        may_exit: Whether a signal may exit the process while no work would be lost. Only commands set it.
 
-    A first SIGINT, SIGTERM or SIGHUP saves and gives "interrupted", if this is the main thread. Raises InputError for
-    what the user can fix, and RunFailed for a failure of the machine.
+    Returns "interrupted" if SIGINT, SIGTERM or SIGHUP arrived: the run is saved, and the same call resumes it. Signals
+    are handled only if this is called in the main thread, and the previous handlers are restored. Messages go to the
+    logger `nextllm_jax`, see `progress.show_messages`; nothing is written to standard output.
+
+    Raises InputError for what the user can fix, and RunFailed for a failure of the machine.
     """
+    show_messages()
     group = ProcessGroup(distributed or DistributedConfig(num_processes=1))
-    with StopRequest(group, may_exit=may_exit) as stop, group:
-        config, source = _prepare(config, file or config, group, stop, overwrite, allow_change)
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest(group, may_exit=may_exit))
+        stack.enter_context(group)
+        stop.allow_exit("waiting for the other processes")
+        consent = allowed_fields(allow_change)
+        local_workdir(config)  # raises InputError if there is none
+        group.connect()
+        stack.enter_context(_messages_from_process_0(group))
+        config, source = _prepare(config, file or config, group, stop, overwrite, consent)
 
-        from nextllm_jax.training import loop
+        from nextllm_jax.training.loop import run_steps
+        from nextllm_jax.training.setup import open_session
 
-        outcome = loop.train(
+        with open_session(
             config,
             source=source,
             overwrite=overwrite,
@@ -52,26 +72,33 @@ def train(
             profile_steps=profile_steps,
             group=group,
             stop=stop,
-        )
+        ) as (session, at):
+            outcome = run_steps(session, at)
         group.end()
     return outcome
 
 
+@contextlib.contextmanager
+def _messages_from_process_0(group: ProcessGroup) -> Iterator[None]:
+    """A context in which the other processes report only errors, since process 0 reports for all."""
+    logger = logging.getLogger("nextllm_jax")
+    level = logger.level
+    if group.process_id != 0:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _prepare(
-    config: Config, file: Config, group: ProcessGroup, stop: StopRequest, overwrite: bool, allow_change: Collection[str]
+    config: Config, file: Config, group: ProcessGroup, stop: StopRequest, overwrite: bool, consent: frozenset[str]
 ) -> tuple[Config, "Source | None"]:
-    """Meet the other processes, if there are any, and have the data prepared; then connect jax.
+    """Prepare the data in process 0 while the others wait, and start jax in all.
 
     Returns the config to train, with the model of init_from and the path of the data, and the source of its weights if
     it was opened.
     """
-    stop.allow_exit("waiting for the other processes")
-
-    from nextllm_jax.training.resume_guard import allowed_fields
-
-    consent = allowed_fields(allow_change)
-    local_workdir(config)  # raises InputError for none
-    group.connect()
     source = None
     if config.init_from is not None:
         from nextllm_jax.pretrained.init_from import with_source  # imports jax
@@ -95,7 +122,6 @@ def _prepare_data(config: Config, source: "Source | None", overwrite: bool, cons
     from nextllm_jax.data.prepare import ensure_prepared
     from nextllm_jax.data.settings import CONTENT_FIELDS
     from nextllm_jax.training.open_run import require_startable
-    from nextllm_jax.training.resume_guard import with_recorded_data
 
     # To report mistakes before the data is prepared; `open_run` checks again once it holds the run's lock.
     require_startable(config, overwrite=overwrite, allow_change=consent)

@@ -50,6 +50,8 @@ class TrainMeter:
         self._timed_seconds = 0.0
         self._waited_seconds = 0.0
         self._last: StepMetrics | None = None
+        self._shown: StepMetrics | None = None
+        """The step whose norms are shown: the last that was skipped, or else the last."""
 
     def state(self) -> dict[str, Any]:
         """The state to store in a checkpoint, as JSON: the totals, and the sums since the last `read`."""
@@ -97,6 +99,8 @@ class TrainMeter:
             self._tokens_seen += num_tokens
             self._timed_tokens += num_tokens if timed else 0
             self._last = metrics
+            if metrics.skipped or self._shown is None or not self._shown.skipped:
+                self._shown = metrics
             if not metrics.skipped:
                 self._nll_sum += float(metrics.nll_sum)
                 self._num_tokens += num_tokens
@@ -106,8 +110,10 @@ class TrainMeter:
         """The record of the steps since the last read, with the names of `metrics.jsonl`. Waits for the last step.
 
         `loss` is the mean over the tokens in the loss mask of steps that were not skipped, or NaN if all were.
-        `learning_rate` and `grad_norm` are those of the last step. `input_wait_fraction` is the fraction of the timed
-        seconds in which the host waited for data. It and `tokens_per_second` are None if no step was timed.
+        `learning_rate` and `grad_norm` are those of the last step. `gradient_norms` and `activation_rms` are lists, see
+        `StepMetrics`, of the last step that was skipped, or else of the last step. `input_wait_fraction` is the
+        fraction of the timed seconds in which the host waited for data. It and `tokens_per_second` are None if no step
+        was timed.
         """
         self._drain()
         if self._running_since is not None:
@@ -120,12 +126,15 @@ class TrainMeter:
         mfu = None
         if tokens_per_second is not None and self._peak_flops is not None:
             mfu = tokens_per_second * self._flops_per_token / self._peak_flops
+        last, shown = self._last, self._shown
         record = {
             "step": step,
             "loss": loss,
             "perplexity": perplexity(loss),
-            "learning_rate": float(self._last.learning_rate) if self._last else None,
-            "grad_norm": float(self._last.grad_norm) if self._last else None,
+            "learning_rate": float(last.learning_rate) if last else None,
+            "grad_norm": float(last.grad_norm) if last else None,
+            "gradient_norms": shown.gradient_norms.tolist() if shown else None,
+            "activation_rms": shown.activation_rms.tolist() if shown else None,
             "tokens_per_second": tokens_per_second,
             "mfu": mfu,
             "input_wait_fraction": self._waited_seconds / self._timed_seconds if timed else None,

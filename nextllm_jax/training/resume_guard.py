@@ -14,7 +14,6 @@ from nextllm_jax.checkpoint.run_dir import CONFIG, RunDir
 from nextllm_jax.config import Config
 from nextllm_jax.config.fields import OTHER_DATA, fields_of
 from nextllm_jax.config.files import is_of_first_format
-from nextllm_jax.data.settings import continued
 from nextllm_jax.errors import InputError
 
 _NEW_RUN = "start a new run: another --workdir, or --overwrite to set the old run aside"
@@ -135,6 +134,8 @@ def with_recorded_data(config: Config, run: RunDir) -> Config:
     """The config with the path of the data that `run` was trained on, if it does not choose other data."""
     if not run.exists():
         return config
+    from nextllm_jax.data.settings import continued  # imports the tokenizers, which --help does not need
+
     return dataclasses.replace(config, data=continued(config.data, run.read_config().data))
 
 

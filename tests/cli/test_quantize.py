@@ -1,5 +1,6 @@
 """`nextllm quantize` and `--quantize`: what is written loads everywhere, blocks of GGUF files are kept bit for bit."""
 
+import dataclasses
 import json
 
 import jax
@@ -20,6 +21,7 @@ from nextllm_jax.cli.text import evaluate_command
 from nextllm_jax.config import Config, DataConfig, LoraConfig, MeshConfig
 from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError
+from nextllm_jax.interop import huggingface
 from nextllm_jax.model.quantize import is_quantized
 from nextllm_jax.model.weights import by_name
 from nextllm_jax.ops.quantized import dequantize
@@ -226,20 +228,38 @@ class IdentitySet:
 
 def test_mistakes_are_a_line_and_leave_nothing(models, tmp_path, monkeypatch):
     int8, output = str(models / "int8"), tmp_path / "out"
-    with pytest.raises(InputError, match=r"int8 is quantized already \(int8 by output channel\); quantize the model"):
+    with pytest.raises(InputError, match=r"int8 is already quantized \(int8 by output channel\); quantize the model"):
         quantize_model(int8, str(output), SCHEMES["int4"])
-    with pytest.raises(InputError, match="is quantized already"):
+    with pytest.raises(InputError, match="is already quantized"):
         nextllm_jax.load(int8, quantize="int4")
     with pytest.raises(InputError, match="scheme is 'int5'"):
         nextllm_jax.load(str(models / "hf"), quantize="int5")
-    with pytest.raises(InputError, match="does not divide the 32 inputs"):
+    with pytest.raises(InputError, match=r"does not divide the 32 inputs of .*; use nextllm quantize --group-size 32,"):
         quantize_model(str(models / "hf"), str(output), Quantization(scheme="int4", group_size=64))
+    odd = dataclasses.replace(TINY, mlp_dim=33)
+    with pytest.raises(
+        InputError, match=r"32 does not divide the 33 inputs of .*down/kernel; use int8 by output channel"
+    ):
+        convert._on_cpu(odd, SCHEMES["int4"])
     with pytest.raises(InputError, match="exists; choose another --output"):
         quantize_model(str(models / "hf"), int8, SCHEMES["int8"])
     monkeypatch.setattr(Checkpoints, "save", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         quantize_model(str(models / "hf"), str(output), SCHEMES["int8"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_beyond_the_scales_of_groups_are_an_error_that_names_them(tmp_path):
+    params = write_huggingface(tmp_path / "hf")
+    params["layers"]["block_0"]["mlp"]["up"]["kernel"][1, 3, 5] = 1e6
+    huggingface.export(TINY, params, tmp_path / "hf", vocab_size=TINY.vocab_size)
+    model, message = str(tmp_path / "hf"), "mlp/up/kernel holds values that exceed the float16 scales of groups"
+    for calibration in (None, TEXT * 20):
+        with pytest.raises(InputError, match=message):
+            quantize_model(model, str(tmp_path / "q"), SCHEMES["int4"], calibration=calibration)
+    with pytest.raises(InputError, match=message):
+        nextllm_jax.load(model, quantize="int4")
+    assert np.isfinite(nextllm_jax.load(model, quantize="int8").logits([[1, 2, 3]])).all()
 
 
 def test_quantized_weights_are_not_trained_but_adapters_on_them_are(models):

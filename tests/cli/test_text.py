@@ -30,7 +30,7 @@ def test_tokenize_prints_a_line_a_token(directory, capsys):
     (directory / "text.txt").write_text("a dog ü\n", encoding="utf-8")
     tokenize_command(["--tokenizer", "runs/config", "--file", "text.txt"])
     *lines, total = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(rf"{len(lines)} tokens, 9 bytes, \d\.\d\d bytes a token", total)
+    assert re.fullmatch(rf"{len(lines)} tokens, 9 bytes, \d\.\d\d bytes per token", total)
     assert re.fullmatch(r" +\d+  \"a.*", lines[0])
     tokenize_command(["--tokenizer", "data/known", "<|end_of_text|>", "--special", "--json"])
     assert json.loads(capsys.readouterr().out) == {"ids": [319], "pieces": ["<|end_of_text|>"]}

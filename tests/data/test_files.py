@@ -111,7 +111,7 @@ def test_one_line_reports_what_is_skipped(tmp_path, messages):
     assert "\n" not in line
     assert "read 3 files (18 bytes) and skipped 8 (9.07 kB): " in line
     for kind in ("1 without a suffix (9 kB)", "2 .png (8 bytes)", "2 .json without rows that have the field 'text' (26",
-                 "1 .tar.gz", "1 hidden,", "1 links to nothing (11 bytes)"):  # fmt: skip
+                 "1 .tar.gz", ", 1 hidden", "1 links to nothing (11 bytes)"):  # fmt: skip
         assert kind in line
     for path in corpus.glob("*.txt"):
         path.unlink()

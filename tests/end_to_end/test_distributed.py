@@ -133,7 +133,7 @@ def test_a_process_that_does_not_come_is_named(door):
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_signal_while_compiling_ends_all_at_once(door, count):
     # The other process says nothing when it comes here.
-    held = {1: ("nextllm_jax.training.profiler:StepProfiler.begin_if_due", 1)} if count > 1 else {}
+    held = {1: ("nextllm_jax.training.profiler:StepProfiler.before_step", 1)} if count > 1 else {}
     with Processes(door, count, held=held, JAX_ENABLE_COMPILATION_CACHE="0") as processes:
         processes.wait_for("compiling the train step")
         for number in held:

@@ -8,7 +8,7 @@ The fault strikes when the named function is called for the COUNT-th time, befor
     gone DIR   the directory is renamed to "gone"
     full       the function fails as on a disk without room
     clock      from here on the clock is a day behind
-    MODULE:NAME is written with dots for nested names, as in nextllm_jax.training.writers:Writers.validation
+    MODULE:NAME is written with dots for nested names, as in nextllm_jax.training.writers:MetricsWriter.train
 """
 
 import errno

@@ -232,7 +232,7 @@ def files_of_tomorrow(case: Case) -> None:
 
 
 def clock_set_back(case: Case) -> None:
-    ended = case.strike("clock", "nextllm_jax.training.writers:Writers.train", 3)
+    ended = case.strike("clock", "nextllm_jax.training.writers:MetricsWriter.train", 3)
     assert ended.returncode == 0, ended.stderr
 
 
@@ -241,7 +241,7 @@ def half_a_line(case: Case) -> None:
         file.write('{"step": 31, "spl')
 
 
-LOOP = "nextllm_jax.training.loop"
+EVALUATE = "nextllm_jax.training.validation:evaluate"
 FILES = "nextllm_jax.checkpoint.step_files"
 SAVE = "orbax.checkpoint:AsyncCheckpointer.save"
 PREPARE = "nextllm_jax.data.prepare"
@@ -250,15 +250,15 @@ ROWS = {
     # kill -9
     **{f"kill -9 at random, seed {seed}": Row(killed_at_random(seed), slow=seed > 0) for seed in range(20)},
     "kill -9 before the first step": Row(killed("nextllm_jax.data.loader:TrainLoader.batches", fresh=True)),
-    "kill -9 in an evaluation": Row(killed(f"{LOOP}:evaluate")),
+    "kill -9 in an evaluation": Row(killed(EVALUATE)),
     "kill -9 before the arrays are written": Row(killed(SAVE), slow=True),
     "kill -9 before a manifest": Row(killed(f"{FILES}:write_manifest")),
     "kill -9 before the first manifest": Row(killed(f"{FILES}:write_manifest", fresh=True), slow=True),
     "kill -9 between manifest and name": Row(killed(f"{FILES}:damaged_files", 3), slow=True),
     "kill -9 before an old checkpoint goes": Row(killed(f"{FILES}:delete"), slow=True),
-    "kill -9 before config.json": Row(killed(f"{LOOP}:open_run", fresh=True), slow=True),
-    "kill -9 while samples are written": Row(killed("nextllm_jax.training.writers:Writers.samples"), slow=True),
-    "kill -9 while loss.png is drawn": Row(killed("nextllm_jax.training.writers:draw_losses"), slow=True),
+    "kill -9 before config.json": Row(killed("nextllm_jax.training.setup:open_run", fresh=True), slow=True),
+    "kill -9 while samples are written": Row(killed("nextllm_jax.training.samples:Samples.write"), slow=True),
+    "kill -9 while loss.png is drawn": Row(killed("nextllm_jax.training.pictures:draw_losses"), slow=True),
     "kill -9 before the index of the data": Row(killed_prepare(f"{PREPARE}:write_index")),
     "kill -9 before the data is published": Row(killed_prepare(f"{PREPARE}:publish"), slow=True),
     "kill -9 before the second split": Row(killed_prepare(f"{PREPARE}:write_split", 2), slow=True),
@@ -266,10 +266,10 @@ ROWS = {
     "SIGTERM in the first step": Row(
         signalled(signal.SIGTERM, "nextllm_jax.data.loader:TrainLoader.batches", fresh=True), slow=True
     ),
-    "SIGTERM in a step": Row(signalled(signal.SIGTERM, "nextllm_jax.training.writers:Writers.train", 4)),
-    "SIGINT in a step": Row(signalled(signal.SIGINT, "nextllm_jax.training.writers:Writers.train", 5), slow=True),
-    "SIGTERM in an evaluation": Row(signalled(signal.SIGTERM, f"{LOOP}:evaluate"), slow=True),
-    "SIGINT in an evaluation": Row(signalled(signal.SIGINT, f"{LOOP}:evaluate", fresh=True), slow=True),
+    "SIGTERM in a step": Row(signalled(signal.SIGTERM, "nextllm_jax.training.writers:MetricsWriter.train", 4)),
+    "SIGINT in a step": Row(signalled(signal.SIGINT, "nextllm_jax.training.writers:MetricsWriter.train", 5), slow=True),
+    "SIGTERM in an evaluation": Row(signalled(signal.SIGTERM, EVALUATE), slow=True),
+    "SIGINT in an evaluation": Row(signalled(signal.SIGINT, EVALUATE, fresh=True), slow=True),
     "SIGTERM while saving": Row(signalled(signal.SIGTERM, f"{FILES}:seal", fresh=True)),
     "SIGINT while saving": Row(signalled(signal.SIGINT, SAVE, fresh=True), slow=True),
     "Ctrl-C twice": Row(signalled_twice),

@@ -152,7 +152,7 @@ def test_logits_are_causal_and_checked(llm):
     np.testing.assert_allclose(llm.logits(tokens_BT[:, :7].tolist()), logits_BTV[:, :7], atol=1e-5)
     with pytest.raises(InputError, match="integers"):
         llm.logits([1, 2, 3])
-    with pytest.raises(InputError, match="49 tokens are over"):
+    with pytest.raises(InputError, match="49 tokens exceed"):
         llm.logits(np.zeros((1, 49), int))
     with pytest.raises(InputError, match="0 to 263"):
         llm.logits([[264]])

@@ -241,8 +241,9 @@ def test_what_an_architecture_cannot_say_is_refused(changes, message, tmp_path):
         write(ModelConfig(**{**CONFIG.__dict__, **changes}), tmp_path / "model.gguf")
 
 
-def test_numbers_beyond_float16_are_refused(tmp_path):
+@pytest.mark.parametrize(("dtype", "value"), [("float16", 1e6), ("q8_0", 1e7)])
+def test_numbers_beyond_float16_are_refused(tmp_path, dtype, value):
     params = random_params(CONFIG)
-    params["embed"]["embedding"][0, 0] = 1e6
+    params["embed"]["embedding"][0, 0] = value
     with pytest.raises(InputError, match=r"token_embd\.weight holds values that exceed float16"):
-        export(CONFIG, params, tmp_path / "model.gguf", vocab_size=288, dtype="float16", metadata={})
+        export(CONFIG, params, tmp_path / "model.gguf", vocab_size=288, dtype=dtype, metadata={})

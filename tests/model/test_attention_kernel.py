@@ -98,7 +98,11 @@ def chosen(platform, *, length=256, dtype="bfloat16", kind="some chip", sequence
         ({"platform": "tpu", "sequence": 2}, "splash", "auto on tpu, gathering keys"),
         ({"platform": "tpu", "sequence": 4}, "blockwise", "256 / mesh.sequence 4 is not a multiple of 128, gathering"),
         ({"platform": "gpu"}, "cudnn", "auto on gpu"),
-        ({"platform": "gpu", "dtype": "float32"}, "xla", "cudnn is out, it needs bfloat16 and model.dtype is float32"),
+        (
+            {"platform": "gpu", "dtype": "float32"},
+            "xla",
+            "cudnn is not available, it needs bfloat16 and",
+        ),
         ({"platform": "gpu", "attention_soft_cap": 30.0}, "xla", "soft cap"),
         ({"platform": "gpu", "head_dim": 36}, "xla", "model.head_dim is 36"),
         ({"platform": "gpu", "length": 8192}, "blockwise", "much memory beyond .* 4096, length 8,192"),
@@ -120,7 +124,7 @@ def test_auto_takes_the_best_that_honours_everything_and_says_why(settings, name
             "it needs TPUs and the devices are cpu; set it to auto",
         ),
         ({"platform": "tpu", "attention": "cudnn"}, "cudnn, but it needs GPUs and the devices are tpu"),
-        ({"platform": "gpu", "attention": "cudnn", "sequence": 2}, r"cannot divide sequences \(mesh.sequence 2\)"),
+        ({"platform": "gpu", "attention": "cudnn", "sequence": 2}, r"cannot shard sequences \(mesh.sequence 2\)"),
         ({"platform": "tpu", "attention": "splash", "attention_blocks": (100, 128)}, "not multiples of 128"),
     ],
 )

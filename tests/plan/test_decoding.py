@@ -20,7 +20,7 @@ from nextllm_jax.model.quantize import is_quantized
 from nextllm_jax.plan import hlo
 from nextllm_jax.plan.decoding import Request, bytes_on_device, plan_decoding
 from nextllm_jax.plan.report import decoding_json, decoding_table
-from nextllm_jax.plan.topology import Place
+from nextllm_jax.plan.topology import Target
 from nextllm_jax.sharding import make_mesh, on_device, placed
 from tests.plan.test_training import CONFIG, SLOW_CHIP, here
 
@@ -94,11 +94,11 @@ WIDE = dataclasses.replace(
 @pytest.mark.tpu
 @pytest.mark.parametrize(("scheme", "batch_size"), [("int8", 16), ("int4", 1), ("int4", 16)])
 def test_a_tpu_holds_no_float_copy_of_a_quantized_matrix(four_tpus, scheme, batch_size) -> None:
-    place = Place("v5e:2x2", four_tpus[0].device_kind, chip(four_tpus[0].device_kind), 4, list(four_tpus))
+    target = Target("v5e:2x2", four_tpus[0].device_kind, chip(four_tpus[0].device_kind), 4, list(four_tpus))
     config = dataclasses.replace(CONFIG, model=WIDE, mesh=MeshConfig(data=1, tensor=4))
     request = Request(batch_size=batch_size, prompt_tokens=16, new_tokens=8)
     with jax.default_matmul_precision("default"):
-        plan = plan_decoding(config, place, request, Quantization(scheme=scheme))
+        plan = plan_decoding(config, target, request, Quantization(scheme=scheme))
     # q and o of two heads, k and v of one, a quarter of gate, up and down.
     sizes = {256 * 2 * 128, 256 * 128, 256 * 384}
     program = hlo.parse(plan.decode.compiled.hlo)

@@ -10,7 +10,7 @@ import pytest
 
 from nextllm_jax.config.files import load_config_file
 from nextllm_jax.plan.estimate import memory_traffic_bytes, recomputed_flops_per_token
-from nextllm_jax.plan.topology import counted
+from nextllm_jax.plan.topology import devices_of_kind
 from nextllm_jax.plan.training import estimate_training
 from tests.plan.test_training import CONFIG
 
@@ -44,25 +44,25 @@ def variant(name, batch, length, remat, offload_state=False):
     ],
 )
 def test_peak_is_within_15_percent(name, kind, devices, batch, length, remat, arguments, peak) -> None:
-    plan = estimate_training(variant(name, batch, length, remat), counted(kind, devices))
+    plan = estimate_training(variant(name, batch, length, remat), devices_of_kind(kind, devices))
     assert plan.argument_bytes / GIB == pytest.approx(arguments, abs=0.05)
     assert plan.estimated_peak_bytes / GIB == pytest.approx(peak, rel=0.15)
 
 
 def test_the_peak_with_moments_on_the_host_is_within_15_percent() -> None:
-    plan = estimate_training(variant("llama3_8b", 8, 2048, "full", offload_state=True), counted("TPU v5e", 8))
+    plan = estimate_training(variant("llama3_8b", 8, 2048, "full", offload_state=True), devices_of_kind("TPU v5e", 8))
     assert plan.argument_bytes / GIB == pytest.approx(3.74, abs=0.05)
     assert plan.estimated_peak_bytes / GIB == pytest.approx(9.6, rel=0.15)
 
 
 def test_more_of_anything_takes_more_memory() -> None:
-    place = counted("TPU v5p", 64)
+    target = devices_of_kind("TPU v5p", 64)
     peaks = [
-        estimate_training(variant("llama3_8b", 64, 2048, remat), place).estimated_peak_bytes
+        estimate_training(variant("llama3_8b", 64, 2048, remat), target).estimated_peak_bytes
         for remat in ("full", "save_attention", "dots", "none")
     ]
     assert peaks == sorted(peaks)
-    longer = estimate_training(variant("llama3_8b", 64, 4096, "full"), place).estimated_peak_bytes
+    longer = estimate_training(variant("llama3_8b", 64, 4096, "full"), target).estimated_peak_bytes
     assert longer > peaks[0]
 
 

@@ -65,4 +65,4 @@ def test_devices_that_are_only_counted() -> None:
 
 def test_the_bound() -> None:
     roofline = Roofline(compute=2.0, hbm=0.5, ici=3.0, network=0.0)
-    assert (roofline.bound, roofline.seconds, roofline.seconds_in_turn) == ("ici", 3.0, 5.5)
+    assert (roofline.bound, roofline.seconds, roofline.seconds_without_overlap) == ("ici", 3.0, 5.5)

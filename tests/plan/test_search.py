@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 
 from nextllm_jax.plan.search import search, variants
-from nextllm_jax.plan.topology import counted
+from nextllm_jax.plan.topology import devices_of_kind
 from tests.plan.test_training import CONFIG, here
 
 
@@ -24,7 +24,7 @@ def test_variants_train_the_same() -> None:
 
 
 def test_the_fastest_that_fit_come_first() -> None:
-    plans = search(CONFIG, counted("NVIDIA H100 80GB HBM3", 8), minutes=0)
+    plans = search(CONFIG, devices_of_kind("NVIDIA H100 80GB HBM3", 8), minutes=0)
     assert all(plan.fits and plan.compile_seconds is None for plan in plans)
     assert all(a.roofline.seconds <= b.roofline.seconds for a, b in itertools.pairwise(plans))
 

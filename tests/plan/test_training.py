@@ -14,7 +14,7 @@ from nextllm_jax.plan.collectives import Collective
 from nextllm_jax.plan.compile import memory_of, parse_out_of_memory
 from nextllm_jax.plan.estimate import minimum_traffic
 from nextllm_jax.plan.report import Budget, training_json, training_table
-from nextllm_jax.plan.topology import Place, counted
+from nextllm_jax.plan.topology import Target, devices_of_kind
 from nextllm_jax.plan.training import estimate_training, plan_training
 
 CONFIG = Config(
@@ -29,9 +29,9 @@ CONFIG = Config(
 SLOW_CHIP = Chip(peak_flops_bf16=1e9, hbm_bytes=2**30, hbm_bandwidth=1e9, network_bandwidth=1e9)
 
 
-def here() -> Place:
+def here() -> Target:
     """The eight simulated devices of this machine."""
-    return Place("here", "cpu", SLOW_CHIP, 8, jax.devices())
+    return Target("here", "cpu", SLOW_CHIP, 8, jax.devices())
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_report(plan) -> None:
     assert values["days"] == pytest.approx(5000 * 16 * 64 / values["tokens_per_second"] / 86400)
     assert values["budget"]["tokens"] == pytest.approx(2 * 86400 * values["tokens_per_second"], rel=1e-3)
     table = training_table(plan, Budget(days=2.0, tokens=1e6))
-    for part in ("it fits", "all-gather", "over fsdp", "the bound", "MFU", "1.000e+06 tokens take"):
+    for part in ("it fits", "all-gather", "over fsdp", "bottleneck", "MFU", "1.000e+06 tokens take"):
         assert part in table
 
 
@@ -103,10 +103,10 @@ def test_what_to_change_comes_in_order_and_helps() -> None:
     whole = estimate_training(config, here())
     assert whole.fits
     assert not whole.advice
-    places = [
+    targets = [
         here()._replace(chip=SLOW_CHIP._replace(hbm_bytes=size)) for size in (2**16, whole.estimated_peak_bytes - 1)
     ]
-    never, nearly = (estimate_training(config, place) for place in places)
+    never, nearly = (estimate_training(config, target) for target in targets)
     assert [sentence.split(":")[0] for sentence in never.advice] == [
         "--mesh.data 1 --mesh.fsdp 8",
         "--training.accumulation-steps 2",
@@ -155,15 +155,15 @@ def test_what_the_compiler_says_of_a_lack_of_memory(message, needed, temporaries
 
 def test_devices_that_are_only_counted() -> None:
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(fsdp=2, tensor=2))
-    plan = estimate_training(config, counted("NVIDIA H100 80GB HBM3", 8))
+    plan = estimate_training(config, devices_of_kind("NVIDIA H100 80GB HBM3", 8))
     assert plan.mesh == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
     assert plan.chip == chip("NVIDIA H100 80GB HBM3")
     assert plan.fits
     assert plan.roofline.network > 0
     with pytest.raises(InputError, match="--fast"):
-        plan_training(config, counted("NVIDIA H100 80GB HBM3", 8))
-    with pytest.raises(InputError, match="not known"):
-        counted("Abacus", 8)
+        plan_training(config, devices_of_kind("NVIDIA H100 80GB HBM3", 8))
+    with pytest.raises(InputError, match="is unknown"):
+        devices_of_kind("Abacus", 8)
 
 
 def test_a_mesh_or_a_batch_that_does_not_go_with_the_devices() -> None:

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import signal
+import threading
 from pathlib import Path
 
 import jax
@@ -15,7 +17,8 @@ pytest.importorskip("tokenizers", reason="tokenizers is missing; install the ext
 
 import nextllm_jax
 from nextllm_jax.errors import InputError, RunFailed
-from nextllm_jax.pretrained.convert import _appearing, export_model, import_model
+from nextllm_jax.pretrained.convert import export_model, import_model
+from nextllm_jax.pretrained.output import new_output
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 from tests.interop.models import CONFIG, TOKENIZER, assert_equal_trees, write_huggingface
 
@@ -85,8 +88,12 @@ def test_an_export_that_cannot_be_said_leaves_nothing(huggingface, tmp_path):
 def test_an_output_that_exists_is_refused_and_kept(huggingface, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="exists; choose another --output"):
-        import_model(str(huggingface), str(tmp_path / "run"))
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    for name in ("run", "dangling", "link"):
+        with pytest.raises(InputError, match="exists; choose another --output"):
+            import_model(str(huggingface), str(tmp_path / name))
     assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
 
 
@@ -95,17 +102,46 @@ def test_an_output_that_cannot_be_written_is_named_with_what_is_in_the_way(huggi
     with pytest.raises(RunFailed, match=r"run cannot be written \(.*/file: .*make .*/file a writable directory"):
         import_model(str(huggingface), str(tmp_path / "file" / "run"))
     with monkeypatch.context() as patch:
+        patch.setattr("nextllm_jax.pretrained.convert.open_path", lambda *_, **__: pytest.fail("it has begun to work"))
+        with pytest.raises(RunFailed, match="export cannot be written"):
+            export_model(str(huggingface), str(tmp_path / "file" / "export"), file_format="gguf", dtype="float32")
+    with monkeypatch.context() as patch:
         patch.setattr(Path, "exists", not_permitted)
         patch.setattr(Path, "is_dir", not_permitted)
         with (
             pytest.raises(RunFailed, match=r"run cannot be written \(.*: Permission denied\)"),
-            _appearing(tmp_path / "run"),
+            new_output(tmp_path / "run"),
         ):
             pass
     monkeypatch.setattr("nextllm_jax.interop.huggingface.save_file", full_disk)
     with pytest.raises(RunFailed, match=r"out cannot be written \(.*No space left.*make room"):
         export_model(str(huggingface), str(tmp_path / "out"), file_format="huggingface", dtype="float32")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "hf"]
+
+
+def test_an_incomplete_output_is_removed_at_sigterm_and_if_threads_create_it_again(tmp_path):
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+        write_and(tmp_path / "run", raise_sigterm)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with pytest.raises(RunFailed, match="No space left"):
+        write_and(tmp_path / "run", fail_while_a_thread_writes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def write_and(output, fail):
+    with new_output(output) as partial:
+        partial.mkdir()
+        fail(partial)
+
+
+def raise_sigterm(partial):
+    assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL  # which would end the tests
+    signal.raise_signal(signal.SIGTERM)
+
+
+def fail_while_a_thread_writes(partial):
+    threading.Timer(0.1, partial.mkdir).start()
+    raise OSError(errno.ENOSPC, "No space left on device", str(partial))
 
 
 def not_permitted(path):
@@ -124,7 +160,7 @@ def test_other_paths_are_refused(tmp_path):
     with pytest.raises(InputError, match="is not a run directory"):
         export_model(str(tmp_path), str(tmp_path / "out"), file_format="gguf", dtype="float32")
     write_huggingface(tmp_path / "hf")
-    with pytest.raises(InputError, match=r"context_length 4096 is over the model's own, 64"):
+    with pytest.raises(InputError, match=r"context_length 4096 exceeds that of the model, 64"):
         import_model(str(tmp_path / "hf"), str(tmp_path / "run"), context_length=4096)
 
 

@@ -97,7 +97,7 @@ def test_adapters_resume_bit_for_bit_and_are_merged_at_every_door(place, trained
     place.run("train.py", "--config", "config.py", *adapted, *part, "--training.steps", "3")
     (place.directory / "model.gguf").unlink()
     out = place.run("train.py", "--config", "config.py", *adapted, *part)
-    assert "continuing from step 3" in out.stdout
+    assert "continuing from step 3" in out.stderr
     whole, parts = place.directory / "whole", place.directory / "parts"
     losses = [[line["loss"] for line in metrics(run, "train")] for run in (whole, parts)]
     assert losses[0] == losses[1]
@@ -157,7 +157,7 @@ def test_conversations_are_learnt_from_a_file_of_messages(place):
     (place.directory / "mine.jinja").write_text(TEMPLATE)
     chat = ("--data.corpus", "talks.jsonl", "--data.messages-field", "messages", "--data.chat-template", "mine.jinja")
     out = place.run("train.py", "--config", "config.py", "--init-from", "hf", "--workdir", "chat", *chat, *SHORT)
-    said = [int(count) for count in re.findall(r"(\d+) are longer than data.sequence_length and are split", out.stdout)]
+    said = [int(count) for count in re.findall(r"(\d+) are longer than data.sequence_length and are split", out.stderr)]
     assert sum(said) == 1
     before, after = metrics(place.directory / "chat", "validation")
     assert after["loss"] < before["loss"]

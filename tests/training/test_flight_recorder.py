@@ -16,6 +16,7 @@ from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.model.objective import Batch
 from nextllm_jax.training.flight_recorder import MAX_BUNDLES, FlightRecorder
 from nextllm_jax.training.step import SKIP_REASONS, StepMetrics
+from tests.runs import metrics
 
 CONFIG = Config(model=ModelConfig(num_layers=1), training=TrainingConfig(global_batch_size=2, max_skipped_steps=4))
 
@@ -49,11 +50,6 @@ class Saved:
         self.pinned.append(step)
 
 
-class Messages(list):
-    def message(self, text):
-        self.append(text)
-
-
 def step_metrics(reason="none", consecutive=1, loss=2.5):
     return StepMetrics(
         nll_sum=jnp.float32(10 * loss),
@@ -74,32 +70,39 @@ def saved():
     return Saved(5, 10, 40)
 
 
-def make_recorder(run, saved, config=CONFIG):
-    messages = Messages()
-    return FlightRecorder(RunDir(run), config, Loader(), saved, messages, {"devices": "1 x cpu"}), messages  # pyright: ignore
+def make_recorder(run, saved, before_failure=None):
+    return FlightRecorder(RunDir(run), CONFIG, Loader(), saved, {"devices": "1 x cpu"}, before_failure)  # pyright: ignore
+
+
+def look(recorder, step, metrics):
+    """Have the recorder check a step."""
+    recorder.after_step(step, metrics)
+    recorder.pause()
 
 
 def bundles(run):
     return sorted(path.name for path in (run / "flight").glob("*"))
 
 
-def test_the_first_step_of_each_bad_stretch_is_kept_with_the_checkpoint_before_it(tmp_path, saved):
-    recorder, messages = make_recorder(tmp_path, saved)
+def test_the_first_step_of_each_bad_stretch_is_kept_with_the_checkpoint_before_it(tmp_path, saved, messages):
+    recorder = make_recorder(tmp_path, saved)
     for step, reason, consecutive in (
         (20, "loss", 1),
         (21, "loss", 2),
         (22, "none", 0),
         (23, "spike", 1),
-        (23, "loss", 1),
     ):
-        recorder.look(step, step_metrics(reason, consecutive))
+        assert f"step {step}" not in messages.text
+        recorder.after_step(step, step_metrics(reason, consecutive))
+    recorder.pause()
+    recorder.pause()
     assert bundles(tmp_path) == ["step-20", "step-23"]
     assert saved.pinned == [10, 10]
-    assert len(messages) == 3, "step 23 is looked at once"
-    assert "step 20: its loss is not finite; skipped (1 consecutive)" in messages[0]
-    assert f"nextllm replay {tmp_path}/flight/step-20" in messages[0]
-    assert "replay" not in messages[1]
-    assert "spike (loss 2.5000, limit 2.0000)" in messages[2]
+    first, second, third = messages.messages
+    assert "step 20: its loss is not finite; skipped (1 consecutive)" in first
+    assert f"nextllm replay {tmp_path}/flight/step-20" in first
+    assert "replay" not in second
+    assert "spike (loss 2.5000, limit 2.0000)" in third
     content = json.loads((tmp_path / "flight" / "step-20" / "bundle.json").read_text())
     assert (content["step"], content["checkpoint"], content["windows"]) == (20, 10, [19, 7])
     assert content["measured"]["gradient_norms"] == [1.0, "inf", "nan", float(np.float32(0.1))]
@@ -109,45 +112,47 @@ def test_the_first_step_of_each_bad_stretch_is_kept_with_the_checkpoint_before_i
 
 
 def test_before_the_first_checkpoint_a_replay_starts_at_step_0(tmp_path, saved):
-    recorder, _ = make_recorder(tmp_path, saved)
-    recorder.look(5, step_metrics("gradient"))
+    recorder = make_recorder(tmp_path, saved)
+    look(recorder, 5, step_metrics("gradient"))
     assert json.loads((tmp_path / "flight" / "step-5" / "bundle.json").read_text())["checkpoint"] is None
     assert saved.pinned == []
 
 
-def test_the_same_step_met_again_is_not_kept_twice_and_another_is(tmp_path, saved):
+def test_the_same_step_met_again_is_not_kept_twice_and_another_is(tmp_path, saved, messages):
     for loss in (2.5, 2.5, 3.5):
-        recorder, messages = make_recorder(tmp_path, saved)
-        recorder.look(20, step_metrics("gradient", loss=loss))
+        recorder = make_recorder(tmp_path, saved)
+        look(recorder, 20, step_metrics("gradient", loss=loss))
     assert bundles(tmp_path) == ["step-20", "step-20-2"]
-    assert messages[0].endswith("step-20-2")
+    assert messages.messages[-1].endswith("step-20-2")
     assert len(saved.pinned) == 2
 
 
-def test_bundles_are_bounded(tmp_path, saved):
-    recorder, messages = make_recorder(tmp_path, saved)
+def test_bundles_are_bounded(tmp_path, saved, messages):
+    recorder = make_recorder(tmp_path, saved)
     for step in range(11, 41, 2):
-        recorder.look(step, step_metrics("loss"))
-        recorder.look(step + 1, step_metrics())
+        look(recorder, step, step_metrics("loss"))
+        look(recorder, step + 1, step_metrics())
     assert len(bundles(tmp_path)) == len(saved.pinned) == MAX_BUNDLES
-    assert "no bundle is written" in messages[-1]
-    recorder, messages = make_recorder(tmp_path, saved)
-    recorder.look(50, step_metrics("loss"))
-    assert "no bundle is written" in messages[-1]
+    assert "no bundle is written" in messages.messages[-1]
+    recorder = make_recorder(tmp_path, saved)
+    look(recorder, 50, step_metrics("loss"))
+    assert "no bundle is written" in messages.messages[-1]
 
 
-def test_a_bundle_that_cannot_be_written_does_not_end_the_run(tmp_path, saved):
+def test_a_bundle_that_cannot_be_written_does_not_end_the_run(tmp_path, saved, messages):
     (tmp_path / "flight").write_text("in the way")
-    recorder, messages = make_recorder(tmp_path, saved)
-    recorder.look(20, step_metrics("loss"))
-    assert "cannot be written" in messages[0]
+    recorder = make_recorder(tmp_path, saved)
+    look(recorder, 20, step_metrics("loss"))
+    assert "cannot be written" in messages.messages[0]
 
 
 def test_training_gives_up_after_too_many(tmp_path, saved):
-    recorder, _ = make_recorder(tmp_path, saved)
-    recorder.look(20, step_metrics("loss", 3))
+    failed = []
+    recorder = make_recorder(tmp_path, saved, failed.append)
+    look(recorder, 20, step_metrics("loss", 3))
     with pytest.raises(RunFailed, match=r"4 consecutive steps up to step 21 .* the last checkpoint is step 40"):
-        recorder.look(21, step_metrics("loss", 4))
+        look(recorder, 21, step_metrics("loss", 4))
+    assert failed == [21]
 
 
 @pytest.fixture(scope="module")
@@ -158,9 +163,9 @@ def diverged(trained, tmp_path_factory):
     failed = door.run(
         "train.py", "--config", "config.py", "--optimizer.learning-rate", "1e6", "--checkpoint.every-steps", "1",
         "--checkpoint.keep-last", "1", "--training.max-skipped-steps", "4", "--training.sample-tokens", "0",
-        exit_code=1,
+        "--training.log-every-steps", "10", exit_code=1,
     )  # fmt: skip
-    assert "nextllm replay runs/config/flight/step-2" in failed.stdout
+    assert "nextllm replay runs/config/flight/step-2" in failed.stderr
     assert "4 consecutive steps" in failed.stderr
     assert "Traceback" not in failed.stderr
     return door
@@ -181,8 +186,16 @@ def test_a_divergence_is_replayed_bit_for_bit_from_its_pinned_checkpoint(diverge
     assert found["recorded"]["reason"] == "gradient"
     assert (found["first"]["pass"], found["first"]["place"]) == ("forward", "layer 0 mlp (residual stream after it)")
     assert len(found["windows"]) == 8
-    assert "replaying steps 2 to 2" in done.stderr
     assert contents(run) == before
+
+
+def test_a_run_that_fails_shows_in_which_layers(diverged):
+    run = diverged.directory / "runs" / "config"
+    (line,) = metrics(run, "train")  # written for the failure: none was due
+    assert line["step"] == 5
+    assert line["activation_rms"][0] is not None
+    assert line["activation_rms"][2:] == [None] * 3
+    assert (run / "layers.png").stat().st_size > 1000
 
 
 def copy_of(diverged, tmp_path, change=None):

@@ -4,6 +4,8 @@ import concurrent.futures
 import dataclasses
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -19,7 +21,7 @@ def test_the_public_names_are_there():
     }
 
 
-def test_a_notebook_trains_in_a_thread_and_keeps_its_signal_handlers(trained, door, monkeypatch, capsys):
+def test_a_notebook_trains_in_a_thread_and_keeps_its_signal_handlers(trained, door, monkeypatch, messages, capsys):
     """The run is finished already, so nothing is compiled."""
     monkeypatch.chdir(door.directory)
     monkeypatch.setattr(launch, "use_compilation_cache", lambda: None)  # it is the whole process's
@@ -28,9 +30,10 @@ def test_a_notebook_trains_in_a_thread_and_keeps_its_signal_handlers(trained, do
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         assert pool.submit(nextllm_jax.train, config).result() == "finished"
-    assert "the run is finished at step 40" in capsys.readouterr().out
+    assert any("the run is finished at step 40" in message for message in messages.messages)
     assert nextllm_jax.train(config) == "finished"
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert capsys.readouterr() == ("", ""), "messages go to the handlers that the program has configured"
     with pytest.raises(InputError, match=r"another config.*\n.*seed 0 -> 1"):
         nextllm_jax.train(dataclasses.replace(config, seed=1))
     (door.directory / "corpus").unlink()
@@ -39,3 +42,37 @@ def test_a_notebook_trains_in_a_thread_and_keeps_its_signal_handlers(trained, do
     prepared = sorted((door.directory / "data").iterdir())
     assert nextllm_jax.train(config) == "finished", "the run does not need the data of the new corpus"
     assert sorted((door.directory / "data").iterdir()) == prepared
+
+
+NOTEBOOK = """
+import asyncio, dataclasses, os, signal
+import nextllm_jax
+from nextllm_jax.config.files import load_config_file
+
+async def cell(config):
+    return nextllm_jax.train(config)
+
+process, handlers = os.getpid(), [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+config = load_config_file("config.py")
+data = dataclasses.replace(config.data, num_processes=2)
+training = dataclasses.replace(config.training, steps=3)
+assert asyncio.run(cell(dataclasses.replace(config, data=data, training=training))) == "finished"
+assert process == os.getpid()
+assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+"""
+
+
+def test_a_program_without_a_guard_trains_as_in_a_notebook(door):
+    """In a running event loop, with a notebook's backend for pictures. Worker processes prepare the data."""
+    (door.directory / "data").unlink()  # that of the other tests
+    (door.directory / "notebook.py").write_text(NOTEBOOK)
+    environment = {**door.environment, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    command = [sys.executable, "notebook.py"]
+    done = subprocess.run(
+        command, cwd=door.directory, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert "disabled" not in done.stderr
+    assert done.stderr.count("finished at step 3;") == 1
+    run = door.directory / "runs" / "config"
+    assert all((run / name).stat().st_size for name in ("loss.png", "layers.png", "samples.txt", "metrics.jsonl"))

@@ -16,7 +16,7 @@ class Clock:
         return self.now
 
 
-def step_metrics(nll_sum, num_tokens, *, grad_norm=1.0, learning_rate=0.1, skipped=False):
+def step_metrics(nll_sum, num_tokens, *, grad_norm=1.0, learning_rate=0.1, skipped=False, norms=0.0):
     return StepMetrics(
         nll_sum=jnp.float32(nll_sum),
         num_tokens=jnp.int32(num_tokens),
@@ -26,8 +26,8 @@ def step_metrics(nll_sum, num_tokens, *, grad_norm=1.0, learning_rate=0.1, skipp
         skipped_in_a_row=jnp.int32(skipped),
         reason=jnp.int32(skipped),
         loss_limit=jnp.float32(math.nan),
-        gradient_norms=jnp.zeros(4),
-        activation_rms=jnp.zeros(3),
+        gradient_norms=jnp.full(4, norms),
+        activation_rms=jnp.full(3, norms),
     )
 
 
@@ -62,6 +62,16 @@ def test_skipped_steps_count_as_tokens_but_not_as_loss(meter):
     assert math.isnan(record["loss"])
     assert math.isnan(record["perplexity"])
     assert record["tokens_seen"] == 50
+
+
+def test_norms_of_layers_are_those_of_the_last_skipped_step_if_there_is_one(meter):
+    for norms, skipped in ((1.0, False), (math.nan, True), (math.inf, True), (2.0, False)):
+        meter.add(step_metrics(1.0, 10, norms=norms, skipped=skipped))
+    record = meter.read(4)
+    assert (record["gradient_norms"], record["activation_rms"]) == ([math.inf] * 4, [math.inf] * 3)
+    for norms in (3.0, 4.0):
+        meter.add(step_metrics(1.0, 10, norms=norms))
+    assert meter.read(6)["gradient_norms"] == [4.0] * 4
 
 
 def test_throughput_leaves_out_what_is_paused(meter, clock):
@@ -115,7 +125,7 @@ def test_without_timed_steps_there_is_no_throughput(meter):
     record = meter.read(1)
     assert record["mfu"] is None
     assert math.isnan(record["loss"])
-    assert record["grad_norm"] is None
+    assert (record["grad_norm"], record["gradient_norms"]) == (None, None)
 
 
 def test_unknown_chip_has_no_mfu(clock):

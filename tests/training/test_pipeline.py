@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import re
+from unittest import mock
 
 import jax
 import numpy as np
@@ -11,8 +12,10 @@ import pytest
 
 from nextllm_jax.config.files import load_config_file
 from nextllm_jax.sharding import make_mesh
-from nextllm_jax.training import loop, start
+from nextllm_jax.training import start
+from nextllm_jax.training.loop import run_steps
 from nextllm_jax.training.profiler import StepProfiler
+from nextllm_jax.training.setup import open_session
 from tests.runs import metrics
 
 
@@ -57,7 +60,8 @@ def test_the_host_reads_nothing_of_a_step_before_the_next_is_dispatched(door, mo
     data = dataclasses.replace(config.data, path=str(door.directory / "data" / "known"))
     checkpoint = dataclasses.replace(config.checkpoint, every_steps=20)
     config = dataclasses.replace(config, workdir="runs/watched", training=training, data=data, checkpoint=checkpoint)
-    assert loop.train(config) == "finished"
+    with open_session(config) as (session, at):
+        assert run_steps(session, at) == "finished"
     dispatched = [events.index(("dispatch", step)) for step in range(1, 21)]
     read = [events.index(("read", step)) for step in range(1, 21)]
     early = [step for step in range(1, 20) if read[step - 1] < dispatched[step]]
@@ -70,7 +74,7 @@ def test_a_profile_has_the_steps_and_the_scopes_of_the_model(door):
     run = door.directory / "runs" / "config"
     (trace,) = (run / "profile").glob("plugins/profile/*/*.xplane.pb")
     (perfetto,) = (run / "profile").glob("plugins/profile/*/perfetto_trace.json.gz")
-    assert str(perfetto.relative_to(door.directory)) in done.stdout
+    assert str(perfetto.relative_to(door.directory)) in done.stderr
     events = json.loads(gzip.decompress(perfetto.read_bytes()))["traceEvents"]
     steps = [int(event["args"]["step_num"]) for event in events if event.get("name") == "train"]
     assert steps == [3, 4, 5]
@@ -80,16 +84,14 @@ def test_a_profile_has_the_steps_and_the_scopes_of_the_model(door):
     assert [line["step"] for line in metrics(run, "train")] == list(range(1, 7))
 
 
-def test_what_cannot_be_profiled_is_said(door, tmp_path):
+def test_what_cannot_be_profiled_is_said(door, tmp_path, messages):
     refused = door.run("train.py", "--config", "config.py", "--profile", "-1", exit_code=2)
     assert "--profile is -1" in refused.stderr
-    said = []
-    profiler = StepProfiler(tmp_path / "profile", 10, 3, said.append)
-    for step in (10, 11):
-        profiler.begin_if_due(step, pytest.fail)
-        profiler.end_if_due(step, pytest.fail)
+    profiler = StepProfiler(tmp_path / "profile", 10, 3, lambda: pytest.fail("paused"))
+    for step in (11, 12):
+        profiler.before_step(step)
+        profiler.after_step(step, mock.Mock())
     profiler.close()
     profiler.close()
-    assert "no profile: training ended within the first 2" in said.pop()
-    assert not said
+    assert messages.messages == ["no profile: training ended within the first 2 steps, which are not traced"]
     assert not (tmp_path / "profile").exists()

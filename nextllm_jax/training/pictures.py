@@ -1,0 +1,154 @@
+"""loss.png and layers.png: what metrics.jsonl says about the loss and the layers of a run, drawn over the steps."""
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from nextllm_jax.checkpoint.run_dir import LAYERS, LOSS, METRICS, RunDir
+from nextllm_jax.config import ModelConfig
+from nextllm_jax.model import layer_norms
+from nextllm_jax.training.hooks import Hook, OptionalOutput
+from nextllm_jax.training.state import TrainState
+from nextllm_jax.training.step import StepMetrics
+
+_MOST_COLUMNS = 400
+_MOST_LABELS = 30
+_NOT_FINITE, _ZERO = "#e01020", "#c8c8c8"
+
+
+class Pictures(Hook):
+    """Redraws the pictures of a run at every evaluation and at the end, also if the run fails.
+
+    With `enabled` False (in all processes except process 0), nothing is drawn.
+    """
+
+    def __init__(self, run: RunDir, model: ModelConfig, *, enabled: bool = True) -> None:
+        self._run, self._places, self._enabled = run, layer_norms.places(model), enabled
+        self._is_current = True
+        self._loss, self._layers = OptionalOutput(LOSS), OptionalOutput(LAYERS)
+
+    def after_step(self, step: int, metrics: StepMetrics) -> None:
+        """Note that the pictures lack a step."""
+        self._is_current = False
+
+    def after_evaluation(self, step: int, state: TrainState) -> None:
+        """Redraw the pictures."""
+        self._draw()
+
+    def close(self) -> None:
+        """Redraw the pictures if there are steps that they lack."""
+        if not self._is_current:
+            self._draw()
+
+    def _draw(self) -> None:
+        self._is_current = True
+        if self._enabled:
+            self._loss.write(lambda: self._run.write(LOSS, draw_losses(self._records())))
+            self._layers.write(lambda: self._run.write(LAYERS, draw_layers(self._records(), self._places)))
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        return map(json.loads, self._run.read(METRICS).splitlines())
+
+
+def draw_losses(records: Iterable[dict[str, Any]]) -> bytes:
+    """A PNG that plots the losses in these records of metrics.jsonl over the step."""
+    curves = {"train": [], "validation": []}
+    for record in records:
+        if record["loss"] is not None:
+            curves[record["split"]].append((record["step"], record["loss"]))
+    train, validation = curves["train"], curves["validation"]
+    figure = _figure(8, 5)
+    axes = figure.add_subplot()
+    if train:
+        axes.plot(*zip(*train, strict=True), color="#7aa6d6", linewidth=1.2, label="train")
+    if validation:
+        axes.plot(*zip(*validation, strict=True), color="#c0392b", linewidth=1.8, marker="o", label="validation")
+        step, loss = validation[-1]
+        axes.annotate(f"{loss:.3f}", (step, loss), xytext=(0, 8), textcoords="offset points", ha="right")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    if train or validation:
+        axes.legend()
+    return _png(figure)
+
+
+def draw_layers(records: Iterable[dict[str, Any]], places: Sequence[str]) -> bytes:
+    """A PNG with two heat maps over the step: the root mean square of activations, and the norm of gradients.
+
+    Each row is one of `places`, from the first at the top to the last. Values that are not finite (null in the records)
+    and zeros have colors of their own. Records without these values, such as those of earlier versions, are left out.
+    """
+    from matplotlib.patches import Patch
+
+    train = [record for record in records if record.get("gradient_norms")]
+    figure = _figure(14, min(max(3.5, 1.6 + 0.16 * len(places)), 16))
+    panels = figure.subplots(1, 2, sharey=True)
+    titles = {"activation_rms": "activations: root mean square", "gradient_norms": "gradients: norm before clipping"}
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+        _draw_heat_map(axes, [record["step"] for record in train], [record[name] for record in train])
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    every = -(-len(places) // _MOST_LABELS)
+    panels[0].set_yticks(range(0, len(places), every), places[::every])
+    panels[0].set_ylim(len(places) - 0.5, -0.5)
+    colors = {"not finite": _NOT_FINITE, "zero": _ZERO}
+    handles = [Patch(color=color, label=label) for label, color in colors.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    return _png(figure)
+
+
+def _draw_heat_map(axes: Any, steps: list[int], rows: list[list[float | None]]) -> None:
+    """Draw one column for each step, with logarithmic colors; None is a value that is not finite."""
+    if not steps:
+        return
+    from matplotlib import colormaps
+    from matplotlib.colors import LogNorm
+
+    values = np.array(rows, np.float64).T  # None becomes NaN
+    starts = np.unique(np.linspace(0, len(steps), min(len(steps), _MOST_COLUMNS), endpoint=False, dtype=int))
+    values = np.maximum.reduceat(values, starts, axis=1)  # the largest, or NaN if any is NaN
+    edges = np.array([*(steps[start] for start in starts), steps[-1]], np.float64)
+    edges[1:-1] -= np.diff(edges)[:-1] / 2
+    edges[-1] = max(edges[-1], edges[-2] + 1)
+    positive = values[np.isfinite(values) & (values > 0)]
+    low, high = (positive.min(), positive.max()) if positive.size else (1.0, 10.0)
+    colors = colormaps["viridis"].with_extremes(bad=_NOT_FINITE, under=_ZERO)
+    norm = LogNorm(low, max(high, 10 * low), clip=False)
+    shown = np.where(values == 0, low / 2, values)  # zero has no logarithm; below the lowest it gets its own color
+    mesh = axes.pcolormesh(
+        edges, np.arange(len(values) + 1) - 0.5, np.ma.masked_invalid(shown), cmap=colors, norm=norm, rasterized=True
+    )
+    axes.figure.colorbar(mesh, ax=axes)
+
+
+@contextlib.contextmanager
+def _without_environment(name: str) -> Iterator[None]:
+    value = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[name] = value
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty figure of this size in inches, apart from pyplot and its backend."""
+    with _without_environment("MPLBACKEND"):  # for example a notebook's: matplotlib fails on an unknown backend
+        from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+
+def _png(figure: Any) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    png = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(png)
+    return png.getvalue()

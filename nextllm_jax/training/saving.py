@@ -1,0 +1,113 @@
+"""Checkpoints of a run: restoring the latest one, and saving a step with everything that resuming needs."""
+
+import dataclasses
+import functools
+import logging
+from typing import Any
+
+import jax
+
+from nextllm_jax.checkpoint.base import RECORD, base_id, save_base
+from nextllm_jax.checkpoint.manager import Checkpoints, DamagedCheckpoint
+from nextllm_jax.checkpoint.run_dir import RunDir
+from nextllm_jax.errors import InputError
+from nextllm_jax.pretrained.init_from import initial_params
+from nextllm_jax.pretrained.source import Source
+from nextllm_jax.sharding import placed
+from nextllm_jax.training.program import to_save
+from nextllm_jax.training.session import Moment, Session
+from nextllm_jax.training.start import Start
+from nextllm_jax.training.state import TrainState
+
+_log = logging.getLogger(__name__)
+
+
+def open_checkpoints(run: RunDir, start: Start) -> Checkpoints:
+    """The checkpoints of a run, kept as its config says."""
+    config, dataset = start.config, start.dataset
+    return Checkpoints(
+        run.checkpoints,
+        keep_last=config.checkpoint.keep_last,
+        keep_every_steps=config.checkpoint.keep_every_steps,
+        run={
+            "config": dataclasses.asdict(config),
+            "tokenizer": dataset.tokenizer_hash,
+            "data": dataset.split("train").data_id,
+        },
+    )
+
+
+def restore_or_begin(
+    start: Start, source: Source | None, run: RunDir, checkpoints: Checkpoints
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state and the record of the latest readable checkpoint, or the initial state and an empty record.
+
+    A damaged checkpoint is set aside with a warning; otherwise its step could not be saved again. Raises InputError
+    instead if checkpoint.strict is set, or if there is no earlier checkpoint to continue from.
+    """
+    while (step := checkpoints.latest_step()) is not None:
+        try:
+            return start.program.restore_state(checkpoints, step)
+        except DamagedCheckpoint as error:
+            if checkpoints.steps()[0] == error.step:
+                raise InputError(f"{error}; restore the file, or start over with --overwrite") from error
+            if start.config.checkpoint.strict:
+                raise InputError(
+                    f"{error}; leave out --checkpoint.strict to set it aside and continue from the one before it"
+                ) from error
+            aside = checkpoints.set_aside(error.step)
+            if jax.process_index() == 0:
+                left = checkpoints.latest_step()
+                _log.warning(str(error))
+                _log.warning(f"it is now {aside}; continuing from step {left}")
+    return _begin(start, source, run), {}
+
+
+def _begin(start: Start, source: Source | None, run: RunDir) -> TrainState:
+    """The state of step 0. Frozen weights, if any, are first saved to base/."""
+    if start.config.init_from is None:
+        return start.program.create_state()
+    state = start.program.state_from(initial_params(start.config, source, functools.partial(placed, start.mesh)))
+    if state.frozen is not None:
+        save_base(run, state.frozen.params)
+    return state
+
+
+def save(session: Session, at: Moment) -> None:
+    """Save the step, unless it is already saved. Returns before the files are complete."""
+    if at.step not in _saved_steps(session):
+        items, record = _contents(session, at)
+        session.checkpoints.save(at.step, items, record, validation_loss=None)
+
+
+def save_validation_loss(session: Session, at: Moment, loss: float) -> None:
+    """Add the validation loss to the step's checkpoint. If it has none, save it only if the loss is a new best."""
+    steps, checkpoints = _saved_steps(session), session.checkpoints
+    if at.step in steps:
+        checkpoints.add_validation_loss(at.step, loss, _contents(session, at)[1])
+    elif _is_best(checkpoints, loss):
+        items, record = _contents(session, at)
+        checkpoints.save(at.step, items, record, validation_loss=loss)
+
+
+def _saved_steps(session: Session) -> list[int]:
+    """The saved steps, once the steps pause and the current save is complete, so that all processes see the same."""
+    session.pause()  # the flight recorder pins the checkpoint of a replay before a save can delete it
+    session.checkpoints.wait()
+    return session.checkpoints.steps()
+
+
+def _is_best(checkpoints: Checkpoints, loss: float) -> bool:
+    best = checkpoints.best_step()
+    lowest = None if best is None else checkpoints.validation_loss(best)
+    return lowest is None or loss < lowest
+
+
+def _contents(session: Session, at: Moment) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The items and the record of a checkpoint. Waits for the last step."""
+    items, facts = to_save(at.state)
+    position = session.start.loader.position(at.step)
+    record = {"evaluated": at.evaluated, "data": position, **session.meter.state(), **facts}
+    if at.state.frozen is not None:
+        record[RECORD] = base_id(session.run)
+    return items, record
