@@ -236,13 +236,23 @@ def open_text(file: CorpusFile, newline: str = "") -> IO[str]:
         encoding = next((name for mark, name in _BYTE_ORDER_MARKS if head.startswith(mark)), "utf-8")
         if encoding == "utf-8" and head.count(0) > _MAX_ZERO_SHARE * len(head):
             raise InputError(
-                f"data.corpus file {file.path} is not UTF-8 text: it has many zero bytes and no byte order mark; "
-                "convert it to UTF-8, or remove it from the corpus"
+                f"{file.path} is not UTF-8 text: it has many zero bytes and no byte order mark; convert it to UTF-8, "
+                "or leave it out"
             )
         return io.TextIOWrapper(content, encoding=encoding, errors="replace", newline=newline)
     except BaseException:
         content.close()
         raise
+
+
+def read_text(path: str) -> str:
+    """The text of a file, decompressed and decoded as that of a corpus. Raises InputError."""
+    try:
+        with open_text(_corpus_file(Path(path), Path(path).parent)) as content:
+            return content.read()
+    except READ_ERRORS as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise InputError(f"{path} cannot be read ({reason}); give a text file") from error
 
 
 _BETWEEN_VALUES = re.compile(r"[\s,]*")

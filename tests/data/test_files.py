@@ -9,6 +9,7 @@ import os
 
 import pytest
 
+from nextllm_jax.cli.text import read_text
 from nextllm_jax.config import DataConfig
 from nextllm_jax.data import files
 from nextllm_jax.data.corpora import read_documents
@@ -73,6 +74,7 @@ def test_rows_are_read_in_every_form_by_name_and_in_a_directory(tmp_path, name, 
 def test_text_is_read_in_every_form(tmp_path, name, content):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content("Zoë\r\n🎉".encode()))
     assert texts(tmp_path / name) == texts(tmp_path) == ["Zoë\r\n🎉"]
+    assert read_text(str(tmp_path / name)) == "Zoë\r\n🎉", "as nextllm evaluate --text reads it"
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress, zst])
