@@ -335,9 +335,15 @@ def _merges_as_tiktoken(description: dict[str, Any], ranks: dict[bytes, int]) ->
     made = [ranks.get(letters_to_bytes("".join(pair)), -1) for pair in pairs]  # -1: an added token
     if made != sorted(made) or -1 in made:
         return False
-    nothing = {"added_tokens": [], "normalizer": None, "pre_tokenizer": None, "post_processor": None}
-    merger = from_json(json.dumps(description | nothing | {"model": model | {"ignore_merges": False}}))
-    if all(len(found.ids) == 1 for found in merger.encode_batch([bytes_to_letters(token) for token in ranks])):
+    if merge_to_themselves(description, [bytes_to_letters(token) for token in ranks]):
         return True
     cuts = {(bytes_to_letters(left), bytes_to_letters(right)) for left, right in merges(ranks)}
     return model["ignore_merges"] and cuts == set(pairs)
+
+
+def merge_to_themselves(description: dict[str, Any], pieces: list[str]) -> bool:
+    """Whether the merges of a tokenizer.json reduce the letters of each piece to that piece."""
+    nothing = {"added_tokens": [], "normalizer": None, "pre_tokenizer": None, "post_processor": None}
+    model = description["model"] | {"ignore_merges": False}
+    merger = from_json(json.dumps(description | nothing | {"model": model}))
+    return all(len(found.ids) == 1 for found in merger.encode_batch(pieces))
