@@ -21,6 +21,8 @@ class ImportArguments:
     """Dtype of the parameters."""
     context_length: int | None = None
     """Maximum context length of the model; none: its own."""
+    ignore_key: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Key of the model's config that is not supported and does not affect the logits; may be repeated."""
 
 
 def import_command(argv: list[str]) -> int:
@@ -37,6 +39,7 @@ def import_command(argv: list[str]) -> int:
         arguments.output,
         dtype=arguments.dtype,
         context_length=arguments.context_length,
+        ignore_keys=arguments.ignore_key,
     )
     print(arguments.output)
     return 0

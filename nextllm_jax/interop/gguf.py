@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,11 @@ _FLOAT16_STEPS = {Type.F16: 1, Type.Q8_0: 127, Type.Q4_0: 8, Type.Q4_1: 1}
 class GGUFFile:
     """An open file: its metadata, and the model that it describes.
 
-    Raises InputError, which names the file, if it is incomplete or its model is not supported.
+    Unsupported keys of the model in `ignore_keys` are ignored. Raises InputError, which names the file, if it is
+    incomplete or its model is not supported.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, ignore_keys: Collection[str] = ()) -> None:
         self.where = str(path)
         try:
             reader = gguf.GGUFReader(path)
@@ -69,6 +70,11 @@ class GGUFFile:
             raise InputError(
                 f"{path} is not a GGUF file, or is damaged or truncated ({error}); restore an intact copy"
             ) from error
+        if reader.byte_order != "I":  # the package swaps the bytes of metadata, but not of all types of tensors
+            raise InputError(
+                f"{path} has the byte order of another kind of machine (it is big-endian); convert it with python -m "
+                f"gguf.scripts.gguf_convert_endian {path.name} little"
+            )
         if self.metadata.get("split.count", 1) > 1:
             raise InputError(f"{path} is one of {self.metadata['split.count']} parts; join them with gguf-split first")
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -82,7 +88,7 @@ class GGUFFile:
         if "token_embd.weight" not in self._tensors:
             raise InputError(f"{path} lacks the tensor token_embd.weight; use the file of a complete model")
         self.config = read_gguf_config(
-            self.metadata, self._tensors, factors, self.shapes()["token_embd.weight"][0], self.where
+            self.metadata, self._tensors, factors, self.shapes()["token_embd.weight"][0], self.where, ignore_keys
         )
 
     def load_params(self, abstract: Any, observe: Observer = ignore) -> Any:

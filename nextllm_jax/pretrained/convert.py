@@ -5,6 +5,7 @@ Each writes to a temporary path next to the output and renames it at the end, so
 
 import dataclasses
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,14 +35,21 @@ LAYOUT = 1
 """Increase it when `import_model` changes its output, so that cached imports are rebuilt."""
 
 
-def import_model(source: str, output: str, *, dtype: str = "float32", context_length: int | None = None) -> None:
+def import_model(
+    source: str,
+    output: str,
+    *,
+    dtype: str = "float32",
+    context_length: int | None = None,
+    ignore_keys: Collection[str] = (),
+) -> None:
     """Write a run directory (config.json, tokenizer, checkpoint 0) from a Hugging Face directory or a GGUF file.
 
-    Parameters are stored in `dtype`. `context_length` may lower the model's own. Raises InputError for damaged files,
-    for unsupported models, and if the output exists.
+    Parameters are stored in `dtype`. `context_length` may lower the model's own. Unsupported keys of the model's config
+    in `ignore_keys` are ignored. Raises InputError for damaged files, for unsupported models, and if the output exists.
     """
     require_new(Path(output))
-    opened = open_path(resolve(source))
+    opened = open_path(resolve(source), ignore_keys=ignore_keys)
     if opened.is_run:
         raise InputError(f"{source} is a run directory already; give a Hugging Face directory or a .gguf file")
     model = dataclasses.replace(opened.config, param_dtype=dtype)
@@ -112,7 +120,8 @@ def require_quantizable(
 
 
 def _origin(opened: Source) -> dict[str, Any]:
-    return {"model_type": opened.model_type, "vocab_size": opened.vocab_size}
+    generation = {"generation": opened.generation} if opened.generation else {}
+    return {"model_type": opened.model_type, "vocab_size": opened.vocab_size, **generation}
 
 
 def _write_run(
@@ -159,7 +168,7 @@ def export_model(
         _log.warning(f"{source} is quantized ({opened.quantization}); the export stores its values as {dtype}")
     config, tokenizer = opened.config, opened.load_tokenizer()
     params = opened.load_params(_on_cpu(config, quantization))
-    options = {
+    options: dict[str, Any] = {
         "vocab_size": opened.vocab_size or min(tokenizer.vocab_size, config.vocab_size),
         "dtype": dtype,
         "model_type": model_type or opened.model_type,
@@ -169,19 +178,17 @@ def export_model(
             from nextllm_jax.interop import gguf
             from nextllm_jax.tokenizer.gguf import to_gguf
 
+            metadata = to_gguf(tokenizer, options["vocab_size"])
             with new_output(Path(output)) as file:
-                gguf.export(config, params, file, metadata=to_gguf(tokenizer), **options)
+                gguf.export(config, params, file, metadata=metadata, **options)
             return
         from nextllm_jax.interop import huggingface
         from nextllm_jax.tokenizer.huggingface import save_huggingface
 
         with new_output(Path(output)) as directory:
-            ids = {
-                "bos_token_id": tokenizer.bos_id,
-                "eos_token_id": _one_or_all(tokenizer.stop_ids),
-                "pad_token_id": tokenizer.pad_id,
-            }
-            huggingface.export(config, params, directory, shard_bytes=shard_bytes, token_ids=ids, **options)
+            ids = _token_ids(tokenizer, opened.generation)
+            options |= {"token_ids": ids, "generation": opened.generation}
+            huggingface.export(config, params, directory, shard_bytes=shard_bytes, **options)
             save_huggingface(tokenizer, directory)
     except ModuleNotFoundError as error:
         raise InputError(
@@ -195,5 +202,17 @@ def _on_cpu(config: ModelConfig, quantization: Quantization | None = None, *, sc
     return abstract_quantized(boxed, on_device(boxed, jax.local_devices(backend="cpu")[0]), quantization)
 
 
-def _one_or_all(ids: tuple[int, ...]) -> int | list[int]:
-    return ids[0] if len(ids) == 1 else list(ids)
+def _token_ids(tokenizer: Tokenizer, generation: dict[str, Any]) -> dict[str, Any]:
+    """bos_token_id, eos_token_id and pad_token_id for Hugging Face configs; null for a token that does not exist.
+
+    A bos_token_id in the imported `generation` config is kept. The tokenizer's bos_id is not BOS without `add_bos`.
+    """
+    bos_id = tokenizer.bos_id if tokenizer.add_bos else None
+    if bos_id is None:
+        bos_id = tokenizer.backend.tokens.get(tokenizer.roles.names.get("bos_token", ""))
+    stops = list(tokenizer.stop_ids)
+    return {
+        "bos_token_id": generation.get("bos_token_id", bos_id),
+        "eos_token_id": stops[0] if len(stops) == 1 else stops,
+        "pad_token_id": tokenizer.pad_id,
+    }
