@@ -55,9 +55,10 @@ class ExportArguments:
     """Directory (huggingface) or file (gguf) to write."""
     format: Literal["huggingface", "gguf"] = "huggingface"
     """A directory with config.json, safetensors and tokenizer.json, or one GGUF file."""
-    dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = "float32"
-    """Dtype of the matrices; float16 and q8_0 only with --format gguf. In a GGUF file, quantized matrices keep their
-    bits as Q8_0, Q4_0 or Q4_1 blocks; to get these, run nextllm quantize first."""
+    dtype: Literal["float32", "bfloat16", "float16", "q8_0"] | None = None
+    """Dtype of the matrices; none: that of the source (bfloat16, or float32 for any other). float16 and q8_0 only with
+    --format gguf. In a GGUF file, quantized matrices keep their bits as Q8_0, Q4_0 or Q4_1 blocks; to get these, run
+    nextllm quantize first."""
     step: str | None = None
     """Checkpoint to use: best, latest, or a step number; none: best, or latest while none has a validation loss."""
     model_type: str | None = None
@@ -72,7 +73,7 @@ def export_command(argv: list[str]) -> int:
     Returns the exit code.
     """
     arguments = tyro.cli(ExportArguments, args=argv, prog="nextllm export", description=ExportArguments.__doc__)
-    if arguments.format == "huggingface" and arguments.dtype not in ("float32", "bfloat16"):
+    if arguments.format == "huggingface" and arguments.dtype not in (None, "float32", "bfloat16"):
         raise InputError(f"dtype {arguments.dtype} is for --format gguf; huggingface takes float32 and bfloat16")
     if arguments.shard_gigabytes <= 0:
         raise InputError(f"shard_gigabytes is {arguments.shard_gigabytes}; it must be positive")

@@ -20,6 +20,7 @@ from gguf import quants
 
 from nextllm_jax.config.model import ModelConfig
 from nextllm_jax.errors import InputError
+from nextllm_jax.hardware import readable_bytes
 from nextllm_jax.interop import gguf_blocks
 from nextllm_jax.interop.gguf_config import (
     ARCHITECTURES,
@@ -176,7 +177,7 @@ def export(
         tensor: (vocab_size, *shape[1:]) if _is_table(tensor) else shape
         for tensor, shape in tensor_shapes(parts).items()
     }
-    writer = gguf.GGUFWriter(file, name)
+    writer, total = gguf.GGUFWriter(file, name), 0
     try:
         for key, value in {**values, **metadata}.items():
             if key != "general.architecture":
@@ -185,7 +186,9 @@ def export(
         for tensor, shape in {**{tensor: array.shape for tensor, array in factors.items()}, **shapes}.items():
             kind = _type_of(shape, block_types.get(tensor, matrix_type))
             nbytes = int(np.prod(quants.quant_shape_to_byte_shape(shape, kind)))
+            total += nbytes
             writer.add_tensor_info(tensor, shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
+        _log.info(f"writing {readable_bytes(total)} of weights")
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

@@ -16,6 +16,8 @@ from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config, DataConfig, ModelConfig
 from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError
+from nextllm_jax.hardware import readable_bytes
+from nextllm_jax.model.accounting import parameter_bytes
 from nextllm_jax.model.calibration import calibrate, calibration_windows
 from nextllm_jax.model.quantize import Observer, abstract_quantized, ignore, is_quantized
 from nextllm_jax.model.transformer import abstract_params
@@ -148,7 +150,7 @@ def export_model(
     output: str,
     *,
     file_format: Format,
-    dtype: str,
+    dtype: str | None = None,
     step: str | int | None = None,
     model_type: str | None = None,
     shard_bytes: int = 5_000_000_000,
@@ -156,12 +158,14 @@ def export_model(
     """Write the model at `source` as a Hugging Face directory or a GGUF file.
 
     Embedding and head have one row per id of the tokenizer; for an imported model, as many rows as its files had.
-    `model_type` is the Hugging Face family to write; None: the one it was imported from, or else the first that fits.
+    `dtype` is the type of the matrices; None: that of the source, bfloat16 or float32. `model_type` is the Hugging Face
+    family to write; None: the one it was imported from, or else the first that fits.
 
     Raises InputError if the format cannot represent the model, and if the output exists.
     """
     require_new(Path(output))
     opened = open_path(resolve(source), step=step)
+    dtype = dtype or opened.dtype
     # Exported Hugging Face directories hold only floats.
     quantization = opened.quantization if file_format == "gguf" else None
     if opened.quantization is not None and quantization is None:
@@ -188,6 +192,8 @@ def export_model(
         with new_output(Path(output)) as directory:
             ids = _token_ids(tokenizer, opened.generation)
             options |= {"token_ids": ids, "generation": opened.generation}
+            written = dataclasses.replace(config, vocab_size=options["vocab_size"], param_dtype=dtype)
+            _log.info(f"writing {readable_bytes(parameter_bytes(written))} of weights in {dtype} to {output}")
             huggingface.export(config, params, directory, shard_bytes=shard_bytes, **options)
             save_huggingface(tokenizer, directory)
     except ModuleNotFoundError as error:

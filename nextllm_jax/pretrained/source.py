@@ -47,6 +47,8 @@ class Source:
     """The Hugging Face model type of imported weights."""
     vocab_size: int | None = None
     """Number of rows of the embedding in the files that the weights were imported from."""
+    dtype: str = "float32"
+    """The type in which an export stores the weights without loss: float32 or bfloat16."""
     quantization: Quantization | None = None
     """The quantization of a run's weights; None for floats. Also None for GGUF files, which can be read as floats."""
     generation: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -107,6 +109,12 @@ def _is_huggingface(directory: Path) -> bool:
     return isinstance(values, dict) and "model_type" in values
 
 
+def _stored_dtype(directory: Path) -> str:
+    """The type of a Hugging Face directory's weights, by its config.json: bfloat16, or float32 for any other."""
+    values = json.loads((directory / "config.json").read_text())
+    return "bfloat16" if values.get("dtype", values.get("torch_dtype")) == "bfloat16" else "float32"
+
+
 def _open_huggingface(directory: Path, ignore_keys: Collection[str]) -> Source:
     from nextllm_jax.interop import huggingface
     from nextllm_jax.tokenizer.huggingface import load_huggingface
@@ -119,6 +127,7 @@ def _open_huggingface(directory: Path, ignore_keys: Collection[str]) -> Source:
         is_run=False,
         model_type=model_type,
         vocab_size=config.vocab_size,
+        dtype=_stored_dtype(directory),
         generation=huggingface.read_generation_config(directory),
     )
 
@@ -153,6 +162,7 @@ def _open_run(run: RunDir, step: str | int | None) -> Source:
         is_run=True,
         model_type=origin.get("model_type"),
         vocab_size=origin.get("vocab_size"),
+        dtype=config.model.param_dtype,
         quantization=quantization,
         generation=origin.get("generation", {}),
     )

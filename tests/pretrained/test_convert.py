@@ -17,8 +17,10 @@ pytest.importorskip("gguf", reason="gguf is missing; install the extra 'interop'
 pytest.importorskip("tokenizers", reason="tokenizers is missing; install the extra 'interop'")
 
 import nextllm_jax
-from nextllm_jax.cli.convert import import_command
+from nextllm_jax.cli.convert import export_command, import_command
 from nextllm_jax.errors import InputError, RunFailed
+from nextllm_jax.hardware import readable_bytes
+from nextllm_jax.model.accounting import parameter_count
 from nextllm_jax.pretrained.convert import export_model, import_model
 from nextllm_jax.pretrained.output import new_output
 from nextllm_jax.tokenizer.backends import ByteBPE
@@ -98,6 +100,18 @@ def test_a_token_without_a_row_is_left_out_of_a_run_too(huggingface, tmp_path, c
     llm = nextllm_jax.load(str(tmp_path / "run"))
     assert np.isfinite(llm.score("a <extra> cat").nll)
     assert "left out: <extra>" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_an_export_has_the_type_of_its_source_and_says_its_size(tmp_path, dtype, messages):
+    write_huggingface(tmp_path / "hf", dtype=dtype)
+    assert export_command(["--checkpoint", str(tmp_path / "hf"), "--output", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == dtype
+    written = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert written == (tmp_path / "hf" / "model.safetensors").read_bytes()
+    count = parameter_count(CONFIG) * (2 if dtype == "bfloat16" else 4)
+    assert f"writing {readable_bytes(count)} of weights in {dtype}" in messages.text
+    assert count < len(written) < 1.2 * count
 
 
 @pytest.mark.parametrize("dtype", ["float32", "q8_0"])
