@@ -21,6 +21,7 @@ import tyro
 
 from nextllm_jax import process, standard_streams
 from nextllm_jax.cli.convert import export_command, import_command
+from nextllm_jax.cli.help import parse_with_config
 from nextllm_jax.cli.plan import plan_command
 from nextllm_jax.cli.quantize import quantize_command
 from nextllm_jax.cli.sample import chat_command, sample_command
@@ -98,12 +99,9 @@ class TrainArguments:
 
 def parse_train(argv: list[str], file: Config) -> TrainArguments:
     """The arguments of `train`; their defaults are in `file`. Exits for --help and unknown options."""
-    return tyro.cli(
-        TrainArguments,
-        args=argv,
-        default=TrainArguments(config=tyro.MISSING, run=file),
-        description=f"{TrainArguments.__doc__}\n\n{process.describe()}",
-    )
+    default = TrainArguments(config=tyro.MISSING, run=file)
+    description = f"{TrainArguments.__doc__}\n\n{process.describe()}"
+    return parse_with_config(argv, default, description=description)
 
 
 def train_command(argv: list[str]) -> int:
@@ -224,7 +222,7 @@ def doctor_command(argv: list[str]) -> int:
         argv = ["--config", "configs/tiny.py", *argv]
     file = config_of_arguments(argv)
     default = DoctorArguments(config=tyro.MISSING, run=file)
-    arguments = tyro.cli(DoctorArguments, args=argv, prog="nextllm doctor", default=default)
+    arguments = parse_with_config(argv, default, prog="nextllm doctor")
 
     from nextllm_jax.pretrained.init_from import with_source
     from nextllm_jax.training.accepted_changes import with_accepted_changes

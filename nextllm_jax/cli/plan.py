@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from nextllm_jax import process
+from nextllm_jax.cli.help import parse_with_config
 from nextllm_jax.config import Config
 from nextllm_jax.config.files import config_of_arguments
 from nextllm_jax.config.quantization import Quantization
@@ -65,8 +66,8 @@ def plan_command(argv: list[str]) -> int:
 
     Returns the exit code.
     """
-    default: Any = PlanArguments(config=tyro.MISSING, run=config_of_arguments(argv))
-    arguments = tyro.cli(PlanArguments, args=argv, prog="nextllm plan", default=default)
+    default = PlanArguments(config=tyro.MISSING, run=config_of_arguments(argv))
+    arguments = parse_with_config(argv, default, prog="nextllm plan")
     _check(arguments)
     process.use_planning_settings()
     values, table = _plan(arguments)

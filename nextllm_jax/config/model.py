@@ -12,7 +12,7 @@ DType = Literal["float32", "bfloat16"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A Llama-style decoder."""
+    """A Llama-style decoder. The settings that every model needs come first, those of single families last."""
 
     vocab_size: Fixed[int] = 8192
     """Rows of the embedding: at least the size of the tokenizer. Further rows are padding."""
@@ -22,8 +22,6 @@ class ModelConfig:
     """Width of the residual stream."""
     mlp_dim: Fixed[int] = 688
     """Width inside SwiGLU."""
-    activation: Literal["silu", "gelu_tanh"] = "silu"
-    """Activation of the MLP gate: silu, or the tanh approximation of gelu (GeGLU)."""
     num_heads: Fixed[int] = 8
     """Query heads."""
     num_kv_heads: Fixed[int] = 4
@@ -34,6 +32,32 @@ class ModelConfig:
     """Maximum number of tokens in a sequence, prompt and new tokens together."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
+    tie_embeddings: Fixed[bool] = True
+    """Use one matrix for both the embedding and the output head."""
+    init_std: NoEffect[float] = 0.02
+    """Standard deviation of the initial weights. The output projections of attention and MLP use
+    init_std / sqrt(2 num_layers)."""
+    dtype: Free[Literal["auto", "float32", "bfloat16"]] = "auto"
+    """Type of the matmuls; auto: bfloat16, but float32 on a CPU without bfloat16 units."""
+    attention: Free[Literal["auto", "xla", "blockwise", "splash", "cudnn"]] = "auto"
+    """Attention kernel for training. xla: plain XLA; blockwise: XLA in blocks, for long sequences; splash: a Pallas
+    kernel for TPUs; cudnn: flash attention of cuDNN, for GPUs. auto: the fastest available kernel that does not need
+    much memory; training prints it at startup."""
+    attention_blocks: Free[tuple[int, ...]] = ()
+    """Block sizes in positions, of queries and of keys, for blockwise and splash; none: chosen for the chip."""
+    param_dtype: Fixed[DType] = "float32"
+    """Type in which parameters are stored."""
+    remat: Free[Literal["none", "dots", "save_attention", "full"]] = "none"
+    """What the backward pass recomputes. none: nothing; dots: everything except matmul results; save_attention:
+    everything except attention outputs; full: whole layers."""
+    remat_offload: Free[bool] = False
+    """Store the activations that remat saves in host memory (TPU and GPU)."""
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    """Activation of the MLP gate: silu, or the tanh approximation of gelu (GeGLU)."""
+    layer_pattern: Fixed[tuple[LayerKind, ...]] = ("global",)
+    """Kinds of layers, repeated over the depth: global, local (sliding window), global_nope (no RoPE)."""
+    sliding_window: int = 1024
+    """Positions that a query in a local layer attends to, including its own."""
     rope_local_theta: float | None = None
     """Base of the rotary frequencies in local layers, which are then not scaled; none: same as in global layers."""
     rotary_dim: int | None = None
@@ -59,10 +83,6 @@ class ModelConfig:
     """Divisors of the frequencies if context_length is at most the original context (longrope)."""
     rope_long_factors: tuple[float, ...] = ()
     """Divisors of the frequencies if context_length exceeds the original context (longrope)."""
-    layer_pattern: Fixed[tuple[LayerKind, ...]] = ("global",)
-    """Kinds of layers, repeated over the depth: global, local (sliding window), global_nope (no RoPE)."""
-    sliding_window: int = 1024
-    """Positions that a query in a local layer attends to, including its own."""
     norm_eps: float = 1e-5
     """Epsilon of RMSNorm."""
     norm_scale_offset: float = 0.0
@@ -89,26 +109,6 @@ class ModelConfig:
     """The logits are divided by this, before their soft cap."""
     logit_soft_cap: float | None = None
     """Bounds the logits: cap * tanh(logit / cap); none: no bound."""
-    tie_embeddings: Fixed[bool] = True
-    """Use one matrix for both the embedding and the output head."""
-    init_std: NoEffect[float] = 0.02
-    """Standard deviation of the initial weights. The output projections of attention and MLP use
-    init_std / sqrt(2 num_layers)."""
-    dtype: Free[Literal["auto", "float32", "bfloat16"]] = "auto"
-    """Type of the matmuls; auto: bfloat16, but float32 on a CPU without bfloat16 units."""
-    attention: Free[Literal["auto", "xla", "blockwise", "splash", "cudnn"]] = "auto"
-    """Attention kernel for training. xla: plain XLA; blockwise: XLA in blocks, for long sequences; splash: a Pallas
-    kernel for TPUs; cudnn: flash attention of cuDNN, for GPUs. auto: the fastest available kernel that does not need
-    much memory; training prints it at startup."""
-    attention_blocks: Free[tuple[int, ...]] = ()
-    """Block sizes in positions, of queries and of keys, for blockwise and splash; none: chosen for the chip."""
-    param_dtype: Fixed[DType] = "float32"
-    """Type in which parameters are stored."""
-    remat: Free[Literal["none", "dots", "save_attention", "full"]] = "none"
-    """What the backward pass recomputes. none: nothing; dots: everything except matmul results; save_attention:
-    everything except attention outputs; full: whole layers."""
-    remat_offload: Free[bool] = False
-    """Store the activations that remat saves in host memory (TPU and GPU)."""
 
     def __post_init__(self) -> None:
         check_types(self, "model.")

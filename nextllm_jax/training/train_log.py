@@ -2,6 +2,7 @@
 
 import datetime
 import logging
+import math
 import sys
 import time
 from typing import Any
@@ -15,12 +16,15 @@ from nextllm_jax.training.writers import MetricsWriter
 
 _log = logging.getLogger(__name__)
 
+_MESSAGE_SECONDS = 30.0
+"""Least time between the messages above a bar."""
+
 
 class TrainLog(Hook):
     """Adds every step to the meter, and writes and shows what it reads every `training.log_every_steps` steps.
 
-    On a terminal the progress is a bar, otherwise a message for each line. With `enabled` False (in all processes
-    except process 0), nothing is shown.
+    On a terminal the progress is a bar, with a message at most every 30 seconds that stays above it; otherwise a
+    message for each line. With `enabled` False (in all processes except process 0), nothing is shown.
     """
 
     def __init__(self, config: Config, meter: TrainMeter, writer: MetricsWriter, *, enabled: bool = True) -> None:
@@ -31,6 +35,8 @@ class TrainLog(Hook):
         self._first: tuple[float, int] | None = None
         """Time and step of the first call of `after_step`, which is after compilation."""
         self._written = 0
+        self._last_message = -math.inf
+        """Time of the last message above the bar."""
 
     def after_step(self, step: int, metrics: StepMetrics) -> None:
         """Move the bar; if a line is due, wait for the step and write it."""
@@ -71,7 +77,8 @@ class TrainLog(Hook):
             words.append(f"{record['tokens_per_second']:,.0f} tokens/s")
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(words))
-        else:
+        if self._bar is None or time.monotonic() - self._last_message >= _MESSAGE_SECONDS:
+            self._last_message = time.monotonic()
             step = record["step"]
             _log.info(", ".join([f"step {step}/{self._total_steps}", *words, f"ETA {self._eta(step)}"]))
 

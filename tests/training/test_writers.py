@@ -274,16 +274,19 @@ def test_terminal_has_a_bar(writers, monkeypatch, messages):
         def isatty(self):
             return True
 
-    terminal = Terminal()
+    terminal, now = Terminal(), [0.0]
     monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setattr("nextllm_jax.training.train_log.time.monotonic", lambda: now[0])
     log = make_log(writers)
-    for step in (59, 60, 61, 80):
+    for step, seconds in ((59, 0), (60, 1), (61, 2), (70, 20), (80, 31)):
+        now[0] = seconds
         log.after_step(step, mock.Mock())
     log.close()
     shown = terminal.getvalue()
     assert re.search(r"step: *60%.* 60/100 .*ETA .*loss 2.0000, 1,000 tokens/s", shown)
     assert re.search(r"step: *80%.* 80/100 .*ETA .*loss 2.0000, 1,000 tokens/s", shown)
-    assert messages.messages == []
+    lines = [message.partition(",")[0] for message in messages.messages]
+    assert lines == ["step 60/100", "step 80/100"], "every 30 seconds, a line that stays"
 
 
 def test_full_disk_is_a_sentence(tmp_path, writers):
