@@ -53,7 +53,8 @@ class ExportArguments:
     format: Literal["huggingface", "gguf"] = "huggingface"
     """A directory with config.json, safetensors and tokenizer.json, or one GGUF file."""
     dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = "float32"
-    """Dtype of the matrices; float16 and q8_0 only with --format gguf."""
+    """Dtype of the matrices; float16 and q8_0 only with --format gguf. In a GGUF file, quantized matrices keep their
+    bits as Q8_0, Q4_0 or Q4_1 blocks; to get these, run nextllm quantize first."""
     step: str | None = None
     """Checkpoint to use: best, latest, or a step number; none: best, or latest while none has a validation loss."""
     model_type: str | None = None

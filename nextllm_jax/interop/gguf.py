@@ -7,6 +7,7 @@ matrices of a model are exported in the matching block type: Q8_0, Q4_0 or Q4_1 
 import collections
 import dataclasses
 import functools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from nextllm_jax.interop.streaming import read_params, require_tensors, tensors_
 from nextllm_jax.model.quantize import Observer, ignore, is_quantized
 from nextllm_jax.model.weights import by_name
 from nextllm_jax.ops.quantized import QTensor, dequantize
+
+_log = logging.getLogger(__name__)
 
 _READABLE = (
     Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1,
@@ -182,13 +185,20 @@ def export(
         writer.write_ti_data_to_file()
         for array in factors.values():
             writer.write_tensor_data(array.astype(np.float32))
+        rounded_again = 0
         for tensor, array in tensors_of(parts, params, rows=vocab_size):
             in_order = functools.partial(_in_order, tensor, architecture=architecture, head_dim=config.head_dim)
             array = jax.tree.map(in_order, array)
             kind = _type_of(array.shape, block_types.get(tensor, matrix_type))
+            rounded_again += isinstance(array, QTensor) and not gguf_blocks.keeps(array)
             writer.write_tensor_data(_data_of(tensor, array, kind))
     finally:
         writer.close()
+    if rounded_again:
+        _log.warning(
+            f"{rounded_again} matrices were rounded again, because their groups of inputs are smaller than the "
+            f"{gguf_blocks.COLUMNS} inputs of a GGUF block"
+        )
 
 
 def _in_order(tensor: str, array: np.ndarray, architecture: Architecture, head_dim: int) -> np.ndarray:
