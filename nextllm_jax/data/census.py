@@ -29,21 +29,25 @@ class Census:
                 self._with_replaced += 1
             yield document
 
-    def describe(self) -> list[str]:
-        """A line about duplicates and one about U+FFFD, if there are any."""
-        found = []
+    def describe_duplicates(self) -> str | None:
+        """A line about documents with the same text, if there are any."""
         training, held_out = (np.frombuffer(each, np.uint64) for each in (self._training, self._held_out))
         total = len(training) + len(held_out)
-        if repeated := total - len(np.unique(np.concatenate([training, held_out]))):
-            in_both = int(np.isin(training, held_out).sum())
-            leak = f", and {in_both:,} training documents are also in the validation split" if in_both else ""
-            found.append(
-                f"{repeated:,} of {total:,} documents repeat the text of another{leak}; --data.deduplicate exact keeps "
-                "one of each"
-            )
-        if self._replaced:
-            found.append(
-                f"{self._replaced:,} characters in {self._with_replaced:,} documents are U+FFFD, which stands for "
-                f"invalid UTF-8, first in {self._example}; convert files in other encodings to UTF-8"
-            )
-        return found
+        repeated = total - len(np.unique(np.concatenate([training, held_out])))
+        if not repeated:
+            return None
+        in_both = int(np.isin(training, held_out).sum())
+        leak = f", and {in_both:,} training documents are also in the validation split" if in_both else ""
+        return (
+            f"{repeated:,} of {total:,} documents repeat the text of another{leak}; --data.deduplicate exact keeps one "
+            "of each"
+        )
+
+    def describe_replaced(self) -> str | None:
+        """A line about invalid UTF-8, if there is any."""
+        if not self._replaced:
+            return None
+        return (
+            f"{self._replaced:,} characters in {self._with_replaced:,} documents are U+FFFD, which stands for invalid "
+            f"UTF-8, first in {self._example}; convert files in other encodings to UTF-8"
+        )

@@ -283,8 +283,12 @@ def _tokenize_corpus(
             skipped.add_bad_rows(*report.bad_rows)
     for number, process in enumerate(tokens, 1):
         _log.info(f"process {number}: {tokens[process]:,} tokens, {tokens[process] / seconds[process]:,.0f} tokens/s")
-    for text in (*skipped.describe(), *census.describe()):
-        _log.warning(text)
+    for problem in filter(None, (skipped.describe_bad_rows(), census.describe_replaced())):
+        _log.warning(problem)
+    if skipped.duplicates:
+        _log.info("skipped %s duplicate documents", f"{skipped.duplicates:,}")
+    elif repeated := census.describe_duplicates():
+        _log.info(repeated)
     return paths
 
 
@@ -303,3 +307,9 @@ def _log_counts(output: Path) -> None:
         for name in SPLITS
     )
     _log.info("prepared %s: %s", output, counts)
+    training, held_out = (dataset.split(name).num_tokens for name in SPLITS)
+    if held_out > training:
+        _log.warning(
+            "the validation split is larger than the training split; lower data.validation_fraction, or give "
+            "more and smaller files"
+        )

@@ -39,10 +39,9 @@ class Skipped:
             raise InputError(f"more than data.skip_bad_rows {self._allowed:,} rows are bad, such as {self._first()}")
         raise InputError(f"{self.bad_rows[0]}; --data.skip-bad-rows N skips up to N such rows")
 
-    def describe(self) -> list[str]:
-        """A line about bad rows, with the first of them, and one about duplicates, if there are any."""
-        found = [f"skipped {len(self.bad_rows):,} bad rows, such as {self._first()}"] if self.bad_rows else []
-        return found + ([f"skipped {self.duplicates:,} duplicate documents"] if self.duplicates else [])
+    def describe_bad_rows(self) -> str | None:
+        """A line with the number and the first of the bad rows, if there are any."""
+        return f"skipped {len(self.bad_rows):,} bad rows, such as {self._first()}" if self.bad_rows else None
 
     def _first(self) -> str:
         return "; ".join(f"({number}) {error}" for number, error in enumerate(self.bad_rows[:3], 1))
