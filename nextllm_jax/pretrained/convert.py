@@ -169,8 +169,9 @@ def export_model(
             from nextllm_jax.interop import gguf
             from nextllm_jax.tokenizer.gguf import to_gguf
 
+            metadata = to_gguf(tokenizer, options["vocab_size"])
             with _published(Path(output)) as file:
-                gguf.export(config, params, file, metadata=to_gguf(tokenizer), **options)
+                gguf.export(config, params, file, metadata=metadata, **options)
             return
         from nextllm_jax.interop import huggingface
         from nextllm_jax.tokenizer.huggingface import save_huggingface

@@ -124,7 +124,7 @@ def _open_gguf(path: Path) -> Source:
     file = gguf.GGUFFile(path)
     return Source(
         file.config,
-        load_tokenizer=lambda: from_gguf(file.metadata),
+        load_tokenizer=lambda: from_gguf(file.metadata).within(file.config.vocab_size),
         load_params=file.load_params,
         is_run=False,
         model_type=file.model_type,
@@ -142,7 +142,7 @@ def _open_run(run: RunDir, step: str | int | None) -> Source:
     quantization = from_dict(Quantization, Quantization.upgraded(quantized), where) if quantized else None
     return Source(
         config.model,
-        load_tokenizer=lambda: Tokenizer.load(run.tokenizer),
+        load_tokenizer=lambda: Tokenizer.load(run.tokenizer).within(config.model.vocab_size),
         load_params=functools.partial(_load_run, run, number, config, quantization),
         is_run=True,
         model_type=origin.get("model_type"),

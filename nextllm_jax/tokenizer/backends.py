@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Literal
 
 import tiktoken
@@ -21,6 +21,7 @@ Recognize = Literal["all", "added", "none"]
 """Which tokens are recognized by their spelling in a text: all; added tokens that are not special; none."""
 
 _LONGEST_BLANK = 100_000
+_BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _CONTINUATION_BYTES = range(0x80, 0xC0)
 
 
@@ -78,6 +79,14 @@ class ByteBPE:
         """The text split at the tokens that it contains: tokens as ids, the rest as text."""
         return split_at(self._all, self.tokens, text)
 
+    def without(self, tokens: Collection[str]) -> "ByteBPE":
+        """The encoding without some of its special and added tokens."""
+        special, added = (
+            {token: id for token, id in known.items() if token not in tokens}
+            for known in (self.special_tokens, self.added_tokens)
+        )
+        return ByteBPE(self.ranks, self.pattern, special, added, nfc=self.nfc)
+
     @functools.cached_property
     def ranks_text(self) -> bytes:
         """The ranks in tiktoken's own text format."""
@@ -113,8 +122,6 @@ class HuggingFaceBPE:
     def __init__(self, description: str) -> None:
         self.description = description
         self._recognize_all = from_json(description)
-        self._recognize_added = from_json(description)
-        self._recognize_added.encode_special_tokens = True
         added = self._recognize_all.get_added_tokens_decoder()
         self.special_tokens = {token.content: id for id, token in added.items() if token.special}
         self.added_tokens = {token.content: id for id, token in added.items() if not token.special}
@@ -137,19 +144,83 @@ class HuggingFaceBPE:
         """The text split at the tokens that it contains: tokens as ids, the rest as text."""
         return split_at(self._all, self.tokens, text)
 
-    def puts_first(self) -> int | None:
-        """The id that the post-processor of the tokenizer.json puts before a text; None if it puts none."""
-        plain, whole = (self._recognize_all.encode("a", add_special_tokens=ends).ids for ends in (False, True))
-        return whole[0] if whole[:1] != plain[:1] else None
+    def without(self, tokens: Collection[str]) -> "HuggingFaceBPE":
+        """The tokenizer without some of its special and added tokens, which have the highest ids."""
+        description = json.loads(self.description)
+        description["added_tokens"] = [each for each in description["added_tokens"] if each["content"] not in tokens]
+        model = description["model"]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {piece: id for piece, id in model["vocab"].items() if piece not in tokens}
+        else:
+            model["vocab"] = [entry for entry in model["vocab"] if entry[0] not in tokens]
+        _remove_merges(model, tokens)
+        return HuggingFaceBPE(json.dumps(description, ensure_ascii=False))
+
+    def prefix(self) -> list[int]:
+        """The ids that the post-processor of the tokenizer.json puts before a text."""
+        whole = self._recognize_all.encode("a")
+        length = next((i for i, added in enumerate(whole.special_tokens_mask) if not added), 0)
+        return whole.ids[:length]
+
+    @functools.cached_property
+    def _recognize_added(self) -> Any:
+        return self._without(self.special_tokens)
 
     @functools.cached_property
     def _recognize_none(self) -> Any:
+        return self._without(self.tokens)
+
+    def _without(self, tokens: Collection[str]) -> Any:
+        """The tokenizer with the same ids that encodes the spellings of `tokens` as ordinary text.
+
+        `encode_special_tokens` does so only if the model has no other way to produce the tokens. Otherwise, they get
+        spellings that no text contains. A token of one character keeps its spelling, since its text has no other id.
+        """
         description = json.loads(self.description)
         for token in description["added_tokens"]:
-            token["special"] = True
+            token["special"] = token["special"] or token["content"] in tokens
+        spelled = {token: f" \ufdd0{self.ids[token]} " for token in tokens if len(token) > 1}
+        if _can_produce(description["model"], spelled):
+            _rename(description, spelled)
         encoder = from_json(json.dumps(description))
         encoder.encode_special_tokens = True
         return encoder
+
+
+def merge_pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
+    """The merges of a BPE model in a tokenizer.json, which has pairs or, in earlier versions, "left right"."""
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    return [(left, right) for left, right in pairs]
+
+
+def _can_produce(model: dict[str, Any], tokens: Collection[str]) -> bool:
+    """Whether a model in a tokenizer.json may encode text as one of the tokens."""
+    if model["type"] != "BPE":
+        return True
+    if model.get("ignore_merges"):  # whole words are looked up in the vocabulary
+        return any(token in model["vocab"] for token in tokens)
+    return any(left + right in tokens for left, right in merge_pairs(model))
+
+
+def _rename(description: dict[str, Any], spellings: dict[str, str]) -> None:
+    """Replace the spellings of tokens in a tokenizer.json, in place, and remove the merges that they are part of."""
+    for token in description["added_tokens"]:
+        token["content"] = spellings.get(token["content"], token["content"])
+    model = description["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {spellings.get(piece, piece): id for piece, id in model["vocab"].items()}
+    else:
+        model["vocab"] = [[spellings.get(piece, piece), score] for piece, score in model["vocab"]]
+    if model.get("unk_token") in spellings:
+        model["unk_token"] = spellings[model["unk_token"]]
+    _remove_merges(model, spellings)
+
+
+def _remove_merges(model: dict[str, Any], tokens: Collection[str]) -> None:
+    """Remove the merges that produce or use one of the tokens from a model in a tokenizer.json."""
+    if "merges" in model:
+        pairs = merge_pairs(model)
+        model["merges"] = [pair for pair in pairs if {*pair, "".join(pair)}.isdisjoint(tokens)]
 
 
 def import_tokenizers() -> Any:
@@ -162,7 +233,8 @@ def import_tokenizers() -> Any:
 
 
 def from_json(description: str) -> Any:
-    """A `tokenizers.Tokenizer` without truncation and padding.
+    """A `tokenizers.Tokenizer` without truncation, padding and random splits (dropout), so that ids are a function of
+    the text.
 
     Raises InputError if the package is missing, or if the JSON is not a tokenizer.
     """
@@ -173,6 +245,9 @@ def from_json(description: str) -> Any:
         raise InputError(f"tokenizer.json cannot be read as a tokenizer ({error}); restore an intact copy") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    for setting in ("dropout", "alpha", "nbest_size"):  # of BPE; of Unigram
+        if getattr(tokenizer.model, setting, None) is not None:
+            setattr(tokenizer.model, setting, None)
     return tokenizer
 
 
@@ -230,25 +305,41 @@ def letters_to_bytes(piece: str) -> bytes:
     return piece.encode()
 
 
-def _sentencepiece_to_bytes(piece: str) -> bytes:
-    if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):
-        return bytes([int(piece[3:5], 16)])
-    return piece.replace("▁", " ").encode()
+def _piece_decoder(decoder: dict[str, Any] | None) -> Callable[[str], bytes]:
+    """The function that maps a piece of the vocabulary to its bytes, for the decoder of a tokenizer.json.
 
-
-def _piece_decoder(decoder: dict[str, Any] | None) -> Any:
-    """The function that maps a piece of the vocabulary to its bytes, for the decoder of a tokenizer.json."""
-    kinds = {decoder["type"]} if decoder else set()
-    if decoder and decoder["type"] == "Sequence":
-        kinds = {part["type"] for part in decoder["decoders"]}
-    if "ByteLevel" in kinds:
+    Steps that act on a whole text are left out: they only remove the space before it. Raises InputError for a decoder
+    that does more.
+    """
+    steps = decoder.get("decoders", [decoder]) if decoder else []
+    kinds = [step["type"] for step in steps]
+    if "ByteLevel" in kinds and set(kinds) <= {"ByteLevel", "Fuse"}:
         return letters_to_bytes
-    if kinds and kinds <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
-        return _sentencepiece_to_bytes
-    raise InputError(
-        f"tokenizer.json has the decoder {', '.join(sorted(kinds)) or 'none'}, which is not supported; use a "
-        "byte-level BPE or SentencePiece tokenizer"
-    )
+    order = "".join(f"{kind} " for kind in kinds)
+    if not re.fullmatch("((Replace|Metaspace|ByteFallback) )+(Fuse )?(Strip )?", order):
+        raise InputError(
+            f"tokenizer.json has the decoder {', '.join(kinds) or 'none'}, which is not supported; use a byte-level "
+            "BPE or SentencePiece tokenizer"
+        )
+    if kinds[-1] == "Strip" and (steps[-1]["content"], steps[-1]["stop"]) != (" ", 0):
+        raise InputError(f"tokenizer.json has the decoder {steps[-1]}; only removing leading spaces is supported")
+    replacements: list[tuple[str, str]] = []
+    for step in steps:
+        if step["type"] == "Metaspace":
+            replacements.append((step["replacement"], " "))
+        elif step["type"] == "Replace" and "String" not in step["pattern"]:
+            raise InputError(f"tokenizer.json has the decoder {step}; only replacing a string is supported")
+        elif step["type"] == "Replace":
+            replacements.append((step["pattern"]["String"], step["content"]))
+
+    def to_bytes(piece: str) -> bytes:
+        for old, new in replacements:
+            piece = piece.replace(old, new)
+        return piece.encode()
+
+    if "ByteFallback" not in kinds:
+        return to_bytes
+    return lambda piece: bytes([int(piece[3:5], 16)]) if _BYTE_PIECE.fullmatch(piece) else to_bytes(piece)
 
 
 def missing_bytes(ranks: dict[bytes, int]) -> list[bytes]:

@@ -1,13 +1,15 @@
 """Reads and writes the vocabulary in a GGUF file's metadata; llama.cpp's GGUF specification defines the keys."""
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
 
 from nextllm_jax.errors import InputError
-from nextllm_jax.tokenizer.backends import ByteBPE, HuggingFaceBPE, bytes_to_letters
-from nextllm_jax.tokenizer.huggingface import added_token, byte_level_description, from_description, merges
+from nextllm_jax.tokenizer.backends import ByteBPE, HuggingFaceBPE, bytes_to_letters, merge_pairs
+from nextllm_jax.tokenizer.huggingface import byte_level_description, from_description, merge_to_themselves, merges
+from nextllm_jax.tokenizer.huggingface_files import added_token
 from nextllm_jax.tokenizer.patterns import (
     DIGITS_PATTERN,
     LLAMA3_PATTERN,
@@ -18,8 +20,20 @@ from nextllm_jax.tokenizer.patterns import (
     QWEN2_PATTERN,
     TEKKEN_PATTERN,
 )
-from nextllm_jax.tokenizer.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Piece, describe
+from nextllm_jax.tokenizer.sentencepiece import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Piece,
+    describe,
+    placeholder,
+)
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
 
 PATTERNS = {
     "gpt-2": PLAIN_GPT2_PATTERN,
@@ -96,29 +110,103 @@ def read_metadata(file: Path) -> dict[str, Any]:
         raise InputError(f"{file} cannot be read as GGUF ({error}); restore an intact copy") from error
 
 
-def to_gguf(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `tokenizer.*` metadata of a GGUF file for a tokenizer, with ids 0 to vocab_size - 1.
+def to_gguf(tokenizer: Tokenizer, rows: int | None = None) -> dict[str, Any]:
+    """The `tokenizer.*` metadata of a GGUF file for a tokenizer, with a token for each of the embedding's `rows`.
 
-    Raises InputError if llama.cpp has no name for the pattern that splits text.
+    `rows` defaults to vocab_size. The metadata is verified by reading it. Raises InputError, which names the parts of
+    the tokenizer that GGUF cannot represent, if reading gives other ids.
     """
     roles, backend = tokenizer.roles, tokenizer.backend
     metadata, vocabulary = _write_byte_level(backend) if isinstance(backend, ByteBPE) else _write_sentencepiece(backend)
-    unknown = backend.tokens.get(roles.names.get("unk_token", ""))
     for token, id in backend.tokens.items():
-        kind = CONTROL if token in backend.special_tokens else USER_DEFINED
-        vocabulary[id] = (token, UNKNOWN if id == unknown and not isinstance(backend, ByteBPE) else kind)
-    entries = [vocabulary.get(id, (f"[PAD{id}]", UNUSED)) for id in range(tokenizer.vocab_size)]
+        if vocabulary.get(id) != (token, UNKNOWN):
+            vocabulary[id] = (token, CONTROL if token in backend.special_tokens else USER_DEFINED)
+    ids = range(rows or tokenizer.vocab_size)  # llama.cpp refuses a file with more rows than tokens
+    entries = [vocabulary.get(id, (placeholder(id), UNUSED)) for id in ids]
     metadata |= {
         "tokenizer.ggml.tokens": [text for text, _ in entries],
         "tokenizer.ggml.token_type": [kind for _, kind in entries],
         "tokenizer.ggml.add_bos_token": roles.add_bos,
     }
+    if scores := metadata.get("tokenizer.ggml.scores"):
+        metadata["tokenizer.ggml.scores"] = [scores.get(id, 0.0) for id in ids]
     for name, key in _NAMES.items():
         if roles.names.get(key) in backend.tokens:
             metadata[f"tokenizer.ggml.{name}_token_id"] = backend.tokens[roles.names[key]]
+    if roles.add_bos:
+        metadata["tokenizer.ggml.bos_token_id"] = roles.bos_id
     if roles.chat_template is not None:
         metadata["tokenizer.chat_template"] = roles.chat_template
+    again = from_gguf(metadata)
+    if differing := _differences(tokenizer, again):
+        raise InputError(f"GGUF cannot represent this tokenizer: {', '.join(differing)}; export to Hugging Face")
+    more_stops = sorted({*roles.stop_ids} - {*again.stop_ids})
+    metadata |= {f"tokenizer.ggml.{name}_token_id": id for name, id in zip(("eot", "eom"), more_stops, strict=False)}
+    if len(more_stops) > 2:
+        _log.warning(f"GGUF has no keys for the stop ids {more_stops[2:]}; other programs do not stop at them")
     return metadata
+
+
+def _differences(tokenizer: Tokenizer, again: Tokenizer) -> list[str]:
+    """What differs between a tokenizer and what its metadata reads as."""
+    mine, other = tokenizer.backend, again.backend
+    same = {
+        "ids have other bytes": mine.bytes_of == other.bytes_of,
+        "special or added tokens differ": (mine.special_tokens, mine.added_tokens)
+        == (other.special_tokens, other.added_tokens),
+        "documents begin or end differently": (tokenizer.add_bos, tokenizer.bos_id, tokenizer.eos_id)
+        == (again.add_bos, again.bos_id, again.eos_id),
+    }
+    if isinstance(mine, ByteBPE):
+        same["text is merged differently"] = isinstance(other, ByteBPE)
+        same["NFC normalization differs"] = isinstance(other, HuggingFaceBPE) or mine.nfc == other.nfc
+    elif isinstance(other, HuggingFaceBPE):
+        same |= _same_sentencepiece(json.loads(mine.description), json.loads(other.description))
+        texts = [text for token in mine.tokens for text in (token, f"a{token}b", f" {token.replace('▁', ' ')} a")]
+        same["text next to added tokens differs"] = all(
+            mine.encode(text, "all") == other.encode(text, "all")
+            and mine.encode(text, "added") == other.encode(text, "added")
+            for text in texts
+        )
+    return [difference for difference, is_same in same.items() if not is_same]
+
+
+def _same_sentencepiece(mine: dict[str, Any], other: dict[str, Any]) -> dict[str, bool]:
+    """Whether parts of a tokenizer.json are equivalent to those of another, which `sentencepiece.describe` made."""
+    model, normalizer, pre_tokenizer = mine["model"], mine["normalizer"] or {}, mine["pre_tokenizer"]
+    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    theirs = other["normalizer"]["normalizers"]
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False}
+    is_plain = steps in (theirs, theirs[::-1]) and pre_tokenizer is None
+    flags = [token[name] for token in mine["added_tokens"] for name in ("lstrip", "rstrip", "single_word")]
+    settings = ["byte_fallback", "ignore_merges"]
+    if not all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256)):
+        settings += ["unk_token", "fuse_unk"]
+    parts = ", ".join(
+        part["type"] for part in [*steps, *(pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])] if part
+    )
+    return {
+        f"text is prepared by {parts or 'nothing'}": is_plain or (not steps and pre_tokenizer == metaspace),
+        "added tokens strip whitespace or match whole words": not any(flags),
+        f"the model has {', '.join(f'{name} {model[name]}' for name in settings)}": all(
+            model[name] == other["model"][name] for name in settings
+        ),
+        "text is merged differently": _same_merges(mine, other["model"]),
+    }
+
+
+def _same_merges(mine: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether the merges of a tokenizer.json are equivalent to those of a model, which lists every split of each piece.
+
+    They are if they list the same merges in the same order of the pieces that they produce. They also are if they list
+    one merge for each piece and reduce it to that piece, as merges do that have been trained: then two pieces that form
+    a piece only ever occur next to each other in the way that its own merge lists.
+    """
+    pairs, others = merge_pairs(mine["model"]), merge_pairs(other)
+    made, others_made = (list(dict.fromkeys(map("".join, found))) for found in (pairs, others))
+    if made == others_made and set(pairs) == set(others):
+        return True
+    return len(made) == len(pairs) and made == others_made and merge_to_themselves(mine, made)
 
 
 def _byte_level(metadata: dict[str, Any], tokens: list[str], types: list[int]) -> tuple[dict[str, Any], bool]:
@@ -135,7 +223,7 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str], types: list[int]) -
             if kind in (CONTROL, USER_DEFINED)
         ],
         vocab={token: id for id, (token, kind) in enumerate(kinds) if kind != UNUSED},
-        merges=[merge.split(" ") for merge in metadata["tokenizer.ggml.merges"]],
+        merges=[merge.split(" ") for merge in metadata["tokenizer.ggml.merges"] if merge],
         nfc=pre in _COMPOSED,
         ignore_merges=pre in _WHOLE_WORDS_FIRST,
     )
@@ -151,26 +239,28 @@ def _write_byte_level(backend: ByteBPE) -> tuple[dict[str, Any], dict[int, tuple
     if pre is None:
         raise InputError("GGUF has no name for the pattern that this tokenizer splits text by; export to Hugging Face")
     pairs = [f"{bytes_to_letters(left)} {bytes_to_letters(right)}" for left, right in merges(backend.ranks)]
-    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.merges": pairs}
+    # llama.cpp needs the key, and the gguf package writes no empty list.
+    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.merges": pairs or [""]}
     return metadata, {id: (bytes_to_letters(token), NORMAL) for token, id in backend.ranks.items()}
 
 
 def _write_sentencepiece(backend: HuggingFaceBPE) -> tuple[dict[str, Any], dict[int, tuple[str, int]]]:
-    """The metadata for merging text, and id -> (spelling, kind). The scores encode the order of the merges."""
+    """The metadata for merging text, and id -> (spelling, kind). The scores, by id, encode the order of the merges."""
     description = json.loads(backend.description)
     model = description["model"]
     if model["type"] != "BPE" or not model.get("byte_fallback"):
         raise InputError("this tokenizer is neither byte-level BPE nor SentencePiece; export to Hugging Face, not GGUF")
     scores = dict.fromkeys(model["vocab"].values(), -1e9)
-    for number, merge in reversed(list(enumerate(model["merges"]))):
-        scores[model["vocab"]["".join(merge)]] = -float(number)
+    for number, pair in reversed(list(enumerate(merge_pairs(model)))):
+        scores[model["vocab"]["".join(pair)]] = -float(number)
     metadata = {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.scores": [scores.get(id, 0.0) for id in range(max(backend.bytes_of) + 1)],
-        "tokenizer.ggml.add_space_prefix": backend.bytes_of[backend.encode("a", "none")[0]].startswith(b" "),
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.add_space_prefix": '"Prepend"' in json.dumps(description["normalizer"]),
     }
-    kinds = {
-        id: (piece, BYTE if re.fullmatch(r"<0x[0-9A-F]{2}>", piece) else NORMAL) for piece, id in model["vocab"].items()
-    }
-    return metadata, kinds
+
+    def kind(piece: str) -> int:
+        return UNKNOWN if piece == model["unk_token"] else BYTE if re.fullmatch("<0x[0-9A-F]{2}>", piece) else NORMAL
+
+    return metadata, {id: (piece, kind(piece)) for piece, id in model["vocab"].items()}

@@ -5,6 +5,7 @@ in the `tokenizers` package.
 """
 
 import json
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,50 +19,58 @@ from nextllm_jax.tokenizer.backends import (
     byte_letters,
     bytes_to_letters,
     from_json,
+    import_tokenizers,
     letters_to_bytes,
+    merge_pairs,
     missing_bytes,
 )
+from nextllm_jax.tokenizer.huggingface_files import added_token, read_declarations, read_json
 from nextllm_jax.tokenizer.patterns import DIGITS_PATTERN, IN_BOTH_ENGINES, PLAIN, PLAIN_GPT2_PATTERN
 from nextllm_jax.tokenizer.tokenizer import Roles, Tokenizer
 
+_log = logging.getLogger(__name__)
+
 _TEXT_ENDS = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>")
 _TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>", "<|return|>")
-_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def load_huggingface(path: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer of a Hugging Face directory or of a single tokenizer.json, with its roles and chat template.
 
-    The tokens that begin and end text are read from tokenizer_config.json, special_tokens_map.json,
-    generation_config.json and config.json, if these exist. Raises InputError, which names the file, for a missing
-    tokenizer or a damaged file.
+    Other tokens, and the tokens that begin and end text, are read from the files that `read_declarations` names. Added
+    tokens with ids beyond the vocab_size of config.json are left out, with a warning. Raises InputError, which names
+    the file, for a missing tokenizer or a damaged file.
     """
     file = Path(path)
     folder = file.parent if file.name == "tokenizer.json" else file
-    if (folder / "tokenizer.json").is_file():
-        description = _read_json(folder / "tokenizer.json")
+    has_json = (folder / "tokenizer.json").is_file()
+    if has_json:
+        description = read_json(folder / "tokenizer.json")
     elif (folder / "tokenizer.model").is_file():
         description = sentencepiece.read_model(folder / "tokenizer.model")
     else:
         raise InputError(f"{folder} holds neither tokenizer.json nor tokenizer.model; add one of them")
-    config = _read_json(folder / "tokenizer_config.json")
-    names = {**_read_json(folder / "special_tokens_map.json"), **config}
-    names = {name: _spelling(names.get(name)) for name in _NAMES}
-    stops: list[Any] = []
-    for other in ("generation_config.json", "config.json"):
-        eos = _read_json(folder / other).get("eos_token_id")
-        stops += eos if isinstance(eos, list) else [eos]
+    declared = read_declarations(folder)
     try:
-        return from_description(
+        tokenizer = from_description(
             folder.resolve().name,
             description,
-            names={name: token for name, token in names.items() if token is not None},
-            add_bos=config.get("add_bos_token"),
-            stop_ids=[id for id in stops if isinstance(id, int)],
-            chat_template=_chat_template(folder, config),
+            names=declared.names,
+            tokens=declared.tokens,
+            add_bos=None if has_json else declared.add_bos,
+            stop_ids=declared.stop_ids,
+            chat_template=declared.chat_template,
         )
+        if declared.rows is not None:
+            tokenizer = tokenizer.within(declared.rows)
     except InputError as error:
         raise InputError(f"the tokenizer in {folder} cannot be used: {error}") from error
+    if declared.add_bos not in (None, tokenizer.add_bos):
+        _log.warning(
+            f"{folder}: prompts {'begin' if tokenizer.add_bos else 'do not begin'} with a token, as the post-processor "
+            f"of tokenizer.json says; add_bos_token {declared.add_bos} in tokenizer_config.json is ignored"
+        )
+    return tokenizer
 
 
 def from_description(
@@ -69,36 +78,36 @@ def from_description(
     description: dict[str, Any],
     *,
     names: dict[str, str],
+    tokens: Iterable[dict[str, Any]] = (),
     add_bos: bool | None = None,
     stop_ids: Iterable[int] = (),
     chat_template: str | None = None,
 ) -> Tokenizer:
     """The tokenizer of a parsed tokenizer.json; `names` are the spellings of bos_token, eos_token, ...
 
-    If `add_bos` is None, the post-processor of the description decides. Raises InputError.
+    `tokens` are added to those of the description. If `add_bos` is None, its post-processor decides. Raises InputError.
     """
-    description = json.loads(from_json(json.dumps(description)).to_str())  # validated, with every key present
+    description = _with_tokens(description, tokens)
     description = _with_special(description, names.values())
     huggingface = HuggingFaceBPE(json.dumps(description, ensure_ascii=False))
-    tokens = huggingface.ids
-    names = {key: token for key, token in names.items() if token in tokens}
+    ids = huggingface.ids
+    names = {key: token for key, token in names.items() if token in ids}
     if "eos_token" not in names:
         ends = [token for token in _TEXT_ENDS if token in huggingface.special_tokens]
         if not ends:
             raise InputError("the end-of-text token is unknown; set eos_token in tokenizer_config.json")
         names["eos_token"] = ends[0]
-    if add_bos is None:
-        add_bos = "bos_token" in names and huggingface.puts_first() == tokens[names["bos_token"]]
-    add_bos = bool(add_bos) and "bos_token" in names
-    eos_id = tokens[_text_end(names["eos_token"], huggingface.special_tokens)]
-    stops = {eos_id, tokens[names["eos_token"]], *stop_ids} & huggingface.bytes_of.keys()
+    eos_id = ids[_text_end(names["eos_token"], huggingface.special_tokens)]
+    named = ids.get(names.get("bos_token", "")) if add_bos else None
+    bos_id = _first_id(huggingface) if add_bos is None else named
+    stops = {eos_id, ids[names["eos_token"]], *stop_ids} & huggingface.bytes_of.keys()
     stops |= {huggingface.tokens[token] for token in _TURN_ENDS if token in huggingface.tokens}
     roles = Roles(
-        bos_id=tokens[names["bos_token"]] if add_bos else eos_id,
+        bos_id=eos_id if bos_id is None else bos_id,
         eos_id=eos_id,
-        add_bos=add_bos,
+        add_bos=bos_id is not None,
         stop_ids=tuple(sorted(stops)),
-        pad_id=tokens.get(names.get("pad_token", "")),
+        pad_id=ids.get(names.get("pad_token", "")),
         names=names,
         chat_template=chat_template,
     )
@@ -118,6 +127,7 @@ def byte_bpe(description: dict[str, Any], huggingface: HuggingFaceBPE) -> ByteBP
         and (description["decoder"] or {}).get("type") == "ByteLevel"
         and not any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in added)
         and not any(token["normalized"] and nfc for token in added)
+        and not any(token["content"] in byte_letters() for token in added)
     )
     if not plain or pattern not in IN_BOTH_ENGINES:
         return None
@@ -227,12 +237,6 @@ def byte_level_description(
     }
 
 
-def added_token(id: int, content: str, *, special: bool) -> dict[str, Any]:
-    """An entry of tokenizer.json's added_tokens."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return {"id": id, "content": content, **flags, "special": special}
-
-
 def _post_processor(tokenizer: Tokenizer) -> dict[str, Any]:
     """The post-processor, which puts bos_id before a text if prompts begin with it."""
     first, second = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
@@ -248,46 +252,49 @@ def _post_processor(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if the file is missing. Raises InputError for other content."""
-    try:
-        content = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read as JSON ({error}); restore an intact copy") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} must hold a JSON object, not {type(content).__name__}; restore an intact copy")
-    return content
+def _first_id(huggingface: HuggingFaceBPE) -> int | None:
+    """The id that the post-processor of the tokenizer.json puts before a text; None if it puts none."""
+    prefix = huggingface.prefix()
+    if len(prefix) > 1 or not {*prefix} <= {*huggingface.tokens.values()}:
+        spelled = [huggingface.bytes_of.get(id, b"?").decode("utf-8", "replace") for id in prefix]
+        raise InputError(f"the post-processor puts {spelled} before a text; only one token is supported")
+    return prefix[0] if prefix else None
 
 
-def _spelling(token: Any) -> str | None:
-    """The text of a token from tokenizer_config.json, in which a token may be a string or an object."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
+def _with_tokens(description: dict[str, Any], tokens: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The description, validated and with every key present, with tokens that are declared in other files.
 
-
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """The model's chat template; the one named "default" if there are several."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
-    if isinstance(template, list):
-        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
-    return template if isinstance(template, str) else None
+    The flags of a token with a declared id replace those in the description. Raises InputError if it has another id.
+    """
+    tokenizer = from_json(json.dumps(description))
+    AddedToken = import_tokenizers().AddedToken
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    for token in tokens:
+        flags = {key: value for key, value in token.items() if key not in ("id", "content")}
+        if token["id"] is not None or token["content"] not in known:
+            tokenizer.add_tokens([AddedToken(token["content"], **flags)])
+            known.add(token["content"])
+        found = tokenizer.token_to_id(token["content"])
+        if token["id"] not in (None, found):
+            raise InputError(
+                f"{token['content']} has the id {token['id']} in tokenizer_config.json or added_tokens.json, but "
+                f"{found} in tokenizer.json; use files of the same tokenizer"
+            )
+    special = [token["content"] for token in tokens if token["special"]]
+    return _with_special(json.loads(tokenizer.to_str()), special)
 
 
 def _with_special(description: dict[str, Any], tokens: Iterable[str]) -> dict[str, Any]:
     """The description in which these tokens are special, as transformers treats bos_token, eos_token, ..."""
     added = {token["content"]: token for token in description["added_tokens"]}
-    vocabulary = description["model"].get("vocab")
+    vocabulary = description["model"]["vocab"]
+    if isinstance(vocabulary, list):  # of Unigram
+        vocabulary = {piece: id for id, (piece, _) in enumerate(vocabulary)}
     for token in tokens:
-        id = vocabulary.get(token) if isinstance(vocabulary, dict) else None
         if token in added:
             added[token] = added[token] | {"special": True}
-        elif isinstance(id, int):
-            added[token] = added_token(id, token, special=True)
+        elif token in vocabulary:
+            added[token] = added_token(vocabulary[token], token, special=True)
     return description | {"added_tokens": sorted(added.values(), key=lambda token: token["id"])}
 
 
@@ -324,13 +331,19 @@ def _merges_as_tiktoken(description: dict[str, Any], ranks: dict[bytes, int]) ->
     - The merges list every split of each token, and whole words are looked up first, as in tiktoken.
     """
     model = description["model"]
-    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-    made = [model["vocab"].get("".join(pair), -1) for pair in pairs]
+    pairs = merge_pairs(model)
+    made = [ranks.get(letters_to_bytes("".join(pair)), -1) for pair in pairs]  # -1: an added token
     if made != sorted(made) or -1 in made:
         return False
-    nothing = {"added_tokens": [], "normalizer": None, "pre_tokenizer": None, "post_processor": None}
-    merger = from_json(json.dumps(description | nothing | {"model": model | {"ignore_merges": False}}))
-    if all(len(found.ids) == 1 for found in merger.encode_batch([bytes_to_letters(token) for token in ranks])):
+    if merge_to_themselves(description, [bytes_to_letters(token) for token in ranks]):
         return True
     cuts = {(bytes_to_letters(left), bytes_to_letters(right)) for left, right in merges(ranks)}
     return model["ignore_merges"] and cuts == set(pairs)
+
+
+def merge_to_themselves(description: dict[str, Any], pieces: list[str]) -> bool:
+    """Whether the merges of a tokenizer.json reduce the letters of each piece to that piece."""
+    nothing = {"added_tokens": [], "normalizer": None, "pre_tokenizer": None, "post_processor": None}
+    model = description["model"] | {"ignore_merges": False}
+    merger = from_json(json.dumps(description | nothing | {"model": model}))
+    return all(len(found.ids) == 1 for found in merger.encode_batch(pieces))

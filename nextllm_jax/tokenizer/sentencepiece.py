@@ -21,6 +21,11 @@ class Piece(NamedTuple):
     kind: int
 
 
+def placeholder(id: int) -> str:
+    """The text of the UNUSED piece that GGUF files have for a row of the embedding without a token."""
+    return f"[PAD{id}]"
+
+
 def describe(pieces: list[Piece], *, add_space_prefix: bool) -> dict[str, Any]:
     """The content of a tokenizer.json for the pieces.
 
@@ -55,7 +60,11 @@ def describe(pieces: list[Piece], *, add_space_prefix: bool) -> dict[str, Any]:
             "fuse_unk": True,
             "byte_fallback": any(piece.kind == BYTE for piece in pieces),
             "ignore_merges": False,
-            "vocab": {piece.text: id for id, piece in enumerate(pieces)},
+            "vocab": {
+                piece.text: id
+                for id, piece in enumerate(pieces)
+                if piece.kind != UNUSED or piece.text != placeholder(id)
+            },
             "merges": _merges(pieces),
         },
     }  # fmt: skip

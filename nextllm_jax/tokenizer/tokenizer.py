@@ -8,6 +8,7 @@ import codecs
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -16,6 +17,8 @@ from etils import epath
 
 from nextllm_jax.errors import InputError
 from nextllm_jax.tokenizer.backends import ByteBPE, HuggingFaceBPE, Recognize, parse_ranks, sha256
+
+_log = logging.getLogger(__name__)
 
 FORMAT = "nextllm_jax tokenizer 1"
 """Format of encoding.json."""
@@ -101,6 +104,32 @@ class Tokenizer:
         The space that a SentencePiece vocabulary puts before a text is kept.
         """
         return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def within(self, rows: int) -> "Tokenizer":
+        """The tokenizer for a model whose embedding has `rows` rows: without the added tokens of higher ids.
+
+        Their spellings are then ordinary text; a warning names them. Raises InputError if the ids of other tokens, or
+        of those that begin and end a document, are too high.
+        """
+        if self.vocab_size <= rows:
+            return self
+        beyond = {token: id for token, id in self.backend.tokens.items() if id >= rows}
+        kept = self._bytes_of.keys() - beyond.values()
+        if max(kept, default=0) >= rows or not {self.bos_id, self.eos_id} <= kept:
+            raise InputError(
+                f"the tokenizer {self.name} has ids up to {self.vocab_size - 1}, but the model's embedding has only "
+                f"{rows} rows; use the tokenizer that belongs to the model"
+            )
+        _log.warning(
+            f"tokens of {self.name} that the model's embedding ({rows} rows) lacks are left out: {', '.join(beyond)}"
+        )
+        roles = dataclasses.replace(
+            self.roles,
+            stop_ids=tuple(id for id in self.stop_ids if id in kept),
+            pad_id=self.pad_id if self.pad_id in kept else None,
+            names={name: token for name, token in self.roles.names.items() if token not in beyond},
+        )
+        return Tokenizer(self.name, self.backend.without(beyond), roles)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the tokenizer into `directory`, atomically replacing one that is already there."""

@@ -157,7 +157,9 @@ def test_roles_are_read_from_the_files_beside_it(tmp_path):
     assert tokenizer.encode_prompt("ab") == tokenizer.encode("ab")
     (tmp_path / "chat_template.jinja").write_text("new")
     assert load_huggingface(tmp_path).chat_template == "new"
-    save(trained(CUTS["gpt2"]), tmp_path, bos_token="<|im_start|>", add_bos_token=True)
+    theirs = trained(CUTS["gpt2"])
+    theirs.post_processor = hf.processors.TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    save(theirs, tmp_path, bos_token="<|im_start|>")
     assert load_huggingface(tmp_path).encode_prompt("ab")[0] == 1
     assert load_tokenizer(tmp_path / "tokenizer.json").bos_id == 1
     assert load_tokenizer(tmp_path).encode_document("ab")[-1] == 0
