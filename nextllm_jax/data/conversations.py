@@ -60,7 +60,7 @@ def encode_conversation(tokenizer: Tokenizer, template: ChatTemplate, text: str,
     tokens cannot be determined.
     """
     try:
-        ids, mask = template.encode_with_mask(messages_of(text))
+        ((ids, mask),) = template.encode_with_mask(messages_of(text))
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     if not any(mask):
