@@ -81,7 +81,8 @@ def tokenize_part(part: Part, *, tokenizer_directory: Path, tokenizer_hash: str)
     for name in SPLITS:
         chosen = [i for i, held_out in enumerate(part.held_out) if held_out == (name == "validation")]
         if template:
-            encoded = [encode_conversation(tokenizer, template, part.texts[i], part.locations[i]) for i in chosen]
+            rows = (encode_conversation(tokenizer, template, part.texts[i], part.locations[i]) for i in chosen)
+            encoded = [sequence for row in rows for sequence in row]
             masks = [np.array(each.mask, np.uint8) for each in encoded]
             arrays[f"{name}_mask"] = np.concatenate([np.empty(0, np.uint8), *masks])
         else:
