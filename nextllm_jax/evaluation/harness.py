@@ -36,9 +36,10 @@ _token_scores = jax.jit(token_scores, static_argnames=("model", "vocab_size"))
 class HarnessModel(TemplateLM):
     """Implements the harness's model interface with an LLM: either `llm`, or the one loaded from `checkpoint`.
 
-    Contexts begin with BOS if the model's prompts do, and are truncated on the left to fit the context. The text of a
-    chat is used exactly as the template formats it. `max_gen_toks` limits answers if a task does not. The harness sets
-    `device`: its default cuda:0 means jax's default device, and any other value must be jax's platform.
+    Contexts begin with BOS if the model's prompts do, and are truncated on the left to fit the context, as in the
+    harness's own models. The text of a chat is used exactly as the template formats it. `max_gen_toks` limits answers if
+    a task does not. The harness sets `device`: its default cuda:0 means jax's default device, and any other value must be
+    jax's platform.
     """
 
     def __init__(
@@ -74,8 +75,13 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The id that precedes a text without context."""
-        return self.llm.tokenizer.bos_id
+        """The id that precedes a text without context: BOS, or EOS if there is no BOS, as in the harness's own models.
+
+        The tokenizer's bos_id may be another: it is EOS unless the model's prompts begin with BOS.
+        """
+        tokenizer = self.llm.tokenizer
+        names, tokens = tokenizer.roles.names, tokenizer.backend.tokens
+        return tokens.get(names.get("bos_token", names.get("eos_token", "")), tokenizer.bos_id)
 
     @property
     def tokenizer_name(self) -> str:
@@ -125,14 +131,20 @@ class HarnessModel(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log probability of each whole text, computed in disjoint windows."""
-        longest = self.llm.config.context_length
+        """The log probability of each whole text, computed in disjoint windows.
+
+        Each window begins with BOS if the model's prompts do, since some models, such as Gemma, need it.
+        """
+        longest, tokenizer = self.llm.config.context_length, self.llm.tokenizer
+        first = [tokenizer.bos_id] if tokenizer.add_bos else []
         windows: list[tuple[tuple[str, str] | None, list[int], list[int]]] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
-            for pair in get_rolling_token_windows(ids, self.prefix_token_id, longest, 1):
-                windows.append((None, *make_disjoint_window(pair)))
+            length = longest if len(ids) <= longest else longest - len(first)
+            for i, pair in enumerate(get_rolling_token_windows(ids, self.prefix_token_id, length, 1)):
+                context, continuation = make_disjoint_window(pair)
+                windows.append((None, [*first, *context] if i else context, continuation))
                 owners.append(owner)
         totals = [0.0] * len(requests)
         for owner, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
