@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from nextllm_jax.config import SamplingConfig
+from nextllm_jax.config.checks import require_integer, stop_strings
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.generate import bucket
 from nextllm_jax.inference.llm import LLM, load
@@ -37,9 +38,9 @@ class HarnessModel(TemplateLM):
     """Implements the harness's model interface with an LLM: either `llm`, or the one loaded from `checkpoint`.
 
     Contexts begin with BOS if the model's prompts do, and are truncated on the left to fit the context, as in the
-    harness's own models. The text of a chat is used exactly as the template formats it. `max_gen_toks` limits answers if
-    a task does not. The harness sets `device`: its default cuda:0 means jax's default device, and any other value must be
-    jax's platform.
+    harness's own models. The text of a chat is used exactly as the template formats it. `max_gen_toks` limits answers
+    if a task does not. The harness sets `device`: its default cuda:0 means jax's default device, and any other value
+    must be jax's platform.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class HarnessModel(TemplateLM):
             raise InputError(f"batch_size is {batch_size}; it must be a positive number")
         self.llm = llm
         self.batch_size = int(batch_size)
+        require_integer("max_gen_toks", max_gen_toks)
         self.max_gen_toks = max_gen_toks
         self._is_chat = False
 
@@ -209,9 +211,12 @@ def _settings(arguments: dict[str, Any], max_gen_toks: int) -> tuple[tuple[str, 
     """
     arguments = dict(arguments)
     until = arguments.pop("until", None) or []
-    until = [until] if isinstance(until, str) else until
+    stops = stop_strings([text for text in until if text != ""] if isinstance(until, list | tuple) else until)
     most = next((arguments.pop(name) for name in ("max_gen_toks", "max_new_tokens") if name in arguments), max_gen_toks)
+    require_integer("the task's max_gen_toks", most)
     samples = arguments.pop("do_sample", "temperature" in arguments)
+    if not isinstance(samples, bool):
+        raise InputError(f"the task's do_sample is {samples!r}; it must be true or false")
     known = {name: arguments.pop(name) for name in ("temperature", "top_k", "top_p", "min_p") if name in arguments}
     if arguments:
         raise InputError(f"the task's generation_kwargs have {', '.join(arguments)}, not supported; leave the task out")
@@ -220,7 +225,7 @@ def _settings(arguments: dict[str, Any], max_gen_toks: int) -> tuple[tuple[str, 
         if samples
         else SamplingConfig(temperature=0)
     )
-    return tuple(text for text in until if text), int(most), sampling
+    return tuple(stops), int(most), sampling
 
 
 def run_harness(argv: list[str]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -287,7 +288,7 @@ def _nll_sum(model: Transformer, params: Any, batch: Batch) -> jax.Array:
 
 
 def load(
-    path: str,
+    path: str | os.PathLike[str],
     *,
     step: str | int | None = None,
     dtype: str | None = None,
@@ -312,6 +313,9 @@ def load(
     Raises InputError as `open_model` does, if the mesh does not fit the devices or the model, or if the weights to
     quantize are quantized already.
     """
+    path = os.fspath(path) if isinstance(path, os.PathLike) else path
+    require_text("path", path)
+    require(mesh is None or isinstance(mesh, MeshConfig), f"mesh is {mesh!r:.80}; it must be a MeshConfig")
     source = open_model(path, step=step)
     config, quantization = source.config, source.quantization
     if quantize != "none":

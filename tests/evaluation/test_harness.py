@@ -169,6 +169,10 @@ def test_settings_that_cannot_be_honoured_are_refused(llm):
         HarnessModel(llm=llm, batch_size="auto")
     with pytest.raises(InputError, match="checkpoint=PATH"):
         HarnessModel()
+    for wrong in ({"until": 5}, {"until": [5]}, {"max_gen_toks": 1.5}, {"max_gen_toks": "x"}, {"do_sample": "false"}):
+        with pytest.raises(InputError, match="must be"):
+            _settings(wrong, 8)
+    assert _settings({"until": ["", "x"]}, 8)[0] == ("x",)
     assert _settings({"until": "x", "temperature": 0.5, "top_p": 0.9}, 8)[2].temperature == 0.5
 
 

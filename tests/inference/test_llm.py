@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -244,6 +245,16 @@ WRONG = [
 def test_arguments_of_other_types_are_refused(llm, method, argument, others, message):
     with pytest.raises(InputError, match=re.escape(message)):
         getattr(llm, method)(argument, **others)
+
+
+def test_load_refuses_other_types():
+    for wrong in ({"path": 5}, {"path": None}, {"path": "x", "mesh": {"fsdp": 2}}):
+        with pytest.raises(InputError, match=r"(path|mesh) is .*; it must be a"):
+            nextllm_jax.load(**wrong)
+    with pytest.raises(InputError, match="nowhere"):
+        nextllm_jax.load(Path("nowhere"))
+    with pytest.raises(InputError, match="the text is 5; it must be a string"):
+        TOKENIZER.encode(5)  # pyright: ignore[reportArgumentType]
 
 
 def test_numpy_integers_are_integers(llm):
