@@ -3,6 +3,7 @@
 `nextllm lm_eval --model_args checkpoint=runs/small --tasks arc_easy` is the harness's own command with this model.
 """
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -104,7 +105,11 @@ class HarnessModel(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a chat. From now on, control tokens in texts are encoded as control tokens."""
         self._is_chat = True
-        return ChatTemplate(self.llm.tokenizer).text(chat_history, add_generation_prompt=add_generation_prompt)
+        return self._template.text(chat_history, add_generation_prompt=add_generation_prompt)
+
+    @functools.cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self.llm.tokenizer)
 
     def _loglikelihood_tokens(
         self,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from nextllm_jax.errors import InputError
 from nextllm_jax.tokenizer.backends import match_any
-from nextllm_jax.tokenizer.control_tokens import ControlTokens
+from nextllm_jax.tokenizer.control_tokens import control_tokens
 from nextllm_jax.tokenizer.tokenizer import Tokenizer, without_surrogates
 
 Message = dict[str, Any]
@@ -59,7 +59,7 @@ class ChatTemplate:
         turns = [*tokenizer.special_tokens, *_composed(added, literals)]
         control = {*turns, *(token for token in added if token in source)}
         self._assistant_spellings, self._spellings = _Spellings(turns), _Spellings(control)
-        self._control_tokens = ControlTokens(tokenizer.backend, control)
+        self._control = frozenset(control)
 
     def text(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """The text of the messages, optionally with the start of the assistant's turn. Raises InputError."""
@@ -69,7 +69,7 @@ class ChatTemplate:
         """The ids of the text, in which only the template's control tokens count as such. Raises InputError."""
         marks = self._unused(messages)
         text, _ = _spans(self._render(messages, marks, add_generation_prompt=add_generation_prompt), marks)
-        return self._control_tokens.encode(text, marks.ordinary)[0]
+        return control_tokens(self._tokenizer.backend, self._control).encode(text, marks.ordinary)[0]
 
     def encode_with_mask(self, messages: Sequence[Message]) -> list[tuple[list[int], list[bool]]]:
         """The ids of a whole conversation, and a mask of the assistant's tokens, including the end of its turns.
@@ -109,7 +109,8 @@ class ChatTemplate:
         self, text: str, spans: Sequence[tuple[int, int]], marks: _Marks, fitted: Callable[[list[int], int, int], int]
     ) -> tuple[list[int], list[bool]]:
         """The ids of a marked text, and a mask of the tokens in the spans, whose ends `fitted` corrects."""
-        ids, counts = self._control_tokens.encode(text, marks.ordinary, [cut for span in spans for cut in span])
+        encoder = control_tokens(self._tokenizer.backend, self._control)
+        ids, counts = encoder.encode(text, marks.ordinary, [cut for span in spans for cut in span])
         mask = [False] * len(ids)
         for (first, _), (_, last) in zip(counts[::2], counts[1::2], strict=True):
             last = fitted(ids, first, last)

@@ -4,6 +4,7 @@ A text cannot be encoded in pieces around such places: a SentencePiece tokenizer
 only, and tokens may strip the whitespace next to them.
 """
 
+import functools
 import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable
@@ -13,6 +14,12 @@ from nextllm_jax.tokenizer.backends import ByteBPE, HuggingFaceBPE, match_any, s
 
 _QUOTE = "\ufdd0"
 """A noncharacter, which is not for text; in a text, U+FFFD replaces it."""
+
+
+@functools.lru_cache(2)
+def control_tokens(backend: ByteBPE | HuggingFaceBPE, names: frozenset[str]) -> "ControlTokens":
+    """The `ControlTokens` of these arguments, which takes a second to make for a large vocabulary."""
+    return ControlTokens(backend, names)
 
 
 class ControlTokens:
