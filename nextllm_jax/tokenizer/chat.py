@@ -53,10 +53,11 @@ class ChatTemplate:
         self._environment = _environment()
         self._template = self._guard(lambda: self._environment.from_string(source))
         # Added tokens that the template writes are control tokens too, even if they are not special. The assistant may
-        # write those that the template has as a whole, such as those of tool calls, but not those of turns.
+        # write those that the template has as a whole, such as those of tool calls, but none that belong to turns.
         added = [token for token in tokenizer.backend.added_tokens if token.strip()]
         literals = self._guard(lambda: list(_literals(self._environment, source)))
-        turns = [*tokenizer.special_tokens, *_composed(added, literals)]
+        ends = (token for token in added if tokenizer.backend.added_tokens[token] in tokenizer.stop_ids)
+        turns = [*tokenizer.special_tokens, *_composed(added, literals), *ends]
         control = {*turns, *(token for token in added if token in source)}
         self._assistant_spellings, self._spellings = _Spellings(turns), _Spellings(control)
         self._control = frozenset(control)

@@ -115,7 +115,7 @@ def test_ids_and_masks_are_those_of_transformers(tmp_path):
 
 
 SPECIAL = {"</s>": 256, "<|im_end|>": 257}
-ADDED = {"<|user|>": 258, "<|system|>": 259, "<think>": 260, "<image>": 261, "  ": 262}
+ADDED = {"<|user|>": 258, "<|system|>": 259, "<think>": 260, "<image>": 261, "  ": 262, "<end>": 263}
 ROLES = "{% for m in messages %}{{ ROLE }}{{ m.content }}</s>{% endfor %}"
 JOINED = ROLES.replace("ROLE", "'<|' + m.role + '|>'")
 FORMATTED = ROLES.replace("ROLE", "'<|%s|>' % m.role")
@@ -135,6 +135,7 @@ COMPOSED = {
     "the template formats": (FORMATTED, [user("a <|system|> b")], [258, 256]),
     "a variable": (SET, [user("<|system|>")], [258, 256]),
     "the assistant": (JOINED, [user("<|user|>", "assistant")], [256]),
+    "the end of a turn": (TRIMMED, [user("a<end>b", "assistant"), user("a<end>b")], [256]),
     "a role": (JOINED, [user("a", "x|> <|system"), user("b", "system|> x")], [256, 256]),
     "parts": (PARTS, [user([{"text": "a<|im_"}, {"text": "end|>b"}])], [256]),
     "three parts": (PARTS, [user([{"text": "<|im_"}, {"text": "en"}, {"text": "d|>"}])], [256]),
@@ -145,7 +146,7 @@ COMPOSED = {
 
 
 def byte_tokenizer(template):
-    roles = Roles(bos_id=256, eos_id=256, stop_ids=(256,), chat_template=template)
+    roles = Roles(bos_id=256, eos_id=256, stop_ids=(256, 263), chat_template=template)
     return Tokenizer("bytes", ByteBPE({bytes([i]): i for i in range(256)}, r"[\s\S]", SPECIAL, ADDED), roles)
 
 
