@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _LOG_SECONDS = 30.0
 """Time between the lines of a progress bar where standard error is not a terminal."""
 
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, ETA {remaining}, {rate_noinv_fmt}{postfix}]"
+
 
 def show_messages() -> None:
     """Write the messages of this package to standard error, unless the caller has configured logging.
@@ -84,17 +86,20 @@ def progress_bar(
         mininterval=0.2 if is_terminal else _LOG_SECONDS,
         miniters=0,
         delay=0 if is_terminal else _LOG_SECONDS,
-        bar_format=None
-        if total is None
-        else "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, ETA {remaining}, {rate_fmt}{postfix}]",
+        bar_format=None if total is None else _BAR,
     )
 
 
 class _Lines(io.TextIOBase):
-    """Writes each redraw of a bar as a line to standard error."""
+    """Writes each redraw of a bar as a line to standard error, unless it repeats the progress of the line before."""
+
+    _last = ""
 
     def write(self, text: str, /) -> int:
-        if line := text.strip():
+        line = text.strip()
+        progress = line.partition("[")[0]
+        if progress and progress != self._last:
+            self._last = progress
             with contextlib.suppress(OSError):
                 sys.stderr.write(f"{line}\n")
         return len(text)

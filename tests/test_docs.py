@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import tyro
 
+from nextllm_jax.checkpoint.run_dir import FILES
 from nextllm_jax.cli import sample
 from nextllm_jax.cli.main import COMMANDS, train_command
 from nextllm_jax.training import launch
@@ -101,7 +102,7 @@ def test_files_of_the_repository_exist(page: str) -> None:
         path = word.partition("::")[0].rstrip("/")
         is_path = re.fullmatch(r"[\w./-]+", path) and not path.startswith("/")
         in_folder = path.partition("/")[0] in FOLDERS and "/" in path
-        if is_path and (in_folder or path.endswith(SUFFIXES)) and path != "loss.png":
+        if is_path and (in_folder or path.endswith(SUFFIXES)) and path not in FILES:
             assert (ROOT / path).exists(), f"{page}: {word}"
 
 

@@ -21,6 +21,8 @@ class ImportArguments:
     """Dtype of the parameters."""
     context_length: int | None = None
     """Maximum context length of the model; none: its own."""
+    ignore_key: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Key of the model's config that is not supported and does not affect the logits; may be repeated."""
 
 
 def import_command(argv: list[str]) -> int:
@@ -37,6 +39,7 @@ def import_command(argv: list[str]) -> int:
         arguments.output,
         dtype=arguments.dtype,
         context_length=arguments.context_length,
+        ignore_keys=arguments.ignore_key,
     )
     print(arguments.output)
     return 0
@@ -53,7 +56,8 @@ class ExportArguments:
     format: Literal["huggingface", "gguf"] = "huggingface"
     """A directory with config.json, safetensors and tokenizer.json, or one GGUF file."""
     dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = "float32"
-    """Dtype of the matrices; float16 and q8_0 only with --format gguf."""
+    """Dtype of the matrices; float16 and q8_0 only with --format gguf. In a GGUF file, quantized matrices keep their
+    bits as Q8_0, Q4_0 or Q4_1 blocks; to get these, run nextllm quantize first."""
     step: str | None = None
     """Checkpoint to use: best, latest, or a step number; none: best, or latest while none has a validation loss."""
     model_type: str | None = None

@@ -141,7 +141,8 @@ def prepare_command(argv: list[str]) -> int:
 
     Returns the exit code.
     """
-    from nextllm_jax.data.prepare import default_data_path, prepare
+    from nextllm_jax.data.prepare import prepare
+    from nextllm_jax.data.settings import default_data_path
 
     default = PrepareArguments(data=config_of_arguments(argv).data)
     arguments = tyro.cli(PrepareArguments, args=argv, prog="nextllm prepare", default=default)

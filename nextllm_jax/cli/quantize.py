@@ -1,6 +1,7 @@
 """The command `nextllm quantize`."""
 
 import dataclasses
+import math
 from typing import Annotated
 
 import tyro
@@ -64,7 +65,8 @@ def quantize_command(argv: list[str]) -> int:
     print(report)
     if before is not None:
         after = _perplexity(arguments.output, None, text)
-        print(f"perplexity {before:.3f} -> {after:.3f} ({after / before - 1:+.2%})")
+        change = f" ({after / before - 1:+.2%})" if math.isfinite(before) else ""
+        print(f"perplexity {before:.3f} -> {after:.3f}{change}")
     print(arguments.output)
     return 0
 

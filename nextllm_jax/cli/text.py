@@ -4,7 +4,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Literal
 
 import tyro
@@ -63,16 +62,16 @@ def tokenize_command(argv: list[str]) -> int:
 def read_text(path: str | None) -> str:
     """The text of a file, or of standard input if `path` is None. Invalid UTF-8 becomes U+FFFD.
 
-    Raises InputError if the file cannot be read, or if standard input is a terminal.
+    A file may be compressed, or UTF-16 with a byte order mark. Raises InputError if the file cannot be read, or if
+    standard input is a terminal.
     """
     if path is None:
         if sys.stdin.isatty():
             raise InputError("there is no text; give it as an argument, with --file, or through a pipe")
         return sys.stdin.buffer.read().decode(errors="replace")
-    try:
-        return Path(path).read_bytes().decode(errors="replace")
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); give a text file") from error
+    from nextllm_jax.data import files
+
+    return files.read_text(path)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

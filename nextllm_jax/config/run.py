@@ -30,13 +30,13 @@ class DataConfig:
     """The corpus, its tokenizer, and the windows that it is split into."""
 
     corpus: ChoosesData[str] = "stdlib"
-    """stdlib (the source code of Python's standard library); a file, directory or glob of text, .jsonl(.gz) or
+    """stdlib (the source code of Python's standard library); a file, directory or glob of text, .jsonl, .json or
     .parquet files; or hf:NAME for a Hugging Face dataset, by name or local directory."""
     text_field: ChoosesData[str] = "text"
     """Field with the text, in jsonl, parquet and Hugging Face rows."""
     messages_field: ChoosesData[str | None] = None
-    """Field with a conversation, a list of {role, content}, such as messages. Only what the assistant says is in the
-    loss mask. none: rows hold text."""
+    """Field with a conversation, a list of {role, content} or {from, value}, such as messages. Only what the assistant
+    says is in the loss mask. none: rows hold text."""
     chat_template: ChoosesData[str | None] = None
     """Jinja file that formats such conversations as text; none: the tokenizer's own chat template."""
     hf_config: ChoosesData[str | None] = None
@@ -56,7 +56,12 @@ class DataConfig:
     sequence_length: Annotated[int, _OTHER_WINDOWS] = 256
     """Tokens in a training window."""
     validation_fraction: ChoosesData[float] = 0.05
-    """Fraction of the documents that are held out, chosen by a hash of the document's name or text."""
+    """Fraction of the documents that are held out, chosen by a hash of the text."""
+    deduplicate: ChoosesData[Literal["none", "exact"]] = "none"
+    """exact: keep only the first of the documents with the same text; none: keep all."""
+    skip_bad_rows: ChoosesData[int] = 0
+    """Maximum number of rows that are skipped because they cannot be read or formatted; 0: the first one is an
+    error."""
     tokens_per_shard: Free[int] = 50_000_000
     """Maximum number of tokens in a shard file."""
     num_processes: Free[int] = 0
@@ -72,7 +77,9 @@ class DataConfig:
         _require(size >= 258, f"data.vocab_size is {size}; it must be at least 258, for 256 bytes and 2 special tokens")
         shard = self.tokens_per_shard
         _require(shard >= 1024, f"data.tokens_per_shard is {shard}; it must be at least 1024")
-        _require(self.num_processes >= 0, f"data.num_processes is {self.num_processes}; it cannot be negative")
+        for name in ("num_processes", "skip_bad_rows"):
+            value = getattr(self, name)
+            _require(value >= 0, f"data.{name} is {value}; it cannot be negative")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

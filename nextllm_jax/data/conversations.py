@@ -11,7 +11,8 @@ from nextllm_jax.errors import InputError
 from nextllm_jax.tokenizer.chat import ChatTemplate, Message
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 
 
 class Encoded(NamedTuple):
@@ -25,27 +26,60 @@ class Encoded(NamedTuple):
 
 
 def conversation_text(messages: Any, where: str) -> str:
-    """The document text for a row's messages: their JSON.
+    """The document text for a row's messages: the JSON of a list of {role, content, ...} without null members.
+
+    A message may have `from` and `value` instead, as in ShareGPT. The text of content in parts is joined by newlines,
+    and content that is null next to tool calls becomes empty. The messages may also be an object of lists.
 
     Raises InputError, which names the location `where`, unless all messages have a known role and text and at least
     one is the assistant's.
     """
+    if isinstance(messages, dict) and all(isinstance(column, list) for column in messages.values()):
+        columns = zip(*messages.values(), strict=False)
+        messages = [dict(zip(messages, values, strict=True)) for values in columns]
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise InputError(f"{where}: the messages are not a list of {{role, content}}; fix or remove the row")
-    for number, message in enumerate(messages, 1):
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise InputError(f"{where}: message {number} has the role {role!r}; use one of {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise InputError(f"{where}: the content of message {number} is {type(content).__name__}, not text; fix it")
+    messages = [_message(message, f"{where}: message {number}") for number, message in enumerate(messages, 1)]
     if not any(message["role"] == "assistant" for message in messages):
         raise InputError(f"{where}: no message is the assistant's, so the loss mask is empty; remove the row")
     return json.dumps(messages, ensure_ascii=True)
 
 
+def _message(message: Message, where: str) -> Message:
+    """A message with a known role and with text as its content."""
+    message = {name: value for name, value in message.items() if value is not None}
+    if "role" not in message and "from" in message:
+        role, content = message.pop("from"), message.pop("value", None)
+        message |= {"role": _SHAREGPT_ROLES.get(str(role), role), "content": content}
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise InputError(f"{where} has the role {role!r}; use one of {', '.join(ROLES)}")
+    if content is None and message.get("tool_calls"):
+        content = ""
+    if isinstance(content, list):
+        content = "\n".join(_part_text(part, f"{where}: part {i}") for i, part in enumerate(content, 1))
+    if not isinstance(content, str):
+        raise InputError(f"{where}: the content is {type(content).__name__}, not text; fix or remove the row")
+    others = {name: value for name, value in message.items() if name not in ("role", "content")}
+    return {"role": role, "content": content, **others}
+
+
+def _part_text(part: Any, where: str) -> str:
+    text = part.get("text") if isinstance(part, dict) else part
+    if not isinstance(text, str):
+        raise InputError(f"{where} of the content has no text; fix or remove the row")
+    return text
+
+
 def messages_of(text: str) -> list[Message]:
     """The messages in a document's text."""
     return json.loads(text)
+
+
+def conversation_group(text: str) -> str:
+    """What conversations with the same text share, whatever else their messages say, such as an id or a date."""
+    names = ("role", "content", "tool_calls")
+    return json.dumps([{name: message[name] for name in names if name in message} for message in messages_of(text)])
 
 
 def contents_of(text: str) -> str:
@@ -61,8 +95,12 @@ def encode_conversation(tokenizer: Tokenizer, template: ChatTemplate, text: str,
     Raises InputError, which names the location `where`, if the template rejects the conversation or if the assistant's
     tokens cannot be determined.
     """
+    messages = messages_of(text)
+    if "developer" not in (tokenizer.chat_template or ""):
+        # The role is a newer name for system, which many templates do not know and would drop.
+        messages = [{**each, "role": "system"} if each["role"] == "developer" else each for each in messages]
     try:
-        sequences = template.encode_with_mask(messages_of(text))
+        sequences = template.encode_with_mask(messages)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     if not any(True in mask for _, mask in sequences):

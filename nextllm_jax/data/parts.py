@@ -17,6 +17,7 @@ import numpy as np
 from nextllm_jax.data.conversations import Encoded, encode_conversation
 from nextllm_jax.data.corpora import Document, document_hash
 from nextllm_jax.data.shards import SPLITS, SplitName, TokenizedDocuments, token_dtype
+from nextllm_jax.errors import InputError
 from nextllm_jax.tokenizer.chat import ChatTemplate
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -40,6 +41,8 @@ class PartReport(NamedTuple):
     num_tokens: int
     num_bytes: int
     seconds: float
+    bad_rows: list[str]
+    """The error of each conversation that was skipped."""
 
 
 def split_into_parts(documents: Iterable[Document], limit: int, directory: Path, conversations: bool) -> Iterator[Part]:
@@ -63,41 +66,52 @@ def _make_part(documents: list[Document], limit: int, directory: Path, conversat
     texts = [document.text for document in documents]
     held_out = [document_hash(document) <= limit for document in documents]
     content = hashlib.sha256(bytes(held_out))
-    for text in texts:
-        encoded = text.encode()
-        content.update(b"%d:" % len(encoded))
-        content.update(encoded)
+    for document in documents:
+        content.update(document.digest)
     locations = [document.location for document in documents] if conversations else []
     return Part(texts, held_out, directory / f"{content.hexdigest()[:32]}.npz", locations)
 
 
-def tokenize_part(part: Part, *, tokenizer_directory: Path, tokenizer_hash: str) -> PartReport:
-    """Tokenize a part and write its file, with arrays for each split. Runs in a worker process."""
+def tokenize_part(part: Part, *, tokenizer_directory: Path, tokenizer_hash: str, skip_bad_rows: bool) -> PartReport:
+    """Tokenize a part and write its file, with arrays for each split. Runs in a worker process.
+
+    Raises InputError for a conversation that cannot be formatted, unless `skip_bad_rows`.
+    """
     tokenizer = _load_tokenizer_once(tokenizer_directory, tokenizer_hash)
     dtype = token_dtype(tokenizer.vocab_size)
     started = time.perf_counter()
     arrays: dict[str, np.ndarray] = {}
+    bad_rows: list[str] = []
     template = ChatTemplate(tokenizer) if part.locations else None
     for name in SPLITS:
         chosen = [i for i, held_out in enumerate(part.held_out) if held_out == (name == "validation")]
-        if template:
-            rows = (encode_conversation(tokenizer, template, part.texts[i], part.locations[i]) for i in chosen)
-            encoded = [sequence for row in rows for sequence in row]
-            masks = [np.array(each.mask, np.uint8) for each in encoded]
-            arrays[f"{name}_mask"] = np.concatenate([np.empty(0, np.uint8), *masks])
-        else:
-            texts = [part.texts[i] for i in chosen]
-            encoded = [Encoded(tokenizer.encode_document(text), [], len(text.encode())) for text in texts]
+        encoded: list[Encoded] = []
+        for i in chosen:
+            if template is None:
+                text = part.texts[i]
+                encoded.append(Encoded(tokenizer.encode_document(text), [], len(text.encode())))
+                continue
+            try:
+                encoded += encode_conversation(tokenizer, template, part.texts[i], part.locations[i])
+            except InputError as error:
+                if not skip_bad_rows:
+                    raise
+                bad_rows.append(str(error))
         documents = [np.array(each.ids, dtype) for each in encoded]
         arrays[f"{name}_tokens"] = np.concatenate([np.empty(0, dtype), *documents])
         arrays[f"{name}_lengths"] = np.array([len(tokens) for tokens in documents], np.int64)
         arrays[f"{name}_bytes"] = np.array(sum(each.num_bytes for each in encoded))
+        if template:
+            masks = [np.array(each.mask, np.uint8) for each in encoded]
+            arrays[f"{name}_mask"] = np.concatenate([np.empty(0, np.uint8), *masks])
+    if bad_rows:
+        arrays["bad_rows"] = np.array(bad_rows)
     temporary = part.path.with_suffix(f".{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
     temporary.replace(part.path)
     num_tokens = sum(len(arrays[f"{name}_tokens"]) for name in SPLITS)
-    return PartReport(os.getpid(), num_tokens, text_size(part), time.perf_counter() - started)
+    return PartReport(os.getpid(), num_tokens, text_size(part), time.perf_counter() - started, bad_rows)
 
 
 def text_size(part: Part) -> int:
@@ -132,3 +146,9 @@ def load_mask(path: Path, name: SplitName) -> np.ndarray:
     """The loss mask of those documents, uint8, one value per token. Only conversations have one."""
     with np.load(path) as arrays:
         return arrays[f"{name}_mask"]
+
+
+def load_bad_rows(path: Path) -> list[str]:
+    """The error of each conversation of a part that was skipped."""
+    with np.load(path) as arrays:
+        return arrays["bad_rows"].tolist() if "bad_rows" in arrays else []

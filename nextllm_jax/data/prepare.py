@@ -9,34 +9,51 @@ parts that are finished. Nothing here imports jax.
 import collections
 import dataclasses
 import functools
-import hashlib
-import json
 import logging
 import os
-import platform
-import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from nextllm_jax.config import DataConfig
+from nextllm_jax.data.census import Census
 from nextllm_jax.data.conversations import contents_of
-from nextllm_jax.data.corpora import Document, document_hash, listing_hash, read_documents, text_bytes, validation_limit
+from nextllm_jax.data.corpora import Document, document_hash, read_documents, text_bytes, validation_limit
 from nextllm_jax.data.data_directory import (
     check_replaceable,
     claimed,
     is_prepared,
     publish,
-    read_settings,
     remove_replaced,
     start_or_continue,
     writing,
 )
-from nextllm_jax.data.parts import Part, is_intact, load_mask, load_part, split_into_parts, text_size, tokenize_part
+from nextllm_jax.data.files import find_files
+from nextllm_jax.data.parts import (
+    Part,
+    is_intact,
+    load_bad_rows,
+    load_mask,
+    load_part,
+    split_into_parts,
+    text_size,
+    tokenize_part,
+)
 from nextllm_jax.data.processes import map_in_processes
+from nextllm_jax.data.rows import Skipped
+from nextllm_jax.data.settings import (
+    data_of_same_paths,
+    data_settings,
+    default_data_path,
+    describe_differences,
+    differences,
+    find_prepared,
+    is_content_recorded,
+    listing_hash,
+    read_template,
+    require_unchanged,
+)
 from nextllm_jax.data.shards import (
-    FORMAT,
     SPLITS,
     Dataset,
     mounted_path,
@@ -58,94 +75,26 @@ TOKENIZER_SAMPLE_CHARACTERS = 100_000_000
 """A tokenizer is trained on the first training documents, up to this many characters."""
 
 
-def data_settings(config: DataConfig) -> dict[str, Any]:
-    """The settings that change the prepared data, and for stdlib the Python version; the content of settings.json."""
-    settings = dataclasses.asdict(config)
-    for name in ("path", "verify", "sequence_length", "num_processes"):
-        del settings[name]
-    if config.tokenizer != "train":
-        del settings["vocab_size"]
-    if config.messages_field is None:
-        del settings["messages_field"], settings["chat_template"]
-    if config.corpus == "stdlib":
-        settings["python"] = platform.python_version()
-    return {"format": FORMAT, **settings}
-
-
-def default_data_path(config: DataConfig) -> Path:
-    """`config.path`, or `data/<corpus>-<tokenizer>-<hash of the settings that change the data>`."""
-    if config.path:
-        return Path(config.path)
-    digest = hashlib.sha256(json.dumps(data_settings(config), sort_keys=True).encode()).hexdigest()[:8]
-    trained = f"bpe{config.vocab_size}"
-    names = [config.corpus.removeprefix("hf:"), trained if config.tokenizer == "train" else config.tokenizer]
-    corpus, tokenizer = (re.sub(r"[^A-Za-z0-9_.]+", "_", Path(name).name).strip("_.") for name in names)
-    return Path("data") / f"{corpus}-{tokenizer}-{digest}"
-
-
-def find_prepared(config: DataConfig) -> Path | None:
-    """The directory of the data that a config trains on; None if the data must be prepared first.
-
-    Raises InputError if `config.path` is set but holds no prepared data.
-    """
-    path = mounted_path(default_data_path(config))
-    if is_prepared(path):
-        return path
-    if config.path:
-        raise InputError(
-            f"data.path {path} holds no prepared data that is readable; check the path, or prepare the data: "
-            f"nextllm prepare --output {path}"
-        )
-    return None
-
-
-def remark(config: DataConfig, path: Path) -> str | None:
-    """A message if the prepared data differs from the config, or if the corpus has changed since; else None."""
-    found, wanted = read_settings(path), data_settings(config)
-    del wanted["format"], wanted["tokens_per_shard"]
-    differing = [f"{name} {value}" for name, value in wanted.items() if found.get(name) != value]
-    if differing:
-        return f"{_describe(path, found)}; the config says {', '.join(differing)}"
-    if _files_changed(config, found):
-        return (
-            f"the files of data.corpus {config.corpus} have changed since {path} was prepared; using the "
-            "prepared data unchanged (nextllm prepare --overwrite prepares it again)"
-        )
-    return None
-
-
-def ensure_prepared(config: DataConfig) -> Path:
+def ensure_prepared(config: DataConfig, *, allow_change: Collection[str] = ()) -> Path:
     """The directory of the data that a config trains on. If `config.path` is None, the data is prepared first.
 
-    Existing data is used unchanged. If it differs from the config, or if the files of the corpus have changed since, a
-    warning says so. Raises InputError if `config.path` is set but holds no prepared data.
+    Data in `config.path` is used unchanged. If it differs from the config, a warning says so. Raises InputError if
+    `config.path` is set but holds no prepared data, or if a path in the config has other content than when the data was
+    prepared and `allow_change` does not name its field, such as data.corpus.
     If another process is preparing the data, this waits for it, and takes over if that process dies.
     """
     path = find_prepared(config)
     if path is None:
         path = default_data_path(config)
+        if earlier := data_of_same_paths(config):
+            _log.info("%s has other content than %s was prepared from", config.corpus, earlier[0])
         _log.info("preparing %s in %s", config.corpus, path)
         prepare(config, path, wait=True)
-    elif difference := remark(config, path):
-        _log.warning(difference)
+    elif config.path:
+        require_unchanged(config, path, allow_change)
+        if difference := describe_differences(config, path):
+            _log.warning(difference)
     return path
-
-
-def _describe(path: Path, settings: dict[str, Any]) -> str:
-    dataset = Dataset.open(path, verify="sizes")
-    corpus, tokenizer = (settings.get(name, "unknown") for name in ("corpus", "tokenizer"))
-    return (
-        f"using {path} unchanged: corpus {corpus}, tokenizer {tokenizer} with {dataset.vocab_size:,} tokens, "
-        f"{dataset.split('train').num_tokens:,} training tokens"
-    )
-
-
-def _files_changed(config: DataConfig, settings: dict[str, Any]) -> bool:
-    """Whether the files of the corpus have changed since data with these settings was prepared; False if missing."""
-    try:
-        return listing_hash(config.corpus) != settings.get("files")
-    except InputError:
-        return False
 
 
 def prepare(config: DataConfig, output: Path, *, overwrite: bool = False, wait: bool = False) -> None:
@@ -170,14 +119,19 @@ def prepare(config: DataConfig, output: Path, *, overwrite: bool = False, wait: 
     if not output.name or os.path.ismount(output):
         raise InputError(f"{output} cannot be replaced by prepared data; name a new directory inside it")
     partial = partial_path(output)
-    settings = data_settings(config) | {"files": listing_hash(config.corpus)}
+    listing = listing_hash(config)
+    settings = data_settings(config)
     with writing(output), claimed(partial, output, wait=wait):
         if not overwrite and _is_prepared_already(config, output):  # by another process, meanwhile
             return
         check_replaceable(output, overwrite)
         start_or_continue(partial, settings)
         if not is_prepared(partial):
-            _write_dataset(config, lambda: read_documents(config), partial, text_bytes(config))
+            _log_skipped(config)
+            _write_dataset(config, functools.partial(read_documents, config), partial, text_bytes(config))
+            if listing_hash(config) != listing:
+                (partial / "index.json").unlink()
+                raise InputError(f"the files of data.corpus {config.corpus} changed while they were read; run again")
         if (partial / "parts").exists():
             shutil.rmtree(partial / "parts")
         check_replaceable(output, overwrite)
@@ -186,13 +140,24 @@ def prepare(config: DataConfig, output: Path, *, overwrite: bool = False, wait: 
 
 
 def _is_prepared_already(config: DataConfig, output: Path) -> bool:
-    """Whether `output` was prepared with these settings. Raises InputError if the corpus files have changed since."""
-    if not is_prepared(output) or not data_settings(config).items() <= (found := read_settings(output)).items():
+    """Whether `output` was prepared with these settings.
+
+    Raises InputError if a path in the config has other content now, or if an earlier version did not record it.
+    """
+    if not is_prepared(output):
         return False
-    if _files_changed(config, found):
+    differing = differences(config, output)
+    if any(not each.is_changed for each in differing):
+        return False
+    for each in differing:
         raise InputError(
-            f"the files of data.corpus {config.corpus} have changed since {output} was prepared; "
-            "pass --overwrite to prepare it again, or name another directory"
+            f"{each.describe_change()} since {output} was prepared; pass --overwrite to prepare it again, or name "
+            "another directory"
+        )
+    if not is_content_recorded(config, output):
+        raise InputError(
+            f"an earlier version prepared {output} without recording the content of data.corpus; train on it with "
+            f"--data.path {output}, or pass --overwrite to prepare it again"
         )
     remove_replaced(output)
     _log.info("%s is already prepared", output)
@@ -212,17 +177,17 @@ def prepare_sample(config: DataConfig, output: Path, characters: int) -> bool:
             break
         documents.append(document)
         characters -= len(document.text)
-    _write_dataset(dataclasses.replace(config, num_processes=1), lambda: documents, output, None)
+    _write_dataset(dataclasses.replace(config, num_processes=1), lambda _: documents, output, None)
     return is_all
 
 
-Documents = Callable[[], Iterable[Document]]
-"""Reads a corpus from its beginning."""
+Documents = Callable[[Skipped], Iterable[Document]]
+"""Reads a corpus from its beginning, and adds what is skipped."""
 
 
 def _write_dataset(config: DataConfig, read: Documents, partial: Path, num_bytes: int | None) -> None:
     """Write the documents as token shards. `num_bytes` is the size of their text for an ETA, None if unknown."""
-    limit = validation_limit(read(), config.validation_fraction)
+    limit = validation_limit(read(Skipped(config)), config.validation_fraction)
     tokenizer = _make_tokenizer(config, read, limit, partial / "tokenizer")
     part_paths = _tokenize_corpus(config, read, limit, partial, tokenizer.hash, num_bytes)
     splits = {
@@ -247,7 +212,7 @@ def _make_tokenizer(config: DataConfig, read: Documents, limit: int, directory: 
         return Tokenizer.load(directory)
     if config.tokenizer == "train":
         _log.info(f"training a tokenizer of {config.vocab_size:,} tokens on the corpus")
-        texts = _sample_training_texts(read(), limit)
+        texts = _sample_training_texts(read(Skipped(config)), limit)
         tokenizer = train_tokenizer(map(contents_of, texts) if config.messages_field else texts, config.vocab_size)
         if tokenizer.vocab_size < config.vocab_size:
             _log.warning(f"the corpus has enough pairs for only {tokenizer.vocab_size:,} tokens")
@@ -262,13 +227,8 @@ def _make_tokenizer(config: DataConfig, read: Documents, limit: int, directory: 
 def _with_template(tokenizer: Tokenizer, file: str | None) -> Tokenizer:
     """The tokenizer with the chat template in `file`, or else its own. Raises InputError if it has none."""
     if file is not None:
-        try:
-            template = Path(file).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"data.chat_template {file} cannot be read ({error}); give a Jinja file") from error
-        tokenizer = Tokenizer(
-            tokenizer.name, tokenizer.backend, dataclasses.replace(tokenizer.roles, chat_template=template)
-        )
+        roles = dataclasses.replace(tokenizer.roles, chat_template=read_template(file))
+        tokenizer = Tokenizer(tokenizer.name, tokenizer.backend, roles)
     if tokenizer.chat_template is None:
         raise InputError(
             f"data.messages_field needs a chat template, but the tokenizer {tokenizer.name} has none; set "
@@ -298,16 +258,25 @@ def _tokenize_corpus(
     """Tokenize every part whose file is missing or damaged; returns the paths of all parts, in order."""
     (partial / "parts").mkdir(exist_ok=True)
     paths: list[Path] = []
+    census, skipped, is_chat = Census(), Skipped(config), bool(config.messages_field)
 
     def missing_parts() -> Iterator[Part]:
-        for part in split_into_parts(read(), limit, partial / "parts", bool(config.messages_field)):
+        documents = census.count(read(skipped), limit)
+        for part in split_into_parts(documents, limit, partial / "parts", is_chat):
             paths.append(part.path)
-            if is_intact(part.path):
-                bar.update(text_size(part))
-            else:
+            if not is_intact(part.path):
                 yield part
+                continue
+            bar.update(text_size(part))
+            if is_chat:
+                skipped.add_bad_rows(*load_bad_rows(part.path))
 
-    work = functools.partial(tokenize_part, tokenizer_directory=partial / "tokenizer", tokenizer_hash=tokenizer_hash)
+    work = functools.partial(
+        tokenize_part,
+        tokenizer_directory=partial / "tokenizer",
+        tokenizer_hash=tokenizer_hash,
+        skip_bad_rows=config.skip_bad_rows > 0,
+    )
     tokens: collections.Counter[int] = collections.Counter()
     seconds: collections.defaultdict[int, float] = collections.defaultdict(float)
     with progress_bar(desc="tokenizing", total=num_bytes, unit="B", unit_scale=True) as bar:
@@ -315,9 +284,24 @@ def _tokenize_corpus(
             tokens[report.process] += report.num_tokens
             seconds[report.process] += report.seconds
             bar.update(report.num_bytes)
+            skipped.add_bad_rows(*report.bad_rows)
     for number, process in enumerate(tokens, 1):
         _log.info(f"process {number}: {tokens[process]:,} tokens, {tokens[process] / seconds[process]:,.0f} tokens/s")
+    for problem in filter(None, (skipped.describe_bad_rows(), census.describe_replaced())):
+        _log.warning(problem)
+    if skipped.duplicates:
+        _log.info("skipped %s duplicate documents", f"{skipped.duplicates:,}")
+    elif repeated := census.describe_duplicates():
+        _log.info(repeated)
     return paths
+
+
+def _log_skipped(config: DataConfig) -> None:
+    """Report the files of the corpus that are not read."""
+    if config.corpus == "stdlib" or config.corpus.startswith("hf:"):
+        return
+    if skipped := find_files(config).describe_skipped():
+        _log.warning("data.corpus %s: %s", config.corpus, skipped)
 
 
 def _log_counts(output: Path) -> None:
@@ -327,3 +311,9 @@ def _log_counts(output: Path) -> None:
         for name in SPLITS
     )
     _log.info("prepared %s: %s", output, counts)
+    training, held_out = (dataset.split(name).num_tokens for name in SPLITS)
+    if held_out > training:
+        _log.warning(
+            "the validation split is larger than the training split; lower data.validation_fraction, or give "
+            "more and smaller files"
+        )

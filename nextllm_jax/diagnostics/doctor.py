@@ -18,8 +18,15 @@ from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.checkpoint.verify import check_steps, find_steps
 from nextllm_jax.config import Config
 from nextllm_jax.config.files import local_workdir
-from nextllm_jax.data.corpora import find_files
-from nextllm_jax.data.prepare import default_data_path, find_prepared, prepare_sample, remark
+from nextllm_jax.data.files import find_files
+from nextllm_jax.data.prepare import prepare_sample
+from nextllm_jax.data.settings import (
+    CONTENT_FIELDS,
+    default_data_path,
+    describe_differences,
+    find_prepared,
+    require_unchanged,
+)
 from nextllm_jax.data.shards import Dataset, partial_path
 from nextllm_jax.diagnostics import machine
 from nextllm_jax.diagnostics.machine import Status
@@ -28,7 +35,7 @@ from nextllm_jax.pretrained.init_from import require_tokenizer
 from nextllm_jax.pretrained.source import Source
 from nextllm_jax.tokenizer.published import KNOWN_ENCODINGS, files_to_fetch
 from nextllm_jax.training.open_run import require_startable
-from nextllm_jax.training.resume_guard import recorded_data, require_same_data
+from nextllm_jax.training.resume_guard import allowed_fields, recorded_data, require_same_data, with_recorded_data
 from nextllm_jax.training.start import CHECKS, Check, Start
 
 SAMPLE_CHARACTERS = 1_000_000
@@ -103,14 +110,14 @@ def diagnose(
             for change in require_startable(config, overwrite=overwrite, allow_change=allow_change):
                 report.add("run", f"changed: {change}", "warning")
         with report.check("data"):
-            data.find()
+            data.find(RunDir(local_workdir(config)), overwrite, allow_change)
         for check in CHECKS:
             if data.is_there or not check.needs_data:
                 # A failure on part of the corpus is a warning, since the complete corpus may pass.
                 report.make(check, start, "warning" if check.needs_data and data.is_part else "PROBLEM")
         if data.is_prepared and source is not None:
             with report.check("tokenizer"):
-                require_tokenizer(config, source)
+                require_tokenizer(dataclasses.replace(config, data=data.config), source)
         if report.passed("devices"):
             report.add("memory", *machine.memory(config, start.mesh))
         if report.passed("run"):
@@ -126,7 +133,9 @@ class _Data:
     """The data of a config: the prepared data, or else the beginning of the corpus, prepared in `temporary`."""
 
     def __init__(self, config: Config, temporary: Path, report: Report) -> None:
-        self._config, self._temporary, self._report = config, temporary, report
+        self.config = config.data
+        """The data settings; those of a run that exists have the path that it recorded."""
+        self._whole, self._temporary, self._report = config, temporary, report
         self._path: Path | None = None
         self.is_prepared = self.is_part = False
         self.bytes_to_write = 0
@@ -140,17 +149,22 @@ class _Data:
     def open(self) -> Dataset:
         """The data."""
         assert self._path is not None
-        return Dataset.open(self._path, verify=self._config.data.verify)
+        return Dataset.open(self._path, verify=self.config.verify)
 
-    def find(self) -> None:
+    def find(self, run: RunDir, overwrite: bool, allow_change: Collection[str]) -> None:
         """Find the prepared data, or prepare a part of it, and report which. Raises InputError as `prepare` does."""
-        config = self._config.data
+        is_continued = not overwrite and run.exists()
+        if is_continued:
+            self.config = with_recorded_data(self._whole, run).data
+        config = self.config
         prepared = find_prepared(config)
         if prepared is not None:
             self._path, self.is_prepared = prepared, True
             self._report.add("data", str(prepared))
-            if difference := remark(config, prepared):
-                self._report.add("data", difference, "warning")
+            if config.path:
+                require_unchanged(config, prepared, CONTENT_FIELDS if is_continued else allowed_fields(allow_change))
+                if difference := describe_differences(config, prepared):
+                    self._report.add("data", difference, "warning")
             return
         path = default_data_path(config)
         state = "an interrupted preparation would continue" if partial_path(path).is_dir() else "would be prepared"
@@ -167,11 +181,11 @@ class _Data:
             )
         if config.corpus != "stdlib" and not config.corpus.startswith("hf:"):
             # A token takes 2 bytes, is at least 3 bytes of text, and is written twice: in a part and in a shard.
-            self.bytes_to_write = sum(path.stat().st_size for _, path in find_files(config.corpus)) * 4 // 3
+            self.bytes_to_write = find_files(config).num_bytes * 4 // 3
 
     def _to_fetch(self) -> list[str]:
         """What preparing would download. Raises InputError if the package for that is missing."""
-        config = self._config.data
+        config = self.config
         missing = files_to_fetch(config.tokenizer) if config.tokenizer in KNOWN_ENCODINGS else []
         name = config.corpus.removeprefix("hf:")
         if name != config.corpus:

@@ -18,7 +18,7 @@ from nextllm_jax.checkpoint.run_dir import FLIGHT, RunDir
 from nextllm_jax.config import Config
 from nextllm_jax.config.files import config_of_values
 from nextllm_jax.data.loader import TrainLoader
-from nextllm_jax.data.prepare import default_data_path
+from nextllm_jax.data.settings import default_data_path
 from nextllm_jax.data.shards import Dataset
 from nextllm_jax.diagnostics.diagnosis import Diagnosis, diagnose
 from nextllm_jax.errors import InputError

@@ -148,6 +148,12 @@ HARMLESS = {
     "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
     "encoder_no_repeat_ngram_size", "num_return_sequences", "output_scores", "return_dict_in_generate",
     "remove_invalid_values", "exponential_decay_length_penalty", "cross_attention_hidden_size", "unsloth_version",
-    "unsloth_fixed", "max_sequence_length",
+    "unsloth_fixed", "max_sequence_length", "neftune_noise_alpha", "gradient_checkpointing_kwargs",
+    "initializer_factor", "hidden_dropout_prob", "attention_probs_dropout_prob", "attn_pdrop", "dropout", "ffn_dropout",
+    "embedding_dropout", "residual_dropout", "classifier_bias", "label_smoothing", "loss_type", "ignore_index",
+    "model_max_length", "padding_side", "use_flash_attention", "use_flash_attention_2", "use_flash_attn",
+    "_flash_attn_2_enabled", "flash_attn", "use_sdpa", "model_name", "license",
 }  # fmt: skip
+HARMLESS_PREFIXES = ("lora_",)
+"""Beginnings of other keys that concern only training."""
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}

@@ -7,7 +7,8 @@ matrices of a model are exported in the matching block type: Q8_0, Q4_0 or Q4_1 
 import collections
 import dataclasses
 import functools
-from collections.abc import Mapping
+import logging
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from nextllm_jax.model.quantize import Observer, ignore, is_quantized
 from nextllm_jax.model.weights import by_name
 from nextllm_jax.ops.quantized import QTensor, dequantize
 
+_log = logging.getLogger(__name__)
+
 _READABLE = (
     Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1,
     Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K,
@@ -44,15 +47,19 @@ _WRITABLE = {
     "bfloat16": (Type.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "q8_0": (Type.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
+_FLOAT16_MAX = float(np.finfo(np.float16).max)
+_FLOAT16_STEPS = {Type.F16: 1, Type.Q8_0: 127, Type.Q4_0: 8, Type.Q4_1: 1}
+"""The greatest magnitude that a type holds, in units of its float16 numbers."""
 
 
 class GGUFFile:
     """An open file: its metadata, and the model that it describes.
 
-    Raises InputError, which names the file, if it is incomplete or its model is not supported.
+    Unsupported keys of the model in `ignore_keys` are ignored. Raises InputError, which names the file, if it is
+    incomplete or its model is not supported.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, ignore_keys: Collection[str] = ()) -> None:
         self.where = str(path)
         try:
             reader = gguf.GGUFReader(path)
@@ -63,6 +70,11 @@ class GGUFFile:
             raise InputError(
                 f"{path} is not a GGUF file, or is damaged or truncated ({error}); restore an intact copy"
             ) from error
+        if reader.byte_order != "I":  # the package swaps the bytes of metadata, but not of all types of tensors
+            raise InputError(
+                f"{path} has the byte order of another kind of machine (it is big-endian); convert it with python -m "
+                f"gguf.scripts.gguf_convert_endian {path.name} little"
+            )
         if self.metadata.get("split.count", 1) > 1:
             raise InputError(f"{path} is one of {self.metadata['split.count']} parts; join them with gguf-split first")
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -76,7 +88,7 @@ class GGUFFile:
         if "token_embd.weight" not in self._tensors:
             raise InputError(f"{path} lacks the tensor token_embd.weight; use the file of a complete model")
         self.config = read_gguf_config(
-            self.metadata, self._tensors, factors, self.shapes()["token_embd.weight"][0], self.where
+            self.metadata, self._tensors, factors, self.shapes()["token_embd.weight"][0], self.where, ignore_keys
         )
 
     def load_params(self, abstract: Any, observe: Observer = ignore) -> Any:
@@ -179,13 +191,20 @@ def export(
         writer.write_ti_data_to_file()
         for array in factors.values():
             writer.write_tensor_data(array.astype(np.float32))
+        rounded_again = 0
         for tensor, array in tensors_of(parts, params, rows=vocab_size):
             in_order = functools.partial(_in_order, tensor, architecture=architecture, head_dim=config.head_dim)
             array = jax.tree.map(in_order, array)
             kind = _type_of(array.shape, block_types.get(tensor, matrix_type))
+            rounded_again += isinstance(array, QTensor) and not gguf_blocks.keeps(array)
             writer.write_tensor_data(_data_of(tensor, array, kind))
     finally:
         writer.close()
+    if rounded_again:
+        _log.warning(
+            f"{rounded_again} matrices were rounded again, because their groups of inputs are smaller than the "
+            f"{gguf_blocks.COLUMNS} inputs of a GGUF block"
+        )
 
 
 def _in_order(tensor: str, array: np.ndarray, architecture: Architecture, head_dim: int) -> np.ndarray:
@@ -219,10 +238,13 @@ def _type_of(shape: tuple[int, ...], matrix_type: Type) -> Type:
 def _data_of(tensor: str, array: np.ndarray | QTensor, kind: Type) -> np.ndarray:
     """A tensor encoded as `kind`. Raises InputError for a value that exceeds the range of float16."""
     dense: Any = dequantize(array, np.float32)  # pyright: ignore[reportArgumentType]
+    if kind in _FLOAT16_STEPS and dense.size and np.abs(dense).max() > _FLOAT16_STEPS[kind] * _FLOAT16_MAX:
+        floats = "the model that was quantized " if isinstance(array, QTensor) else ""
+        raise InputError(
+            f"tensor {tensor} holds values that exceed float16 in {kind.name}; export {floats}as bfloat16 or float32"
+        )
     if isinstance(array, QTensor) and kind in gguf_blocks.FILE_TYPES:
         return gguf_blocks.encode(array, dense)
-    if kind == Type.F16 and dense.size and np.abs(dense).max() > np.finfo(np.float16).max:
-        raise InputError(f"tensor {tensor} holds values that exceed float16; export as bfloat16 or float32")
     return quants.quantize(dense, kind)
 
 

@@ -47,11 +47,10 @@ def encode(matrix: QTensor, dense: np.ndarray) -> np.ndarray:
     """The rows of bytes for a quantized matrix of numpy arrays [rows, columns]; `dense` is the matrix in float32.
 
     The quantized values are kept, and scales are rounded to float16. If a block spans groups with different scales,
-    `dense` is quantized again instead.
+    `dense` is quantized again instead; see `keeps`.
     """
-    kind, (rows, columns) = type_of(matrix), matrix.q.shape
-    floats = [np.asarray(part) for part in (matrix.scale, matrix.minimum) if part is not None]
-    by_block = [_for_blocks(part, columns) for part in floats]
+    kind, rows = type_of(matrix), len(matrix.q)
+    by_block = _floats_by_block(matrix)
     if any(part is None for part in by_block):
         return quants.quantize(dense, kind)
     q = np.asarray(matrix.q).astype(np.int8).reshape(rows, -1, COLUMNS)
@@ -62,6 +61,17 @@ def encode(matrix: QTensor, dense: np.ndarray) -> np.ndarray:
         values = steps[..., : COLUMNS // 2] | steps[..., COLUMNS // 2 :] << 4
     heads = [np.asarray(part).astype(np.float16)[..., None].view(np.uint8) for part in by_block]
     return np.concatenate([*heads, values], axis=-1).reshape(rows, -1)
+
+
+def keeps(matrix: QTensor) -> bool:
+    """Whether `encode` keeps the quantized values."""
+    return all(part is not None for part in _floats_by_block(matrix))
+
+
+def _floats_by_block(matrix: QTensor) -> list[np.ndarray | None]:
+    """Scale and minimum, if any, as `_for_blocks` returns them."""
+    parts = (matrix.scale, matrix.minimum)
+    return [_for_blocks(np.asarray(part), matrix.q.shape[1]) for part in parts if part is not None]
 
 
 def _for_blocks(part: np.ndarray, columns: int) -> np.ndarray | None:

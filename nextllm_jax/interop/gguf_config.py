@@ -95,15 +95,17 @@ def read_gguf_config(
     factors: Mapping[str, np.ndarray],
     vocab_size: int,
     where: str,
+    ignore_keys: Collection[str] = (),
 ) -> ModelConfig:
     """The ModelConfig for a file's metadata, its tensors' names, and its ROPE_TENSORS, if any, as `factors`.
 
-    Raises InputError, which names the key, for anything that is not supported.
+    Unsupported keys in `ignore_keys`, without the name of the architecture, are ignored. Raises InputError, which names
+    the key, for anything else that is not supported.
     """
     name = architecture_of(metadata, where)
     values = {key.removeprefix(f"{name}."): value for key, value in metadata.items() if key.startswith(f"{name}.")}
     keys = Keys(values, {}, f"{where}: {name}")
-    _refuse_unknown(keys, ARCHITECTURES[name])
+    _refuse_unknown(keys, ARCHITECTURES[name], ignore_keys)
     fields: dict[str, Any] = {ours: keys.size(key) for key, ours in _SIZES.items()}
     heads, embed = fields["num_heads"], fields["embed_dim"]
     head_dim = keys.size("attention.key_length") if "attention.key_length" in keys else embed // heads
@@ -128,14 +130,16 @@ def _single(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _refuse_unknown(keys: Keys, architecture: Architecture) -> None:
+def _refuse_unknown(keys: Keys, architecture: Architecture, ignore_keys: Collection[str]) -> None:
+    known = {*_COMMON, *architecture.keys}
+    keys.require_ignorable(ignore_keys, known)
     for key in keys.names():
-        if key in _COMMON or key in architecture.keys:
+        if key in known or key in ignore_keys:
             continue
-        if key not in _FIXED:
-            raise keys.refusal(key, "this key is not supported")
-        if keys.get(key) not in _FIXED[key]:
+        if key in _FIXED and keys.get(key) not in _FIXED[key]:
             raise keys.refusal(key, f"only {_FIXED[key][0]} is supported")
+        if key not in _FIXED and keys.get(key) is not False:
+            raise keys.unsupported(key)
 
 
 def _of_architecture(keys: Keys, name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,6 +191,15 @@ def _rope(keys: Keys, name: str, fields: Mapping[str, Any], factors: Mapping[str
         found["rotary_dim"] = rotary
     key = "rope.scaling.original_context_length"
     original = keys.size(key) if key in keys else None
+    kind = keys.get("rope.scaling.type")
+    tensors = {
+        ROPE_FREQS: (None, "none"),
+        LONG_FACTORS: (None, "none", "longrope"),
+        SHORT_FACTORS: (None, "none", "longrope"),
+    }
+    for tensor in factors:
+        if kind not in tensors[tensor]:
+            raise keys.refusal("rope.scaling.type", f"the tensor {tensor} contradicts it; use an intact file")
     if ROPE_FREQS in factors:
         return found | _llama3(keys, theta, factors[ROPE_FREQS], original or 8192)
     attention_factor = keys.optional("rope.scaling.attn_factor")
@@ -201,7 +214,6 @@ def _rope(keys: Keys, name: str, fields: Mapping[str, Any], factors: Mapping[str
         }
     if attention_factor not in (None, 1.0):
         raise keys.refusal("rope.scaling.attn_factor", "only 1 is supported without rope_factors tensors")
-    kind = keys.get("rope.scaling.type")
     if kind in (None, "none") or (kind == "longrope" and name == "phi3"):
         return found
     if kind not in ("linear", "yarn"):

@@ -5,7 +5,7 @@ Weights are only read from safetensors, so nothing is ever unpickled.
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from nextllm_jax.interop.huggingface_config import read_model_config, write_mode
 from nextllm_jax.interop.names import parts_of
 from nextllm_jax.interop.streaming import read_params, require_tensors, tensors_of
 from nextllm_jax.model.quantize import Observer, ignore
+from nextllm_jax.tokenizer.huggingface_files import read_json
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -40,10 +41,18 @@ def _read_json(path: Path) -> Any:
         raise InputError(f"{path} is not JSON ({error}); restore an intact copy") from error
 
 
-def read_config(directory: Path) -> tuple[ModelConfig, str]:
-    """The ModelConfig of a directory and its model_type. Raises InputError, which names an unsupported key."""
+def read_config(directory: Path, ignore_keys: Collection[str] = ()) -> tuple[ModelConfig, str]:
+    """The ModelConfig of a directory and its model_type.
+
+    Raises InputError, which names the key, for an unsupported key that is not in `ignore_keys`.
+    """
     values = _read_json(directory / CONFIG)
-    return read_model_config(values, str(directory / CONFIG)), values["model_type"]
+    return read_model_config(values, str(directory / CONFIG), ignore_keys), values["model_type"]
+
+
+def read_generation_config(directory: Path) -> dict[str, Any]:
+    """The content of a directory's generation_config.json; empty if it has none. Raises InputError, which names it."""
+    return read_json(directory / GENERATION_CONFIG)
 
 
 def load_params(
@@ -153,12 +162,13 @@ def export(
     model_type: str | None = None,
     shard_bytes: int = 5_000_000_000,
     token_ids: dict[str, Any] | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Write config.json, generation_config.json and safetensors files of about `shard_bytes` each into a directory.
 
     Only the first `vocab_size` rows of the embedding and the head are written; further rows are padding. `dtype` is one
-    of DTYPES. `token_ids` (bos_token_id and so on) are added to both configs. Raises InputError if no Hugging Face
-    family (or not `model_type`) can represent this model.
+    of DTYPES. `token_ids` (bos_token_id and so on) are added to both configs; `generation` is the other content of
+    generation_config.json. Raises InputError if no Hugging Face family (or not `model_type`) can represent this model.
     """
     values = write_model_config(dataclasses.replace(config, vocab_size=vocab_size), model_type=model_type)
     family = FAMILIES[values["model_type"]]
@@ -170,7 +180,7 @@ def export(
     shards.finish()
     token_ids = token_ids or {}
     _write_json(directory / CONFIG, {**values, **token_ids, "torch_dtype": dtype})
-    _write_json(directory / GENERATION_CONFIG, token_ids)
+    _write_json(directory / GENERATION_CONFIG, {**(generation or {}), **token_ids})
 
 
 def _write_json(path: Path, values: Any) -> None:

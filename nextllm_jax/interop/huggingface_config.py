@@ -1,35 +1,51 @@
 """Converts the config.json of a Hugging Face model to a ModelConfig and back.
 
 Reading is strict. A key sets a field of ModelConfig, or must have a supported value, or is known not to affect the
-logits; any other key is an error that names it. Missing keys have the defaults of transformers. Writing is verified by
-reading: a family fits a ModelConfig if reading its config.json gives the same model.
+logits; any other key is an error that names it, unless it is null or false. Missing keys have the defaults of
+transformers. Writing is verified by reading: a family fits a ModelConfig if reading its config.json gives the same
+model.
 """
 
 import dataclasses
+import json
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from nextllm_jax.config.model import EXECUTION_FIELDS, LayerKind, ModelConfig
 from nextllm_jax.errors import InputError
-from nextllm_jax.interop.families import ACTIVATIONS, COMMON, DEFAULTS, FAMILIES, FIXED, HARMLESS, SIZES, Family
+from nextllm_jax.interop.families import (
+    ACTIVATIONS,
+    COMMON,
+    DEFAULTS,
+    FAMILIES,
+    FIXED,
+    HARMLESS,
+    HARMLESS_PREFIXES,
+    SIZES,
+    Family,
+)
 from nextllm_jax.interop.huggingface_rope import read_rope, scaling_fields, write_rope
-from nextllm_jax.interop.keys import Keys
+from nextllm_jax.interop.keys import Keys, agreed
 from nextllm_jax.ops import rope
 
 
-def read_model_config(values: Any, where: str) -> ModelConfig:
+def read_model_config(values: Any, where: str, ignore_keys: Collection[str] = ()) -> ModelConfig:
     """The ModelConfig that the content of a config.json describes; `where` names the file in errors.
 
-    Raises InputError, which names the key, for anything that is not supported.
+    Unsupported keys in `ignore_keys` are ignored. Raises InputError, which names the key, for all others, for
+    unsupported values, and for keys that contradict each other.
     """
     model_type = values.get("model_type") if isinstance(values, dict) else None
     if model_type not in FAMILIES:
         raise InputError(f"{where}: model_type is {model_type!r}; supported are {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
+    if model_type == "gemma":  # early releases meant the tanh approximation by gelu
+        tanh = {name: "gelu_pytorch_tanh" for name in ("hidden_act", "hidden_activation") if values.get(name) == "gelu"}
+        values = values | tanh
     keys = Keys(values, {**DEFAULTS, **family.defaults}, where)
-    _refuse_unknown(values, family, keys)
+    _refuse_unknown(values, family, keys, ignore_keys)
     fields: dict[str, Any] = {ours: keys.size(name) for name, ours in SIZES.items()}
     heads = fields["num_heads"]
     fields |= {
@@ -49,29 +65,30 @@ def read_model_config(values: Any, where: str) -> ModelConfig:
     return ModelConfig(**fields)
 
 
-def _refuse_unknown(values: dict[str, Any], family: Family, keys: Keys) -> None:
+def _refuse_unknown(values: dict[str, Any], family: Family, keys: Keys, ignore_keys: Collection[str]) -> None:
     architectures = values.get("architectures")
     if architectures is not None and family.architecture not in architectures:
         raise keys.refusal("architectures", f"it must be {family.architecture}")
     known = COMMON | {*family.keys, family.activation_key}
+    keys.require_ignorable(ignore_keys, known)
     for name, value in values.items():
-        if name in known or name in HARMLESS:
+        if name in known or name in HARMLESS or name.startswith(HARMLESS_PREFIXES) or name in ignore_keys:
             continue
-        if name not in FIXED:
-            raise keys.refusal(name, "this key is not supported")
-        if value not in FIXED[name]:
+        if name in FIXED and value not in FIXED[name]:
             raise keys.refusal(name, f"only {FIXED[name][0]} is supported for this model_type")
+        if name not in FIXED and value is not None and value is not False:
+            raise keys.unsupported(name)
 
 
 def _activation(keys: Keys, model_type: str, family: Family) -> str:
-    name = family.activation_key
-    if model_type == "gemma" and keys.get("hidden_activation") is not None:
-        name = "hidden_activation"
-    value = keys.get(name)
-    if model_type == "gemma" and value == "gelu":  # early releases meant the tanh approximation by it
-        value = "gelu_pytorch_tanh"
+    main = family.activation_key
+    both = [(keys, "hidden_activation"), (keys, "hidden_act")] if model_type.startswith("gemma") else []
+    source, name = agreed(*both, (keys, main))
+    if model_type != "gemma":  # only Gemma 1 was published with either key
+        source, name = keys, main
+    value = source.get(name)
     if value not in ACTIVATIONS:
-        raise keys.refusal(name, f"only {', '.join(ACTIVATIONS)} are supported")
+        raise source.refusal(name, f"only {', '.join(ACTIVATIONS)} are supported")
     return ACTIVATIONS[value]
 
 
@@ -103,35 +120,51 @@ def _layers(keys: Keys, model_type: str, num_layers: int) -> dict[str, Any]:
 
 
 def _local_layers(keys: Keys, model_type: str, num_layers: int) -> list[bool]:
+    """Whether each layer has a window: by layer_types, or by the older keys, which must agree with it."""
     types = keys.get("layer_types")
-    if types is not None:
-        known = {"full_attention": False, "sliding_attention": True}
-        if not isinstance(types, list) or len(types) != num_layers or not set(types) <= set(known):
-            raise keys.refusal("layer_types", f"it must list {' or '.join(known)} for each of {num_layers} layers")
-        switched_off = model_type in ("qwen2", "qwen3", "smollm3") and not keys.flag("use_sliding_window")
-        if switched_off and "sliding_attention" in types:
-            raise keys.refusal("layer_types", "it contradicts use_sliding_window false")
-        return [known[kind] for kind in types]
+    older, stated_by = _local_layers_by_pattern(keys, model_type, num_layers)
+    if types is None:
+        return older
+    known = {"full_attention": False, "sliding_attention": True}
+    if not isinstance(types, list) or len(types) != num_layers or not set(types) <= set(known):
+        raise keys.refusal("layer_types", f"it must list {' or '.join(known)} for each of {num_layers} layers")
+    layers = [known[kind] for kind in types]
+    if stated_by is not None and layers != older:
+        raise keys.refusal("layer_types", f"it contradicts {stated_by} {json.dumps(keys.get(stated_by))}")
+    return layers
+
+
+def _local_layers_by_pattern(keys: Keys, model_type: str, num_layers: int) -> tuple[list[bool], str | None]:
+    """Whether each layer has a window by the keys that are older than layer_types, and the key that states it."""
     if model_type in ("gemma2", "gemma3_text"):
-        name = "_sliding_window_pattern" if "_sliding_window_pattern" in keys else "sliding_window_pattern"
-        period = 2 if model_type == "gemma2" else keys.size(name) if name in keys else 6
-        return [(layer + 1) % period != 0 for layer in range(num_layers)]
-    if not keys.flag("use_sliding_window") or keys.get("sliding_window") is None:
-        return [False] * num_layers
+        source, name = agreed((keys, "_sliding_window_pattern"), (keys, "sliding_window_pattern"))
+        is_stated = model_type == "gemma3_text" and source.get(name) is not None
+        period = source.size(name) if is_stated else 2 if model_type == "gemma2" else 6
+        return [(layer + 1) % period != 0 for layer in range(num_layers)], name if is_stated else None
+    if not keys.flag("use_sliding_window"):
+        return [False] * num_layers, "use_sliding_window"
+    if keys.get("sliding_window") is None:
+        return [False] * num_layers, None
     if model_type == "smollm3":
-        return [not has_rope for has_rope in _rope_layers(keys, num_layers)]
-    first = 28 if "max_window_layers" not in keys else keys.number("max_window_layers")
-    return [layer >= first for layer in range(num_layers)]
+        return [not has_rope for has_rope in _rope_layers(keys, num_layers)], None
+    is_stated = keys.get("max_window_layers") is not None
+    first = keys.number("max_window_layers") if is_stated else 28
+    return [layer >= first for layer in range(num_layers)], "max_window_layers" if is_stated else None
 
 
 def _rope_layers(keys: Keys, num_layers: int) -> list[bool]:
-    flags = keys.get("no_rope_layers")
+    """Whether each layer has RoPE: by no_rope_layers, or by no_rope_layer_interval, which must agree with it."""
+    flags, is_stated = keys.get("no_rope_layers"), keys.get("no_rope_layer_interval") is not None
+    interval = keys.size("no_rope_layer_interval") if is_stated else 4
+    older = [(layer + 1) % interval != 0 for layer in range(num_layers)]
     if flags is None:
-        interval = 4 if "no_rope_layer_interval" not in keys else keys.size("no_rope_layer_interval")
-        return [(layer + 1) % interval != 0 for layer in range(num_layers)]
+        return older
     if not isinstance(flags, list) or len(flags) < num_layers or not set(flags) <= {0, 1}:
         raise keys.refusal("no_rope_layers", f"it must list 1 (RoPE) or 0 for each of {num_layers} layers")
-    return [bool(flag) for flag in flags[:num_layers]]
+    layers = [bool(flag) for flag in flags[:num_layers]]
+    if is_stated and layers != older:
+        raise keys.refusal("no_rope_layers", f"it contradicts no_rope_layer_interval {interval}")
+    return layers
 
 
 def _special(keys: Keys, model_type: str, embed_dim: int) -> dict[str, Any]:
@@ -268,7 +301,10 @@ def _values(config: ModelConfig, model_type: str) -> dict[str, Any]:
     if "sliding_window" in family.keys:
         values["sliding_window"] = config.sliding_window if "local" in kinds else None
     if "use_sliding_window" in family.keys:
-        values |= {"use_sliding_window": "local" in kinds, "max_window_layers": [*kinds, "local"].index("local")}
+        values["use_sliding_window"] = "local" in kinds
+        first = [*kinds, "local"].index("local")
+        if set(kinds[first:]) <= {"local"}:
+            values["max_window_layers"] = first
     if "layer_types" in family.keys:
         values["layer_types"] = ["sliding_attention" if kind == "local" else "full_attention" for kind in kinds]
     if "no_rope_layers" in family.keys:

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from nextllm_jax.config.model import ModelConfig
-from nextllm_jax.interop.keys import Keys
+from nextllm_jax.interop.keys import Keys, agreed
 
 _ORIGINAL = "original_max_position_embeddings"
 _FIELDS = {
@@ -35,30 +35,32 @@ def scaling_fields(kind: str) -> dict[str, str]:
 
 
 def read_rope(keys: Keys, model_type: str, head_dim: int, context_length: int) -> dict[str, Any]:
-    """The RoPE fields of ModelConfig. Raises InputError for an unsupported kind of scaling or key."""
-    name = "rope_scaling" if keys.get("rope_scaling") else "rope_parameters"
-    rope = keys.part(name)
+    """The RoPE fields of ModelConfig.
+
+    Raises InputError for an unsupported kind of scaling or key, and for two keys that contradict each other.
+    """
+    older, newer = keys.part("rope_scaling"), keys.part("rope_parameters")
     fields: dict[str, Any] = {}
     if model_type == _GEMMA3:
-        layers = keys.part("rope_parameters")
-        if "rope_type" in layers:
-            raise layers.refusal("rope_type", "this model_type needs full_attention and sliding_attention instead")
-        local = layers.part("sliding_attention")
-        fields["rope_local_theta"] = local.optional("rope_theta") or keys.number("rope_local_base_freq")
-        if _kind(local, model_type) != "default":
+        if "rope_type" in newer:
+            raise newer.refusal("rope_type", "this model_type needs full_attention and sliding_attention instead")
+        local, newer = newer.part("sliding_attention"), newer.part("full_attention")
+        source, name = agreed((local, "rope_theta"), (keys, "rope_local_base_freq"))
+        fields["rope_local_theta"] = source.number(name)
+        if _settings(local, local, model_type)[0] != "default":
             raise local.refusal("rope_type", "only default is supported for the local layers")
-        rope = layers.part("full_attention") if name == "rope_parameters" else rope
-    fields["rope_theta"] = rope.optional("rope_theta") or keys.number("rope_theta")
+    kind, rope = _settings(newer, older, model_type)
+    source, name = agreed((newer, "rope_theta"), (older, "rope_theta"), (keys, "rope_theta"))
+    fields["rope_theta"] = source.number(name)
     fields |= _rotary_dim(keys, rope, model_type, head_dim)
-    kind = _kind(rope, model_type)
     if kind == "default":
         return fields
     if model_type == "phi3" and kind != "longrope":
         raise rope.refusal("rope_type", "only default and longrope are supported for this model_type")
     original = context_length
     if kind != "linear":
-        source = keys if keys.get(_ORIGINAL) is not None else rope
-        original = source.size(_ORIGINAL) if source.get(_ORIGINAL) is not None else context_length
+        source, name = agreed((rope, _ORIGINAL), (keys, _ORIGINAL))
+        original = source.size(name) if source.get(name) is not None else context_length
         fields["rope_original_context_length"] = original
     factor = rope.optional("factor") if kind in ("yarn", "longrope") else rope.number("factor")
     fields["rope_scaling"] = kind
@@ -75,29 +77,37 @@ def read_rope(keys: Keys, model_type: str, head_dim: int, context_length: int) -
     return fields
 
 
-def _kind(rope: Keys, model_type: str) -> str:
-    """The kind of scaling. Raises InputError for an unsupported kind, or for an unsupported key of it."""
-    name = "type" if "rope_type" not in rope and "type" in rope else "rope_type"
-    kind = "default" if rope.get(name) is None else rope.get(name)
+def _settings(newer: Keys, older: Keys, model_type: str) -> tuple[str, Keys]:
+    """(kind of scaling, settings) of two objects, which must agree.
+
+    Raises InputError for an unsupported kind or key.
+    """
+    places = [(keys, name) for keys in (newer, older) for name in ("rope_type", "type")]
+    source, name = agreed(*places)
+    kind = "default" if source.get(name) is None else source.get(name)
     if model_type == "phi3" and kind in ("su", "yarn"):  # the names of longrope in early releases
         kind = "longrope"
     if kind not in _KEYS:
-        raise rope.refusal(name, f"only {', '.join(_KEYS)} are supported")
+        raise source.refusal(name, f"only {', '.join(_KEYS)} are supported")
+    for keys in (newer, older):
+        for key in keys.names():
+            if key not in ("rope_type", "type", "rope_theta", "partial_rotary_factor", *_KEYS[kind]):
+                raise keys.refusal(key, f"this key is not supported for {kind}")
+    stated = {key: agreed((newer, key), (older, key)) for key in (*older.names(), *newer.names())}
+    values = {key: source.get(name) for key, (source, name) in stated.items()}
+    rope = Keys(values, {}, newer.where if newer.names() else older.where)
     if kind == "yarn" and rope.get("truncate") not in (None, True):
         raise rope.refusal("truncate", "only true is supported")
-    for key in rope.names():
-        if key not in ("rope_type", "type", "rope_theta", "partial_rotary_factor", *_KEYS[kind]):
-            raise rope.refusal(key, f"this key is not supported for {kind}")
-    return kind
+    return kind, rope
 
 
 def _rotary_dim(keys: Keys, rope: Keys, model_type: str, head_dim: int) -> dict[str, Any]:
-    source = rope if "partial_rotary_factor" in rope else keys
-    share = source.optional("partial_rotary_factor")
+    source, name = agreed((rope, "partial_rotary_factor"), (keys, "partial_rotary_factor"))
+    share = source.optional(name)
     if share in (None, 1.0):
         return {}
     if model_type != "phi3":
-        raise source.refusal("partial_rotary_factor", "only 1 is supported for this model_type")
+        raise source.refusal(name, "only 1 is supported for this model_type")
     return {"rotary_dim": int(head_dim * share)}
 
 

@@ -1,5 +1,6 @@
 """Strict access to the values of an external model config."""
 
+from collections.abc import Collection
 from typing import Any
 
 from nextllm_jax.errors import InputError
@@ -64,7 +65,36 @@ class Keys:
         """The names of all values, without defaults."""
         return list(self._values)
 
+    def require_ignorable(self, ignored: Collection[str], known: Collection[str]) -> None:
+        """Raise InputError for keys that are to be ignored but are missing or `known`."""
+        for name in ignored:
+            if name not in self:
+                raise InputError(f"{self.where} has no key {name}; leave out --ignore-key {name}")
+            if name in known:
+                raise self.refusal(name, "the model depends on it, so --ignore-key cannot ignore it")
+
+    def unsupported(self, name: str) -> InputError:
+        """The InputError for an unknown key."""
+        return self.refusal(
+            name, "this key is not supported; if it does not affect the logits, use nextllm import --ignore-key " + name
+        )
+
     def refusal(self, name: str, reason: str) -> InputError:
         """The InputError for a bad or unsupported value."""
         said = repr(self._values[name])[:100] if name in self._values else "missing"
         return InputError(f"{self.where}: {name} is {said}; {reason}")
+
+
+def agreed(*places: tuple[Keys, str]) -> tuple[Keys, str]:
+    """The place that states a fact, of several keys that can, newest first; the last place if none states it.
+
+    Raises InputError, which names both keys, if two of them have different values.
+    """
+    stated = [(keys, name) for keys, name in places if name in keys and keys.get(name) is not None]
+    for keys, name in stated[1:]:
+        newest, newest_name = stated[0]
+        if keys.get(name) != newest.get(newest_name):
+            raise keys.refusal(
+                name, f"but {newest.where}: {newest_name} is {newest.get(newest_name)!r}; remove the wrong one"
+            )
+    return stated[0] if stated else places[-1]

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from nextllm_jax.errors import InputError
 from nextllm_jax.interop.names import Part, tensor_shapes
-from nextllm_jax.model.quantize import Observer, convert, ignore, is_quantized
+from nextllm_jax.model.quantize import Observer, convert, ignore, is_quantized, require_finite
 from nextllm_jax.model.weights import by_name, with_names
 from nextllm_jax.ops.quantized import QTensor
 from nextllm_jax.progress import progress_bar
@@ -106,11 +106,12 @@ def _read_quantized(source: Source, part: Part, like: QTensor, observe: Observer
     found = source.read_quantized(part.tensor, slice(part.first_row, part.first_row + part.file_shape[0]))
     kept = None if found is None else _in_our_layout(part, found, like)
     if kept is not None:
+        require_finite(part.leaf, kept)
         observe(part.leaf, None, kept)
         return kept
     whole: Any = jax.ShapeDtypeStruct(like.q.shape, jnp.float32, sharding=like.q.sharding)
     before = _read_leaf(source, [part], whole)
-    after = convert(before, like)
+    after = convert(before, like, name=part.leaf)
     observe(part.leaf, before, after)
     return after
 

@@ -13,7 +13,7 @@ from nextllm_jax.config import ModelConfig
 from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.model.attention_kernel import AttentionKernel
 from nextllm_jax.model.layers import INPUTS
-from nextllm_jax.model.quantize import Observer, convert, ignore, is_quantized
+from nextllm_jax.model.quantize import Observer, convert, ignore, is_quantized, require_finite
 from nextllm_jax.model.transformer import Block, Transformer, ropes
 from nextllm_jax.model.weights import by_name, layer_paths, path_name, with_names
 from nextllm_jax.ops.gptq import quantize_for_inputs
@@ -74,11 +74,12 @@ def _quantized(prefix: str, tree: Any, like: Any, hessians: dict[str, jax.Array]
     for name, wanted in by_name(like).items():
         hessian_II = hessians.get(name.removesuffix("/kernel"))
         if hessian_II is None or not is_quantized(wanted):
-            new[name] = convert(floats[name], wanted)
+            new[name] = convert(floats[name], wanted, name=f"{prefix}/{name}")
         elif not jnp.isfinite(hessian_II).all():
             raise RunFailed(f"the inputs of {prefix}/{name} are not finite on the calibration text; check the model")
         else:
             rounded = quantize_for_inputs(floats[name], hessian_II, wanted)
+            require_finite(f"{prefix}/{name}", rounded)
             new[name] = jax.tree.map(lambda part, like: jax.device_put(part, like.sharding), rounded, wanted)
         if is_quantized(wanted):
             observe(f"{prefix}/{name}", floats[name], new[name])

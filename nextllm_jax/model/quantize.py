@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError
-from nextllm_jax.model.weights import Weight, by_name, is_weight, path_name, with_names
+from nextllm_jax.model.weights import Weight, by_name, is_weight, with_names
 from nextllm_jax.ops.quantized import QTensor, dequantize, pack, quantize, unpack
 from nextllm_jax.sharding import resized
 
@@ -39,23 +39,36 @@ def abstract_quantized(boxed: Any, placed: Any, quantization: Quantization | Non
     """
     if quantization is None:
         return placed
+    _require_groups(boxed, quantization)
 
-    def quantized(path: Any, weight: Weight, leaf: jax.ShapeDtypeStruct) -> Any:
+    def quantized(weight: Weight, leaf: jax.ShapeDtypeStruct) -> Any:
         scheme = quantization.of_kind(weight.kind)
-        return leaf if scheme is None else _abstract(path_name(path), weight, leaf, scheme)
+        return leaf if scheme is None else _abstract(weight, leaf, scheme)
 
-    return jax.tree_util.tree_map_with_path(quantized, boxed, placed, is_leaf=is_weight)
+    return jax.tree.map(quantized, boxed, placed, is_leaf=is_weight)
 
 
-def _abstract(name: str, weight: Weight, leaf: jax.ShapeDtypeStruct, quantization: Quantization) -> QTensor:
+def _require_groups(boxed: Any, quantization: Quantization) -> None:
+    """Raise InputError, with a group size that fits all matrices, unless that of `quantization` does."""
+    sizes, num_inputs = {}, {}
+    for name, weight in by_name(boxed).items():
+        scheme = quantization.of_kind(weight.kind)
+        if scheme is not None and scheme.inputs_per_scale is not None:
+            sizes[name] = scheme.inputs_per_scale
+            num_inputs[name] = math.prod(weight.value.shape[axis] for axis in weight.contracted_axes)
+    fitting = math.gcd(*sizes.values(), *num_inputs.values())
+    for name, size in sizes.items():
+        if num_inputs[name] % size:
+            groups = "" if fitting % 2 else f"nextllm quantize --group-size {fitting}, which fits all matrices, or "
+            raise InputError(
+                f"group_size {size} does not divide the {num_inputs[name]} inputs of {name}; use {groups}int8 by "
+                "output channel"
+            )
+
+
+def _abstract(weight: Weight, leaf: jax.ShapeDtypeStruct, quantization: Quantization) -> QTensor:
     *outer, last = weight.contracted_axes
     group, shape = quantization.inputs_per_scale, list(leaf.shape)
-    num_inputs = math.prod(leaf.shape[axis] for axis in weight.contracted_axes)
-    if group is not None and num_inputs % group:
-        raise InputError(
-            f"group_size {group} does not divide the {num_inputs} inputs of {name}; choose a divisor, such as "
-            f"{math.gcd(num_inputs, group)}"
-        )
     # Of several input axes, which are heads and their width, the last alone has groups.
     shape[last] = 1 if group is None else shape[last] // math.gcd(shape[last], group)
     for axis in outer if group is None else ():
@@ -88,14 +101,33 @@ def is_quantized(leaf: Any) -> bool:
     return isinstance(leaf, QTensor)
 
 
-def convert(leaf: Any, like: Any) -> Any:
+def convert(leaf: Any, like: Any, *, name: str = "a weight") -> Any:
     """A weight, as it is or as a file holds it, in the form and on the devices of `like`, which is abstract.
 
-    Raises InputError for a weight that is quantized in another way than `like`: nothing is rounded twice.
+    Raises InputError for a weight that is quantized in another way than `like`, since nothing is rounded twice, and,
+    with `name`, for one whose scales are not finite when it is quantized.
     """
     if not is_quantized(leaf) and not is_quantized(like):
         return jax.device_put(leaf.astype(like.dtype), like.sharding)
-    return _converter(like, is_quantized(leaf))(leaf)
+    made = _converter(like, is_quantized(leaf))(leaf)
+    if not is_quantized(leaf):
+        require_finite(name, made)
+    return made
+
+
+def require_finite(name: str, made: QTensor) -> None:
+    """Raise InputError, with the weight's name, unless the scales and minima of a quantized weight are finite."""
+    if not _is_finite(made):
+        in_groups = made.scale.dtype == jnp.float16
+        cause = "exceed the float16 scales of groups, or are" if in_groups else "are"
+        advice = "use int8 by output channel" if in_groups else "restore intact weights"
+        raise InputError(f"{name} holds values that {cause} not finite; {advice}")
+
+
+@jax.jit
+def _is_finite(x: QTensor) -> jax.Array:
+    floats = [part for part in (x.scale, x.minimum) if part is not None]
+    return jnp.all(jnp.stack([jnp.isfinite(part).all() for part in floats]))
 
 
 def regroup(params: Any, like: Any) -> Any:
@@ -104,7 +136,7 @@ def regroup(params: Any, like: Any) -> Any:
     del params  # so that each weight goes when it is rounded
     for name, wanted in by_name(like).items():
         if is_quantized(wanted) and _layout(weights[name]) != _layout(wanted):
-            weights[name] = convert(dequantize(weights[name], jnp.float32), wanted)
+            weights[name] = convert(dequantize(weights[name], jnp.float32), wanted, name=name)
     return with_names(like, weights)
 
 

@@ -3,11 +3,9 @@
 Each writes to a temporary path next to the output and renames it at the end, so the output is always complete.
 """
 
-import contextlib
 import dataclasses
 import logging
-import shutil
-from collections.abc import Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +15,13 @@ from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config, DataConfig, ModelConfig
 from nextllm_jax.config.quantization import Quantization
-from nextllm_jax.errors import InputError, RunFailed, failed_path
+from nextllm_jax.errors import InputError
 from nextllm_jax.model.calibration import calibrate, calibration_windows
 from nextllm_jax.model.quantize import Observer, abstract_quantized, ignore, is_quantized
 from nextllm_jax.model.transformer import abstract_params
 from nextllm_jax.model.weights import stack_layers
 from nextllm_jax.ops.quantized import pack
+from nextllm_jax.pretrained.output import new_output, require_new
 from nextllm_jax.pretrained.source import ORIGIN, QUANTIZED, Source, open_path
 from nextllm_jax.published_models import resolve
 from nextllm_jax.sharding import on_device
@@ -36,13 +35,21 @@ LAYOUT = 1
 """Increase it when `import_model` changes its output, so that cached imports are rebuilt."""
 
 
-def import_model(source: str, output: str, *, dtype: str = "float32", context_length: int | None = None) -> None:
+def import_model(
+    source: str,
+    output: str,
+    *,
+    dtype: str = "float32",
+    context_length: int | None = None,
+    ignore_keys: Collection[str] = (),
+) -> None:
     """Write a run directory (config.json, tokenizer, checkpoint 0) from a Hugging Face directory or a GGUF file.
 
-    Parameters are stored in `dtype`. `context_length` may lower the model's own. Raises InputError for damaged files,
-    for unsupported models, and if the output exists.
+    Parameters are stored in `dtype`. `context_length` may lower the model's own. Unsupported keys of the model's config
+    in `ignore_keys` are ignored. Raises InputError for damaged files, for unsupported models, and if the output exists.
     """
-    opened = open_path(resolve(source))
+    require_new(Path(output))
+    opened = open_path(resolve(source), ignore_keys=ignore_keys)
     if opened.is_run:
         raise InputError(f"{source} is a run directory already; give a Hugging Face directory or a .gguf file")
     model = dataclasses.replace(opened.config, param_dtype=dtype)
@@ -101,7 +108,7 @@ def require_quantizable(
     calibration: str | None = None,
 ) -> Source:
     """The opened model. Raises InputError, before any work, if `quantize_model` would."""
-    _require_free(Path(output))
+    require_new(Path(output))
     if calibration is not None and quantization.scheme != "int4":
         raise InputError(f"--calibrate applies to int4 only; the scheme is {quantization.scheme}")
     opened = open_path(resolve(source), step=step)
@@ -113,7 +120,8 @@ def require_quantizable(
 
 
 def _origin(opened: Source) -> dict[str, Any]:
-    return {"model_type": opened.model_type, "vocab_size": opened.vocab_size}
+    generation = {"generation": opened.generation} if opened.generation else {}
+    return {"model_type": opened.model_type, "vocab_size": opened.vocab_size, **generation}
 
 
 def _write_run(
@@ -127,7 +135,7 @@ def _write_run(
     """Write a run directory with checkpoint 0. `window` is its sequence length for training (None: up to 1024)."""
     window = window or min(model.context_length, 1024)
     data = DataConfig(tokenizer=str(RunDir(output.absolute()).tokenizer), sequence_length=window)
-    with _published(output) as directory:
+    with new_output(output) as directory:
         run = RunDir(directory)
         tokenizer.save(run.tokenizer)
         with Checkpoints(run.checkpoints) as checkpoints:
@@ -152,6 +160,7 @@ def export_model(
 
     Raises InputError if the format cannot represent the model, and if the output exists.
     """
+    require_new(Path(output))
     opened = open_path(resolve(source), step=step)
     # Exported Hugging Face directories hold only floats.
     quantization = opened.quantization if file_format == "gguf" else None
@@ -159,7 +168,7 @@ def export_model(
         _log.warning(f"{source} is quantized ({opened.quantization}); the export stores its values as {dtype}")
     config, tokenizer = opened.config, opened.load_tokenizer()
     params = opened.load_params(_on_cpu(config, quantization))
-    options = {
+    options: dict[str, Any] = {
         "vocab_size": opened.vocab_size or min(tokenizer.vocab_size, config.vocab_size),
         "dtype": dtype,
         "model_type": model_type or opened.model_type,
@@ -170,19 +179,16 @@ def export_model(
             from nextllm_jax.tokenizer.gguf import to_gguf
 
             metadata = to_gguf(tokenizer, options["vocab_size"])
-            with _published(Path(output)) as file:
+            with new_output(Path(output)) as file:
                 gguf.export(config, params, file, metadata=metadata, **options)
             return
         from nextllm_jax.interop import huggingface
         from nextllm_jax.tokenizer.huggingface import save_huggingface
 
-        with _published(Path(output)) as directory:
-            ids = {
-                "bos_token_id": tokenizer.bos_id,
-                "eos_token_id": _one_or_all(tokenizer.stop_ids),
-                "pad_token_id": tokenizer.pad_id,
-            }
-            huggingface.export(config, params, directory, shard_bytes=shard_bytes, token_ids=ids, **options)
+        with new_output(Path(output)) as directory:
+            ids = _token_ids(tokenizer, opened.generation)
+            options |= {"token_ids": ids, "generation": opened.generation}
+            huggingface.export(config, params, directory, shard_bytes=shard_bytes, **options)
             save_huggingface(tokenizer, directory)
     except ModuleNotFoundError as error:
         raise InputError(
@@ -196,45 +202,17 @@ def _on_cpu(config: ModelConfig, quantization: Quantization | None = None, *, sc
     return abstract_quantized(boxed, on_device(boxed, jax.local_devices(backend="cpu")[0]), quantization)
 
 
-def _one_or_all(ids: tuple[int, ...]) -> int | list[int]:
-    return ids[0] if len(ids) == 1 else list(ids)
+def _token_ids(tokenizer: Tokenizer, generation: dict[str, Any]) -> dict[str, Any]:
+    """bos_token_id, eos_token_id and pad_token_id for Hugging Face configs; null for a token that does not exist.
 
-
-@contextlib.contextmanager
-def _published(output: Path) -> Iterator[Path]:
-    """A context with a temporary path next to `output`. It is renamed to `output` on success and deleted otherwise.
-
-    Raises InputError if `output` exists, and RunFailed if it cannot be written.
+    A bos_token_id in the imported `generation` config is kept. The tokenizer's bos_id is not BOS without `add_bos`.
     """
-    partial = output.parent / f".{output.name}.partial"
-    try:
-        _require_free(output)
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            _remove(partial)
-            yield partial
-            if output.is_dir():
-                output.rmdir()  # an empty one, which a file could not replace
-            partial.rename(output)
-        finally:
-            with contextlib.suppress(OSError):
-                _remove(partial)
-    except OSError as error:
-        path = failed_path(error, output)
-        raise RunFailed(
-            f"{output} cannot be written ({path}: {error.strerror or error}); make room, make {path} a "
-            "writable directory, or choose another --output"
-        ) from error
-
-
-def _require_free(output: Path) -> None:
-    """Raise InputError if `output` exists and is not an empty directory."""
-    if not output.name or (output.exists() and not (output.is_dir() and not any(output.iterdir()))):
-        raise InputError(f"{output} exists; choose another --output, or remove it")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    bos_id = tokenizer.bos_id if tokenizer.add_bos else None
+    if bos_id is None:
+        bos_id = tokenizer.backend.tokens.get(tokenizer.roles.names.get("bos_token", ""))
+    stops = list(tokenizer.stop_ids)
+    return {
+        "bos_token_id": generation.get("bos_token_id", bos_id),
+        "eos_token_id": stops[0] if len(stops) == 1 else stops,
+        "pad_token_id": tokenizer.pad_id,
+    }

@@ -10,7 +10,7 @@ from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config, DataConfig, ModelConfig
 from nextllm_jax.config.files import local_workdir
 from nextllm_jax.config.model import EXECUTION_FIELDS
-from nextllm_jax.data.prepare import default_data_path
+from nextllm_jax.data.settings import default_data_path
 from nextllm_jax.data.shards import Dataset
 from nextllm_jax.errors import InputError
 from nextllm_jax.model import lora

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,6 +49,8 @@ class Source:
     """Number of rows of the embedding in the files that the weights were imported from."""
     quantization: Quantization | None = None
     """The quantization of a run's weights; None for floats. Also None for GGUF files, which can be read as floats."""
+    generation: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The generation_config.json of imported weights."""
 
     def require_floats(self, path: str) -> None:
         """Raise InputError, which names `path`, if the weights are already quantized."""
@@ -72,8 +74,11 @@ class LoadParams(Protocol):
         ...
 
 
-def open_path(path: str, *, step: str | int | None = None) -> Source:
-    """The model of a run directory, a Hugging Face directory or a GGUF file; see `open_model`."""
+def open_path(path: str, *, step: str | int | None = None, ignore_keys: Collection[str] = ()) -> Source:
+    """The model of a run directory, a Hugging Face directory or a GGUF file; see `open_model`.
+
+    Keys of an external config in `ignore_keys` are ignored if they are not supported.
+    """
     file, run = Path(path), RunDir(path)
     if not (file.is_file() or _is_huggingface(file)):
         if run.exists():
@@ -86,7 +91,7 @@ def open_path(path: str, *, step: str | int | None = None) -> Source:
     if step is not None:
         raise InputError(f"{path} is not a run directory, so it has no steps; leave the step out")
     try:
-        return _open_huggingface(file) if file.is_dir() else _open_gguf(file)
+        return _open_huggingface(file, ignore_keys) if file.is_dir() else _open_gguf(file, ignore_keys)
     except ModuleNotFoundError as error:
         raise InputError(
             f"reading {path} needs the package {error.name}; install the extra with pip install '.[interop]'"
@@ -102,11 +107,11 @@ def _is_huggingface(directory: Path) -> bool:
     return isinstance(values, dict) and "model_type" in values
 
 
-def _open_huggingface(directory: Path) -> Source:
+def _open_huggingface(directory: Path, ignore_keys: Collection[str]) -> Source:
     from nextllm_jax.interop import huggingface
     from nextllm_jax.tokenizer.huggingface import load_huggingface
 
-    config, model_type = huggingface.read_config(directory)
+    config, model_type = huggingface.read_config(directory, ignore_keys)
     return Source(
         config,
         load_tokenizer=lambda: load_huggingface(directory),
@@ -114,14 +119,15 @@ def _open_huggingface(directory: Path) -> Source:
         is_run=False,
         model_type=model_type,
         vocab_size=config.vocab_size,
+        generation=huggingface.read_generation_config(directory),
     )
 
 
-def _open_gguf(path: Path) -> Source:
+def _open_gguf(path: Path, ignore_keys: Collection[str]) -> Source:
     from nextllm_jax.interop import gguf
     from nextllm_jax.tokenizer.gguf import from_gguf
 
-    file = gguf.GGUFFile(path)
+    file = gguf.GGUFFile(path, ignore_keys)
     return Source(
         file.config,
         load_tokenizer=lambda: from_gguf(file.metadata).within(file.config.vocab_size),
@@ -148,6 +154,7 @@ def _open_run(run: RunDir, step: str | int | None) -> Source:
         model_type=origin.get("model_type"),
         vocab_size=origin.get("vocab_size"),
         quantization=quantization,
+        generation=origin.get("generation", {}),
     )
 
 
@@ -166,7 +173,7 @@ def _load_run(
     for name, saved in _saved_weights(run, step, config, quantization, _placement(abstract)):
         for target, index in [(name, None)] if is_stacked else unstacked_names(config.model, name):
             weight = saved if index is None else jax.tree.map(lambda part, i=index: part[i], saved)
-            params[target] = convert(weight, wanted[target])
+            params[target] = convert(weight, wanted[target], name=target)
             if is_quantized(wanted[target]):
                 observe(target, None if is_quantized(weight) else weight, params[target])
         del saved, weight  # before the next one is read

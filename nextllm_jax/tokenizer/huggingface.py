@@ -266,14 +266,17 @@ def _with_tokens(description: dict[str, Any], tokens: Iterable[dict[str, Any]]) 
 
     The flags of a token with a declared id replace those in the description. Raises InputError if it has another id.
     """
+    tokens = list(tokens)
     tokenizer = from_json(json.dumps(description))
-    AddedToken = import_tokenizers().AddedToken
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    tokenizer.add_tokens(
+        [
+            import_tokenizers().AddedToken(**{key: value for key, value in token.items() if key != "id"})
+            for token in tokens
+            if token["id"] is not None or token["content"] not in known
+        ]
+    )
     for token in tokens:
-        flags = {key: value for key, value in token.items() if key not in ("id", "content")}
-        if token["id"] is not None or token["content"] not in known:
-            tokenizer.add_tokens([AddedToken(token["content"], **flags)])
-            known.add(token["content"])
         found = tokenizer.token_to_id(token["content"])
         if token["id"] not in (None, found):
             raise InputError(

@@ -4,6 +4,7 @@ Without init_from, jax is imported only once the data is prepared, so mistakes a
 """
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Literal
@@ -15,7 +16,7 @@ from nextllm_jax.distributed.rendezvous import DistributedConfig
 from nextllm_jax.distributed.signals import StopRequest
 from nextllm_jax.process import use_compilation_cache
 from nextllm_jax.progress import show_messages
-from nextllm_jax.training.resume_guard import allowed_fields
+from nextllm_jax.training.resume_guard import allowed_fields, with_recorded_data
 
 if TYPE_CHECKING:
     from nextllm_jax.pretrained.source import Source
@@ -91,31 +92,50 @@ def _messages_from_process_0(group: ProcessGroup) -> Iterator[None]:
 
 
 def _prepare(
-    config: Config, file: Config, group: ProcessGroup, stop: StopRequest, overwrite: bool, consent: Collection[str]
+    config: Config, file: Config, group: ProcessGroup, stop: StopRequest, overwrite: bool, consent: frozenset[str]
 ) -> tuple[Config, "Source | None"]:
     """Prepare the data in process 0 while the others wait, and start jax in all.
 
-    Returns the config to train, with the model of init_from, and the source of its weights if it was opened.
+    Returns the config to train, with the model of init_from and the path of the data, and the source of its weights if
+    it was opened.
     """
-    from nextllm_jax.data.prepare import ensure_prepared
-    from nextllm_jax.training.open_run import require_startable
-
     source = None
     if config.init_from is not None:
-        from nextllm_jax.pretrained.init_from import require_tokenizer, with_source  # imports jax
+        from nextllm_jax.pretrained.init_from import with_source  # imports jax
 
         config, source = with_source(config, file, overwrite=overwrite)
     choices = {"--overwrite": str(overwrite), "--allow-change": ", ".join(sorted(consent))}
     group.check_same({**choices, **facts_of(config)})
     stop.allow_exit("preparing data")
-    if group.process_id == 0:
-        # To report mistakes before the data is prepared; `open_run` checks again once it holds the run's lock.
-        require_startable(config, overwrite=overwrite, allow_change=consent)
-        ensure_prepared(config.data)
-        if source is not None:
-            require_tokenizer(config, source)
-    group.gather(None, "process 0 to prepare the data")
+    path = _prepare_data(config, source, overwrite, consent) if group.process_id == 0 else None
+    path = group.gather(path, "process 0 to prepare the data")[0]
+    config = _with_data_path(config, path)
     stop.allow_exit("starting")
     use_compilation_cache()
     group.start_jax()
     return config, source
+
+
+def _prepare_data(config: Config, source: "Source | None", overwrite: bool, consent: frozenset[str]) -> str:
+    """The directory of the data, which is prepared if necessary. A run continues with the data that it recorded."""
+    from nextllm_jax.checkpoint.run_dir import RunDir
+    from nextllm_jax.data.prepare import ensure_prepared
+    from nextllm_jax.data.settings import CONTENT_FIELDS
+    from nextllm_jax.training.open_run import require_startable
+
+    # To report mistakes before the data is prepared; `open_run` checks again once it holds the run's lock.
+    require_startable(config, overwrite=overwrite, allow_change=consent)
+    run = RunDir(local_workdir(config))
+    if not overwrite and run.exists():
+        config = with_recorded_data(config, run)
+        consent |= {*CONTENT_FIELDS}  # the checkpoint says which data it needs
+    path = str(ensure_prepared(config.data, allow_change=consent))
+    if source is not None:
+        from nextllm_jax.pretrained.init_from import require_tokenizer
+
+        require_tokenizer(_with_data_path(config, path), source)
+    return path
+
+
+def _with_data_path(config: Config, path: str) -> Config:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))

@@ -3,6 +3,7 @@
 Importing this module does not import jax, so a command can check before it prepares data.
 """
 
+import dataclasses
 import difflib
 from collections.abc import Collection
 from typing import Any, NamedTuple
@@ -127,6 +128,15 @@ def require_resumable(run: RunDir, config: Config, allow_change: Collection[str]
     fix = f"restore the old values, or allow the changes: {flags}; or " if all(c.allowable for c in refused) else ""
     lines = "".join(f"\n  {change}" for change in refused)
     raise InputError(f"{run.path} holds a run with another config, which was not touched:{lines}\n{fix}{_NEW_RUN}")
+
+
+def with_recorded_data(config: Config, run: RunDir) -> Config:
+    """The config with the path of the data that `run` was trained on, if it does not choose other data."""
+    if not run.exists():
+        return config
+    from nextllm_jax.data.settings import continued  # imports the tokenizers, which --help does not need
+
+    return dataclasses.replace(config, data=continued(config.data, run.read_config().data))
 
 
 def recorded_data(record: dict[str, Any]) -> dict[str, Any]:

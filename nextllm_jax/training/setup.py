@@ -11,7 +11,7 @@ from nextllm_jax import hardware
 from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config
 from nextllm_jax.config.files import local_workdir
-from nextllm_jax.data.prepare import default_data_path
+from nextllm_jax.data.settings import default_data_path
 from nextllm_jax.data.shards import Dataset
 from nextllm_jax.distributed.process_group import ProcessGroup
 from nextllm_jax.distributed.signals import StopRequest

@@ -1,5 +1,6 @@
 """`nextllm quantize` and `--quantize`: what is written loads everywhere, blocks of GGUF files are kept bit for bit."""
 
+import dataclasses
 import json
 
 import jax
@@ -20,6 +21,7 @@ from nextllm_jax.cli.text import evaluate_command
 from nextllm_jax.config import Config, DataConfig, LoraConfig, MeshConfig
 from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError
+from nextllm_jax.interop import huggingface
 from nextllm_jax.model.quantize import is_quantized
 from nextllm_jax.model.weights import by_name
 from nextllm_jax.ops.quantized import dequantize
@@ -183,7 +185,7 @@ def test_blocks_of_gguf_files_are_kept_bit_for_bit(models, tmp_path, kind):
     assert (tmp_path / "again.gguf").read_bytes() == file.read_bytes()
 
 
-def test_other_blocks_become_what_is_asked_for(models, tmp_path):
+def test_other_blocks_become_what_is_asked_for(models, tmp_path, messages):
     """Q8_0 as whole channels, and int4 that no block holds as blocks that are close."""
     file = tmp_path / "model.gguf"
     export_model(str(models / "hf"), str(file), file_format="gguf", dtype="q8_0")
@@ -191,6 +193,7 @@ def test_other_blocks_become_what_is_asked_for(models, tmp_path):
     assert llm.params["remainder_0"]["mlp"]["up"]["kernel"].scale.shape == (1, 64)
     quantize_model(str(models / "hf"), str(tmp_path / "q"), Quantization(scheme="int4", group_size=16))
     export_model(str(tmp_path / "q"), str(tmp_path / "q.gguf"), file_format="gguf", dtype="q8_0")
+    assert "21 matrices were rounded again, because their groups of inputs are smaller" in messages.text
     ours, theirs = (nextllm_jax.load(str(tmp_path / name)).logits([[1, 2, 3]]) for name in ("q", "q.gguf"))
     assert np.abs(ours - theirs).mean() < 0.3
 
@@ -232,14 +235,32 @@ def test_mistakes_are_a_line_and_leave_nothing(models, tmp_path, monkeypatch):
         nextllm_jax.load(int8, quantize="int4")
     with pytest.raises(InputError, match="scheme is 'int5'"):
         nextllm_jax.load(str(models / "hf"), quantize="int5")
-    with pytest.raises(InputError, match="does not divide the 32 inputs"):
+    with pytest.raises(InputError, match=r"does not divide the 32 inputs of .*; use nextllm quantize --group-size 32,"):
         quantize_model(str(models / "hf"), str(output), Quantization(scheme="int4", group_size=64))
+    odd = dataclasses.replace(TINY, mlp_dim=33)
+    with pytest.raises(
+        InputError, match=r"32 does not divide the 33 inputs of .*down/kernel; use int8 by output channel"
+    ):
+        convert._on_cpu(odd, SCHEMES["int4"])
     with pytest.raises(InputError, match="exists; choose another --output"):
         quantize_model(str(models / "hf"), int8, SCHEMES["int8"])
     monkeypatch.setattr(Checkpoints, "save", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         quantize_model(str(models / "hf"), str(output), SCHEMES["int8"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_beyond_the_scales_of_groups_are_an_error_that_names_them(tmp_path):
+    params = write_huggingface(tmp_path / "hf")
+    params["layers"]["block_0"]["mlp"]["up"]["kernel"][1, 3, 5] = 1e6
+    huggingface.export(TINY, params, tmp_path / "hf", vocab_size=TINY.vocab_size)
+    model, message = str(tmp_path / "hf"), "mlp/up/kernel holds values that exceed the float16 scales of groups"
+    for calibration in (None, TEXT * 20):
+        with pytest.raises(InputError, match=message):
+            quantize_model(model, str(tmp_path / "q"), SCHEMES["int4"], calibration=calibration)
+    with pytest.raises(InputError, match=message):
+        nextllm_jax.load(model, quantize="int4")
+    assert np.isfinite(nextllm_jax.load(model, quantize="int8").logits([[1, 2, 3]])).all()
 
 
 def test_quantized_weights_are_not_trained_but_adapters_on_them_are(models):

@@ -1,5 +1,6 @@
 """Conversations: ids and masks against transformers, windows against a plain loop, bad rows, and damage."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -13,7 +14,8 @@ import itertools
 
 from nextllm_jax.config import DataConfig
 from nextllm_jax.data.packing import count_windows, describe_windows, read_batch
-from nextllm_jax.data.prepare import default_data_path, prepare
+from nextllm_jax.data.prepare import prepare
+from nextllm_jax.data.settings import default_data_path
 from nextllm_jax.data.shards import SPLITS, Dataset
 from nextllm_jax.errors import InputError
 from nextllm_jax.tokenizer.chat import ChatTemplate
@@ -211,6 +213,5 @@ def test_a_flipped_bit_in_a_mask_is_found_and_masks_are_part_of_the_data(dataset
 
 def test_data_of_texts_is_where_it_was():
     """The names of directories of prepared data must not change with settings that are for conversations alone."""
-    assert default_data_path(DataConfig(corpus="a.txt", chat_template="x")) == default_data_path(
-        DataConfig(corpus="a.txt")
-    )
+    named = DataConfig(corpus="hf:org/some-set", tokenizer="gpt2")
+    assert default_data_path(dataclasses.replace(named, chat_template="x")) == default_data_path(named)

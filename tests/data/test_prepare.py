@@ -19,7 +19,8 @@ from nextllm_jax.config import DataConfig
 from nextllm_jax.data import parts
 from nextllm_jax.data import prepare as prepare_module
 from nextllm_jax.data.corpora import document_hash, read_documents, validation_limit
-from nextllm_jax.data.prepare import default_data_path, ensure_prepared, prepare
+from nextllm_jax.data.prepare import ensure_prepared, prepare
+from nextllm_jax.data.settings import default_data_path
 from nextllm_jax.data.shards import SPLITS, Dataset
 from nextllm_jax.errors import InputError
 from nextllm_jax.tokenizer.bpe import train_tokenizer
@@ -123,8 +124,8 @@ if __name__ == "__main__":
     assert "jax" not in sys.modules, "preparing must not import jax"
     parts.PART_CHARACTERS = 5000
     documents = module.read_documents
-    def slowly(config):
-        for number, document in enumerate(documents(config)):
+    def slowly(config, skipped):
+        for number, document in enumerate(documents(config, skipped)):
             time.sleep(0.1 if number > 20 else 0)
             yield document
     module.read_documents = slowly
@@ -256,53 +257,11 @@ def test_a_saved_tokenizer_is_used_and_large_vocabularies_take_four_bytes(config
     assert dataset.split("train").tokens(0, 1).dtype == np.uint32
 
 
-def test_the_default_path_follows_the_settings_that_change_the_data():
-    plain = DataConfig()
-    path = default_data_path(plain)
-    assert path.parts[0] == "data"
-    assert path.name.startswith("stdlib-bpe8192-")
-    for same in ({"sequence_length": 128}, {"num_processes": 3}):
-        assert default_data_path(dataclasses.replace(plain, **same)) == path
-    for other in ({"validation_fraction": 0.1}, {"vocab_size": 4096}, {"tokens_per_shard": 2048}):
-        assert default_data_path(dataclasses.replace(plain, **other)) != path
-    assert default_data_path(DataConfig(path="elsewhere")) == Path("elsewhere")
-    named = default_data_path(DataConfig(corpus="hf:org/some-set", tokenizer="gpt2"))
-    assert named.name.startswith("some_set-gpt2-")
-    assert default_data_path(DataConfig(corpus="../my texts/")).name.startswith("my_texts-")
-
-
 def test_the_settings_are_kept_beside_the_data(config, tmp_path):
     prepare(config, tmp_path / "out")
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
     assert settings["corpus"] == config.corpus
     assert settings["vocab_size"] == 300
-
-
-def test_files_that_changed_are_told_of(config, tmp_path, messages):
-    texts, output = Path(config.corpus), tmp_path / "out"
-    used = dataclasses.replace(config, path=str(output))
-    prepare(config, output)
-    before = contents(output)
-    (texts / "new.txt").write_text("one more document")
-    with pytest.raises(InputError, match=r"files of data.corpus .* have changed since .*--overwrite"):
-        prepare(config, output)
-    messages.clear()
-    assert ensure_prepared(used) == output
-    assert "the files of data.corpus" in messages.text
-    assert contents(output) == before
-    prepare(config, output, overwrite=True)
-    assert (
-        Dataset.open(output).split("train").num_documents + Dataset.open(output).split("validation").num_documents == 41
-    )
-    prepare(config, output)
-    messages.clear()
-    ensure_prepared(used)
-    assert not messages.messages
-    for path in texts.iterdir():
-        path.unlink()
-    prepare(config, output)
-    ensure_prepared(used)
-    assert "already prepared" in messages.text, "prepared data needs its corpus no more"
 
 
 def test_an_interrupted_run_starts_over_if_its_files_changed(config, tmp_path, monkeypatch):
@@ -335,22 +294,6 @@ def test_data_that_is_not_there_is_prepared_in_its_default_place_only(config, tm
     assert ensure_prepared(config) == path
     assert (path / "index.json").stat().st_mtime_ns == stamp
     assert not messages.messages
-
-
-def test_data_that_the_user_names_is_used_as_it_is_and_described(config, tmp_path, messages):
-    output = tmp_path / "out"
-    prepare(config, output)
-    before = contents(output)
-    named = dataclasses.replace(config, path=str(output))
-    messages.clear()
-    for same in (named, dataclasses.replace(named, tokens_per_shard=2048, sequence_length=8)):
-        assert ensure_prepared(same) == output
-        assert not messages.messages
-    assert ensure_prepared(dataclasses.replace(named, corpus="stdlib", tokenizer="gpt2")) == output
-    (line,) = messages.messages
-    assert f"using {output} unchanged: corpus {config.corpus}, tokenizer train with 300 tokens" in line
-    assert "the config says corpus stdlib, tokenizer gpt2" in line
-    assert contents(output) == before
 
 
 def test_how_shards_are_cut_does_not_change_the_data_id(config, tmp_path):

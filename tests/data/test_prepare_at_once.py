@@ -12,7 +12,8 @@ from nextllm_jax.config.files import load_config_file
 from nextllm_jax.data import data_directory
 from nextllm_jax.data import prepare as prepare_module
 from nextllm_jax.data.data_directory import claimed, remove_replaced
-from nextllm_jax.data.prepare import default_data_path, prepare
+from nextllm_jax.data.prepare import prepare
+from nextllm_jax.data.settings import default_data_path
 from nextllm_jax.data.shards import Dataset, partial_path
 from nextllm_jax.errors import InputError
 from tests.conftest import write_corpus

@@ -74,7 +74,7 @@ def test_a_sound_start_is_found_sound_in_the_order_of_train_and_nothing_is_writt
         ({"data.path": "data/knwon"}, "data: data.path data/knwon holds no prepared data"),
         ({"data.corpus": "nowhere"}, "data: data.corpus nowhere holds no text"),
         ({"data.corpus": "corpus", "data.tokenizer": "no.tiktoken"}, "data: tokenizer no.tiktoken is not"),
-        ({"data.corpus": "config.py"}, "data: data.corpus holds one document; give at least two documents"),
+        ({"data.corpus": "config.py"}, "data: data.corpus holds one document; give at least two different documents"),
         ({"data.messages_field": "m", "data.corpus": "stdlib"}, "data: data.messages_field needs a corpus of rows"),
         (
             {"data.vocab_size": 300, "model.context_length": 50_000, "data.sequence_length": 50_000},

@@ -1,6 +1,8 @@
 """GGUF files: against transformers' own reader, round trips in every type, and files that must be refused."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -176,10 +178,10 @@ def test_without_the_permutation_the_weights_are_others(tmp_path, monkeypatch):
     assert np.abs(np.asarray(q) - wanted).max() > 0.1
 
 
-def rewrite(file: Path, **changes: Any) -> None:
+def rewrite(file: Path, config: ModelConfig = CONFIG, **changes: Any) -> None:
     """Write the file again with more metadata."""
     metadata = {**to_gguf(TOKENIZER), **changes}
-    export(CONFIG, random_params(CONFIG), file, vocab_size=288, dtype="float32", metadata=metadata)
+    export(config, random_params(config), file, vocab_size=288, dtype="float32", metadata=metadata)
 
 
 def not_finite(file: Path) -> None:
@@ -191,6 +193,11 @@ def not_finite(file: Path) -> None:
 def mixed_up(file: Path) -> None:
     write(make_config("qwen3"), file)
     file.write_bytes(file.read_bytes().replace(b"qwen3", b"llama"))
+
+
+def swap_bytes(file: Path) -> None:
+    command = [sys.executable, "-m", "gguf.scripts.gguf_convert_endian", str(file), "big"]
+    subprocess.run(command, input="YES\n", capture_output=True, text=True, check=True)
 
 
 HOSTILE: dict[str, tuple[Any, str]] = {
@@ -206,6 +213,11 @@ HOSTILE: dict[str, tuple[Any, str]] = {
         lambda file: rewrite(file, **{"llama.rope.scaling.type": "longrope"}),
         r"scaling\.type is 'longrope'",
     ),
+    "two kinds of rope scaling": (
+        lambda file: rewrite(file, make_config("llama 3.1"), **{"llama.rope.scaling.type": "linear"}),
+        "rope_freqs.weight contradicts it",
+    ),
+    "big-endian": (swap_bytes, "is big-endian"),
     "not finite": (not_finite, r"output_norm\.weight holds values that are not finite"),
     "tensors of another architecture": (mixed_up, "does not have the tensor blk.0.attn_q_norm"),
 }
@@ -241,8 +253,9 @@ def test_what_an_architecture_cannot_say_is_refused(changes, message, tmp_path):
         write(ModelConfig(**{**CONFIG.__dict__, **changes}), tmp_path / "model.gguf")
 
 
-def test_numbers_beyond_float16_are_refused(tmp_path):
+@pytest.mark.parametrize(("dtype", "value"), [("float16", 1e6), ("q8_0", 1e7)])
+def test_numbers_beyond_float16_are_refused(tmp_path, dtype, value):
     params = random_params(CONFIG)
-    params["embed"]["embedding"][0, 0] = 1e6
+    params["embed"]["embedding"][0, 0] = value
     with pytest.raises(InputError, match=r"token_embd\.weight holds values that exceed float16"):
-        export(CONFIG, params, tmp_path / "model.gguf", vocab_size=288, dtype="float16", metadata={})
+        export(CONFIG, params, tmp_path / "model.gguf", vocab_size=288, dtype=dtype, metadata={})

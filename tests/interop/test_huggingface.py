@@ -169,6 +169,117 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 
 
+GEMMA = {"model_type": "gemma", "architectures": None, "num_key_value_heads": 4}
+GEMMA3 = {"model_type": "gemma3_text", "architectures": None, "num_hidden_layers": 6}
+QWEN = {"model_type": "qwen3", "architectures": None, "num_key_value_heads": 4, "head_dim": 16}
+QWEN |= {"use_sliding_window": True, "sliding_window": 64}
+SMOLLM3 = {"model_type": "smollm3", "architectures": None}
+FULL, LOCAL = "full_attention", "sliding_attention"
+AGREEING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "theta in the newer object": (
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 1e6, "factor": 2}},
+        {"rope_theta": 1e6, "rope_scaling": "linear", "rope_scaling_factor": 2.0},
+    ),
+    "theta twice": ({"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e6}}, {"rope_theta": 1e6}),
+    "the kind twice": ({"rope_scaling": {**YARN, "type": "yarn"}}, {"rope_scaling": "yarn"}),
+    "local theta twice": (
+        {**GEMMA3, "rope_local_base_freq": 5e3, "rope_parameters": {LOCAL: {"rope_theta": 5e3}, FULL: {}}},
+        {"rope_local_theta": 5e3, "rope_theta": 1e6},
+    ),
+    "both activations of gemma": (
+        {**GEMMA, "hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"},
+        {"activation": "gelu_tanh"},
+    ),
+    "layers twice": ({**QWEN, "max_window_layers": 2, "layer_types": [FULL] * 2 + [LOCAL] * 2}, {"sliding_window": 64}),
+}
+# The keys of an error, and the config.
+CONTRADICTIONS: dict[tuple[str, str], dict[str, Any]] = {
+    ("rope_scaling: factor", "rope_parameters: factor"): {
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0},
+    },
+    ("rope_scaling: type", "rope_parameters: rope_type"): {
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+        "rope_parameters": {"rope_type": "default"},
+    },
+    ("rope_scaling: type", "rope_scaling: rope_type"): {"rope_scaling": {**YARN, "type": "linear"}},
+    ("config.json: rope_theta", "rope_parameters: rope_theta"): {
+        "rope_theta": 1e4,
+        "rope_parameters": {"rope_theta": 1e6},
+    },
+    ("config.json: original_max_position_embeddings", "rope_scaling: original_max_position_embeddings"): {
+        "rope_scaling": YARN,
+        "original_max_position_embeddings": 32,
+    },
+    ("partial_rotary_factor", "rope_parameters: partial_rotary_factor"): {
+        "partial_rotary_factor": 0.5,
+        "rope_parameters": {"partial_rotary_factor": 1.0},
+    },
+    ("rope_local_base_freq", "sliding_attention: rope_theta"): {
+        **GEMMA3,
+        "rope_local_base_freq": 1e4,
+        "rope_parameters": {LOCAL: {"rope_theta": 5e3}, FULL: {}},
+    },
+    ("hidden_act", "hidden_activation"): {
+        **GEMMA,
+        "hidden_act": "silu",
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+    (" sliding_window_pattern", " _sliding_window_pattern"): {
+        **GEMMA3,
+        "_sliding_window_pattern": 6,
+        "sliding_window_pattern": 3,
+    },
+    ("layer_types", "contradicts sliding_window_pattern 3"): {
+        **GEMMA3,
+        "sliding_window_pattern": 3,
+        "layer_types": [LOCAL] * 5 + [FULL],
+    },
+    ("layer_types", "contradicts max_window_layers 1"): {
+        **QWEN,
+        "max_window_layers": 1,
+        "layer_types": [FULL] * 2 + [LOCAL] * 2,
+    },
+    ("layer_types", "contradicts use_sliding_window false"): {
+        **QWEN,
+        "use_sliding_window": False,
+        "layer_types": [LOCAL] * 4,
+    },
+    ("no_rope_layers", "contradicts no_rope_layer_interval 2"): {
+        **SMOLLM3,
+        "no_rope_layer_interval": 2,
+        "no_rope_layers": [1, 1, 1, 0],
+    },
+}
+
+
+@pytest.mark.parametrize("name", AGREEING)
+def test_two_keys_for_one_fact(name):
+    changes, expected = AGREEING[name]
+    config = read_model_config(LLAMA | changes, "config.json")
+    assert {field: getattr(config, field) for field in expected} == expected
+
+
+@pytest.mark.parametrize("keys", CONTRADICTIONS)
+def test_two_keys_that_contradict_each_other_are_both_named(keys):
+    with pytest.raises(InputError) as error:
+        read_model_config(LLAMA | CONTRADICTIONS[keys], "config.json")
+    assert all(key in str(error.value) for key in keys)
+
+
+def test_keys_without_effect_are_accepted_and_others_can_be_ignored():
+    harmless = {"use_qk_norm": False, "my_notes": None, "neftune_noise_alpha": 5, "lora_alpha": 16}
+    plain = read_model_config(LLAMA, "config.json")
+    assert read_model_config(LLAMA | harmless, "config.json") == plain
+    with pytest.raises(InputError, match=r"my_notes is 'x'; .* --ignore-key my_notes"):
+        read_model_config(LLAMA | {"my_notes": "x"}, "config.json")
+    assert read_model_config(LLAMA | {"my_notes": "x"}, "config.json", ["my_notes"]) == plain
+    with pytest.raises(InputError, match="has no key my_note;"):
+        read_model_config(LLAMA | {"my_notes": "x"}, "config.json", ["my_note"])
+    with pytest.raises(InputError, match=r"rope_theta is .* cannot ignore it"):
+        read_model_config(LLAMA | {"rope_theta": 5e5}, "config.json", ["rope_theta"])
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs(name):
     changes, expected = PUBLISHED[name]

@@ -15,7 +15,7 @@ pytest.importorskip("tokenizers", reason="tokenizers is missing; install the ext
 
 import nextllm_jax  # noqa: E402
 from nextllm_jax.pretrained.convert import export_model  # noqa: E402
-from tests.interop.models import TOKENIZER  # noqa: E402
+from tests.interop.models import CONFIG, TOKENIZER, write_huggingface  # noqa: E402
 from tests.interop.test_gguf import MODELS, make_config, write  # noqa: E402
 
 PROMPT = "a cat sat on 12 mats"
@@ -94,6 +94,14 @@ def test_llama_cpp_reads_q8_0(folder):
     difference, _ = compare(llm, file, TOKENIZER.encode_prompt(PROMPT))
     print(f"log probabilities differ by {difference:.1e}")
     assert 1e-4 < difference < 0.3
+
+
+def test_llama_cpp_loads_a_model_with_more_rows_than_tokens(tmp_path):
+    write_huggingface(tmp_path / "hf")
+    export_model(str(tmp_path / "hf"), str(tmp_path / "model.gguf"), file_format="gguf", dtype="float32")
+    assert ask_llama_cpp(tmp_path / "model.gguf", TOKENIZER.encode_prompt(PROMPT), [])[0]
+    assert CONFIG.vocab_size > TOKENIZER.vocab_size
+    assert nextllm_jax.load(str(tmp_path / "model.gguf")).tokenizer.vocab_size == TOKENIZER.vocab_size
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -119,7 +119,10 @@ def test_the_kernel_for_tpus_runs_on_each_device_of_a_mesh(as_on_tpu, axes, grou
         ({"scheme": "int3"}, "scheme is 'int3'"),
         ({"scheme": "int4", "group_size": 0}, "group_size is 0; it must be positive and even"),
         ({"scheme": "int8", "symmetric": True}, "leave --symmetric out"),
-        ({"scheme": "int4", "group_size": 48}, "does not divide the 32 inputs of .*; choose a divisor, such as 16"),
+        (
+            {"scheme": "int4", "group_size": 48},
+            "does not divide the 32 inputs of .*; use nextllm quantize --group-size 16, ",
+        ),
     ],
 )
 def test_mistakes_are_a_line(settings, message):

@@ -1,8 +1,11 @@
 """Import and export at the user's door: what is written loads as the same model, and failures leave nothing behind."""
 
+import dataclasses
 import errno
 import json
 import os
+import signal
+import threading
 from pathlib import Path
 
 import jax
@@ -14,8 +17,12 @@ pytest.importorskip("gguf", reason="gguf is missing; install the extra 'interop'
 pytest.importorskip("tokenizers", reason="tokenizers is missing; install the extra 'interop'")
 
 import nextllm_jax
+from nextllm_jax.cli.convert import import_command
 from nextllm_jax.errors import InputError, RunFailed
-from nextllm_jax.pretrained.convert import _published, export_model, import_model
+from nextllm_jax.pretrained.convert import export_model, import_model
+from nextllm_jax.pretrained.output import new_output
+from nextllm_jax.tokenizer.backends import ByteBPE
+from nextllm_jax.tokenizer.huggingface import save_huggingface
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 from tests.interop.models import CONFIG, TOKENIZER, assert_equal_trees, write_huggingface
 
@@ -49,6 +56,48 @@ def test_what_is_imported_and_exported_is_the_same_bit_for_bit(huggingface, tmp_
     assert values["vocab_size"] == CONFIG.vocab_size > TOKENIZER.vocab_size
     generation = json.loads((tmp_path / "again" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == values["eos_token_id"] == TOKENIZER.eos_id
+
+
+def test_generation_settings_and_bos_are_kept(huggingface, tmp_path):
+    settings = {"bos_token_id": 7, "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    (huggingface / "generation_config.json").write_text(json.dumps(settings))
+    import_model(str(huggingface), str(tmp_path / "run"))
+    for source in (huggingface, tmp_path / "run"):
+        output = tmp_path / f"from {source.name}"
+        export_model(str(source), str(output), file_format="huggingface", dtype="float32")
+        written = json.loads((output / "generation_config.json").read_text())
+        assert written == {**settings, "eos_token_id": TOKENIZER.eos_id, "pad_token_id": None}
+        assert json.loads((output / "config.json").read_text())["bos_token_id"] == 7
+
+
+@pytest.mark.parametrize("names", [{}, {"bos_token": "<|begin_of_text|>"}])
+def test_a_model_whose_prompts_begin_without_bos_is_not_given_eos_for_it(huggingface, tmp_path, names):
+    names = names | {"eos_token": "<|end_of_text|>"}
+    roles = dataclasses.replace(TOKENIZER.roles, add_bos=False, bos_id=TOKENIZER.eos_id, names=names)
+    save_huggingface(Tokenizer("no BOS", TOKENIZER.backend, roles), huggingface)
+    export_model(str(huggingface), str(tmp_path / "out"), file_format="huggingface", dtype="float32")
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written["bos_token_id"] == (TOKENIZER.bos_id if "bos_token" in names else None)
+
+
+def test_an_unsupported_key_can_be_ignored(huggingface, tmp_path):
+    values = json.loads((huggingface / "config.json").read_text()) | {"my_notes": "x"}
+    (huggingface / "config.json").write_text(json.dumps(values))
+    command = ["import", str(huggingface), "--output", str(tmp_path / "run")]
+    with pytest.raises(InputError, match="--ignore-key my_notes"):
+        import_command(command[1:])
+    assert import_command([*command[1:], "--ignore-key", "my_notes"]) == 0
+    assert (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_token_without_a_row_is_left_out_of_a_run_too(huggingface, tmp_path, caplog):
+    import_model(str(huggingface), str(tmp_path / "run"))
+    special = {**TOKENIZER.special_tokens, "<extra>": CONFIG.vocab_size}
+    backend = ByteBPE(TOKENIZER.backend.ranks, TOKENIZER.backend.pattern, special)
+    Tokenizer("more", backend, TOKENIZER.roles).save(tmp_path / "run" / "tokenizer")
+    llm = nextllm_jax.load(str(tmp_path / "run"))
+    assert np.isfinite(llm.score("a <extra> cat").nll)
+    assert "left out: <extra>" in caplog.text
 
 
 @pytest.mark.parametrize("dtype", ["float32", "q8_0"])
@@ -85,8 +134,12 @@ def test_an_export_that_cannot_be_said_leaves_nothing(huggingface, tmp_path):
 def test_an_output_that_exists_is_refused_and_kept(huggingface, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="exists; choose another --output"):
-        import_model(str(huggingface), str(tmp_path / "run"))
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    for name in ("run", "dangling", "link"):
+        with pytest.raises(InputError, match="exists; choose another --output"):
+            import_model(str(huggingface), str(tmp_path / name))
     assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
 
 
@@ -95,17 +148,46 @@ def test_an_output_that_cannot_be_written_is_named_with_what_is_in_the_way(huggi
     with pytest.raises(RunFailed, match=r"run cannot be written \(.*/file: .*make .*/file a writable directory"):
         import_model(str(huggingface), str(tmp_path / "file" / "run"))
     with monkeypatch.context() as patch:
+        patch.setattr("nextllm_jax.pretrained.convert.open_path", lambda *_, **__: pytest.fail("it has begun to work"))
+        with pytest.raises(RunFailed, match="export cannot be written"):
+            export_model(str(huggingface), str(tmp_path / "file" / "export"), file_format="gguf", dtype="float32")
+    with monkeypatch.context() as patch:
         patch.setattr(Path, "exists", not_permitted)
         patch.setattr(Path, "is_dir", not_permitted)
         with (
             pytest.raises(RunFailed, match=r"run cannot be written \(.*: Permission denied\)"),
-            _published(tmp_path / "run"),
+            new_output(tmp_path / "run"),
         ):
             pass
     monkeypatch.setattr("nextllm_jax.interop.huggingface.save_file", full_disk)
     with pytest.raises(RunFailed, match=r"out cannot be written \(.*No space left.*make room"):
         export_model(str(huggingface), str(tmp_path / "out"), file_format="huggingface", dtype="float32")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "hf"]
+
+
+def test_an_incomplete_output_is_removed_at_sigterm_and_if_threads_create_it_again(tmp_path):
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+        write_and(tmp_path / "run", raise_sigterm)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with pytest.raises(RunFailed, match="No space left"):
+        write_and(tmp_path / "run", fail_while_a_thread_writes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def write_and(output, fail):
+    with new_output(output) as partial:
+        partial.mkdir()
+        fail(partial)
+
+
+def raise_sigterm(partial):
+    assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL  # which would end the tests
+    signal.raise_signal(signal.SIGTERM)
+
+
+def fail_while_a_thread_writes(partial):
+    threading.Timer(0.1, partial.mkdir).start()
+    raise OSError(errno.ENOSPC, "No space left on device", str(partial))
 
 
 def not_permitted(path):

@@ -1,5 +1,7 @@
 """GGUF vocabularies: both ways, against the Hugging Face tokenizers that they were made from."""
 
+import dataclasses
+import functools
 import json
 
 import pytest
@@ -8,11 +10,13 @@ from nextllm_jax.errors import InputError
 from nextllm_jax.tokenizer.backends import ByteBPE
 from nextllm_jax.tokenizer.bpe import train_tokenizer
 from nextllm_jax.tokenizer.gguf import from_gguf, to_gguf
+from nextllm_jax.tokenizer.huggingface import load_huggingface
 from nextllm_jax.tokenizer.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+from nextllm_jax.tokenizer.tokenizer import Tokenizer
 from tests.tokenizer.stress import stress_texts, token_texts
 
 hf = pytest.importorskip("tokenizers", reason="pip install '.[interop]'")
-from tests.tokenizer.vocabularies import CUTS, TEXT, trained  # noqa: E402
+from tests.tokenizer.vocabularies import CUTS, TEXT, save, trained  # noqa: E402
 
 PRE = {"gpt2": "gpt-2", "llama3": "smaug-bpe", "qwen2": "qwen2", "o200k": "gpt-4o", "digits": "smollm"}
 
@@ -94,6 +98,85 @@ def test_sentencepiece_vocabularies_give_the_ids_that_they_were_made_with(tmp_pa
         assert tokenizer.encode(text) == theirs.encode(text) == again.encode(text)
     assert tokenizer.encode_prompt("the cat")[0] == theirs.bos_id()
     assert again.roles == tokenizer.roles
+
+
+def sentencepiece(directory, *, normalizer=None, pre_tokenizer=None, added=(), missing_merges=0):
+    """A SentencePiece tokenizer of the package that is trained here, as it is loaded."""
+    byte_pieces = [f"<0x{byte:02X}>" for byte in range(256)]
+    theirs = hf.Tokenizer(hf.models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    steps = [hf.decoders.Replace("▁", " "), hf.decoders.ByteFallback(), hf.decoders.Fuse()]
+    theirs.decoder = hf.decoders.Sequence(steps)
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<unk>", "<s>", "</s>", *byte_pieces], show_progress=False
+    )
+    theirs.train_from_iterator(TEXT.split(), trainer)
+    description = json.loads(theirs.to_str())
+    description["added_tokens"] = description["added_tokens"][:3]  # byte pieces are ordinary ones
+    description["model"]["merges"] = description["model"]["merges"][missing_merges:]
+    theirs = hf.Tokenizer.from_str(json.dumps(description))
+    if normalizer is not None:
+        theirs.normalizer = hf.normalizers.Sequence(normalizer)
+    if pre_tokenizer is not None:
+        theirs.pre_tokenizer = pre_tokenizer
+    theirs.add_tokens(list(added))
+    return load_huggingface(save(theirs, directory, bos_token="<s>", eos_token="</s>"))
+
+
+PREPEND, REPLACE = hf.normalizers.Prepend("▁"), hf.normalizers.Replace(" ", "▁")
+METASPACE, TOKEN = hf.pre_tokenizers.Metaspace, functools.partial(hf.AddedToken, "<t>", normalized=False)
+REPRESENTED = {
+    "prefix": {"normalizer": [PREPEND, REPLACE]},
+    "prefix after replacing": {"normalizer": [REPLACE, PREPEND]},
+    "no prefix": {"normalizer": [REPLACE]},
+    "metaspace": {"pre_tokenizer": METASPACE(prepend_scheme="never", split=False)},
+    "added token": {"normalizer": [PREPEND, REPLACE], "added": [TOKEN(), hf.AddedToken("<u>", special=True)]},
+}
+NOT_REPRESENTED = {
+    "lower case": ({"normalizer": [hf.normalizers.Lowercase(), PREPEND, REPLACE]}, "Lowercase, Prepend, Replace"),
+    "NFKC": ({"normalizer": [hf.normalizers.NFKC(), REPLACE]}, "text is prepared by NFKC, Replace"),
+    "digits": (
+        {"pre_tokenizer": hf.pre_tokenizers.Sequence([METASPACE(split=False), hf.pre_tokenizers.Digits(True)])},
+        "text is prepared by Metaspace, Digits",
+    ),
+    "first": ({"pre_tokenizer": METASPACE(prepend_scheme="first", split=False)}, "text is prepared by Metaspace"),
+    "no spaces": ({}, "text is prepared by nothing"),
+    "another letter": ({"normalizer": [hf.normalizers.Replace(" ", "_")]}, "text is prepared by Replace"),
+    "lstrip": ({"normalizer": [REPLACE], "added": [TOKEN(lstrip=True)]}, "added tokens strip whitespace"),
+    "single_word": ({"normalizer": [REPLACE], "added": [TOKEN(single_word=True)]}, "match whole words"),
+    "merges": ({"normalizer": [REPLACE], "missing_merges": 5}, "text is merged differently"),
+}
+
+
+@pytest.mark.parametrize("case", REPRESENTED)
+def test_sentencepiece_tokenizers_of_the_package_come_back(tmp_path, case):
+    tokenizer = sentencepiece(tmp_path, **REPRESENTED[case])
+    again = from_gguf(to_gguf(tokenizer, tokenizer.vocab_size + 7))
+    assert again.vocab_size == tokenizer.vocab_size  # without the 7 rows that have no token
+    for text in (TEXT, " a", "  two <t> b<t>c</s>d", "<u> e", "x <u>y"):
+        for recognize in ("all", "added"):
+            assert again.encode(text, recognize=recognize) == tokenizer.encode(text, recognize=recognize)
+
+
+@pytest.mark.parametrize("case", NOT_REPRESENTED)
+def test_tokenizers_that_would_come_back_differently_are_refused(tmp_path, case):
+    settings, message = NOT_REPRESENTED[case]
+    with pytest.raises(InputError, match=f"GGUF cannot represent this tokenizer: .*{message}"):
+        to_gguf(sentencepiece(tmp_path, **settings))
+
+
+@pytest.mark.parametrize(("cut", "nfc"), [("qwen2", False), ("gpt2", True)])
+def test_normalization_that_the_name_of_the_pattern_does_not_imply_is_refused(tmp_path, cut, nfc):
+    theirs = trained(CUTS[cut], normalizer=hf.normalizers.NFC() if nfc else None)
+    with pytest.raises(InputError, match="NFC normalization differs"):
+        to_gguf(load_huggingface(save(theirs, tmp_path)))
+
+
+def test_a_vocabulary_without_merges_and_more_stop_ids_come_back(tmp_path):
+    tokenizer = train_tokenizer(["abc"], 258)
+    roles = dataclasses.replace(tokenizer.roles, stop_ids=(97, 98, tokenizer.eos_id))
+    again = from_gguf(to_gguf(Tokenizer("bytes", tokenizer.backend, roles)))
+    assert again.encode("abc") == [97, 98, 99]
+    assert again.stop_ids == roles.stop_ids
 
 
 REFUSED = {

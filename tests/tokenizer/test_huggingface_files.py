@@ -185,3 +185,11 @@ def test_decoders_are_applied_or_refused(tmp_path, case):
     tokenizer = load_huggingface(tmp_path)
     for ids in (tokenizer.encode("a cab"), [5, 1]):  # without ByteFallback, <0x41> is text
         assert tokenizer.decode(ids) == theirs.decode(ids)
+
+
+def test_a_post_processor_that_puts_two_tokens_first_is_refused(tmp_path):
+    theirs = trained(CUTS["gpt2"])
+    special = [("<tool>", theirs.token_to_id("<tool>")), ("<think>", theirs.token_to_id("<think>"))]
+    theirs.post_processor = hf.processors.TemplateProcessing("<tool> <think> $A", special_tokens=special)
+    with pytest.raises(InputError, match=r"puts \['<tool>', '<think>'\] before a text; only one"):
+        load_huggingface(save(theirs, tmp_path))

@@ -186,7 +186,6 @@ def test_a_divergence_is_replayed_bit_for_bit_from_its_pinned_checkpoint(diverge
     assert found["recorded"]["reason"] == "gradient"
     assert (found["first"]["pass"], found["first"]["place"]) == ("forward", "layer 0 mlp (residual stream after it)")
     assert len(found["windows"]) == 8
-    assert "replaying steps 2 to 2" in done.stderr
     assert contents(run) == before
 
 

@@ -36,6 +36,12 @@ def test_a_notebook_trains_in_a_thread_and_keeps_its_signal_handlers(trained, do
     assert capsys.readouterr() == ("", ""), "messages go to the handlers that the program has configured"
     with pytest.raises(InputError, match=r"another config.*\n.*seed 0 -> 1"):
         nextllm_jax.train(dataclasses.replace(config, seed=1))
+    (door.directory / "corpus").unlink()
+    shutil.copytree(trained.directory / "corpus", "corpus")
+    (door.directory / "corpus" / "new.txt").write_text("added since the run began")
+    prepared = sorted((door.directory / "data").iterdir())
+    assert nextllm_jax.train(config) == "finished", "the run does not need the data of the new corpus"
+    assert sorted((door.directory / "data").iterdir()) == prepared
 
 
 NOTEBOOK = """

@@ -42,6 +42,7 @@ OTHER = {
     "data.path": "elsewhere",
     "data.verify": "full",
     "data.validation_fraction": 0.1,
+    "data.deduplicate": "exact",
     "data.vocab_size": 4096,
     "optimizer.schedule": "wsd",
     "optimizer.schedule_steps": 9000,
