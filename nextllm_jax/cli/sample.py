@@ -11,6 +11,7 @@ import tyro
 
 from nextllm_jax.cli.text import read_text
 from nextllm_jax.config import SamplingConfig
+from nextllm_jax.config.checks import require_integer, require_seed, stop_strings
 from nextllm_jax.errors import EXIT_FAILED, InputError
 from nextllm_jax.process import use_compilation_cache
 
@@ -71,8 +72,10 @@ class SampleArguments:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_samples", "batch_size"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}; it must be positive")
+            if value is not None:
+                require_integer(name, value)
+        require_seed(self.seed)
+        stop_strings(self.stop)
 
 
 def sample_command(argv: list[str]) -> int:

@@ -37,6 +37,7 @@ def tokenize_command(argv: list[str]) -> int:
     Returns the exit code.
     """
     from nextllm_jax.tokenizer.published import load_tokenizer
+    from nextllm_jax.tokenizer.tokenizer import without_surrogates
 
     arguments = tyro.cli(TokenizeArguments, args=argv, prog="nextllm tokenize", description=TokenizeArguments.__doc__)
     if arguments.text is not None and arguments.file is not None:
@@ -53,7 +54,7 @@ def tokenize_command(argv: list[str]) -> int:
             print(f"{token:>8}  {json.dumps(piece.decode(), ensure_ascii=False)}")
         except UnicodeDecodeError:
             print(f"{token:>8}  {piece}")
-    num_bytes = len(text.encode(errors="replace"))
+    num_bytes = len(without_surrogates(text).encode())
     print(f"{len(ids):,} tokens, {num_bytes:,} bytes, {num_bytes / max(len(ids), 1):.2f} bytes per token")
     return 0
 

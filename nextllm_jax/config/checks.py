@@ -1,5 +1,6 @@
-"""Checks that the config dataclasses share. Importing this module does not import jax."""
+"""Checks that configs, commands and the Python API share. Importing this module does not import jax."""
 
+import numbers
 import types
 import typing
 from typing import Any, Literal
@@ -38,3 +39,31 @@ def require_positive(config: Any, section: str, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(value is None or value > 0, f"{section}{name} is {value}; it must be positive")
+
+
+def require_integer(name: str, value: Any, least: int = 1) -> None:
+    """Raise InputError unless the value is an integer, such as int or numpy's, of at least `least`."""
+    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    require(is_integer, f"{name} is {value!r}; it must be an integer")
+    require(int(value) >= least, f"{name} is {value}; it must be {'positive' if least == 1 else f'at least {least}'}")
+
+
+def require_seed(value: Any) -> None:
+    """Raise InputError unless the value is an integer of 32 bits. Other seeds would repeat the results of these."""
+    require_integer("seed", value, 0)
+    require(int(value) < 2**32, f"seed is {value}; it must be between 0 and 2^32 - 1")
+
+
+def require_text(name: str, value: Any) -> None:
+    """Raise InputError unless the value is a string."""
+    require(isinstance(value, str), f"{name} is {value!r:.80}; it must be a string")
+
+
+def stop_strings(stop: Any) -> list[str]:
+    """The stop strings in an argument: one or a sequence of them. Raises InputError if one is empty or not a string."""
+    stops = [stop] if isinstance(stop, str) else stop
+    require(isinstance(stops, list | tuple), f"stop is {stop!r:.80}; it must be a string or a list of strings")
+    for each in stops:
+        require_text("a stop string", each)
+        require(each != "", "a stop string is empty; leave it out, or give the text to stop before")
+    return list(stops)

@@ -231,10 +231,13 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         _check_types(self, "")
         _require(self.temperature >= 0, f"temperature is {self.temperature}; it cannot be negative")
+        _require(self.temperature < 1e30, f"temperature is {self.temperature}; it must be less than 1e30")
         _require(self.top_k >= 0, f"top_k is {self.top_k}; it cannot be negative")
         _require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be greater than 0 and at most 1")
         _require(0 <= self.min_p <= 1, f"min_p is {self.min_p}; it must be between 0 and 1")
-        _require(self.repetition_penalty > 0, f"repetition_penalty is {self.repetition_penalty}; it must be positive")
+        penalty = self.repetition_penalty
+        _require(penalty > 0, f"repetition_penalty is {penalty}; it must be positive")
+        _require(1e-30 < penalty < 1e30, f"repetition_penalty is {penalty}; it must be between 1e-30 and 1e30")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -87,8 +87,10 @@ def contents_of(text: str) -> str:
     return "\n".join(message["content"] for message in messages_of(text))
 
 
-def encode_conversation(tokenizer: Tokenizer, template: ChatTemplate, text: str, where: str) -> Encoded:
+def encode_conversation(tokenizer: Tokenizer, template: ChatTemplate, text: str, where: str) -> list[Encoded]:
     """The ids that the template gives for a conversation; nothing is added before or after them.
+
+    These are several sequences if the template rewrites earlier turns; see `ChatTemplate.encode_with_mask`.
 
     Raises InputError, which names the location `where`, if the template rejects the conversation or if the assistant's
     tokens cannot be determined.
@@ -98,12 +100,12 @@ def encode_conversation(tokenizer: Tokenizer, template: ChatTemplate, text: str,
         # The role is a newer name for system, which many templates do not know and would drop.
         messages = [{**each, "role": "system"} if each["role"] == "developer" else each for each in messages]
     try:
-        ids, mask = template.encode_with_mask(messages)
+        sequences = template.encode_with_mask(messages)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
-    if not any(mask):
+    if not any(True in mask for _, mask in sequences):
         raise InputError(f"{where}: the chat template writes no assistant text; fix or remove the row")
-    return Encoded(ids, mask, _num_bytes(tokenizer, ids, mask))
+    return [Encoded(ids, mask, _num_bytes(tokenizer, ids, mask)) for ids, mask in sequences]
 
 
 def _num_bytes(tokenizer: Tokenizer, ids: Sequence[int], mask: Sequence[bool]) -> int:

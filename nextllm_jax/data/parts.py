@@ -92,7 +92,7 @@ def tokenize_part(part: Part, *, tokenizer_directory: Path, tokenizer_hash: str,
                 encoded.append(Encoded(tokenizer.encode_document(text), [], len(text.encode())))
                 continue
             try:
-                encoded.append(encode_conversation(tokenizer, template, part.texts[i], part.locations[i]))
+                encoded += encode_conversation(tokenizer, template, part.texts[i], part.locations[i])
             except InputError as error:
                 if not skip_bad_rows:
                     raise

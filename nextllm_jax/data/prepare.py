@@ -234,7 +234,11 @@ def _with_template(tokenizer: Tokenizer, file: str | None) -> Tokenizer:
             f"data.messages_field needs a chat template, but the tokenizer {tokenizer.name} has none; set "
             "data.chat_template to a Jinja file"
         )
-    ChatTemplate(tokenizer)
+    if not ChatTemplate(tokenizer).writes_end():
+        _log.warning(
+            f"the chat template of {tokenizer.name} ends the assistant's turns without an end token of the tokenizer; "
+            "the model will not learn to stop, so add one to the template"
+        )
     return tokenizer
 
 

@@ -3,6 +3,7 @@
 `nextllm lm_eval --model_args checkpoint=runs/small --tasks arc_easy` is the harness's own command with this model.
 """
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 
 from nextllm_jax.config import SamplingConfig
+from nextllm_jax.config.checks import require_integer, stop_strings
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.generate import bucket
 from nextllm_jax.inference.llm import LLM, load
@@ -36,9 +38,10 @@ _token_scores = jax.jit(token_scores, static_argnames=("model", "vocab_size"))
 class HarnessModel(TemplateLM):
     """Implements the harness's model interface with an LLM: either `llm`, or the one loaded from `checkpoint`.
 
-    Contexts begin with BOS if the model's prompts do, and are truncated on the left to fit the context. The text of a
-    chat is used exactly as the template formats it. `max_gen_toks` limits answers if a task does not. The harness sets
-    `device`: its default cuda:0 means jax's default device, and any other value must be jax's platform.
+    Contexts begin with BOS if the model's prompts do, and are truncated on the left to fit the context, as in the
+    harness's own models. The text of a chat is used exactly as the template formats it. `max_gen_toks` limits answers
+    if a task does not. The harness sets `device`: its default cuda:0 means jax's default device, and any other value
+    must be jax's platform.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class HarnessModel(TemplateLM):
             raise InputError(f"batch_size is {batch_size}; it must be a positive number")
         self.llm = llm
         self.batch_size = int(batch_size)
+        require_integer("max_gen_toks", max_gen_toks)
         self.max_gen_toks = max_gen_toks
         self._is_chat = False
 
@@ -74,8 +78,13 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The id that precedes a text without context."""
-        return self.llm.tokenizer.bos_id
+        """The id that precedes a text without context: BOS, or EOS if there is no BOS, as in the harness's own models.
+
+        The tokenizer's bos_id may be another: it is EOS unless the model's prompts begin with BOS.
+        """
+        tokenizer = self.llm.tokenizer
+        names, tokens = tokenizer.roles.names, tokenizer.backend.tokens
+        return tokens.get(names.get("bos_token", names.get("eos_token", "")), tokenizer.bos_id)
 
     @property
     def tokenizer_name(self) -> str:
@@ -96,7 +105,11 @@ class HarnessModel(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a chat. From now on, control tokens in texts are encoded as control tokens."""
         self._is_chat = True
-        return ChatTemplate(self.llm.tokenizer).text(chat_history, add_generation_prompt=add_generation_prompt)
+        return self._template.text(chat_history, add_generation_prompt=add_generation_prompt)
+
+    @functools.cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self.llm.tokenizer)
 
     def _loglikelihood_tokens(
         self,
@@ -125,14 +138,20 @@ class HarnessModel(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log probability of each whole text, computed in disjoint windows."""
-        longest = self.llm.config.context_length
+        """The log probability of each whole text, computed in disjoint windows.
+
+        Each window begins with BOS if the model's prompts do, since some models, such as Gemma, need it.
+        """
+        longest, tokenizer = self.llm.config.context_length, self.llm.tokenizer
+        first = [tokenizer.bos_id] if tokenizer.add_bos else []
         windows: list[tuple[tuple[str, str] | None, list[int], list[int]]] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
-            for pair in get_rolling_token_windows(ids, self.prefix_token_id, longest, 1):
-                windows.append((None, *make_disjoint_window(pair)))
+            length = longest if len(ids) <= longest else longest - len(first)
+            for i, pair in enumerate(get_rolling_token_windows(ids, self.prefix_token_id, length, 1)):
+                context, continuation = make_disjoint_window(pair)
+                windows.append((None, [*first, *context] if i else context, continuation))
                 owners.append(owner)
         totals = [0.0] * len(requests)
         for owner, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
@@ -197,9 +216,12 @@ def _settings(arguments: dict[str, Any], max_gen_toks: int) -> tuple[tuple[str, 
     """
     arguments = dict(arguments)
     until = arguments.pop("until", None) or []
-    until = [until] if isinstance(until, str) else until
+    stops = stop_strings([text for text in until if text != ""] if isinstance(until, list | tuple) else until)
     most = next((arguments.pop(name) for name in ("max_gen_toks", "max_new_tokens") if name in arguments), max_gen_toks)
+    require_integer("the task's max_gen_toks", most)
     samples = arguments.pop("do_sample", "temperature" in arguments)
+    if not isinstance(samples, bool):
+        raise InputError(f"the task's do_sample is {samples!r}; it must be true or false")
     known = {name: arguments.pop(name) for name in ("temperature", "top_k", "top_p", "min_p") if name in arguments}
     if arguments:
         raise InputError(f"the task's generation_kwargs have {', '.join(arguments)}, not supported; leave the task out")
@@ -208,7 +230,7 @@ def _settings(arguments: dict[str, Any], max_gen_toks: int) -> tuple[tuple[str, 
         if samples
         else SamplingConfig(temperature=0)
     )
-    return tuple(text for text in until if text), int(most), sampling
+    return tuple(stops), int(most), sampling
 
 
 def run_harness(argv: list[str]) -> None:

@@ -1,8 +1,10 @@
 """A conversation with a model. It keeps the cache, so each turn processes only the new tokens."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 from nextllm_jax.config import SamplingConfig
+from nextllm_jax.config.checks import require_integer, require_seed, require_text, stop_strings
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.generate import CachedRow, Speeds
 from nextllm_jax.inference.llm import LLM
@@ -23,7 +25,7 @@ class Conversation:
     `template` is a Jinja template that replaces the model's own. `sample` is the last answer, and `speeds` is its
     throughput. Answers are the same as if each were generated from the whole conversation without a cache.
 
-    Raises InputError if the model has no template, or if the template fails.
+    Raises InputError if the model has no template, if the template fails, or for an invalid setting.
     """
 
     def __init__(
@@ -35,12 +37,17 @@ class Conversation:
         max_new_tokens: int = MAX_ANSWER_TOKENS,
         sampling: SamplingConfig | None = None,
         seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> None:
+        for name, text in (("system", system), ("template", template)):
+            if text is not None:
+                require_text(name, text)
+        require_integer("max_new_tokens", max_new_tokens)
+        require_seed(seed)
         self._llm = llm
         self._template = ChatTemplate(llm.tokenizer, template)
         self._opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-        self._settings = (max_new_tokens, sampling or SamplingConfig(), seed, tuple(stop))
+        self._settings = (max_new_tokens, sampling or SamplingConfig(), seed, stop_strings(stop))
         self.sample: Sample | None = None
         self.speeds = Speeds()
         self.is_full = False
@@ -58,6 +65,7 @@ class Conversation:
         The message and its answer become part of the conversation when all pieces have been read. If not all are read,
         the conversation is unchanged. Raises ContextFull if the message leaves no room for an answer.
         """
+        require_text("the message", text)
         llm, (max_new_tokens, sampling, seed, stop) = self._llm, self._settings
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = self._template.encode(messages)
@@ -88,4 +96,22 @@ class Conversation:
         self.speeds = stream.speeds
         self.is_full = self.sample.finish_reason == "length" and room <= max_new_tokens
         self._cached = stream.cached_row([*prompt, *self.sample.tokens])
-        self.messages = [*messages, {"role": "assistant", "content": self.sample.text}]
+        self.messages = [*messages, self._answer(messages, [*prompt, *self.sample.tokens])]
+
+    def _answer(self, messages: list[Message], tokens: Sequence[int]) -> Message:
+        """The message of the last answer, for a template that may write the space before it; `tokens` end with it.
+
+        The text of a SentencePiece model begins with the space of its first token, which many templates add. It is left
+        out if the next prompt then has more of the tokens.
+        """
+        assert self.sample is not None
+        text = self.sample.text
+        answers: list[Message] = [
+            {"role": "assistant", "content": each} for each in dict.fromkeys((text, text.removeprefix(" ")))
+        ]
+
+        def shared(answer: Message) -> int:
+            ids = self._template.encode([*messages, answer], add_generation_prompt=False)
+            return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, tokens, strict=False)))
+
+        return max(answers, key=shared) if len(answers) > 1 else answers[0]

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from nextllm_jax.config import SamplingConfig
+from nextllm_jax.config.checks import require_integer, require_seed
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.sampling import row_keys, sample
 from nextllm_jax.model.kv_cache import KVCache
@@ -188,7 +189,8 @@ class Generation:
     its tokens and the prompt are processed, or all tokens if there is a repetition penalty. The cache has at least
     `least_cache_length` slots, but not more than the context. This avoids compiling for a larger cache later.
 
-    Raises InputError if a prompt and the new tokens exceed the model's context, or if max_new_tokens is not positive.
+    Raises InputError if a prompt and the new tokens exceed the model's context, if max_new_tokens is not positive, or
+    if seed is not in 0 to 2^32 - 1.
     """
 
     def __init__(
@@ -207,6 +209,7 @@ class Generation:
         least_cache_length: int = 0,
         mesh: Mesh | None = None,
     ) -> None:
+        require_seed(seed)
         self.num_rows = len(prompts)
         self._remaining = max_new_tokens
         self._params = params
@@ -236,7 +239,7 @@ class Generation:
             self._state = jax.block_until_ready(read())
         self.speeds = Speeds(prefill_tokens=int(lengths_B.sum()), prefill_seconds=time.perf_counter() - started)
         self._stopped_B = lengths_B == 0
-        self._draw_from = (np.uint32(seed % 2**32), np.resize(np.asarray(samples, np.int32), batch_size))
+        self._draw_from = (np.uint32(seed), np.resize(np.asarray(samples, np.int32), batch_size))
         self._stop_ids = np.asarray(stop_ids, np.int32)
         self._decode = functools.partial(decode, model, sampling=sampling, vocab_size=vocab_size)
         self._run(0)  # no steps: compiles before the clock starts
@@ -284,8 +287,7 @@ class Generation:
 
 
 def _longest(prompts: Sequence[Sequence[int]], max_new_tokens: int, context_length: int) -> int:
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; it must be positive")
+    require_integer("max_new_tokens", max_new_tokens)
     lengths = [len(prompt) for prompt in prompts]
     if min(lengths, default=0) == 0:
         raise ValueError("prompts must not be empty, and each must have at least one token")

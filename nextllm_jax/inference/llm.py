@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nextllm_jax.config import MeshConfig, ModelConfig, SamplingConfig
+from nextllm_jax.config.checks import require, require_integer, require_text, stop_strings
 from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.generate import CHUNK_TOKENS, CachedRow, Generation, bucket
@@ -22,7 +24,7 @@ from nextllm_jax.model.transformer import Transformer, abstract_params, resolve_
 from nextllm_jax.model.weights import cast_matrices
 from nextllm_jax.pretrained.open_model import open_model
 from nextllm_jax.sharding import make_mesh, on_device, on_mesh, padded_size, placed
-from nextllm_jax.tokenizer.tokenizer import Tokenizer
+from nextllm_jax.tokenizer.tokenizer import Tokenizer, without_surrogates
 
 MAX_NEW_TOKENS = 128
 """Default number of new tokens."""
@@ -82,7 +84,10 @@ class LLM:
 
         Raises InputError for another shape, for ids that are not in 0 to V - 1, or if T exceeds the context.
         """
-        tokens_BT = np.asarray(tokens)
+        try:
+            tokens_BT = np.asarray(tokens)
+        except ValueError as error:  # rows of several lengths
+            raise InputError(f"tokens must be integers of shape [B, T] ({error})") from error
         if tokens_BT.ndim != 2 or tokens_BT.size == 0 or not np.issubdtype(tokens_BT.dtype, np.integer):
             raise InputError(f"tokens must be integers of shape [B, T]; got {tokens_BT.dtype} {list(tokens_BT.shape)}")
         T, context_length = tokens_BT.shape[1], self.config.context_length
@@ -153,12 +158,15 @@ class LLM:
         The row of a piece is prompt index * num_samples + sample index. Every `chunk_tokens` tokens, the rows yield
         their pieces. Raises InputError as `generate` does.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        stop = [stop] if isinstance(stop, str) else list(stop)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        require(
+            isinstance(prompts, list | tuple), f"prompts is {prompts!r:.80}; it must be a string or a list of strings"
+        )
         if not prompts:
             raise InputError("there are no prompts; give at least one, which may be empty")
-        if num_samples < 1:
-            raise InputError(f"num_samples is {num_samples}; it must be positive")
+        for prompt in prompts:
+            require_text("a prompt", prompt)
+        require_integer("num_samples", num_samples)
         rows = [prompt for prompt in prompts for _ in range(num_samples)]
         encoded = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
         return self.stream_tokens(
@@ -181,7 +189,7 @@ class LLM:
         sampling: SamplingConfig,
         samples: Sequence[int] | None = None,
         seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         chunk_tokens: int = CHUNK_TOKENS,
         cached: CachedRow | None = None,
         least_cache_length: int = 0,
@@ -191,8 +199,9 @@ class LLM:
         `texts` are the prompts in the returned samples. `samples` are the sample indices of the rows; None: all 0.
         See Generation for `cached`, `least_cache_length` and the errors.
         """
-        if not all(stop):
-            raise InputError("a stop string is empty; leave it out, or give the text to stop before")
+        stop = stop_strings(stop)
+        require(isinstance(sampling, SamplingConfig), f"sampling is {sampling!r:.80}; it must be a SamplingConfig")
+        require_integer("chunk_tokens", chunk_tokens)
         ends = {"max_new_tokens": max_new_tokens, "stop_ids": self.tokenizer.stop_ids}
         generation = Generation(
             self.model,
@@ -226,6 +235,7 @@ class LLM:
         Raises InputError if the text is empty, if the window exceeds the context length, or if batch_size is not
         positive.
         """
+        require_text("the text to score", text)
         window = self.config.context_length if window is None else window
         if not text:
             raise InputError("the text to score is empty; bits per byte need at least one byte")
@@ -241,15 +251,15 @@ class LLM:
                 for i in progress(starts, len(starts))
             )
         count = len(document) - 1
-        return Score(nll_sum / count, count, nll_sum / math.log(2) / len(text.encode("utf-8", errors="replace")))
+        return Score(nll_sum / count, count, nll_sum / math.log(2) / len(without_surrogates(text).encode()))
 
 
 def check_windows(window: int, batch_size: int, context_length: int) -> None:
     """Raise InputError if the window is not in 1 to the context length, or if the batch size is not positive."""
-    if not 0 < window <= context_length:
+    require_integer("window", window)
+    if window > context_length:
         raise InputError(f"window is {window}; it must be in 1 to the model's context_length {context_length}")
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; it must be positive")
+    require_integer("batch_size", batch_size)
 
 
 def _windows(document: Sequence[int], window: int, batch_size: int) -> Batch:
@@ -278,7 +288,7 @@ def _nll_sum(model: Transformer, params: Any, batch: Batch) -> jax.Array:
 
 
 def load(
-    path: str,
+    path: str | os.PathLike[str],
     *,
     step: str | int | None = None,
     dtype: str | None = None,
@@ -303,6 +313,9 @@ def load(
     Raises InputError as `open_model` does, if the mesh does not fit the devices or the model, or if the weights to
     quantize are quantized already.
     """
+    path = os.fspath(path) if isinstance(path, os.PathLike) else path
+    require_text("path", path)
+    require(mesh is None or isinstance(mesh, MeshConfig), f"mesh is {mesh!r:.80}; it must be a MeshConfig")
     source = open_model(path, step=step)
     config, quantization = source.config, source.quantization
     if quantize != "none":

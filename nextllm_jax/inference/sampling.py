@@ -8,6 +8,9 @@ import jax.numpy as jnp
 
 from nextllm_jax.config import SamplingConfig
 
+_LEAST = float(jnp.finfo(jnp.float32).tiny)
+"""The least positive float32; smaller settings would round to 0."""
+
 
 def mask_padding(logits_BV: jax.Array, vocab_size: int) -> jax.Array:
     """The logits, with -inf for ids from the tokenizer's `vocab_size` on, which only pad the embedding."""
@@ -25,7 +28,7 @@ def repetition_penalty(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float)
 
 def temperature(logits_BC: jax.Array, value: float) -> jax.Array:
     """The logits divided by the temperature, which must be positive. Shifted to a maximum of 0 to avoid overflow."""
-    return (logits_BC - logits_BC.max(-1, keepdims=True)) / value
+    return (logits_BC - logits_BC.max(-1, keepdims=True)) / jnp.maximum(value, _LEAST)
 
 
 def top_k(logits_BV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
@@ -47,6 +50,7 @@ def top_p(logits_BC: jax.Array, p: float) -> jax.Array:
     bits, since positive floats are ordered like their bits. Sorting would take eight times as long on a CPU (92 ms
     instead of 12 ms for 8 rows of 50,304). Source: Holtzman et al. 2019, arXiv:1904.09751.
     """
+    least_mass = jnp.maximum(p, _LEAST)
     probability_BC = jax.nn.softmax(logits_BC, axis=-1)
     bits_BC = jax.lax.bitcast_convert_type(probability_BC, jnp.int32)
 
@@ -55,11 +59,11 @@ def top_p(logits_BC: jax.Array, p: float) -> jax.Array:
 
     def set_bit(i: jax.Array, least_B1: jax.Array) -> jax.Array:
         candidate_B1 = least_B1 | (jnp.int32(1) << (30 - i))
-        return jnp.where(mass(bits_BC >= candidate_B1) >= p, candidate_B1, least_B1)
+        return jnp.where(mass(bits_BC >= candidate_B1) >= least_mass, candidate_B1, least_B1)
 
     least_B1 = jax.lax.fori_loop(0, 31, set_bit, jnp.zeros_like(bits_BC[:, :1]))
     above_BC, equal_BC = bits_BC > least_B1, bits_BC == least_B1
-    missing_B1 = (p - mass(above_BC)) / jax.lax.bitcast_convert_type(least_B1, jnp.float32)
+    missing_B1 = (least_mass - mass(above_BC)) / jax.lax.bitcast_convert_type(least_B1, jnp.float32)
     keep_BC = above_BC | (equal_BC & (jnp.cumsum(equal_BC, axis=-1) <= jnp.ceil(missing_B1)))
     return jnp.where(keep_BC, logits_BC, -jnp.inf)
 
@@ -67,7 +71,7 @@ def top_p(logits_BC: jax.Array, p: float) -> jax.Array:
 def top_p_of_sorted(logits_BC: jax.Array, p: float) -> jax.Array:
     """`top_p` for logits in descending order, such as those of `top_k`."""
     probability_BC = jax.nn.softmax(logits_BC, axis=-1)
-    return jnp.where(jnp.cumsum(probability_BC, axis=-1) - probability_BC < p, logits_BC, -jnp.inf)
+    return jnp.where(jnp.cumsum(probability_BC, axis=-1) - probability_BC < jnp.maximum(p, _LEAST), logits_BC, -jnp.inf)
 
 
 def min_p(logits_BC: jax.Array, p: float) -> jax.Array:

@@ -37,21 +37,24 @@ class StopFinder:
 
     The first stop string is the one that ends first. If several end at the same character, it is the one that starts
     first. So the result does not depend on how the text is split into pushes. Stop strings must not be empty.
+
+    A stop string may contain the spelling of a control token, but neither starts nor ends inside of one.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
+        self._inside: set[int] = set()  # positions in the held text that are inside of a control token
         self.found = False
 
-    def push(self, text: str) -> str:
-        """The additional text that is certain to precede any stop string."""
+    def push(self, text: str, *, is_control: bool = False) -> str:
+        """The additional text that is certain to precede any stop string; `text` may be a control token's spelling."""
         if self.found:
             return ""
+        if is_control:
+            self._inside.update(range(len(self._held) + 1, len(self._held) + len(text)))
         self._held += text
-        starts = ((self._held.find(stop), stop) for stop in self._stops)
-        matches = [(start + len(stop), start) for start, stop in starts if start >= 0]
-        if matches:
+        if matches := [match for stop in self._stops for match in self._matches(stop)]:
             self.found = True
             return self._release(min(matches)[1])
         return self._release(len(self._held) - self._undecided())
@@ -60,17 +63,26 @@ class StopFinder:
         """The text that is still held back, at the end of the text."""
         return "" if self.found else self._release(len(self._held))
 
+    def _matches(self, stop: str) -> Iterator[tuple[int, int]]:
+        """(end, start) of each place where the held text has the stop string."""
+        start = self._held.find(stop)
+        while start >= 0:
+            if self._inside.isdisjoint((start, start + len(stop))):
+                yield start + len(stop), start
+            start = self._held.find(stop, start + 1)
+
     def _undecided(self) -> int:
         """Length of the longest suffix of the held text that is a prefix of a stop string."""
         longest = min(len(self._held), max(map(len, self._stops), default=0))
-        ends = (length for length in range(longest, 0, -1) if self._begins_stop(self._held[-length:]))
+        ends = (length for length in range(longest, 0, -1) if self._begins_stop(len(self._held) - length))
         return next(ends, 0)
 
-    def _begins_stop(self, text: str) -> bool:
-        return any(stop.startswith(text) for stop in self._stops)
+    def _begins_stop(self, start: int) -> bool:
+        return start not in self._inside and any(stop.startswith(self._held[start:]) for stop in self._stops)
 
     def _release(self, length: int) -> str:
         released, self._held = self._held[:length], self._held[length:]
+        self._inside = {position - length for position in self._inside if position > length}
         return released
 
 
@@ -83,6 +95,7 @@ class _Row:
         self.text = ""
         self.finish_reason: FinishReason | None = None
         self._decoder = IncrementalDecoder(tokenizer)
+        self._control = frozenset(tokenizer.special_tokens.values())
         self._finder = StopFinder(stops)
 
     def push(self, tokens: Sequence[int], stop_ids: Sequence[int], max_new_tokens: int) -> str:
@@ -93,7 +106,10 @@ class _Row:
             if token in stop_ids:
                 self.finish_reason = "stop"
                 break
-            text += self._finder.push(self._decoder.push([token]))
+            is_control = token in self._control
+            if is_control:  # what it follows is complete
+                text += self._finder.push(self._decoder.finish())
+            text += self._finder.push(self._decoder.push([token]), is_control=is_control)
             if self._finder.found:
                 self.finish_reason = "stop"
                 break

@@ -75,9 +75,10 @@ class ByteBPE:
         parts = split_at(pattern, self.tokens, text)
         return [id for part in parts for id in ([part] if isinstance(part, int) else self._encode_plain(part))]
 
-    def split(self, text: str) -> Iterator[str | int]:
-        """The text split at the tokens that it contains: tokens as ids, the rest as text."""
-        return split_at(self._all, self.tokens, text)
+    def num_bytes(self, text: str) -> int:
+        """The number of bytes that the ids of a text have together."""
+        text = text if self._compose is None else self._compose(text)
+        return len(text.encode().translate(None, self._missing))
 
     def without(self, tokens: Collection[str]) -> "ByteBPE":
         """The encoding without some of its special and added tokens."""
@@ -131,7 +132,6 @@ class HuggingFaceBPE:
         self.ids = self._recognize_all.get_vocab(with_added_tokens=True)
         self.bytes_of = {id: to_bytes(piece) for piece, id in self.ids.items()}
         self.bytes_of |= {id: spelled(content) for content, id in self.tokens.items()}
-        self._all = match_any(self.tokens, {token.content: token for token in added.values()})
 
     def encode(self, text: str, recognize: Recognize) -> list[int]:
         """The ids of a text, which must not contain surrogates."""
@@ -139,10 +139,6 @@ class HuggingFaceBPE:
             return self._recognize_none.encode(text, add_special_tokens=False).ids
         encoder = self._recognize_all if recognize == "all" else self._recognize_added
         return encoder.encode(text, add_special_tokens=False).ids
-
-    def split(self, text: str) -> Iterator[str | int]:
-        """The text split at the tokens that it contains: tokens as ids, the rest as text."""
-        return split_at(self._all, self.tokens, text)
 
     def without(self, tokens: Collection[str]) -> "HuggingFaceBPE":
         """The tokenizer without some of its special and added tokens, which have the highest ids."""
@@ -155,6 +151,12 @@ class HuggingFaceBPE:
             model["vocab"] = [entry for entry in model["vocab"] if entry[0] not in tokens]
         _remove_merges(model, tokens)
         return HuggingFaceBPE(json.dumps(description, ensure_ascii=False))
+
+    def renamed(self, spellings: dict[str, str]) -> Any:
+        """The `tokenizers.Tokenizer` with the same ids that knows some tokens by other spellings only."""
+        description = json.loads(self.description) | {"post_processor": None}  # one may trim offsets
+        _rename(description, spellings)
+        return from_json(json.dumps(description))
 
     def prefix(self) -> list[int]:
         """The ids that the post-processor of the tokenizer.json puts before a text."""
@@ -251,16 +253,9 @@ def from_json(description: str) -> Any:
     return tokenizer
 
 
-def match_any(tokens: Collection[str], flags: dict[str, Any] | None = None) -> re.Pattern[str] | None:
-    """A pattern for any of the tokens, longest first, including the whitespace that they strip; None without tokens."""
-    if not tokens:
-        return None
-    parts = []
-    for token in sorted(tokens, key=len, reverse=True):
-        left = r"\s*" if flags and flags[token].lstrip else ""
-        right = r"\s*" if flags and flags[token].rstrip else ""
-        parts.append(f"{left}(?:{re.escape(token)}){right}")
-    return re.compile("|".join(parts))
+def match_any(tokens: Collection[str]) -> re.Pattern[str] | None:
+    """A pattern for any of the tokens, longest first; None without tokens."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))) if tokens else None
 
 
 def split_at(pattern: re.Pattern[str] | None, tokens: dict[str, int], text: str) -> Iterator[str | int]:
@@ -269,7 +264,7 @@ def split_at(pattern: re.Pattern[str] | None, tokens: dict[str, int], text: str)
     for found in pattern.finditer(text) if pattern else ():
         if found.start() > start:
             yield text[start : found.start()]
-        yield tokens[found[0] if found[0] in tokens else found[0].strip()]
+        yield tokens[found[0]]
         start = found.end()
     if start < len(text):
         yield text[start:]

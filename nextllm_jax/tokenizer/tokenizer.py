@@ -81,9 +81,9 @@ class Tokenizer:
         """The ids of the text. By default special tokens such as "<|endoftext|>" in it are encoded as ordinary text.
 
         Added tokens that are not special are recognized. With `recognize` "all", special tokens are recognized too, as
-        in the output of a chat template; with "none", neither. Never raises; lone surrogates become U+FFFD.
+        in the output of a chat template; with "none", neither. Lone surrogates become U+FFFD.
         """
-        return self.backend.encode(_without_surrogates(text), recognize)
+        return self.backend.encode(without_surrogates(text), recognize)
 
     def encode_document(self, text: str) -> list[int]:
         """The ids of the text between the tokens that begin and end a document."""
@@ -248,7 +248,13 @@ def _usual_ends(special_tokens: dict[str, int]) -> list[int] | None:
     return [roles.bos_id, roles.eos_id]
 
 
-def _without_surrogates(text: str) -> str:
+def without_surrogates(text: str) -> str:
+    """The text as it is encoded: surrogate pairs become the characters that they stand for, and lone ones U+FFFD.
+
+    Raises InputError if it is not a string.
+    """
+    if not isinstance(text, str):
+        raise InputError(f"the text is {text!r:.80}; it must be a string")
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -128,6 +128,8 @@ BAD_OPTIONS = {
     "batch": ([*COMMAND, "--batch-size", "0"], "batch_size is 0"),
     "tokens": ([*COMMAND, "--max-new-tokens", "0"], "max_new_tokens is 0"),
     "stop": ([*COMMAND, "--stop", ""], "stop string is empty"),
+    "stop, in a chat": (["--checkpoint", "nowhere", "--chat", "--stop", ""], "stop string is empty"),
+    "seed": ([*COMMAND, "--seed", "4294967296"], "seed is 4294967296; it must be between"),
 }
 
 

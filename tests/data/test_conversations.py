@@ -18,9 +18,10 @@ from nextllm_jax.data.prepare import prepare
 from nextllm_jax.data.settings import default_data_path
 from nextllm_jax.data.shards import SPLITS, Dataset
 from nextllm_jax.errors import InputError
+from nextllm_jax.tokenizer.chat import ChatTemplate
 from nextllm_jax.tokenizer.huggingface import save_huggingface
 from tests.data.test_packing import make_split
-from tests.tokenizer.test_chat import CHATML, GENERATION, TALK, tokenizer
+from tests.tokenizer.test_chat import CHATML, FORGETFUL, GENERATION, TALK, tokenizer
 
 
 def talk(number):
@@ -89,6 +90,21 @@ def test_without_generation_blocks_the_assistant_s_turns_and_their_end_are_learn
         assert text.endswith("<|im_end|>")
         assert "question" not in text
         assert "Be " not in text
+
+
+def test_turns_that_a_template_rewrites_are_documents_as_they_were_written(tmp_path, caplog):
+    ours = tokenizer(FORGETFUL)
+    data = prepared(tmp_path, TALKS, template=FORGETFUL)
+    found = [document for name in SPLITS for document in documents(data.split(name))]
+    expected = [([*ids], [*mask]) for talk in TALKS for ids, mask in ChatTemplate(ours).encode_with_mask(talk)]
+    assert sorted(found) == sorted(expected)
+    assert len(found) == sum(message["role"] == "assistant" for talk in TALKS for message in talk) > len(TALKS)
+    assert "will not learn to stop" not in caplog.text
+
+
+def test_a_template_without_an_end_token_gives_a_warning(tmp_path, caplog):
+    prepared(tmp_path, TALKS[:4], template=CHATML.replace("<|im_end|>", "<|end|>"))
+    assert caplog.text.count("the model will not learn to stop") == 1
 
 
 def plain_windows(lengths, sequence_length):

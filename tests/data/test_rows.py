@@ -162,8 +162,8 @@ def test_the_developer_is_the_system_unless_the_template_knows_the_role():
         (CHATML, "<|im_start|>system\nrules"),
     ]:
         made = tokenizer(template)
-        ids = encode_conversation(made, ChatTemplate(made), json.dumps(talk), "here").ids
-        assert made.decode(ids).startswith(expected)
+        (encoded,) = encode_conversation(made, ChatTemplate(made), json.dumps(talk), "here")
+        assert made.decode(encoded.ids).startswith(expected)
 
 
 BAD = ['{"messages": 1}', "no json", '{"messages": [{"role": "assistant", "content": "refused"}]}', "[" * 100_000]

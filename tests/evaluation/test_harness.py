@@ -1,5 +1,6 @@
 """The harness's own runs of tasks from local files, against direct computations."""
 
+import dataclasses
 import json
 import os
 
@@ -109,16 +110,31 @@ def test_rolling_is_the_likelihood_of_the_text(llm, tmp_path):
     result, samples = run(llm, tmp_path, "rolling")
     total = 0.0
     for sample, row in zip(samples, QUESTIONS, strict=True):
-        ids = [256, *row["text"].encode()]
-        windows = [(ids[max(0, i - 1 if i > 1 else 0) : i], ids[i : i + 64]) for i in range(1, len(ids), 64)]
-        if len(ids) - 1 > 64:  # the last window reaches back to be full
-            rest = (len(ids) - 1) % 64
-            windows[-1] = (ids[-65:-rest], ids[-rest:])
+        ids = list(row["text"].encode())
+        length = 64 if len(ids) <= 64 else 63  # each further window has BOS and one token before it
+        windows = [([256, *ids[max(i - 1, 0) : i]], ids[i : i + length]) for i in range(0, len(ids), length)]
+        if len(windows) > 1:  # the last window reaches back to be full
+            rest = len(ids) % length
+            windows[-1] = ([256, *ids[-length - 1 : -rest]], ids[-rest:])
         expected = sum(logprob(llm, context, continuation)[0] for context, continuation in windows)
         assert float(sample["resps"][0][0]) == pytest.approx(expected, rel=1e-4)
         total += expected
     num_bytes = sum(len(row["text"].encode()) for row in QUESTIONS)
     assert result["bits_per_byte,none"] == pytest.approx(-total / num_bytes / np.log(2), rel=1e-4)
+
+
+NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
+PREFIXES = [(NAMES, True, 256), (NAMES, False, 256), ({"eos_token": "</s>"}, False, 257), ({}, False, 257)]
+
+
+@pytest.mark.parametrize(("names", "add_bos", "prefix"), PREFIXES)
+def test_the_prefix_is_bos_or_eos_as_in_the_harness_s_own_models(llm, names, add_bos, prefix):
+    from nextllm_jax.evaluation.harness import HarnessModel
+
+    roles = Roles(bos_id=256 if add_bos else 257, eos_id=257, add_bos=add_bos, names=names)
+    other = dataclasses.replace(llm, load_tokenizer=lambda: Tokenizer("bytes", llm.tokenizer.backend, roles))
+    assert HarnessModel(llm=other).prefix_token_id == prefix
+    assert HarnessModel(llm=other).tok_encode("a") == ([256, 97] if add_bos else [97])
 
 
 def test_generation_ends_at_the_task_s_stop_strings(llm, tmp_path):
@@ -153,6 +169,10 @@ def test_settings_that_cannot_be_honoured_are_refused(llm):
         HarnessModel(llm=llm, batch_size="auto")
     with pytest.raises(InputError, match="checkpoint=PATH"):
         HarnessModel()
+    for wrong in ({"until": 5}, {"until": [5]}, {"max_gen_toks": 1.5}, {"max_gen_toks": "x"}, {"do_sample": "false"}):
+        with pytest.raises(InputError, match="must be"):
+            _settings(wrong, 8)
+    assert _settings({"until": ["", "x"]}, 8)[0] == ("x",)
     assert _settings({"until": "x", "temperature": 0.5, "top_p": 0.9}, 8)[2].temperature == 0.5
 
 

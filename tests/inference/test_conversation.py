@@ -1,6 +1,7 @@
 """Conversations: each answer against one made from the whole conversation anew, and what a turn reads."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,8 +12,9 @@ import pytest
 from nextllm_jax.config import ModelConfig, SamplingConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.chat import ContextFull, Conversation
-from nextllm_jax.inference.generate import Generation
+from nextllm_jax.inference.generate import Generation, Speeds
 from nextllm_jax.inference.llm import LLM
+from nextllm_jax.inference.stream import Piece, Sample
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.tokenizer.backends import ByteBPE
 from nextllm_jax.tokenizer.chat import ChatTemplate
@@ -95,6 +97,56 @@ def test_an_answer_stops_at_any_of_the_stop_ids(llm):
     assert stopping.generate("x", max_new_tokens=1) is not None
 
 
+class Scripted:
+    """Stands in for an LLM: each answer is a text."""
+
+    def __init__(self, tokenizer, answers):
+        self.tokenizer, self.config, self._answers = tokenizer, CONFIG, iter(answers)
+
+    def stream_tokens(self, prompts, *, texts, **_):
+        ids = next(self._answers)
+        self.prompt = prompts[0]
+        sample = Sample(texts[0], self.tokenizer.decode(ids), ids, "length")
+        return ScriptedStream([Piece(0, sample.text, sample)])
+
+
+class ScriptedStream(list):
+    speeds = Speeds()
+
+    def cached_row(self, tokens):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("assistant", "answer", "kept"),
+    [
+        ("{{ ' ' + m.content }}", " river", "river"),
+        ("{{ m.content }}", " river", " river"),
+        ("{{ m.content }}", "river", "river"),
+        ("{{ m.content }}", "  river", "  river"),
+        ("{{ ' ' + m.content }}", "  river", " river"),
+    ],
+)
+def test_the_next_prompt_has_the_tokens_of_the_answer(tmp_path, assistant, answer, kept):
+    pytest.importorskip("tokenizers", reason="pip install '.[interop]'")
+    from nextllm_jax.tokenizer.huggingface import load_huggingface
+    from tests.tokenizer.test_control_tokens import NAMES, sentencepiece
+    from tests.tokenizer.vocabularies import save
+
+    theirs = sentencepiece()
+    source = "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}"
+    folder = save(theirs, tmp_path, **NAMES, chat_template=source + assistant + "{% endif %}{% endfor %}")
+    prompt = theirs.encode("[INST] in [/INST]").ids
+    tokens = theirs.encode(f"[INST] in [/INST]{answer}").ids
+    assert tokens[: len(prompt)] == prompt
+    scripted: Any = Scripted(load_huggingface(folder), [tokens[len(prompt) :]] * 2)
+    talk = Conversation(scripted)
+    assert "".join(talk.say("in")) == answer
+    assert talk.messages[-1]["content"] == kept
+    list(talk.say("in"))
+    assert scripted.prompt[: len(tokens)] == tokens
+
+
 def test_reset_forgets_and_an_answer_that_was_cut_off_leaves_no_trace(llm):
     talk = Conversation(llm, system="short", max_new_tokens=12, sampling=GREEDY)
     first = "".join(talk.say("hello"))
@@ -128,5 +180,10 @@ def test_what_cannot_be_is_refused(llm):
     with pytest.raises(InputError, match="has no chat template"):
         Conversation(plain)
     with pytest.raises(InputError, match="max_new_tokens is 0"):
-        list(Conversation(llm, max_new_tokens=0).say("x"))
+        Conversation(llm, max_new_tokens=0)
+    for wrong in ({"stop": ""}, {"stop": 5}, {"seed": 1.5}, {"max_new_tokens": "x"}, {"system": 5}, {"template": 5}):
+        with pytest.raises(InputError, match=r"must be|is empty"):
+            Conversation(llm, **wrong)
+    with pytest.raises(InputError, match="the message is None; it must be a string"):
+        list(Conversation(llm).say(None))  # pyright: ignore[reportArgumentType]
     assert Conversation(plain, template=TEMPLATE, max_new_tokens=2).say("x") is not None

@@ -3,9 +3,11 @@
 import dataclasses
 import functools
 import math
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -207,6 +209,63 @@ def test_bad_requests_are_refused(llm, monkeypatch):
     monkeypatch.setattr(nextllm_jax.inference.llm, "Generation", None)  # what follows must not reach the prefill
     with pytest.raises(InputError, match="stop string is empty"):
         llm.generate("a", max_new_tokens=4, stop=[""])
+
+
+# (method, its first argument, others, the message)
+WRONG = [
+    ("generate", 5, {}, "prompts is 5; it must be a string or a list"),
+    ("generate", None, {}, "prompts is None; it must be"),
+    ("generate", ["a", 5], {}, "a prompt is 5; it must be a string"),
+    ("generate", b"a", {}, "prompts is b'a'; it must be"),
+    ("generate", "a", {"stop": 5}, "stop is 5; it must be a string or a list"),
+    ("generate", "a", {"stop": [None]}, "a stop string is None; it must be a string"),
+    ("generate", "a", {"stop": ""}, "a stop string is empty"),
+    ("generate", "a", {"max_new_tokens": 1.5}, "max_new_tokens is 1.5; it must be an integer"),
+    ("generate", "a", {"max_new_tokens": "8"}, "max_new_tokens is '8'; it must be an integer"),
+    ("generate", "a", {"num_samples": True}, "num_samples is True; it must be an integer"),
+    ("generate", "a", {"seed": 1.5}, "seed is 1.5; it must be an integer"),
+    ("generate", "a", {"seed": 2**32}, "seed is 4294967296; it must be between 0 and"),
+    ("generate", "a", {"seed": -1}, "seed is -1; it must be at least 0"),
+    ("generate", "a", {"temperature": math.inf}, "temperature is inf; it must be less than 1e30"),
+    ("generate", "a", {"temperature": math.nan}, "temperature is nan"),
+    ("generate", "a", {"temperature": "hot"}, "temperature is 'hot'; it must be float"),
+    ("generate", "a", {"repetition_penalty": 1e-46}, "repetition_penalty is 1e-46; it must be between"),
+    ("generate", "a", {"repetition_penalty": math.inf}, "repetition_penalty is inf; it must be between"),
+    ("stream", "a", {"chunk_tokens": 0}, "chunk_tokens is 0; it must be positive"),
+    ("stream", "a", {"sampling": {"top_k": 1}}, "sampling is {'top_k': 1}; it must be a SamplingConfig"),
+    ("score", 5, {}, "the text to score is 5; it must be a string"),
+    ("score", "a", {"window": 1.5}, "window is 1.5; it must be an integer"),
+    ("score", "a", {"batch_size": "8"}, "batch_size is '8'; it must be an integer"),
+    ("logits", [[1], [1, 2]], {}, "tokens must be integers of shape"),
+    ("logits", None, {}, "tokens must be integers of shape"),
+]
+
+
+@pytest.mark.parametrize(("method", "argument", "others", "message"), WRONG, ids=[each[3][:40] for each in WRONG])
+def test_arguments_of_other_types_are_refused(llm, method, argument, others, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        getattr(llm, method)(argument, **others)
+
+
+def test_load_refuses_other_types():
+    for wrong in ({"path": 5}, {"path": None}, {"path": "x", "mesh": {"fsdp": 2}}):
+        with pytest.raises(InputError, match=r"(path|mesh) is .*; it must be a"):
+            nextllm_jax.load(**wrong)
+    with pytest.raises(InputError, match="nowhere"):
+        nextllm_jax.load(Path("nowhere"))
+    with pytest.raises(InputError, match="the text is 5; it must be a string"):
+        TOKENIZER.encode(5)  # pyright: ignore[reportArgumentType]
+
+
+def test_numpy_integers_are_integers(llm):
+    one = np.int64(1)
+    (sample,) = llm.generate("a", max_new_tokens=one, num_samples=one, seed=np.uint32(2**32 - 1), stop=("x",))
+    assert len(sample.tokens) == 1
+
+
+def test_a_lone_surrogate_counts_as_the_character_that_is_scored(llm):
+    assert llm.score("a\ud800") == llm.score("a\ufffd")
+    assert llm.score("a\ud83d\ude00") == llm.score("a\N{GRINNING FACE}")
 
 
 @pytest.mark.parametrize("length", [5, 48, 100])

@@ -84,6 +84,22 @@ def test_temperature_scales_differences_and_does_not_overflow():
     assert not np.isnan(out).any()
 
 
+SMALL = [
+    {"top_p": 1e-46},
+    {"top_p": 1e-46, "top_k": 3},
+    {"top_p": 1e-40},
+    {"temperature": 1e-46},
+    {"temperature": 1e-40},
+]
+
+
+@pytest.mark.parametrize("settings", SMALL, ids=str)
+def test_settings_that_float32_rounds_to_zero_take_the_likeliest(settings):
+    config = SamplingConfig(**{"temperature": 1.0, "top_k": 0, "top_p": 1.0, **settings})
+    logits = jnp.asarray([[0.0, 3, 1, 2], [9, 7, 8, 0], [1, 2, 3, 9]])
+    assert sample(logits, None, keys(3), config, 3).tolist() == [1, 0, 2]
+
+
 def test_draws_follow_the_probabilities():
     logits = jnp.asarray([0.0, 1.0, 2.0, -jnp.inf])
     count = 4000

@@ -76,6 +76,25 @@ def test_stop_strings_are_found_across_any_borders(parts, stops):
     assert finder.found == found
 
 
+CONTROL = Tokenizer(
+    "control", ByteBPE({bytes([value]): value for value in range(256)}, r"[\s\S]", {"<|endoftext|>": EOS, "<|a|>": 257})
+)
+
+
+@pytest.mark.parametrize("chunk", [1, 40])
+def test_stop_strings_neither_start_nor_end_inside_of_a_control_token(chunk):
+    def text(stop):
+        script: Any = Script([[*b"b\xe6", 257, *b"a|>c", EOS]])
+        texts = TextStream(script, CONTROL, [""], stop=[stop], stop_ids=[EOS], max_new_tokens=40, chunk_tokens=chunk)
+        return samples(texts)[0].text
+
+    whole = "b\ufffd<|a|>a|>c"
+    for inside in ("<", "<|", "|a", "|>a", "\ufffd<"):
+        assert text(inside) == whole
+    for stop, end in {"a": 7, "|>": 8, "|>c": 8, "<|a|>": 2, "\ufffd<|a|>a": 1, "\ufffd": 1, "c": 10}.items():
+        assert text(stop) == whole[:end]
+
+
 def test_text_is_held_back_only_while_it_may_begin_a_stop_string():
     finder = StopFinder(["\n\n", "END"])
     assert finder.push("a\n") == "a"

@@ -114,8 +114,6 @@ def test_tokens_that_swallow_blanks_stay_with_the_package(tmp_path, flag):
     tokenizer = load_huggingface(save(theirs, tmp_path))
     assert isinstance(tokenizer.backend, HuggingFaceBPE)
     assert_same_ids(tokenizer, theirs)
-    if flag != "single_word":
-        assert list(tokenizer.backend.split("a <|im_end|> b"))[1] == tokenizer.special_tokens["<|im_end|>"]
 
 
 @pytest.mark.parametrize("cut", ["llama3", "two cuts"])
@@ -130,7 +128,6 @@ def test_special_and_added_tokens_are_told_apart(tmp_path, cut):
     neither = tokenizer.encode(text, recognize="none")
     assert not {think, end} & set(neither)
     assert tokenizer.decode(neither) == tokenizer.decode(ordinary) == text
-    assert list(tokenizer.backend.split(text)) == ["a", think, "b", end, "c"]
 
 
 @pytest.mark.parametrize("cut", ["digits", "two cuts"])
