@@ -58,8 +58,8 @@ class SampleArguments:
     """Number of independent samples of each prompt."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A sample ends before this text; may be given several times. Backslashes have no meaning in it: a line
-    break is $'\\n' in bash and zsh. It is not found within the spelling of a control token. The end of a document always
-    ends a sample."""
+    break is $'\\n' in bash and zsh. It is not found within the spelling of a control token. The end of a document
+    always ends a sample."""
     step: str | None = None
     """Checkpoint to use: best (lowest validation loss), latest, or a step number; none: best, or latest while no
     checkpoint has a validation loss."""
