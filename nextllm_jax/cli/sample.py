@@ -53,12 +53,13 @@ class SampleArguments:
     context. An answer in a chat also ends at the end of the context."""
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=SamplingConfig)
     seed: int = 0
-    """Random seed; the same seed, prompt and settings give the same text."""
+    """Random seed, from 0 to 2^32 - 1; the same seed, prompt and settings give the same text."""
     num_samples: int = 1
     """Number of independent samples of each prompt."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A sample ends before this text; may be given several times. Backslashes have no meaning in it: a line
-    break is $'\\n' in bash and zsh. The end of a document always ends a sample."""
+    break is $'\\n' in bash and zsh. It is not found within the spelling of a control token. The end of a document
+    always ends a sample."""
     step: str | None = None
     """Checkpoint to use: best (lowest validation loss), latest, or a step number; none: best, or latest while no
     checkpoint has a validation loss."""

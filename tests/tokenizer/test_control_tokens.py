@@ -114,6 +114,16 @@ def test_ids_and_masks_are_those_of_transformers(tmp_path):
     assert {type(load_huggingface(tmp_path / kind).backend) for kind, *_ in kinds()} == {ByteBPE, HuggingFaceBPE}
 
 
+def test_a_post_processor_that_trims_offsets_does_not_shorten_the_mask(tmp_path):
+    trims = trained(CUTS["another"])
+    trims.post_processor = hf.processors.ByteLevel(trim_offsets=True)
+    template = "{% generation %}{{ messages[0].content }}{% endgeneration %}!"
+    tokenizer = load_huggingface(save(trims, tmp_path, chat_template=template))
+    ((ids, mask),) = ChatTemplate(tokenizer).encode_with_mask([{"role": "assistant", "content": "river  "}])
+    said = [id for id, is_said in zip(ids, mask, strict=True) if is_said]
+    assert tokenizer.decode(said) == "river  "
+
+
 SPECIAL = {"</s>": 256, "<|im_end|>": 257}
 ADDED = {"<|user|>": 258, "<|system|>": 259, "<think>": 260, "<image>": 261, "  ": 262, "<end>": 263}
 ROLES = "{% for m in messages %}{{ ROLE }}{{ m.content }}</s>{% endfor %}"
