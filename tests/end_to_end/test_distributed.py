@@ -50,6 +50,7 @@ def test_two_processes_stopped_by_a_signal_to_one_and_continued_by_one_process(t
     assert (door.directory / RUN / "samples.txt").read_text() == (trained.directory / RUN / "samples.txt").read_text()
 
 
+@pytest.mark.slow
 def test_four_processes_in_two_slices_end_with_what_one_process_has(trained, door):
     """Data is divided over the slices and parameters inside of them; each process saves what it alone holds."""
     with Processes(door, 4, "--mesh.slices", "2", "--mesh.fsdp", "2", slices=2) as four:

@@ -40,6 +40,7 @@ def test_a_finished_run_says_so_and_changes_nothing(trained):
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_attention_is_named_at_the_start_and_two_devices_of_a_sequence_learn_the_same(trained, door):
     assert "xla attention (auto on cpu)" in trained.log.stderr
     refused = door.run("train.py", "--config", "config.py", "--model.attention", "splash", exit_code=2)
@@ -71,6 +72,7 @@ def test_interrupted_and_continued_ends_where_an_uninterrupted_run_ends(trained,
     assert_same_end(run, trained.directory / "runs" / "config", 40)
 
 
+@pytest.mark.slow
 def test_killed_and_continued_ends_where_an_uninterrupted_run_ends(trained, door):
     code, output = interrupt(door, "kill", 30)
     assert code == -signal.SIGKILL, output
@@ -92,6 +94,7 @@ def test_best_and_latest_both_survive(door):
     assert kept == {best, 30, 40}
 
 
+@pytest.mark.slow
 def test_simulated_devices_give_the_same_losses(trained, door):
     door.run("train.py", "--config", "config.py", "--mesh.fsdp", "2", "--mesh.tensor", "2", "--training.steps", "20",
              "--optimizer.schedule-steps", "40", XLA_FLAGS="--xla_force_host_platform_device_count=8")  # fmt: skip
