@@ -13,8 +13,8 @@ from nextllm_jax.diagnostics.resume_proof import compare, hash_of_arrays
 def test_the_proof_of_a_killed_training(door):
     out = door.run("nextllm_jax.cli", "doctor", "--resume-proof", "--config", "config.py", "--steps", "12",
                    "--optimizer.warmup-steps", "3")  # fmt: skip
+    assert any(line.startswith("killed at step ") for line in out.stderr.splitlines())
     lines = out.stdout.splitlines()
-    assert any(line.startswith("killed at step ") for line in lines)
     rows = [line.split() for line in lines if line.endswith(" equal")]
     assert [row[-3] == row[-2] for row in rows] == [True] * 4
     assert len({row[-3] for row in rows}) == 4

@@ -69,6 +69,6 @@ def test_a_save_that_fails_in_the_background_ends_the_run_with_a_sentence(door):
         "run_main(train_command)\n"
     )
     failed = door.run(str(program), "--config", "config.py", "--training.sample-tokens", "0", exit_code=1)
-    (sentence,) = failed.stderr.splitlines()
+    sentence = failed.stderr.splitlines()[-1]
     assert sentence.startswith("error: step 15 could not be saved in ")
     assert "(No such file or directory); there is no earlier checkpoint; make room or fix the directory" in sentence

