@@ -188,7 +188,7 @@ def test_a_line_break_as_stop_is_not_a_backslash(directory, caplog):
 
 def test_ctrl_c_keeps_what_is_written(trained, door):
     shutil.copytree(trained.directory / "runs", door.directory / "runs")
-    (door.directory / "in.jsonl").write_text('{"prompt": "the cat"}\n' * 150)
+    (door.directory / "in.jsonl").write_text('{"prompt": "the cat"}\n' * 400)
     command = ("sample.py", *COMMAND[:-4], "--max-new-tokens", "100", "--batch-size", "2", "--stop", "q")
     process = door.start(*command)
     output = door.directory / "out.jsonl"
@@ -197,10 +197,10 @@ def test_ctrl_c_keeps_what_is_written(trained, door):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "of 150 samples; the same command continues\nerror: interrupted\n" in errors
+    assert "of 400 samples; the same command continues\nerror: interrupted\n" in errors
     assert "Traceback" not in errors
     before = rows(door.directory)
-    assert 0 < len(before) < 150
+    assert 0 < len(before) < 400
     door.run(*command)
-    assert [row["index"] for row in rows(door.directory)] == list(range(150))
+    assert [row["index"] for row in rows(door.directory)] == list(range(400))
     assert rows(door.directory)[: len(before)] == before
