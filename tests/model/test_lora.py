@@ -165,20 +165,19 @@ def test_quantized_weights_are_within_half_a_step_and_train():
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(frozen.params)) == frozen_bytes(CONFIG, int8) + scales
     assert sizes > adapter_count(CONFIG, int8)
 
-    exact = train(MeshConfig(data=1), ALL)
-    for frozen, tolerance in (("int8", 1e-3), ("int4", 1e-2)):
-        losses = train(MeshConfig(data=1), dataclasses.replace(ALL, frozen=frozen))
-        assert losses[0][0] == pytest.approx(exact[0][0], rel=tolerance)  # rounding alone
-        assert losses[0][2] < losses[0][1] < losses[0][0]
-        assert losses[3] == pytest.approx(losses[2], rel=1e-4)
+    losses, _, score, merged = train(MeshConfig(data=1), dataclasses.replace(ALL, frozen="int4"))
+    assert losses[2] < losses[1] < losses[0]
+    assert merged == pytest.approx(score, rel=1e-4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("frozen", ["int8", "int4"])
-def test_eight_devices_train_on_quantized_weights_as_one_does(frozen):
+@pytest.mark.parametrize(("frozen", "rounding"), [("int8", 1e-3), ("int4", 1e-2)])
+def test_eight_devices_train_on_quantized_weights_as_one_does(frozen, rounding):
     lora = dataclasses.replace(ALL, frozen=frozen)
     alone, sharded = (train(mesh, lora) for mesh in (MeshConfig(data=1), MeshConfig(data=2, fsdp=2, tensor=2)))
     np.testing.assert_allclose(sharded[0], alone[0], rtol=1e-5)
+    exact = train(MeshConfig(data=1), ALL)
+    assert alone[0][0] == pytest.approx(exact[0][0], rel=rounding)  # later steps also differ in their updates
 
 
 def is_q(leaf):
