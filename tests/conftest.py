@@ -135,6 +135,13 @@ def as_on_tpu(monkeypatch) -> list:
     return calls
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that run the project's commands as processes."""
+    for item in items:
+        if "compilation_cache" in getattr(item, "fixturenames", ()):
+            item.add_marker("process")
+
+
 @pytest.fixture(scope="session")
 def compilation_cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("compiled")
