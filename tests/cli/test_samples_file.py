@@ -190,7 +190,9 @@ def test_ctrl_c_keeps_what_is_written(trained, door):
     shutil.copytree(trained.directory / "runs", door.directory / "runs")
     (door.directory / "in.jsonl").write_text('{"prompt": "the cat"}\n' * 400)
     command = ("sample.py", *COMMAND[:-4], "--max-new-tokens", "100", "--batch-size", "2", "--stop", "q")
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     process = door.start(*command)
+    signal.signal(signal.SIGINT, previous)
     output = door.directory / "out.jsonl"
     while process.poll() is None and not (output.exists() and output.read_bytes()):
         time.sleep(0.01)
