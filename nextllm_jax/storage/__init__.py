@@ -1,1 +1,1 @@
-"""Where a run directory is stored: a small interface, and its implementation on disk."""
+"""Where a run is stored: a small interface, and its implementations for a directory on disk and in a bucket."""

@@ -5,26 +5,24 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from nextllm_jax.errors import InputError
+from nextllm_jax.storage.interface import Identity
 
 _NEW = ".new"
 
 
 class Disk:
-    """The files in a directory, with all operations that a run needs from its storage.
+    """The files in a directory; see `Storage`."""
 
-    A name is a path relative to the directory, with "/" as separator. Failures raise OSError. A storage bucket could
-    implement the same public methods. Only `lock` creates the directory.
-    """
+    renames = True
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        if "://" in str(directory):
-            raise InputError(f"{directory} is not a local path; copy it to this machine and give its path here")
         self._directory = Path(directory)
 
     def names(self, directory: str = "") -> list[str]:
@@ -35,9 +33,26 @@ class Disk:
             return []
         return [name for name in names if not (name.startswith(".") and name.endswith(_NEW))]
 
+    def files(self, directory: str = "") -> dict[str, Identity]:
+        """Every file in a directory and in those below it, sorted by its path relative to the directory."""
+        top = self._directory / directory
+        names = [
+            os.path.relpath(os.path.join(folder, name), top) for folder, _, names in os.walk(top) for name in names
+        ]
+        found = {name: self.identity(os.path.join(directory, name)) for name in sorted(names)}
+        return {name: identity for name, identity in found.items() if identity}
+
     def exists(self, name: str) -> bool:
         """Whether there is a file or a directory."""
         return os.path.exists(self._directory / name)
+
+    def identity(self, name: str | os.PathLike[str]) -> Identity | None:
+        """The identity of a file; None if it is missing."""
+        try:
+            found = os.stat(self._directory / name)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return Identity(found.st_size, hash((found.st_mtime_ns, found.st_ino)))
 
     def read(self, name: str) -> bytes:
         """The content of a file; empty if it is missing."""
@@ -45,6 +60,12 @@ class Disk:
             return (self._directory / name).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return b""
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        """At most `length` bytes of a file from `start` on. Raises FileNotFoundError if it is missing."""
+        with open(self._directory / name, "rb") as file:
+            file.seek(start)
+            return file.read(length)
 
     def write(self, name: str, content: bytes) -> None:
         """Replace a file atomically."""
@@ -70,9 +91,47 @@ class Disk:
                 os.truncate(path, size)
             raise
 
+    def create(self, name: str, content: bytes) -> Identity | None:
+        """Write a file that does not exist yet; None, and nothing is written, if it does."""
+        path = self._target(name)
+        new = path.with_name(f".{path.name}.{os.getpid()}{_NEW}")
+        try:
+            new.write_bytes(content)
+            os.link(new, path)
+        except FileExistsError:
+            return None
+        finally:
+            new.unlink(missing_ok=True)
+        return self.identity(name)
+
+    def replace(self, name: str, content: bytes, found: Identity) -> Identity | None:
+        """Replace a file that still has the identity `found`; None, and nothing is written, if it has not.
+
+        Not safe against a process that replaces the file at the same moment, which the lock of a run excludes.
+        """
+        if self.identity(name) != found:
+            return None
+        self.write(name, content)
+        return self.identity(name)
+
+    def delete(self, name: str) -> None:
+        """Delete a file, or a directory with all files below it. Nothing happens if it is missing."""
+        path = self._directory / name
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
     def move(self, name: str, new: str) -> None:
         """Rename a file or a directory."""
         (self._directory / name).rename(self._target(new))
+
+    def make_directory(self, name: str) -> None:
+        """Create a directory. Nothing happens if it exists."""
+        (self._directory / name).mkdir(exist_ok=True)
+
+    @contextlib.contextmanager
+    def local_directory(self, name: str) -> Iterator[Path]:
+        """A context with the directory `name` itself."""
+        yield self._directory / name
 
     def _target(self, name: str) -> Path:
         path = self._directory / name
@@ -116,6 +175,16 @@ class Disk:
         with contextlib.suppress(OSError), open(self._directory / name, "rb") as file:
             if not lock_file(file.fileno(), shared=True):
                 raise self._in_use(file.fileno())
+
+    def sync(self) -> None:
+        """Nothing: `append` writes at once, and a lock on disk cannot be taken over."""
+
+    def free_bytes(self) -> int | None:
+        """The free space on the disk."""
+        existing = next(
+            path for path in (self._directory.absolute(), *self._directory.absolute().parents) if path.exists()
+        )
+        return shutil.disk_usage(existing).free
 
     def _in_use(self, descriptor: int) -> InputError:
         try:

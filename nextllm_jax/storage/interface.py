@@ -1,0 +1,116 @@
+"""`Storage`: the operations that a run needs from the place where it is stored. `open_storage` returns one."""
+
+import os
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol
+
+from nextllm_jax.errors import InputError
+
+
+class StorageError(InputError, OSError):
+    """A bucket that cannot be used, or cannot be used now. The message says why and how to fix it, in one line."""
+
+
+class Identity(NamedTuple):
+    """What distinguishes a file from earlier and later files of the same name."""
+
+    size: int
+    generation: int
+    """Changes whenever the file is written."""
+    crc32c: str | None = None
+    """Base64 of the checksum that the storage service computed; None on disk."""
+
+
+class Storage(Protocol):
+    """The files in a directory on disk or in a bucket.
+
+    A name is a path relative to the directory, with "/" as separator. Failures raise OSError. Writes are atomic, and
+    what is written can be read at once, also by other processes. Only `lock` and `make_directory` create the directory
+    itself.
+    """
+
+    renames: bool
+    """Whether `move` is atomic and cheap. If not, moved files are copied, and an interrupted `move` leaves both."""
+
+    def names(self, directory: str = "") -> list[str]:
+        """The names in a directory, without unfinished writes; empty if it is missing."""
+        ...
+
+    def files(self, directory: str = "") -> dict[str, Identity]:
+        """Every file in a directory and in those below it, sorted by its path relative to the directory."""
+        ...
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a file or a directory."""
+        ...
+
+    def identity(self, name: str) -> Identity | None:
+        """The identity of a file; None if it is missing."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """The content of a file; empty if it is missing."""
+        ...
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        """At most `length` bytes of a file from `start` on. Raises FileNotFoundError if it is missing."""
+        ...
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write or replace a file."""
+        ...
+
+    def append(self, name: str, content: bytes) -> None:
+        """Append to a file. If that fails, nothing is appended.
+
+        In a bucket, which cannot append, the file is rewritten as a whole: in the background at most every 30 seconds,
+        and by `sync`. `read` includes what is not written yet. Raises the error of an earlier rewrite, if it failed.
+        """
+        ...
+
+    def create(self, name: str, content: bytes) -> Identity | None:
+        """Write a file that does not exist yet; None, and nothing is written, if it does."""
+        ...
+
+    def replace(self, name: str, content: bytes, found: Identity) -> Identity | None:
+        """Replace a file that still has the identity `found`; None, and nothing is written, if it has not."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Delete a file, or a directory with all files below it. Nothing happens if it is missing."""
+        ...
+
+    def move(self, name: str, new: str) -> None:
+        """Rename a file or a directory."""
+        ...
+
+    def make_directory(self, name: str) -> None:
+        """Create a directory, so that it exists although it is empty. Nothing happens if it exists."""
+        ...
+
+    def local_directory(self, name: str) -> AbstractContextManager[os.PathLike[str]]:
+        """A context with a local directory for new files, which are in directory `name` once it has ended."""
+        ...
+
+    def require_writable(self, name: str, *, is_directory: bool) -> None:
+        """Raise InputError if a file (or directory) of this name cannot be written, as far as this is known."""
+        ...
+
+    def lock(self, name: str) -> AbstractContextManager[None]:
+        """A context that holds a lock until it ends or the process dies.
+
+        Raises InputError, which names the other process, if another process holds it.
+        """
+        ...
+
+    def require_unlocked(self, name: str) -> None:
+        """Raise InputError, which names the process, if a process currently holds a lock."""
+        ...
+
+    def sync(self) -> None:
+        """Complete all appends, and raise OSError if another process took over the lock that this object holds."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """The space for new files; None if it is not limited."""
+        ...
