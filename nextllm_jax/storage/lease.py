@@ -96,13 +96,10 @@ class Lease:
             if self._identity is not None:
                 self._identity = self._bucket.replace(self._name, self._content, self._identity)
         if self._identity is None:
+            taker = {}
             with contextlib.suppress(OSError):
                 taker = _parsed(self._bucket.read(self._name))
-                if taker:
-                    raise StorageError(
-                        f"this process lost its lease on {self._where}, which {_describe(taker)} took over"
-                    )
-            raise StorageError(f"this process lost its lease on {self._where}")
+            raise StorageError(f"this process lost its lease on {self._where}, which {_describe(taker)} took over")
 
     def _renew_regularly(self) -> None:
         while not self._ended.wait(RENEW_SECONDS):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -56,8 +57,8 @@ def test_a_lease_of_a_dead_process_of_this_machine_is_taken_over_at_once(bucket)
     program = f"""
 import os
 from nextllm_jax.storage.open_storage import open_storage
-open_storage("{bucket}").lock(".lock").__enter__()
-os._exit(9)
+with open_storage("{bucket}").lock(".lock"):
+    os._exit(9)
 """
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 9
     storage = open_storage(bucket)
@@ -68,13 +69,17 @@ os._exit(9)
 
 def test_a_process_that_lost_its_lease_cannot_commit(bucket, fast):
     storage, other = open_storage(bucket), open_storage(bucket)
-    with pytest.raises(StorageError, match=f"lost its lease on {bucket}, which process 7 on far since .* took over"):  # noqa: PT012
+
+    def work():
         with storage.lock(".lock"):
             storage.append("metrics", b"1")
             storage.sync()
             other.write(".lock", json.dumps(ELSEWHERE).encode())
             storage.append("metrics", b"2")
             storage.sync()
+
+    with pytest.raises(StorageError, match=f"lost its lease on {bucket}, which process 7 on far since .* took over"):
+        work()
     assert other.read("metrics") == b"1"
     assert json.loads(other.read(".lock"))["host"] == "far"  # it is not this process's to delete
 
@@ -121,8 +126,6 @@ for line in sys.stdin:
 @pytest.mark.parametrize("races", [5, pytest.param(100, marks=pytest.mark.slow)])
 def test_races_of_two_processes(bucket, races):
     """Each time exactly one holds the lease and the other is refused; half of the leases were abandoned before."""
-    import time
-
     processes = [
         subprocess.Popen([sys.executable, "-c", RACE, bucket], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for _ in range(2)
