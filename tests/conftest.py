@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,10 @@ class Door:
         """A fresh directory with the same corpus, prepared data and config, and no run."""
         for name in ("corpus", "data", "config.py"):
             (directory / name).symlink_to(self.directory / name)
+        return self.at(directory)
+
+    def at(self, directory: Path) -> "Door":
+        """A door to another directory."""
         return Door(directory, self._cache)
 
     def start(self, *command, most_kib=None, stdin=None, **environment) -> subprocess.Popen:
@@ -163,7 +168,7 @@ def bucket_service():
 @pytest.fixture
 def bucket(bucket_service, request) -> str:
     """The address of an empty directory in a bucket."""
-    return f"gs://bucket/{request.node.nodeid.replace('[', '-').replace(']', '').replace(':', '-').replace(' ', '-')}"
+    return f"gs://bucket/{re.sub(r'[^a-z0-9_.]+', '-', request.node.nodeid)}"
 
 
 @pytest.fixture(scope="session")

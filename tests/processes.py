@@ -29,9 +29,21 @@ class Processes:
     `arguments` go to all, `own` to one process by its number; the numbers in `absent` are not started. With `slices`
     the first of them are in slice 0, as if their machines were joined by a faster network, the next in slice 1. In
     `held` a process's number has a function and a count: it prints "held" at that call and waits for `release`.
+    `directories` are the working directories of the processes; without them all use that of the door.
     """
 
-    def __init__(self, door: Door, count: int, *arguments, own=None, absent=(), slices=1, held=None, **environment):
+    def __init__(
+        self,
+        door: Door,
+        count: int,
+        *arguments,
+        own=None,
+        absent=(),
+        slices=1,
+        held=None,
+        directories=None,
+        **environment,
+    ):
         self._directory = door.directory
         self.address = f"localhost:{free_port()}"
         self._started = {}
@@ -58,7 +70,7 @@ class Processes:
             with self._outputs[number].open("w") as output:
                 self._started[number] = subprocess.Popen(
                     [str(word) for word in command],
-                    cwd=door.directory,
+                    cwd=directories[number] if directories else door.directory,
                     env={**door.environment, **environment},
                     stdout=output,
                     stderr=subprocess.STDOUT,

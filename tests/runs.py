@@ -1,12 +1,14 @@
 """What runs of train.py left behind, compared; and a run that is interrupted at a step of its own."""
 
 import json
+import re
 from pathlib import Path
 
 import jax
 import numpy as np
 from orbax import checkpoint as ocp
 
+from nextllm_jax.storage.open_storage import open_storage
 from tests.conftest import ROOT
 
 INJECT = Path(__file__).parent / "faults" / "inject.py"
@@ -21,6 +23,16 @@ def metrics(directory, split):
 def contents(directory):
     """Every file below a directory but locks, by path."""
     return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def fetched(address, directory):
+    """A run in a bucket, copied to the directory as if it had been trained there."""
+    storage = open_storage(address)
+    for name in storage.files():
+        file = directory / re.sub(r"^(checkpoints/\d+)/attempt-[0-9a-f]+/", r"\1/", name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(storage.read(name))
+    return directory
 
 
 def saved_arrays(run, step):

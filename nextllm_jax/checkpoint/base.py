@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 
 from nextllm_jax.checkpoint import orbax_errors, step_files
 from nextllm_jax.checkpoint.manager import Checkpoints, DamagedCheckpoint
+from nextllm_jax.checkpoint.manifest import MANIFEST
 from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.errors import InputError
 
@@ -31,7 +32,7 @@ def base_id(run: RunDir) -> str:
 
     Raises InputError if the manifest cannot be read.
     """
-    manifest = run.base / "0" / step_files.MANIFEST
+    manifest = run.base / "0" / MANIFEST
     try:
         return hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]
     except OSError as error:

@@ -1,9 +1,9 @@
 """Saves and restores the checkpoints of a run in the background, and decides which ones are kept.
 
-Orbax writes the arrays of a step under a temporary name. A thread then hashes the files on disk, writes a manifest with
-the hashes and the validation loss, reads everything back, and renames the directory to the step (see step_files.py).
-Older steps are deleted only after that. Restoring first verifies every byte, since orbax restores a flipped bit without
-an error.
+Orbax writes the arrays of a step under a temporary name. A thread then commits them: on disk it hashes the files,
+writes a manifest with the hashes and the validation loss, reads everything back, and renames the directory to the step;
+in a bucket it writes a manifest with the service's checksums (see step_files.py). Older steps are deleted only after
+that. Restoring first verifies every byte, since orbax restores a flipped bit without an error.
 
 The latest and the best step are determined only from the steps in the directory. Orbax's CheckpointManager ranks steps
 by metrics stored elsewhere, and counts an empty directory named by a number as a step.
@@ -14,7 +14,7 @@ import contextlib
 import errno
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
 import jax
@@ -25,8 +25,10 @@ from jax.experimental import multihost_utils
 
 from nextllm_jax.checkpoint import orbax_errors, step_files
 from nextllm_jax.checkpoint.leaves import leaves_of, mismatch, read_parts
+from nextllm_jax.checkpoint.manifest import FORMAT, MANIFEST, DamagedFile, UnknownManifest, read_manifest
 from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.progress import progress_bar
+from nextllm_jax.storage.open_storage import as_path
 
 _log = logging.getLogger(__name__)
 _TEXT_BYTES = 1000  # of a message that processes exchange
@@ -60,7 +62,8 @@ class Checkpoints:
     make the same calls in the same order, on shared storage.
 
     The latest `keep_last`, the best, those at multiples of `keep_every_steps` (0: none) and the pinned checkpoints are
-    kept. `run` is JSON about the run that is stored in each manifest for people to read.
+    kept. `run` is JSON about the run that is stored in each manifest for people to read. `guard` is called before each
+    change, and raises OSError if this process may not change anything, since another one took over the run.
     """
 
     def __init__(
@@ -70,8 +73,9 @@ class Checkpoints:
         keep_last: int = 1,
         keep_every_steps: int = 0,
         run: dict[str, Any] | None = None,
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
-        self._directory = epath.Path(directory).absolute()
+        self._directory, self._guard = as_path(directory).absolute(), guard
         self._keep_last, self._keep_every_steps, self._run = keep_last, keep_every_steps, run or {}
         self._checkpointer: ocp.AsyncCheckpointer | None = None
         self._background: concurrent.futures.ThreadPoolExecutor | None = None
@@ -142,13 +146,13 @@ class Checkpoints:
 
     def _manifest(self, step: int) -> dict[str, Any]:
         try:
-            return step_files.read_manifest(self._path(step))
-        except step_files.UnknownManifest as error:
+            return read_manifest(self._path(step))
+        except UnknownManifest as error:
             raise InputError(self._unusable(step, f"cannot be read ({error})")) from error
-        except step_files.DamagedFile as damage:
+        except DamagedFile as damage:
             raise DamagedCheckpoint(step, self._unusable(step, f"is damaged ({damage})")) from damage
         except OSError as error:
-            cause = f"cannot be read ({step_files.MANIFEST}: {orbax_errors.cause(error)})"
+            cause = f"cannot be read ({MANIFEST}: {orbax_errors.cause(error)})"
             raise InputError(self._unusable(step, cause)) from error
 
     def _unusable(self, step: int, why: str) -> str:
@@ -205,7 +209,7 @@ class Checkpoints:
         orbax_errors.silence_tracebacks()
         try:
             self._verify(step, name, manifest)
-            yield from read_parts(self._path(step) / name, parts)
+            yield from read_parts(step_files.item_path(self._path(step), manifest, name), parts)
         except DamagedCheckpoint:
             raise
         except Exception as error:  # orbax wraps what tensorstore raises in kinds of its own
@@ -233,7 +237,7 @@ class Checkpoints:
         if step in self.steps():
             raise ValueError(f"step {step} is already saved in {self._directory}")
         manifest = {
-            "format": step_files.FORMAT,
+            "format": FORMAT,
             "step": step,
             "validation_loss": _finite(validation_loss),
             "items": {name: leaves_of(tree) for name, tree in items.items()},
@@ -242,13 +246,13 @@ class Checkpoints:
             "versions": step_files.versions(),
         }
         trees = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        unfinished = self._directory / f"{step}{step_files.UNFINISHED}"
+        attempt = _first_found(step_files.begin(self._directory, step) if jax.process_index() == 0 else "")
         try:
             checkpointer, background = self._open()
-            checkpointer.save(unfinished, args=ocp.args.Composite(**trees), force=True)
+            checkpointer.save(self._directory / attempt, args=ocp.args.Composite(**trees), force=True)
         except OSError as error:
             self._failed(step, error)
-        self._saving = step, background.submit(self._commit, step, checkpointer, unfinished, manifest)
+        self._saving = step, background.submit(self._commit, step, checkpointer, attempt, manifest)
 
     def _open(self) -> tuple[ocp.AsyncCheckpointer, concurrent.futures.ThreadPoolExecutor]:
         """The objects that save, created at the first call. Raises FileNotFoundError if the directory has vanished."""
@@ -266,22 +270,12 @@ class Checkpoints:
             raise FileNotFoundError(errno.ENOENT, "the directory is gone")
         return self._checkpointer, self._background
 
-    def _commit(
-        self, step: int, checkpointer: ocp.AsyncCheckpointer, unfinished: epath.Path, manifest: dict[str, Any]
-    ) -> None:
-        """Wait until all processes have written a step, then seal, verify and rename it. Runs in a thread."""
+    def _commit(self, step: int, checkpointer: ocp.AsyncCheckpointer, attempt: str, manifest: dict[str, Any]) -> None:
+        """Wait until all processes have written a step, then commit it. Runs in a thread."""
         checkpointer.wait_until_finished()
-        if jax.process_index() != 0:
-            return
-        step_files.seal(unfinished, manifest)
-        read_back = step_files.read_manifest(unfinished)
-        damage = next(step_files.damaged_files(unfinished, read_back, readers=1), None)
-        if damage:
-            raise damage
-        if self._path(step).exists():
-            step_files.move_aside(self._path(step))
-        unfinished.rename(self._path(step))
-        step_files.sync_directory(self._directory)
+        if jax.process_index() == 0:
+            self._guard()
+            step_files.commit(self._directory, attempt, step, manifest)
 
     def check(self) -> None:
         """Raise RunFailed if the current save has already failed. Does not wait."""
@@ -309,10 +303,12 @@ class Checkpoints:
         Raises InputError if there is no such step, and RunFailed if the manifest cannot be written.
         """
         self.wait()
-        manifest = self._manifest(self.resolve(step)) | {"validation_loss": _finite(validation_loss), "record": record}
+        self._manifest(self.resolve(step))  # raises InputError in every process
         if jax.process_index() == 0:
-            with orbax_errors.writing(self._path(step) / step_files.MANIFEST):
-                step_files.write_manifest(self._path(step), manifest)
+            with orbax_errors.writing(self._path(step) / MANIFEST):
+                self._guard()
+                changes = {"validation_loss": _finite(validation_loss), "record": record}
+                step_files.change_manifest(self._path(step), changes)
         ocp.utils.sync_global_processes(f"added_validation_loss_{step}")
         self._delete_superseded()
 
@@ -324,6 +320,7 @@ class Checkpoints:
         step = self.resolve(step)
         if jax.process_index() == 0:
             with orbax_errors.writing(self._path(step) / step_files.PINNED):
+                self._guard()
                 (self._path(step) / step_files.PINNED).touch()
         ocp.utils.sync_global_processes(f"pinned_{step}")
 
@@ -350,6 +347,7 @@ class Checkpoints:
         ocp.utils.sync_global_processes(f"damaged_{step}")  # all processes must have seen it before it is renamed
         if jax.process_index() == 0:
             with orbax_errors.writing(aside):
+                self._guard()
                 step_files.move_aside(self._path(step))
         ocp.utils.sync_global_processes(f"set_aside_{step}")
         return aside
@@ -359,6 +357,7 @@ class Checkpoints:
         self._let_go()
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):
+                self._guard()  # without its lease, this process may not delete what another one is writing
                 step_files.clean_up(self._directory)  # the next save deletes the rest
         raise RunFailed(self._sentence(step, error)) from error
 
@@ -376,6 +375,7 @@ class Checkpoints:
     def _delete_superseded(self) -> None:
         if jax.process_index() == 0:
             try:
+                self._guard()
                 self._clean_up(self._superseded())
             except OSError as error:
                 self._warn_once(self._directory, f"{self._directory} cannot be read ({orbax_errors.cause(error)})")

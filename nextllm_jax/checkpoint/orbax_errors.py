@@ -24,6 +24,9 @@ def cause(error: BaseException) -> str:
     code = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore includes it in a long message
     if code:
         return os.strerror(int(code.group(1)))
+    refused = re.search(r"([A-Z_]{5,}): Error \w+ \S*gs://\S*: (.*?)( \[|$)", str(error))  # tensorstore, too
+    if refused:
+        return f"the bucket answered {refused[1].lower().replace('_', ' ')}: {refused[2][:100]}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = str(error).strip().splitlines()

@@ -5,6 +5,7 @@ module does not import jax.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -68,9 +69,36 @@ class RunDir:
             self._storage.write(name, content)
 
     def append(self, name: str, content: bytes) -> None:
-        """Append to a file of the run. If that fails, nothing is appended, and RunFailed is raised."""
+        """Append to a file of the run. If that fails, nothing is appended, and RunFailed is raised.
+
+        In a bucket, the file is written later: at most every 30 seconds, and by `sync`.
+        """
         with writing(self.path / name):
             self._storage.append(name, content)
+
+    def sync(self) -> None:
+        """Write what was appended. Raises OSError if that fails, or if another process took over the run's lock."""
+        self._storage.sync()
+
+    def create_checkpoints(self) -> None:
+        """Create the directory of the checkpoints, unless it exists."""
+        self._storage.make_directory(CHECKPOINTS)
+
+    def new_profile(self) -> AbstractContextManager[os.PathLike[str]]:
+        """A context with a local directory, whose files are in the run's profile/ once it has ended."""
+        return self._storage.local_directory(PROFILE)
+
+    def modified(self, name: str) -> float | None:
+        """When a file of the run was written, in seconds since the epoch; None if it is missing."""
+        return self._storage.modified(name)
+
+    def clock(self) -> float:
+        """The time by the clock of the storage, in seconds since the epoch."""
+        return self._storage.clock()
+
+    def free_bytes(self) -> int | None:
+        """The space for new files; None if it is not limited."""
+        return self._storage.free_bytes()
 
     def require_run_or_empty(self) -> None:
         """Raise InputError if the directory is not writable, or if it is neither empty nor a run."""
@@ -98,8 +126,10 @@ class RunDir:
         """
         there = set(self._storage.names())
         names = [name for name in (*DIRECTORIES, *FILES) if name in there and name != CONFIG]
+        # An interrupted move that copies has left both, so finishing it may meet names that are there already.
+        taken = {CONFIG, *names} if self._storage.renames else {CONFIG}
         number = 1
-        while {CONFIG, *names}.intersection(self._storage.names(target := f"{_OVERWRITTEN}/{number}")):
+        while taken.intersection(self._storage.names(target := f"{_OVERWRITTEN}/{number}")):
             number += 1
         for name in names:
             self._storage.move(name, f"{target}/{name}")

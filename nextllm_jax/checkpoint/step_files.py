@@ -1,69 +1,59 @@
-"""The files of a checkpoint on disk. A manifest, which is written last, seals them; they are verified against it.
+"""The files of a checkpoint. A manifest, which is written last, seals them; they are verified against it.
 
-A saved step is a directory named by its number. It gets that name only after all its files are written and verified.
-Directories with these names are not checkpoints:
+A saved step is a directory named by its number. On disk it gets that name only after all its files are written and
+verified. Directories with these names are not checkpoints:
 
     <step>.unfinished   a save that is in progress, or was interrupted
     <step>.deleted      a deletion that is in progress, or was interrupted
     <step>.damaged      a step that was set aside because its files are damaged
 
+In a bucket, where renaming copies, a save writes to <step>/attempt-<id>/. The manifest <step>/manifest.json names that
+directory, and is written last and only if it is absent. A step without a manifest does not exist.
+
 Files that were not saved with a step, such as an editor's backup, are ignored; only `unknown_files` lists them.
 Nothing here imports jax or orbax, so a run can be checked on any machine, also while a training uses the devices.
 """
 
+import base64
 import concurrent.futures
 import contextlib
 import functools
 import hashlib
 import importlib.metadata
-import json
-import math
 import os
 import platform
 import re
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 from etils import epath
 
-FORMAT = 1
-"""Format of new manifests. A manifest without a format has format 1; a reader rejects a higher format than its own."""
-MANIFEST = "manifest.json"
-"""The file of a step with its metadata, and the size and sha256 of its other files."""
+from nextllm_jax.checkpoint.manifest import (
+    ATTEMPT_FORMAT,
+    MANIFEST,
+    PREFIX,
+    DamagedFile,
+    read_manifest,
+    sealed,
+)
+from nextllm_jax.storage.interface import Identity, Storage, StorageError
+from nextllm_jax.storage.open_storage import open_storage
+
 PINNED = "pinned"
 """A step with a file of this name is not deleted."""
 UNFINISHED, DELETED, DAMAGED = ".unfinished", ".deleted", ".damaged"
 
 _ORBAX_METADATA = "_CHECKPOINT_METADATA"  # the first file in every directory that orbax creates
 _NEW_MANIFEST = ".manifest.new"
+_ATTEMPT = re.compile(r"attempt-[0-9a-f]+")
 _LEFTOVER = re.compile(rf"\d+({UNFINISHED}|{DELETED}|({UNFINISHED})?{_NEW_MANIFEST}|.*\.orbax-checkpoint-tmp.*)")
 _CHUNK_BYTES = 8 << 20
 _READERS = min(8, os.cpu_count() or 1)
 
 Progress = Callable[[int], object]
 """Called with the number of bytes after each read."""
-
-
-class DamagedFile(Exception):
-    """`file` of a step is damaged; `problem` describes how, such as "is missing"."""
-
-    def __init__(self, file: str, problem: str) -> None:
-        super().__init__(f"{file} {problem}")
-        self.file, self.problem = file, problem
-
-
-class UnknownManifest(DamagedFile):
-    """The manifest of a step is intact, but this version cannot read it."""
-
-    def __init__(self, problem: str, manifest: Any = None) -> None:
-        match manifest:
-            case {"versions": dict(versions)} if versions:
-                names = ", ".join(f"{name} {version}" for name, version in versions.items())
-                written_with = f" (it was written with {names[:200]})"
-            case _:
-                written_with = ""
-        super().__init__(MANIFEST, f"{problem}; another version may have written it{written_with}")
 
 
 def is_saved(path: epath.Path) -> bool:
@@ -88,7 +78,9 @@ def best(losses: Mapping[int, float | None]) -> int | None:
 
 
 def is_leftover(path: epath.Path) -> bool:
-    """Whether a path was left behind by an interrupted save or deletion."""
+    """Whether a path was left behind by an interrupted save or deletion, or is being written or deleted."""
+    if not open_storage(path.parent).renames and path.name.isdecimal():
+        return not is_saved(path)
     return _LEFTOVER.fullmatch(path.name) is not None
 
 
@@ -108,7 +100,7 @@ def clean_up(directory: epath.Path, steps: Iterable[epath.Path] = ()) -> dict[ep
             delete(step)
         except OSError as error:
             failures[step] = error
-    for path in filter(is_leftover, list(directory.iterdir())):
+    for path in [*filter(is_leftover, list(directory.iterdir())), *_other_attempts(directory)]:
         try:
             path.rmtree() if path.is_dir() else path.unlink()
         except OSError as error:
@@ -116,8 +108,23 @@ def clean_up(directory: epath.Path, steps: Iterable[epath.Path] = ()) -> dict[ep
     return failures
 
 
+def _other_attempts(directory: epath.Path) -> Iterator[epath.Path]:
+    """Directories in the steps of a bucket that interrupted saves of these steps have left behind."""
+    storage = open_storage(directory)
+    for step in [] if storage.renames else saved_steps(directory):
+        attempts = [name for name in storage.names(str(step)) if _ATTEMPT.fullmatch(name)]
+        if len(attempts) > 1:
+            with contextlib.suppress(DamagedFile):
+                used = read_manifest(directory / str(step)).get(PREFIX)
+                yield from (directory / str(step) / name for name in attempts if name != used)
+
+
 def delete(path: epath.Path) -> None:
     """Delete a step. Files that cannot be deleted remain under a name that does not count as a step."""
+    if not open_storage(path).renames:
+        (path / MANIFEST).unlink(missing_ok=True)
+        path.rmtree()
+        return
     deleted = path.with_suffix(DELETED)
     if deleted.exists():
         deleted.rmtree()
@@ -158,25 +165,79 @@ def _files(path: epath.Path) -> dict[str, epath.Path]:
 
 def unknown_files(path: epath.Path, manifest: dict[str, Any]) -> list[str]:
     """Paths, relative to a step, of files that were not saved with it; `name/` for a whole directory of them."""
-    saved = {PurePosixPath(name) for name in (MANIFEST, PINNED, *manifest["files"])}
+    top = PurePosixPath(manifest.get(PREFIX, ""))
+    saved = {PurePosixPath(MANIFEST), PurePosixPath(PINNED), *(top / name for name in manifest["files"])}
     directories = {directory for name in saved for directory in name.parents}
-    unknown = []
-    for directory in directories:
-        if (path / directory).is_dir():
-            # Not iterdir(), since epath leaves out names that end in "~".
-            for entry in sorted({directory / name for name in os.listdir(path / directory)} - saved - directories):
-                name = os.fsencode(entry).decode(errors="backslashreplace")
-                unknown.append(f"{name}/" if (path / entry).is_dir() else name)
+    unknown = set()
+    for name in open_storage(path).files():
+        file = PurePosixPath(name)
+        if file not in saved:
+            outermost = next((each for each in reversed(file.parents) if each not in directories), None)
+            unknown.add(os.fsencode(f"{outermost}/" if outermost else file).decode(errors="backslashreplace"))
     return sorted(unknown)
 
 
-def _sha256(file: IO[bytes], progress: Progress | None) -> str:
-    digest, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES))
-    while count := file.readinto(chunk):  # pyright: ignore[reportAttributeAccessIssue]
-        digest.update(chunk[:count])  # releases the GIL
+def item_path(path: epath.Path, manifest: dict[str, Any], item: str) -> epath.Path:
+    """The directory of an item in a saved step."""
+    return path / manifest.get(PREFIX, "") / item
+
+
+def begin(directory: epath.Path, step: int) -> str:
+    """The name, relative to the directory of all steps, of the directory in which a new step is to be written."""
+    if open_storage(directory).renames:
+        return f"{step}{UNFINISHED}"
+    return f"{step}/attempt-{uuid.uuid4().hex[:12]}"
+
+
+def commit(directory: epath.Path, attempt: str, step: int, content: dict[str, Any]) -> None:
+    """Make what was written in `attempt` the saved step. `content` is its manifest without the files.
+
+    Raises OSError or DamagedFile; nothing is saved then.
+    """
+    path, written, storage = directory / str(step), directory / attempt, open_storage(directory)
+    if storage.renames:
+        seal(written, content)
+        damage = next(damaged_files(written, read_manifest(written), readers=1), None)
+        if damage:
+            raise damage
+        if path.exists():
+            move_aside(path)
+        written.rename(path)
+        sync_directory(directory)
+        return
+    files = {name: {"size": size, "crc32c": crc} for name, (size, _, crc) in storage.files(attempt).items()}
+    content = {**content, "format": ATTEMPT_FORMAT, PREFIX: written.name, "files": files}
+    if storage.create(f"{step}/{MANIFEST}", sealed(content)) is None:
+        raise StorageError(f"another process has saved step {step}")
+
+
+def change_manifest(path: epath.Path, changes: dict[str, Any]) -> None:
+    """Change entries of a saved step's manifest, atomically. Raises OSError, or as `read_manifest` does."""
+    storage = open_storage(path)
+    found = storage.identity(MANIFEST)
+    content = read_manifest(path) | changes
+    if storage.renames:
+        write_manifest(path, content)
+    elif found is None or storage.replace(MANIFEST, sealed(content), found) is None:
+        raise StorageError(f"{path / MANIFEST} was changed by another process")
+
+
+def _checksum(storage: Storage, name: str, kind: str, progress: Progress | None) -> str:
+    """The checksum of a file, of the kind sha256 or crc32c, as manifests have it."""
+    if kind == "crc32c":
+        import google_crc32c  # needed only for steps that were saved in a bucket
+
+        digest = google_crc32c.Checksum()
+    else:
+        digest = hashlib.sha256()
+    start, chunk = 0, b""
+    while start == 0 or len(chunk) == _CHUNK_BYTES:
+        chunk = storage.read_range(name, start, _CHUNK_BYTES)
+        digest.update(chunk)  # releases the GIL
+        start += _CHUNK_BYTES
         if progress:
-            progress(count)
-    return digest.hexdigest()
+            progress(len(chunk))
+    return base64.b64encode(digest.digest()).decode() if kind == "crc32c" else digest.digest().hex()
 
 
 def seal(path: epath.Path, content: dict[str, Any]) -> None:
@@ -184,10 +245,11 @@ def seal(path: epath.Path, content: dict[str, Any]) -> None:
 
     The files are dropped from the page cache, so the next read comes from the disk.
     """
-    entries = {}
+    entries, storage = {}, open_storage(path)
     for name, file_path in _files(path).items():
         with open(file_path, "rb") as file:
-            entries[name] = {"size": os.fstat(file.fileno()).st_size, "sha256": _sha256(file, None)}
+            sha256 = _checksum(storage, name, "sha256", None)
+            entries[name] = {"size": os.fstat(file.fileno()).st_size, "sha256": sha256}
             os.fsync(file.fileno())
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -198,7 +260,7 @@ def write_manifest(path: epath.Path, content: dict[str, Any]) -> None:
     """Write or replace the manifest of a local step, atomically."""
     new = path.with_name(f"{path.name}{_NEW_MANIFEST}")  # not in the step, where a leftover would be an unknown file
     with open(new, "wb") as file:
-        file.write(_sealed(json.dumps(content).encode()))
+        file.write(sealed(content))
         file.flush()
         os.fsync(file.fileno())
     new.replace(path / MANIFEST)
@@ -212,76 +274,6 @@ def sync_directory(path: epath.Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sealed(body: bytes) -> bytes:
-    """A JSON object with a manifest and its checksum."""
-    return b'{"sha256": "%s",\n"manifest": %s}\n' % (hashlib.sha256(body).hexdigest().encode(), body)
-
-
-def read_manifest(path: epath.Path) -> dict[str, Any]:
-    """The manifest of a step.
-
-    Raises DamagedFile if it is missing or damaged, and UnknownManifest if it is intact but cannot be read by this
-    version.
-    """
-    try:
-        content = (path / MANIFEST).read_bytes()
-    except FileNotFoundError as error:
-        raise DamagedFile(MANIFEST, "is missing") from error
-    body = content.partition(b'"manifest": ')[2][:-2]
-    if content != _sealed(body):
-        raise DamagedFile(MANIFEST, "does not match its checksum" if content else "is empty")
-    try:
-        manifest = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise UnknownManifest("is not JSON") from error
-    problem = _problem_of_manifest(manifest)
-    if problem:
-        raise UnknownManifest(problem, manifest)
-    return manifest
-
-
-def _problem_of_manifest(manifest: Any) -> str | None:
-    """Why this version cannot read an intact manifest; None if it can."""
-    if not isinstance(manifest, dict):
-        return "is not a JSON object"
-    version = manifest.get("format", 1)
-    if version not in range(1, FORMAT + 1):
-        return f"has format {version}, but this version reads formats up to {FORMAT}"
-    missing = [name for name in _FIELDS if name not in manifest]
-    if missing:
-        return f"lacks {' and '.join(missing)}"
-    wrong = [name for name, is_valid in _FIELDS.items() if not is_valid(manifest[name])]
-    return f"has invalid values in {' and '.join(wrong)}" if wrong else None
-
-
-def _is_table(value: Any, is_entry: Callable[[Any], bool]) -> bool:
-    return isinstance(value, dict) and all(map(is_entry, value.values()))
-
-
-def _is_leaf(value: Any) -> bool:
-    match value:
-        case [str(), [*shape]]:
-            return all(isinstance(size, int) for size in shape)
-    return False
-
-
-def _is_file(value: Any) -> bool:
-    match value:
-        case {"size": int(), "sha256": str()}:
-            return True
-    return False
-
-
-_FIELDS: dict[str, Callable[[Any], bool]] = {
-    "step": lambda value: isinstance(value, int),
-    "validation_loss": lambda value: value is None or (isinstance(value, int | float) and math.isfinite(value)),
-    "items": lambda value: _is_table(value, lambda tree: _is_table(tree, _is_leaf)),
-    "record": lambda value: isinstance(value, dict),
-    "files": lambda value: _is_table(value, _is_file),
-}
-"""The fields of a manifest that are read, with a check of their values. Other fields are for people only."""
 
 
 def damaged_files(
@@ -303,18 +295,19 @@ def damaged_files(
         for name, entry in sorted(manifest["files"].items())
         if item is None or "/" not in name or name.startswith(f"{item}/")
     }
-    sound = []
+    storage = open_storage(path / manifest.get(PREFIX, ""))
+    there, sound = storage.files(), []
     for name, entry in saved.items():
-        problem = _problem_of_size(path / name, entry["size"])
+        problem = _problem_of_identity(there.get(name), entry)
         if problem:
             yield DamagedFile(name, problem)
         else:
             sound.append(name)
 
     def problem_of_content(name: str) -> str | None:
-        with (path / name).open("rb") as file:
-            same = _sha256(file, progress) == saved[name]["sha256"]
-        return None if same else "is not what was saved (its sha256 differs)"
+        kind = "sha256" if "sha256" in saved[name] else "crc32c"
+        same = _checksum(storage, name, kind, progress) == saved[name][kind]
+        return None if same else f"is not what was saved (its {kind} differs)"
 
     mine = sound[share[0] :: share[1]]
     with concurrent.futures.ThreadPoolExecutor(readers) as pool:
@@ -325,8 +318,10 @@ def damaged_files(
                 yield DamagedFile(name, problem)
 
 
-def _problem_of_size(file: epath.Path, saved: int) -> str | None:
-    if not file.exists() or file.is_dir():
+def _problem_of_identity(found: Identity | None, saved: dict[str, Any]) -> str | None:
+    if found is None:
         return "is missing"
-    size = os.stat(file).st_size  # epath's stat fails if the owner has no user name, as in some containers
-    return None if size == saved else f"has {size:,} bytes instead of {saved:,}"
+    if found.size != saved["size"]:
+        return f"has {found.size:,} bytes instead of {saved['size']:,}"
+    known = found.crc32c is not None and "crc32c" in saved
+    return "is not what was saved (the service's crc32c differs)" if known and found.crc32c != saved["crc32c"] else None

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from etils import epath
 
 from nextllm_jax.checkpoint import step_files
+from nextllm_jax.checkpoint.manifest import DamagedFile, UnknownManifest, read_manifest
 from nextllm_jax.checkpoint.run_dir import BASE, CHECKPOINTS, RunDir
 from nextllm_jax.errors import InputError
 
@@ -26,7 +27,7 @@ class StepReport:
     """unreadable: intact, but this version cannot read it."""
     manifest: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The step's manifest; empty if it cannot be read or was not read."""
-    damages: tuple[step_files.DamagedFile, ...] = ()
+    damages: tuple[DamagedFile, ...] = ()
     unknown: tuple[str, ...] = ()
     """Paths in the step that were not saved with it. They do no harm."""
     marks: tuple[str, ...] = ()
@@ -105,8 +106,8 @@ def count_bytes(paths: Iterable[epath.Path]) -> int:
     """The number of bytes that `check_steps` will read, from the manifests; for a progress bar."""
     count = 0
     for path in filter(step_files.is_step, paths):
-        with contextlib.suppress(OSError, step_files.DamagedFile):
-            count += _bytes(step_files.read_manifest(path))
+        with contextlib.suppress(OSError, DamagedFile):
+            count += _bytes(read_manifest(path))
     return count
 
 
@@ -131,8 +132,8 @@ def _marks(directory: epath.Path) -> dict[str, list[str]]:
     losses: dict[int, float | None] = {}
     for step in step_files.saved_steps(directory):
         losses[step] = None
-        with contextlib.suppress(OSError, step_files.DamagedFile):
-            losses[step] = step_files.read_manifest(directory / str(step))["validation_loss"]
+        with contextlib.suppress(OSError, DamagedFile):
+            losses[step] = read_manifest(directory / str(step))["validation_loss"]
     best, latest = step_files.best(losses), max(losses, default=None)
     return {
         str(step): [
@@ -147,14 +148,14 @@ def _marks(directory: epath.Path) -> dict[str, list[str]]:
 def _check_step(path: epath.Path, progress: step_files.Progress | None) -> StepReport:
     manifest, unknown = {}, []
     try:
-        manifest = step_files.read_manifest(path)
+        manifest = read_manifest(path)
         damages = tuple(step_files.damaged_files(path, manifest, progress=progress))
         unknown = step_files.unknown_files(path, manifest)
-    except step_files.UnknownManifest as error:
+    except UnknownManifest as error:
         return StepReport(path, "unreadable", damages=(error,))
-    except step_files.DamagedFile as damage:
+    except DamagedFile as damage:
         damages = (damage,)
     except OSError as error:
         file = epath.Path(error.filename).relative_to(path).as_posix() if error.filename else "a file"
-        damages = (step_files.DamagedFile(file, f"cannot be read ({error.strerror or error})"),)
+        damages = (DamagedFile(file, f"cannot be read ({error.strerror or error})"),)
     return StepReport(path, "damaged" if damages else "ok", manifest, damages, tuple(unknown))

@@ -290,7 +290,7 @@ def replay_command(argv: list[str]) -> int:
 
     from nextllm_jax.diagnostics.replay import replay
 
-    found = replay(Path(arguments.bundle), data=arguments.data)
+    found = replay(arguments.bundle, data=arguments.data)
     print(json.dumps(found.to_json()) if arguments.json else found)
     return 0 if found.reproduced else EXIT_FAILED
 

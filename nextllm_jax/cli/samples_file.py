@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from nextllm_jax.checkpoint.manager import Checkpoints
+from nextllm_jax.checkpoint.manifest import read_manifest
 from nextllm_jax.checkpoint.orbax_errors import writing
 from nextllm_jax.checkpoint.run_dir import RunDir
-from nextllm_jax.checkpoint.step_files import read_manifest
 from nextllm_jax.config import SamplingConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.progress import progress_bar
@@ -65,14 +65,14 @@ def weights_of(checkpoint: str, step: str | None) -> tuple[str, str | None]:
 
     The hash covers the content of a run's checkpoint, and names, sizes and modification times of other files.
     """
-    path = Path(resolve(checkpoint))
-    run = RunDir(path)
+    run = RunDir(resolve(checkpoint))
     if run.checkpoints.is_dir():
         with Checkpoints(run.checkpoints) as checkpoints:
             step = str(checkpoints.resolve(step))
             checkpoints.record(int(step))  # raises InputError if the manifest is damaged
         identity: Any = read_manifest(run.checkpoints / step)["files"]
     else:
+        path = Path(resolve(checkpoint))
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
         identity = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16], step

@@ -12,6 +12,7 @@ from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.errors import InputError
 from nextllm_jax.process import use_compilation_cache
 from nextllm_jax.progress import progress_bar
+from nextllm_jax.storage.open_storage import as_path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ def tokenize_command(argv: list[str]) -> int:
     if arguments.text is not None and arguments.file is not None:
         raise InputError("both a text and --file are given; give only one")
     text = arguments.text if arguments.text is not None else read_text(arguments.file)
-    tokenizer = load_tokenizer(arguments.tokenizer)
+    tokenizer = load_tokenizer(as_path(arguments.tokenizer))
     ids = tokenizer.encode(text, recognize="all" if arguments.special else "added")
     pieces = [tokenizer.decode_bytes([token]) for token in ids]
     if arguments.json:

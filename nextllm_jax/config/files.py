@@ -151,8 +151,8 @@ def stated_fields(argv: Iterable[str]) -> frozenset[str]:
     return frozenset(names | {re.sub(r"(^|\.)no_", r"\1", name) for name in names})
 
 
-def local_workdir(config: Config) -> str:
-    """The run directory of a config. Raises InputError if there is none, or for an address such as gs://bucket/run."""
-    if config.workdir is None or "://" in config.workdir:
-        raise InputError(f"workdir is {config.workdir}; it must name a local directory for the run")
+def workdir_of(config: Config) -> str:
+    """The run directory of a config: a path, or an address such as gs://bucket/run. Raises InputError without one."""
+    if config.workdir is None:
+        raise InputError("the config has no workdir; name the directory of the run with --workdir")
     return config.workdir

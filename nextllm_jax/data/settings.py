@@ -26,6 +26,7 @@ from nextllm_jax.data.shards import FORMAT, Dataset, mounted_path
 from nextllm_jax.errors import InputError
 from nextllm_jax.process import cache_directory
 from nextllm_jax.progress import progress_bar
+from nextllm_jax.storage.open_storage import as_path
 from nextllm_jax.tokenizer.published import KNOWN_ENCODINGS, load_tokenizer
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(DataConfig))
@@ -302,7 +303,7 @@ def _hash_files(files: list[tuple[str, Path]], size: int) -> str:
 def _tokenizer_hash(config: DataConfig) -> str | None:
     """The hash of the tokenizer in a file or directory; None for one that is trained or published by name."""
     is_path = config.tokenizer != "train" and config.tokenizer not in KNOWN_ENCODINGS
-    return load_tokenizer(config.tokenizer).hash if is_path else None
+    return load_tokenizer(as_path(config.tokenizer)).hash if is_path else None
 
 
 def _template_sha256(config: DataConfig) -> str | None:
@@ -311,7 +312,7 @@ def _template_sha256(config: DataConfig) -> str | None:
         return None
     template = read_template(config.chat_template) if config.chat_template else None
     if template is None and config.tokenizer != "train" and config.tokenizer not in KNOWN_ENCODINGS:
-        template = load_tokenizer(config.tokenizer).chat_template
+        template = load_tokenizer(as_path(config.tokenizer)).chat_template
     return hashlib.sha256(template.encode()).hexdigest() if template else None
 
 

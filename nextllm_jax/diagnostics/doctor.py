@@ -17,7 +17,7 @@ from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.checkpoint.verify import check_steps, find_steps
 from nextllm_jax.config import Config
-from nextllm_jax.config.files import local_workdir
+from nextllm_jax.config.files import workdir_of
 from nextllm_jax.data.files import find_files
 from nextllm_jax.data.prepare import prepare_sample
 from nextllm_jax.data.settings import (
@@ -110,7 +110,7 @@ def diagnose(
             for change in require_startable(config, overwrite=overwrite, allow_change=allow_change):
                 report.add("run", f"changed: {change}", "warning")
         with report.check("data"):
-            data.find(RunDir(local_workdir(config)), overwrite, allow_change)
+            data.find(RunDir(workdir_of(config)), overwrite, allow_change)
         for check in CHECKS:
             if data.is_there or not check.needs_data:
                 # A failure on part of the corpus is a warning, since the complete corpus may pass.
@@ -125,7 +125,7 @@ def diagnose(
                 _check_run(report, start, with_data=data.is_prepared)
             with report.check("disk"):
                 report.add("disk", *machine.disk(config, data_bytes=data.bytes_to_write))
-                report.add("clock", *machine.clock(Path(local_workdir(config)), clocks))
+                report.add("clock", *machine.clock(workdir_of(config), clocks))
     return report.findings
 
 
@@ -197,7 +197,7 @@ class _Data:
 
 def _check_run(report: Report, start: Start, *, with_data: bool) -> None:
     """Report how the run directory would be used. Raises InputError if its run was trained on other data."""
-    config, run = start.config, RunDir(local_workdir(start.config))
+    config, run = start.config, RunDir(workdir_of(start.config))
     if not run.exists():
         report.add("run", f"{run.path} is free for a new run")
         return

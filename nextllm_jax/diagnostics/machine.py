@@ -4,9 +4,8 @@ Each function returns a message and its status.
 """
 
 import importlib.metadata
+import os
 import platform
-import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import Literal
@@ -103,45 +102,41 @@ def disk(config: Config, *, data_bytes: int) -> tuple[str, Status]:
 
     The disk must hold one checkpoint more than are kept, since a new one is saved before an old one is deleted.
     """
-    workdir = Path(config.workdir or ".")
+    run = RunDir(config.workdir or ".")
     each = state_bytes(config)
     kept = config.checkpoint.keep_last + 1  # the best
     if every := config.checkpoint.keep_every_steps:
         kept += config.training.steps // every
-    there = len(Checkpoints(RunDir(workdir).checkpoints).steps())
-    needed, free = max(kept + 1 - there, 1) * each, shutil.disk_usage(_existing(workdir)).free
+    there = len(Checkpoints(run.checkpoints).steps())
+    needed, free = max(kept + 1 - there, 1) * each, run.free_bytes()
     what = f"up to {kept} checkpoints of {readable_bytes(each)} are kept, of which {there} exist"
-    free_for_data = shutil.disk_usage(_existing(Path("data"))).free if data_bytes else free
     if data_bytes:
         what += f", the data takes up to {readable_bytes(data_bytes)}"
-    said = f"{what}; {readable_bytes(free)} are free at {workdir}"
-    if needed > free or data_bytes > free_for_data:
+    if free is None:
+        return f"{what}; the space in {run.path} is not limited", "ok"
+    free_for_data = RunDir("data").free_bytes() if data_bytes else free
+    said = f"{what}; {readable_bytes(free)} are free at {run.path}"
+    if needed > free or data_bytes > (free_for_data or 0):
         return f"{said}; make room, keep fewer checkpoints, or choose another --workdir", "PROBLEM"
     return said, "ok" if needed + data_bytes < 0.8 * free else "warning"
 
 
-def clock(workdir: Path, before: tuple[float, float]) -> tuple[str, Status]:
-    """Compare the clock with the monotonic clock, with this program's files, the file system and the run's files.
+def clock(workdir: str | os.PathLike[str], before: tuple[float, float]) -> tuple[str, Status]:
+    """Compare the clock with the monotonic clock, with this program's files, the run's files and where they are stored.
 
     `before` is (`time.time()`, `time.monotonic()`) at an earlier time.
     """
     now, drift = time.time(), (time.time() - before[0]) - (time.monotonic() - before[1])
-    stamps = [path.stat().st_mtime for path in (workdir / CONFIG, workdir / METRICS) if path.exists()]
-    with tempfile.NamedTemporaryFile(dir=_existing(workdir.absolute().parent), prefix=".nextllm-doctor-") as file:
-        offset = Path(file.name).stat().st_mtime - now
+    run = RunDir(workdir)
+    stamps = [stamp for name in (CONFIG, METRICS) if (stamp := run.modified(name)) is not None]
+    offset = run.clock() - now
     written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
     if now < Path(__file__).stat().st_mtime - 86_400:
         return f"the clock says {written}, before this program was installed; set it", "warning"
     if abs(drift) > _CLOCK_TOLERANCE_SECONDS:
         return f"the clock jumped by {drift:+.1f} s during this check; times in the run's files may be wrong", "warning"
     if abs(offset) > _CLOCK_TOLERANCE_SECONDS:
-        return f"the file system of {workdir} is {offset:+.1f} s off the system clock", "warning"
+        return f"the clock of the storage of {workdir} is {offset:+.1f} s off the system clock", "warning"
     if stamps and max(stamps) > now + _CLOCK_TOLERANCE_SECONDS:
         return f"the clock was set back: {workdir} was written {max(stamps) - now:,.0f} s in the future", "warning"
-    return f"{written}, and the file system agrees", "ok"
-
-
-def _existing(path: Path) -> Path:
-    """The path, or the nearest directory above it that exists."""
-    path = path.absolute()
-    return path if path.exists() else _existing(path.parent)
+    return f"{written}, and the storage of {workdir} agrees", "ok"

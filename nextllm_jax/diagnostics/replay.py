@@ -4,14 +4,17 @@ Nothing is written, neither in the run nor elsewhere.
 """
 
 import dataclasses
+import io
 import json
 import math
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.checkpoint.run_dir import FLIGHT, RunDir
@@ -26,6 +29,7 @@ from nextllm_jax.model.objective import Batch
 from nextllm_jax.model.transformer import set_matmul_precision
 from nextllm_jax.progress import progress_bar
 from nextllm_jax.sharding import make_mesh, sharding
+from nextllm_jax.storage.open_storage import as_path
 from nextllm_jax.training.flight_recorder import BATCH, BUNDLE, FORMAT, environment, json_number, measured
 from nextllm_jax.training.program import Program, build_program
 from nextllm_jax.training.resume_guard import recorded_data
@@ -53,22 +57,22 @@ _WORST_WINDOWS = 3
 class Bundle:
     """A bundle as the flight recorder wrote it."""
 
-    path: Path
+    path: epath.Path
     content: dict[str, Any]
     config: Config
     windows: np.ndarray
     batch: Batch
 
     @classmethod
-    def read(cls, path: Path) -> "Bundle":
+    def read(cls, path: epath.Path) -> "Bundle":
         """The bundle in a directory. Raises InputError, which names the file, if it is not a bundle or is damaged."""
-        if not (path / BUNDLE).is_file():
+        if not (path / BUNDLE).exists():
             inside = sorted(RunDir(path).flight.glob("step-*"))
             example = inside[0] if inside else "runs/NAME/flight/step-N"
             raise InputError(f"{path} is not a bundle of the flight recorder: it has no {BUNDLE}; try {example}")
         try:
             content = json.loads((path / BUNDLE).read_text())
-            with np.load(path / BATCH) as arrays:
+            with np.load(io.BytesIO((path / BATCH).read_bytes())) as arrays:
                 windows, batch = arrays["windows"], Batch(*(arrays[name] for name in Batch._fields))
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise InputError(f"{path} cannot be read as a bundle ({error}); restore an intact copy") from error
@@ -158,12 +162,12 @@ class Replay:
         return "\n".join(lines)
 
 
-def replay(path: Path, *, data: str | None = None) -> Replay:
+def replay(path: str | os.PathLike[str], *, data: str | None = None) -> Replay:
     """Replay the bundle in `path`, with progress on standard error; `data` is the directory of its data, if moved.
 
     Raises InputError if the bundle, the data or the checkpoint cannot be used, or if they do not belong together.
     """
-    bundle = Bundle.read(path)
+    bundle = Bundle.read(as_path(path))
     config = bundle.config
     check_platform(config)
     if jax.process_count() > 1:

@@ -8,7 +8,7 @@ from typing import Any
 
 from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config, DataConfig, ModelConfig
-from nextllm_jax.config.files import local_workdir
+from nextllm_jax.config.files import workdir_of
 from nextllm_jax.config.model import EXECUTION_FIELDS
 from nextllm_jax.data.settings import default_data_path
 from nextllm_jax.data.shards import Dataset
@@ -17,6 +17,7 @@ from nextllm_jax.model import lora
 from nextllm_jax.model.transformer import abstract_params
 from nextllm_jax.pretrained.source import Source, open_path
 from nextllm_jax.published_models import resolve
+from nextllm_jax.storage.open_storage import as_path
 from nextllm_jax.tokenizer.published import load_tokenizer
 
 _log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ def with_source(config: Config, file: Config, *, overwrite: bool = False) -> tup
     """
     if config.init_from is None:
         return config, None
-    if Path(config.init_from).resolve() == Path(local_workdir(config)).resolve():
+    if Path(config.init_from).resolve() == Path(workdir_of(config)).resolve():
         raise InputError(f"init_from is the run directory {config.workdir} itself; choose another --workdir")
     existing = None if overwrite else _existing_run(config)
     if existing:
@@ -91,7 +92,7 @@ def require_tokenizer(config: Config, source: Source) -> None:
 
 def _existing_run(config: Config) -> Config | None:
     """The config of the existing run that this one continues, if that run has an `init_from` too."""
-    run = RunDir(local_workdir(config))
+    run = RunDir(workdir_of(config))
     existing = run.read_config() if run.exists() else None
     return existing if existing and existing.init_from is not None else None
 
@@ -121,9 +122,13 @@ def _model(config: Config, file: ModelConfig, source: ModelConfig) -> ModelConfi
 def _data(config: Config, file: Config, tokenizer: str) -> DataConfig:
     """The config's data settings, with the source's tokenizer."""
     asked = config.data.tokenizer
-    if asked not in (file.data.tokenizer, tokenizer) and load_tokenizer(asked).hash != load_tokenizer(tokenizer).hash:
+    if asked not in (file.data.tokenizer, tokenizer) and _hash(asked) != _hash(tokenizer):
         raise InputError(f"data.tokenizer {asked} is not the tokenizer of init_from {config.init_from}; leave it out")
     return dataclasses.replace(config.data, tokenizer=tokenizer)
+
+
+def _hash(tokenizer: str) -> str:
+    return load_tokenizer(as_path(tokenizer)).hash
 
 
 def _differing(left: ModelConfig, right: ModelConfig, *, but: tuple[str, ...] = ()) -> list[str]:

@@ -85,7 +85,7 @@ def open_path(path: str, *, step: str | int | None = None, ignore_keys: Collecti
     if not (file.is_file() or _is_huggingface(file)):
         if run.exists():
             return _open_run(run, step)
-        what = "is not" if file.exists() else "does not exist, so it is not"
+        what = "is not" if run.path.exists() else "does not exist, so it is not"
         raise InputError(
             f"{path} {what} a run directory (with config.json, tokenizer and checkpoints), a Hugging Face directory, a "
             f".gguf file, or the name of a published model ({', '.join(PUBLISHED_MODELS)})"

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import os
 import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -235,17 +236,20 @@ class Bucket:
     def require_writable(self, name: str, *, is_directory: bool) -> None:
         """Nothing: `lock` finds missing rights by writing."""
 
-    def age(self, name: str) -> float | None:
-        """Seconds since a file was written, by the service's clock; None if it is missing.
-
-        Writes and deletes a file whose time tells the service's clock.
-        """
-        clock = self._blob(f"{name}.clock")
-        self._service.call(clock.upload_from_string, b"", checksum="crc32c")
-        now = clock.updated
+    def modified(self, name: str) -> float | None:
+        """When a file was written, in seconds since the epoch; None if it is missing."""
         found = self._stat(name)
-        self._delete(clock)
-        return None if found is None else (now - found.updated).total_seconds()
+        return None if found is None else found.updated.timestamp()
+
+    def clock(self) -> float:
+        """The time by the service's clock, which is that of a file that this writes and deletes."""
+        file = self._blob(f".clock-{uuid.uuid4().hex[:12]}")
+        try:
+            self._service.call(file.upload_from_string, b"", checksum="crc32c")
+        except FileNotFoundError:
+            raise self._service.missing() from None
+        self._delete(file)
+        return file.updated.timestamp()
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:

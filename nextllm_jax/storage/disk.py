@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,12 +180,21 @@ class Disk:
     def sync(self) -> None:
         """Nothing: `append` writes at once, and a lock on disk cannot be taken over."""
 
+    def modified(self, name: str) -> float | None:
+        """When a file was written, in seconds since the epoch; None if it is missing."""
+        path = self._directory / name
+        return path.stat().st_mtime if path.exists() else None
+
+    def clock(self) -> float:
+        """The time by the clock of the file system, in seconds since the epoch."""
+        with tempfile.NamedTemporaryFile(
+            dir=_existing(self._directory.absolute().parent), prefix=".nextllm-clock-"
+        ) as file:
+            return Path(file.name).stat().st_mtime
+
     def free_bytes(self) -> int | None:
         """The free space on the disk."""
-        existing = next(
-            path for path in (self._directory.absolute(), *self._directory.absolute().parents) if path.exists()
-        )
-        return shutil.disk_usage(existing).free
+        return shutil.disk_usage(_existing(self._directory.absolute())).free
 
     def _in_use(self, descriptor: int) -> InputError:
         try:
@@ -193,6 +203,11 @@ class Disk:
         except (ValueError, KeyError):
             who = "another process"
         return InputError(f"{self._directory} is in use by {who}; stop that process, or choose another --workdir")
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest directory above it that exists."""
+    return next(each for each in (path, *path.parents) if each.exists())
 
 
 def lock_file(descriptor: int, *, shared: bool = False, wait: bool = False) -> bool:

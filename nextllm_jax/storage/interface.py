@@ -111,6 +111,14 @@ class Storage(Protocol):
         """Complete all appends, and raise OSError if another process took over the lock that this object holds."""
         ...
 
+    def modified(self, name: str) -> float | None:
+        """When a file was written, in seconds since the epoch; None if it is missing."""
+        ...
+
+    def clock(self) -> float:
+        """The time by the clock of the storage, in seconds since the epoch. Writes and deletes a file."""
+        ...
+
     def free_bytes(self) -> int | None:
         """The space for new files; None if it is not limited."""
         ...

@@ -36,7 +36,9 @@ def as_path(path: str | os.PathLike[str]) -> epath.Path:
 
 def _require_bucket(address: str) -> None:
     if not address.startswith(_GCS):
-        raise InputError(f"{address} is not supported; give a local directory or gs://BUCKET/DIRECTORY")
+        raise InputError(
+            f"{address} is neither a local path nor gs://BUCKET/DIRECTORY; copy it to this machine and give its path"
+        )
     from nextllm_jax.storage.service import client
 
     client()

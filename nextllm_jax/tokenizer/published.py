@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from etils import epath
 from tiktoken_ext import openai_public
 
 from nextllm_jax.errors import InputError
@@ -65,10 +66,11 @@ def load_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
     """
     if str(spec) in KNOWN_ENCODINGS:
         return _load_named(str(spec))
-    path = Path(resolve(str(spec)))
+    found = epath.Path(resolve(str(spec)))  # a run may be in a bucket
+    path = Path(found)
     if path.name == "tokenizer.json" or any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         return load_huggingface(path)
-    for directory in (path, path / "tokenizer"):
+    for directory in (found, found / "tokenizer"):
         if (directory / "encoding.json").exists():
             return Tokenizer.load(directory)
     if path.is_dir():

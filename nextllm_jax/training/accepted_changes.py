@@ -13,7 +13,7 @@ from typing import Any
 from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config
 from nextllm_jax.config.fields import fields_of
-from nextllm_jax.config.files import local_workdir
+from nextllm_jax.config.files import workdir_of
 
 _log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def with_accepted_changes(config: Config, stated: Collection[str] = ()) -> Confi
 
     `stated` are the dotted fields that the command line sets. They stay as they are.
     """
-    run = RunDir(local_workdir(config))
+    run = RunDir(workdir_of(config))
     if not run.exists():
         return config
     asked, kept = fields_of(config), fields_of(run.read_config())
@@ -41,7 +41,7 @@ def replaced_values(config: Config, file: Config, allow_change: Collection[str])
 
     `file` is the config without the changes of the command line; `allow_change` are dotted fields.
     """
-    run = RunDir(local_workdir(config))
+    run = RunDir(workdir_of(config))
     if not run.exists():
         return {}
     old, stated, new = fields_of(run.read_config()), fields_of(file), fields_of(config)

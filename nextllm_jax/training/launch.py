@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Literal
 
 from nextllm_jax.config import Config
-from nextllm_jax.config.files import local_workdir
+from nextllm_jax.config.files import workdir_of
 from nextllm_jax.distributed.process_group import ProcessGroup, facts_of
 from nextllm_jax.distributed.rendezvous import DistributedConfig
 from nextllm_jax.distributed.signals import StopRequest
@@ -60,7 +60,7 @@ def train(
         stack.enter_context(group)
         stop.allow_exit("waiting for the other processes")
         consent = allowed_fields(allow_change)
-        local_workdir(config)  # raises InputError if there is none
+        workdir_of(config)  # raises InputError if there is none
         group.connect()
         stack.enter_context(_messages_from_process_0(group))
         file, replaced = file or config, {}
@@ -134,7 +134,7 @@ def _prepare_data(config: Config, source: "Source | None", overwrite: bool, cons
 
     # To report mistakes before the data is prepared; `open_run` checks again once it holds the run's lock.
     require_startable(config, overwrite=overwrite, allow_change=consent)
-    run = RunDir(local_workdir(config))
+    run = RunDir(workdir_of(config))
     if not overwrite and run.exists():
         config = with_recorded_data(config, run)
         consent |= {*CONTENT_FIELDS}  # the checkpoint says which data it needs

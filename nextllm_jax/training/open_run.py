@@ -7,14 +7,13 @@
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Collection, Iterator, Sequence
-
-from etils import epath
 
 from nextllm_jax.checkpoint import step_files
 from nextllm_jax.checkpoint.run_dir import CONFIG, METRICS, RunDir
 from nextllm_jax.config import Config
-from nextllm_jax.config.files import local_workdir
+from nextllm_jax.config.files import workdir_of
 from nextllm_jax.distributed.process_group import ProcessGroup
 from nextllm_jax.errors import InputError
 from nextllm_jax.training.resume_guard import Change, require_resumable
@@ -25,7 +24,7 @@ class OpenRun:
     """A run directory that is locked for this training."""
 
     dir: RunDir
-    set_aside: epath.Path | None = None
+    set_aside: os.PathLike[str] | None = None
     """The directory with the files of an overwritten run."""
     changes: Sequence[Change] = ()
     """Config fields that changed in a resumed run, and that the user allowed to change."""
@@ -33,7 +32,7 @@ class OpenRun:
 
 @contextlib.contextmanager
 def open_run(
-    workdir: epath.PathLike,
+    workdir: str | os.PathLike[str],
     config: Config,
     *,
     overwrite: bool = False,
@@ -63,7 +62,7 @@ def open_run(
             run.require_run_or_empty()  # before locking, which would write a file into another program's directory
             stack.enter_context(run.lock())
             opened = _take_over(run, config, overwrite, allow_change)
-            run.checkpoints.mkdir(exist_ok=True)  # from now on, a run without this directory has lost its checkpoints
+            run.create_checkpoints()  # from now on, a run without this directory has lost its checkpoints
         except OSError as error:
             raise InputError(
                 f"run directory {run.path} cannot be used ({error.strerror or error}); "
@@ -85,7 +84,7 @@ def _take_over(run: RunDir, config: Config, overwrite: bool, allow_change: Colle
 
 def require_startable(config: Config, *, overwrite: bool, allow_change: Collection[str]) -> list[Change]:
     """`require_usable` for the config's run directory. Also raises InputError if a process trains in it."""
-    run = RunDir(local_workdir(config))
+    run = RunDir(workdir_of(config))
     run.require_unlocked()
     return require_usable(run, config, overwrite=overwrite, allow_change=allow_change)
 

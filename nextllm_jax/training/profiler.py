@@ -1,11 +1,12 @@
 """Writes a profiler trace of a few train steps, for XProf and Perfetto."""
 
+import contextlib
 import logging
 from collections.abc import Callable
 
 import jax
-from etils import epath
 
+from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.training.hooks import Hook
 from nextllm_jax.training.step import StepMetrics
 
@@ -16,14 +17,14 @@ _log = logging.getLogger(__name__)
 
 
 class StepProfiler(Hook):
-    """Traces `steps` steps into a directory, starting after the warm-up steps that follow `step`. 0 steps: no trace.
+    """Traces `steps` steps into profile/ of a run, after the warm-up steps that follow `step`. 0 steps: no trace.
 
     Only process 0 should trace, since its devices take part in every collective; other processes pass 0 steps. `pause`
     is called before the trace starts and before it stops, and waits for the last step.
     """
 
-    def __init__(self, directory: epath.Path, step: int, steps: int, pause: Callable[[], None]) -> None:
-        self._directory, self._pause = directory, pause
+    def __init__(self, run: RunDir, step: int, steps: int, pause: Callable[[], None]) -> None:
+        self._run, self._pause, self._files = run, pause, contextlib.ExitStack()
         self._first, self._last = step + _WARM_UP_STEPS + 1, step + _WARM_UP_STEPS + steps
         self._wanted, self._tracing = steps > 0, False
 
@@ -31,7 +32,8 @@ class StepProfiler(Hook):
         """Start the trace if `step` is the first to be traced."""
         if self._wanted and step == self._first:
             self._pause()
-            jax.profiler.start_trace(self._directory, create_perfetto_trace=True)
+            directory = self._files.enter_context(self._run.new_profile())
+            jax.profiler.start_trace(directory, create_perfetto_trace=True)
             self._tracing = True
 
     def after_step(self, step: int, metrics: StepMetrics) -> None:
@@ -44,8 +46,10 @@ class StepProfiler(Hook):
         """Stop the trace. Report where it is and how to open it, or that the training was too short for one."""
         if self._tracing:
             jax.profiler.stop_trace()
-            traces = sorted((self._directory / "plugins" / "profile").glob("*/perfetto_trace.json.gz"))
-            _log.info(f"profile: `xprof --logdir {self._directory}`, or {traces[-1]} in https://ui.perfetto.dev")
+            self._files.close()
+            directory = self._run.profile
+            traces = sorted((directory / "plugins" / "profile").glob("*/perfetto_trace.json.gz"))
+            _log.info(f"profile: `xprof --logdir {directory}`, or {traces[-1]} in https://ui.perfetto.dev")
         elif self._wanted:
             _log.warning(f"no profile: training ended within the first {_WARM_UP_STEPS} steps, which are not traced")
         self._wanted = self._tracing = False

@@ -29,6 +29,7 @@ def open_checkpoints(run: RunDir, start: Start) -> Checkpoints:
         run.checkpoints,
         keep_last=config.checkpoint.keep_last,
         keep_every_steps=config.checkpoint.keep_every_steps,
+        guard=run.sync,
         run={
             "config": dataclasses.asdict(config),
             "tokenizer": dataset.tokenizer_hash,

@@ -10,7 +10,7 @@ import jax
 from nextllm_jax import hardware
 from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config
-from nextllm_jax.config.files import local_workdir
+from nextllm_jax.config.files import workdir_of
 from nextllm_jax.data.settings import default_data_path
 from nextllm_jax.data.shards import Dataset
 from nextllm_jax.distributed.process_group import ProcessGroup
@@ -70,7 +70,7 @@ def open_session(
         stop = stop or stack.enter_context(StopRequest(group))
         stack.enter_context(jax.set_mesh(start.mesh))
         opened = stack.enter_context(
-            open_run(local_workdir(config), config, overwrite=overwrite, allow_change=allow_change, group=group)
+            open_run(workdir_of(config), config, overwrite=overwrite, allow_change=allow_change, group=group)
         )
         checkpoints = stack.enter_context(open_checkpoints(opened.dir, start))
         stack.push(group.report)  # before the checkpoints close, which can wait for the others
@@ -134,7 +134,7 @@ def _make_hooks(session: Session, initial_step: int | None, profile_steps: int, 
     return [
         FlightRecorder(run, config, start.loader, session.checkpoints, about, before_failure=log.write_line),
         log,
-        StepProfiler(run.profile, initial_step or 0, profile_steps if writes else 0, meter.pause),
+        StepProfiler(run, initial_step or 0, profile_steps if writes else 0, meter.pause),
         Pictures(run, config.model, enabled=writes),
         Samples(run, start, initial_step, enabled=writes),
     ]

@@ -4,10 +4,11 @@ import json
 import math
 import os
 import socket
+import struct
 import time
 from typing import Any
 
-from nextllm_jax.checkpoint.run_dir import METRICS, RunDir
+from nextllm_jax.checkpoint.run_dir import METRICS, TENSORBOARD, RunDir
 from nextllm_jax.config import ModelConfig
 from nextllm_jax.model import layer_norms
 from nextllm_jax.training.hooks import OptionalOutput
@@ -46,7 +47,7 @@ class MetricsWriter:
             self._output.write(lambda: self._open_tensorboard(initial_step))
 
     def _open_tensorboard(self, initial_step: int | None) -> None:
-        self._tensorboard = _TensorBoard(self._run.tensorboard, initial_step)
+        self._tensorboard = _TensorBoard(self._run, initial_step)
 
     def train(self, record: dict[str, Any]) -> None:
         """Write a record from `TrainMeter.read`."""
@@ -80,28 +81,24 @@ class MetricsWriter:
         return {f"{split}/{name}": value for name, value in scalars.items() if isinstance(value, (int, float))}
 
     def close(self) -> None:
-        """Close the event file."""
-        if self._tensorboard is not None:
-            self._output.write(self._tensorboard.close)
-            self._tensorboard = None
+        """Stop writing to the event file."""
+        self._tensorboard = None
 
 
 class _TensorBoard:
-    """One event file, which is written synchronously.
+    """One event file, to which each event is appended.
 
     tensorboardX's SummaryWriter writes from a thread with a short queue. If that thread dies because the disk is full,
-    training waits for the queue forever. So this uses its RecordWriter directly.
+    training waits for the queue forever. Its writers for buckets have credentials and errors of their own.
     """
 
-    def __init__(self, directory: os.PathLike[str], initial_step: int | None) -> None:
-        from tensorboardX import RecordWriter
+    def __init__(self, run: RunDir, initial_step: int | None) -> None:
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
         self._event, self._summary = Event, Summary
-        os.makedirs(directory, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
-        self._writer = RecordWriter(os.path.join(directory, name))
+        self._run, self._file = run, f"{TENSORBOARD}/{name}"
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         # With this event TensorBoard hides earlier events of the run after the step from which it resumes.
         start = SessionLog(status=SessionLog.START)
@@ -112,11 +109,12 @@ class _TensorBoard:
         self._write(self._event(step=step, wall_time=time.time(), summary=self._summary(value=scalars)))
 
     def _write(self, event: Any) -> None:
-        self._writer.write(event.SerializeToString())
-        self._writer.flush()
+        from tensorboardX.record_writer import masked_crc32c
 
-    def close(self) -> None:
-        self._writer.close()
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        checksums = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
+        self._run.append(self._file, length + checksums[0] + data + checksums[1])
 
 
 def _json_value(value: Any) -> Any:

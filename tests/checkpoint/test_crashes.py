@@ -21,7 +21,7 @@ import json, os, sys
 from pathlib import Path
 import orbax.checkpoint as ocp
 from etils import epath
-from nextllm_jax.checkpoint import step_files
+from nextllm_jax.checkpoint import manifest, step_files
 from nextllm_jax.checkpoint.manager import Checkpoints
 from tests.checkpoint.tree import save, tree
 
@@ -37,18 +37,18 @@ def die_at(owner, name, call, *, after=False):
     setattr(owner, name, replaced)
 
 # A save seals (write_manifest, then sync_directory of the step), renames, and syncs the directory of all steps.
-# _sealed is called by each writing and each reading of a manifest.
+# with_checksum is called by each writing and each reading of a manifest.
 POINTS = {
     "arrays under way": lambda: die_at(ocp.AsyncCheckpointer, "save", 2, after=True),
     "arrays written": lambda: die_at(step_files, "seal", 2),
     "files hashed": lambda: die_at(step_files, "write_manifest", 2),
-    "manifest begun": lambda: die_at(step_files, "_sealed", 4),
+    "manifest begun": lambda: die_at(manifest, "with_checksum", 4),
     "manifest written": lambda: die_at(step_files, "sync_directory", 3),
     "read back": lambda: die_at(step_files, "damaged_files", 2, after=True),
     "renamed": lambda: die_at(step_files, "sync_directory", 4),
     "deleting": lambda: die_at(step_files, "delete", 1),
     "deletion begun": lambda: die_at(type(epath.Path("/")), "rmtree", 1),
-    "scoring begun": lambda: die_at(step_files, "_sealed", 9),
+    "scoring begun": lambda: die_at(manifest, "with_checksum", 10),
 }
 
 def child(point, directory):
@@ -154,7 +154,7 @@ def test_a_save_goes_on_to_its_end_after_a_second_interrupt(tmp_path):
     script = """
 import os, signal, sys, threading, time
 import jax.numpy as jnp
-from nextllm_jax.checkpoint import step_files
+from nextllm_jax.checkpoint import manifest, step_files
 from nextllm_jax.checkpoint.manager import Checkpoints
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a script

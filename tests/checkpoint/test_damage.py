@@ -12,6 +12,7 @@ import pytest
 
 from nextllm_jax.checkpoint import step_files
 from nextllm_jax.checkpoint.manager import Checkpoints, DamagedCheckpoint
+from nextllm_jax.checkpoint.manifest import FORMAT, MANIFEST, DamagedFile, read_manifest, with_checksum
 from nextllm_jax.checkpoint.verify import check_steps, find_steps
 from nextllm_jax.cli.main import verify_command
 from nextllm_jax.config import CheckpointConfig, Config
@@ -71,7 +72,7 @@ def files_of(step):
 
 
 def test_the_manifest_says_what_there_is(directory):
-    manifest = step_files.read_manifest(step_files.epath.Path(directory / "2"))
+    manifest = read_manifest(step_files.epath.Path(directory / "2"))
     there = {path.relative_to(directory / "2").as_posix(): path.stat().st_size for path in files_of(directory / "2")}
     del there["manifest.json"]
     assert {name: entry["size"] for name, entry in manifest["files"].items()} == there
@@ -149,8 +150,8 @@ def test_no_byte_of_a_manifest_can_change(directory):
         changed = bytearray(content)
         changed[position] ^= 1 << position % 8
         path.write_bytes(changed)
-        with pytest.raises(step_files.DamagedFile):
-            step_files.read_manifest(step_files.epath.Path(directory / "1"))
+        with pytest.raises(DamagedFile):
+            read_manifest(step_files.epath.Path(directory / "1"))
     path.write_bytes(content.replace(b'"validation_loss": 1.0', b'"validation_loss": 0.1'))
     with pytest.raises(DamagedCheckpoint, match=r"\(manifest.json does not match its checksum\)"):
         Checkpoints(directory).record(1)
@@ -159,8 +160,8 @@ def test_no_byte_of_a_manifest_can_change(directory):
 def rewrite_manifest(step, change):
     """Change a manifest as another version might have written it, with the checksum of its own."""
     path = step_files.epath.Path(step)
-    manifest = step_files.read_manifest(path)
-    (path / step_files.MANIFEST).write_bytes(step_files._sealed(change(manifest)))
+    manifest = read_manifest(path)
+    (path / MANIFEST).write_bytes(with_checksum(change(manifest)))
 
 
 def without(*names):
@@ -182,8 +183,8 @@ def with_values(**values):
         (with_values(record=None, validation_loss="1.0"), "has invalid values in validation_loss and record"),
         (with_values(validation_loss=float("nan")), "has invalid values in validation_loss"),
         (with_values(files={"a": {"size": "1"}}), "has invalid values in files"),
-        (with_values(format=2), "has format 2, but this version reads formats up to 1"),
-        (with_values(format="new"), "has format new, but this version reads formats up to 1"),
+        (with_values(format=3), "has format 3, but this version reads formats up to 2"),
+        (with_values(format="new"), "has format new, but this version reads formats up to 2"),
         (lambda _: b"[1]", "is not a JSON object"),
         (lambda _: b"manifest", "is not JSON"),
         (lambda _: b"[" * 100_000, "is not JSON"),
@@ -214,8 +215,8 @@ def test_a_manifest_of_another_version_is_a_sentence(directory, change, problem,
 
 
 def test_a_manifest_without_a_format_has_the_first(directory):
-    manifest = step_files.read_manifest(step_files.epath.Path(directory / "2"))
-    assert manifest["format"] == step_files.FORMAT
+    manifest = read_manifest(step_files.epath.Path(directory / "2"))
+    assert manifest["format"] == FORMAT
     rewrite_manifest(directory / "2", without("format", "run", "versions"))
     restore(directory, 2, *ITEMS)
     assert reports(directory) == {"1": ("ok", []), "2": ("ok", [])}

@@ -24,6 +24,8 @@ BUCKET = "bucket"
 class Fault:
     """What happens to the next `count` requests whose "METHOD path" matches `pattern`, after `skip` others.
 
+    The path of an upload ends in "&name=" and the name of the object, also where the client sends the name elsewhere.
+
     `status`: the answer, and the request is not carried out; with `after` it is carried out first. "cut": half of the
     answer (or of the upload), then the connection is closed. "flip": one bit of what is downloaded is inverted.
     "wait": it takes `seconds` longer.
@@ -133,7 +135,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         body = self._body()
-        fault = self.proxy.next_fault(f"{self.command} {self.path}")
+        name = re.search(rb'"name": ?"([^"]*)"', body[:2000]) if "uploadType=multipart" in self.path else None
+        fault = self.proxy.next_fault(f"{self.command} {self.path}{f'&name={name[1].decode()}' if name else ''}")
         action = fault.action if fault else None
         if fault and action == "wait":
             time.sleep(fault.seconds)

@@ -127,7 +127,7 @@ def test_load_says_what_is_missing(run_directory, tmp_path):
         nextllm_jax.load(str(tmp_path / "nothing"))
     with pytest.raises(InputError, match="no checkpoint '4'"):
         nextllm_jax.load(str(run_directory), step=4)
-    with pytest.raises(InputError, match="is not a local path"):
+    with pytest.raises(InputError, match="is neither a local path nor gs://"):
         nextllm_jax.load("https://huggingface.co/some/model")
     with pytest.raises(InputError, match="float16"):
         nextllm_jax.load(str(run_directory), dtype="float16")

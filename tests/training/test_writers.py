@@ -3,6 +3,7 @@ import json
 import math
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,7 +160,8 @@ def test_a_validation_that_is_repeated_is_cut(tmp_path):
 
 
 def test_event_files_that_fail_are_reported_once_and_end_alone(tmp_path, writers, messages):
-    writers._tensorboard.close()
+    shutil.rmtree(tmp_path / "tensorboard")
+    (tmp_path / "tensorboard").write_text("a file")
     for step in (10, 20):
         writers.train(train_record(step))
     assert len(lines(tmp_path)) == 2

@@ -1,0 +1,149 @@
+"""Runs of train.py in a bucket end where runs on disk end, also when processes are killed and share nothing else."""
+
+import dataclasses
+import json
+import random
+import re
+import shutil
+import time
+
+import numpy as np
+import pytest
+
+import nextllm_jax
+from nextllm_jax.checkpoint.verify import check_steps, find_steps
+from nextllm_jax.config.files import load_config_file
+from nextllm_jax.diagnostics.doctor import diagnose
+from nextllm_jax.pretrained.convert import export_model
+from nextllm_jax.storage.open_storage import open_storage
+from tests.checkpoint.tree import names
+from tests.faults.bucket_proxy import Fault
+from tests.processes import Processes, assert_same_metrics
+from tests.runs import TRAINED_A_STEP, assert_same_end, fetched
+
+COMMAND = ("train.py", "--config", "config.py", "--workdir")
+
+
+def steps(address):
+    storage = open_storage(f"{address}/checkpoints")
+    return sorted(int(name) for name in storage.names() if storage.exists(f"{name}/manifest.json"))
+
+
+def killed_at_random(door, address, seed):
+    """Train until a SIGKILL: with an even seed after the first save, otherwise at any time."""
+    process = door.start(*COMMAND, address)
+    while seed % 2 == 0 and process.poll() is None and not steps(address):
+        time.sleep(0.01)
+    time.sleep(random.Random(seed).uniform(0, 1.5 if seed % 2 == 0 else 15))
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture(scope="module")
+def address(trained, bucket_service, tmp_path_factory):
+    """A run in a bucket that was killed and continued, while a second training of it was refused."""
+    address, door = "gs://bucket/runs/config", trained.beside(tmp_path_factory.mktemp("bucket"))
+    killed_at_random(door, address, seed=0)
+    assert open_storage(address).exists(".lock")
+    slow = Fault("GET", "wait", count=10**6, seconds=0.005)
+    with bucket_service.failing(slow):
+        process = door.start(*COMMAND, address)
+        while json.loads(open_storage(address).read(".lock") or "{}").get("pid") != process.pid:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        refused = door.run(*COMMAND, address, exit_code=2).stderr
+        assert re.search(f"^error: {address} is in use by process {process.pid} on ", refused, re.MULTILINE), refused
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    return address
+
+
+def test_a_killed_and_continued_run_in_a_bucket_ends_as_one_on_disk(trained, address, tmp_path):
+    assert_same_end(fetched(address, tmp_path), trained.directory / "runs" / "config", 40)
+    files = ["config.json", "layers.png", "loss.png", "metrics.jsonl", "samples.txt"]
+    assert names(tmp_path) == sorted(["checkpoints", "tensorboard", "tokenizer", *files])
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_commands_read_a_run_in_a_bucket(trained, address, tmp_path, monkeypatch):
+    local = str(trained.directory / "runs" / "config")
+    assert [report.state for report in check_steps(find_steps(address))] == ["ok", "ok"]
+    ours, theirs = nextllm_jax.load(address), nextllm_jax.load(local)
+    tokens = np.arange(12).reshape(1, 12)
+    np.testing.assert_array_equal(ours.logits(tokens), theirs.logits(tokens))
+    assert ours.score("the cat sees fish.") == theirs.score("the cat sees fish.")
+    for source, output in ((address, tmp_path / "ours"), (local, tmp_path / "theirs")):
+        export_model(source, str(output), file_format="huggingface")
+    weights = [tmp_path / name / "model.safetensors" for name in ("ours", "theirs")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    monkeypatch.chdir(trained.directory)
+    found = diagnose(dataclasses.replace(load_config_file("config.py"), workdir=address))
+    assert not [finding for finding in found if finding.status != "ok" and finding.name in ("run", "disk", "clock")]
+    assert "is finished at step 40 of 40" in str(found)
+    assert "is not limited" in str(found)
+
+
+def test_two_processes_that_share_only_the_bucket(trained, bucket, door, tmp_path):
+    directories = [tmp_path / "host-0", tmp_path / "host-1"]
+    for directory in directories:
+        directory.mkdir()
+        for name in ("corpus", "data"):
+            shutil.copytree(trained.directory / name, directory / name, symlinks=True)
+        shutil.copy(trained.directory / "config.py", directory)
+    with Processes(door, 2, "--mesh.fsdp", "2", "--workdir", bucket, directories=directories) as two:
+        codes, _ = two.end()
+        assert codes == [0, 0], two.outputs()
+    assert [sorted(path.name for path in directory.iterdir()) for directory in directories] == [
+        ["config.py", "corpus", "data"]
+    ] * 2
+    fetched(bucket, tmp_path / "runs" / "config")
+    assert_same_metrics(tmp_path, trained.directory)
+    shards = open_storage(bucket).files("checkpoints/40")
+    assert {name.split("/")[2] for name in shards if "params/ocdbt" in name} == {"ocdbt.process_0", "ocdbt.process_1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 11))
+def test_killed_at_random(trained, bucket, door, tmp_path, seed):
+    killed_at_random(door, bucket, seed)
+    door.run(*COMMAND, bucket)
+    assert_same_end(fetched(bucket, tmp_path / "fetched"), trained.directory / "runs" / "config", 40)
+
+
+@pytest.mark.slow
+def test_overwriting_is_finished_after_a_kill(trained, bucket, door, bucket_service):
+    """The copy of the old run is complete in the end, wherever the first attempt was killed."""
+    door.run(*COMMAND, bucket)
+    before = {name: open_storage(bucket).read(name) for name in open_storage(bucket).files()}
+    for copies in (1, 20, 60):
+        with bucket_service.failing(Fault("POST .*rewriteTo", "wait", skip=copies, count=1000, seconds=60)):
+            process = door.start(*COMMAND, bucket, "--overwrite")
+            while bucket_service.faults[0].struck <= copies and process.poll() is None:
+                time.sleep(0.01)
+            process.kill()
+            process.communicate()
+        if copies < 60:
+            refused = door.run(*COMMAND, bucket, exit_code=2).stderr
+            assert "was interrupted, so part of the run is in" in refused
+    door.run(*COMMAND, bucket, "--overwrite")
+    after = open_storage(f"{bucket}/overwritten/1")
+    assert {name: after.read(name) for name in after.files()} == before
+    assert steps(bucket) == [30, 40]
+
+
+@pytest.mark.slow
+def test_a_lease_that_is_lost_while_training(bucket, door):
+    """The process stops at its next save, and leaves everything to the one that took over."""
+    with Processes(door, 1, "--workdir", bucket, held={0: (TRAINED_A_STEP, 18)}) as one:
+        one.wait_for("held")
+        taker = json.dumps({"pid": 7, "host": "far", "since": "now", "machine": "far", "start": "1"}).encode()
+        open_storage(bucket).write(".lock", taker)
+        before = {name: open_storage(bucket).read(name) for name in open_storage(bucket).files()}
+        one.release()
+        codes, _ = one.end()
+        assert codes == [1], one.outputs()
+        says = f"^error: .*lost its lease on {bucket}, which process 7 on far since now took over"
+        assert re.search(says, one.output(), re.MULTILINE), one.output()
+        assert "Traceback" not in one.output()
+    after = {name: open_storage(bucket).read(name) for name in open_storage(bucket).files()}
+    assert {name: content for name, content in after.items() if "/attempt-" not in name or name in before} == before
