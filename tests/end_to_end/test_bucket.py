@@ -103,6 +103,31 @@ def test_two_processes_that_share_only_the_bucket(trained, bucket, door, tmp_pat
 
 
 @pytest.mark.slow
+def test_adapters_on_a_run_in_a_bucket(address, bucket, door):
+    """Their frozen weights are in the bucket too, where a continued run and sampling find them."""
+    settings = ("--init-from", address, "--lora.rank", "2", "--optimizer.schedule-steps", "30")
+    for steps in ("20", "30"):
+        door.run(*COMMAND, bucket, *settings, "--training.steps", steps)
+    assert [report.state for report in check_steps(find_steps(bucket))] == ["ok"] * 3
+    assert open_storage(bucket).exists("base/0/manifest.json")
+    sampled = door.run("sample.py", "--checkpoint", bucket, "--prompt", "the cat", "--json").stdout
+    assert json.loads(sampled.splitlines()[0])["prompt"] == "the cat"
+    open_storage(bucket).delete("base/0/manifest.json")
+    refused = door.run(*COMMAND, bucket, *settings, "--training.steps", "30", exit_code=2).stderr
+    assert "the adapters' base weights are missing" in refused
+
+
+@pytest.mark.slow
+def test_a_bad_step_in_a_bucket_is_replayed(bucket, door):
+    settings = (
+        "--optimizer.learning-rate 1e6 --checkpoint.every-steps 1 --checkpoint.keep-last 1 --training.sample-tokens 0"
+    )
+    door.run(*COMMAND, bucket, *settings.split(), "--training.max-skipped-steps", "4", exit_code=1)
+    found = json.loads(door.run("nextllm_jax.cli", "replay", f"{bucket}/flight/step-2", "--json").stdout)
+    assert (found["reproduced"], found["bit_for_bit"]) == (True, True)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 11))
 def test_killed_at_random(trained, bucket, door, tmp_path, seed):
     killed_at_random(door, bucket, seed)
@@ -113,8 +138,9 @@ def test_killed_at_random(trained, bucket, door, tmp_path, seed):
 @pytest.mark.slow
 def test_overwriting_is_finished_after_a_kill(trained, bucket, door, bucket_service):
     """The copy of the old run is complete in the end, wherever the first attempt was killed."""
-    door.run(*COMMAND, bucket)
+    assert "profile: `xprof --logdir gs://" in door.run(*COMMAND, bucket, "--profile", "2").stderr
     before = {name: open_storage(bucket).read(name) for name in open_storage(bucket).files()}
+    assert any(name.startswith("profile/") and name.endswith("perfetto_trace.json.gz") for name in before)
     for copies in (1, 20, 60):
         with bucket_service.failing(Fault("POST .*rewriteTo", "wait", skip=copies, count=1000, seconds=60)):
             process = door.start(*COMMAND, bucket, "--overwrite")
