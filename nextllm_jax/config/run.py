@@ -308,7 +308,7 @@ class Config:
     """One complete run."""
 
     workdir: Free[str | None] = None
-    """Run directory; none: runs/<name of the config file>."""
+    """Run directory, or gs://BUCKET/DIRECTORY; none: runs/<name of the config file>."""
     seed: Annotated[int, _OTHER_ORDER] = 0
     """Seed of the initial weights and of the data order."""
     init_from: NoEffect[str | None] = None
