@@ -18,7 +18,7 @@ from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.generate import CHUNK_TOKENS, CachedRow, Generation, bucket
 from nextllm_jax.inference.stream import Sample, TextStream
-from nextllm_jax.model.objective import Batch, text_batch, token_scores
+from nextllm_jax.model.objective import Batch, perplexity, text_batch, token_scores
 from nextllm_jax.model.quantize import abstract_quantized, regroup
 from nextllm_jax.model.transformer import Transformer, abstract_params, resolve_dtype, set_matmul_precision
 from nextllm_jax.model.weights import cast_matrices
@@ -48,7 +48,7 @@ class Score:
     @property
     def perplexity(self) -> float:
         """The exponential of the mean negative log-likelihood."""
-        return math.exp(self.nll) if self.nll < 700 else math.inf
+        return perplexity(self.nll)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
