@@ -31,22 +31,12 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 """The types in which weights can be exported."""
 
 
-def _read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises InputError, which names the file, if it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}); restore an intact copy") from error
-
-
 def read_config(directory: Path, ignore_keys: Collection[str] = ()) -> tuple[ModelConfig, str]:
     """The ModelConfig of a directory and its model_type.
 
     Raises InputError, which names the key, for an unsupported key that is not in `ignore_keys`.
     """
-    values = _read_json(directory / CONFIG)
+    values = read_json(directory / CONFIG)
     return read_model_config(values, str(directory / CONFIG), ignore_keys), values["model_type"]
 
 
@@ -115,8 +105,7 @@ class SafetensorsSource:
 def _weight_files(directory: Path) -> list[Path]:
     index = directory / _INDEX
     if index.exists():
-        names = _read_json(index)
-        names = names.get("weight_map") if isinstance(names, dict) else None
+        names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise InputError(f"{index} has no weight_map from tensors to files; restore an intact copy")
         files = sorted(set(names.values()))

@@ -31,13 +31,13 @@ from nextllm_jax.interop.keys import Keys, agreed
 from nextllm_jax.ops import rope
 
 
-def read_model_config(values: Any, where: str, ignore_keys: Collection[str] = ()) -> ModelConfig:
+def read_model_config(values: dict[str, Any], where: str, ignore_keys: Collection[str] = ()) -> ModelConfig:
     """The ModelConfig that the content of a config.json describes; `where` names the file in errors.
 
     Unsupported keys in `ignore_keys` are ignored. Raises InputError, which names the key, for all others, for
     unsupported values, and for keys that contradict each other.
     """
-    model_type = values.get("model_type") if isinstance(values, dict) else None
+    model_type = values.get("model_type")
     if model_type not in FAMILIES:
         raise InputError(f"{where}: model_type is {model_type!r}; supported are {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
@@ -45,7 +45,7 @@ def read_model_config(values: Any, where: str, ignore_keys: Collection[str] = ()
         tanh = {name: "gelu_pytorch_tanh" for name in ("hidden_act", "hidden_activation") if values.get(name) == "gelu"}
         values = values | tanh
     keys = Keys(values, {**DEFAULTS, **family.defaults}, where)
-    _refuse_unknown(values, family, keys, ignore_keys)
+    _require_supported(keys, family, ignore_keys)
     fields: dict[str, Any] = {ours: keys.size(name) for name, ours in SIZES.items()}
     heads = fields["num_heads"]
     fields |= {
@@ -65,30 +65,23 @@ def read_model_config(values: Any, where: str, ignore_keys: Collection[str] = ()
     return ModelConfig(**fields)
 
 
-def _refuse_unknown(values: dict[str, Any], family: Family, keys: Keys, ignore_keys: Collection[str]) -> None:
-    architectures = values.get("architectures")
+def _require_supported(keys: Keys, family: Family, ignore_keys: Collection[str]) -> None:
+    architectures = keys.get("architectures")
     if architectures is not None and family.architecture not in architectures:
         raise keys.refusal("architectures", f"it must be {family.architecture}")
+    harmless = [name for name in keys.names() if name in HARMLESS or name.startswith(HARMLESS_PREFIXES)]
     known = COMMON | {*family.keys, family.activation_key}
-    keys.require_ignorable(ignore_keys, known)
-    for name, value in values.items():
-        if name in known or name in HARMLESS or name.startswith(HARMLESS_PREFIXES) or name in ignore_keys:
-            continue
-        if name in FIXED and value not in FIXED[name]:
-            raise keys.refusal(name, f"only {FIXED[name][0]} is supported for this model_type")
-        if name not in FIXED and value is not None and value is not False:
-            raise keys.unsupported(name)
+    keys.require_supported(known, FIXED, {*ignore_keys, *harmless})
 
 
 def _activation(keys: Keys, model_type: str, family: Family) -> str:
-    main = family.activation_key
-    both = [(keys, "hidden_activation"), (keys, "hidden_act")] if model_type.startswith("gemma") else []
-    source, name = agreed(*both, (keys, main))
-    if model_type != "gemma":  # only Gemma 1 was published with either key
-        source, name = keys, main
-    value = source.get(name)
+    name = family.activation_key
+    if model_type.startswith("gemma"):
+        _, stated = agreed((keys, "hidden_activation"), (keys, "hidden_act"))
+        name = stated if model_type == "gemma" else name  # only Gemma 1 was published with either key
+    value = keys.get(name)
     if value not in ACTIVATIONS:
-        raise source.refusal(name, f"only {', '.join(ACTIVATIONS)} are supported")
+        raise keys.refusal(name, f"only {', '.join(ACTIVATIONS)} are supported")
     return ACTIVATIONS[value]
 
 

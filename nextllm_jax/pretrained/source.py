@@ -25,6 +25,7 @@ from nextllm_jax.model.transformer import abstract_params
 from nextllm_jax.model.weights import STACK, by_name, unstacked_names, with_names
 from nextllm_jax.published_models import PUBLISHED_MODELS
 from nextllm_jax.sharding import on_device, placed
+from nextllm_jax.tokenizer.huggingface_files import read_json
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 ORIGIN = "imported"
@@ -111,7 +112,7 @@ def _is_huggingface(directory: Path) -> bool:
 
 def _stored_dtype(directory: Path) -> str:
     """The type of a Hugging Face directory's weights, by its config.json: bfloat16, or float32 for any other."""
-    values = json.loads((directory / "config.json").read_text())
+    values = read_json(directory / "config.json")
     return "bfloat16" if values.get("dtype", values.get("torch_dtype")) == "bfloat16" else "float32"
 
 

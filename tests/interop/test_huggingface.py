@@ -417,12 +417,12 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor"),
     "index outside": (index_outside, "must be in the same directory"),
     "index of missing files": (index_of_missing, "which is missing"),
-    "broken index": (lambda d: (d / "model.safetensors.index.json").write_text("[]"), "no weight_map"),
+    "broken index": (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "no weight_map"),
     "another head": (
         lambda d: edit_weights(d, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1})),
         r"lm_head\.weight differs from the embedding",
     ),
-    "broken config": (lambda d: (d / "config.json").write_text("{"), "is not JSON"),
+    "broken config": (lambda d: (d / "config.json").write_text("{"), "cannot be read as JSON"),
 }
 
 
