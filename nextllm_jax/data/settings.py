@@ -323,11 +323,10 @@ def read_template(file: str) -> str:
         raise InputError(f"data.chat_template {file} cannot be read ({error}); give a Jinja file") from error
 
 
-CONTENT_FIELDS = ("data.corpus", "data.tokenizer", "data.chat_template")
-"""The fields whose content is part of the settings."""
-
 _CONTENTS = {
     "corpus": _Content("corpus_sha256", _corpus_sha256),
     "tokenizer": _Content("tokenizer_hash", _tokenizer_hash),
     "chat_template": _Content("chat_template_sha256", _template_sha256),
 }
+CONTENT_FIELDS = tuple(f"data.{field}" for field in _CONTENTS)
+"""The fields whose content is part of the settings."""
