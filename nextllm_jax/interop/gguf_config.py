@@ -83,10 +83,7 @@ _LARGEST_GEMMAS = {"gemma2": 46, "gemma3": 62}
 
 def architecture_of(metadata: Mapping[str, Any], where: str) -> str:
     """The file's architecture. Raises InputError if it is not supported."""
-    name = metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
-        raise InputError(f"{where}: general.architecture is {name!r}; supported are {', '.join(ARCHITECTURES)}")
-    return name
+    return Keys(dict(metadata), {}, where).choice("general.architecture", ARCHITECTURES)
 
 
 def read_gguf_config(

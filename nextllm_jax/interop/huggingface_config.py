@@ -37,9 +37,7 @@ def read_model_config(values: dict[str, Any], where: str, ignore_keys: Collectio
     Unsupported keys in `ignore_keys` are ignored. Raises InputError, which names the key, for all others, for
     unsupported values, and for keys that contradict each other.
     """
-    model_type = values.get("model_type")
-    if model_type not in FAMILIES:
-        raise InputError(f"{where}: model_type is {model_type!r}; supported are {', '.join(FAMILIES)}")
+    model_type = Keys(values, {}, where).choice("model_type", FAMILIES)
     family = FAMILIES[model_type]
     if model_type == "gemma":  # early releases meant the tanh approximation by gelu
         tanh = {name: "gelu_pytorch_tanh" for name in ("hidden_act", "hidden_activation") if values.get(name) == "gelu"}
@@ -67,7 +65,7 @@ def read_model_config(values: dict[str, Any], where: str, ignore_keys: Collectio
 
 def _require_supported(keys: Keys, family: Family, ignore_keys: Collection[str]) -> None:
     architectures = keys.get("architectures")
-    if architectures is not None and family.architecture not in architectures:
+    if architectures is not None and not (isinstance(architectures, list) and family.architecture in architectures):
         raise keys.refusal("architectures", f"it must be {family.architecture}")
     harmless = [name for name in keys.names() if name in HARMLESS or name.startswith(HARMLESS_PREFIXES)]
     known = COMMON | {*family.keys, family.activation_key}
@@ -79,10 +77,7 @@ def _activation(keys: Keys, model_type: str, family: Family) -> str:
     if model_type.startswith("gemma"):
         _, stated = agreed((keys, "hidden_activation"), (keys, "hidden_act"))
         name = stated if model_type == "gemma" else name  # only Gemma 1 was published with either key
-    value = keys.get(name)
-    if value not in ACTIVATIONS:
-        raise keys.refusal(name, f"only {', '.join(ACTIVATIONS)} are supported")
-    return ACTIVATIONS[value]
+    return ACTIVATIONS[keys.choice(name, ACTIVATIONS)]
 
 
 def shortest_pattern(kinds: list[LayerKind]) -> tuple[LayerKind, ...]:
@@ -119,7 +114,7 @@ def _local_layers(keys: Keys, model_type: str, num_layers: int) -> list[bool]:
     if types is None:
         return older
     known = {"full_attention": False, "sliding_attention": True}
-    if not isinstance(types, list) or len(types) != num_layers or not set(types) <= set(known):
+    if not isinstance(types, list) or len(types) != num_layers or any(kind not in [*known] for kind in types):
         raise keys.refusal("layer_types", f"it must list {' or '.join(known)} for each of {num_layers} layers")
     layers = [known[kind] for kind in types]
     if stated_by is not None and layers != older:
@@ -152,7 +147,7 @@ def _rope_layers(keys: Keys, num_layers: int) -> list[bool]:
     older = [(layer + 1) % interval != 0 for layer in range(num_layers)]
     if flags is None:
         return older
-    if not isinstance(flags, list) or len(flags) < num_layers or not set(flags) <= {0, 1}:
+    if not isinstance(flags, list) or len(flags) < num_layers or any(flag not in (0, 1) for flag in flags):
         raise keys.refusal("no_rope_layers", f"it must list 1 (RoPE) or 0 for each of {num_layers} layers")
     layers = [bool(flag) for flag in flags[:num_layers]]
     if is_stated and layers != older:

@@ -47,6 +47,13 @@ class Keys:
             raise self.refusal(name, "it must be true or false")
         return value
 
+    def choice(self, name: str, choices: Collection[str]) -> str:
+        """One of several strings."""
+        value = self.get(name)
+        if not isinstance(value, str) or value not in choices:
+            raise self.refusal(name, f"supported are {', '.join(choices)}")
+        return value
+
     def numbers(self, name: str) -> tuple[float, ...]:
         """A list of numbers."""
         value = self.get(name)

@@ -1,8 +1,8 @@
 """Opens the model of a run directory, a Hugging Face directory or a GGUF file."""
 
+import contextlib
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -103,11 +103,9 @@ def open_path(path: str, *, step: str | int | None = None, ignore_keys: Collecti
 
 def _is_huggingface(directory: Path) -> bool:
     """Whether a directory has a config.json in the format of Hugging Face."""
-    try:
-        values = json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and "model_type" in values
+    with contextlib.suppress(InputError):
+        return "model_type" in read_json(directory / "config.json")
+    return False
 
 
 def _stored_dtype(directory: Path) -> str:

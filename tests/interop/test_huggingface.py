@@ -294,6 +294,18 @@ def test_what_cannot_be_honoured_is_refused_by_name(key):
         read_model_config(LLAMA | REFUSED[key], "config.json")
 
 
+def test_values_of_other_types_are_refused_by_name():
+    gemma = {"model_type": "gemma2", "architectures": None, "num_hidden_layers": 1}
+    smollm = {"model_type": "smollm3", "architectures": None, "num_hidden_layers": 1}
+    bad: list[dict[str, Any]] = [{"model_type": []}, {"architectures": 1}, {"hidden_act": {}}]
+    bad += [gemma | {"layer_types": [[]]}, smollm | {"no_rope_layers": [[]]}]
+    for values in bad:
+        with pytest.raises(InputError, match=rf"\b{list(values)[-1]} is "):
+            read_model_config(LLAMA | values, "config.json")
+    with pytest.raises(InputError, match="rope_type is "):
+        read_model_config(LLAMA | {"rope_scaling": {"rope_type": ["yarn"]}}, "config.json")
+
+
 def test_a_missing_size_is_named():
     with pytest.raises(InputError, match="hidden_size is missing"):
         read_model_config({name: value for name, value in LLAMA.items() if name != "hidden_size"}, "config.json")
