@@ -328,7 +328,7 @@ def test_without_a_tokenizer_there_are_logits_and_no_text(llm, without_tokenizer
             use()
 
 
-MESHES = {"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}
+MESHES = pytest.param({"data": 8}, marks=pytest.mark.slow), {"data": 2, "fsdp": 2, "tensor": 2}
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
