@@ -1,10 +1,10 @@
 """`MetricsWriter`: writes the measurements of a run to metrics.jsonl and to TensorBoard event files."""
 
+import io
 import json
 import math
 import os
 import socket
-import struct
 import time
 from typing import Any
 
@@ -86,19 +86,17 @@ class MetricsWriter:
 
 
 class _TensorBoard:
-    """One event file, to which each event is appended.
-
-    tensorboardX's SummaryWriter writes from a thread with a short queue. If that thread dies because the disk is full,
-    training waits for the queue forever. Its writers for buckets have credentials and errors of their own.
-    """
+    """One event file, to which each event is appended, so that a full disk raises an error here."""
 
     def __init__(self, run: RunDir, initial_step: int | None) -> None:
-        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
-        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary = Event, Summary
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
-        self._run, self._file = run, f"{TENSORBOARD}/{name}"
+        self._run, self._file, self._record = run, f"{TENSORBOARD}/{name}", io.BytesIO()
+        self._writer = RecordWriter(self._record)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         # With this event TensorBoard hides earlier events of the run after the step from which it resumes.
         start = SessionLog(status=SessionLog.START)
@@ -109,12 +107,10 @@ class _TensorBoard:
         self._write(self._event(step=step, wall_time=time.time(), summary=self._summary(value=scalars)))
 
     def _write(self, event: Any) -> None:
-        from tensorboardX.record_writer import masked_crc32c
-
-        data = event.SerializeToString()
-        length = struct.pack("<Q", len(data))
-        checksums = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
-        self._run.append(self._file, length + checksums[0] + data + checksums[1])
+        self._writer.write(event.SerializeToString())
+        self._run.append(self._file, self._record.getvalue())
+        self._record.seek(0)
+        self._record.truncate()
 
 
 def _json_value(value: Any) -> Any:
