@@ -20,6 +20,7 @@ from nextllm_jax.errors import InputError
 from nextllm_jax.progress import progress_bar
 from nextllm_jax.published_models import resolve
 from nextllm_jax.storage.disk import Disk, lock_file
+from nextllm_jax.storage.open_storage import require_local
 
 if TYPE_CHECKING:
     from nextllm_jax.inference.llm import LLM
@@ -89,6 +90,7 @@ class SamplesFile:
     """
 
     def __init__(self, path: str, prompts: dict[int, str], settings: dict[str, Any]) -> None:
+        require_local(path, "--output")
         self.path = epath.Path(path)
         self.rows = [(index, sample) for index in prompts for sample in range(settings["num_samples"])]
         self.done: set[Row] = set()

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nextllm_jax.errors import InputError, RunFailed, failed_path
+from nextllm_jax.storage.open_storage import require_local
 
 
 @contextlib.contextmanager
@@ -36,6 +37,7 @@ def new_output(output: Path) -> Iterator[Path]:
 
 def require_new(output: Path) -> None:
     """Raise InputError if `output` exists and is not an empty directory, and RunFailed if it cannot be written."""
+    require_local(output, "--output")
     with _failing_as_output(output):
         is_empty = output.is_dir() and not output.is_symlink() and not any(output.iterdir())
         if not output.name or (os.path.lexists(output) and not is_empty):

@@ -1,6 +1,7 @@
 """`open_storage`: the storage of a path, on disk or in a bucket."""
 
 import os
+import re
 
 from etils import epath
 
@@ -32,6 +33,12 @@ def as_path(path: str | os.PathLike[str]) -> epath.Path:
         _require_bucket(address)
         from nextllm_jax.storage import bucket_path  # noqa: F401  # registers the paths of buckets
     return epath.Path(address)
+
+
+def require_local(path: str | os.PathLike[str], name: str) -> None:
+    """Raise InputError, which begins with `name`, if a path is an address: an output that needs a file system."""
+    if re.match(r"[a-z][a-z0-9]+:/", os.fspath(path)):  # Path("gs://bucket") is "gs:/bucket"
+        raise InputError(f"{name} {os.fspath(path)} is not a local path; give one, and copy the result")
 
 
 def _require_bucket(address: str) -> None:
