@@ -23,7 +23,7 @@ def save_base(run: RunDir, params: Any) -> None:
         with orbax_errors.writing(run.base):
             step_files.delete(run.base / "0")
     ocp.utils.sync_global_processes("base")
-    with Checkpoints(run.base) as checkpoints:
+    with Checkpoints(run.base, guard=run.sync) as checkpoints:
         checkpoints.save(0, {"params": params}, {}, validation_loss=None)
 
 
