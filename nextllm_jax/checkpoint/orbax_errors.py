@@ -15,18 +15,21 @@ from typing import Any
 from etils import epath
 
 from nextllm_jax.errors import RunFailed
+from nextllm_jax.storage.interface import StorageError
 
 
 def cause(error: BaseException) -> str:
-    """A short message about the innermost cause of an exception."""
-    while error.__cause__ is not None:
+    """A short message about the innermost cause of an exception that has one for people."""
+    while error.__cause__ is not None and not isinstance(error, StorageError):
         error = error.__cause__
+    if isinstance(error, StorageError):
+        return str(error)
     code = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore includes it in a long message
     if code:
         return os.strerror(int(code.group(1)))
-    refused = re.search(r"([A-Z_]{5,}): Error \w+ \S*gs://\S*: (.*?)( \[|$)", str(error))  # tensorstore, too
+    refused = re.search(r"([A-Z]+(?:_[A-Z]+)*): Error (\w+) .*gs://", str(error))  # tensorstore, too
     if refused:
-        return f"the bucket answered {refused[1].lower().replace('_', ' ')}: {refused[2][:100]}"
+        return f"the bucket answered {refused[1].lower().replace('_', ' ')} while {refused[2]}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = str(error).strip().splitlines()

@@ -36,7 +36,7 @@ SURVIVED = {
     "503 at the lease": Fault(LEASE, 503, count=3),
     "a renewal whose answer is lost": Fault(LEASE, 503, after=True, skip=1, count=2),
     "412 for a renewal that was right": Fault(LEASE, 412, skip=2),
-    "429 at listings": Fault(LISTING, 429, count=10),
+    "429 at listings": Fault(LISTING, 429, skip=10, count=10),
     "503 at listings": Fault(LISTING, 503, skip=20, count=5),
     "cut listings": Fault(LISTING, "cut", skip=10, count=3),
     "cut downloads": Fault(DOWNLOAD, "cut", count=5),
