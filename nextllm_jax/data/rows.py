@@ -17,6 +17,9 @@ from nextllm_jax.errors import InputError
 Row = tuple[Any, str]
 """The value of a row, or an InputError if the row cannot be parsed, and its location."""
 
+TOOLS_FIELD = "tools"
+"""The field with the tools of a conversation, if a row has one."""
+
 _MAX_DEPTH = 100
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
@@ -112,11 +115,15 @@ def _parquet_rows(path: Path, config: DataConfig) -> Iterator[Row]:
             names = file.schema_arrow.names
             if field not in names:
                 raise InputError(f"{path} has no field '{field}'; it has {', '.join(names)}; set {setting}")
-            number = 0
-            for batch in file.iter_batches(batch_size=256, columns=[field]):
-                for value in _to_plain(arrow, batch.column(0)).to_pylist():
+            number, chosen = 0, [field]
+            if config.messages_field and TOOLS_FIELD in names:
+                chosen.append(TOOLS_FIELD)
+            for batch in file.iter_batches(batch_size=256, columns=chosen):
+                columns = [_to_plain(arrow, batch.column(name)).to_pylist() for name in chosen]
+                for values in zip(*columns, strict=True):
                     number += 1
-                    yield {field: _without_nulls(value) if config.messages_field else value}, f"{path} row {number}"
+                    row = dict(zip(chosen, values, strict=True))
+                    yield _without_nulls(row) if config.messages_field else row, f"{path} row {number}"
     except (arrow.ArrowException, ValueError, OverflowError) as error:
         raise InputError(f"{path} cannot be read as parquet: {error}") from error
 

@@ -26,6 +26,7 @@ from nextllm_jax.data.shards import FORMAT, Dataset, mounted_path
 from nextllm_jax.errors import InputError
 from nextllm_jax.process import cache_directory
 from nextllm_jax.progress import progress_bar
+from nextllm_jax.tokenizer.backends import HuggingFaceBPE
 from nextllm_jax.tokenizer.published import KNOWN_ENCODINGS, load_tokenizer
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(DataConfig))
@@ -65,9 +66,14 @@ class _Content(NamedTuple):
 
 
 def content_settings(config: DataConfig) -> dict[str, str]:
-    """The hashes of what the paths in the config hold. Raises InputError if one cannot be read."""
+    """The hashes of what the paths in the config hold, and how conversations are read.
+
+    Raises InputError if one cannot be read.
+    """
     hashes = {content.name: content.hash_of(config) for content in _CONTENTS.values()}
-    return {name: value for name, value in hashes.items() if value is not None}
+    # Earlier versions did not read the tools of conversations, and recorded no rule.
+    rules = {"tools": "passed to the chat template"} if config.messages_field else {}
+    return rules | {name: value for name, value in hashes.items() if value is not None}
 
 
 def data_settings(config: DataConfig) -> dict[str, Any]:
@@ -153,6 +159,8 @@ class Difference(NamedTuple):
         """That the content has changed."""
         if self.value is None:  # only for a template, which then comes with the tokenizer
             return "the tokenizer's chat template has changed"
+        if self.field == "tokenizer":
+            return f"the encoding of data.tokenizer {self.value} has changed"
         return f"the content of data.{self.field} {self.value} has changed"
 
 
@@ -301,8 +309,12 @@ def _hash_files(files: list[tuple[str, Path]], size: int) -> str:
 
 def _tokenizer_hash(config: DataConfig) -> str | None:
     """The hash of the tokenizer in a file or directory; None for one that is trained or published by name."""
-    is_path = config.tokenizer != "train" and config.tokenizer not in KNOWN_ENCODINGS
-    return load_tokenizer(config.tokenizer).hash if is_path else None
+    if config.tokenizer == "train" or config.tokenizer in KNOWN_ENCODINGS:
+        return None
+    tokenizer = load_tokenizer(config.tokenizer)
+    # Earlier versions encoded the spellings of special tokens in text as these tokens if the model does.
+    is_changed = isinstance(tokenizer.backend, HuggingFaceBPE) and tokenizer.backend.produces_spellings
+    return f"{tokenizer.hash}, spelled tokens are text" if is_changed else tokenizer.hash
 
 
 def _template_sha256(config: DataConfig) -> str | None:

@@ -38,7 +38,7 @@ def read_model_config(values: Any, where: str, ignore_keys: Collection[str] = ()
     unsupported values, and for keys that contradict each other.
     """
     model_type = values.get("model_type") if isinstance(values, dict) else None
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise InputError(f"{where}: model_type is {model_type!r}; supported are {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
     if model_type == "gemma":  # early releases meant the tanh approximation by gelu
@@ -67,7 +67,7 @@ def read_model_config(values: Any, where: str, ignore_keys: Collection[str] = ()
 
 def _refuse_unknown(values: dict[str, Any], family: Family, keys: Keys, ignore_keys: Collection[str]) -> None:
     architectures = values.get("architectures")
-    if architectures is not None and family.architecture not in architectures:
+    if architectures is not None and not (isinstance(architectures, list) and family.architecture in architectures):
         raise keys.refusal("architectures", f"it must be {family.architecture}")
     known = COMMON | {*family.keys, family.activation_key}
     keys.require_ignorable(ignore_keys, known)
@@ -87,7 +87,7 @@ def _activation(keys: Keys, model_type: str, family: Family) -> str:
     if model_type != "gemma":  # only Gemma 1 was published with either key
         source, name = keys, main
     value = source.get(name)
-    if value not in ACTIVATIONS:
+    if value not in [*ACTIVATIONS]:
         raise source.refusal(name, f"only {', '.join(ACTIVATIONS)} are supported")
     return ACTIVATIONS[value]
 
@@ -126,7 +126,7 @@ def _local_layers(keys: Keys, model_type: str, num_layers: int) -> list[bool]:
     if types is None:
         return older
     known = {"full_attention": False, "sliding_attention": True}
-    if not isinstance(types, list) or len(types) != num_layers or not set(types) <= set(known):
+    if not isinstance(types, list) or len(types) != num_layers or not all(kind in [*known] for kind in types):
         raise keys.refusal("layer_types", f"it must list {' or '.join(known)} for each of {num_layers} layers")
     layers = [known[kind] for kind in types]
     if stated_by is not None and layers != older:
@@ -159,7 +159,7 @@ def _rope_layers(keys: Keys, num_layers: int) -> list[bool]:
     older = [(layer + 1) % interval != 0 for layer in range(num_layers)]
     if flags is None:
         return older
-    if not isinstance(flags, list) or len(flags) < num_layers or not set(flags) <= {0, 1}:
+    if not isinstance(flags, list) or len(flags) < num_layers or not all(flag in (0, 1) for flag in flags):
         raise keys.refusal("no_rope_layers", f"it must list 1 (RoPE) or 0 for each of {num_layers} layers")
     layers = [bool(flag) for flag in flags[:num_layers]]
     if is_stated and layers != older:
@@ -190,7 +190,7 @@ def _special(keys: Keys, model_type: str, embed_dim: int) -> dict[str, Any]:
     fields: dict[str, Any] = {"norm_scale_offset": 1.0, "embedding_scale": math.sqrt(embed_dim)}
     if model_type == "gemma":
         return fields
-    fields |= {"norm_placement": "sandwich", "attention_scale": keys.number("query_pre_attn_scalar") ** -0.5}
+    fields |= {"norm_placement": "sandwich", "attention_scale": keys.positive("query_pre_attn_scalar") ** -0.5}
     fields["logit_soft_cap"] = keys.optional("final_logit_softcapping")
     if model_type == "gemma2":
         return fields | {"attention_soft_cap": keys.optional("attn_logit_softcapping")}

@@ -87,7 +87,7 @@ def _settings(newer: Keys, older: Keys, model_type: str) -> tuple[str, Keys]:
     kind = "default" if source.get(name) is None else source.get(name)
     if model_type == "phi3" and kind in ("su", "yarn"):  # the names of longrope in early releases
         kind = "longrope"
-    if kind not in _KEYS:
+    if kind not in [*_KEYS]:
         raise source.refusal(name, f"only {', '.join(_KEYS)} are supported")
     for keys in (newer, older):
         for key in keys.names():

@@ -288,6 +288,24 @@ def test_published_configs(name):
     assert {field: getattr(config, field) for field in expected} == expected
 
 
+def test_values_of_any_other_type_are_refused_by_their_key():
+    gemma, smollm = ({"model_type": name, "architectures": None} for name in ("gemma2", "smollm3"))
+    for wrong in ([], [[]], {}, 3, "x"):
+        for key, others in {
+            "model_type": {}, "architectures": {}, "hidden_act": {}, "layer_types": gemma, "no_rope_layers": smollm,
+            "query_pre_attn_scalar": gemma,
+        }.items():  # fmt: skip
+            if not (key == "query_pre_attn_scalar" and wrong == 3):
+                with pytest.raises(InputError, match=f"config.json: {key} is "):
+                    read_model_config(LLAMA | others | {key: wrong}, "config.json")
+    for wrong in (0, -1):
+        with pytest.raises(InputError, match=r"query_pre_attn_scalar is .*must be positive"):
+            read_model_config(LLAMA | gemma | {"query_pre_attn_scalar": wrong}, "config.json")
+    for wrong in ([], {}):
+        with pytest.raises(InputError, match="rope_scaling: rope_type is "):
+            read_model_config(LLAMA | {"rope_scaling": {"rope_type": wrong}}, "config.json")
+
+
 @pytest.mark.parametrize("key", REFUSED)
 def test_what_cannot_be_honoured_is_refused_by_name(key):
     with pytest.raises(InputError, match=rf"config\.json.*\b{key} is "):
