@@ -40,7 +40,7 @@ class Skipped:
             return
         if self._allowed:
             raise InputError(f"more than data.skip_bad_rows {self._allowed:,} rows are bad, such as {self._first()}")
-        raise InputError(f"{self.bad_rows[0]}; --data.skip-bad-rows N skips up to N such rows")
+        raise InputError(f"{self.bad_rows[0]}; data.skip_bad_rows N skips up to N such rows")
 
     def describe_bad_rows(self) -> str | None:
         """A line with the number and the first of the bad rows, if there are any."""

@@ -212,7 +212,7 @@ def num_documents(path):
 
 
 def test_bad_rows_are_skipped_up_to_a_number_and_reported(mixed, tmp_path, messages, monkeypatch):
-    with pytest.raises(InputError, match=r"x.jsonl line 11: .*; --data.skip-bad-rows N skips"):
+    with pytest.raises(InputError, match=r"x.jsonl line 11: .*; data.skip_bad_rows N skips"):
         prepare(DataConfig(**mixed), tmp_path / "none")
     with pytest.raises(
         InputError, match=r"more than data.skip_bad_rows 2 rows are bad, such as \(1\) x.jsonl line 11: "
