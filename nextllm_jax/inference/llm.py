@@ -18,7 +18,7 @@ from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.generate import CHUNK_TOKENS, CachedRow, Generation, bucket
 from nextllm_jax.inference.stream import Sample, TextStream
-from nextllm_jax.model.objective import Batch, text_batch, token_scores
+from nextllm_jax.model.objective import Batch, perplexity, text_batch, token_scores
 from nextllm_jax.model.quantize import abstract_quantized, regroup
 from nextllm_jax.model.transformer import Transformer, abstract_params, resolve_dtype, set_matmul_precision
 from nextllm_jax.model.weights import cast_matrices
@@ -48,7 +48,7 @@ class Score:
     @property
     def perplexity(self) -> float:
         """The exponential of the mean negative log-likelihood."""
-        return math.exp(self.nll) if self.nll < 700 else math.inf
+        return perplexity(self.nll)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -228,12 +228,12 @@ class LLM:
     ) -> Score:
         """How well the model predicts a text, in windows of `window` tokens; None: the context length.
 
-        The document is BOS + text + EOS. It is split into disjoint windows that do not attend to each other, and each
-        target is scored once. The result does not depend on batch_size. `progress` is called with the batches and
-        their number, and returns them.
+        The document is BOS + text + EOS. It is split into windows that do not attend to each other, and each target is
+        scored once. Each window begins with BOS if the model's prompts do. The result does not depend on batch_size.
+        `progress` is called with the batches and their number, and returns them.
 
-        Raises InputError if the text is empty, if the window exceeds the context length, or if batch_size is not
-        positive.
+        Raises InputError if the text is empty, if the window exceeds the context length or has no room for BOS, or if
+        batch_size is not positive.
         """
         require_text("the text to score", text)
         window = self.config.context_length if window is None else window
@@ -243,7 +243,8 @@ class LLM:
         document = self.tokenizer.encode_document(text)
         if len(document) < 2:
             raise InputError("the text is a single token, which no other token predicts; give a longer text")
-        batch = _windows(document, window, batch_size)
+        opening = [self.tokenizer.bos_id] if self.tokenizer.add_bos else []
+        batch = _windows(document, window, batch_size, opening)
         starts = range(0, len(batch.tokens_BT), batch_size)
         with on_mesh(self.mesh):
             nll_sum = math.fsum(
@@ -262,16 +263,25 @@ def check_windows(window: int, batch_size: int, context_length: int) -> None:
     require_integer("batch_size", batch_size)
 
 
-def _windows(document: Sequence[int], window: int, batch_size: int) -> Batch:
-    """All windows of a document, at stride T. The last window and the last of several batches are padded."""
+def _windows(document: Sequence[int], window: int, batch_size: int, opening: Sequence[int]) -> Batch:
+    """All windows of a document; each after the first begins with `opening`.
+
+    The last window and the last of several batches are padded. Raises InputError if a window has no room.
+    """
     count = len(document) - 1
     T = min(bucket(count, 16), window)
-    num_windows = -(-count // T)
-    num_windows = num_windows if num_windows <= batch_size else -(-num_windows // batch_size) * batch_size
-    padded = np.zeros(num_windows * T + 1, np.int32)
-    padded[: count + 1] = document
-    rows = np.stack([padded[i : i + T + 1] for i in range(0, num_windows * T, T)])
-    return text_batch(rows)._replace(loss_mask_BT=(np.arange(num_windows * T) < count).reshape(num_windows, T))
+    size = T if count <= T else T - len(opening)
+    if size < 1:
+        raise InputError(f"window is {window}, which leaves no room for text after BOS; use 2 or more")
+    num_windows = -(-count // size)
+    num_rows = num_windows if num_windows <= batch_size else -(-num_windows // batch_size) * batch_size
+    tokens, loss_mask_BT = np.zeros((num_rows, T + 1), np.int32), np.zeros((num_rows, T), bool)
+    for row, start in enumerate(range(0, count, size)):
+        before = opening if start else []
+        part = document[start : start + size + 1]
+        tokens[row, : len(before) + len(part)] = [*before, *part]
+        loss_mask_BT[row, len(before) : len(before) + len(part) - 1] = True
+    return text_batch(tokens)._replace(loss_mask_BT=loss_mask_BT)
 
 
 @functools.partial(jax.jit, static_argnames=("model",))

@@ -50,6 +50,7 @@ class ChatTemplate:
             raise InputError(
                 f"{tokenizer.name} has no chat template; pass --chat-template FILE with the Jinja template of its model"
             )
+        source = without_surrogates(source)
         self._tokenizer = tokenizer
         self._source = source
         self._environment = _environment()

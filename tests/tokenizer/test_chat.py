@@ -236,6 +236,11 @@ def test_the_assistant_may_think_but_not_end_its_turn_twice():
     assert said(CHATML, talk) == ["<think>a</think>b<|im_end|>c<|im_end|>"]
 
 
+def test_a_lone_surrogate_in_a_template_is_a_replacement_character():
+    assert ChatTemplate(ours := tokenizer("a\ud800b")).text(TALK) == "a\ufffdb"
+    assert ours.decode(ChatTemplate(ours).encode(TALK)) == "a\ufffdb"
+
+
 def test_marks_are_characters_that_no_message_uses():
     ours = tokenizer()
     text = "\ue000\ue001\ue002<|im_end|>\ue003"
