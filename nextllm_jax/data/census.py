@@ -39,7 +39,7 @@ class Census:
         in_both = int(np.isin(training, held_out).sum())
         leak = f", and {in_both:,} training documents are also in the validation split" if in_both else ""
         return (
-            f"{repeated:,} of {total:,} documents repeat the text of another{leak}; --data.deduplicate exact keeps one "
+            f"{repeated:,} of {total:,} documents repeat the text of another{leak}; data.deduplicate exact keeps one "
             "of each"
         )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from nextllm_jax.config import DataConfig
 from nextllm_jax.data.conversations import conversation_group, conversation_text
 from nextllm_jax.data.files import READ_ERRORS, CorpusFile, Listing, find_files, open_text
-from nextllm_jax.data.rows import Row, Skipped, field_of, huggingface_rows, plain_value, read_rows
+from nextllm_jax.data.rows import TOOLS_FIELD, Row, Skipped, field_of, huggingface_rows, plain_value, read_rows
 from nextllm_jax.errors import InputError
 
 SECTION_CHARACTERS = 131_072
@@ -195,7 +195,7 @@ def _row_document(row: object, config: DataConfig, where: str) -> Document:
         raise InputError(f"{where} has no field '{field}'; it has {fields or 'none'}; set {setting}")
     value = row[field]
     if config.messages_field:
-        text = conversation_text(plain_value(value, where), where)
+        text = conversation_text(plain_value(value, where), plain_value(row.get(TOOLS_FIELD), where), where)
         return Document(text, where, conversation_group(text))
     if not isinstance(value, str | bytes):
         raise InputError(f"{where}: field '{field}' is {type(value).__name__}, not text; fix the row or the field name")

@@ -29,7 +29,8 @@ TEXT_SUFFIXES = frozenset(
 """Suffixes of the text files that are read from a directory, in addition to the files of rows."""
 
 Kind = Literal["text", "lines", "json", "parquet"]
-_ROW_KINDS: dict[str, Kind] = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".parquet": "parquet"}
+_ROW_KINDS: dict[str, Kind] = {".json": "json", ".parquet": "parquet"}
+_ROW_KINDS |= dict.fromkeys((".jsonl", ".ndjson", ".jsonlines"), "lines")
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _ARCHIVES = (
     *(".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar", ".lz4", ".br", ".z", ".lzma"),
@@ -42,6 +43,17 @@ _BYTE_ORDER_MARKS = (
     (b"\xff\xfe", "utf-16"),
     (b"\xfe\xff", "utf-16"),
 )
+_BINARY = {
+    rb"\x1f\x8b\x08": "gzip data; name it .gz",
+    rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18": "zstd data; name it .zst",
+    rb"\xfd7zXZ\0": "xz data; name it .xz",
+    rb"BZh\d1AY&SY": "bzip2 data; name it .bz2",
+    rb"PK\x03\x04": "a zip archive; unpack it",
+    rb"PAR1\x15": "parquet; name it .parquet",
+    rb"ARROW1\0": "an Arrow file; name its dataset with hf:DIRECTORY",
+    rb"%PDF-\d": "PDF; convert it to text",
+}
+"""What a file is, by a pattern of its first bytes, and what to do with it."""
 _HEAD_BYTES = 65_536
 _MAX_ZERO_SHARE = 0.1
 """Text without a byte order mark whose beginning has a larger share of zero bytes is not UTF-8."""
@@ -238,6 +250,8 @@ def open_text(file: CorpusFile, newline: str = "") -> IO[str]:
     content = io.BufferedReader(_OPENERS[file.compression](file.path), _HEAD_BYTES)
     try:
         head = content.peek(_HEAD_BYTES)[:_HEAD_BYTES]
+        if found := next((found for start, found in _BINARY.items() if re.match(start, head)), None):
+            raise InputError(f"{file.path} is not text but {found}, or leave it out")
         encoding = next((name for mark, name in _BYTE_ORDER_MARKS if head.startswith(mark)), "utf-8")
         if encoding == "utf-8" and head.count(0) > _MAX_ZERO_SHARE * len(head):
             raise InputError(

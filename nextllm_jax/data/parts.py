@@ -72,12 +72,14 @@ def _make_part(documents: list[Document], limit: int, directory: Path, conversat
     return Part(texts, held_out, directory / f"{content.hexdigest()[:32]}.npz", locations)
 
 
-def tokenize_part(part: Part, *, tokenizer_directory: Path, tokenizer_hash: str, skip_bad_rows: bool) -> PartReport:
+def tokenize_part(
+    part: Part, *, tokenizer_directory: Path, tokenizer_hash: str, chat_template: str | None, skip_bad_rows: bool
+) -> PartReport:
     """Tokenize a part and write its file, with arrays for each split. Runs in a worker process.
 
     Raises InputError for a conversation that cannot be formatted, unless `skip_bad_rows`.
     """
-    tokenizer = _load_tokenizer_once(tokenizer_directory, tokenizer_hash)
+    tokenizer = _load_tokenizer_once(tokenizer_directory, tokenizer_hash, chat_template)
     dtype = token_dtype(tokenizer.vocab_size)
     started = time.perf_counter()
     arrays: dict[str, np.ndarray] = {}
@@ -120,10 +122,10 @@ def text_size(part: Part) -> int:
 
 
 @functools.lru_cache(1)
-def _load_tokenizer_once(directory: Path, expected_hash: str) -> Tokenizer:
-    """The tokenizer in `directory`. The hash is part of the cache key, since the directory's content may change."""
+def _load_tokenizer_once(directory: Path, expected_hash: str, expected_template: str | None) -> Tokenizer:
+    """The tokenizer in `directory`. What is expected is part of the cache key, since the content may change."""
     tokenizer = Tokenizer.load(directory)
-    assert tokenizer.hash == expected_hash
+    assert (tokenizer.hash, tokenizer.chat_template) == (expected_hash, expected_template)
     return tokenizer
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from nextllm_jax.config import DataConfig
 from nextllm_jax.data.census import Census
-from nextllm_jax.data.conversations import contents_of
+from nextllm_jax.data.conversations import contents_of, ignored_by
 from nextllm_jax.data.corpora import Document, document_hash, read_documents, text_bytes, validation_limit
 from nextllm_jax.data.data_directory import (
     check_replaceable,
@@ -140,7 +140,8 @@ def prepare(config: DataConfig, output: Path, *, overwrite: bool = False, wait: 
 def _is_prepared_already(config: DataConfig, output: Path) -> bool:
     """Whether `output` was prepared with these settings.
 
-    Raises InputError if a path in the config has other content now, or if an earlier version did not record it.
+    Raises InputError if a path in the config has other content now, or if an earlier version did not record it or
+    prepared it by other rules.
     """
     if not is_prepared(output):
         return False
@@ -154,7 +155,7 @@ def _is_prepared_already(config: DataConfig, output: Path) -> bool:
         )
     if not is_content_recorded(config, output):
         raise InputError(
-            f"an earlier version prepared {output} without recording the content of data.corpus; train on it with "
+            f"an earlier version prepared {output} by other rules, or did not record the content; train on it with "
             f"--data.path {output}, or pass --overwrite to prepare it again"
         )
     remove_replaced(output)
@@ -187,7 +188,7 @@ def _write_dataset(config: DataConfig, read: Documents, partial: Path, num_bytes
     """Write the documents as token shards. `num_bytes` is the size of their text for an ETA, None if unknown."""
     limit = validation_limit(read(Skipped(config)), config.validation_fraction)
     tokenizer = _make_tokenizer(config, read, limit, partial / "tokenizer")
-    part_paths = _tokenize_corpus(config, read, limit, partial, tokenizer.hash, num_bytes)
+    part_paths = _tokenize_corpus(config, read, limit, partial, tokenizer, num_bytes)
     splits = {
         name: write_split(
             partial,
@@ -240,6 +241,20 @@ def _with_template(tokenizer: Tokenizer, file: str | None) -> Tokenizer:
     return tokenizer
 
 
+def _warn_of_ignored(documents: Iterable[Document], template: ChatTemplate) -> Iterator[Document]:
+    """The documents. A warning names each part of conversations that the template does not write, once."""
+    warned: set[str] = set()
+    for document in documents:
+        for name in ignored_by(template, document.text):
+            if name not in warned:
+                warned.add(name)
+                _log.warning(
+                    f"the chat template does not write the {name} of conversations, first in {document.location}, so "
+                    "the model is trained without them; set data.chat_template to a template that does"
+                )
+        yield document
+
+
 def _sample_training_texts(documents: Iterable[Document], limit: int) -> Iterator[str]:
     left = TOKENIZER_SAMPLE_CHARACTERS
     for document in documents:
@@ -251,7 +266,7 @@ def _sample_training_texts(documents: Iterable[Document], limit: int) -> Iterato
 
 
 def _tokenize_corpus(
-    config: DataConfig, read: Documents, limit: int, partial: Path, tokenizer_hash: str, num_bytes: int | None
+    config: DataConfig, read: Documents, limit: int, partial: Path, tokenizer: Tokenizer, num_bytes: int | None
 ) -> list[Path]:
     """Tokenize every part whose file is missing or damaged; returns the paths of all parts, in order."""
     (partial / "parts").mkdir(exist_ok=True)
@@ -260,6 +275,7 @@ def _tokenize_corpus(
 
     def missing_parts() -> Iterator[Part]:
         documents = census.count(read(skipped), limit)
+        documents = _warn_of_ignored(documents, ChatTemplate(tokenizer)) if is_chat else documents
         for part in split_into_parts(documents, limit, partial / "parts", is_chat):
             paths.append(part.path)
             if not is_intact(part.path):
@@ -272,7 +288,8 @@ def _tokenize_corpus(
     work = functools.partial(
         tokenize_part,
         tokenizer_directory=partial / "tokenizer",
-        tokenizer_hash=tokenizer_hash,
+        tokenizer_hash=tokenizer.hash,
+        chat_template=tokenizer.chat_template,
         skip_bad_rows=config.skip_bad_rows > 0,
     )
     tokens: collections.Counter[int] = collections.Counter()

@@ -18,6 +18,9 @@ from nextllm_jax.tokenizer.tokenizer import without_surrogates
 Row = tuple[Any, str]
 """The value of a row, or an InputError if the row cannot be parsed, and its location."""
 
+TOOLS_FIELD = "tools"
+"""The field with the tools of a conversation, if a row has one."""
+
 _MAX_DEPTH = 100
 
 
@@ -37,7 +40,7 @@ class Skipped:
             return
         if self._allowed:
             raise InputError(f"more than data.skip_bad_rows {self._allowed:,} rows are bad, such as {self._first()}")
-        raise InputError(f"{self.bad_rows[0]}; --data.skip-bad-rows N skips up to N such rows")
+        raise InputError(f"{self.bad_rows[0]}; data.skip_bad_rows N skips up to N such rows")
 
     def describe_bad_rows(self) -> str | None:
         """A line with the number and the first of the bad rows, if there are any."""
@@ -112,11 +115,15 @@ def _parquet_rows(path: Path, config: DataConfig) -> Iterator[Row]:
             names = file.schema_arrow.names
             if field not in names:
                 raise InputError(f"{path} has no field '{field}'; it has {', '.join(names)}; set {setting}")
-            number = 0
-            for batch in file.iter_batches(batch_size=256, columns=[field]):
-                for value in _to_plain(arrow, batch.column(0)).to_pylist():
+            number, chosen = 0, [field]
+            if config.messages_field and TOOLS_FIELD in names:
+                chosen.append(TOOLS_FIELD)
+            for batch in file.iter_batches(batch_size=256, columns=chosen):
+                columns = [_to_plain(arrow, batch.column(name)).to_pylist() for name in chosen]
+                for values in zip(*columns, strict=True):
                     number += 1
-                    yield {field: _without_nulls(value) if config.messages_field else value}, f"{path} row {number}"
+                    row = dict(zip(chosen, values, strict=True))
+                    yield _without_nulls(row) if config.messages_field else row, f"{path} row {number}"
     except (arrow.ArrowException, ValueError, OverflowError) as error:
         raise InputError(f"{path} cannot be read as parquet: {error}") from error
 

@@ -27,6 +27,7 @@ from nextllm_jax.errors import InputError
 from nextllm_jax.process import cache_directory
 from nextllm_jax.progress import progress_bar
 from nextllm_jax.storage.open_storage import as_path
+from nextllm_jax.tokenizer.backends import HuggingFaceBPE
 from nextllm_jax.tokenizer.published import KNOWN_ENCODINGS, load_tokenizer
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(DataConfig))
@@ -66,9 +67,17 @@ class _Content(NamedTuple):
 
 
 def content_settings(config: DataConfig) -> dict[str, str]:
-    """The hashes of what the paths in the config hold. Raises InputError if one cannot be read."""
+    """The hashes of what the paths in the config hold, and how conversations are read.
+
+    Raises InputError if one cannot be read.
+    """
     hashes = {content.name: content.hash_of(config) for content in _CONTENTS.values()}
-    return {name: value for name, value in hashes.items() if value is not None}
+    return _rules(config) | {name: value for name, value in hashes.items() if value is not None}
+
+
+def _rules(config: DataConfig) -> dict[str, str]:
+    """What earlier versions did differently with the content: they did not read the tools of conversations."""
+    return {"tools": "passed to the chat template"} if config.messages_field else {}
 
 
 def data_settings(config: DataConfig) -> dict[str, Any]:
@@ -152,6 +161,8 @@ class Difference(NamedTuple):
         """That the content has changed."""
         if self.value is None:  # only for a template, which then comes with the tokenizer
             return "the tokenizer's chat template has changed"
+        if self.field == "tokenizer":
+            return f"the encoding of data.tokenizer {self.value} has changed"
         return f"the content of data.{self.field} {self.value} has changed"
 
 
@@ -181,8 +192,10 @@ def differences(config: DataConfig, path: Path) -> list[Difference]:
 
 
 def is_content_recorded(config: DataConfig, path: Path) -> bool:
-    """Whether the settings of prepared data have hashes of all that exists of what the paths in the config hold."""
+    """Whether the settings of prepared data have the rules, and hashes of all that exists of what the paths hold."""
     found = read_settings(path)
+    if not _rules(config).keys() <= found.keys():
+        return False
     with contextlib.suppress(InputError):  # data that is prepared does not need its corpus any more
         return all(content.name in found or content.hash_of(config) is None for content in _CONTENTS.values())
     return True
@@ -296,8 +309,12 @@ def _hash_files(files: list[tuple[str, Path]], size: int) -> str:
 
 def _tokenizer_hash(config: DataConfig) -> str | None:
     """The hash of the tokenizer in a file or directory; None for one that is trained or published by name."""
-    is_path = config.tokenizer != "train" and config.tokenizer not in KNOWN_ENCODINGS
-    return load_tokenizer(as_path(config.tokenizer)).hash if is_path else None
+    if config.tokenizer == "train" or config.tokenizer in KNOWN_ENCODINGS:
+        return None
+    tokenizer = load_tokenizer(as_path(config.tokenizer))
+    # Earlier versions encoded the spellings of special tokens in text as these tokens if the model does.
+    is_changed = isinstance(tokenizer.backend, HuggingFaceBPE) and tokenizer.backend.produces_spellings
+    return f"{tokenizer.hash}, spelled tokens are text" if is_changed else tokenizer.hash
 
 
 def _template_sha256(config: DataConfig) -> str | None:

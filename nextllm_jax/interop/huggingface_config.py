@@ -178,7 +178,7 @@ def _special(keys: Keys, model_type: str, embed_dim: int) -> dict[str, Any]:
     fields: dict[str, Any] = {"norm_scale_offset": 1.0, "embedding_scale": math.sqrt(embed_dim)}
     if model_type == "gemma":
         return fields
-    fields |= {"norm_placement": "sandwich", "attention_scale": keys.number("query_pre_attn_scalar") ** -0.5}
+    fields |= {"norm_placement": "sandwich", "attention_scale": keys.positive("query_pre_attn_scalar") ** -0.5}
     fields["logit_soft_cap"] = keys.optional("final_logit_softcapping")
     if model_type == "gemma2":
         return fields | {"attention_soft_cap": keys.optional("attn_logit_softcapping")}

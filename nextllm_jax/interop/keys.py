@@ -33,6 +33,12 @@ class Keys:
         """A number, or None for null."""
         return None if self.get(name) is None else self.number(name)
 
+    def positive(self, name: str) -> float:
+        """A positive number."""
+        if (value := self.number(name)) <= 0:
+            raise self.refusal(name, "it must be positive")
+        return value
+
     def size(self, name: str) -> int:
         """A positive integer."""
         value = self.get(name)

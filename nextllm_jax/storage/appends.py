@@ -50,7 +50,8 @@ class Appends:
     def append(self, name: str, content: bytes) -> None:
         """Append to a file. It is written by the thread, or by `flush`."""
         if name not in self._files:
-            found = _File(self._bucket.read(name), self._bucket.identity(name))
+            identity = self._bucket.identity(name)  # before its content: if it changes in between, `flush` fails
+            found = _File(self._bucket.read(name), identity)
             with self._lock:
                 self._files[name] = found
         with self._lock:

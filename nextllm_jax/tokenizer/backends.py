@@ -131,7 +131,8 @@ class HuggingFaceBPE:
         spelled = str.encode if to_bytes is letters_to_bytes else to_bytes
         self.ids = self._recognize_all.get_vocab(with_added_tokens=True)
         self.bytes_of = {id: to_bytes(piece) for piece, id in self.ids.items()}
-        self.bytes_of |= {id: spelled(content) for content, id in self.tokens.items()}
+        # A token that is matched in normalized text stands for its normalized spelling, such as one with a space.
+        self.bytes_of |= {id: spelled(self._recognize_all.id_to_token(id)) for id in self.tokens.values()}
 
     def encode(self, text: str, recognize: Recognize) -> list[int]:
         """The ids of a text, which must not contain surrogates."""
@@ -157,6 +158,11 @@ class HuggingFaceBPE:
         description = json.loads(self.description) | {"post_processor": None}  # one may trim offsets
         _rename(description, spellings)
         return from_json(json.dumps(description))
+
+    @property
+    def produces_spellings(self) -> bool:
+        """Whether the model may encode the spelling of a special or added token as that token by itself."""
+        return _can_produce(json.loads(self.description)["model"], [token for token in self.tokens if len(token) > 1])
 
     def prefix(self) -> list[int]:
         """The ids that the post-processor of the tokenizer.json puts before a text."""

@@ -20,6 +20,8 @@ Message = dict[str, Any]
 
 An assistant's message with `weight` 0 or `train` false is not in the loss mask.
 """
+Tools = Sequence[dict[str, Any]] | None
+"""JSON schemas of functions that the assistant may call, which a template writes before the messages."""
 
 _TRAINING_DATE = datetime.datetime(2024, 7, 26)  # the date in Llama 3's template if it has no clock
 _PLACEHOLDER = re.compile(r"%\w|\{\w*\}")
@@ -48,6 +50,7 @@ class ChatTemplate:
             raise InputError(
                 f"{tokenizer.name} has no chat template; pass --chat-template FILE with the Jinja template of its model"
             )
+        source = without_surrogates(source)
         self._tokenizer = tokenizer
         self._source = source
         self._environment = _environment()
@@ -62,17 +65,25 @@ class ChatTemplate:
         self._assistant_spellings, self._spellings = _Spellings(turns), _Spellings(control)
         self._control = frozenset(control)
 
-    def text(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def text(self, messages: Sequence[Message], *, tools: Tools = None, add_generation_prompt: bool = False) -> str:
         """The text of the messages, optionally with the start of the assistant's turn. Raises InputError."""
-        return self._render(messages, None, add_generation_prompt=add_generation_prompt)
+        return self._render(messages, tools, None, add_generation_prompt=add_generation_prompt)
 
-    def encode(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
+    def encode(
+        self, messages: Sequence[Message], *, tools: Tools = None, add_generation_prompt: bool = True
+    ) -> list[int]:
         """The ids of the text, in which only the template's control tokens count as such. Raises InputError."""
-        marks = self._unused(messages)
-        text, _ = _spans(self._render(messages, marks, add_generation_prompt=add_generation_prompt), marks)
+        marks = self._unused(messages, tools)
+        text, _ = _spans(self._render(messages, tools, marks, add_generation_prompt=add_generation_prompt), marks)
         return control_tokens(self._tokenizer.backend, self._control).encode(text, marks.ordinary)[0]
 
-    def encode_with_mask(self, messages: Sequence[Message]) -> list[tuple[list[int], list[bool]]]:
+    def ignores(self, name: str) -> bool:
+        """Whether the template never reads the variable or the member `name`, such as tools or tool_calls."""
+        return not re.search(rf"\b{name}\b", self._source)
+
+    def encode_with_mask(
+        self, messages: Sequence[Message], *, tools: Tools = None
+    ) -> list[tuple[list[int], list[bool]]]:
         """The ids of a whole conversation, and a mask of the assistant's tokens, including the end of its turns.
 
         The mask covers the template's generation blocks or, if it has none, what follows the start of each turn of the
@@ -83,11 +94,12 @@ class ChatTemplate:
         The ids depend only on the messages: the template's clock stands still. Raises InputError if the turns cannot be
         located.
         """
-        marks = self._unused(messages)
+        marks = self._unused(messages, tools)
         trained = _trained(messages)
-        text, spans = _spans(self._render(messages, marks, now=_TRAINING_DATE), marks)
+        text, spans = _spans(self._render(messages, tools, marks, now=_TRAINING_DATE), marks)
         if not spans:
-            return [self._masked(*sequence, marks, self._up_to_end) for sequence in self._turns(messages, text, marks)]
+            turns = self._turns(messages, tools, text, marks)
+            return [self._masked(*sequence, marks, self._up_to_end) for sequence in turns]
         if not all(trained.values()):
             if len(trained) != len(spans):
                 raise InputError(
@@ -131,7 +143,9 @@ class ChatTemplate:
         following = next((i for i in after if not self._tokenizer.decode([ids[i]]).isspace()), len(ids))
         return following + 1 if following < len(ids) and ids[following] in stop_ids else last
 
-    def _turns(self, messages: Sequence[Message], text: str, marks: _Marks) -> list[tuple[str, list[tuple[int, int]]]]:
+    def _turns(
+        self, messages: Sequence[Message], tools: Tools, text: str, marks: _Marks
+    ) -> list[tuple[str, list[tuple[int, int]]]]:
         """The texts that hold each trained turn as it was written, with (start, stop) of these turns.
 
         A turn is what is added to a text when its message is added.
@@ -140,8 +154,8 @@ class ChatTemplate:
         for i, is_trained in _trained(messages).items():
             if not is_trained:
                 continue
-            before = self._render(messages[:i], marks, add_generation_prompt=True, now=_TRAINING_DATE)
-            after = self._render(messages[: i + 1], marks, now=_TRAINING_DATE)
+            before = self._render(messages[:i], tools, marks, add_generation_prompt=True, now=_TRAINING_DATE)
+            after = self._render(messages[: i + 1], tools, marks, now=_TRAINING_DATE)
             if not after.startswith(before):
                 raise InputError(
                     "the chat template does not start a turn of the assistant as it starts an answer, so the "
@@ -160,6 +174,7 @@ class ChatTemplate:
     def _render(
         self,
         messages: Sequence[Message],
+        tools: Tools,
         marks: _Marks | None,
         *,
         add_generation_prompt: bool = False,
@@ -168,20 +183,22 @@ class ChatTemplate:
         """The rendered text. With `marks`, they are inserted into the messages and around generation blocks."""
         _require_messages(messages)
         self._environment.globals["_generation_marks"] = (marks.begin, marks.end) if marks else ("", "")
-        marked = [self._mark(message, marks.ordinary) for message in messages] if marks else list(messages)
+        if marks:
+            messages = [self._mark(message, marks.ordinary) for message in messages]
+            tools = tools and [self._mark(tool, marks.ordinary) for tool in tools]
         names = self._tokenizer.roles.names
         return self._guard(
             lambda: self._template.render(
-                messages=marked,
+                messages=list(messages),
                 add_generation_prompt=add_generation_prompt,
-                tools=None,
+                tools=None if tools is None else list(tools),
                 documents=None,
                 strftime_now=(now or datetime.datetime.now()).strftime,
                 **names,
             )
         )
 
-    def _mark(self, message: Message, mark: str) -> Message:
+    def _mark(self, message: dict[str, Any], mark: str) -> dict[str, Any]:
         spellings = self._assistant_spellings if message.get("role") == "assistant" else self._spellings
 
         def marked(value: Any) -> Any:
@@ -193,8 +210,8 @@ class ChatTemplate:
 
         return marked(message)
 
-    def _unused(self, messages: Sequence[Message]) -> _Marks:
-        used = self._source + json.dumps(messages, ensure_ascii=False, default=str)
+    def _unused(self, messages: Sequence[Message], tools: Tools) -> _Marks:
+        used = self._source + json.dumps([messages, tools], ensure_ascii=False, default=str)
         free = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
         return _Marks(next(free), next(free), next(free))
 

@@ -96,6 +96,10 @@ def from_gguf(metadata: dict[str, Any]) -> Tokenizer:
         )
     except KeyError as error:
         raise InputError(f"the GGUF metadata lacks {error.args[0]}; use a file with a vocabulary") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"tokenizer.ggml has values of a wrong type or length ({error}); use an intact file"
+        ) from error
 
 
 def read_metadata(file: Path) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def load_huggingface(path: str | os.PathLike[str]) -> Tokenizer:
         )
         if declared.rows is not None:
             tokenizer = tokenizer.within(declared.rows)
-    except InputError as error:
+    except (InputError, UnicodeEncodeError) as error:
         raise InputError(f"the tokenizer in {folder} cannot be used: {error}") from error
     if declared.add_bos not in (None, tokenizer.add_bos):
         _log.warning(

@@ -104,7 +104,7 @@ def _load_named(name: str) -> Tokenizer:
     except Exception as error:
         raise InputError(
             f"tokenizer {name} is not in tiktoken's cache and cannot be fetched ({type(error).__name__}); download "
-            f"{_PUBLISHED}encodings/{known.file} and pass its path as --data.tokenizer"
+            f"{_PUBLISHED}encodings/{known.file} and name its path as the tokenizer"
         ) from error
     return Tokenizer(name, ByteBPE(ranks, known.pattern, known.special_tokens))
 

@@ -101,7 +101,9 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids. Never raises; invalid UTF-8 and unassigned ids become U+FFFD.
 
-        The space that a SentencePiece vocabulary puts before a text is kept.
+        The space that a SentencePiece vocabulary puts before a text is kept. So are valid characters next to invalid
+        bytes, as in llama.cpp; the ByteFallback decoder of `tokenizers` replaces each byte of such a run by U+FFFD, so
+        its text of a run is not known before the run ends.
         """
         return self.decode_bytes(ids).decode("utf-8", "replace")
 

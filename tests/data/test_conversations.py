@@ -107,6 +107,31 @@ def test_a_template_without_an_end_token_gives_a_warning(tmp_path, caplog):
     assert caplog.text.count("the model will not learn to stop") == 1
 
 
+def test_tools_reach_the_template_and_one_that_ignores_them_gives_a_warning(tmp_path, caplog):
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    schema = {"type": "function", "function": {"name": "f"}}
+    rows = [
+        {"messages": [*talk, {"role": "assistant", "content": None, "tool_calls": [call]}], "tools": [schema]}
+        for talk in TALKS[:4]
+    ]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    calling = "{{ message.tool_calls | tojson if message.tool_calls }}{{ message.content }}"
+    whole = "{{ tools | tojson }}" + GENERATION.replace("{{ message.content }}{{", calling + "{{")
+    for template, warnings in ((whole, 0), (GENERATION, 2)):
+        caplog.clear()
+        tokenizer(template).save(tmp_path / "tokenizer")
+        config = DataConfig(
+            corpus=str(tmp_path / "x.jsonl"), messages_field="messages", tokenizer=str(tmp_path / "tokenizer"),
+            num_processes=1, validation_fraction=0.5,
+        )  # fmt: skip
+        prepare(config, tmp_path / "data", overwrite=True)
+        data = Dataset.open(tmp_path / "data")
+        texts = [data.tokenizer().decode(ids) for name in SPLITS for ids, _ in documents(data.split(name))]
+        assert all(text.startswith(json.dumps([schema])) for text in texts) == (not warnings)
+        assert all(json.dumps([call]) in text for text in texts) == (not warnings)
+        assert caplog.text.count("the chat template does not write the tool") == warnings
+
+
 def plain_windows(lengths, sequence_length):
     """The tokens of each window, written out: whole documents while they fit, long ones in pieces."""
     windows, row, first = [], [], 0

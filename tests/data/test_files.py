@@ -95,6 +95,16 @@ def test_binary_content_is_refused_instead_of_becoming_text(tmp_path, content):
         texts(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [("x.txt", gzip.compress), ("x.jsonl", bz2.compress), ("x.json", lzma.compress), ("x.jsonl.zstd", zst)],
+)
+def test_compressed_text_without_its_suffix_is_not_text(tmp_path, name, pack):
+    (tmp_path / name).write_bytes(pack(b"".join(b'{"text": "%d"}\n' % (i**5) for i in range(2000))))
+    with pytest.raises(InputError, match=rf"{name} is not text but .* data; name it "):
+        texts(tmp_path / name)
+
+
 def test_one_line_reports_what_is_skipped(tmp_path, messages):
     corpus = tmp_path / "corpus"
     (corpus / "sub").mkdir(parents=True)

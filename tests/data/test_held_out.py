@@ -75,7 +75,7 @@ def test_duplicates_are_reported_and_dropped_on_request(tmp_path, messages):
         (tmp_path / f"{number:02}.txt").write_text(f"text {number % 20} caf\udce9" * 3, errors="surrogateescape")
     config = {"corpus": str(tmp_path), "vocab_size": 260, "num_processes": 1}
     prepare(DataConfig(**config), tmp_path / "all")
-    assert "10 of 30 documents repeat the text of another; --data.deduplicate exact keeps one of each" in messages.text
+    assert "10 of 30 documents repeat the text of another; data.deduplicate exact keeps one of each" in messages.text
     assert "90 characters in 30 documents are U+FFFD, which stands for invalid UTF-8" in messages.text
     messages.clear()
     prepare(DataConfig(**config, deduplicate="exact"), tmp_path / "distinct")

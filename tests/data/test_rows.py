@@ -115,6 +115,7 @@ def test_deep_nesting_is_named(tmp_path, depth):
         ({"content": None, "tool_calls": [CALL]}, {"content": "", "tool_calls": [CALL]}),
         ({"tool_calls": [CALL]}, {"content": "", "tool_calls": [CALL]}),
         ({"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, {"content": "a\nb"}),
+        ({"content": None, "function_call": CALL["function"]}, {"content": "", "tool_calls": [CALL]}),
         ({"content": ["a"], "name": None}, {"content": "a"}),
     ],
 )
@@ -151,6 +152,31 @@ def test_sharegpt_messages_and_columns_of_messages(tmp_path):
     assert found[2]["weight"] == 1
     columns = {"role": ["user", "assistant"], "content": ["q", "a"]}
     assert messages_of(write_rows(tmp_path / "x.jsonl", [columns])) == [[USER, ASSISTANT]]
+    with pytest.raises(InputError, match=r"x.jsonl line 1: the lists of the messages' members differ in length"):
+        messages_of(write_rows(tmp_path / "x.jsonl", [{**columns, "content": ["q", "a", "lost"]}]))
+
+
+def test_other_names_of_roles(tmp_path):
+    rows = [[{"role": "human", "content": "q"}, {"role": name, "value": "a"}] for name in ("gpt", "chatgpt", "model")]
+    assert messages_of(write_rows(tmp_path / "x.jsonl", rows)) == [[USER, ASSISTANT]] * 3
+
+
+SCHEMA = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "default": False}}}
+
+
+def test_tools_of_a_row_are_a_list_or_its_json(tmp_path):
+    forms = [[SCHEMA], json.dumps([SCHEMA]), [], "", "[]", None]
+    rows = [{"messages": [USER, ASSISTANT], "tools": tools} for tools in forms]
+    with_tools = {"messages": [USER, ASSISTANT], "tools": [SCHEMA]}
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert messages_of(tmp_path / "x.jsonl") == [with_tools] * 2 + [[USER, ASSISTANT]] * 4
+    for column in ([[SCHEMA], None], [json.dumps([SCHEMA]), None]):
+        columns = {"tools": column, "id": [1, 2], "messages": [[USER, ASSISTANT]] * 2}
+        assert messages_of(write_parquet(tmp_path / "x.parquet", columns)) == [with_tools, [USER, ASSISTANT]]
+    for wrong in ("search", ["search"], {"name": "f"}, 3):
+        (tmp_path / "x.jsonl").write_text(json.dumps({"messages": [USER, ASSISTANT], "tools": wrong}))
+        with pytest.raises(InputError, match=r"x.jsonl line 1: tools is not a list of JSON schemas"):
+            messages_of(tmp_path / "x.jsonl")
 
 
 def test_the_developer_is_the_system_unless_the_template_knows_the_role():
@@ -186,7 +212,7 @@ def num_documents(path):
 
 
 def test_bad_rows_are_skipped_up_to_a_number_and_reported(mixed, tmp_path, messages, monkeypatch):
-    with pytest.raises(InputError, match=r"x.jsonl line 11: .*; --data.skip-bad-rows N skips"):
+    with pytest.raises(InputError, match=r"x.jsonl line 11: .*; data.skip_bad_rows N skips"):
         prepare(DataConfig(**mixed), tmp_path / "none")
     with pytest.raises(
         InputError, match=r"more than data.skip_bad_rows 2 rows are bad, such as \(1\) x.jsonl line 11: "

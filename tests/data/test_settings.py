@@ -16,6 +16,7 @@ from nextllm_jax.data.settings import CONTENT_FIELDS, content_settings, continue
 from nextllm_jax.data.shards import Dataset
 from nextllm_jax.errors import InputError
 from nextllm_jax.tokenizer.bpe import train_tokenizer
+from nextllm_jax.tokenizer.published import load_tokenizer
 
 LETTERS = [chr(97 + number % 26) * (number + 1) for number in range(20)]
 
@@ -37,7 +38,7 @@ def contents(directory):
 def test_the_names_of_data_without_paths_stay():
     paths = {
         "some_set-gpt2-e8ac74da": DataConfig(corpus="hf:org/some-set", tokenizer="gpt2"),
-        "some_set-bpe8192-ec735d58": DataConfig(corpus="hf:org/some-set", messages_field="m"),
+        "some_set-bpe8192-fdc9e7da": DataConfig(corpus="hf:org/some-set", text_field="m"),
     }
     for name, config in paths.items():
         assert default_data_path(config) == Path("data") / name, "this name is that of an earlier version"
@@ -123,6 +124,42 @@ def test_another_tokenizer_at_the_same_path_is_noticed(config):
         ):
             refused()
     assert ensure_prepared(named, allow_change=["data.tokenizer"]) == Path("out")
+
+
+def test_data_in_which_spelled_tokens_were_control_tokens_is_not_used_again(config):
+    hf = pytest.importorskip("tokenizers", reason="pip install '.[interop]'")
+    pieces = [("<unk>", 0.0), ("</s>", -9.0), *((letter, -1.0) for letter in "▁abcdefghijklmnopqrstuvwxyz<>/")]
+    theirs = hf.Tokenizer(hf.models.Unigram(pieces, unk_id=0))
+    theirs.pre_tokenizer, theirs.decoder = hf.pre_tokenizers.Metaspace(), hf.decoders.Metaspace()
+    theirs.add_special_tokens(["<unk>", "</s>"])
+    Path("tokenizer").mkdir()
+    theirs.save("tokenizer/tokenizer.json")
+    named = dataclasses.replace(config, tokenizer="tokenizer", path="out")
+    prepare(named, Path("out"))
+    prepare(named, Path("out"))
+    settings = json.loads(Path("out/settings.json").read_text())
+    earlier = settings | {"tokenizer_hash": load_tokenizer("tokenizer").hash}  # as earlier versions recorded it
+    Path("out/settings.json").write_text(json.dumps(earlier))
+    for refused in (lambda: prepare(named, Path("out")), lambda: ensure_prepared(named)):
+        with pytest.raises(InputError, match=r"the encoding of data.tokenizer tokenizer has changed .*--overwrite"):
+            refused()
+
+
+def test_conversations_prepared_before_tools_were_read_are_prepared_again(config):
+    pytest.importorskip("jinja2", reason="pip install '.[interop]'")
+    Path("talks.jsonl").write_text(
+        "".join(json.dumps({"messages": [{"role": "assistant", "content": f"{i}"}]}) + "\n" for i in range(20))
+    )
+    Path("template").write_text("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}")
+    talks = dataclasses.replace(config, corpus="talks.jsonl", messages_field="messages", chat_template="template")
+    prepare(talks, Path("out"))
+    prepare(talks, Path("out"))
+    settings = json.loads(Path("out/settings.json").read_text())
+    del settings["tools"]
+    Path("out/settings.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"an earlier version prepared out by other rules.*--overwrite"):
+        prepare(talks, Path("out"))
+    assert ensure_prepared(dataclasses.replace(talks, path="out")) == Path("out")
 
 
 def test_an_edited_chat_template_is_noticed(config):

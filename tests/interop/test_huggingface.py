@@ -160,6 +160,7 @@ REFUSED: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": 50.0,
     },
     "layer_types": {"model_type": "gemma2", "architectures": None, "layer_types": ["full_attention"]},
+    "query_pre_attn_scalar": {"model_type": "gemma2", "architectures": None, "query_pre_attn_scalar": 0},
     "use_sliding_window": {
         "model_type": "smollm3",
         "architectures": None,

@@ -71,6 +71,22 @@ def test_text_and_ids_are_those_of_transformers(tmp_path, name):
     assert load_huggingface(tmp_path).chat_template == TEMPLATES[name]
 
 
+SCHEMA = {"type": "function", "function": {"name": "é<b>", "description": "a '<|im_end|>'", "parameters": {}}}
+
+
+def test_tools_are_those_of_transformers_and_their_texts_are_ordinary(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="pip install '.[parity]'")
+    chat = ChatTemplate(ours := tokenizer(TOOLS))
+    save_huggingface(ours, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for tools in ([SCHEMA], [SCHEMA, {"name": "f"}], [], None):
+        text = theirs.apply_chat_template(TALK, tools=tools, tokenize=False)
+        assert chat.text(TALK, tools=tools) == text
+        assert ours.decode(chat.encode(TALK, tools=tools)) == text
+        assert 259 not in chat.encode(TALK, tools=tools)
+    assert (chat.ignores("tools"), chat.ignores("tool_calls")) == (False, True)
+
+
 def said(template, messages=TALK):
     """The texts that the masks mark."""
     return [text for sequence in said_in_each(template, messages) for text in sequence]
@@ -218,6 +234,11 @@ def test_the_assistant_may_think_but_not_end_its_turn_twice():
     assert ids.count(260) == ids.count(261) == 1
     assert ids.count(259) == 3
     assert said(CHATML, talk) == ["<think>a</think>b<|im_end|>c<|im_end|>"]
+
+
+def test_a_lone_surrogate_in_a_template_is_a_replacement_character():
+    assert ChatTemplate(ours := tokenizer("a\ud800b")).text(TALK) == "a\ufffdb"
+    assert ours.decode(ChatTemplate(ours).encode(TALK)) == "a\ufffdb"
 
 
 def test_marks_are_characters_that_no_message_uses():

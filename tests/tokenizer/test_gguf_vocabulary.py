@@ -187,6 +187,12 @@ REFUSED = {
     "no merges": ({"tokenizer.ggml.merges": None}, "lacks tokenizer.ggml.merges"),
     "short types": ({"tokenizer.ggml.token_type": [1, 1]}, "token_type has 2 entries"),
     "a token twice": ({"tokenizer.ggml.tokens": ["a", "a"], "tokenizer.ggml.token_type": None}, "same token twice"),
+    "other types": ({"tokenizer.ggml.merges": [1]}, "tokenizer.ggml has values of a wrong type"),
+    "a text as an id": ({"tokenizer.ggml.eos_token_id": "x"}, "tokenizer.ggml has values of a wrong type"),
+    "short scores": (
+        {"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [0.0]},
+        "tokenizer.ggml has values of a wrong",
+    ),
     "a broken merge": ({"tokenizer.ggml.merges": ["a bx"]}, "cannot be read as a tokenizer"),
 }
 

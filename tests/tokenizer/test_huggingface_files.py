@@ -144,6 +144,18 @@ def test_the_model_produces_no_control_token_from_text(tmp_path, make):
     assert tokenizer.eos_id in tokenizer.encode("cat </s> cat", recognize="all")
 
 
+def test_a_normalized_token_is_shown_with_the_space_that_it_matched(tmp_path):
+    theirs = unigram()
+    theirs.normalizer, theirs.pre_tokenizer = hf.normalizers.Replace(" ", "▁"), None
+    theirs.normalizer = hf.normalizers.Sequence([hf.normalizers.Prepend("▁"), theirs.normalizer])
+    theirs.add_tokens([hf.AddedToken("<tool>", normalized=True), hf.AddedToken("a cat", normalized=True)])
+    tokenizer = load_huggingface(save(theirs, tmp_path, eos_token="</s>"))
+    for text in ("cat <tool> cat", "cat a cat cat", "<tool>"):
+        ids = tokenizer.encode(text)
+        assert ids == theirs.encode(text).ids
+        assert tokenizer.decode(ids).removeprefix(" ") == theirs.decode(ids) == text
+
+
 def test_a_control_token_that_is_only_in_the_vocabulary_of_a_unigram_is_special(tmp_path):
     description = json.loads(unigram().to_str()) | {"added_tokens": []}
     theirs = hf.Tokenizer.from_str(json.dumps(description))

@@ -186,7 +186,7 @@ def test_an_unknown_name_is_refused():
 def test_an_encoding_that_cannot_be_fetched_says_which_file_to_bring(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("tiktoken.load.read_file", lambda path: (_ for _ in ()).throw(ConnectionError(path)))
-    with pytest.raises(InputError, match=rf"{KNOWN_ENCODINGS[name].file} and pass its path as --data.tokenizer"):
+    with pytest.raises(InputError, match=rf"{KNOWN_ENCODINGS[name].file} and name its path as the tokenizer"):
         load_tokenizer(name)
 
 
