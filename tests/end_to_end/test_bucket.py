@@ -83,6 +83,7 @@ def test_commands_read_a_run_in_a_bucket(trained, address, tmp_path, monkeypatch
     assert "is not limited" in str(found)
 
 
+@pytest.mark.slow
 def test_two_processes_that_share_only_the_bucket(trained, bucket, door, tmp_path):
     directories = [tmp_path / "host-0", tmp_path / "host-1"]
     for directory in directories:
