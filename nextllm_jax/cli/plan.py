@@ -111,8 +111,10 @@ def _plan(arguments: PlanArguments) -> tuple[dict[str, Any], str]:
     from nextllm_jax.plan.decoding import Request, plan_decoding
     from nextllm_jax.plan.search import search
     from nextllm_jax.plan.training import estimate_training, plan_training
+    from nextllm_jax.training.vocabulary import with_vocab_size
 
     config, budget = arguments.run, report.Budget(arguments.days, arguments.tokens)
+    config = with_vocab_size(config, Path(config.data.path) if config.data.path else None, overwrite=True)
     if arguments.chip is not None:
         target = topology.devices_of_kind(arguments.chip, arguments.devices or 0)
         if target.chip is None and not arguments.search:

@@ -335,12 +335,16 @@ class Config:
             self.check_fit()
 
     def check_fit(self) -> None:
-        """Raise InputError if the model is too small for the data: in context length or in vocabulary."""
+        """Raise InputError if the model is too small for the data in context length, or in vocabulary as far as the
+        config determines that of the data."""
         length, context = self.data.sequence_length, self.model.context_length
         _require(length <= context, f"data.sequence_length {length} exceeds model.context_length {context}")
         tokens, rows = self.data.vocab_size, self.model.vocab_size
-        fits = self.data.tokenizer != "train" or tokens <= rows
-        _require(fits, f"data.vocab_size {tokens} exceeds model.vocab_size {rows}")
+        decided = self.data.tokenizer == "train" and self.data.path is None and rows > 0
+        _require(
+            not decided or tokens <= rows,
+            f"data.vocab_size {tokens} exceeds model.vocab_size {rows}; lower it, or leave model.vocab_size out",
+        )
 
     def to_json(self) -> str:
         """The whole config as indented JSON, read back by `from_json`."""

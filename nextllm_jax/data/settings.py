@@ -189,8 +189,16 @@ def is_content_recorded(config: DataConfig, path: Path) -> bool:
 
 
 def describe_differences(config: DataConfig, path: Path) -> str | None:
-    """A message about how prepared data differs from the config, if it does; see `differences`."""
-    differing = [each for each in differences(config, path) if each.field != "tokens_per_shard"]
+    """A message about how prepared data differs from what the config states, if it does; see `differences`.
+
+    A setting that has its default is not stated.
+    """
+    unstated = {**{name: getattr(DataConfig, name) for name in _FIELDS}, "python": platform.python_version()}
+    differing = [
+        each
+        for each in differences(config, path)
+        if each.field != "tokens_per_shard" and (each.is_changed or each.value != unstated[each.field])
+    ]
     if not differing:
         return None
     dataset, settings = Dataset.open(path, verify="sizes"), read_settings(path)

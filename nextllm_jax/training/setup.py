@@ -31,6 +31,7 @@ from nextllm_jax.training.session import Moment, Session
 from nextllm_jax.training.start import CHECKS, Remark, Start, require
 from nextllm_jax.training.state import TrainState, require_finite
 from nextllm_jax.training.train_log import TrainLog
+from nextllm_jax.training.vocabulary import with_vocab_size
 from nextllm_jax.training.writers import MetricsWriter
 
 _log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ def open_session(
     Raises InputError for what the user can fix.
     """
     group = group or ProcessGroup()
+    config = with_vocab_size(config, default_data_path(config.data), overwrite=overwrite)
     start = Start(
         config,
         lambda: Dataset.open(default_data_path(config.data), verify=config.data.verify),
