@@ -1,0 +1,127 @@
+"""How well a model predicts texts: log probabilities of their tokens, in windows."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from nextllm_jax.config.checks import require, require_integer, require_text
+from nextllm_jax.errors import InputError
+from nextllm_jax.inference.generate import bucket
+from nextllm_jax.model.objective import Batch, text_batch, token_scores
+from nextllm_jax.model.transformer import Transformer
+from nextllm_jax.progress import progress_bar
+from nextllm_jax.tokenizer.tokenizer import Tokenizer, without_surrogates
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How well a model predicts a text."""
+
+    nll: float
+    """Mean negative log-likelihood of the scored tokens, in nats."""
+    tokens: int
+    """Number of scored tokens: those of the text, and the EOS token that ends the document."""
+    bits_per_byte: float | None
+    """Summed negative log-likelihood in bits, divided by the UTF-8 bytes of the text; None if there are none."""
+    token_ids: tuple[int, ...] = dataclasses.field(default=(), repr=False)
+    """The scored tokens; the last is EOS. Empty for prepared data."""
+    logprobs: tuple[float, ...] = dataclasses.field(default=(), repr=False)
+    """Log probability of each of them in nats."""
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the mean negative log-likelihood."""
+        return math.exp(self.nll) if self.nll < 700 else math.inf
+
+
+class Document(NamedTuple):
+    """A text to score, as ids."""
+
+    ids: list[int]
+    start: int
+    """Index of the first scored id, at least 1."""
+    num_bytes: int
+    """UTF-8 bytes of the scored text."""
+
+
+def encode(tokenizer: Tokenizer, text: str, prefix: str) -> Document:
+    """BOS + text + EOS, or the ids of the prompt `prefix` + text + EOS.
+
+    Raises InputError for an empty text, and if a token is scored that no other token precedes.
+    """
+    require_text("the text to score", text)
+    require_text("prefix", prefix)
+    require(text != "", "the text to score is empty; bits per byte need at least one byte")
+    document = tokenizer.encode_document(text)
+    if prefix:
+        before = tokenizer.encode_prompt(prefix)
+        document = [*before, *document[1:]]
+    else:
+        before = document[:1]
+    if len(document) < 2:
+        raise InputError("the text is a single token, which no other token predicts; give a longer text")
+    return Document(document, len(before), len(without_surrogates(text).encode()))
+
+
+def check_windows(window: int, batch_size: int, context_length: int) -> None:
+    """Raise InputError if the window is not in 1 to the context length, or if the batch size is not positive."""
+    require_integer("window", window)
+    if window > context_length:
+        raise InputError(f"window is {window}; it must be in 1 to the model's context_length {context_length}")
+    require_integer("batch_size", batch_size)
+
+
+def score_documents(
+    model: Transformer, params: Any, documents: Sequence[Document], *, window: int, batch_size: int, progress: bool
+) -> list[Score]:
+    """The score of each document, in disjoint windows of `window` tokens. Raises InputError if a document with a prefix
+    does not fit one window."""
+    for document in documents:
+        if document.start > 1 and len(document.ids) - 1 > window:
+            raise InputError(
+                f"the prefix and the text have {len(document.ids)} tokens with EOS, so they do not fit a window of "
+                f"{window}; shorten the prefix, or score the text without it"
+            )
+    T = min(bucket(max(len(document.ids) for document in documents) - 1, 16), window)
+    windows = [_windows(document.ids, T) for document in documents]
+    rows = np.concatenate(windows)
+    if len(rows) > batch_size:
+        rows = np.pad(rows, ((0, -len(rows) % batch_size), (0, 0)))
+    starts = range(0, len(rows), batch_size)
+    logprobs_RT = np.concatenate(
+        [
+            _logprobs(model, params, text_batch(rows[i : i + batch_size]))
+            for i in progress_bar(starts, desc="scoring", unit=" batches", disable=not progress)
+        ]
+    )
+    bounds = np.cumsum([0, *map(len, windows)])
+    return [
+        _score(document, logprobs_RT[first:last].ravel())
+        for document, first, last in zip(documents, bounds[:-1], bounds[1:], strict=True)
+    ]
+
+
+def _windows(ids: Sequence[int], T: int) -> np.ndarray:
+    """Windows of T tokens and the token that follows, int32 [number, T + 1], at stride T; the last is padded."""
+    count = len(ids) - 1
+    padded = np.zeros(-(-count // T) * T + 1, np.int32)
+    padded[: len(ids)] = ids
+    return np.stack([padded[i : i + T + 1] for i in range(0, count, T)])
+
+
+def _score(document: Document, logprobs: np.ndarray) -> Score:
+    """The score of a document from the log probabilities of all ids but the first, and of padding."""
+    scored = logprobs[document.start - 1 : len(document.ids) - 1].tolist()
+    nll = -math.fsum(scored)
+    bits = nll / math.log(2) / document.num_bytes
+    return Score(nll / len(scored), len(scored), bits, tuple(document.ids[document.start :]), tuple(scored))
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def _logprobs(model: Transformer, params: Any, batch: Batch) -> jax.Array:
+    return token_scores(model, params, batch)[0]
