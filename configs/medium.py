@@ -33,7 +33,6 @@ def get_config() -> Config:
             global_batch_size=512,
             accumulation_steps=8,
             evaluate_every_steps=1000,
-            sample_prompts=("The ", "In physics, ", "Once upon a time"),
         ),
         checkpoint=CheckpointConfig(every_steps=1000),
     )

@@ -170,8 +170,9 @@ class TrainingConfig:
     spike_window_steps: int = 100
     """Number of recent losses in that median, including those of skipped steps. No step counts as a spike until there
     are so many."""
-    sample_prompts: Free[tuple[str, ...]] = ("def ", "import ", "class ")
-    """Prompts for the text in samples.txt, generated at every evaluation; none: no samples."""
+    sample_prompts: Free[tuple[str, ...] | None] = None
+    """Prompts for the text in samples.txt, generated at every evaluation; none: the beginnings of held-out documents,
+    or of held-out conversations up to the first answer."""
     sample_tokens: Free[int] = 96
     """New tokens for each prompt; 0: no samples."""
 

@@ -151,7 +151,7 @@ def _check_fit(start: Start) -> Iterator[Remark]:
             f"{config.model.vocab_size}; leave it out, or set --model.vocab-size {tokenizer.vocab_size} or more"
         )
     training = config.training
-    for prompt in training.sample_prompts if training.sample_tokens else ():
+    for prompt in (training.sample_prompts or ()) if training.sample_tokens else ():
         needed = 1 + len(tokenizer.encode(prompt)) + training.sample_tokens
         if needed > config.model.context_length:
             raise InputError(
