@@ -3,8 +3,11 @@
 import re
 import subprocess
 import sys
+import time
 
 import pytest
+
+from nextllm_jax import progress
 
 PROGRAM = """
 import logging, time

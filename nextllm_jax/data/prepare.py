@@ -63,7 +63,7 @@ from nextllm_jax.data.shards import (
     write_split,
 )
 from nextllm_jax.errors import InputError
-from nextllm_jax.progress import progress_bar
+from nextllm_jax.progress import phase, progress_bar
 from nextllm_jax.tokenizer.bpe import train_tokenizer
 from nextllm_jax.tokenizer.chat import ChatTemplate
 from nextllm_jax.tokenizer.published import load_tokenizer
@@ -83,7 +83,8 @@ def ensure_prepared(config: DataConfig, *, allow_change: Collection[str] = ()) -
     prepared and `allow_change` does not name its field, such as data.corpus.
     If another process is preparing the data, this waits for it, and takes over if that process dies.
     """
-    path = find_prepared(config)
+    with phase("looking for prepared data"):  # hashes the corpus and loads the tokenizer
+        path = find_prepared(config)
     if path is None:
         path = default_data_path(config)
         if earlier := data_of_same_paths(config):
