@@ -211,6 +211,7 @@ class LoraConfig:
         _check_types(self, "lora.")
         _require(self.rank >= 0, f"lora.rank is {self.rank}; it cannot be negative")
         _require_positive(self, "lora.", "alpha")
+        _require(all(self.targets), "lora.targets has an empty name; leave it out for all matrices, or name some: q v")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -155,6 +155,7 @@ BAD_TRAIN = {
         ["--config", "config.py", "--training.accumulation-steps", "8", "--training.global-batch-size", "12"],
         "8 does not divide training.global_batch_size 12",
     ),
+    "a path that is too long": (["--config", "config.py", "--workdir", "x" * 300], "File name too long"),
     "two configs": (["--config", "config.py", "--config", "config.py"], "--config is given 2 times"),
     "no such platform": (["--config", "config.py"], "jax found no device", {"JAX_PLATFORMS": "tpu"}),
     "remote workdir": (["--config", "config.py", "--workdir", "gs://bucket/run"], "must name a local directory"),
