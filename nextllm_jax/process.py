@@ -15,6 +15,7 @@ TRAINING_ENVIRONMENT = {
 """Environment variables of a training process. Those that the user has set are not changed."""
 
 PLANNING_ENVIRONMENT = {
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -22,8 +23,8 @@ PLANNING_ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 """Environment variables with which libtpu compiles on a machine without a TPU: it does not query a metadata server, and
-does not prevent other processes from doing the same. The last two name an arbitrary machine, since libtpu needs one;
-they do not determine the compilation target."""
+does not prevent other processes from doing the same. Its programs cannot be read from a compilation cache. The last two
+name an arbitrary machine, since libtpu needs one; they do not determine the compilation target."""
 
 
 def describe() -> str:

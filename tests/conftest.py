@@ -9,15 +9,18 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORMS", "cpu")
 os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the commands run beside this process on one GPU
-_EIGHT_DEVICES = " --xla_force_host_platform_device_count=8"
-# A test worker inherits the flag from the process that started it.
-_OUTER_XLA_FLAGS = os.environ.get("XLA_FLAGS", "").replace(_EIGHT_DEVICES, "")
-os.environ["XLA_FLAGS"] = _OUTER_XLA_FLAGS + _EIGHT_DEVICES
+_XLA_FLAGS = " --xla_force_host_platform_device_count=8"
+if os.environ["JAX_PLATFORMS"] == "cpu":  # most of the tests' time is compilation; commands run with the defaults
+    _XLA_FLAGS += " --xla_backend_optimization_level=0"
+# A test worker inherits the flags from the process that started it.
+_OUTER_XLA_FLAGS = os.environ.get("XLA_FLAGS", "").replace(_XLA_FLAGS, "")
+os.environ["XLA_FLAGS"] = _OUTER_XLA_FLAGS + _XLA_FLAGS
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_enable_compilation_cache", False)  # commands called here would enable the user's for all tests
 
 ROOT = Path(__file__).parent.parent
 

@@ -18,7 +18,6 @@ import tyro
 from nextllm_jax.checkpoint.run_dir import FILES
 from nextllm_jax.cli import sample
 from nextllm_jax.cli.main import COMMANDS, train_command
-from nextllm_jax.training import launch
 from tests.conftest import CONFIG_FILE, ROOT
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))]
@@ -131,7 +130,6 @@ def directory(trained, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("page", [page for page in PAGES if any(block.language == "python" for block in blocks(page))])
 def test_python_blocks_run(page: str, directory: Path, monkeypatch) -> None:
     monkeypatch.chdir(directory)
-    monkeypatch.setattr(launch, "use_compilation_cache", lambda: None)  # which is for the whole process
     namespace: dict[str, Any] = {"__name__": page}
     for block in blocks(page):
         if block.language == "python":

@@ -13,7 +13,6 @@ pytest.importorskip("tokenizers", reason="tokenizers is missing; install the ext
 
 import nextllm_jax
 from nextllm_jax.cli import sample
-from nextllm_jax.cli import text as text_cli
 from nextllm_jax.cli.convert import export_command, import_command
 from nextllm_jax.cli.text import evaluate_command, tokenize_command
 from nextllm_jax.errors import InputError
@@ -164,8 +163,6 @@ def test_without_a_place_to_keep_it_the_file_is_read(models, package, expected, 
 
 
 def test_the_commands_take_the_name(models, monkeypatch, capsys):
-    for module in (text_cli, sample):
-        monkeypatch.setattr(module, "use_compilation_cache", lambda: None)
     sample.sample_command(["--checkpoint", "tiny", "--prompt", "a cat", "--json", "--max-new-tokens", "4"])
     (row, _) = map(json.loads, capsys.readouterr().out.splitlines())
     assert row["prompt"] == "a cat"

@@ -48,26 +48,25 @@ def quantize_command(argv: list[str]) -> int:
     text, calibration = (None if path is None else read_text(path) for path in (arguments.text, arguments.calibrate))
 
     from nextllm_jax.data.corpora import held_out_text
-    from nextllm_jax.pretrained.convert import quantize_model, require_quantizable
+    from nextllm_jax.pretrained.convert import open_quantizable, write_quantized
     from nextllm_jax.pretrained.quantization_report import QuantizationReport
 
     use_compilation_cache()
-    what = (arguments.checkpoint, arguments.output, arguments.quantization)
-    how = {"step": arguments.step, "calibration": calibration}
-    source = require_quantizable(*what, **how)
+    output, quantization = arguments.output, arguments.quantization
+    model = open_quantizable(arguments.checkpoint, output, quantization, step=arguments.step, calibration=calibration)
     if text is None:
         text = held_out_text(DataConfig(), _TEXT_CHARACTERS) if arguments.perplexity else ""
     before = _perplexity(arguments.checkpoint, arguments.step, text) if arguments.perplexity else None
-    report = QuantizationReport(source.config, arguments.quantization)
+    report = QuantizationReport(model.source.config, quantization)
     with progress_bar(total=report.total, desc="quantizing", unit=" weights", unit_scale=True) as bar:
         report.progress = bar.update
-        quantize_model(*what, **how, observe=report.observe)
+        write_quantized(model, output, quantization, report.observe)
     print(report)
     if before is not None:
-        after = _perplexity(arguments.output, None, text)
+        after = _perplexity(output, None, text)
         change = f" ({after / before - 1:+.2%})" if math.isfinite(before) else ""
         print(f"perplexity {before:.3f} -> {after:.3f}{change}")
-    print(arguments.output)
+    print(output)
     return 0
 
 

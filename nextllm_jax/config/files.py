@@ -55,8 +55,9 @@ def from_dict(cls: type[Any], values: dict[str, Any], where: str) -> Any:
             message = f"{where} has {name} {value!r}, which {removed.dropped_by} removed; use an earlier version"
             require(value in removed.ignored, message)
             continue
-        hint = _suggest(name, fields)
-        require(name in fields, f"{where} has an unknown field '{name}' of {cls.__name__}{hint}")
+        if name not in fields:
+            hint = _suggest(name, fields)
+            raise InputError(f"{where} has an unknown field '{name}' of {cls.__name__}{hint}")
         nested = fields[name].default_factory
         if isinstance(value, dict) and dataclasses.is_dataclass(nested):
             arguments[name] = from_dict(nested, value, f"{where}: {name}")  # pyright: ignore[reportArgumentType]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nextllm_jax.config import DataConfig
 from nextllm_jax.data.conversations import conversation_group, conversation_text
-from nextllm_jax.data.files import READ_ERRORS, CorpusFile, find_files, open_text
+from nextllm_jax.data.files import READ_ERRORS, CorpusFile, Listing, find_files, open_text
 from nextllm_jax.data.rows import Row, Skipped, field_of, huggingface_rows, plain_value, read_rows
 from nextllm_jax.errors import InputError
 
@@ -111,14 +111,16 @@ def held_out_text(config: DataConfig, characters: int) -> str:
     return text[:characters]
 
 
-def text_bytes(config: DataConfig) -> int | None:
-    """The size of the files of a corpus of plain text; None for others, whose text has another size."""
-    if config.corpus.startswith("hf:"):
-        return None
+def text_bytes(config: DataConfig, listing: Listing | None) -> int | None:
+    """The size of the files of a corpus of plain text; None for others, whose text has another size.
+
+    `listing` has the files of the corpus, if it has any.
+    """
     if config.corpus == "stdlib":
         return sum(path.stat().st_size for _, path in _stdlib_files())
-    listing = find_files(config)
-    return listing.num_bytes if all(file.kind == "text" and not file.compression for file in listing.files) else None
+    if listing is None or not all(file.kind == "text" and not file.compression for file in listing.files):
+        return None
+    return listing.num_bytes
 
 
 def _stdlib_files() -> list[tuple[str, Path]]:

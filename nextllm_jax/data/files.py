@@ -85,6 +85,11 @@ class Listing(NamedTuple):
         return f"{read} and skipped {count:,} ({_readable(size)}): {', '.join(told)}"
 
 
+def has_files(config: DataConfig) -> bool:
+    """Whether the corpus consists of files for `find_files`: it is neither stdlib nor hf:NAME."""
+    return config.corpus != "stdlib" and not config.corpus.startswith("hf:")
+
+
 def find_files(config: DataConfig) -> Listing:
     """The files of the corpus of a config. Names are relative to the directory.
 

@@ -28,7 +28,7 @@ from nextllm_jax.data.data_directory import (
     start_or_continue,
     writing,
 )
-from nextllm_jax.data.files import find_files
+from nextllm_jax.data.files import find_files, has_files
 from nextllm_jax.data.parts import (
     Part,
     is_intact,
@@ -42,16 +42,14 @@ from nextllm_jax.data.parts import (
 from nextllm_jax.data.processes import map_in_processes
 from nextllm_jax.data.rows import Skipped
 from nextllm_jax.data.settings import (
+    check_unchanged,
     data_of_same_paths,
     data_settings,
-    default_data_path,
-    describe_differences,
     differences,
-    find_prepared,
+    find_data,
     is_content_recorded,
     listing_hash,
     read_template,
-    require_unchanged,
 )
 from nextllm_jax.data.shards import (
     SPLITS,
@@ -84,17 +82,14 @@ def ensure_prepared(config: DataConfig, *, allow_change: Collection[str] = ()) -
     If another process is preparing the data, this waits for it, and takes over if that process dies.
     """
     with phase("looking for prepared data"):  # hashes the corpus and loads the tokenizer
-        path = find_prepared(config)
-    if path is None:
-        path = default_data_path(config)
+        path, is_ready = find_data(config)
+    if not is_ready:
         if earlier := data_of_same_paths(config):
             _log.info("%s has other content than %s was prepared from", config.corpus, earlier[0])
         _log.info("preparing %s in %s", config.corpus, path)
         prepare(config, path, wait=True)
-    elif config.path:
-        require_unchanged(config, path, allow_change)
-        if difference := describe_differences(config, path):
-            _log.warning(difference)
+    elif config.path and (difference := check_unchanged(config, path, allow_change)):
+        _log.warning(difference)
     return path
 
 
@@ -128,8 +123,10 @@ def prepare(config: DataConfig, output: Path, *, overwrite: bool = False, wait: 
         check_replaceable(output, overwrite)
         start_or_continue(partial, settings)
         if not is_prepared(partial):
-            _log_skipped(config)
-            _write_dataset(config, functools.partial(read_documents, config), partial, text_bytes(config))
+            files = find_files(config) if has_files(config) else None
+            if files and (skipped := files.describe_skipped()):
+                _log.warning("data.corpus %s: %s", config.corpus, skipped)
+            _write_dataset(config, functools.partial(read_documents, config), partial, text_bytes(config, files))
             if listing_hash(config) != listing:
                 (partial / "index.json").unlink()
                 raise InputError(f"the files of data.corpus {config.corpus} changed while they were read; run again")
@@ -295,14 +292,6 @@ def _tokenize_corpus(
     elif repeated := census.describe_duplicates():
         _log.info(repeated)
     return paths
-
-
-def _log_skipped(config: DataConfig) -> None:
-    """Report the files of the corpus that are not read."""
-    if config.corpus == "stdlib" or config.corpus.startswith("hf:"):
-        return
-    if skipped := find_files(config).describe_skipped():
-        _log.warning("data.corpus %s: %s", config.corpus, skipped)
 
 
 def _log_counts(output: Path) -> None:

@@ -13,12 +13,12 @@ from typing import Any
 from nextllm_jax.config import DataConfig
 from nextllm_jax.data.files import CorpusFile, import_extra, json_values, open_text
 from nextllm_jax.errors import InputError
+from nextllm_jax.tokenizer.tokenizer import without_surrogates
 
 Row = tuple[Any, str]
 """The value of a row, or an InputError if the row cannot be parsed, and its location."""
 
 _MAX_DEPTH = 100
-_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class Skipped:
@@ -191,9 +191,7 @@ def plain_value(value: Any, where: str, depth: int = 0) -> Any:
     if depth > _MAX_DEPTH:
         raise InputError(f"{where} is nested more than {_MAX_DEPTH} levels deep; fix or remove the row")
     if isinstance(value, str):
-        # JSON can contain lone surrogates, which cannot be encoded in UTF-8.
-        has_surrogates = not value.isascii() and _SURROGATES.search(value)
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if has_surrogates else value
+        return without_surrogates(value)  # which JSON can contain
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     if isinstance(value, dict):

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from nextllm_jax.config import DataConfig
 from nextllm_jax.data.data_directory import is_prepared, read_settings
-from nextllm_jax.data.files import find_files, walk
+from nextllm_jax.data.files import find_files, has_files, walk
 from nextllm_jax.data.shards import FORMAT, Dataset, mounted_path
 from nextllm_jax.errors import InputError
 from nextllm_jax.process import cache_directory
@@ -119,8 +119,8 @@ def continued(config: DataConfig, recorded: DataConfig) -> DataConfig:
     return dataclasses.replace(config, path=path) if is_prepared(Path(path)) else config
 
 
-def find_prepared(config: DataConfig) -> Path | None:
-    """The directory of the data that a config trains on; None if the data must be prepared first.
+def find_data(config: DataConfig) -> tuple[Path, bool]:
+    """The directory of the data that a config trains on, and whether the data is prepared there.
 
     Raises InputError if `config.path` is set but holds no prepared data.
     """
@@ -130,14 +130,12 @@ def find_prepared(config: DataConfig) -> Path | None:
         if earlier := data_of_same_paths(config):
             raise InputError(f"{error}; to train on the data that was prepared, set data.path {earlier[0]}") from error
         raise
-    if is_prepared(path):
-        return path
-    if config.path:
+    if config.path and not is_prepared(path):
         raise InputError(
             f"data.path {path} holds no prepared data that is readable; check the path, or prepare the data: "
             f"nextllm prepare --output {path}"
         )
-    return None
+    return path, is_prepared(path)
 
 
 class Difference(NamedTuple):
@@ -183,15 +181,17 @@ def differences(config: DataConfig, path: Path) -> list[Difference]:
 
 def is_content_recorded(config: DataConfig, path: Path) -> bool:
     """Whether the settings of prepared data have hashes of all that exists of what the paths in the config hold."""
+    found = read_settings(path)
     with contextlib.suppress(InputError):  # data that is prepared does not need its corpus any more
-        return content_settings(config).keys() <= read_settings(path).keys()
+        return all(content.name in found or content.hash_of(config) is None for content in _CONTENTS.values())
     return True
 
 
-def describe_differences(config: DataConfig, path: Path) -> str | None:
-    """A message about how prepared data differs from what the config states, if it does; see `differences`.
+def check_unchanged(config: DataConfig, path: Path, allow_change: Collection[str] = ()) -> str | None:
+    """A message about how the prepared data in `path` differs from what the config states, if it does.
 
-    A setting that has its default is not stated.
+    See `differences`. A setting that has its default is not stated. Raises InputError if a path in the config holds
+    something else than when the data was prepared, unless `allow_change` has its field, such as data.corpus.
     """
     unstated = {**{name: getattr(DataConfig, name) for name in _FIELDS}, "python": platform.python_version()}
     differing = [
@@ -199,6 +199,12 @@ def describe_differences(config: DataConfig, path: Path) -> str | None:
         for each in differences(config, path)
         if each.field != "tokens_per_shard" and (each.is_changed or each.value != unstated[each.field])
     ]
+    for each in differing:
+        if each.is_changed and f"data.{each.field}" not in allow_change:
+            raise InputError(
+                f"{each.describe_change()} since {path} was prepared; prepare it again (nextllm prepare --overwrite "
+                f"--output {path}), or use the data as it is: --allow-change data.{each.field}"
+            )
     if not differing:
         return None
     dataset, settings = Dataset.open(path, verify="sizes"), read_settings(path)
@@ -210,19 +216,6 @@ def describe_differences(config: DataConfig, path: Path) -> str | None:
         f"using {path} unchanged: corpus {corpus}, tokenizer {tokenizer} with {dataset.vocab_size:,} tokens, "
         f"{dataset.split('train').num_tokens:,} training tokens; {'; '.join(told)}"
     )
-
-
-def require_unchanged(config: DataConfig, path: Path, allow_change: Collection[str] = ()) -> None:
-    """Raise InputError if a path in the config holds something else than when the data in `path` was prepared.
-
-    Fields in `allow_change`, such as data.corpus, are not checked.
-    """
-    for each in differences(config, path):
-        if each.is_changed and f"data.{each.field}" not in allow_change:
-            raise InputError(
-                f"{each.describe_change()} since {path} was prepared; prepare it again (nextllm prepare --overwrite "
-                f"--output {path}), or use the data as it is: --allow-change data.{each.field}"
-            )
 
 
 def listing_hash(config: DataConfig) -> str | None:
@@ -268,15 +261,13 @@ def _reading_corpus() -> Iterator[None]:
 
 
 def _corpus_files(config: DataConfig) -> list[tuple[str, Path]] | None:
-    """(name, path) of the files of a corpus, sorted by name; None for stdlib and hf:NAME."""
-    if config.corpus == "stdlib":
+    """(name, path) of the files of a corpus, sorted by name; None for stdlib and datasets on the Hub."""
+    if has_files(config):
+        return [(file.name, file.path) for file in find_files(config).files]
+    root = Path(config.corpus.removeprefix("hf:"))
+    if config.corpus == "stdlib" or not root.is_dir():
         return None
-    if config.corpus.startswith("hf:"):
-        root = Path(config.corpus.removeprefix("hf:"))
-        if not root.is_dir():
-            return None
-        return sorted((path.relative_to(root).as_posix(), path) for path in walk(root, collections.Counter()))
-    return [(file.name, file.path) for file in find_files(config).files]
+    return sorted((path.relative_to(root).as_posix(), path) for path in walk(root, collections.Counter()))
 
 
 def _listing(files: Iterable[tuple[str, Path]]) -> tuple[str, int, float]:
@@ -331,11 +322,10 @@ def read_template(file: str) -> str:
         raise InputError(f"data.chat_template {file} cannot be read ({error}); give a Jinja file") from error
 
 
-CONTENT_FIELDS = ("data.corpus", "data.tokenizer", "data.chat_template")
-"""The fields whose content is part of the settings."""
-
 _CONTENTS = {
     "corpus": _Content("corpus_sha256", _corpus_sha256),
     "tokenizer": _Content("tokenizer_hash", _tokenizer_hash),
     "chat_template": _Content("chat_template_sha256", _template_sha256),
 }
+CONTENT_FIELDS = tuple(f"data.{field}" for field in _CONTENTS)
+"""The fields whose content is part of the settings."""

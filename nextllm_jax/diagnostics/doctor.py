@@ -18,15 +18,9 @@ from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.checkpoint.verify import check_steps, find_steps
 from nextllm_jax.config import Config
 from nextllm_jax.config.files import local_workdir
-from nextllm_jax.data.files import find_files
+from nextllm_jax.data.files import find_files, has_files
 from nextllm_jax.data.prepare import prepare_sample
-from nextllm_jax.data.settings import (
-    CONTENT_FIELDS,
-    default_data_path,
-    describe_differences,
-    find_prepared,
-    require_unchanged,
-)
+from nextllm_jax.data.settings import CONTENT_FIELDS, check_unchanged, find_data
 from nextllm_jax.data.shards import Dataset, partial_path
 from nextllm_jax.diagnostics import machine
 from nextllm_jax.diagnostics.machine import Status
@@ -162,16 +156,15 @@ class _Data:
         if is_continued:
             self.config = with_recorded_data(self._whole, run).data
         config = self.config
-        prepared = find_prepared(config)
-        if prepared is not None:
-            self.path, self.is_prepared = prepared, True
-            self._report.add("data", str(prepared))
+        path, self.is_prepared = find_data(config)
+        if self.is_prepared:
+            self.path = path
+            self._report.add("data", str(path))
             if config.path:
-                require_unchanged(config, prepared, CONTENT_FIELDS if is_continued else allowed_fields(allow_change))
-                if difference := describe_differences(config, prepared):
+                accepted = CONTENT_FIELDS if is_continued else allowed_fields(allow_change)
+                if difference := check_unchanged(config, path, accepted):
                     self._report.add("data", difference, "warning")
             return
-        path = default_data_path(config)
         state = "an interrupted preparation would continue" if partial_path(path).is_dir() else "would be prepared"
         self._report.add("data", f"{path}: {state} from {config.corpus}")
         if missing := self._to_fetch():
@@ -184,7 +177,7 @@ class _Data:
             self._report.add(
                 "data", f"the checks below use only the first {SAMPLE_CHARACTERS:,} characters of the corpus"
             )
-        if config.corpus != "stdlib" and not config.corpus.startswith("hf:"):
+        if has_files(config):
             # A token takes 2 bytes, is at least 3 bytes of text, and is written twice: in a part and in a shard.
             self.bytes_to_write = find_files(config).num_bytes * 4 // 3
 

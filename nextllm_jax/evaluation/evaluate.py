@@ -8,12 +8,7 @@ import jax
 import numpy as np
 
 from nextllm_jax.errors import InputError
-from nextllm_jax.model.objective import Batch
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss) of a mean negative log likelihood in nats; inf where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf if not math.isnan(loss) else math.nan
+from nextllm_jax.model.objective import Batch, perplexity
 
 
 class Evaluation(NamedTuple):

@@ -99,10 +99,10 @@ class Conversation:
         self.messages = [*messages, self._answer(messages, [*prompt, *self.sample.tokens])]
 
     def _answer(self, messages: list[Message], tokens: Sequence[int]) -> Message:
-        """The message of the last answer, for a template that may write the space before it; `tokens` end with it.
+        """The last answer as a message; `tokens` are its prompt and the answer.
 
-        The text of a SentencePiece model begins with the space of its first token, which many templates add. It is left
-        out if the next prompt then has more of the tokens.
+        The text of a SentencePiece model begins with the space of its first token, which many templates write too. The
+        space is left out if the next prompt then begins with more of the tokens.
         """
         assert self.sample is not None
         text = self.sample.text

@@ -276,16 +276,16 @@ class LLM:
     ) -> Score | list[Score]:
         """How well the model predicts a text, or each of several, in windows of `window` tokens; None: the context.
 
-        A document is BOS + text + EOS. It is split into disjoint windows that do not attend to each other, and each
-        token except BOS is scored once. `nll` is the mean over these tokens, of which EOS is one; `logprobs` has the
-        value of each. The result does not depend on batch_size.
+        A document is BOS + text + EOS. It is split into windows that do not attend to each other, and each token except
+        BOS is scored once. Each window begins with BOS if the model's prompts do. `nll` is the mean over these tokens,
+        of which EOS is one; `logprobs` has the value of each. The result does not depend on batch_size.
 
         With a `prefix`, the document is the ids of the prompt `prefix`, as `generate` reads it, + text + EOS. The
         tokens of the prefix are not scored, and all tokens must fit one window. Prefix and text are tokenized
         separately, so a space between them belongs to the text.
 
-        `progress` shows a bar. Raises InputError if a text is empty, if the window exceeds the context length, or if
-        batch_size is not positive.
+        `progress` shows a bar. Raises InputError if a text is empty, if the window exceeds the context length or has no
+        room for BOS, or if batch_size is not positive.
         """
         window = self.config.context_length if window is None else window
         check_windows(window, batch_size, self.config.context_length)
@@ -295,7 +295,13 @@ class LLM:
         documents = [encode(self.tokenizer, each, prefix) for each in texts]
         with on_mesh(self.mesh):
             scores = score_documents(
-                self.model, self.params, documents, window=window, batch_size=batch_size, progress=progress
+                self.model,
+                self.params,
+                documents,
+                opening=[self.tokenizer.bos_id] if self.tokenizer.add_bos else [],
+                window=window,
+                batch_size=batch_size,
+                progress=progress,
             )
         return scores[0] if isinstance(text, str) else scores
 

@@ -12,7 +12,7 @@ import numpy as np
 from nextllm_jax.config.checks import require, require_integer, require_text
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.generate import bucket
-from nextllm_jax.model.objective import Batch, text_batch, token_scores
+from nextllm_jax.model.objective import Batch, perplexity, text_batch, token_scores
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.progress import progress_bar
 from nextllm_jax.tokenizer.tokenizer import Tokenizer, without_surrogates
@@ -36,7 +36,7 @@ class Score:
     @property
     def perplexity(self) -> float:
         """The exponential of the mean negative log-likelihood."""
-        return math.exp(self.nll) if self.nll < 700 else math.inf
+        return perplexity(self.nll)
 
 
 class Document(NamedTuple):
@@ -77,10 +77,19 @@ def check_windows(window: int, batch_size: int, context_length: int) -> None:
 
 
 def score_documents(
-    model: Transformer, params: Any, documents: Sequence[Document], *, window: int, batch_size: int, progress: bool
+    model: Transformer,
+    params: Any,
+    documents: Sequence[Document],
+    *,
+    opening: Sequence[int],
+    window: int,
+    batch_size: int,
+    progress: bool,
 ) -> list[Score]:
-    """The score of each document, in disjoint windows of `window` tokens. Raises InputError if a document with a prefix
-    does not fit one window."""
+    """The score of each document, in windows of `window` tokens, each of which after the first begins with `opening`.
+
+    Raises InputError if a document with a prefix does not fit one window, or if a window has no room for text.
+    """
     for document in documents:
         if document.start > 1 and len(document.ids) - 1 > window:
             raise InputError(
@@ -88,35 +97,47 @@ def score_documents(
                 f"{window}; shorten the prefix, or score the text without it"
             )
     T = min(bucket(max(len(document.ids) for document in documents) - 1, 16), window)
-    windows = [_windows(document.ids, T) for document in documents]
-    rows = np.concatenate(windows)
-    if len(rows) > batch_size:
-        rows = np.pad(rows, ((0, -len(rows) % batch_size), (0, 0)))
-    starts = range(0, len(rows), batch_size)
+    windows = [_windows(document.ids, T, opening) for document in documents]
+    batch = Batch(*map(np.concatenate, zip(*windows, strict=True)))
+    num_rows = len(batch.tokens_BT)
+    if num_rows > batch_size:
+        batch = Batch(*(np.pad(x, ((0, -num_rows % batch_size), (0, 0))) for x in batch))
+    starts = range(0, len(batch.tokens_BT), batch_size)
     logprobs_RT = np.concatenate(
         [
-            _logprobs(model, params, text_batch(rows[i : i + batch_size]))
+            _logprobs(model, params, Batch(*(x[i : i + batch_size] for x in batch)))
             for i in progress_bar(starts, desc="scoring", unit=" batches", disable=not progress)
         ]
     )
-    bounds = np.cumsum([0, *map(len, windows)])
+    bounds = np.cumsum([0, *(len(each.tokens_BT) for each in windows)])
     return [
-        _score(document, logprobs_RT[first:last].ravel())
+        _score(document, logprobs_RT[first:last][batch.loss_mask_BT[first:last]])
         for document, first, last in zip(documents, bounds[:-1], bounds[1:], strict=True)
     ]
 
 
-def _windows(ids: Sequence[int], T: int) -> np.ndarray:
-    """Windows of T tokens and the token that follows, int32 [number, T + 1], at stride T; the last is padded."""
+def _windows(ids: Sequence[int], T: int, opening: Sequence[int]) -> Batch:
+    """The windows of a document, of which the last is padded; each after the first begins with `opening`.
+
+    Raises InputError if a window has no room for text.
+    """
     count = len(ids) - 1
-    padded = np.zeros(-(-count // T) * T + 1, np.int32)
-    padded[: len(ids)] = ids
-    return np.stack([padded[i : i + T + 1] for i in range(0, count, T)])
+    size = T if count <= T else T - len(opening)
+    if size < 1:
+        raise InputError(f"window is {T}, which leaves no room for text after BOS; use 2 or more")
+    num_rows = -(-count // size)
+    tokens, loss_mask_BT = np.zeros((num_rows, T + 1), np.int32), np.zeros((num_rows, T), bool)
+    for row, start in enumerate(range(0, count, size)):
+        before = opening if start else []
+        part = ids[start : start + size + 1]
+        tokens[row, : len(before) + len(part)] = [*before, *part]
+        loss_mask_BT[row, len(before) : len(before) + len(part) - 1] = True
+    return text_batch(tokens)._replace(loss_mask_BT=loss_mask_BT)
 
 
 def _score(document: Document, logprobs: np.ndarray) -> Score:
-    """The score of a document from the log probabilities of all ids but the first, and of padding."""
-    scored = logprobs[document.start - 1 : len(document.ids) - 1].tolist()
+    """The score of a document from the log probabilities of all its ids but the first."""
+    scored = logprobs[document.start - 1 :].tolist()
     nll = -math.fsum(scored)
     bits = nll / math.log(2) / document.num_bytes
     return Score(nll / len(scored), len(scored), bits, tuple(document.ids[document.start :]), tuple(scored))

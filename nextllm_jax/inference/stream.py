@@ -107,7 +107,7 @@ class _Row:
                 self.finish_reason = "stop"
                 break
             is_control = token in self._control
-            if is_control:  # what it follows is complete
+            if is_control:  # the text before it is complete
                 text += self._finder.push(self._decoder.finish())
             text += self._finder.push(self._decoder.push([token]), is_control=is_control)
             if self._finder.found:

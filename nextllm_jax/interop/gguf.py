@@ -199,8 +199,11 @@ def export(
             in_order = functools.partial(_in_order, tensor, architecture=architecture, head_dim=config.head_dim)
             array = jax.tree.map(in_order, array)
             kind = _type_of(array.shape, block_types.get(tensor, matrix_type))
-            rounded_again += isinstance(array, QTensor) and not gguf_blocks.keeps(array)
-            writer.write_tensor_data(_data_of(tensor, array, kind))
+            dense = _dense(tensor, array, kind)
+            in_blocks = isinstance(array, QTensor) and kind in gguf_blocks.FILE_TYPES
+            data = gguf_blocks.encode(array) if in_blocks else None
+            rounded_again += in_blocks and data is None
+            writer.write_tensor_data(quants.quantize(dense, kind) if data is None else data)
     finally:
         writer.close()
     if rounded_again:
@@ -238,17 +241,15 @@ def _type_of(shape: tuple[int, ...], matrix_type: Type) -> Type:
     return Type.F16 if matrix_type in gguf_blocks.FILE_TYPES and shape[-1] % gguf_blocks.COLUMNS else matrix_type
 
 
-def _data_of(tensor: str, array: np.ndarray | QTensor, kind: Type) -> np.ndarray:
-    """A tensor encoded as `kind`. Raises InputError for a value that exceeds the range of float16."""
+def _dense(tensor: str, array: np.ndarray | QTensor, kind: Type) -> np.ndarray:
+    """A tensor in float32. Raises InputError for a value that exceeds the range of `kind`."""
     dense: Any = dequantize(array, np.float32)  # pyright: ignore[reportArgumentType]
     if kind in _FLOAT16_STEPS and dense.size and np.abs(dense).max() > _FLOAT16_STEPS[kind] * _FLOAT16_MAX:
         floats = "the model that was quantized " if isinstance(array, QTensor) else ""
         raise InputError(
             f"tensor {tensor} holds values that exceed float16 in {kind.name}; export {floats}as bfloat16 or float32"
         )
-    if isinstance(array, QTensor) and kind in gguf_blocks.FILE_TYPES:
-        return gguf_blocks.encode(array, dense)
-    return quants.quantize(dense, kind)
+    return dense
 
 
 def _add(writer: Any, key: str, value: Any) -> None:

@@ -9,7 +9,6 @@ import gguf
 import ml_dtypes
 import numpy as np
 from gguf import GGMLQuantizationType as Type
-from gguf import quants
 
 from nextllm_jax.ops.quantized import QTensor
 
@@ -43,16 +42,17 @@ def decode(data: np.ndarray, kind: Type) -> QTensor:
     return QTensor(q.reshape(len(data), -1), floats[..., 0], minimum)  # pyright: ignore[reportArgumentType]
 
 
-def encode(matrix: QTensor, dense: np.ndarray) -> np.ndarray:
-    """The rows of bytes for a quantized matrix of numpy arrays [rows, columns]; `dense` is the matrix in float32.
+def encode(matrix: QTensor) -> np.ndarray | None:
+    """The rows of bytes for a quantized matrix of numpy arrays [rows, columns].
 
-    The quantized values are kept, and scales are rounded to float16. If a block spans groups with different scales,
-    `dense` is quantized again instead; see `keeps`.
+    The quantized values are kept, and scales are rounded to float16. None if a block spans groups with different scales
+    or minimums.
     """
     kind, rows = type_of(matrix), len(matrix.q)
-    by_block = _floats_by_block(matrix)
+    parts = (matrix.scale, matrix.minimum)
+    by_block = [_for_blocks(np.asarray(part), matrix.q.shape[1]) for part in parts if part is not None]
     if any(part is None for part in by_block):
-        return quants.quantize(dense, kind)
+        return None
     q = np.asarray(matrix.q).astype(np.int8).reshape(rows, -1, COLUMNS)
     if kind == Type.Q8_0:
         values = q.view(np.uint8)
@@ -61,17 +61,6 @@ def encode(matrix: QTensor, dense: np.ndarray) -> np.ndarray:
         values = steps[..., : COLUMNS // 2] | steps[..., COLUMNS // 2 :] << 4
     heads = [np.asarray(part).astype(np.float16)[..., None].view(np.uint8) for part in by_block]
     return np.concatenate([*heads, values], axis=-1).reshape(rows, -1)
-
-
-def keeps(matrix: QTensor) -> bool:
-    """Whether `encode` keeps the quantized values."""
-    return all(part is not None for part in _floats_by_block(matrix))
-
-
-def _floats_by_block(matrix: QTensor) -> list[np.ndarray | None]:
-    """Scale and minimum, if any, as `_for_blocks` returns them."""
-    parts = (matrix.scale, matrix.minimum)
-    return [_for_blocks(np.asarray(part), matrix.q.shape[1]) for part in parts if part is not None]
 
 
 def _for_blocks(part: np.ndarray, columns: int) -> np.ndarray | None:

@@ -83,10 +83,7 @@ _LARGEST_GEMMAS = {"gemma2": 46, "gemma3": 62}
 
 def architecture_of(metadata: Mapping[str, Any], where: str) -> str:
     """The file's architecture. Raises InputError if it is not supported."""
-    name = metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
-        raise InputError(f"{where}: general.architecture is {name!r}; supported are {', '.join(ARCHITECTURES)}")
-    return name
+    return Keys(dict(metadata), {}, where).choice("general.architecture", ARCHITECTURES)
 
 
 def read_gguf_config(
@@ -105,7 +102,7 @@ def read_gguf_config(
     name = architecture_of(metadata, where)
     values = {key.removeprefix(f"{name}."): value for key, value in metadata.items() if key.startswith(f"{name}.")}
     keys = Keys(values, {}, f"{where}: {name}")
-    _refuse_unknown(keys, ARCHITECTURES[name], ignore_keys)
+    keys.require_supported({*_COMMON, *ARCHITECTURES[name].keys}, _FIXED, ignore_keys)
     fields: dict[str, Any] = {ours: keys.size(key) for key, ours in _SIZES.items()}
     heads, embed = fields["num_heads"], fields["embed_dim"]
     head_dim = keys.size("attention.key_length") if "attention.key_length" in keys else embed // heads
@@ -128,18 +125,6 @@ def read_gguf_config(
 def _single(value: float) -> float:
     """The shortest decimal number with this value in float32, such as 1e-5 for 9.99999974e-06."""
     return float(str(np.float32(value)))
-
-
-def _refuse_unknown(keys: Keys, architecture: Architecture, ignore_keys: Collection[str]) -> None:
-    known = {*_COMMON, *architecture.keys}
-    keys.require_ignorable(ignore_keys, known)
-    for key in keys.names():
-        if key in known or key in ignore_keys:
-            continue
-        if key in _FIXED and keys.get(key) not in _FIXED[key]:
-            raise keys.refusal(key, f"only {_FIXED[key][0]} is supported")
-        if key not in _FIXED and keys.get(key) is not False:
-            raise keys.unsupported(key)
 
 
 def _of_architecture(keys: Keys, name: str, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ Weights are only read from safetensors, so nothing is ever unpickled.
 """
 
 import dataclasses
-import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from nextllm_jax.interop.huggingface_config import read_model_config, write_mode
 from nextllm_jax.interop.names import parts_of
 from nextllm_jax.interop.streaming import read_params, require_tensors, tensors_of
 from nextllm_jax.model.quantize import Observer, ignore
-from nextllm_jax.tokenizer.huggingface_files import read_json
+from nextllm_jax.tokenizer.huggingface_files import read_json, write_json
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -31,22 +30,12 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 """The types in which weights can be exported."""
 
 
-def _read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises InputError, which names the file, if it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}); restore an intact copy") from error
-
-
 def read_config(directory: Path, ignore_keys: Collection[str] = ()) -> tuple[ModelConfig, str]:
     """The ModelConfig of a directory and its model_type.
 
     Raises InputError, which names the key, for an unsupported key that is not in `ignore_keys`.
     """
-    values = _read_json(directory / CONFIG)
+    values = read_json(directory / CONFIG)
     return read_model_config(values, str(directory / CONFIG), ignore_keys), values["model_type"]
 
 
@@ -115,8 +104,7 @@ class SafetensorsSource:
 def _weight_files(directory: Path) -> list[Path]:
     index = directory / _INDEX
     if index.exists():
-        names = _read_json(index)
-        names = names.get("weight_map") if isinstance(names, dict) else None
+        names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise InputError(f"{index} has no weight_map from tensors to files; restore an intact copy")
         files = sorted(set(names.values()))
@@ -179,13 +167,8 @@ def export(
         shards.add(name, np.ascontiguousarray(array.astype(DTYPES[dtype], copy=False)))
     shards.finish()
     token_ids = token_ids or {}
-    _write_json(directory / CONFIG, {**values, **token_ids, "torch_dtype": dtype})
-    _write_json(directory / GENERATION_CONFIG, {**(generation or {}), **token_ids})
-
-
-def _write_json(path: Path, values: Any) -> None:
-    """Write JSON as Hugging Face does."""
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(directory / CONFIG, {**values, **token_ids, "torch_dtype": dtype})
+    write_json(directory / GENERATION_CONFIG, {**(generation or {}), **token_ids})
 
 
 class _Shards:
@@ -223,4 +206,4 @@ class _Shards:
         if count > 1:
             weight_map = {tensor: names[i] for i, tensors in enumerate(self._written) for tensor in tensors}
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            _write_json(self._directory / _INDEX, index)
+            write_json(self._directory / _INDEX, index)

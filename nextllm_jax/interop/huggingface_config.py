@@ -31,21 +31,19 @@ from nextllm_jax.interop.keys import Keys, agreed
 from nextllm_jax.ops import rope
 
 
-def read_model_config(values: Any, where: str, ignore_keys: Collection[str] = ()) -> ModelConfig:
+def read_model_config(values: dict[str, Any], where: str, ignore_keys: Collection[str] = ()) -> ModelConfig:
     """The ModelConfig that the content of a config.json describes; `where` names the file in errors.
 
     Unsupported keys in `ignore_keys` are ignored. Raises InputError, which names the key, for all others, for
     unsupported values, and for keys that contradict each other.
     """
-    model_type = values.get("model_type") if isinstance(values, dict) else None
-    if model_type not in FAMILIES:
-        raise InputError(f"{where}: model_type is {model_type!r}; supported are {', '.join(FAMILIES)}")
+    model_type = Keys(values, {}, where).choice("model_type", FAMILIES)
     family = FAMILIES[model_type]
     if model_type == "gemma":  # early releases meant the tanh approximation by gelu
         tanh = {name: "gelu_pytorch_tanh" for name in ("hidden_act", "hidden_activation") if values.get(name) == "gelu"}
         values = values | tanh
     keys = Keys(values, {**DEFAULTS, **family.defaults}, where)
-    _refuse_unknown(values, family, keys, ignore_keys)
+    _require_supported(keys, family, ignore_keys)
     fields: dict[str, Any] = {ours: keys.size(name) for name, ours in SIZES.items()}
     heads = fields["num_heads"]
     fields |= {
@@ -65,31 +63,21 @@ def read_model_config(values: Any, where: str, ignore_keys: Collection[str] = ()
     return ModelConfig(**fields)
 
 
-def _refuse_unknown(values: dict[str, Any], family: Family, keys: Keys, ignore_keys: Collection[str]) -> None:
-    architectures = values.get("architectures")
-    if architectures is not None and family.architecture not in architectures:
+def _require_supported(keys: Keys, family: Family, ignore_keys: Collection[str]) -> None:
+    architectures = keys.get("architectures")
+    if architectures is not None and not (isinstance(architectures, list) and family.architecture in architectures):
         raise keys.refusal("architectures", f"it must be {family.architecture}")
+    harmless = [name for name in keys.names() if name in HARMLESS or name.startswith(HARMLESS_PREFIXES)]
     known = COMMON | {*family.keys, family.activation_key}
-    keys.require_ignorable(ignore_keys, known)
-    for name, value in values.items():
-        if name in known or name in HARMLESS or name.startswith(HARMLESS_PREFIXES) or name in ignore_keys:
-            continue
-        if name in FIXED and value not in FIXED[name]:
-            raise keys.refusal(name, f"only {FIXED[name][0]} is supported for this model_type")
-        if name not in FIXED and value is not None and value is not False:
-            raise keys.unsupported(name)
+    keys.require_supported(known, FIXED, {*ignore_keys, *harmless})
 
 
 def _activation(keys: Keys, model_type: str, family: Family) -> str:
-    main = family.activation_key
-    both = [(keys, "hidden_activation"), (keys, "hidden_act")] if model_type.startswith("gemma") else []
-    source, name = agreed(*both, (keys, main))
-    if model_type != "gemma":  # only Gemma 1 was published with either key
-        source, name = keys, main
-    value = source.get(name)
-    if value not in ACTIVATIONS:
-        raise source.refusal(name, f"only {', '.join(ACTIVATIONS)} are supported")
-    return ACTIVATIONS[value]
+    name = family.activation_key
+    if model_type.startswith("gemma"):
+        _, stated = agreed((keys, "hidden_activation"), (keys, "hidden_act"))
+        name = stated if model_type == "gemma" else name  # only Gemma 1 was published with either key
+    return ACTIVATIONS[keys.choice(name, ACTIVATIONS)]
 
 
 def shortest_pattern(kinds: list[LayerKind]) -> tuple[LayerKind, ...]:
@@ -126,7 +114,7 @@ def _local_layers(keys: Keys, model_type: str, num_layers: int) -> list[bool]:
     if types is None:
         return older
     known = {"full_attention": False, "sliding_attention": True}
-    if not isinstance(types, list) or len(types) != num_layers or not set(types) <= set(known):
+    if not isinstance(types, list) or len(types) != num_layers or any(kind not in [*known] for kind in types):
         raise keys.refusal("layer_types", f"it must list {' or '.join(known)} for each of {num_layers} layers")
     layers = [known[kind] for kind in types]
     if stated_by is not None and layers != older:
@@ -159,7 +147,7 @@ def _rope_layers(keys: Keys, num_layers: int) -> list[bool]:
     older = [(layer + 1) % interval != 0 for layer in range(num_layers)]
     if flags is None:
         return older
-    if not isinstance(flags, list) or len(flags) < num_layers or not set(flags) <= {0, 1}:
+    if not isinstance(flags, list) or len(flags) < num_layers or any(flag not in (0, 1) for flag in flags):
         raise keys.refusal("no_rope_layers", f"it must list 1 (RoPE) or 0 for each of {num_layers} layers")
     layers = [bool(flag) for flag in flags[:num_layers]]
     if is_stated and layers != older:

@@ -84,11 +84,10 @@ def _settings(newer: Keys, older: Keys, model_type: str) -> tuple[str, Keys]:
     """
     places = [(keys, name) for keys in (newer, older) for name in ("rope_type", "type")]
     source, name = agreed(*places)
-    kind = "default" if source.get(name) is None else source.get(name)
+    choices = [*_KEYS, "su"] if model_type == "phi3" else _KEYS
+    kind = "default" if source.get(name) is None else source.choice(name, choices)
     if model_type == "phi3" and kind in ("su", "yarn"):  # the names of longrope in early releases
         kind = "longrope"
-    if kind not in _KEYS:
-        raise source.refusal(name, f"only {', '.join(_KEYS)} are supported")
     for keys in (newer, older):
         for key in keys.names():
             if key not in ("rope_type", "type", "rope_theta", "partial_rotary_factor", *_KEYS[kind]):

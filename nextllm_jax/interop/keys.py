@@ -1,6 +1,6 @@
 """Strict access to the values of an external model config."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from nextllm_jax.errors import InputError
@@ -47,6 +47,13 @@ class Keys:
             raise self.refusal(name, "it must be true or false")
         return value
 
+    def choice(self, name: str, choices: Collection[str]) -> str:
+        """One of several strings."""
+        value = self.get(name)
+        if not isinstance(value, str) or value not in choices:
+            raise self.refusal(name, f"supported are {', '.join(choices)}")
+        return value
+
     def numbers(self, name: str) -> tuple[float, ...]:
         """A list of numbers."""
         value = self.get(name)
@@ -65,19 +72,29 @@ class Keys:
         """The names of all values, without defaults."""
         return list(self._values)
 
-    def require_ignorable(self, ignored: Collection[str], known: Collection[str]) -> None:
-        """Raise InputError for keys that are to be ignored but are missing or `known`."""
+    def require_supported(
+        self, known: Collection[str], fixed: Mapping[str, tuple[Any, ...]], ignored: Collection[str]
+    ) -> None:
+        """Raise InputError for a key that is neither `known` nor `ignored`, unless its value is null or false.
+
+        A key in `fixed` must have one of its values there instead. Each ignored key must be present and not `known`.
+        """
         for name in ignored:
             if name not in self:
                 raise InputError(f"{self.where} has no key {name}; leave out --ignore-key {name}")
             if name in known:
                 raise self.refusal(name, "the model depends on it, so --ignore-key cannot ignore it")
-
-    def unsupported(self, name: str) -> InputError:
-        """The InputError for an unknown key."""
-        return self.refusal(
-            name, "this key is not supported; if it does not affect the logits, use nextllm import --ignore-key " + name
-        )
+        for name, value in self._values.items():
+            if name in known or name in ignored:
+                continue
+            if name in fixed and value not in fixed[name]:
+                raise self.refusal(name, f"only {fixed[name][0]} is supported for this architecture")
+            if name not in fixed and value is not None and value is not False:
+                raise self.refusal(
+                    name,
+                    "this key is not supported; if it does not affect the logits, import the model with nextllm import "
+                    f"--ignore-key {name}",
+                )
 
     def refusal(self, name: str, reason: str) -> InputError:
         """The InputError for a bad or unsupported value."""

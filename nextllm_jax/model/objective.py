@@ -1,5 +1,6 @@
 """Batches, training objectives, and log probabilities of tokens."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -90,6 +91,11 @@ def make_eval_step(objective: Objective, model: Transformer) -> Callable[..., tu
         return metrics.nll, num_tokens
 
     return jax.jit(eval_step)
+
+
+def perplexity(nll: float) -> float:
+    """exp(nll) of a mean negative log likelihood in nats; inf where that overflows."""
+    return math.inf if nll >= 700 else math.exp(nll)
 
 
 def token_scores(

@@ -7,9 +7,10 @@ import dataclasses
 import logging
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 
 from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.checkpoint.run_dir import RunDir
@@ -76,49 +77,67 @@ def quantize_model(
 ) -> None:
     """Write a run directory with the model at `source` and quantized matrices.
 
-    The float weights are read one at a time. With `calibration`, a text for `model.calibration.calibrate`, all of them
-    are held in host memory. `observe` is called for each quantized weight.
-
-    Raises InputError if the model is already quantized, if the output exists, and for a calibration text that is too
-    short or that the scheme does not use.
+    Raises InputError as `open_quantizable` does. `observe` is called for each quantized weight.
     """
-    opened = require_quantizable(source, output, quantization, step=step, calibration=calibration)
-    config, tokenizer = opened.config, opened.load_tokenizer()
-    if calibration is None:
-        params = opened.load_params(_on_cpu(config, quantization), observe)
-    else:
-        windows_BT = calibration_windows(tokenizer.encode_document(calibration), config.context_length)
-        floats, wanted = (_on_cpu(config, kept, scan_layers=False) for kept in (None, quantization))
-        with jax.default_matmul_precision("highest"):
-            params = calibrate(config, opened.load_params(floats), wanted, windows_BT, observe=observe)
-        params = stack_layers(config, params)
-    params = jax.tree.map(
-        lambda leaf: jax.jit(pack)(leaf) if is_quantized(leaf) else leaf, params, is_leaf=is_quantized
-    )
-    record = {ORIGIN: _origin(opened), QUANTIZED: quantization.to_json()}
-    run = RunDir(resolve(source))
-    window = run.read_config().data.sequence_length if opened.is_run else None
-    _write_run(Path(output), config, tokenizer, params, record, window=window)
+    model = open_quantizable(source, output, quantization, step=step, calibration=calibration)
+    write_quantized(model, output, quantization, observe)
 
 
-def require_quantizable(
+class Quantizable(NamedTuple):
+    """A model that can be quantized."""
+
+    source: Source
+    tokenizer: Tokenizer
+    windows_BT: np.ndarray | None
+    """The windows for `model.calibration.calibrate`, if there is a calibration text."""
+    sequence_length: int | None
+    """Of the training run; None if it is not a run."""
+
+
+def open_quantizable(
     source: str,
     output: str,
     quantization: Quantization,
     *,
     step: str | int | None = None,
     calibration: str | None = None,
-) -> Source:
-    """The opened model. Raises InputError, before any work, if `quantize_model` would."""
+) -> Quantizable:
+    """The model at `source`, checked before any work.
+
+    Raises InputError if the model is already quantized, if the output exists, and for a calibration text that is too
+    short or that the scheme does not use.
+    """
     require_new(Path(output))
     if calibration is not None and quantization.scheme != "int4":
         raise InputError(f"--calibrate applies to int4 only; the scheme is {quantization.scheme}")
     opened = open_path(resolve(source), step=step)
     opened.require_floats(source)
     _on_cpu(opened.config, quantization)
+    tokenizer, windows_BT = opened.load_tokenizer(), None
     if calibration is not None:
-        calibration_windows(opened.load_tokenizer().encode_document(calibration), opened.config.context_length)
-    return opened
+        windows_BT = calibration_windows(tokenizer.encode_document(calibration), opened.config.context_length)
+    sequence_length = RunDir(resolve(source)).read_config().data.sequence_length if opened.is_run else None
+    return Quantizable(opened, tokenizer, windows_BT, sequence_length)
+
+
+def write_quantized(model: Quantizable, output: str, quantization: Quantization, observe: Observer = ignore) -> None:
+    """Write a run directory with quantized matrices. `observe` is called for each of them.
+
+    The float weights are read one at a time; for a calibration, all of them are held in host memory.
+    """
+    source, config = model.source, model.source.config
+    if model.windows_BT is None:
+        params = source.load_params(_on_cpu(config, quantization), observe)
+    else:
+        floats, wanted = (_on_cpu(config, kept, scan_layers=False) for kept in (None, quantization))
+        with jax.default_matmul_precision("highest"):
+            params = calibrate(config, source.load_params(floats), wanted, model.windows_BT, observe=observe)
+        params = stack_layers(config, params)
+    params = jax.tree.map(
+        lambda leaf: jax.jit(pack)(leaf) if is_quantized(leaf) else leaf, params, is_leaf=is_quantized
+    )
+    record = {ORIGIN: _origin(source), QUANTIZED: quantization.to_json()}
+    _write_run(Path(output), config, model.tokenizer, params, record, window=model.sequence_length)
 
 
 def _origin(opened: Source) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Opens the model of a run directory, a Hugging Face directory or a GGUF file."""
 
+import contextlib
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +25,7 @@ from nextllm_jax.model.transformer import abstract_params
 from nextllm_jax.model.weights import STACK, by_name, unstacked_names, with_names
 from nextllm_jax.published_models import PUBLISHED_MODELS
 from nextllm_jax.sharding import on_device, placed
+from nextllm_jax.tokenizer.huggingface_files import read_json
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 ORIGIN = "imported"
@@ -102,16 +103,14 @@ def open_path(path: str, *, step: str | int | None = None, ignore_keys: Collecti
 
 def _is_huggingface(directory: Path) -> bool:
     """Whether a directory has a config.json in the format of Hugging Face."""
-    try:
-        values = json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and "model_type" in values
+    with contextlib.suppress(InputError):
+        return "model_type" in read_json(directory / "config.json")
+    return False
 
 
 def _stored_dtype(directory: Path) -> str:
     """The type of a Hugging Face directory's weights, by its config.json: bfloat16, or float32 for any other."""
-    values = json.loads((directory / "config.json").read_text())
+    values = read_json(directory / "config.json")
     return "bfloat16" if values.get("dtype", values.get("torch_dtype")) == "bfloat16" else "float32"
 
 

@@ -13,12 +13,12 @@ from typing import Any
 from nextllm_jax.tokenizer.backends import ByteBPE, HuggingFaceBPE, match_any, split_at
 
 _QUOTE = "\ufdd0"
-"""A noncharacter, which is not for text; in a text, U+FFFD replaces it."""
+"""A Unicode noncharacter around the id of a control token. In texts, U+FFFD replaces it."""
 
 
 @functools.lru_cache(2)
 def control_tokens(backend: ByteBPE | HuggingFaceBPE, names: frozenset[str]) -> "ControlTokens":
-    """The `ControlTokens` of these arguments, which takes a second to make for a large vocabulary."""
+    """A cached `ControlTokens`: making one takes a second for a large vocabulary."""
     return ControlTokens(backend, names)
 
 

@@ -24,7 +24,7 @@ from nextllm_jax.tokenizer.backends import (
     merge_pairs,
     missing_bytes,
 )
-from nextllm_jax.tokenizer.huggingface_files import added_token, read_declarations, read_json
+from nextllm_jax.tokenizer.huggingface_files import added_token, read_declarations, read_json, write_json
 from nextllm_jax.tokenizer.patterns import DIGITS_PATTERN, IN_BOTH_ENGINES, PLAIN, PLAIN_GPT2_PATTERN
 from nextllm_jax.tokenizer.tokenizer import Roles, Tokenizer
 
@@ -163,8 +163,8 @@ def save_huggingface(tokenizer: Tokenizer, directory: str | os.PathLike[str]) ->
     }
     if roles.chat_template is not None:
         config["chat_template"] = roles.chat_template
-    (folder / "tokenizer.json").write_text(json.dumps(to_description(tokenizer), indent=2, ensure_ascii=False) + "\n")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / "tokenizer.json", to_description(tokenizer))
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def to_description(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Reads what the files next to a Hugging Face tokenizer say about it: tokenizer_config.json and others."""
+"""Reads and writes JSON files of Hugging Face, and reads what those next to tokenizer.json say about a tokenizer."""
 
 import json
 from pathlib import Path
@@ -75,6 +75,11 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{file} must hold a JSON object, not {type(content).__name__}; restore an intact copy")
     return content
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write JSON as Hugging Face does."""
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def added_token(id: int | None, content: str, **flags: bool) -> dict[str, Any]:

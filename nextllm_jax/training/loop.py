@@ -9,6 +9,7 @@ import jax
 
 from nextllm_jax.model.objective import Batch
 from nextllm_jax.progress import phase
+from nextllm_jax.training.hooks import is_due
 from nextllm_jax.training.saving import save, save_validation_loss
 from nextllm_jax.training.session import Moment, Session
 from nextllm_jax.training.validation import validate
@@ -30,9 +31,9 @@ def run_steps(session: Session, at: Moment) -> Outcome:
     session.stop.defer_signals()
     batches = session.start.loader.batches(at.step)
     while True:
-        if session.due(config.checkpoint.every_steps, at.step):
+        if is_due(config, config.checkpoint.every_steps, at.step):
             save(session, at)
-        if session.due(config.training.evaluate_every_steps, at.step):
+        if is_due(config, config.training.evaluate_every_steps, at.step):
             at = _evaluate(session, at)
         if at.evaluated and at.step == config.training.steps:
             return _finish(session, at)

@@ -7,8 +7,7 @@ from typing import Any
 
 import jax
 
-from nextllm_jax.evaluation.evaluate import perplexity
-from nextllm_jax.model.objective import Batch
+from nextllm_jax.model.objective import Batch, perplexity
 from nextllm_jax.training.step import StepMetrics
 
 

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,20 +17,21 @@ from nextllm_jax.training.hooks import Hook, OptionalOutput
 from nextllm_jax.training.state import TrainState
 from nextllm_jax.training.step import StepMetrics
 
+_SECONDS_BETWEEN_DRAWINGS = 30
 _MOST_COLUMNS = 400
 _MOST_LABELS = 30
 _NOT_FINITE, _ZERO = "#e01020", "#c8c8c8"
 
 
 class Pictures(Hook):
-    """Redraws the pictures of a run at every evaluation and at the end, also if the run fails.
+    """Redraws the pictures of a run at evaluations, at most twice a minute, and at the end, also if the run fails.
 
     With `enabled` False (in all processes except process 0), nothing is drawn.
     """
 
     def __init__(self, run: RunDir, model: ModelConfig, *, enabled: bool = True) -> None:
         self._run, self._places, self._enabled = run, layer_norms.places(model), enabled
-        self._is_current = True
+        self._is_current, self._drawn_at = True, time.monotonic()
         self._loss, self._layers = OptionalOutput(LOSS), OptionalOutput(LAYERS)
 
     def after_step(self, step: int, metrics: StepMetrics) -> None:
@@ -37,16 +39,18 @@ class Pictures(Hook):
         self._is_current = False
 
     def after_evaluation(self, step: int, state: TrainState) -> None:
-        """Redraw the pictures."""
-        self._draw()
+        """Redraw the pictures, unless they were drawn within the last 30 seconds."""
+        self._is_current = False
+        if time.monotonic() - self._drawn_at >= _SECONDS_BETWEEN_DRAWINGS:
+            self._draw()
 
     def close(self) -> None:
-        """Redraw the pictures if there are steps that they lack."""
+        """Redraw the pictures if they lack a step or an evaluation."""
         if not self._is_current:
             self._draw()
 
     def _draw(self) -> None:
-        self._is_current = True
+        self._is_current, self._drawn_at = True, time.monotonic()
         if self._enabled:
             self._loss.write(lambda: self._run.write(LOSS, draw_losses(self._records())))
             self._layers.write(lambda: self._run.write(LAYERS, draw_layers(self._records(), self._places)))

@@ -7,7 +7,7 @@ from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config
 from nextllm_jax.distributed.signals import StopRequest
-from nextllm_jax.training.hooks import Hook, is_due
+from nextllm_jax.training.hooks import Hook
 from nextllm_jax.training.metrics import TrainMeter
 from nextllm_jax.training.start import Start
 from nextllm_jax.training.state import TrainState
@@ -43,10 +43,6 @@ class Session:
     def config(self) -> Config:
         """The run's config."""
         return self.start.config
-
-    def due(self, every: int, step: int) -> bool:
-        """See `is_due`."""
-        return is_due(self.config, every, step)
 
     def pause(self) -> None:
         """Wait for the last step, and pause all hooks."""

@@ -88,21 +88,17 @@ class MetricsWriter:
 
 
 class _TensorBoard:
-    """One event file, which is written synchronously.
-
-    tensorboardX's SummaryWriter writes from a thread with a short queue. If that thread dies because the disk is full,
-    training waits for the queue forever. So this uses its RecordWriter directly.
-    """
+    """One event file, which is written synchronously, so that a full disk raises an error here."""
 
     def __init__(self, directory: os.PathLike[str], initial_step: int | None) -> None:
-        from tensorboardX import RecordWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
-        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary = Event, Summary
         os.makedirs(directory, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
-        self._writer = RecordWriter(os.path.join(directory, name))
+        self._writer = RecordWriter(open(os.path.join(directory, name), "wb"))  # noqa: SIM115
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         # With this event TensorBoard hides earlier events of the run after the step from which it resumes.
         start = SessionLog(status=SessionLog.START)

@@ -29,7 +29,6 @@ def directory(trained, tmp_path, monkeypatch):
     lines = [json.dumps({"prompt": prompt, "id": 7}, ensure_ascii=False) for prompt in PROMPTS]
     (tmp_path / "in.jsonl").write_text("\n\n".join(lines), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sample, "use_compilation_cache", lambda: None)
     return tmp_path
 
 

@@ -8,7 +8,6 @@ import pytest
 
 import nextllm_jax
 from nextllm_jax.cli import sample
-from nextllm_jax.cli import text as text_cli
 from nextllm_jax.cli.text import evaluate_command, tokenize_command
 from nextllm_jax.errors import InputError
 
@@ -21,8 +20,6 @@ TEMPLATE = (
 def directory(trained, monkeypatch):
     """The trained run's directory as the current one, with nothing written into the user's cache."""
     monkeypatch.chdir(trained.directory)
-    for module in (text_cli, sample):
-        monkeypatch.setattr(module, "use_compilation_cache", lambda: None)
     return trained.directory
 
 

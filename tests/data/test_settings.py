@@ -12,7 +12,7 @@ from nextllm_jax.config import DataConfig
 from nextllm_jax.data import prepare as prepare_module
 from nextllm_jax.data import settings
 from nextllm_jax.data.prepare import ensure_prepared, prepare
-from nextllm_jax.data.settings import CONTENT_FIELDS, content_settings, continued, default_data_path, find_prepared
+from nextllm_jax.data.settings import CONTENT_FIELDS, content_settings, continued, default_data_path, find_data
 from nextllm_jax.data.shards import Dataset
 from nextllm_jax.errors import InputError
 from nextllm_jax.tokenizer.bpe import train_tokenizer
@@ -230,9 +230,9 @@ def test_data_whose_corpus_is_gone_is_named(config, messages):
     assert f"texts has other content than {path} was prepared from" in messages.text
     shutil.rmtree("texts")
     with pytest.raises(InputError, match=r"holds no text.*set data.path data/texts-bpe260-"):
-        find_prepared(config)
+        find_data(config)
     with pytest.raises(InputError, match=r"or \.parquet$"):
-        find_prepared(dataclasses.replace(config, deduplicate="exact"))
+        find_data(dataclasses.replace(config, deduplicate="exact"))
 
 
 def test_data_of_an_earlier_version_is_found_by_its_run_and_loads(config):
@@ -245,7 +245,7 @@ def test_data_of_an_earlier_version_is_found_by_its_run_and_loads(config):
         if "_sha256" not in name
     }
     (earlier / "settings.json").write_text(json.dumps({**old, "files": "0123456789abcdef"}))
-    assert find_prepared(config) is None, "a new run prepares its data by content"
+    assert not find_data(config)[1], "a new run prepares its data by content"
     found = continued(config, config)
     assert found.path == str(earlier)
     assert ensure_prepared(found) == earlier

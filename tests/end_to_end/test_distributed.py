@@ -79,7 +79,7 @@ def test_two_processes_train_with_the_default_type_and_mesh(door):
         assert "2 x cpu (data 2)" in two.output(0)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_process_ends_the_other_and_the_checkpoint_stands(door, victim):
     with Processes(door, 2, "--mesh.fsdp", "2", held={victim: (TRAINED_A_STEP, 19)}) as two:
         two.wait_for("held", victim)

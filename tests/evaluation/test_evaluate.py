@@ -11,8 +11,9 @@ import pytest
 from nextllm_jax.config import MeshConfig, ModelConfig, OptimizerConfig
 from nextllm_jax.data.loader import validation_batches
 from nextllm_jax.data.packing import num_windows, read_batch
-from nextllm_jax.evaluation.evaluate import evaluate, perplexity
-from nextllm_jax.model.objective import make_eval_step, next_token
+from nextllm_jax.evaluation.evaluate import evaluate
+from nextllm_jax.inference.llm import Score
+from nextllm_jax.model.objective import make_eval_step, next_token, perplexity
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.sharding import make_mesh, sharding
 from nextllm_jax.training.optimizer import make_optimizer
@@ -67,6 +68,8 @@ def test_the_score_is_the_plain_sum_over_every_target(params, batch_size, device
 
 
 def test_perplexity_does_not_overflow():
+    assert perplexity(0.0) == 1
     assert perplexity(math.log(7.0)) == pytest.approx(7.0)
-    assert perplexity(1e4) == math.inf
+    assert perplexity(1e4) == perplexity(math.inf) == math.inf
     assert math.isnan(perplexity(math.nan))
+    assert math.isnan(Score(math.nan, 1, None).perplexity)

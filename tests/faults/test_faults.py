@@ -249,8 +249,8 @@ PREPARE = "nextllm_jax.data.prepare"
 ROWS = {
     # kill -9
     **{f"kill -9 at random, seed {seed}": Row(killed_at_random(seed), slow=seed > 0) for seed in range(20)},
-    "kill -9 before the first step": Row(killed("nextllm_jax.data.loader:TrainLoader.batches", fresh=True)),
-    "kill -9 in an evaluation": Row(killed(EVALUATE)),
+    "kill -9 before the first step": Row(killed("nextllm_jax.data.loader:TrainLoader.batches", fresh=True), slow=True),
+    "kill -9 in an evaluation": Row(killed(EVALUATE), slow=True),
     "kill -9 before the arrays are written": Row(killed(SAVE), slow=True),
     "kill -9 before a manifest": Row(killed(f"{FILES}:write_manifest")),
     "kill -9 before the first manifest": Row(killed(f"{FILES}:write_manifest", fresh=True), slow=True),
@@ -272,7 +272,7 @@ ROWS = {
     "SIGINT in an evaluation": Row(signalled(signal.SIGINT, EVALUATE, fresh=True), slow=True),
     "SIGTERM while saving": Row(signalled(signal.SIGTERM, f"{FILES}:seal", fresh=True)),
     "SIGINT while saving": Row(signalled(signal.SIGINT, SAVE, fresh=True), slow=True),
-    "Ctrl-C twice": Row(signalled_twice),
+    "Ctrl-C twice": Row(signalled_twice, slow=True),
     # disks
     "a small disk": Row(tiny_disk, slow=True),
     "full disk at the arrays": Row(full_disk(SAVE), slow=True),
@@ -290,9 +290,9 @@ ROWS = {
     "an array file emptied": Row(checkpoint(empty, "rest/d/*"), "rest/d/", slow=True),
     "an array file removed": Row(checkpoint(remove, "params/d/*"), "params/d/.* is missing", slow=True),
     "the manifest emptied": Row(checkpoint(empty, "manifest.json"), "manifest.json is empty", slow=True),
-    "the manifest removed": Row(checkpoint(remove, "manifest.json"), "manifest.json is missing"),
+    "the manifest removed": Row(checkpoint(remove, "manifest.json"), "manifest.json is missing", slow=True),
     # damage to the run's other files
-    "half a line in metrics.jsonl": Row(half_a_line),
+    "half a line in metrics.jsonl": Row(half_a_line, slow=True),
     "the run's tokenizer emptied": Row(lambda case: empty(case.run / "tokenizer" / "encoding.json"), slow=True),
     "config.json emptied": Row(lambda case: empty(case.run / "config.json"), "config.json", refuses=True),
     "config.json removed": Row(lambda case: remove(case.run / "config.json"), "not a run", refuses=True, slow=True),
@@ -301,7 +301,7 @@ ROWS = {
     "a shard cut short": Row(shard(truncate, "train-*.bin"), "train-00000.bin", refuses=True, slow=True),
     "a shard emptied": Row(shard(empty, "validation-*.bin"), "validation-00000.bin", refuses=True, slow=True),
     "a shard removed": Row(shard(remove, "train-*.bin"), "train-00000.bin", refuses=True, slow=True),
-    "shards swapped": Row(swap_shards, "(train|validation)-00000.bin", refuses=True),
+    "shards swapped": Row(swap_shards, "(train|validation)-00000.bin", refuses=True, slow=True),
     "bit flipped in the document index": Row(
         shard(flip, "train-documents.npy"), "train-documents.npy", refuses=True, slow=True
     ),
@@ -310,7 +310,7 @@ ROWS = {
     "another tokenizer in the data": Row(other_tokenizer, "tokenizer", refuses=True),
     # the clock
     "the clock is set back while training": Row(clock_set_back, slow=True),
-    "files from tomorrow": Row(files_of_tomorrow),
+    "files from tomorrow": Row(files_of_tomorrow, slow=True),
 }
 
 

@@ -313,17 +313,23 @@ def test_a_lone_surrogate_counts_as_the_character_that_is_scored(llm):
     assert llm.score("a\ud83d\ude00") == llm.score("a\N{GRINNING FACE}")
 
 
-@pytest.mark.parametrize("length", [5, 48, 100])
-def test_score_is_the_mean_over_windows_of_the_document(llm, length):
+@pytest.mark.parametrize(("length", "add_bos"), [(5, True), (46, True), (100, True), (100, False)])
+def test_score_is_the_mean_over_windows_which_begin_with_bos_if_prompts_do(llm, length, add_bos):
+    roles = dataclasses.replace(TOKENIZER.roles, add_bos=add_bos)
+    other = dataclasses.replace(llm, load_tokenizer=lambda: Tokenizer("other", TOKENIZER.backend, roles))
     text = ("é" + "the quick brown fox " * 10)[:length]
     document = TOKENIZER.encode_document(text)
+    targets = document[1:]
+    size = 47 if add_bos and len(targets) > 48 else 48
     nll = 0.0
-    for start in range(0, len(document) - 1, 48):
-        window = document[start : start + 49]
-        log_probabilities = jax.nn.log_softmax(llm.logits([window[:-1]])[0])
-        nll -= float(sum(log_probabilities[i, target] for i, target in enumerate(window[1:])))
-    score = llm.score(text)
-    assert score.tokens == len(document) - 1 == len(text.encode()) + 1
+    for start in range(0, len(targets), size):
+        before = [TOKENIZER.bos_id] if add_bos and start else []
+        scored = targets[start : start + size]
+        inputs = [*before, *document[start : start + len(scored)]]
+        log_probabilities = jax.nn.log_softmax(llm.logits([inputs])[0])[len(before) :]
+        nll -= float(sum(log_probabilities[i, target] for i, target in enumerate(scored)))
+    score = other.score(text)
+    assert score.tokens == len(targets) == len(text.encode()) + 1
     assert score.nll == pytest.approx(nll / score.tokens, rel=1e-5)
     assert score.bits_per_byte == pytest.approx(nll / math.log(2) / len(text.encode()), rel=1e-5)
     assert score.perplexity == pytest.approx(math.exp(score.nll))
@@ -336,6 +342,8 @@ def test_score_does_not_depend_on_the_batch(llm):
         llm.score("")
     with pytest.raises(InputError, match="window is 49"):
         llm.score("text", window=49)
+    with pytest.raises(InputError, match="window is 1, which leaves no room"):
+        llm.score("text", window=1)
 
 
 def test_several_texts_are_scored_as_each_alone(llm):
@@ -397,7 +405,7 @@ def test_without_a_tokenizer_there_are_logits_and_no_text(llm, without_tokenizer
             use()
 
 
-MESHES = {"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}
+MESHES = pytest.param({"data": 8}, marks=pytest.mark.slow), {"data": 2, "fsdp": 2, "tensor": 2}
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)

@@ -294,6 +294,18 @@ def test_what_cannot_be_honoured_is_refused_by_name(key):
         read_model_config(LLAMA | REFUSED[key], "config.json")
 
 
+def test_values_of_other_types_are_refused_by_name():
+    gemma = {"model_type": "gemma2", "architectures": None, "num_hidden_layers": 1}
+    smollm = {"model_type": "smollm3", "architectures": None, "num_hidden_layers": 1}
+    bad: list[dict[str, Any]] = [{"model_type": []}, {"architectures": 1}, {"hidden_act": {}}]
+    bad += [gemma | {"layer_types": [[]]}, smollm | {"no_rope_layers": [[]]}]
+    for values in bad:
+        with pytest.raises(InputError, match=rf"\b{list(values)[-1]} is "):
+            read_model_config(LLAMA | values, "config.json")
+    with pytest.raises(InputError, match="rope_type is "):
+        read_model_config(LLAMA | {"rope_scaling": {"rope_type": ["yarn"]}}, "config.json")
+
+
 def test_a_missing_size_is_named():
     with pytest.raises(InputError, match="hidden_size is missing"):
         read_model_config({name: value for name, value in LLAMA.items() if name != "hidden_size"}, "config.json")
@@ -417,12 +429,12 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor"),
     "index outside": (index_outside, "must be in the same directory"),
     "index of missing files": (index_of_missing, "which is missing"),
-    "broken index": (lambda d: (d / "model.safetensors.index.json").write_text("[]"), "no weight_map"),
+    "broken index": (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "no weight_map"),
     "another head": (
         lambda d: edit_weights(d, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1})),
         r"lm_head\.weight differs from the embedding",
     ),
-    "broken config": (lambda d: (d / "config.json").write_text("{"), "is not JSON"),
+    "broken config": (lambda d: (d / "config.json").write_text("{"), "cannot be read as JSON"),
 }
 
 

@@ -121,16 +121,23 @@ def test_adapters_resume_bit_for_bit_and_are_merged_at_every_door(place, trained
     merged = nextllm_jax.load(str(place.directory / "merged.gguf"), dtype="float32")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), llm.params, merged.params)
 
+    manifest = whole / "base" / "0" / "manifest.json"
+    manifest.write_text(manifest.read_text() + " ")
+    with pytest.raises(InputError, match="holds other base weights"):
+        nextllm_jax.load(str(whole))
+
+
+@pytest.mark.slow
+def test_adapters_are_tuned_again_on_merged_and_quantized_weights(place):
+    adapted = ("--init-from", "model.gguf", "--lora.rank", "4", "--lora.alpha", "32", *SHORT)
+    place.run("train.py", "--config", "config.py", *adapted, "--workdir", "whole")
+    *_, after = metrics(place.directory / "whole", "validation")
+    (data,) = (place.directory / "data").glob("corpus-model*")
     again = ("--init-from", "whole", "--lora.rank", "2", "--lora.frozen", "int8", "--workdir", "again")
     place.run("train.py", "--config", "config.py", *again, *SHORT, "--data.path", data, "--training.sample-tokens", "0")
     before, *_, better = metrics(place.directory / "again", "validation")
     assert before["loss"] == pytest.approx(after["loss"], rel=0.01)
     assert better["loss"] < before["loss"]
-
-    manifest = whole / "base" / "0" / "manifest.json"
-    manifest.write_text(manifest.read_text() + " ")
-    with pytest.raises(InputError, match="holds other base weights"):
-        nextllm_jax.load(str(whole))
 
 
 @pytest.mark.slow

@@ -1,6 +1,9 @@
 """Tokens and settings declared in the files next to tokenizer.json, against transformers."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -193,3 +196,12 @@ def test_a_post_processor_that_puts_two_tokens_first_is_refused(tmp_path):
     theirs.post_processor = hf.processors.TemplateProcessing("<tool> <think> $A", special_tokens=special)
     with pytest.raises(InputError, match=r"puts \['<tool>', '<think>'\] before a text; only one"):
         load_huggingface(save(theirs, tmp_path))
+
+
+def test_files_are_utf8_in_every_locale(tmp_path):
+    folder = with_files(tmp_path / "source", chat_template="é {{ messages }}")
+    code = "import sys; from nextllm_jax.tokenizer.huggingface import load_huggingface, save_huggingface;"
+    code += "save_huggingface(load_huggingface(sys.argv[1]), sys.argv[2])"
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code, folder, tmp_path / "copy"], env=ascii_only, check=True)
+    assert load_huggingface(tmp_path / "copy").chat_template == "é {{ messages }}"

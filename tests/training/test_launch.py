@@ -15,7 +15,6 @@ from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.cli.main import train_command
 from nextllm_jax.config.files import load_config_file
 from nextllm_jax.errors import InputError
-from nextllm_jax.training import launch
 
 
 def test_the_public_names_are_there():
@@ -27,7 +26,6 @@ def test_the_public_names_are_there():
 def test_a_notebook_trains_in_a_thread_and_keeps_its_signal_handlers(trained, door, monkeypatch, messages, capsys):
     """The run is finished already, so nothing is compiled."""
     monkeypatch.chdir(door.directory)
-    monkeypatch.setattr(launch, "use_compilation_cache", lambda: None)  # it is the whole process's
     shutil.copytree(trained.directory / "runs", "runs")
     config = load_config_file("config.py")
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -50,7 +48,6 @@ def test_a_notebook_trains_in_a_thread_and_keeps_its_signal_handlers(trained, do
 def test_an_accepted_change_is_the_runs_and_the_first_command_continues_it(trained, door, monkeypatch, messages):
     """The run is finished already, so nothing is compiled."""
     monkeypatch.chdir(door.directory)
-    monkeypatch.setattr(launch, "use_compilation_cache", lambda: None)  # it is the whole process's
     monkeypatch.setattr(process, "restart_with_settings", lambda: None)
     shutil.copytree(trained.directory / "runs", "runs")
     first, rate = ["--config", "config.py"], "--optimizer.learning-rate"

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nextllm_jax.training.metrics import TrainMeter, perplexity
+from nextllm_jax.training.metrics import TrainMeter
 from nextllm_jax.training.step import StepMetrics
 
 
@@ -181,12 +181,3 @@ def test_nothing_is_read_from_the_device_before_it_is_asked_for(meter, monkeypat
     assert fetched == [0]
     meter.read(10)
     assert fetched == [0, 10, 0]
-
-
-@pytest.mark.parametrize(("loss", "expected"), [(0.0, 1.0), (1.0, math.e), (1e6, math.inf), (math.inf, math.inf)])
-def test_perplexity(loss, expected):
-    assert perplexity(loss) == expected
-
-
-def test_perplexity_of_nan_is_nan():
-    assert math.isnan(perplexity(math.nan))

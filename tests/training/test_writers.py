@@ -11,7 +11,7 @@ from unittest import mock
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
 from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config, ModelConfig, TrainingConfig
@@ -127,6 +127,7 @@ def write_run(workdir, steps, initial_step=None, **arguments):
             writers.validation(validation_record(step))
             samples.write(step, [("def ", f"f{step}():\n    pass\n===== step 1 =====\n")])
             pictures.after_evaluation(step, mock.Mock())
+    pictures.close()
     writers.close()
 
 
@@ -229,7 +230,9 @@ def test_processes_other_than_the_first_write_nothing(tmp_path, messages):
     writers = MetricsWriter(run, MODEL, initial_step=5, enabled=False)
     writers.train(train_record(10))
     writers.validation(validation_record(20))
-    Pictures(run, MODEL, enabled=False).after_evaluation(20, mock.Mock())
+    pictures = Pictures(run, MODEL, enabled=False)
+    pictures.after_evaluation(20, mock.Mock())
+    pictures.close()
     Samples(run, Start(Config(), mock.Mock()), 5, enabled=False)
     writers.close()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -303,6 +306,6 @@ def test_full_disk_is_a_sentence(tmp_path, writers):
 def test_import_is_light():
     code = (
         "import sys, nextllm_jax.training.writers; "
-        "sys.exit(', '.join({'matplotlib', 'tensorboardX', 'tqdm', 'orbax'} & set(sys.modules)) or None)"
+        "sys.exit(', '.join({'matplotlib', 'tensorboard', 'tqdm', 'orbax'} & set(sys.modules)) or None)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
