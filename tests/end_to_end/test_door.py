@@ -154,7 +154,7 @@ BAD_TRAIN = {
         "tokenizer has 320 tokens, but model.vocab_size is 300",
     ),
     "sample prompts": (
-        ["--config", "config.py", "--training.sample-tokens", "126", "--training.sample-prompts", "a"],
+        ["--config", "config.py", "--training.sample-tokens", "126", "--training.sample-prompts", "the cat"],
         "must fit model.context_length 128",
     ),
     "rows and mesh": (
