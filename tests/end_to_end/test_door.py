@@ -154,13 +154,14 @@ BAD_TRAIN = {
         "tokenizer has 320 tokens, but model.vocab_size is 300",
     ),
     "sample prompts": (
-        ["--config", "config.py", "--training.sample-tokens", "126"],
+        ["--config", "config.py", "--training.sample-tokens", "126", "--training.sample-prompts", "the cat"],
         "must fit model.context_length 128",
     ),
     "rows and mesh": (
         ["--config", "config.py", "--training.accumulation-steps", "8", "--training.global-batch-size", "12"],
         "8 does not divide training.global_batch_size 12",
     ),
+    "a path that is too long": (["--config", "config.py", "--workdir", "x" * 300], "File name too long"),
     "two configs": (["--config", "config.py", "--config", "config.py"], "--config is given 2 times"),
     "no such platform": (["--config", "config.py"], "jax found no device", {"JAX_PLATFORMS": "tpu"}),
     "remote workdir": (["--config", "config.py", "--workdir", "gs://bucket/run"], "must name a local directory"),
