@@ -59,15 +59,15 @@ def train(
         stop = stack.enter_context(StopRequest(group, may_exit=may_exit))
         stack.enter_context(group)
         stop.allow_exit("waiting for the other processes")
-        consent = allowed_fields(allow_change)
+        allowed = allowed_fields(allow_change)
         workdir_of(config)  # raises InputError if there is none
         group.connect()
         stack.enter_context(_messages_from_process_0(group))
         file, replaced = file or config, {}
         if not overwrite:
             config = with_accepted_changes(config, stated)
-            replaced = replaced_values(config, file, consent)
-        config, source = _prepare(config, file, group, stop, overwrite, consent)
+            replaced = replaced_values(config, file, allowed)
+        config, source = _prepare(config, file, group, stop, overwrite, allowed)
 
         with phase("importing the training code"):
             from nextllm_jax.training.loop import run_steps
@@ -102,7 +102,7 @@ def _messages_from_process_0(group: ProcessGroup) -> Iterator[None]:
 
 
 def _prepare(
-    config: Config, file: Config, group: ProcessGroup, stop: StopRequest, overwrite: bool, consent: frozenset[str]
+    config: Config, file: Config, group: ProcessGroup, stop: StopRequest, overwrite: bool, allowed: frozenset[str]
 ) -> tuple[Config, "Source | None"]:
     """Prepare the data in process 0 while the others wait, and start jax in all.
 
@@ -115,10 +115,10 @@ def _prepare(
             from nextllm_jax.pretrained.init_from import with_source
         with phase("opening init_from"):
             config, source = with_source(config, file, overwrite=overwrite)
-    choices = {"--overwrite": str(overwrite), "--allow-change": ", ".join(sorted(consent))}
+    choices = {"--overwrite": str(overwrite), "--allow-change": ", ".join(sorted(allowed))}
     group.check_same({**choices, **facts_of(config)})
     stop.allow_exit("preparing data")
-    path = _prepare_data(config, source, overwrite, consent) if group.process_id == 0 else None
+    path = _prepare_data(config, source, overwrite, allowed) if group.process_id == 0 else None
     path = group.gather(path, "process 0 to prepare the data")[0]
     config = _with_data_path(config, path)
     stop.allow_exit("starting")
@@ -128,7 +128,7 @@ def _prepare(
     return config, source
 
 
-def _prepare_data(config: Config, source: "Source | None", overwrite: bool, consent: frozenset[str]) -> str:
+def _prepare_data(config: Config, source: "Source | None", overwrite: bool, allowed: frozenset[str]) -> str:
     """The directory of the data, which is prepared if necessary. A run continues with the data that it recorded."""
     from nextllm_jax.checkpoint.run_dir import RunDir
     from nextllm_jax.data.prepare import ensure_prepared
@@ -136,12 +136,12 @@ def _prepare_data(config: Config, source: "Source | None", overwrite: bool, cons
     from nextllm_jax.training.open_run import require_startable
 
     # To report mistakes before the data is prepared; `open_run` checks again once it holds the run's lock.
-    require_startable(config, overwrite=overwrite, allow_change=consent)
+    require_startable(config, overwrite=overwrite, allow_change=allowed)
     run = RunDir(workdir_of(config))
     if not overwrite and run.exists():
         config = with_recorded_data(config, run)
-        consent |= {*CONTENT_FIELDS}  # the checkpoint says which data it needs
-    path = str(ensure_prepared(config.data, allow_change=consent))
+        allowed |= {*CONTENT_FIELDS}  # the checkpoint says which data it needs
+    path = str(ensure_prepared(config.data, allow_change=allowed))
     if source is not None:
         from nextllm_jax.pretrained.init_from import require_tokenizer
 
