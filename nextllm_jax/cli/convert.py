@@ -53,8 +53,9 @@ class ExportArguments:
     """Run directory, Hugging Face directory, GGUF file, or a published model: smollm2."""
     output: str
     """Directory (huggingface) or file (gguf) to write."""
-    format: Literal["huggingface", "gguf"] = "huggingface"
-    """A directory with config.json, safetensors and tokenizer.json, or one GGUF file."""
+    format: Literal["huggingface", "gguf"] | None = None
+    """A directory with config.json, safetensors and tokenizer.json, or one GGUF file; none: gguf if the name of the
+    output ends with .gguf, else huggingface."""
     dtype: Literal["float32", "bfloat16", "float16", "q8_0"] | None = None
     """Dtype of the matrices; none: that of the source (bfloat16, or float32 for any other). float16 and q8_0 only with
     --format gguf. In a GGUF file, quantized matrices keep their bits as Q8_0, Q4_0 or Q4_1 blocks; to get these, run
@@ -73,7 +74,8 @@ def export_command(argv: list[str]) -> int:
     Returns the exit code.
     """
     arguments = tyro.cli(ExportArguments, args=argv, prog="nextllm export", description=ExportArguments.__doc__)
-    if arguments.format == "huggingface" and arguments.dtype not in (None, "float32", "bfloat16"):
+    file_format = arguments.format or ("gguf" if arguments.output.lower().endswith(".gguf") else "huggingface")
+    if file_format == "huggingface" and arguments.dtype not in (None, "float32", "bfloat16"):
         raise InputError(f"dtype {arguments.dtype} is for --format gguf; huggingface takes float32 and bfloat16")
     if arguments.shard_gigabytes <= 0:
         raise InputError(f"shard_gigabytes is {arguments.shard_gigabytes}; it must be positive")
@@ -83,7 +85,7 @@ def export_command(argv: list[str]) -> int:
     export_model(
         arguments.checkpoint,
         arguments.output,
-        file_format=arguments.format,
+        file_format=file_format,
         dtype=arguments.dtype,
         step=arguments.step,
         model_type=arguments.model_type,

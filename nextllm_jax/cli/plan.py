@@ -35,7 +35,7 @@ class PlanArguments:
     """With --fast, instead of --topology: JAX's name of the devices, such as "NVIDIA H100 80GB HBM3". For an unknown
     name, the plan has memory and traffic, but no speed, and a warning lists the known names."""
     devices: int | None = None
-    """With --chip: number of devices."""
+    """With --chip: number of devices; none: 1."""
     search: bool = False
     """Rank the meshes, remat policies and accumulation steps that fit, and compile the best ones."""
     search_minutes: float = 10.0
@@ -85,9 +85,9 @@ def plan_command(argv: list[str]) -> int:
 
 def _check(arguments: PlanArguments) -> None:
     if (arguments.topology is None) == (arguments.chip is None):
-        raise InputError("there must be one target; give either --topology, or --fast, --chip and --devices")
-    if arguments.chip is not None and (not arguments.fast or arguments.devices is None):
-        raise InputError("--chip can only be estimated; add --fast and --devices")
+        raise InputError("there must be one target; give either --topology, or --fast and --chip")
+    if arguments.chip is not None and not arguments.fast:
+        raise InputError("--chip can only be estimated; add --fast")
     if arguments.topology is not None and arguments.devices is not None:
         raise InputError("--devices is for --chip; a topology has a fixed number of devices")
     if arguments.decode and (arguments.fast or arguments.search):
@@ -124,7 +124,7 @@ def _plan(arguments: PlanArguments) -> tuple[dict[str, Any], str]:
     config, budget = arguments.run, report.Budget(arguments.days, arguments.tokens)
     config = with_vocab_size(config, Path(config.data.path) if config.data.path else None, overwrite=True)
     if arguments.chip is not None:
-        target = topology.devices_of_kind(arguments.chip, arguments.devices or 0)
+        target = topology.devices_of_kind(arguments.chip, 1 if arguments.devices is None else arguments.devices)
         if target.chip is None and not arguments.search:
             _log.warning(f"{unknown_chip(arguments.chip)}. The plan has memory without speed")
     else:

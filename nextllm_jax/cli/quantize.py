@@ -10,7 +10,7 @@ from nextllm_jax.cli.text import read_text
 from nextllm_jax.config import DataConfig
 from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.process import use_compilation_cache
-from nextllm_jax.progress import progress_bar
+from nextllm_jax.progress import phase, progress_bar
 
 _TEXT_CHARACTERS = 32_768
 
@@ -58,7 +58,8 @@ def quantize_command(argv: list[str]) -> int:
         text = held_out_text(DataConfig(), _TEXT_CHARACTERS) if arguments.perplexity else ""
     before = _perplexity(arguments.checkpoint, arguments.step, text) if arguments.perplexity else None
     report = QuantizationReport(model.source.config, quantization)
-    with progress_bar(total=report.total, desc="quantizing", unit=" weights", unit_scale=True) as bar:
+    total = report.total
+    with phase("quantizing"), progress_bar(total=total, desc="quantizing", unit=" weights", unit_scale=True) as bar:
         report.progress = bar.update
         write_quantized(model, output, quantization, report.observe)
     print(report)
@@ -74,4 +75,5 @@ def _perplexity(checkpoint: str, step: str | None, text: str) -> float:
     from nextllm_jax.inference.llm import load
 
     llm = load(checkpoint, step=step)
-    return llm.score(text, window=min(llm.config.context_length, 1024), progress=True).perplexity
+    with phase(f"measuring the perplexity of {checkpoint}"):
+        return llm.score(text, window=min(llm.config.context_length, 1024), progress=True).perplexity

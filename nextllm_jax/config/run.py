@@ -45,7 +45,7 @@ class DataConfig:
     """Split of the Hugging Face dataset."""
     tokenizer: ChoosesTokenizer[str] = "train"
     """train (trains a byte-level BPE on the corpus), gpt2, cl100k_base, o200k_base, or the path of a .tiktoken ranks
-    file, a saved tokenizer directory, a Hugging Face directory or a tokenizer.json."""
+    file, a saved tokenizer directory, a Hugging Face directory, a tokenizer.json or a .gguf file."""
     vocab_size: ChoosesTokenizer[int] = 8192
     """Vocabulary size of a trained tokenizer, including special tokens."""
     path: Annotated[str | None, OnResume("free", OTHER_DATA)] = None
@@ -195,7 +195,7 @@ class TrainingConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters on the frozen weights of init_from; only the adapters are trained (Hu et al. 2021)."""
+    """Low-rank adapters on the frozen weights of init_from; only the adapters are trained (Hu et al., 2021)."""
 
     rank: Fixed[int] = 0
     """Rank of the adapters; 0: no adapters, all weights are trained."""
@@ -314,8 +314,9 @@ class Config:
     seed: Annotated[int, _OTHER_ORDER] = 0
     """Seed of the initial weights and of the data order."""
     init_from: NoEffect[str | None] = None
-    """Initial weights: a run directory (its best checkpoint), a Hugging Face directory or a GGUF file. The model config
-    and the tokenizer come from there; only execution settings (dtype, attention, remat) are kept from this config."""
+    """Initial weights: a run directory (its best checkpoint), a Hugging Face directory, a GGUF file, or a published
+    model: smollm2. The model config and the tokenizer come from there; only execution settings (dtype, attention,
+    remat) are kept from this config."""
     platform: Free[Literal["auto", "cpu", "gpu", "tpu"]] = "auto"
     """Platform to require; auto: whichever jax selects."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)

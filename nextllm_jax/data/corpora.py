@@ -14,7 +14,16 @@ from pathlib import Path
 from nextllm_jax.config import DataConfig
 from nextllm_jax.data.conversations import conversation_group, conversation_text
 from nextllm_jax.data.files import READ_ERRORS, CorpusFile, Listing, find_files, open_text
-from nextllm_jax.data.rows import TOOLS_FIELD, Row, Skipped, field_of, huggingface_rows, plain_value, read_rows
+from nextllm_jax.data.rows import (
+    TOOLS_FIELD,
+    Row,
+    Skipped,
+    field_of,
+    huggingface_rows,
+    missing_field,
+    plain_value,
+    read_rows,
+)
 from nextllm_jax.errors import InputError
 
 SECTION_CHARACTERS = 131_072
@@ -189,10 +198,10 @@ def _row_documents(rows: Iterable[Row], config: DataConfig, skipped: Skipped) ->
 
 
 def _row_document(row: object, config: DataConfig, where: str) -> Document:
-    field, setting = field_of(config)
+    field, _ = field_of(config)
     if not isinstance(row, dict) or field not in row:
-        fields = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-        raise InputError(f"{where} has no field '{field}'; it has {fields or 'none'}; set {setting}")
+        names = list(map(str, row)) if isinstance(row, dict) else [type(row).__name__]
+        raise InputError(f"{where} has {missing_field(config, names)}")
     value = row[field]
     if config.messages_field:
         text = conversation_text(plain_value(value, where), plain_value(row.get(TOOLS_FIELD), where), where)

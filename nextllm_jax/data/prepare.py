@@ -232,12 +232,12 @@ def _with_template(tokenizer: Tokenizer, file: str | None) -> Tokenizer:
     if tokenizer.chat_template is None:
         raise InputError(
             f"data.messages_field needs a chat template, but the tokenizer {tokenizer.name} has none; set "
-            "data.chat_template to a Jinja file"
+            "data.chat_template to a Jinja file, such as the one in docs/models.md"
         )
     if not ChatTemplate(tokenizer).writes_end():
         _log.warning(
             f"the chat template of {tokenizer.name} ends the assistant's turns without an end token of the tokenizer; "
-            "the model will not learn to stop, so add one to the template"
+            "the model will not learn to stop; write {{ eos_token }} after their content"
         )
     return tokenizer
 

@@ -6,7 +6,7 @@ import decimal
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,15 @@ def field_of(config: DataConfig) -> tuple[str, str]:
     if config.messages_field:
         return config.messages_field, "data.messages_field"
     return config.text_field, "data.text_field"
+
+
+def missing_field(config: DataConfig, names: Sequence[str]) -> str:
+    """What an error says of a row with the fields `names`, which lacks the field that is read."""
+    field, setting = field_of(config)
+    talks = [name for name in ("messages", "conversations") if name in names]
+    if talks and not config.messages_field:
+        setting = f"data.messages_field {talks[0]} to train on conversations, or {setting}"
+    return f"no field '{field}'; it has {', '.join(names) or 'none'}; set {setting}"
 
 
 def read_rows(file: CorpusFile, config: DataConfig) -> Iterator[Row]:
@@ -107,14 +116,14 @@ def _json_values(file: CorpusFile) -> Iterator[Row]:
 
 
 def _parquet_rows(path: Path, config: DataConfig) -> Iterator[Row]:
-    field, setting = field_of(config)
+    field, _ = field_of(config)
     arrow = import_extra("pyarrow", "parquet", f"data.corpus file {path}")
     parquet = import_extra("pyarrow.parquet", "parquet", f"data.corpus file {path}")
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if field not in names:
-                raise InputError(f"{path} has no field '{field}'; it has {', '.join(names)}; set {setting}")
+                raise InputError(f"{path} has {missing_field(config, names)}")
             number, chosen = 0, [field]
             if config.messages_field and TOOLS_FIELD in names:
                 chosen.append(TOOLS_FIELD)

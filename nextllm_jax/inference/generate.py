@@ -24,6 +24,7 @@ from nextllm_jax.errors import InputError
 from nextllm_jax.inference.sampling import row_keys, sample
 from nextllm_jax.model.kv_cache import KVCache
 from nextllm_jax.model.transformer import Transformer
+from nextllm_jax.progress import phase
 from nextllm_jax.sharding import on_mesh, padded_size
 
 CHUNK_TOKENS = 64
@@ -242,7 +243,8 @@ class Generation:
                 prefill, model, params, tokens_BT, lengths_B, cache_length=cache_length, track_seen=track_seen
             )
         with on_mesh(mesh):
-            read.func.lower(*read.args, **read.keywords).compile()  # before the clock starts
+            with phase("compiling for the prompt"):
+                read.func.lower(*read.args, **read.keywords).compile()  # before the clock starts
             started = time.perf_counter()
             self._state = jax.block_until_ready(read())
         self.speeds = Speeds(prefill_tokens=int(lengths_B.sum()), prefill_seconds=time.perf_counter() - started)
@@ -251,7 +253,8 @@ class Generation:
         self._stop_ids = np.asarray(stop_ids, np.int32)
         self._extend = functools.partial(extend, model, params)
         self._decode = functools.partial(decode, model, sampling=sampling, vocab_size=vocab_size)
-        self._run(0)  # no steps: compiles before the clock starts
+        with phase("compiling for new tokens"):
+            self._run(0)  # no steps: compiles before the clock starts
 
     @property
     def done(self) -> bool:

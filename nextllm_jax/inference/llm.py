@@ -23,7 +23,7 @@ from nextllm_jax.model.transformer import Transformer, abstract_params, resolve_
 from nextllm_jax.model.weights import cast_matrices
 from nextllm_jax.pretrained.open_model import open_model
 from nextllm_jax.pretrained.source import Source
-from nextllm_jax.progress import progress_bar
+from nextllm_jax.progress import phase, progress_bar
 from nextllm_jax.sharding import make_mesh, on_device, on_mesh, padded_size, placed
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -367,11 +367,12 @@ def load_source(
         devices = make_mesh(mesh)
         place = functools.partial(placed, devices)
     model, abstract = decoding_model(config, compute_dtype, place, quantization)
-    if quantization is not None and quantization != quantization.by_channel and jax.default_backend() == "cpu":
-        _, by_channel = decoding_model(config, compute_dtype, place, quantization.by_channel)
-        params = regroup(source.load_params(abstract), by_channel)
-    else:
-        params = source.load_params(abstract)
+    with phase(f"loading {path}"):
+        if quantization is not None and quantization != quantization.by_channel and jax.default_backend() == "cpu":
+            _, by_channel = decoding_model(config, compute_dtype, place, quantization.by_channel)
+            params = regroup(source.load_params(abstract), by_channel)
+        else:
+            params = source.load_params(abstract)
     return LLM(config, params, source.load_tokenizer, compute_dtype, model.scan_layers, devices)
 
 

@@ -17,6 +17,9 @@ from nextllm_jax.config.files import workdir_of
 
 _log = logging.getLogger(__name__)
 
+_SCHEDULE = frozenset({"training.steps", "optimizer.schedule_steps"})
+"""Both determine the schedule, so a command that changes one of them keeps the other too."""
+
 
 def with_accepted_changes(config: Config, stated: Collection[str] = ()) -> Config:
     """The config with the run's values of fields that still have a replaced value; a message names each.
@@ -46,7 +49,8 @@ def replaced_values(config: Config, file: Config, allow_change: Collection[str])
         return {}
     old, stated, new = fields_of(run.read_config()), fields_of(file), fields_of(config)
     replaced = run.read_replaced()
-    for name in sorted(allow_change):
+    names = frozenset(allow_change)
+    for name in sorted(names | _SCHEDULE if names & _SCHEDULE else names):
         values = dict.fromkeys((*replaced.get(name, ()), old[name].value, stated[name].value))
         replaced[name] = tuple(value for value in values if value != new[name].value)
     return {name: values for name, values in replaced.items() if values}

@@ -111,6 +111,10 @@ def test_lone_surrogates_of_json_are_replaced(tmp_path):
         ('{"body": "x"}', r"rows.jsonl line 2 has no field 'text'; it has body; set data.text_field"),
         ('{"text": 5}', r"rows.jsonl line 2: field 'text' is int, not text"),
         ('{"text": "x"', r"rows.jsonl line 2 is not JSON"),
+        (
+            '{"messages": []}',
+            r"it has messages; set data.messages_field messages to train on conversations, or data.text",
+        ),
         ("[1]", r"rows.jsonl line 2 has no field 'text'"),
     ],
 )

@@ -17,8 +17,8 @@ COMMAND = ("nextllm_jax.cli", "plan", "--config", "config.py")
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "give either --topology, or --fast, --chip and --devices"),
-        (["--chip", "NVIDIA H200", "--devices", "8"], "add --fast and --devices"),
+        ([], "give either --topology, or --fast and --chip"),
+        (["--chip", "NVIDIA H200", "--devices", "8"], "--chip can only be estimated; add --fast"),
         (["--chip", "Abacus", "--devices", "8", "--fast", "--search"], "chip 'Abacus' is unknown; the known ones are"),
         (["--topology", "v5e:4x4", "--devices", "8"], "--devices is for --chip"),
         (["--topology", "v5e:4x4", "--decode", "--fast"], "--decode always compiles"),

@@ -228,7 +228,7 @@ def test_a_trained_model_is_the_same_to_transformers_and_as_gguf(trained, door):
     """Through the commands: train here, export, sample from the export; transformers finds the same logits."""
     run = trained.directory / "runs" / "config"
     door.run("nextllm_jax.cli", "export", "--checkpoint", run, "--output", "hf")
-    door.run("nextllm_jax.cli", "export", "--checkpoint", run, "--output", "model.gguf", "--format", "gguf")
+    door.run("nextllm_jax.cli", "export", "--checkpoint", run, "--output", "model.gguf")
     greedy = ("--prompt", "the cat ", "--temperature", 0, "--max-new-tokens", 12)
     texts = {door.run("sample.py", "--checkpoint", path, *greedy).stdout for path in (run, "hf", "model.gguf")}
     assert len(texts) == 1

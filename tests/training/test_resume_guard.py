@@ -9,6 +9,7 @@ import pytest
 from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from nextllm_jax.errors import InputError
+from nextllm_jax.training.accepted_changes import replaced_values, with_accepted_changes
 from nextllm_jax.training.resume_guard import (
     allowed_fields,
     changes,
@@ -252,3 +253,15 @@ def test_the_data_may_lie_elsewhere_and_the_model_in_another_type():
 def test_a_record_that_does_not_name_its_data_is_an_error(record):
     with pytest.raises(InputError, match="another version may have written it"):
         recorded_data(record)
+
+
+@pytest.mark.parametrize("allowed", ["training.steps", "optimizer.schedule_steps"])
+def test_an_accepted_length_keeps_steps_and_schedule_together(tmp_path, allowed):
+    file = Config(workdir=str(tmp_path), training=TrainingConfig(steps=100))
+    changed = dataclasses.replace(
+        file, training=TrainingConfig(steps=150), optimizer=OptimizerConfig(schedule_steps=100)
+    )
+    run = RunDir(tmp_path)
+    run.write_config(file)
+    run.write_config(changed, replaced_values(changed, file, {allowed}))
+    assert with_accepted_changes(file) == changed
