@@ -1,11 +1,12 @@
-"""The arrays of a saved tree: their entries in the manifest (path, dtype, shape), and reading them in parts."""
+"""The arrays of a saved tree: their entries in the manifest (path, dtype, shape, checksum), and reading them."""
 
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+
+from nextllm_jax.ops.checksum import checksum
 
 PLACEHOLDER = ocp.PLACEHOLDER
 """Takes the place of leaves that are not part of a partial tree."""
@@ -13,11 +14,21 @@ PLACEHOLDER = ocp.PLACEHOLDER
 
 def leaves_of(tree: Any) -> dict[str, list[Any]]:
     """[dtype, shape] of each leaf, by its path, such as "layers/mlp/up/kernel"."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path: [str(leaf.dtype), list(leaf.shape)] for path, leaf in _by_path(tree).items()}
+
+
+def checksums_of(tree: Any) -> dict[str, jax.Array]:
+    """The checksum of each array, by its path. PLACEHOLDER leaves have none. Does not wait for the devices."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): [str(leaf.dtype), list(leaf.shape)]
-        for path, leaf in leaves
+        path: checksum(leaf, getattr(leaf, "sharding", None))
+        for path, leaf in _by_path(tree).items()
+        if leaf is not PLACEHOLDER
     }
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def mismatch(saved: dict[str, list[Any]], wanted: dict[str, list[Any]]) -> str | None:
@@ -33,9 +44,11 @@ def mismatch(saved: dict[str, list[Any]], wanted: dict[str, list[Any]]) -> str |
     return None
 
 
-def read_parts(path: epath.Path, parts: Iterable[Any]) -> Iterator[Any]:
-    """The arrays of each abstract tree in `parts`, one tree after another. A tree may have PLACEHOLDER leaves."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        for part in parts:
-            arguments = ocp.checkpoint_utils.construct_restore_args(part)
-            yield checkpointer.restore(path, args=ocp.args.PyTreeRestore(part, restore_args=arguments))
+def read(path: epath.Path, part: Any) -> Any:
+    """The arrays of an abstract tree, which may have PLACEHOLDER leaves. Does not wait for other processes."""
+    arguments = ocp.checkpoint_utils.construct_restore_args(part)
+    handler = ocp.PyTreeCheckpointHandler()  # an ocp.Checkpointer would wait for a process that has failed
+    try:
+        return handler.restore(path, args=ocp.args.PyTreeRestore(part, restore_args=arguments))
+    finally:
+        handler.close()

@@ -3,7 +3,7 @@
 Orbax writes the arrays of a step under a temporary name. A thread then commits them: on disk it hashes the files,
 writes a manifest with the hashes and the validation loss, reads everything back, and renames the directory to the step;
 in a bucket it writes a manifest with the service's checksums (see step_files.py). Older steps are deleted only after
-that. Restoring first verifies every byte, since orbax restores a flipped bit without an error.
+that. Restoring compares the arrays with checksums that were computed before they were written (verified_read.py).
 
 The latest and the best step are determined only from the steps in the directory. Orbax's CheckpointManager ranks steps
 by metrics stored elsewhere, and counts an empty directory named by a number as a step.
@@ -18,20 +18,17 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from nextllm_jax.checkpoint import orbax_errors, step_files
-from nextllm_jax.checkpoint.leaves import leaves_of, mismatch, read_parts
-from nextllm_jax.checkpoint.manifest import FORMAT, MANIFEST, DamagedFile, UnknownManifest, read_manifest
+from nextllm_jax.checkpoint.leaves import checksums_of, leaves_of, mismatch
+from nextllm_jax.checkpoint.manifest import CHECKSUMS, FORMAT, MANIFEST, DamagedFile, UnknownManifest, read_manifest
+from nextllm_jax.checkpoint.verified_read import DamagedItem, UnreadableItem, first_found, read_item
 from nextllm_jax.errors import InputError, RunFailed
-from nextllm_jax.progress import progress_bar
 from nextllm_jax.storage.open_storage import as_path
 
 _log = logging.getLogger(__name__)
-_TEXT_BYTES = 1000  # of a message that processes exchange
 
 
 class DamagedCheckpoint(InputError):
@@ -44,15 +41,6 @@ class DamagedCheckpoint(InputError):
 
 def _finite(loss: float | None) -> float | None:
     return float(loss) if loss is not None and math.isfinite(loss) else None
-
-
-def _first_found(text: str) -> str:
-    """The first nonempty text among those of all processes; every process gets it."""
-    if jax.process_count() == 1:
-        return text
-    mine = np.frombuffer(text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0"), np.uint8)
-    texts = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in multihost_utils.process_allgather(mine)]
-    return next(filter(None, texts), "")
 
 
 class Checkpoints:
@@ -191,8 +179,8 @@ class Checkpoints:
         """The tree saved at `step` under `name`, with the shardings of `abstract`.
 
         `abstract` is the tree with a sharded ShapeDtypeStruct at each leaf. Raises InputError, which names the leaf, if
-        its structure, dtypes or shapes differ from the saved ones. Raises DamagedCheckpoint, which names the file, if
-        the item's files are damaged; they are verified before anything is restored.
+        its structure, dtypes or shapes differ from the saved ones. Raises DamagedCheckpoint, which names the file or
+        the array, if what is restored is not what was saved.
         """
         (tree,) = self.restore_parts(step, name, abstract, [abstract])
         return tree
@@ -208,23 +196,11 @@ class Checkpoints:
             raise InputError(f"{path} does not fit ({name}: {difference}); use the config that it was saved with")
         orbax_errors.silence_tracebacks()
         try:
-            self._verify(step, name, manifest)
-            yield from read_parts(step_files.item_path(self._path(step), manifest, name), parts)
-        except DamagedCheckpoint:
-            raise
-        except Exception as error:  # orbax wraps what tensorstore raises in kinds of its own
-            cause = f"cannot be read ({name}: {orbax_errors.cause(error)})"
-            raise InputError(self._unusable(step, cause)) from error
-
-    def _verify(self, step: int, name: str, manifest: dict[str, Any]) -> None:
-        """Raise DamagedCheckpoint, in every process, if a file of an item is damaged. Each process reads some files."""
-        share = jax.process_index(), jax.process_count()
-        size = sum(entry["size"] for file, entry in manifest["files"].items() if file.startswith(f"{name}/"))
-        with progress_bar(desc=f"checking step {step}", total=size // share[1], unit="B", unit_scale=True) as bar:
-            found = step_files.damaged_files(self._path(step), manifest, item=name, share=share, progress=bar.update)
-            damage = _first_found(str(next(found, "")))
-        if damage:
-            raise DamagedCheckpoint(step, self._unusable(step, f"is damaged ({damage})"))
+            yield from read_item(self._path(step), manifest, name, parts)
+        except DamagedItem as damage:
+            raise DamagedCheckpoint(step, self._unusable(step, f"is damaged ({damage})")) from damage
+        except UnreadableItem as error:
+            raise InputError(self._unusable(step, f"cannot be read ({name}: {error})")) from error
 
     def save(self, step: int, items: dict[str, Any], record: dict[str, Any], *, validation_loss: float | None) -> None:
         """Start saving a step. Returns once the arrays may be donated, before they are on disk.
@@ -241,12 +217,13 @@ class Checkpoints:
             "step": step,
             "validation_loss": _finite(validation_loss),
             "items": {name: leaves_of(tree) for name, tree in items.items()},
+            CHECKSUMS: {name: checksums_of(tree) for name, tree in items.items()},  # before the arrays are donated
             "record": record,
             "run": self._run,
             "versions": step_files.versions(),
         }
         trees = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        attempt = _first_found(step_files.begin(self._directory, step) if jax.process_index() == 0 else "")
+        attempt = first_found(step_files.begin(self._directory, step) if jax.process_index() == 0 else "")
         try:
             checkpointer, background = self._open()
             checkpointer.save(self._directory / attempt, args=ocp.args.Composite(**trees), force=True)
@@ -275,7 +252,8 @@ class Checkpoints:
         checkpointer.wait_until_finished()
         if jax.process_index() == 0:
             self._guard()
-            step_files.commit(self._directory, attempt, step, manifest)
+            checksums = jax.tree.map(int, jax.device_get(manifest[CHECKSUMS]))
+            step_files.commit(self._directory, attempt, step, {**manifest, CHECKSUMS: checksums})
 
     def check(self) -> None:
         """Raise RunFailed if the current save has already failed. Does not wait."""

@@ -18,6 +18,8 @@ A manifest without a format has format 1; a reader rejects a format that it does
 """
 MANIFEST = "manifest.json"
 """The file of a step with its metadata, and the size and sha256 of its other files."""
+CHECKSUMS = "checksums"
+"""The key of a manifest with the checksum of each array, by its item and path; manifests of old versions lack it."""
 PREFIX = "prefix"
 """The key of a manifest with the directory of its files, relative to the step; without it, they are in the step."""
 
@@ -86,7 +88,8 @@ def _problem_of_manifest(manifest: Any) -> str | None:
     missing = [name for name in _FIELDS if name not in manifest]
     if missing:
         return f"lacks {' and '.join(missing)}"
-    wrong = [name for name, is_valid in _FIELDS.items() if not is_valid(manifest[name])]
+    fields = _FIELDS | {name: is_valid for name, is_valid in _OPTIONAL_FIELDS.items() if name in manifest}
+    wrong = [name for name, is_valid in fields.items() if not is_valid(manifest[name])]
     return f"has invalid values in {' and '.join(wrong)}" if wrong else None
 
 
@@ -114,5 +117,8 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "items": lambda value: _is_table(value, lambda tree: _is_table(tree, _is_leaf)),
     "record": lambda value: isinstance(value, dict),
     "files": lambda value: _is_table(value, _is_file),
+}
+_OPTIONAL_FIELDS: dict[str, Callable[[Any], bool]] = {
+    CHECKSUMS: lambda value: _is_table(value, lambda tree: _is_table(tree, lambda entry: isinstance(entry, int))),
 }
 """The fields of a manifest that are read, with a check of their values. Other fields are for people only."""

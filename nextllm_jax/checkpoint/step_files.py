@@ -50,6 +50,7 @@ _NEW_MANIFEST = ".manifest.new"
 _ATTEMPT = re.compile(r"attempt-[0-9a-f]+")
 _LEFTOVER = re.compile(rf"\d+({UNFINISHED}|{DELETED}|({UNFINISHED})?{_NEW_MANIFEST}|.*\.orbax-checkpoint-tmp.*)")
 _CHUNK_BYTES = 8 << 20
+_METADATA_BYTES = 1 << 20  # larger files in a directory `d` of orbax hold values of arrays
 _READERS = min(8, os.cpu_count() or 1)
 
 Progress = Callable[[int], object]
@@ -276,32 +277,45 @@ def sync_directory(path: epath.Path) -> None:
         os.close(descriptor)
 
 
+def files_to_read(manifest: dict[str, Any], item: str | None, *, skip_arrays: bool) -> list[str]:
+    """The files whose content `damaged_files` reads, sorted."""
+
+    def holds_arrays(name: str) -> bool:
+        return PurePosixPath(name).parent.name == "d" and manifest["files"][name]["size"] > _METADATA_BYTES
+
+    return [name for name in _files_of(manifest, item) if not (skip_arrays and holds_arrays(name))]
+
+
+def _files_of(manifest: dict[str, Any], item: str | None) -> list[str]:
+    """The files of an item and those directly in the step, or with None all files, sorted."""
+    return [
+        name for name in sorted(manifest["files"]) if item is None or "/" not in name or name.startswith(f"{item}/")
+    ]
+
+
 def damaged_files(
     path: epath.Path,
     manifest: dict[str, Any],
     *,
     item: str | None = None,
+    skip_arrays: bool = False,
     share: tuple[int, int] = (0, 1),
     readers: int = _READERS,
     progress: Progress | None = None,
 ) -> Iterator[DamagedFile]:
     """The damaged files of a step. All sizes are checked first, then each sha256.
 
-    With `item`, only the files of that item and those directly in the step are checked. With `share` (i, n), only every
-    n-th file is read, starting at the i-th.
+    With `item`, only the files of that item and those directly in the step are checked. With `skip_arrays`, large files
+    with values of arrays are not read. With `share` (i, n), only every n-th file is read, starting at the i-th.
     """
-    saved = {
-        name: entry
-        for name, entry in sorted(manifest["files"].items())
-        if item is None or "/" not in name or name.startswith(f"{item}/")
-    }
+    saved, to_read = manifest["files"], set(files_to_read(manifest, item, skip_arrays=skip_arrays))
     storage = open_storage(path / manifest.get(PREFIX, ""))
     there, sound = storage.files(), []
-    for name, entry in saved.items():
-        problem = _problem_of_identity(there.get(name), entry)
+    for name in _files_of(manifest, item):
+        problem = _problem_of_identity(there.get(name), saved[name])
         if problem:
             yield DamagedFile(name, problem)
-        else:
+        elif name in to_read:
             sound.append(name)
 
     def problem_of_content(name: str) -> str | None:

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from nextllm_jax.checkpoint import step_files
+from nextllm_jax.checkpoint import leaves, step_files
+from nextllm_jax.checkpoint.leaves import PLACEHOLDER
 from nextllm_jax.checkpoint.manager import Checkpoints, DamagedCheckpoint
 from nextllm_jax.checkpoint.manifest import FORMAT, MANIFEST, DamagedFile, read_manifest, with_checksum
 from nextllm_jax.checkpoint.verify import check_steps, find_steps
@@ -183,6 +184,7 @@ def with_values(**values):
         (with_values(record=None, validation_loss="1.0"), "has invalid values in validation_loss and record"),
         (with_values(validation_loss=float("nan")), "has invalid values in validation_loss"),
         (with_values(files={"a": {"size": "1"}}), "has invalid values in files"),
+        (with_values(checksums={"params": [1]}), "has invalid values in checksums"),
         (with_values(format=3), "has format 3, but this version reads formats up to 2"),
         (with_values(format="new"), "has format new, but this version reads formats up to 2"),
         (lambda _: b"[1]", "is not a JSON object"),
@@ -337,3 +339,99 @@ def test_verify_reports_progress_in_bytes(directory):
     assert [report.state for report in check_steps(find_steps(directory), read.append)] == ["ok", "ok"]
     files = [path for step in ("1", "2") for path in files_of(directory / step) if path.name != "manifest.json"]
     assert sum(read) == sum(path.stat().st_size for path in files)
+
+
+@pytest.fixture
+def large(tmp_path):
+    """Two steps with arrays so large that restoring does not read their files first."""
+    with Checkpoints(tmp_path, keep_last=2) as checkpoints:
+        for step in (1, 2):
+            noise = jax.random.normal(jax.random.key(step), (2, 300_000))
+            checkpoints.save(step, {"params": {"a": {"b": noise}, "c": noise[0]}}, {}, validation_loss=None)
+    return tmp_path
+
+
+LARGE = abstract({"a": {"b": np.zeros((2, 300_000), np.float32)}, "c": np.zeros(300_000, np.float32)})
+
+
+def restore_large(directory, step, part=LARGE):
+    (restored,) = Checkpoints(directory).restore_parts(step, "params", LARGE, [part])
+    return restored
+
+
+def test_a_flipped_bit_in_an_array_is_found_without_reading_its_file_twice(large, monkeypatch):
+    read = []
+    checksum = step_files._checksum
+    monkeypatch.setattr(step_files, "_checksum", lambda *all: (read.append(all[1]), checksum(*all))[1])
+    restore_large(large, 2)
+    sizes = {path.relative_to(large / "2").as_posix(): path.stat().st_size for path in files_of(large / "2")}
+    assert sum(sizes.values()) > 3_000_000
+    assert 0 < sum(sizes[name] for name in read) < 100_000
+    path = max(files_of(large / "2" / "params"), key=lambda path: path.stat().st_size)
+    name = path.relative_to(large / "2").as_posix()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    damaged = re.escape(f"/2 is damaged ({name} is not what was saved (its sha256 differs)")
+    with pytest.raises(DamagedCheckpoint, match=rf"{damaged}(; array (a/b|c) differs)?\); use another step: 1$"):
+        restore_large(large, 2)
+    restore_large(large, 1)
+
+
+def test_an_array_that_was_altered_before_it_was_hashed_is_damage(large):
+    """As by a fault in the memory of the host: the files are what was written. Other arrays can be restored."""
+    rewrite_manifest(large / "2", lambda manifest: json.dumps(with_other_checksum(manifest)).encode())
+    assert reports(large)["2"] == ("ok", [])
+    with pytest.raises(
+        DamagedCheckpoint, match=r"/2 is damaged \(params a/b is not what was saved, although the files"
+    ):
+        restore_large(large, 2)
+    with pytest.raises(DamagedCheckpoint, match=r"\(params a/b is not"):
+        restore_large(large, 2, LARGE | {"c": PLACEHOLDER})
+    assert restore_large(large, 2, LARGE | {"a": {"b": PLACEHOLDER}})["c"].shape == (300_000,)
+
+
+def with_other_checksum(manifest):
+    checksums = manifest["checksums"]["params"]
+    return manifest | {"checksums": {"params": checksums | {"a/b": checksums["a/b"] ^ 1}}}
+
+
+def test_an_array_that_was_altered_on_the_way_is_read_again(large, monkeypatch, messages):
+    read, altered = leaves.read, []
+
+    def alter_once(*arguments):
+        tree = read(*arguments)
+        if not altered:
+            altered.append(tree["c"])
+            tree["c"] = tree["c"].at[5].multiply(-1)
+        return tree
+
+    monkeypatch.setattr(leaves, "read", alter_once)
+    np.testing.assert_array_equal(restore_large(large, 2)["c"], altered[0])
+    (warning,) = messages.messages
+    assert warning == f"{large / '2'}: params c was altered while it was read; reading it again"
+
+
+def test_a_step_without_checksums_is_read_first(large):
+    """As versions before the checksums have saved it."""
+    rewrite_manifest(large / "2", without("checksums"))
+    restore_large(large, 2)
+    path = max(files_of(large / "2" / "params"), key=lambda path: path.stat().st_size)
+    flip(path)
+    name = path.relative_to(large / "2").as_posix()
+    with pytest.raises(DamagedCheckpoint, match=re.escape(f"({name} is not what was saved (its sha256 differs))")):
+        restore_large(large, 2)
+
+
+def test_checksums_do_not_depend_on_the_mesh(tmp_path):
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    noise = jax.random.normal(jax.random.key(0), (16, 32))
+    specs = [None, jax.P("fsdp", "data"), jax.P(None, ("data", "fsdp")), jax.P()]
+    shardings = [jax.sharding.NamedSharding(mesh, spec) if spec is not None else noise.sharding for spec in specs]
+    with Checkpoints(tmp_path, keep_last=4) as checkpoints:
+        for step, sharding in enumerate(shardings):
+            checkpoints.save(step, {"params": {"x": jax.device_put(noise, sharding)}}, {}, validation_loss=None)
+    found = [read_manifest(step_files.epath.Path(tmp_path / str(step)))["checksums"] for step in range(4)]
+    assert found == [found[0]] * 4
+    for step in range(4):
+        Checkpoints(tmp_path).restore(step, "params", abstract({"x": noise}, shardings[step - 1]))
