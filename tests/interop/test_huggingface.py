@@ -314,7 +314,7 @@ def test_a_missing_size_is_named():
 
 def test_a_model_that_no_family_has_is_refused_with_its_fields():
     with pytest.raises(InputError, match=r"no Hugging Face model_type .* which differs in model\.\w+"):
-        write_model_config(ModelConfig(norm_placement="post", logit_soft_cap=3.0))
+        write_model_config(ModelConfig(vocab_size=64, norm_placement="post", logit_soft_cap=3.0))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "granite"])
