@@ -89,7 +89,7 @@ def ours(directory: Path, name: str, text: str, tokens: int) -> str:
     start = llm.tokenizer.encode_document(text)[: tokens + 1]
     logprobs = np.asarray(jax.nn.log_softmax(llm.logits([start[:-1]])[0]))
     nll = -logprobs[np.arange(tokens), start[1:]].mean()
-    return row(name, size, llm.score(text, window=1024, progress=lambda batches, _: batches).perplexity, math.exp(nll))
+    return row(name, size, llm.score(text, window=1024).perplexity, math.exp(nll))
 
 
 def llama_cpp(file: Path, name: str, ids: list[int]) -> str:

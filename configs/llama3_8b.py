@@ -42,7 +42,6 @@ def get_config() -> Config:
             global_batch_size=512,
             accumulation_steps=1,
             evaluate_every_steps=2000,
-            sample_prompts=("The ", "In physics, ", "Once upon a time"),
         ),
         checkpoint=CheckpointConfig(every_steps=1000),
         mesh=MeshConfig(data=1, fsdp=-1),

@@ -11,7 +11,6 @@ def get_config() -> Config:
     """12 layers, 768 wide, half a million tokens a step."""
     return Config(
         model=ModelConfig(
-            vocab_size=50304,  # GPT-2's 50,257, padded to a multiple of 128
             num_layers=12,
             embed_dim=768,
             mlp_dim=2048,
@@ -34,7 +33,6 @@ def get_config() -> Config:
             global_batch_size=512,
             accumulation_steps=8,
             evaluate_every_steps=1000,
-            sample_prompts=("The ", "In physics, ", "Once upon a time"),
         ),
         checkpoint=CheckpointConfig(every_steps=1000),
     )

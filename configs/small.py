@@ -10,7 +10,6 @@ def get_config() -> Config:
     """7.9M parameters, 2,500 steps of 4,096 tokens: an hour on two CPU cores, minutes on an accelerator."""
     return Config(
         model=ModelConfig(
-            vocab_size=8192,
             num_layers=8,
             embed_dim=256,
             mlp_dim=688,

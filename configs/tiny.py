@@ -11,7 +11,6 @@ def get_config() -> Config:
     """About a million parameters on the standard library's source, with a tokenizer trained on it."""
     return Config(
         model=ModelConfig(
-            vocab_size=2048,
             num_layers=4,
             embed_dim=128,
             mlp_dim=384,

@@ -8,7 +8,9 @@ import contextlib
 import io
 import logging
 import sys
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +20,27 @@ _LOG_SECONDS = 30.0
 """Time between the lines of a progress bar where standard error is not a terminal."""
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, ETA {remaining}, {rate_noinv_fmt}{postfix}]"
+
+
+_PHASE_SECONDS = 2.0
+"""Duration from which a phase is reported."""
+
+_log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def phase(name: str) -> Iterator[None]:
+    """A context that reports itself if it takes longer than two seconds: what it does, and finally how long it took."""
+    timer = threading.Timer(_PHASE_SECONDS, _log.info, [f"{name} ..."])
+    timer.daemon = True
+    started = time.monotonic()
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+    if (seconds := time.monotonic() - started) > _PHASE_SECONDS:
+        _log.info(f"{name} took {seconds:.1f} s")
 
 
 def show_messages() -> None:

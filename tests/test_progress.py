@@ -3,8 +3,11 @@
 import re
 import subprocess
 import sys
+import time
 
 import pytest
+
+from nextllm_jax import progress
 
 PROGRAM = """
 import logging, time
@@ -58,3 +61,14 @@ def test_short_work_leaves_no_line_in_a_log() -> None:
     program = PROGRAM.format(setup="").replace("_LOG_SECONDS = 0.1", "_LOG_SECONDS = 30.0")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stderr == "half-way\nWARNING: 100% full\n"
+
+
+def test_a_phase_reports_itself_if_it_is_long(messages, monkeypatch):
+    with progress.phase("quick"):
+        pass
+    monkeypatch.setattr(progress, "_PHASE_SECONDS", 0.01)
+    with progress.phase("long"):
+        while not messages.messages:
+            time.sleep(0.001)
+    assert messages.messages[0] == "long ..."
+    assert re.fullmatch(r"long took \d+\.\d s", messages.messages[1])

@@ -7,6 +7,7 @@ before devices are initialized.
 import contextlib
 import dataclasses
 import difflib
+import errno
 import importlib.metadata
 import io
 import json
@@ -43,7 +44,7 @@ _log = logging.getLogger(__name__)
 def run_main(command: Callable[[list[str]], int]) -> NoReturn:
     """Run a command with the arguments of the command line, and exit with its exit code.
 
-    - Bad input gives a one-line error and exit code 2.
+    - Bad input, such as a path that is too long, gives a one-line error and exit code 2.
     - A failure of the machine, such as a full disk, gives a one-line error and exit code 1.
     - Ctrl-C gives exit code 130.
     - Any other exception is a bug and keeps its traceback.
@@ -59,12 +60,12 @@ def run_main(command: Callable[[list[str]], int]) -> NoReturn:
     except InputError as error:
         message, code = str(error), EXIT_BAD_INPUT
     except RunFailed as error:
-        message, code = str(error), EXIT_FAILED
+        message, code = str(error), EXIT_BAD_INPUT if _is_bad_path(error.__cause__) else EXIT_FAILED
     except BrokenPipeError:
         code = EXIT_FAILED  # the reader of the pipe has exited
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        message, code = f"{error.strerror or error}{where}", EXIT_FAILED
+        message, code = f"{error.strerror or error}{where}", EXIT_BAD_INPUT if _is_bad_path(error) else EXIT_FAILED
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     finally:
@@ -74,6 +75,11 @@ def run_main(command: Callable[[list[str]], int]) -> NoReturn:
             print(f"error: {message}", file=sys.stderr, flush=True)
         standard_streams.drop_unwritten()
     sys.exit(code)
+
+
+def _is_bad_path(error: BaseException | None) -> bool:
+    """Whether an operation failed because of the name that it was given, whatever the state of the machine."""
+    return isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,7 +107,9 @@ def parse_train(argv: list[str], file: Config) -> TrainArguments:
     """The arguments of `train`; their defaults are in `file`. Exits for --help and unknown options."""
     default = TrainArguments(config=tyro.MISSING, run=file)
     description = f"{TrainArguments.__doc__}\n\n{process.describe()}"
-    return parse_with_config(argv, default, description=description)
+    script = Path(sys.argv[0]).name
+    prog = script if script == "train.py" else "nextllm train"
+    return parse_with_config(argv, default, prog=prog, description=description)
 
 
 def train_command(argv: list[str]) -> int:
@@ -244,7 +252,7 @@ def _diagnose(arguments: DoctorArguments, source: "Source | None") -> int:
     if arguments.json:
         print(json.dumps({"problems": problems, "checks": [dataclasses.asdict(finding) for finding in findings]}))
     else:
-        print(f"{problems} problems: train would fail" if problems else "no problems found")
+        print(f"{problems} problem{'s' if problems > 1 else ''}: train would fail" if problems else "no problems found")
     return EXIT_FAILED if problems else 0
 
 

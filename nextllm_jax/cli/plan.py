@@ -11,7 +11,7 @@ import tyro
 
 from nextllm_jax import process
 from nextllm_jax.cli.help import parse_with_config
-from nextllm_jax.config import Config
+from nextllm_jax.config import Config, LoraConfig
 from nextllm_jax.config.files import config_of_arguments
 from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError
@@ -66,10 +66,18 @@ def plan_command(argv: list[str]) -> int:
 
     Returns the exit code.
     """
-    default = PlanArguments(config=tyro.MISSING, run=config_of_arguments(argv))
+    file = config_of_arguments(argv)
+    default = PlanArguments(config=tyro.MISSING, run=file)
     arguments = parse_with_config(argv, default, prog="nextllm plan")
     _check(arguments)
     process.use_planning_settings()
+    if arguments.run.init_from is not None:
+        from nextllm_jax.pretrained.init_from import with_source
+
+        # Sampling merges adapters into the weights.
+        config, _ = with_source(arguments.run, file, overwrite=True)
+        config = dataclasses.replace(config, init_from=None, lora=LoraConfig())
+        arguments = dataclasses.replace(arguments, run=config)
     values, table = _plan(arguments)
     print(json.dumps(values) if arguments.json else table)
     return 0
@@ -94,10 +102,10 @@ def _check(arguments: PlanArguments) -> None:
         raise InputError(
             f"--hlo {arguments.hlo} cannot be written; name a file in a directory that exists and is writable"
         )
-    if arguments.run.init_from is not None:
+    if arguments.run.init_from is not None and not arguments.decode:
         raise InputError(
-            f"init_from is {arguments.run.init_from}, but plan neither reads other models nor supports adapters; give "
-            "a config that states the model, without init_from"
+            f"init_from is {arguments.run.init_from}, but plan does not support training from other models; give a "
+            "config that states the model, without init_from"
         )
     for name in ("days", "tokens", "search_minutes", "batch_size", "prompt_tokens", "new_tokens"):
         value = getattr(arguments, name)
@@ -111,8 +119,10 @@ def _plan(arguments: PlanArguments) -> tuple[dict[str, Any], str]:
     from nextllm_jax.plan.decoding import Request, plan_decoding
     from nextllm_jax.plan.search import search
     from nextllm_jax.plan.training import estimate_training, plan_training
+    from nextllm_jax.training.vocabulary import with_vocab_size
 
     config, budget = arguments.run, report.Budget(arguments.days, arguments.tokens)
+    config = with_vocab_size(config, Path(config.data.path) if config.data.path else None, overwrite=True)
     if arguments.chip is not None:
         target = topology.devices_of_kind(arguments.chip, arguments.devices or 0)
         if target.chip is None and not arguments.search:

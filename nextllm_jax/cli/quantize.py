@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from nextllm_jax.cli.text import batch_progress, read_text
+from nextllm_jax.cli.text import read_text
 from nextllm_jax.config import DataConfig
 from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.process import use_compilation_cache
@@ -74,4 +74,4 @@ def _perplexity(checkpoint: str, step: str | None, text: str) -> float:
     from nextllm_jax.inference.llm import load
 
     llm = load(checkpoint, step=step)
-    return llm.score(text, window=min(llm.config.context_length, 1024), progress=batch_progress).perplexity
+    return llm.score(text, window=min(llm.config.context_length, 1024), progress=True).perplexity

@@ -1,10 +1,12 @@
 """The commands `nextllm sample` and `nextllm chat`."""
 
 import dataclasses
+import functools
 import json
 import logging
 import re
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -50,7 +52,9 @@ class SampleArguments:
     """File with a Jinja chat template that replaces the model's own."""
     max_new_tokens: int | None = None
     """Maximum number of new tokens; none: 128, or 512 in a chat. A prompt and its new tokens must fit the model's
-    context. An answer in a chat also ends at the end of the context."""
+    context, unless --slide is set. An answer in a chat also ends at the end of the context."""
+    slide: bool = False
+    """Continue beyond the model's context: whenever it is full, only its last half is kept."""
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=SamplingConfig)
     seed: int = 0
     """Random seed, from 0 to 2^32 - 1; the same seed, prompt and settings give the same text."""
@@ -108,13 +112,14 @@ def _run(argv: list[str], prog: str, description: str | None) -> int:
     from nextllm_jax.inference.llm import MAX_NEW_TOKENS  # late, so that --help does not wait for jax
 
     prompts = read_prompt_arguments(arguments)
-    stream = load_model(arguments).stream(
+    stream = load_model(arguments, {f"prompt {prompt[:20]!r}": prompt for prompt in prompts}).stream(
         prompts,
         max_new_tokens=arguments.max_new_tokens or MAX_NEW_TOKENS,
         sampling=arguments.sampling,
         seed=arguments.seed,
         num_samples=arguments.num_samples,
         stop=arguments.stop,
+        slide=arguments.slide,
     )
     if arguments.json:
         print_json(stream)
@@ -123,12 +128,24 @@ def _run(argv: list[str], prog: str, description: str | None) -> int:
     return 0
 
 
-def load_model(arguments: SampleArguments) -> "LLM":
-    """The model that the options name."""
-    from nextllm_jax.inference.llm import load
+def load_model(arguments: SampleArguments, prompts: Mapping[str, str] | None = None) -> "LLM":
+    """The model that the options name.
+
+    Raises InputError before the weights are read if one of the `prompts`, by their names in errors, and its new tokens
+    exceed the context.
+    """
+    from nextllm_jax.inference.generate import require_context
+    from nextllm_jax.inference.llm import MAX_NEW_TOKENS, load_source
+    from nextllm_jax.pretrained.open_model import open_model
 
     use_compilation_cache()
-    return load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype, quantize=arguments.quantize)
+    source = open_model(arguments.checkpoint, step=arguments.step)
+    source = dataclasses.replace(source, load_tokenizer=functools.cache(source.load_tokenizer))
+    if not arguments.slide:
+        for name, prompt in (prompts or {}).items():
+            num_tokens = len(source.load_tokenizer().encode_prompt(prompt))
+            require_context(name, num_tokens, arguments.max_new_tokens or MAX_NEW_TOKENS, source.config.context_length)
+    return load_source(source, arguments.checkpoint, dtype=arguments.dtype, quantize=arguments.quantize)
 
 
 def read_prompt_arguments(arguments: SampleArguments) -> list[str]:
@@ -164,13 +181,15 @@ def sample_file(arguments: SampleArguments) -> int:
         "seed": arguments.seed,
         "stop": arguments.stop,
     }
+    how |= {"slide": True} if arguments.slide else {}  # files of versions without it have no such setting
     model = {"weights": weights, "dtype": arguments.dtype, "quantize": arguments.quantize}
     with SamplesFile(arguments.output, prompts, model | how | dataclasses.asdict(arguments.sampling)) as file:
         try:
             if len(file.done) < len(file.rows):
                 if file.done:
                     _log.info("continuing %s, which has %d of %d samples", file.path, len(file.done), len(file.rows))
-                llm = load_model(dataclasses.replace(arguments, step=step))
+                named = {f"line {index + 1} of the prompts file": prompt for index, prompt in prompts.items()}
+                llm = load_model(dataclasses.replace(arguments, step=step), named)
                 sample_missing(llm, file, prompts, batch_size=arguments.batch_size, sampling=arguments.sampling, **how)
             file.sort()
         except KeyboardInterrupt:
@@ -186,6 +205,8 @@ def chat(arguments: SampleArguments) -> int:
 
     if arguments.num_samples != 1:
         raise InputError("a chat answers once; leave --num-samples out, and change --seed for another answer")
+    if arguments.slide:
+        raise InputError("--slide is not for a chat, which ends at the end of the context; leave it out")
     template = read_text(arguments.chat_template) if arguments.chat_template is not None else None
     prompts = read_prompt_arguments(arguments)
     conversation = Conversation(

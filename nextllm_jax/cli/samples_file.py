@@ -139,10 +139,11 @@ class SamplesFile:
             raise InputError(
                 f"--output {self.path} was not written by nextllm sample; choose another --output"
             ) from error
-        for name, value in self._settings.items():
-            if samples and old.get(name) != value:
+        for name in old | self._settings:
+            before, now = old.get(name), self._settings.get(name)
+            if samples and before != now:
                 option = f"--{name.replace('_', '-')}"
-                change = f"with {option} {json.dumps(old.get(name))}, not {json.dumps(value)}"
+                change = f"with {option} {json.dumps(before)}, not {json.dumps(now)}"
                 raise InputError(
                     f"{self.path} was sampled {'from another checkpoint' if name == 'weights' else change}; "
                     "use the old options to continue it, or choose another --output"
@@ -190,22 +191,14 @@ def sample_missing(
     sampling: SamplingConfig,
     seed: int,
     stop: Sequence[str],
+    slide: bool = False,
 ) -> None:
     """Sample the rows that `file` lacks, and write each when it ends.
 
     Rows of similar length form a batch. Batches do not depend on what the file holds, so a continued file has the same
     samples, bit for bit, as one that was never interrupted.
-
-    Raises InputError, before anything is sampled, if a prompt and the new tokens exceed the model's context.
     """
     tokens = {index: llm.tokenizer.encode_prompt(prompt) for index, prompt in prompts.items()}
-    longest = max(tokens, key=lambda index: len(tokens[index]))
-    if len(tokens[longest]) + max_new_tokens > llm.config.context_length:
-        raise InputError(
-            f"line {longest + 1} of the prompts file has {len(tokens[longest])} tokens, and with max_new_tokens "
-            f"{max_new_tokens} exceeds the model's context_length {llm.config.context_length}; shorten it, or lower "
-            "--max-new-tokens"
-        )
     rows = sorted(file.rows, key=lambda row: (-len(tokens[row[0]]), row))
     with progress_bar(desc="sampling", total=len(rows), initial=len(file.done), unit=" samples") as bar:
         for start in range(0, len(rows), batch_size):
@@ -220,6 +213,7 @@ def sample_missing(
                 sampling=sampling,
                 seed=seed,
                 stop=stop,
+                slide=slide,
             )
             for piece in stream:
                 if piece.sample is not None and batch[piece.row] not in file.done:

@@ -3,15 +3,13 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
 from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.errors import InputError
 from nextllm_jax.process import use_compilation_cache
-from nextllm_jax.progress import progress_bar
 from nextllm_jax.storage.open_storage import as_path
 
 
@@ -115,7 +113,7 @@ def evaluate_command(argv: list[str]) -> int:
     use_compilation_cache()
     llm = load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype, quantize=arguments.quantize)
     if text is not None:
-        score = llm.score(text, window=arguments.window, batch_size=arguments.batch_size, progress=batch_progress)
+        score = llm.score(text, window=arguments.window, batch_size=arguments.batch_size, progress=True)
     else:
         assert arguments.data is not None
         window = arguments.window or trained_window(arguments.checkpoint) or llm.config.context_length
@@ -125,7 +123,7 @@ def evaluate_command(argv: list[str]) -> int:
             window=window,
             batch_size=arguments.batch_size,
             dtype=arguments.dtype,
-            progress=batch_progress,
+            progress=True,
         )
     result = {
         "tokens": score.tokens,
@@ -137,11 +135,6 @@ def evaluate_command(argv: list[str]) -> int:
     bits = "" if score.bits_per_byte is None else f", {score.bits_per_byte:.4f} bits per byte"
     print(json.dumps(result) if arguments.json else line + bits)
     return 0
-
-
-def batch_progress(batches: Iterable[Any], total: int) -> Iterable[Any]:
-    """The batches, with a progress bar while they are iterated over."""
-    return progress_bar(batches, total=total, desc="scoring", unit=" batches")
 
 
 def trained_window(checkpoint: str) -> int | None:

@@ -14,8 +14,9 @@ DType = Literal["float32", "bfloat16"]
 class ModelConfig:
     """A Llama-style decoder. The settings that every model needs come first, those of single families last."""
 
-    vocab_size: Fixed[int] = 8192
-    """Rows of the embedding: at least the size of the tokenizer. Further rows are padding."""
+    vocab_size: Fixed[int] = 0
+    """Rows of the embedding: at least the number of tokens of the data. Further rows are padding. 0: the number of
+    tokens, rounded up to a multiple of 128."""
     num_layers: Fixed[int] = 8
     """Decoder blocks."""
     embed_dim: Fixed[int] = 256
@@ -113,11 +114,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_types(self, "model.")
         require_positive(
-            self, "model.", "vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim",
+            self, "model.", "num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim",
             "context_length", "sliding_window", "rope_original_context_length", "norm_eps", "init_std",
             "rope_attention_factor", "attention_scale", "attention_soft_cap", "embedding_scale", "residual_scale",
             "logit_divisor", "logit_soft_cap",
         )  # fmt: skip
+        require(self.vocab_size >= 0, f"model.vocab_size is {self.vocab_size}; it cannot be negative")
         heads, kv_heads = self.num_heads, self.num_kv_heads
         require(heads % kv_heads == 0, f"model.num_kv_heads {kv_heads} does not divide model.num_heads {heads}")
         require(self.head_dim % 2 == 0, f"model.head_dim is {self.head_dim}; it must be even, for RoPE")

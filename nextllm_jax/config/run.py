@@ -170,8 +170,9 @@ class TrainingConfig:
     spike_window_steps: int = 100
     """Number of recent losses in that median, including those of skipped steps. No step counts as a spike until there
     are so many."""
-    sample_prompts: Free[tuple[str, ...]] = ("def ", "import ", "class ")
-    """Prompts for the text in samples.txt, generated at every evaluation; none: no samples."""
+    sample_prompts: Free[tuple[str, ...] | None] = None
+    """Prompts for the text in samples.txt, generated at every evaluation; none: the beginnings of held-out documents,
+    or of held-out conversations up to the first answer."""
     sample_tokens: Free[int] = 96
     """New tokens for each prompt; 0: no samples."""
 
@@ -210,6 +211,7 @@ class LoraConfig:
         _check_types(self, "lora.")
         _require(self.rank >= 0, f"lora.rank is {self.rank}; it cannot be negative")
         _require_positive(self, "lora.", "alpha")
+        _require(all(self.targets), "lora.targets has an empty name; leave it out for all matrices, or name some: q v")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -335,12 +337,16 @@ class Config:
             self.check_fit()
 
     def check_fit(self) -> None:
-        """Raise InputError if the model is too small for the data: in context length or in vocabulary."""
+        """Raise InputError if the model is too small for the data in context length, or in vocabulary as far as the
+        config determines that of the data."""
         length, context = self.data.sequence_length, self.model.context_length
         _require(length <= context, f"data.sequence_length {length} exceeds model.context_length {context}")
         tokens, rows = self.data.vocab_size, self.model.vocab_size
-        fits = self.data.tokenizer != "train" or tokens <= rows
-        _require(fits, f"data.vocab_size {tokens} exceeds model.vocab_size {rows}")
+        decided = self.data.tokenizer == "train" and self.data.path is None and rows > 0
+        _require(
+            not decided or tokens <= rows,
+            f"data.vocab_size {tokens} exceeds model.vocab_size {rows}; lower it, or leave model.vocab_size out",
+        )
 
     def to_json(self) -> str:
         """The whole config as indented JSON, read back by `from_json`."""

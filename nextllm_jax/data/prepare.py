@@ -61,7 +61,7 @@ from nextllm_jax.data.shards import (
     write_split,
 )
 from nextllm_jax.errors import InputError
-from nextllm_jax.progress import progress_bar
+from nextllm_jax.progress import phase, progress_bar
 from nextllm_jax.storage.open_storage import as_path
 from nextllm_jax.tokenizer.bpe import train_tokenizer
 from nextllm_jax.tokenizer.chat import ChatTemplate
@@ -82,7 +82,8 @@ def ensure_prepared(config: DataConfig, *, allow_change: Collection[str] = ()) -
     prepared and `allow_change` does not name its field, such as data.corpus.
     If another process is preparing the data, this waits for it, and takes over if that process dies.
     """
-    path, is_ready = find_data(config)
+    with phase("looking for prepared data"):  # hashes the corpus and loads the tokenizer
+        path, is_ready = find_data(config)
     if not is_ready:
         if earlier := data_of_same_paths(config):
             _log.info("%s has other content than %s was prepared from", config.corpus, earlier[0])

@@ -202,12 +202,17 @@ def is_content_recorded(config: DataConfig, path: Path) -> bool:
 
 
 def check_unchanged(config: DataConfig, path: Path, allow_change: Collection[str] = ()) -> str | None:
-    """A message about how the prepared data in `path` differs from the config, if it does; see `differences`.
+    """A message about how the prepared data in `path` differs from what the config states, if it does.
 
-    Raises InputError if a path in the config holds something else than when the data was prepared, unless
-    `allow_change` has its field, such as data.corpus.
+    See `differences`. A setting that has its default is not stated. Raises InputError if a path in the config holds
+    something else than when the data was prepared, unless `allow_change` has its field, such as data.corpus.
     """
-    differing = [each for each in differences(config, path) if each.field != "tokens_per_shard"]
+    unstated = {**{name: getattr(DataConfig, name) for name in _FIELDS}, "python": platform.python_version()}
+    differing = [
+        each
+        for each in differences(config, path)
+        if each.field != "tokens_per_shard" and (each.is_changed or each.value != unstated[each.field])
+    ]
     for each in differing:
         if each.is_changed and f"data.{each.field}" not in allow_change:
             raise InputError(

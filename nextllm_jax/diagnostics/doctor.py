@@ -31,6 +31,7 @@ from nextllm_jax.tokenizer.published import KNOWN_ENCODINGS, files_to_fetch
 from nextllm_jax.training.open_run import require_startable
 from nextllm_jax.training.resume_guard import allowed_fields, recorded_data, require_same_data, with_recorded_data
 from nextllm_jax.training.start import CHECKS, Check, Start
+from nextllm_jax.training.vocabulary import with_vocab_size
 
 SAMPLE_CHARACTERS = 1_000_000
 """Number of characters that are read and tokenized of a corpus that is not prepared yet."""
@@ -99,12 +100,15 @@ def diagnose(
     report.add("versions", *machine.versions())
     with tempfile.TemporaryDirectory(prefix="nextllm-doctor-") as temporary:
         data = _Data(config, Path(temporary), report)
-        start = Start(config, data.open, overwrite, allow_change)
         with report.check("run"):
             for change in require_startable(config, overwrite=overwrite, allow_change=allow_change):
                 report.add("run", f"changed: {change}", "warning")
         with report.check("data"):
             data.find(RunDir(workdir_of(config)), overwrite, allow_change)
+        with report.check("data"):
+            is_new = overwrite or not report.passed("run")
+            config = with_vocab_size(config, None if data.is_part else data.path, overwrite=is_new)
+        start = Start(config, data.open, overwrite, allow_change)
         for check in CHECKS:
             if data.is_there or not check.needs_data:
                 # A failure on part of the corpus is a warning, since the complete corpus may pass.
@@ -112,7 +116,7 @@ def diagnose(
         if data.is_prepared and source is not None:
             with report.check("tokenizer"):
                 require_tokenizer(dataclasses.replace(config, data=data.config), source)
-        if report.passed("devices"):
+        if report.passed("devices") and config.model.vocab_size:
             report.add("memory", *machine.memory(config, start.mesh))
         if report.passed("run"):
             with report.check("run"):
@@ -130,7 +134,8 @@ class _Data:
         self.config = config.data
         """The data settings; those of a run that exists have the path that it recorded."""
         self._whole, self._temporary, self._report = config, temporary, report
-        self._path: Path | None = None
+        self.path: Path | None = None
+        """The prepared data, or the beginning of the corpus; None if there is neither."""
         self.is_prepared = self.is_part = False
         self.bytes_to_write = 0
         """Approximate disk space that preparing needs; 0 if the size of the corpus is unknown."""
@@ -138,12 +143,12 @@ class _Data:
     @property
     def is_there(self) -> bool:
         """Whether there is data to check."""
-        return self._path is not None
+        return self.path is not None
 
     def open(self) -> Dataset:
         """The data."""
-        assert self._path is not None
-        return Dataset.open(self._path, verify=self.config.verify)
+        assert self.path is not None
+        return Dataset.open(self.path, verify=self.config.verify)
 
     def find(self, run: RunDir, overwrite: bool, allow_change: Collection[str]) -> None:
         """Find the prepared data, or prepare a part of it, and report which. Raises InputError as `prepare` does."""
@@ -153,7 +158,7 @@ class _Data:
         config = self.config
         path, self.is_prepared = find_data(config)
         if self.is_prepared:
-            self._path = path
+            self.path = path
             self._report.add("data", str(path))
             if config.path:
                 accepted = CONTENT_FIELDS if is_continued else allowed_fields(allow_change)
@@ -167,7 +172,7 @@ class _Data:
             return
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             self.is_part = not prepare_sample(config, self._temporary, SAMPLE_CHARACTERS)
-        self._path = self._temporary
+        self.path = self._temporary
         if self.is_part:
             self._report.add(
                 "data", f"the checks below use only the first {SAMPLE_CHARACTERS:,} characters of the corpus"

@@ -27,6 +27,7 @@ from nextllm_jax.data.prepare import ensure_prepared
 from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.sharding import make_mesh
 from nextllm_jax.training.program import build_program, to_save
+from nextllm_jax.training.vocabulary import with_vocab_size
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +68,8 @@ def prove(config: Config, *, steps: int) -> list[Comparison]:
     """
     if steps < FEWEST_STEPS:
         raise InputError(f"--steps is {steps}; it must be at least {FEWEST_STEPS}, for a kill in the middle")
-    config = _shortened(config, steps, ensure_prepared(config.data).absolute())
+    data = ensure_prepared(config.data).absolute()
+    config = with_vocab_size(_shortened(config, steps, data), data, overwrite=True)
     with tempfile.TemporaryDirectory(prefix="nextllm-resume-proof-") as name:
         directory = Path(name)
         (directory / "proof.py").write_text(_CONFIG_FILE)

@@ -1,8 +1,5 @@
 """Scores a model on prepared data, for `nextllm evaluate`."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
-
 import jax
 
 from nextllm_jax.data.loader import validation_batches
@@ -10,9 +7,11 @@ from nextllm_jax.data.packing import count_windows
 from nextllm_jax.data.shards import Dataset
 from nextllm_jax.errors import InputError
 from nextllm_jax.evaluation.evaluate import evaluate
-from nextllm_jax.inference.llm import LLM, Score, check_windows
+from nextllm_jax.inference.llm import LLM
+from nextllm_jax.inference.score import Score, check_windows
 from nextllm_jax.model.objective import make_eval_step, next_token
 from nextllm_jax.model.transformer import Transformer, resolve_dtype
+from nextllm_jax.progress import progress_bar
 from nextllm_jax.sharding import on_mesh, padded_size, sharding
 
 
@@ -23,12 +22,12 @@ def score_data(
     window: int,
     batch_size: int = 8,
     dtype: str | None = None,
-    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda batches, total: batches,
+    progress: bool = False,
 ) -> Score:
     """The score of the model on the validation split of the prepared data at `path`, as training computes it.
 
     The text is split into windows of `window` tokens, in which documents do not attend to each other. `dtype` defaults
-    to the matmul type of training. `progress` is called with the batches and their number, and returns them.
+    to the matmul type of training. `progress` shows a bar.
 
     Raises InputError if there is no such data, if it has another tokenizer, or if the window exceeds the context.
     """
@@ -50,6 +49,7 @@ def score_data(
         batch_size = padded_size(batch_size, "batch")
     batches = validation_batches(split, sequence_length=window, batch_size=batch_size, sharding=batch_sharding)
     total = -(-count_windows(split, window, partial=True) // batch_size)
+    shown = progress_bar(batches, total=total, desc="scoring", unit=" batches", disable=not progress)
     with on_mesh(llm.mesh):
-        result = evaluate(make_eval_step(next_token, model), llm.params, progress(batches, total), split.num_bytes)
+        result = evaluate(make_eval_step(next_token, model), llm.params, shown, split.num_bytes)
     return Score(result.loss, result.num_tokens, result.bits_per_byte)

@@ -120,6 +120,7 @@ def decode(
     stopped_B: jax.Array,
     seed: jax.Array,
     sample_B: jax.Array,
+    dropped_B: jax.Array,
     stop_ids: jax.Array,
     *,
     sampling: SamplingConfig,
@@ -128,7 +129,8 @@ def decode(
 ) -> tuple[State, jax.Array]:
     """The state (donated) after at most `limit` <= chunk_tokens more tokens per row, and these tokens, int32 [B, C].
 
-    A row ends with a stop id. Rows in `stopped_B` get no tokens. After a row's last token, the rest is -1.
+    A row ends with a stop id. Rows in `stopped_B` get no tokens. After a row's last token, the rest is -1. `dropped_B`
+    counts the tokens of a row before position 0, so that no random key is used twice.
     """
     B = state.token_B.shape[0]
 
@@ -142,7 +144,7 @@ def decode(
         with jax.named_scope("sample"):
             logits_B1V: Any = model.apply({"params": params}, hidden_B1D, method="logits")
             position_B = state.position_B + 1
-            keys_B = row_keys(seed, sample_B, position_B)
+            keys_B = row_keys(seed, sample_B, dropped_B + position_B)
             token_B = sample(logits_B1V[:, 0], state.seen_BV, keys_B, sampling, vocab_size)
         tokens_BC = tokens_BC.at[:, step].set(jnp.where(state.done_B, -1, token_B))
         seen_BV = state.seen_BV
@@ -189,8 +191,12 @@ class Generation:
     its tokens and the prompt are processed, or all tokens if there is a repetition penalty. The cache has at least
     `least_cache_length` slots, but not more than the context. This avoids compiling for a larger cache later.
 
-    Raises InputError if a prompt and the new tokens exceed the model's context, if max_new_tokens is not positive, or
-    if seed is not in 0 to 2^32 - 1.
+    With `slide`, prompts and new tokens may exceed the context C: whenever the tokens of a row exceed C, only its last
+    C // 2 are kept, from position 0 on, and processed again. So the next token of a row depends on at least C // 2 and
+    at most C tokens. `cached` does not go with it.
+
+    Raises InputError if a prompt and the new tokens exceed the model's context without `slide`, if max_new_tokens is
+    not positive, or if seed is not in 0 to 2^32 - 1.
     """
 
     def __init__(
@@ -207,25 +213,27 @@ class Generation:
         vocab_size: int,
         cached: CachedRow | None = None,
         least_cache_length: int = 0,
+        slide: bool = False,
         mesh: Mesh | None = None,
     ) -> None:
         require_seed(seed)
-        self.num_rows = len(prompts)
+        self._context_length = model.config.context_length
+        self.num_rows, self.num_new = len(prompts), 0
         self._remaining = max_new_tokens
         self._params = params
         self._mesh = mesh
-        longest = _longest(prompts, max_new_tokens, model.config.context_length)
         with on_mesh(mesh):
             batch_size = padded_size(bucket(self.num_rows, 1), "batch")
+        longest = _longest(prompts, max_new_tokens, None if slide else self._context_length)
+        self._kept = [list(prompt) for prompt in prompts] if slide else []
+        self._dropped_B, self._stopped_B = np.zeros(batch_size, np.int32), np.zeros(batch_size, bool)
+        if self._drop_beginnings():
+            prompts, longest = self._kept, max(map(len, self._kept))
         track_seen = sampling.repetition_penalty != 1
         start = 0 if cached is None or track_seen else _num_shared(cached.tokens, prompts)
-        length = min(bucket(longest - start, 16), model.config.context_length)
-        tokens_BT, lengths_B = np.zeros((batch_size, length), np.int32), np.zeros(batch_size, np.int32)
-        for row, prompt in enumerate(prompts):
-            tokens_BT[row, : len(prompt) - start] = prompt[start:]
-            lengths_B[row] = len(prompt) - start
+        tokens_BT, lengths_B = self._padded([prompt[start:] for prompt in prompts])
         cache_length = bucket(max(longest + max_new_tokens, least_cache_length), 16)
-        cache_length = min(cache_length, model.config.context_length)
+        cache_length = min(cache_length, self._context_length)
         if cached is not None and start:
             cache = cached.cache.grown(cache_length)
             read = functools.partial(extend, model, params, cache, tokens_BT, lengths_B, np.int32(start))
@@ -241,6 +249,7 @@ class Generation:
         self._stopped_B = lengths_B == 0
         self._draw_from = (np.uint32(seed), np.resize(np.asarray(samples, np.int32), batch_size))
         self._stop_ids = np.asarray(stop_ids, np.int32)
+        self._extend = functools.partial(extend, model, params)
         self._decode = functools.partial(decode, model, sampling=sampling, vocab_size=vocab_size)
         self._run(0)  # no steps: compiles before the clock starts
 
@@ -263,12 +272,18 @@ class Generation:
 
     def advance(self, limit: int = CHUNK_TOKENS) -> list[list[int]]:
         """At most `limit` new tokens for each row, including the stop id if one ended it."""
-        limit = min(limit, CHUNK_TOKENS, self._remaining)
         started = time.perf_counter()
+        if self._drop_beginnings():
+            self._read_again()
+        room = [self._context_length - len(kept) + 1 for row, kept in enumerate(self._kept) if not self._stopped_B[row]]
+        limit = min(limit, CHUNK_TOKENS, self._remaining, *room)
         tokens_BC = self._run(limit)
         seconds = time.perf_counter() - started
         rows = [[int(token) for token in row if token >= 0] for row in tokens_BC[: self.num_rows]]
         self._remaining -= limit
+        self.num_new += limit
+        for kept, new in zip(self._kept, rows, strict=False):  # there are none without `slide`
+            kept += new
         speeds = self.speeds
         self.speeds = dataclasses.replace(
             speeds,
@@ -277,26 +292,62 @@ class Generation:
         )
         return rows
 
+    def _drop_beginnings(self) -> bool:
+        """Keep only the last tokens of the rows that exceed the context; whether there are such rows."""
+        keep = max(self._context_length // 2, 1)
+        long = [row for row, kept in enumerate(self._kept) if len(kept) > self._context_length]
+        long = [row for row in long if not self._stopped_B[row]]
+        for row in long:
+            self._dropped_B[row] += len(self._kept[row]) - keep
+            self._kept[row] = self._kept[row][-keep:]
+        return bool(long)
+
+    def _read_again(self) -> None:
+        """Write what is kept of the rows to the cache, from position 0 on."""
+        tokens_BT, lengths_B = self._padded(
+            [[] if self._stopped_B[row] else kept for row, kept in enumerate(self._kept)]
+        )
+        with on_mesh(self._mesh):
+            state = self._extend(self._state.cache, tokens_BT, lengths_B, np.int32(0))
+        self._state = dataclasses.replace(state, seen_BV=self._state.seen_BV)
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """The rows, padded on the right to a bucket, int32 [B, T], and their lengths, int32 [B]."""
+        T = min(bucket(max(map(len, rows)), 16), self._context_length)
+        tokens_BT = np.zeros((len(self._dropped_B), T), np.int32)
+        lengths_B = np.zeros(len(tokens_BT), np.int32)
+        for row, tokens in enumerate(rows):
+            tokens_BT[row, : len(tokens)] = tokens
+            lengths_B[row] = len(tokens)
+        return tokens_BT, lengths_B
+
     def _run(self, limit: int) -> np.ndarray:
         with on_mesh(self._mesh):
             self._state, tokens_BC = self._decode(
-                self._params, self._state, np.int32(limit), self._stopped_B, *self._draw_from, self._stop_ids
-            )
+                self._params, self._state, np.int32(limit), self._stopped_B, *self._draw_from,
+                self._dropped_B, self._stop_ids,
+            )  # fmt: skip
         self._stopped_B = self._stopped_B | _to_host(self._state.done_B)
         return _to_host(tokens_BC)
 
 
-def _longest(prompts: Sequence[Sequence[int]], max_new_tokens: int, context_length: int) -> int:
+def _longest(prompts: Sequence[Sequence[int]], max_new_tokens: int, context_length: int | None) -> int:
     require_integer("max_new_tokens", max_new_tokens)
     lengths = [len(prompt) for prompt in prompts]
     if min(lengths, default=0) == 0:
         raise ValueError("prompts must not be empty, and each must have at least one token")
-    if max(lengths) + max_new_tokens > context_length:
-        raise InputError(
-            f"the prompt has {max(lengths)} tokens, and with max_new_tokens {max_new_tokens} exceeds the model's "
-            f"context_length {context_length}; shorten the prompt, or lower max_new_tokens"
-        )
+    if context_length is not None:
+        require_context("the prompt", max(lengths), max_new_tokens, context_length)
     return max(lengths)
+
+
+def require_context(name: str, num_tokens: int, max_new_tokens: int, context_length: int) -> None:
+    """Raise InputError, which names the prompt, if its tokens and the new ones exceed the context."""
+    if num_tokens + max_new_tokens > context_length:
+        raise InputError(
+            f"{name} has {num_tokens} tokens, and with max_new_tokens {max_new_tokens} exceeds the model's "
+            f"context_length {context_length}; shorten it, lower max_new_tokens, or slide (--slide, slide=True)"
+        )
 
 
 def _num_shared(tokens: Sequence[int], prompts: Sequence[Sequence[int]]) -> int:

@@ -2,10 +2,9 @@
 
 import dataclasses
 import functools
-import math
 import os
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +16,22 @@ from nextllm_jax.config.checks import require, require_integer, require_text, st
 from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.generate import CHUNK_TOKENS, CachedRow, Generation, bucket
+from nextllm_jax.inference.score import Score, check_windows, encode, score_documents
 from nextllm_jax.inference.stream import Sample, TextStream
-from nextllm_jax.model.objective import Batch, perplexity, text_batch, token_scores
 from nextllm_jax.model.quantize import abstract_quantized, regroup
 from nextllm_jax.model.transformer import Transformer, abstract_params, resolve_dtype, set_matmul_precision
 from nextllm_jax.model.weights import cast_matrices
 from nextllm_jax.pretrained.open_model import open_model
+from nextllm_jax.pretrained.source import Source
+from nextllm_jax.progress import progress_bar
 from nextllm_jax.sharding import make_mesh, on_device, on_mesh, padded_size, placed
-from nextllm_jax.tokenizer.tokenizer import Tokenizer, without_surrogates
+from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 128
 """Default number of new tokens."""
+
+PROGRESS_TOKENS = 8
+"""Tokens per row between two pieces of a stream, and two moves of a progress bar."""
 
 MAX_UNROLLED_LAYERS = 32
 """Number of layers up to which `load` unrolls them. Unrolling 8 layers halves the time of a decode step of one row on a
@@ -35,20 +39,13 @@ CPU, and compiling takes a second longer. With 32 layers, compiling takes 8 s in
 
 
 @dataclasses.dataclass(frozen=True)
-class Score:
-    """How well a model predicts a text."""
+class NextToken:
+    """A token that may follow a prompt."""
 
-    nll: float
-    """Mean negative log-likelihood of the scored tokens, in nats."""
-    tokens: int
-    """Scored tokens: those of the text, and the EOS token."""
-    bits_per_byte: float | None
-    """Summed negative log-likelihood in bits, divided by the UTF-8 bytes of the text; None if there are none."""
-
-    @property
-    def perplexity(self) -> float:
-        """The exponential of the mean negative log-likelihood."""
-        return perplexity(self.nll)
+    id: int
+    text: str
+    """Its text; bytes that are not a whole character appear as U+FFFD."""
+    probability: float
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,6 +98,22 @@ class LLM:
             padded_BT[: len(tokens_BT), :T] = tokens_BT
             return _logits(self.model, self.params, padded_BT)[: len(tokens_BT), :T]
 
+    def next_token(self, prompt: str, *, top: int = 10) -> list[NextToken]:
+        """The `top` most likely tokens after the prompt, the most likely first, with their probabilities.
+
+        The probabilities are those of temperature 1 without top_k, top_p, min_p and repetition_penalty.
+
+        Raises InputError if the prompt exceeds the context, or if `top` is not positive.
+        """
+        require_text("the prompt", prompt)
+        require_integer("top", top)
+        logits_V = self.logits([self.tokenizer.encode_prompt(prompt)])[0, -1, : self.tokenizer.vocab_size]
+        probabilities, ids = jax.lax.top_k(jax.nn.softmax(logits_V), min(top, len(logits_V)))
+        return [
+            NextToken(int(id), self.tokenizer.decode([id]), float(probability))
+            for id, probability in zip(np.asarray(ids), np.asarray(probabilities), strict=True)
+        ]
+
     def generate(
         self,
         prompts: str | Sequence[str],
@@ -114,6 +127,8 @@ class LLM:
         seed: int = 0,
         num_samples: int = 1,
         stop: str | Sequence[str] = (),
+        slide: bool = False,
+        progress: bool = False,
     ) -> list[Sample]:
         """`num_samples` samples for each prompt; those of one prompt are next to each other.
 
@@ -121,7 +136,13 @@ class LLM:
         on the seed, the prompt and its sample index, not on the other prompts. See SamplingConfig for temperature,
         top_k, top_p, min_p and repetition_penalty.
 
-        Raises InputError if a prompt and the new tokens exceed the context, or for an invalid setting.
+        With `slide`, a sample may be longer than the context: whenever its tokens, with those of the prompt, exceed the
+        context, only the last context_length // 2 are kept, and the model continues them as if they were a prompt. So
+        it forgets what was before, including BOS.
+
+        `progress` shows a bar with the estimated time that remains, which is less if all samples end earlier.
+
+        Raises InputError if a prompt and the new tokens exceed the context without `slide`, or for an invalid setting.
         """
         sampling = SamplingConfig(
             temperature=temperature,
@@ -137,9 +158,15 @@ class LLM:
             seed=seed,
             num_samples=num_samples,
             stop=stop,
-            chunk_tokens=CHUNK_TOKENS,
+            chunk_tokens=PROGRESS_TOKENS if progress else CHUNK_TOKENS,
+            slide=slide,
         )
-        finished = {piece.row: piece.sample for piece in texts if piece.sample is not None}
+        finished: dict[int, Sample] = {}
+        with progress_bar(desc="sampling", total=max_new_tokens, unit=" tokens", disable=not progress) as bar:
+            for piece in texts:
+                bar.update(texts.num_new - bar.n)
+                if piece.sample is not None:
+                    finished[piece.row] = piece.sample
         return [finished[row] for row in sorted(finished)]
 
     def stream(
@@ -151,7 +178,8 @@ class LLM:
         seed: int = 0,
         num_samples: int = 1,
         stop: str | Sequence[str] = (),
-        chunk_tokens: int = 8,
+        chunk_tokens: int = PROGRESS_TOKENS,
+        slide: bool = False,
     ) -> TextStream:
         """The text that `generate` returns, in pieces as it is generated; `speeds` of the result has the throughput.
 
@@ -178,6 +206,7 @@ class LLM:
             seed=seed,
             stop=stop,
             chunk_tokens=chunk_tokens,
+            slide=slide,
         )
 
     def stream_tokens(
@@ -193,11 +222,12 @@ class LLM:
         chunk_tokens: int = CHUNK_TOKENS,
         cached: CachedRow | None = None,
         least_cache_length: int = 0,
+        slide: bool = False,
     ) -> TextStream:
         """Like `stream`, for prompts as token ids, one per row.
 
         `texts` are the prompts in the returned samples. `samples` are the sample indices of the rows; None: all 0.
-        See Generation for `cached`, `least_cache_length` and the errors.
+        See Generation for `cached`, `least_cache_length`, `slide` and the errors.
         """
         stop = stop_strings(stop)
         require(isinstance(sampling, SamplingConfig), f"sampling is {sampling!r:.80}; it must be a SamplingConfig")
@@ -213,75 +243,67 @@ class LLM:
             vocab_size=self.tokenizer.vocab_size,
             cached=cached,
             least_cache_length=least_cache_length,
+            slide=slide,
             mesh=self.mesh,
             **ends,
         )
         return TextStream(generation, self.tokenizer, texts, stop=stop, chunk_tokens=chunk_tokens, **ends)
 
+    @overload
+    def score(
+        self, text: str, *, prefix: str = "", window: int | None = None, batch_size: int = 8, progress: bool = False
+    ) -> Score: ...
+
+    @overload
     def score(
         self,
-        text: str,
+        text: Sequence[str],
         *,
+        prefix: str = "",
         window: int | None = None,
         batch_size: int = 8,
-        progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda batches, total: batches,
-    ) -> Score:
-        """How well the model predicts a text, in windows of `window` tokens; None: the context length.
+        progress: bool = False,
+    ) -> list[Score]: ...
 
-        The document is BOS + text + EOS. It is split into windows that do not attend to each other, and each target is
-        scored once. Each window begins with BOS if the model's prompts do. The result does not depend on batch_size.
-        `progress` is called with the batches and their number, and returns them.
+    def score(
+        self,
+        text: str | Sequence[str],
+        *,
+        prefix: str = "",
+        window: int | None = None,
+        batch_size: int = 8,
+        progress: bool = False,
+    ) -> Score | list[Score]:
+        """How well the model predicts a text, or each of several, in windows of `window` tokens; None: the context.
 
-        Raises InputError if the text is empty, if the window exceeds the context length or has no room for BOS, or if
-        batch_size is not positive.
+        A document is BOS + text + EOS. It is split into windows that do not attend to each other, and each token except
+        BOS is scored once. Each window begins with BOS if the model's prompts do. `nll` is the mean over these tokens,
+        of which EOS is one; `logprobs` has the value of each. The result does not depend on batch_size.
+
+        With a `prefix`, the document is the ids of the prompt `prefix`, as `generate` reads it, + text + EOS. The
+        tokens of the prefix are not scored, and all tokens must fit one window. Prefix and text are tokenized
+        separately, so a space between them belongs to the text.
+
+        `progress` shows a bar. Raises InputError if a text is empty, if the window exceeds the context length or has no
+        room for BOS, or if batch_size is not positive.
         """
-        require_text("the text to score", text)
         window = self.config.context_length if window is None else window
-        if not text:
-            raise InputError("the text to score is empty; bits per byte need at least one byte")
         check_windows(window, batch_size, self.config.context_length)
-        document = self.tokenizer.encode_document(text)
-        if len(document) < 2:
-            raise InputError("the text is a single token, which no other token predicts; give a longer text")
-        opening = [self.tokenizer.bos_id] if self.tokenizer.add_bos else []
-        batch = _windows(document, window, batch_size, opening)
-        starts = range(0, len(batch.tokens_BT), batch_size)
+        texts = [text] if isinstance(text, str) else text
+        require(isinstance(texts, list | tuple), f"text is {text!r:.80}; it must be a string or a list of strings")
+        require(len(texts) > 0, "there are no texts; give at least one")
+        documents = [encode(self.tokenizer, each, prefix) for each in texts]
         with on_mesh(self.mesh):
-            nll_sum = math.fsum(
-                float(_nll_sum(self.model, self.params, Batch(*(x[i : i + batch_size] for x in batch))))
-                for i in progress(starts, len(starts))
+            scores = score_documents(
+                self.model,
+                self.params,
+                documents,
+                opening=[self.tokenizer.bos_id] if self.tokenizer.add_bos else [],
+                window=window,
+                batch_size=batch_size,
+                progress=progress,
             )
-        count = len(document) - 1
-        return Score(nll_sum / count, count, nll_sum / math.log(2) / len(without_surrogates(text).encode()))
-
-
-def check_windows(window: int, batch_size: int, context_length: int) -> None:
-    """Raise InputError if the window is not in 1 to the context length, or if the batch size is not positive."""
-    require_integer("window", window)
-    if window > context_length:
-        raise InputError(f"window is {window}; it must be in 1 to the model's context_length {context_length}")
-    require_integer("batch_size", batch_size)
-
-
-def _windows(document: Sequence[int], window: int, batch_size: int, opening: Sequence[int]) -> Batch:
-    """All windows of a document; each after the first begins with `opening`.
-
-    The last window and the last of several batches are padded. Raises InputError if a window has no room.
-    """
-    count = len(document) - 1
-    T = min(bucket(count, 16), window)
-    size = T if count <= T else T - len(opening)
-    if size < 1:
-        raise InputError(f"window is {window}, which leaves no room for text after BOS; use 2 or more")
-    num_windows = -(-count // size)
-    num_rows = num_windows if num_windows <= batch_size else -(-num_windows // batch_size) * batch_size
-    tokens, loss_mask_BT = np.zeros((num_rows, T + 1), np.int32), np.zeros((num_rows, T), bool)
-    for row, start in enumerate(range(0, count, size)):
-        before = opening if start else []
-        part = document[start : start + size + 1]
-        tokens[row, : len(before) + len(part)] = [*before, *part]
-        loss_mask_BT[row, len(before) : len(before) + len(part) - 1] = True
-    return text_batch(tokens)._replace(loss_mask_BT=loss_mask_BT)
+        return scores[0] if isinstance(text, str) else scores
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
@@ -289,12 +311,6 @@ def _logits(model: Transformer, params: Any, tokens_BT: jax.Array) -> jax.Array:
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
     hidden_BTD, _ = model.apply({"params": params}, tokens_BT, positions_BT)
     return model.apply({"params": params}, hidden_BTD, method="logits")  # pyright: ignore[reportReturnType]
-
-
-@functools.partial(jax.jit, static_argnames=("model",))
-def _nll_sum(model: Transformer, params: Any, batch: Batch) -> jax.Array:
-    logprobs_BT, _ = token_scores(model, params, batch)
-    return -jnp.sum(jnp.where(batch.loss_mask_BT, logprobs_BT, 0))
 
 
 def load(
@@ -326,7 +342,18 @@ def load(
     path = os.fspath(path) if isinstance(path, os.PathLike) else path
     require_text("path", path)
     require(mesh is None or isinstance(mesh, MeshConfig), f"mesh is {mesh!r:.80}; it must be a MeshConfig")
-    source = open_model(path, step=step)
+    return load_source(open_model(path, step=step), path, dtype=dtype, quantize=quantize, mesh=mesh)
+
+
+def load_source(
+    source: Source,
+    path: str,
+    *,
+    dtype: str | None = None,
+    quantize: str | Quantization = "none",
+    mesh: MeshConfig | None = None,
+) -> LLM:
+    """As `load`, for the opened model of `path`."""
     config, quantization = source.config, source.quantization
     if quantize != "none":
         source.require_floats(path)

@@ -177,6 +177,11 @@ class TextStream:
         return self._generation.cached_row(tokens)
 
     @property
+    def num_new(self) -> int:
+        """Number of new tokens so far of each row that has not ended."""
+        return self._generation.num_new
+
+    @property
     def speeds(self) -> Speeds:
         """Tokens and seconds of prefill and decode so far."""
         return self._generation.speeds

@@ -19,6 +19,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from nextllm_jax import hardware
+from nextllm_jax.config.checks import require
 from nextllm_jax.config.model import EXECUTION_FIELDS, LayerKind, ModelConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.attention import Attention
@@ -208,8 +209,10 @@ class Transformer(nn.Module):
 def abstract_params(config: ModelConfig, *, scan_layers: bool = True) -> Any:
     """The parameters of a model as abstract arrays in `Weight` boxes, which hold the metadata of each.
 
-    Allocates nothing and does not initialize a backend. The result is cached: do not modify it.
+    Allocates nothing and does not initialize a backend. The result is cached: do not modify it. Raises InputError if
+    model.vocab_size is not stated.
     """
+    require(config.vocab_size > 0, "model.vocab_size is not stated, and there is no data to take it from; state it")
     defaults = {name: getattr(ModelConfig, name) for name in EXECUTION_FIELDS}
     return _abstract_params(dataclasses.replace(config, **defaults), scan_layers)
 

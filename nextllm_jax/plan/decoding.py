@@ -178,6 +178,7 @@ def _compile_decode(model: Transformer, params: Any, state: Any, mesh: Mesh, req
         _array(mesh, jnp.bool_, request.batch_size),
         _array(mesh, jnp.uint32),
         _array(mesh, jnp.int32, request.batch_size),
+        _array(mesh, jnp.int32, request.batch_size),
         _array(mesh, jnp.int32, 1),
     )
     static = {"sampling": SamplingConfig(), "vocab_size": model.config.vocab_size}

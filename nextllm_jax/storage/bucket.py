@@ -140,7 +140,9 @@ class Bucket:
         return self._service.call(request)
 
     def write(self, name: str, content: bytes) -> None:
-        """Write or replace a file."""
+        """Write or replace a file. Raises StorageError if this object's lease is known to be lost."""
+        if self._lease is not None:
+            self._lease.require_held()
         self._appends.forget(name)
         self._put(name, content)
 

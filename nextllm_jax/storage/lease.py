@@ -96,6 +96,10 @@ class Lease:
         with self._renewing:
             if self._identity is not None:
                 self._identity = self._bucket.replace(self._name, self._content, self._identity)
+        self.require_held()
+
+    def require_held(self) -> None:
+        """Raise StorageError if the last renewal found that another process has taken the lease over."""
         if self._identity is None:
             taker = {}
             with contextlib.suppress(OSError):

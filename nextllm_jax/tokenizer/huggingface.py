@@ -53,7 +53,7 @@ def load_huggingface(path: str | os.PathLike[str]) -> Tokenizer:
     declared = read_declarations(folder)
     try:
         tokenizer = from_description(
-            folder.resolve().name,
+            _name_of(folder.resolve()),
             description,
             names=declared.names,
             tokens=declared.tokens,
@@ -71,6 +71,13 @@ def load_huggingface(path: str | os.PathLike[str]) -> Tokenizer:
             f"of tokenizer.json says; add_bos_token {declared.add_bos} in tokenizer_config.json is ignored"
         )
     return tokenizer
+
+
+def _name_of(folder: Path) -> str:
+    """The name of a directory, or of the model if it is in the cache of huggingface_hub, where it is a hash."""
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return folder.name
 
 
 def from_description(

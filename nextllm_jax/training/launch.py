@@ -15,7 +15,7 @@ from nextllm_jax.distributed.process_group import ProcessGroup, facts_of
 from nextllm_jax.distributed.rendezvous import DistributedConfig
 from nextllm_jax.distributed.signals import StopRequest
 from nextllm_jax.process import use_compilation_cache
-from nextllm_jax.progress import show_messages
+from nextllm_jax.progress import phase, show_messages
 from nextllm_jax.training.accepted_changes import replaced_values, with_accepted_changes
 from nextllm_jax.training.resume_guard import allowed_fields, with_recorded_data
 
@@ -69,8 +69,9 @@ def train(
             replaced = replaced_values(config, file, consent)
         config, source = _prepare(config, file, group, stop, overwrite, consent)
 
-        from nextllm_jax.training.loop import run_steps
-        from nextllm_jax.training.setup import open_session
+        with phase("importing the training code"):
+            from nextllm_jax.training.loop import run_steps
+            from nextllm_jax.training.setup import open_session
 
         with open_session(
             config,
@@ -110,9 +111,10 @@ def _prepare(
     """
     source = None
     if config.init_from is not None:
-        from nextllm_jax.pretrained.init_from import with_source  # imports jax
-
-        config, source = with_source(config, file, overwrite=overwrite)
+        with phase("importing jax"):
+            from nextllm_jax.pretrained.init_from import with_source
+        with phase("opening init_from"):
+            config, source = with_source(config, file, overwrite=overwrite)
     choices = {"--overwrite": str(overwrite), "--allow-change": ", ".join(sorted(consent))}
     group.check_same({**choices, **facts_of(config)})
     stop.allow_exit("preparing data")
@@ -120,8 +122,9 @@ def _prepare(
     path = group.gather(path, "process 0 to prepare the data")[0]
     config = _with_data_path(config, path)
     stop.allow_exit("starting")
-    use_compilation_cache()
-    group.start_jax()
+    with phase("importing jax and finding the devices"):
+        use_compilation_cache()
+        group.start_jax()
     return config, source
 
 

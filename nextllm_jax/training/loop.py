@@ -8,6 +8,7 @@ from typing import Literal
 import jax
 
 from nextllm_jax.model.objective import Batch
+from nextllm_jax.progress import phase
 from nextllm_jax.training.hooks import is_due
 from nextllm_jax.training.saving import save, save_validation_loss
 from nextllm_jax.training.session import Moment, Session
@@ -87,7 +88,8 @@ def _dispatch(session: Session, at: Moment, batches: Iterator[Batch]) -> Moment:
 
 
 def _finish(session: Session, at: Moment) -> Outcome:
-    session.checkpoints.wait()
+    with phase("waiting for the last save"):
+        session.checkpoints.wait()
     if at.metrics is None:
         length = session.config.optimizer.schedule_steps or at.step
         _log.info(
@@ -105,7 +107,8 @@ def _finish(session: Session, at: Moment) -> Outcome:
 
 def _interrupt(session: Session, at: Moment, signal: str) -> Outcome:
     save(session, at)
-    session.checkpoints.wait()
+    with phase("waiting for the last save"):
+        session.checkpoints.wait()
     again = "without --overwrite" if session.start.overwrite else "the same command again"
     _log.info(f"{signal}: saved step {at.step} and stopped; run {again} to continue")
     return "interrupted"

@@ -19,8 +19,8 @@ class TrainMeter:
     count for the throughput.
 
     `flops_per_token` is for the forward and backward pass of one token in the loss mask. `peak_flops` is the sum over
-    all devices, or None for an unknown chip, which has no MFU. `record` is the `state` of an earlier part of the same
-    run, if there is one.
+    all devices, or None for an unknown chip, which has no MFU. `tokens_per_step` counts all tokens of a batch, also
+    those outside the loss mask. `record` is the `state` of an earlier part of the same run, if there is one.
     """
 
     def __init__(
@@ -28,11 +28,13 @@ class TrainMeter:
         *,
         flops_per_token: float,
         peak_flops: float | None,
+        tokens_per_step: int,
         record: dict[str, Any] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
+        self._tokens_per_step = tokens_per_step
         self._clock = clock
         record = record or {}
         self._began = clock() - record.get("elapsed_seconds", 0.0)
@@ -46,6 +48,7 @@ class TrainMeter:
         self._nll_sum = 0.0
         self._num_tokens = 0
         self._timed_tokens = 0
+        self._timed_steps = 0
         self._timed_seconds = 0.0
         self._waited_seconds = 0.0
         self._last: StepMetrics | None = None
@@ -97,6 +100,7 @@ class TrainMeter:
             num_tokens = int(metrics.num_tokens)
             self._tokens_seen += num_tokens
             self._timed_tokens += num_tokens if timed else 0
+            self._timed_steps += timed
             self._last = metrics
             if metrics.skipped or self._shown is None or not self._shown.skipped:
                 self._shown = metrics
@@ -111,8 +115,8 @@ class TrainMeter:
         `loss` is the mean over the tokens in the loss mask of steps that were not skipped, or NaN if all were.
         `learning_rate` and `grad_norm` are those of the last step. `gradient_norms` and `activation_rms` are lists, see
         `StepMetrics`, of the last step that was skipped, or else of the last step. `input_wait_fraction` is the
-        fraction of the timed seconds in which the host waited for data. It and `tokens_per_second` are None if no step
-        was timed.
+        fraction of the timed seconds in which the host waited for data. `tokens_per_second` counts the tokens in the
+        loss mask, and `processed_tokens_per_second` all tokens. These three are None if no step was timed.
         """
         self._drain()
         if self._running_since is not None:
@@ -135,6 +139,9 @@ class TrainMeter:
             "gradient_norms": shown.gradient_norms.tolist() if shown else None,
             "activation_rms": shown.activation_rms.tolist() if shown else None,
             "tokens_per_second": tokens_per_second,
+            "processed_tokens_per_second": (
+                self._timed_steps * self._tokens_per_step / self._timed_seconds if timed else None
+            ),
             "mfu": mfu,
             "input_wait_fraction": self._waited_seconds / self._timed_seconds if timed else None,
             **self.totals(),

@@ -1,18 +1,26 @@
-"""samples.txt: texts that the model continues at every evaluation."""
+"""samples.txt: texts that the model continues at every evaluation.
 
+Unless the config states prompts, they are the beginnings of held-out documents; of conversations, what precedes the
+first answer, as the chat template writes it.
+"""
+
+import functools
+import itertools
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from nextllm_jax.checkpoint.run_dir import SAMPLES, RunDir
-from nextllm_jax.config import ModelConfig
+from nextllm_jax.config import ModelConfig, SamplingConfig
+from nextllm_jax.data.shards import Split
 from nextllm_jax.inference.llm import LLM
 from nextllm_jax.model.transformer import abstract_params, resolve_dtype
 from nextllm_jax.model.weights import cast_matrices
+from nextllm_jax.progress import phase
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 from nextllm_jax.training.hooks import Hook, OptionalOutput
 from nextllm_jax.training.start import Start
@@ -20,10 +28,40 @@ from nextllm_jax.training.state import TrainState, whole_params
 
 _HEADER = re.compile(rb"^===== step (\d+) =====$")
 _INDENT = "    "
+_NUM_PROMPTS = 3
+_PROMPT_TOKENS = 16
+"""Tokens of the beginning of a document, without BOS."""
+_NUM_CONVERSATIONS = 100
+"""Held-out conversations of which those with the shortest first turns are answered."""
+
+
+class Prompt(NamedTuple):
+    """A prompt as text and as ids."""
+
+    text: str
+    ids: list[int]
+
+
+def held_out_prompts(split: Split, tokenizer: Tokenizer, context_length: int) -> list[Prompt]:
+    """The beginnings of the first documents of a split. For conversations: the shortest that precede an answer."""
+    if not split.holds_conversations:
+        num_tokens = min(_PROMPT_TOKENS, context_length // 2)
+        starts = [document[:-1][: 1 + num_tokens] for document, _ in _documents(split, _NUM_PROMPTS)]
+        return [Prompt(tokenizer.decode(ids[1:]), ids) for ids in starts]
+    found = [ids[: mask.index(True)] for ids, mask in _documents(split, _NUM_CONVERSATIONS) if True in mask]
+    shortest = sorted((ids for ids in found if 0 < len(ids) < context_length), key=len)[:_NUM_PROMPTS]
+    return [Prompt(tokenizer.decode(ids), ids) for ids in shortest]
+
+
+def _documents(split: Split, count: int) -> Iterator[tuple[list[int], list[bool]]]:
+    """The ids and the loss mask of the first documents of a split."""
+    starts = split.document_starts[: count + 1].tolist()
+    for start, stop in itertools.pairwise(starts):
+        yield split.tokens(start, stop).tolist(), split.loss_mask(start, stop).tolist()
 
 
 class Samples(Hook):
-    """Appends the continuations of `training.sample_prompts` to samples.txt at every evaluation.
+    """Appends continuations of the prompts to samples.txt at every evaluation.
 
     `initial_step` is the step from which a run resumes, None for a new run. The file is truncated after it. With
     `enabled` False (in all processes except process 0), the file is neither read nor written.
@@ -37,17 +75,24 @@ class Samples(Hook):
         if enabled:
             self._output.write(lambda: self._truncate(initial_step))
 
+    @functools.cached_property
+    def _prompts(self) -> list[Prompt]:
+        start, config = self._start, self._start.config
+        stated, tokenizer = config.training.sample_prompts, start.tokenizer
+        if stated is not None:
+            return [Prompt(text, tokenizer.encode_prompt(text)) for text in stated]
+        return held_out_prompts(start.dataset.split("validation"), tokenizer, config.model.context_length)
+
     def after_evaluation(self, step: int, state: TrainState) -> None:
         """Write the samples of a step, unless the file has them already."""
         config, training = self._start.config, self._start.config.training
-        if not (training.sample_tokens and training.sample_prompts):
+        if not (training.sample_tokens and self._prompts):
             return
 
         def make_texts() -> list[tuple[str, str]]:
-            params = whole_params(state, config.model, self._start.mesh)
-            return sample_text(
-                config.model, params, self._start.tokenizer, training.sample_prompts, training.sample_tokens
-            )
+            with phase("sampling for samples.txt"):
+                params = whole_params(state, config.model, self._start.mesh)
+                return sample_text(config.model, params, self._start.tokenizer, self._prompts, training.sample_tokens)
 
         written = self._last_step == step
         if jax.process_count() == 1:
@@ -85,9 +130,18 @@ class Samples(Hook):
 
 
 def sample_text(
-    config: ModelConfig, params: Any, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int
+    config: ModelConfig, params: Any, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_new_tokens: int
 ) -> list[tuple[str, str]]:
-    """(prompt, continuation) for each prompt. Every process must call it, since it computes on the mesh."""
+    """(prompt, continuation) for each prompt, as far as the context allows. Every process must call it, since it
+    computes on the mesh."""
     dtype = resolve_dtype(config.dtype, jax.default_backend())
     llm = LLM(config, cast_matrices(abstract_params(config), params, dtype), lambda: tokenizer, dtype)
-    return [(sample.prompt, sample.text) for sample in llm.generate(prompts, max_new_tokens=max_new_tokens)]
+    room = config.context_length - max(len(prompt.ids) for prompt in prompts)
+    stream = llm.stream_tokens(
+        [prompt.ids for prompt in prompts],
+        texts=[prompt.text for prompt in prompts],
+        max_new_tokens=min(max_new_tokens, room),
+        sampling=SamplingConfig(),
+    )
+    samples = {piece.row: piece.sample for piece in stream if piece.sample is not None}
+    return [(prompt.text, samples[row].text) for row, prompt in enumerate(prompts)]

@@ -13,6 +13,7 @@ from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.errors import InputError
 from nextllm_jax.pretrained.init_from import initial_params
 from nextllm_jax.pretrained.source import Source
+from nextllm_jax.progress import phase
 from nextllm_jax.sharding import placed
 from nextllm_jax.training.program import to_save
 from nextllm_jax.training.session import Moment, Session
@@ -77,8 +78,9 @@ def _begin(start: Start, source: Source | None, run: RunDir) -> TrainState:
 def save(session: Session, at: Moment) -> None:
     """Save the step, unless it is already saved. Returns before the files are complete."""
     if at.step not in _saved_steps(session):
-        items, record = _contents(session, at)
-        session.checkpoints.save(at.step, items, record, validation_loss=None)
+        with phase(f"saving step {at.step}"):
+            items, record = _contents(session, at)
+            session.checkpoints.save(at.step, items, record, validation_loss=None)
 
 
 def save_validation_loss(session: Session, at: Moment, loss: float) -> None:
@@ -87,14 +89,16 @@ def save_validation_loss(session: Session, at: Moment, loss: float) -> None:
     if at.step in steps:
         checkpoints.add_validation_loss(at.step, loss, _contents(session, at)[1])
     elif _is_best(checkpoints, loss):
-        items, record = _contents(session, at)
-        checkpoints.save(at.step, items, record, validation_loss=loss)
+        with phase(f"saving step {at.step}"):
+            items, record = _contents(session, at)
+            checkpoints.save(at.step, items, record, validation_loss=loss)
 
 
 def _saved_steps(session: Session) -> list[int]:
     """The saved steps, once the steps pause and the current save is complete, so that all processes see the same."""
     session.pause()  # the flight recorder pins the checkpoint of a replay before a save can delete it
-    session.checkpoints.wait()
+    with phase("waiting for the last save"):
+        session.checkpoints.wait()
     return session.checkpoints.steps()
 
 

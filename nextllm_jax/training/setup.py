@@ -18,6 +18,7 @@ from nextllm_jax.distributed.signals import StopRequest
 from nextllm_jax.model.accounting import flops_per_token
 from nextllm_jax.model.transformer import set_matmul_precision
 from nextllm_jax.pretrained.source import Source
+from nextllm_jax.progress import phase
 from nextllm_jax.training.flight_recorder import FlightRecorder, environment
 from nextllm_jax.training.hooks import Hook
 from nextllm_jax.training.metrics import TrainMeter
@@ -31,6 +32,7 @@ from nextllm_jax.training.session import Moment, Session
 from nextllm_jax.training.start import CHECKS, Remark, Start, require
 from nextllm_jax.training.state import TrainState, require_finite
 from nextllm_jax.training.train_log import TrainLog
+from nextllm_jax.training.vocabulary import with_vocab_size
 from nextllm_jax.training.writers import MetricsWriter
 
 _log = logging.getLogger(__name__)
@@ -57,6 +59,7 @@ def open_session(
     Raises InputError for what the user can fix.
     """
     group = group or ProcessGroup()
+    config = with_vocab_size(config, default_data_path(config.data), overwrite=overwrite)
     start = Start(
         config,
         lambda: Dataset.open(default_data_path(config.data), verify=config.data.verify),
@@ -74,7 +77,8 @@ def open_session(
         )
         checkpoints = stack.enter_context(open_checkpoints(opened.dir, start))
         stack.push(group.report)  # before the checkpoints close, which can wait for the others
-        state, record = restore_or_begin(start, source, opened.dir, checkpoints)
+        with phase("restoring the latest checkpoint" if checkpoints.steps() else "creating the initial state"):
+            state, record = restore_or_begin(start, source, opened.dir, checkpoints)
         _require_usable(start, opened.dir, state, record)
         at = Moment(int(state.step), state, evaluated=record.get("evaluated", False))
         initial_step = at.step if record else None
@@ -122,6 +126,7 @@ def _make_meter(start: Start, record: dict[str, Any]) -> TrainMeter:
     return TrainMeter(
         flops_per_token=flops_per_token(config.model, config.data.sequence_length, config.lora),
         peak_flops=chip.peak_flops_bf16 * devices.size if chip else None,
+        tokens_per_step=config.training.global_batch_size * config.data.sequence_length,
         record=record,
     )
 

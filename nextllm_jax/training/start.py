@@ -148,17 +148,19 @@ def _check_fit(start: Start) -> Iterator[Remark]:
     if tokenizer.vocab_size > config.model.vocab_size:
         raise InputError(
             f"the data's tokenizer has {tokenizer.vocab_size} tokens, but model.vocab_size is "
-            f"{config.model.vocab_size}; set --model.vocab-size {tokenizer.vocab_size} or more"
+            f"{config.model.vocab_size}; leave it out, or set --model.vocab-size {tokenizer.vocab_size} or more"
         )
     training = config.training
-    for prompt in training.sample_prompts if training.sample_tokens else ():
+    for prompt in (training.sample_prompts or ()) if training.sample_tokens else ():
         needed = 1 + len(tokenizer.encode(prompt)) + training.sample_tokens
         if needed > config.model.context_length:
             raise InputError(
                 f"the prompt {prompt[:20]!r}... in training.sample_prompts needs {needed} tokens with "
                 f"training.sample_tokens; it must fit model.context_length {config.model.context_length}"
             )
-    yield Remark("vocabulary and sample prompts fit the model")
+    rows, tokens = config.model.vocab_size, tokenizer.vocab_size
+    padding = f", of which {rows - tokens:,} are padding" if rows > tokens else ""
+    yield Remark(f"{tokens:,} tokens in the vocabulary, {rows:,} rows in the embedding{padding}")
 
 
 def _check_batches(start: Start) -> Iterator[Remark]:

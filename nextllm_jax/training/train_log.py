@@ -19,6 +19,9 @@ _log = logging.getLogger(__name__)
 _MESSAGE_SECONDS = 30.0
 """Least time between the messages above a bar."""
 
+_MOST = 0.95
+"""Fraction of the tokens in the loss mask from which the others, such as those between documents, are not mentioned."""
+
 
 class TrainLog(Hook):
     """Adds every step to the meter, and writes and shows what it reads every `training.log_every_steps` steps.
@@ -73,8 +76,10 @@ class TrainLog(Hook):
     def _show(self, record: dict[str, Any]) -> None:
         """Show the loss and the throughput of a record."""
         words = [f"loss {record['loss']:.4f}"]
-        if record["tokens_per_second"] is not None:
-            words.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+        if (scored := record["tokens_per_second"]) is not None:
+            processed = record["processed_tokens_per_second"]
+            in_mask = f" in the loss mask ({processed:,.0f} processed)" if scored < _MOST * processed else ""
+            words.append(f"{scored:,.0f} tokens/s{in_mask}")
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(words))
         if self._bar is None or time.monotonic() - self._last_message >= _MESSAGE_SECONDS:

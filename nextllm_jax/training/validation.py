@@ -8,6 +8,7 @@ from nextllm_jax.data.loader import validation_batches
 from nextllm_jax.distributed.signals import StopRequest
 from nextllm_jax.evaluation.evaluate import evaluate
 from nextllm_jax.model.objective import Batch
+from nextllm_jax.progress import phase
 from nextllm_jax.sharding import padded_size, sharding
 from nextllm_jax.training.session import Moment, Session
 
@@ -31,7 +32,8 @@ def validate(session: Session, at: Moment) -> float | None:
     )
     eval_step = functools.partial(start.program.eval_step, frozen=at.state.frozen)
     try:
-        found = evaluate(eval_step, at.state.params, _until_stopped(batches, session.stop), split.num_bytes)
+        with phase(f"evaluating step {at.step}"):
+            found = evaluate(eval_step, at.state.params, _until_stopped(batches, session.stop), split.num_bytes)
     except _Stopped:
         return None
     values = {"loss": found.loss, "perplexity": found.perplexity, "bits_per_byte": found.bits_per_byte}

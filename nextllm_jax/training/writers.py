@@ -16,7 +16,8 @@ from nextllm_jax.training.hooks import OptionalOutput
 _LAYER_FIELDS = ("gradient_norms", "activation_rms")
 # The fields of a line of metrics.jsonl, in order.
 _FIELDS = ("step", "split", "loss", "perplexity", "bits_per_byte", "learning_rate", "grad_norm", "tokens_per_second",
-           "mfu", "input_wait_fraction", "tokens_seen", "elapsed_seconds", *_LAYER_FIELDS)  # fmt: skip
+           "processed_tokens_per_second", "mfu", "input_wait_fraction", "tokens_seen", "elapsed_seconds",
+           *_LAYER_FIELDS)  # fmt: skip
 _ONLY_IN = {"bits_per_byte": "validation"} | dict.fromkeys(_LAYER_FIELDS, "train")
 
 

@@ -23,6 +23,19 @@ def directory(trained, monkeypatch):
     return trained.directory
 
 
+def test_more_tokens_than_the_context_are_refused_before_the_weights_are_read(directory, capsys, monkeypatch):
+    asked = ["--checkpoint", "runs/config", "--prompt", "a dog", "--max-new-tokens", "140", "--json"]
+    sample.sample_command([*asked, "--slide"])
+    assert len(json.loads(capsys.readouterr().out.splitlines()[0])["tokens"]) > 128
+    monkeypatch.setattr("nextllm_jax.inference.llm.load_source", None)
+    with pytest.raises(
+        InputError, match=r"prompt 'a dog' has \d+ tokens, .* 140 exceeds .* context_length 128; .*--slide"
+    ):
+        sample.sample_command(asked)
+    with pytest.raises(InputError, match="--slide is not for a chat"):
+        sample.sample_command([*asked, "--slide", "--chat"])
+
+
 def test_tokenize_prints_a_line_a_token(directory, capsys):
     (directory / "text.txt").write_text("a dog ü\n", encoding="utf-8")
     tokenize_command(["--tokenizer", "runs/config", "--file", "text.txt"])

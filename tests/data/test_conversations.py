@@ -20,6 +20,7 @@ from nextllm_jax.data.shards import SPLITS, Dataset
 from nextllm_jax.errors import InputError
 from nextllm_jax.tokenizer.chat import ChatTemplate
 from nextllm_jax.tokenizer.huggingface import save_huggingface
+from nextllm_jax.training.samples import held_out_prompts
 from tests.data.test_packing import make_split
 from tests.tokenizer.test_chat import CHATML, FORGETFUL, GENERATION, TALK, tokenizer
 
@@ -53,6 +54,23 @@ def prepared(directory, talks=TALKS, *, template=GENERATION, field="messages", *
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     return prepared(tmp_path_factory.mktemp("talks"), tokens_per_shard=1024)
+
+
+def test_samples_answer_the_first_turns_of_held_out_conversations(tmp_path):
+    """The prompts of samples.txt: the shortest, as the template writes them before an answer."""
+    dataset = prepared(tmp_path, template=CHATML)
+    theirs, split = tokenizer(CHATML), dataset.split("validation")
+    held_out = [tuple(split.tokens(*ends).tolist()) for ends in itertools.pairwise(split.document_starts.tolist())]
+    expected = []
+    for each in TALKS:
+        first = next(index for index, message in enumerate(each) if message["role"] == "assistant")
+        ids = ChatTemplate(theirs).encode(each[:first])
+        if any(document[: len(ids)] == tuple(ids) for document in held_out):
+            expected.append(ids)
+    found = held_out_prompts(split, dataset.tokenizer(), context_length=512)
+    assert sorted(map(len, (prompt.ids for prompt in found))) == sorted(map(len, expected))[:3]
+    assert all(prompt.ids in expected and prompt.text == theirs.decode(prompt.ids) for prompt in found)
+    assert held_out_prompts(split, dataset.tokenizer(), context_length=4) == []
 
 
 def documents(split):

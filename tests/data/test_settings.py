@@ -237,14 +237,13 @@ def test_data_that_the_user_names_is_used_as_it_is_and_described(config, message
     for same in ({}, {"tokens_per_shard": 2048, "sequence_length": 8}, {"corpus": "copy"}):
         assert ensure_prepared(dataclasses.replace(named, **same)) == Path("out")
         assert not messages.messages
-    assert ensure_prepared(dataclasses.replace(named, corpus="stdlib", tokenizer="gpt2")) == Path("out")
+    assert ensure_prepared(DataConfig(path="out")) == Path("out")
+    assert not messages.messages  # nothing is stated
+    other = dataclasses.replace(named, corpus="hf:name", tokenizer="gpt2", deduplicate="exact")
+    assert ensure_prepared(other) == Path("out")
     (line,) = messages.messages
     assert "using out unchanged: corpus texts, tokenizer train with 260 tokens" in line
-    assert "the config says corpus stdlib, tokenizer gpt2" in line
-    prepare(dataclasses.replace(config, deduplicate="exact"), Path("exact"))
-    messages.clear()
-    ensure_prepared(dataclasses.replace(named, path="exact"))
-    assert "the config says deduplicate none" in messages.text
+    assert "the config says corpus hf:name, tokenizer gpt2, deduplicate exact" in line
     assert contents(Path("out")) == before
 
 

@@ -86,7 +86,10 @@ def test_a_sound_start_is_found_sound_in_the_order_of_train_and_nothing_is_writt
             {"data.path": "data/known", "data.vocab_size": 300, "model.vocab_size": 300},
             "fit: the data's tokenizer has 320 tokens, but model.vocab_size is 300",
         ),
-        ({"training.sample_tokens": 126}, "fit: .* must fit model.context_length 128"),
+        (
+            {"training.sample_tokens": 126, "training.sample_prompts": ("the cat",)},
+            "fit: .* must fit model.context_length 128",
+        ),
         ({"training.global_batch_size": 12}, "model: .* must be divisible by mesh.data x mesh.fsdp = 8"),
         ({"mesh.data": 1, "mesh.tensor": 8}, "model: .*kernel: its '.*heads' axis of size . cannot be sharded over 8"),
     ],

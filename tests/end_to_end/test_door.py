@@ -117,7 +117,7 @@ def test_non_finite_steps_end_the_run_and_leave_the_checkpoint(trained, door):
     assert "3 consecutive steps" in failed.stderr
     assert "the last checkpoint is step 40" in failed.stderr
     assert "Traceback" not in failed.stderr
-    assert contents(run / "checkpoints" / "40") == before
+    assert {path: path.read_bytes() for path in before} == before  # its pin is added
 
 
 def test_sample_streams_text(trained):
@@ -154,13 +154,14 @@ BAD_TRAIN = {
         "tokenizer has 320 tokens, but model.vocab_size is 300",
     ),
     "sample prompts": (
-        ["--config", "config.py", "--training.sample-tokens", "126"],
+        ["--config", "config.py", "--training.sample-tokens", "126", "--training.sample-prompts", "the cat"],
         "must fit model.context_length 128",
     ),
     "rows and mesh": (
         ["--config", "config.py", "--training.accumulation-steps", "8", "--training.global-batch-size", "12"],
         "8 does not divide training.global_batch_size 12",
     ),
+    "a path that is too long": (["--config", "config.py", "--workdir", "x" * 300], "File name too long"),
     "two configs": (["--config", "config.py", "--config", "config.py"], "--config is given 2 times"),
     "no such platform": (["--config", "config.py"], "jax found no device", {"JAX_PLATFORMS": "tpu"}),
     "remote workdir": (["--config", "config.py", "--workdir", "s3://bucket/run"], "neither a local path nor gs://"),

@@ -195,6 +195,7 @@ def test_cache_is_donated_and_not_copied(params):
         np.int32(1),
         generation._stopped_B,
         *generation._draw_from,
+        generation._dropped_B,
         generation._stop_ids,
         sampling=WARM,
         vocab_size=VOCAB,

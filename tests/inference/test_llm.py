@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import math
 import re
 import shutil
@@ -14,14 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tqdm
 
 import nextllm_jax
 import nextllm_jax.inference.llm
 from nextllm_jax.checkpoint.manager import Checkpoints
-from nextllm_jax.config import Config, DataConfig, MeshConfig, ModelConfig
+from nextllm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, SamplingConfig
 from nextllm_jax.config.model import EXECUTION_FIELDS
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.llm import LLM, decoding_model
+from nextllm_jax.inference.sampling import row_keys
+from nextllm_jax.inference.sampling import sample as draw
 from nextllm_jax.interop.huggingface_config import canonical
 from nextllm_jax.model.transformer import Transformer, abstract_params
 from nextllm_jax.model.weights import cast_matrices, unstack_layers
@@ -211,6 +215,40 @@ def test_bad_requests_are_refused(llm, monkeypatch):
         llm.generate("a", max_new_tokens=4, stop=[""])
 
 
+def test_sliding_keeps_the_last_half_of_a_full_context(llm):
+    """A loop over whole windows without a cache, and one random key for each position of the whole text."""
+    prompts, seed, count = ["x", "ab" * 20, "c" * 48, "d" * 100], 3, 60
+    settings = SamplingConfig(temperature=1.0, repetition_penalty=1.3)
+    samples = llm.generate(
+        prompts, max_new_tokens=count, seed=seed, temperature=1.0, repetition_penalty=1.3, slide=True, progress=True
+    )
+    for prompt, sample in zip(prompts, samples, strict=True):
+        tokens = TOKENIZER.encode_prompt(prompt)
+        start = len(tokens) - 24 if len(tokens) > 48 else 0
+        seen = np.zeros((1, 264), bool)
+        seen[0, tokens[start:]] = True
+        for token in sample.tokens:
+            start = len(tokens) - 24 if len(tokens) - start > 48 else start
+            logits_1V = llm.logits([tokens[start:]])[:, -1]
+            keys = row_keys(np.uint32(seed), np.zeros(1, np.int32), np.array([len(tokens)], np.int32))
+            assert token == int(draw(logits_1V, jnp.asarray(seen), keys, settings, 258)[0])
+            seen[0, token] = True
+            tokens.append(token)
+        assert sample.finish_reason == "stop" or len(sample.tokens) == count
+
+
+def test_progress_counts_the_tokens_of_a_row(llm, monkeypatch):
+    bars = []
+
+    def bar(**options):
+        bars.append(tqdm.tqdm(**options | {"file": io.StringIO(), "leave": False}))
+        return bars[-1]
+
+    monkeypatch.setattr(nextllm_jax.inference.llm, "progress_bar", bar)
+    assert llm.generate(["a", "b"], max_new_tokens=20, progress=True) == llm.generate(["a", "b"], max_new_tokens=20)
+    assert [(each.n, each.total) for each in bars] == [(20, 20), (0, 20)]  # the second is disabled
+
+
 # (method, its first argument, others, the message)
 WRONG = [
     ("generate", 5, {}, "prompts is 5; it must be a string or a list"),
@@ -233,7 +271,14 @@ WRONG = [
     ("generate", "a", {"repetition_penalty": math.inf}, "repetition_penalty is inf; it must be between"),
     ("stream", "a", {"chunk_tokens": 0}, "chunk_tokens is 0; it must be positive"),
     ("stream", "a", {"sampling": {"top_k": 1}}, "sampling is {'top_k': 1}; it must be a SamplingConfig"),
-    ("score", 5, {}, "the text to score is 5; it must be a string"),
+    ("score", 5, {}, "text is 5; it must be a string or a list"),
+    ("score", ["a", 5], {}, "the text to score is 5; it must be a string"),
+    ("score", [], {}, "there are no texts"),
+    ("score", "a", {"prefix": 5}, "prefix is 5; it must be a string"),
+    ("score", "a", {"prefix": "b" * 47}, "the prefix and the text have 50 tokens with EOS"),
+    ("next_token", 5, {}, "the prompt is 5; it must be a string"),
+    ("next_token", "a", {"top": 0}, "top is 0; it must be positive"),
+    ("next_token", "a" * 48, {}, "49 tokens exceed"),
     ("score", "a", {"window": 1.5}, "window is 1.5; it must be an integer"),
     ("score", "a", {"batch_size": "8"}, "batch_size is '8'; it must be an integer"),
     ("logits", [[1], [1, 2]], {}, "tokens must be integers of shape"),
@@ -299,6 +344,38 @@ def test_score_does_not_depend_on_the_batch(llm):
         llm.score("text", window=49)
     with pytest.raises(InputError, match="window is 1, which leaves no room"):
         llm.score("text", window=1)
+
+
+def test_several_texts_are_scored_as_each_alone(llm):
+    texts = ["a", "some words", "many words " * 8]
+    for together, alone in zip(llm.score(texts, batch_size=2), map(llm.score, texts), strict=True):
+        assert together.token_ids == alone.token_ids
+        np.testing.assert_allclose(together.logprobs, alone.logprobs, rtol=1e-4)
+        assert together.bits_per_byte == pytest.approx(alone.bits_per_byte, rel=1e-5)
+
+
+def test_log_probabilities_are_those_of_transformers(llm, without_tokenizer):
+    """The ids are those that `generate` reads; a prefix is not scored, and EOS is."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(without_tokenizer, dtype=torch.float32)
+    prefix, text = "a prompt", " and more"
+    ids = [256, *prefix.encode(), *text.encode(), 257]
+    with torch.no_grad():
+        logits = theirs(torch.tensor([ids])).logits[0].double()
+    expected = torch.log_softmax(logits[:-1], -1)[range(len(ids) - 1), ids[1:]].numpy()
+    for score, start in ((llm.score(prefix + text), 1), (llm.score(text, prefix=prefix), 1 + len(prefix))):
+        assert score.token_ids == tuple(ids[start:])
+        np.testing.assert_allclose(score.logprobs, expected[start - 1 :], atol=2e-4)
+        assert score.nll == pytest.approx(-expected[start - 1 :].mean(), abs=1e-4)
+        num_bytes = len(ids) - 1 - start
+        assert score.bits_per_byte == pytest.approx(-expected[start - 1 :].sum() / math.log(2) / num_bytes, abs=1e-3)
+
+    known = torch.softmax(logits[len(prefix), :258], -1)  # without the rows that only pad the embedding
+    found = llm.next_token(prefix, top=5)
+    assert [token.id for token in found] == known.argsort(descending=True)[:5].tolist()
+    assert [token.text for token in found] == [TOKENIZER.decode([token.id]) for token in found]
+    np.testing.assert_allclose([token.probability for token in found], known.sort(descending=True)[0][:5], rtol=1e-3)
+    assert sum(token.probability for token in llm.next_token(prefix, top=1000)) == pytest.approx(1, abs=1e-5)
 
 
 def test_importing_the_package_and_its_config_does_not_import_jax():

@@ -134,7 +134,7 @@ def test_a_gpu_converts_quantized_matrices_at_the_product(scheme) -> None:
         functools.partial(prefill, model, cache_length=32, track_seen=False), params, tokens_BT, lengths_B
     )
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
-    arguments = (scalar, lengths_B.update(dtype=jnp.bool_), scalar.update(dtype=jnp.uint32), lengths_B)
+    arguments = (scalar, lengths_B.update(dtype=jnp.bool_), scalar.update(dtype=jnp.uint32), lengths_B, lengths_B)
     traced = decode.trace(
         model,
         params,

@@ -76,11 +76,14 @@ def test_a_process_that_lost_its_lease_cannot_commit(bucket, fast):
             storage.sync()
             other.write(".lock", json.dumps(ELSEWHERE).encode())
             storage.append("metrics", b"2")
-            storage.sync()
+            with pytest.raises(StorageError, match="lost its lease"):
+                storage.sync()
+            storage.write("loss.png", b"3")
 
     with pytest.raises(StorageError, match=f"lost its lease on {bucket}, which process 7 on far since .* took over"):
         work()
     assert other.read("metrics") == b"1"
+    assert not other.exists("loss.png")
     assert json.loads(other.read(".lock"))["host"] == "far"  # it is not this process's to delete
 
 

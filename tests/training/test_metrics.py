@@ -38,7 +38,7 @@ def clock():
 
 @pytest.fixture
 def meter(clock):
-    return TrainMeter(flops_per_token=6.0, peak_flops=1200.0, clock=clock)
+    return TrainMeter(tokens_per_step=60, flops_per_token=6.0, peak_flops=1200.0, clock=clock)
 
 
 def test_loss_is_weighted_by_tokens(meter):
@@ -90,6 +90,7 @@ def test_throughput_leaves_out_what_is_paused(meter, clock):
     meter.add(step_metrics(1.0, 100))
     record = meter.read(6)
     assert record["tokens_per_second"] == pytest.approx(300 / 3.0)
+    assert record["processed_tokens_per_second"] == pytest.approx(5 * 60 / 3.0)
     assert record["mfu"] == pytest.approx(100 * 6 / 1200)
     assert record["tokens_seen"] == 1300
     assert record["elapsed_seconds"] == 1103.0
@@ -129,7 +130,7 @@ def test_without_timed_steps_there_is_no_throughput(meter):
 
 
 def test_unknown_chip_has_no_mfu(clock):
-    meter = TrainMeter(flops_per_token=6.0, peak_flops=None, clock=clock)
+    meter = TrainMeter(tokens_per_step=60, flops_per_token=6.0, peak_flops=None, clock=clock)
     meter.resume()
     meter.add(step_metrics(1.0, 10))
     clock.now = 1.0
@@ -140,7 +141,7 @@ def test_unknown_chip_has_no_mfu(clock):
 
 def test_totals_continue_those_of_an_earlier_part(clock):
     before = {"tokens_seen": 10**12, "elapsed_seconds": 50.0}  # a checkpoint of before there was "unread"
-    meter = TrainMeter(flops_per_token=1.0, peak_flops=None, record=before, clock=clock)
+    meter = TrainMeter(tokens_per_step=60, flops_per_token=1.0, peak_flops=None, record=before, clock=clock)
     clock.now = 8.0
     meter.add(step_metrics(1.0, 10))
     assert meter.totals() == {"tokens_seen": 10**12 + 10, "elapsed_seconds": 58.0}
@@ -150,13 +151,20 @@ def test_totals_continue_those_of_an_earlier_part(clock):
 
 def test_a_window_continues_where_an_earlier_part_was_saved(clock):
     steps = [step_metrics(1.0, 10), step_metrics(7.0, 20), step_metrics(3.0, 5)]
-    whole = TrainMeter(flops_per_token=1.0, peak_flops=None, clock=clock)
+    whole = TrainMeter(tokens_per_step=60, flops_per_token=1.0, peak_flops=None, clock=clock)
     for step in steps:
         whole.add(step)
-    first = TrainMeter(flops_per_token=1.0, peak_flops=None, clock=clock)
+    first = TrainMeter(tokens_per_step=60, flops_per_token=1.0, peak_flops=None, clock=clock)
     for step in steps[:2]:
         first.add(step)
-    second = TrainMeter(flops_per_token=1.0, peak_flops=None, record=json.loads(json.dumps(first.state())), clock=clock)
+    saved = json.loads(json.dumps(first.state()))
+    second = TrainMeter(
+        tokens_per_step=60,
+        flops_per_token=1.0,
+        peak_flops=None,
+        record=saved,
+        clock=clock,
+    )
     second.add(steps[2])
     assert second.read(3) == whole.read(3)
     assert second.state()["unread"] == [0.0, 0]

@@ -44,6 +44,7 @@ OTHER = {
     "data.validation_fraction": 0.1,
     "data.deduplicate": "exact",
     "data.vocab_size": 4096,
+    "model.vocab_size": 16_384,
     "optimizer.schedule": "wsd",
     "optimizer.schedule_steps": 9000,
     "optimizer.decay_steps_fraction": 0.5,

@@ -26,7 +26,8 @@ from nextllm_jax.training.writers import MetricsWriter
 from tests.runs import metrics
 
 MODEL = ModelConfig(num_layers=1)
-TRAIN_FIELDS = ["step", "split", "loss", "perplexity", "learning_rate", "grad_norm", "tokens_per_second", "mfu",
+TRAIN_FIELDS = ["step", "split", "loss", "perplexity", "learning_rate", "grad_norm", "tokens_per_second",
+                "processed_tokens_per_second", "mfu",
                 "input_wait_fraction", "tokens_seen", "elapsed_seconds",
                 "gradient_norms", "activation_rms"]  # fmt: skip
 
@@ -39,6 +40,7 @@ def train_record(step, loss=2.0):
         "learning_rate": 1e-3,
         "grad_norm": 0.5,
         "tokens_per_second": 1000.0,
+        "processed_tokens_per_second": 1010.0,
         "mfu": None,
         "input_wait_fraction": 0.25,
         "tokens_seen": step * 100,
@@ -79,7 +81,8 @@ def writers(tmp_path):
 
 
 def samples_of(workdir, initial_step=None):
-    return Samples(RunDir(workdir), Start(Config(), mock.Mock()), initial_step)
+    config = Config(training=TrainingConfig(sample_prompts=("def ", "import ", "class ")))
+    return Samples(RunDir(workdir), Start(config, mock.Mock()), initial_step)
 
 
 def test_metrics_have_the_documented_fields(tmp_path, writers):
@@ -243,7 +246,7 @@ class Reads(TrainMeter):
     """A meter that has measured given values."""
 
     def __init__(self, **values):
-        super().__init__(flops_per_token=1.0, peak_flops=None)
+        super().__init__(flops_per_token=1.0, peak_flops=None, tokens_per_step=1)
         self.values = values
 
     def add(self, metrics):
@@ -261,16 +264,18 @@ def make_log(writers, **values):
 def test_log_has_plain_lines_at_log_steps(writers, messages, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    log = make_log(writers, tokens_per_second=12345.6)
+    log = make_log(writers, tokens_per_second=12345.6, processed_tokens_per_second=12400.0)
     for step, seconds in ((1, 90.0), (10, 99.0), (11, 100.0), (20, 109.0)):  # the compiler took the first 90 seconds
         now[0] = seconds
         log.after_step(step, mock.Mock())
     log.write_line(20)  # as a run that fails: the line is there already
     make_log(writers, tokens_per_second=None, loss=math.nan).after_step(100, mock.Mock())
+    make_log(writers, tokens_per_second=300, processed_tokens_per_second=2000).after_step(100, mock.Mock())
     assert messages.messages == [
         "step 10/100, loss 2.0000, 12,346 tokens/s, ETA 0:01:30",
         "step 20/100, loss 2.0000, 12,346 tokens/s, ETA 0:01:20",
         "step 100/100, loss nan, ETA ?",
+        "step 100/100, loss 2.0000, 300 tokens/s in the loss mask (2,000 processed), ETA ?",
     ]
 
 

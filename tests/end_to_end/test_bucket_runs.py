@@ -83,6 +83,7 @@ def test_commands_read_a_run_in_a_bucket(trained, address, tmp_path, monkeypatch
     assert "is not limited" in str(found)
 
 
+@pytest.mark.slow
 def test_two_processes_that_share_only_the_bucket(trained, bucket, door, tmp_path):
     directories = [tmp_path / "host-0", tmp_path / "host-1"]
     for directory in directories:
@@ -110,7 +111,9 @@ def test_adapters_on_a_run_in_a_bucket(address, bucket, door):
         door.run(*COMMAND, bucket, *settings, "--training.steps", steps)
     assert [report.state for report in check_steps(find_steps(bucket))] == ["ok"] * 3
     assert open_storage(bucket).exists("base/0/manifest.json")
-    sampled = door.run("sample.py", "--checkpoint", bucket, "--prompt", "the cat", "--json").stdout
+    sampled = door.run(
+        "sample.py", "--checkpoint", bucket, "--prompt", "the cat", "--max-new-tokens", "8", "--json"
+    ).stdout
     assert json.loads(sampled.splitlines()[0])["prompt"] == "the cat"
     open_storage(bucket).delete("base/0/manifest.json")
     refused = door.run(*COMMAND, bucket, *settings, "--training.steps", "30", exit_code=2).stderr
@@ -162,6 +165,7 @@ def test_a_lease_that_is_lost_while_training(bucket, door):
     """The process stops at its next save, and leaves everything to the one that took over."""
     with Processes(door, 1, "--workdir", bucket, held={0: (TRAINED_A_STEP, 18)}) as one:
         one.wait_for("held")
+        one.wait_until(lambda: steps(bucket) == [15], "the checkpoint of step 15")
         taker = json.dumps({"pid": 7, "host": "far", "since": "now", "machine": "far", "start": "1"}).encode()
         open_storage(bucket).write(".lock", taker)
         before = {name: open_storage(bucket).read(name) for name in open_storage(bucket).files()}
