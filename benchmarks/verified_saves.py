@@ -1,8 +1,9 @@
-"""Cost of hashing a checkpoint and reading it back: blocking time, background time, and slowdown of steps.
+"""Cost of verifying a checkpoint: blocking time, background time and slowdown of steps of a save; time of a restore.
 
     python benchmarks/verified_saves.py [--rounds 5] [--megabytes 500] [--directory DIR]
 
-Both sides save the same arrays with the same code; `plain` skips hashing and reading back. Sides alternate within a
+Both sides save and restore the same arrays with the same code; `plain` skips the checksums of the arrays, hashing and
+reading back. Sides alternate within a
 round, and each is compared with steps of the same round without a save. A step is a chain of jitted matmuls on this
 machine's CPU. With an accelerator, hashing would only compete with the host's own work.
 """
@@ -23,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-from nextllm_jax.checkpoint import step_files  # noqa: E402
+from nextllm_jax.checkpoint import manager, step_files, verified_read  # noqa: E402
 from nextllm_jax.checkpoint.manager import Checkpoints  # noqa: E402
 
 SIDES = ("plain", "verified")
@@ -36,11 +37,13 @@ def write_manifest_alone(path, content) -> None:
 
 @contextlib.contextmanager
 def side(name: str) -> Iterator[None]:
-    """A context in which `plain` skips hashing and reading back."""
+    """A context in which `plain` verifies nothing."""
     with contextlib.ExitStack() as stack:
         if name == "plain":
             stack.enter_context(mock.patch.object(step_files, "seal", write_manifest_alone))
             stack.enter_context(mock.patch.object(step_files, "damaged_files", return_value=iter(())))
+            stack.enter_context(mock.patch.object(manager, "start_checksums", return_value={}))
+            stack.enter_context(mock.patch.object(verified_read, "_first_difference", return_value=""))
         yield
 
 
@@ -62,7 +65,7 @@ def timed_steps(x: jax.Array, going_on) -> list[float]:
 
 
 def measure(checkpoints: Checkpoints, number: int, state: dict[str, jax.Array], x: jax.Array) -> dict[str, float]:
-    """Times of one save with concurrent steps, and of steps without a save for the same duration."""
+    """Times of one save with concurrent steps, of steps without a save for the same duration, and of a restore."""
     started = time.perf_counter()
     checkpoints.save(number, {"params": state}, {}, validation_loss=None)
     blocked = time.perf_counter() - started
@@ -73,6 +76,12 @@ def measure(checkpoints: Checkpoints, number: int, state: dict[str, jax.Array], 
     checkpoints.wait()
     until = time.perf_counter() + background
     alone = timed_steps(x, lambda: time.perf_counter() < until)
+    abstract = jax.tree.map(
+        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding), state
+    )
+    started = time.perf_counter()
+    jax.block_until_ready(checkpoints.restore(number, "params", abstract))
+    restore = time.perf_counter() - started
     lost = background - len(concurrent) * statistics.median(alone)
     return {
         "blocked": blocked,
@@ -80,6 +89,7 @@ def measure(checkpoints: Checkpoints, number: int, state: dict[str, jax.Array], 
         "step": statistics.median(concurrent),
         "alone": statistics.median(alone),
         "lost": lost,
+        "restore": restore,
     }
 
 
@@ -113,7 +123,8 @@ def main() -> None:
 
         print(
             f"{name:>8}: save() blocks {show(columns['blocked'])}; background {show(columns['background'])}; "
-            f"concurrent steps {show(slowdown, ' x')}; training time lost to a save {show(columns['lost'])}"
+            f"concurrent steps {show(slowdown, ' x')}; training time lost to a save {show(columns['lost'])}; "
+            f"restore {show(columns['restore'])}"
         )
 
 

@@ -1,12 +1,16 @@
 """The arrays of a saved tree: their entries in the manifest (path, dtype, shape, checksum), and reading them."""
 
+import concurrent.futures
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from nextllm_jax.ops.checksum import checksum
+from nextllm_jax.ops.checksum import partial_checksums
 
 PLACEHOLDER = ocp.PLACEHOLDER
 """Takes the place of leaves that are not part of a partial tree."""
@@ -17,13 +21,40 @@ def leaves_of(tree: Any) -> dict[str, list[Any]]:
     return {path: [str(leaf.dtype), list(leaf.shape)] for path, leaf in _by_path(tree).items()}
 
 
-def checksums_of(tree: Any) -> dict[str, jax.Array]:
-    """The checksum of each array, by its path. PLACEHOLDER leaves have none. Does not wait for the devices."""
-    return {
-        path: checksum(leaf, getattr(leaf, "sharding", None))
-        for path, leaf in _by_path(tree).items()
-        if leaf is not PLACEHOLDER
-    }
+def start_checksums(tree: Any) -> dict[str, jax.Array]:
+    """What `finish_checksums` needs of each array, by its path, except PLACEHOLDER leaves.
+
+    Does not wait for the devices. The arrays may be donated afterwards. Every process must call it.
+    """
+    arrays = {path: leaf for path, leaf in _by_path(tree).items() if leaf is not PLACEHOLDER}
+    kinds = {path: (leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for path, leaf in arrays.items()}
+    if new := set(kinds.values()) - _programs.keys():
+        with concurrent.futures.ThreadPoolExecutor() as pool:  # compiling in one thread takes seconds on a TPU's host
+            _programs.update(zip(new, pool.map(_compiled, new), strict=True))
+    parts = {path: _programs[kinds[path]](leaf) for path, leaf in arrays.items()}
+    # The programs above do not communicate: on CPUs, many such programs in flight can wait for each other forever.
+    return parts | _sums({path: part for path, part in parts.items() if not part.is_fully_addressable})
+
+
+def finish_checksums(parts: dict[str, jax.Array]) -> dict[str, int]:
+    """The checksum of each array."""
+    return {path: int(np.sum(part, dtype=np.uint32)) for path, part in jax.device_get(parts).items()}
+
+
+_Kind = tuple[tuple[int, ...], Any, jax.sharding.Sharding | None]
+_programs: dict[_Kind, Callable[[Any], jax.Array]] = {}
+
+
+def _compiled(kind: _Kind) -> Callable[[Any], jax.Array]:
+    """The program for arrays with a shape, dtype and sharding."""
+    shape, dtype, sharding = kind
+    return partial_checksums.lower(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding), sharding).compile()
+
+
+@jax.jit
+def _sums(parts: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The sum of each array over all processes, as a replicated uint32 scalar."""
+    return {path: jnp.sum(part, dtype=jnp.uint32) for path, part in parts.items()}
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

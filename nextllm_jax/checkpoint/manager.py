@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from nextllm_jax.checkpoint import orbax_errors, step_files
-from nextllm_jax.checkpoint.leaves import checksums_of, leaves_of, mismatch
+from nextllm_jax.checkpoint.leaves import finish_checksums, leaves_of, mismatch, start_checksums
 from nextllm_jax.checkpoint.manifest import CHECKSUMS, FORMAT, MANIFEST, DamagedFile, UnknownManifest, read_manifest
 from nextllm_jax.checkpoint.verified_read import DamagedItem, UnreadableItem, first_found, read_item
 from nextllm_jax.errors import InputError, RunFailed
@@ -217,7 +217,7 @@ class Checkpoints:
             "step": step,
             "validation_loss": _finite(validation_loss),
             "items": {name: leaves_of(tree) for name, tree in items.items()},
-            CHECKSUMS: {name: checksums_of(tree) for name, tree in items.items()},  # before the arrays are donated
+            CHECKSUMS: {name: start_checksums(tree) for name, tree in items.items()},
             "record": record,
             "run": self._run,
             "versions": step_files.versions(),
@@ -252,7 +252,7 @@ class Checkpoints:
         checkpointer.wait_until_finished()
         if jax.process_index() == 0:
             self._guard()
-            checksums = jax.tree.map(int, jax.device_get(manifest[CHECKSUMS]))
+            checksums = {name: finish_checksums(parts) for name, parts in manifest[CHECKSUMS].items()}
             step_files.commit(self._directory, attempt, step, {**manifest, CHECKSUMS: checksums})
 
     def check(self) -> None:

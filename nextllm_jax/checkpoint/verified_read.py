@@ -69,13 +69,14 @@ def _read_part(
         if failure:
             raise UnreadableItem(failure)
         del tree
-        _log.warning(f"{path}: {item} {wrong} was altered while it was read; reading it again")
+        if jax.process_index() == 0:
+            _log.warning(f"{path}: {item} {wrong} was altered while it was read; reading it again")
     raise DamagedItem(f"{item} {wrong} is not what was saved, although the files are (its checksum differs)")
 
 
 def _first_difference(tree: Any, expected: dict[str, int]) -> str:
     """The path of the first array whose checksum is not the expected one; empty if all are."""
-    found = jax.device_get(leaves.checksums_of(tree))
+    found = leaves.finish_checksums(leaves.start_checksums(tree))
     return next((array for array, checksum in found.items() if checksum != expected.get(array)), "")
 
 

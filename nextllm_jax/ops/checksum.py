@@ -1,6 +1,7 @@
 """A uint32 checksum of an array's bits that does not depend on how the array is sharded."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,11 @@ _FUSED = {"xla_disable_hlo_passes": "tree_reduction_rewriter"}
 
 
 @functools.partial(jax.jit, static_argnums=1, compiler_options=_FUSED)
-def checksum(x: jax.Array, sharding: Sharding | None = None) -> jax.Array:
-    """The checksum of `x`, of any shape and of any dtype but a complex one: a replicated uint32 scalar.
+def partial_checksums(x: jax.Array, sharding: Sharding | None = None) -> jax.Array:
+    """uint32 [shards]: what each shard adds to the checksum of `x`, of any shape and of any dtype but a complex one.
 
-    `sharding` is that of `x`. If it is a NamedSharding, each device reads its shard, and only scalars are exchanged.
+    The checksum is their sum modulo 2^32. `sharding` is that of `x`. If it is a NamedSharding, each device reads its
+    shard and keeps its part of the result, without any communication.
 
     Each element is a word, or several if it has over 32 bits. Its bits are scrambled by an invertible function and
     multiplied by an odd weight; the sum is modulo 2^32. So changes within one word always change the sum, and other
@@ -26,24 +28,29 @@ def checksum(x: jax.Array, sharding: Sharding | None = None) -> jax.Array:
     """
     if not isinstance(sharding, NamedSharding):
         return _weighted_sum(x, PartitionSpec())
+    axes = tuple(axis for of_dimension in sharding.spec for axis in _axes(of_dimension))
     sum_shard = functools.partial(_weighted_sum, spec=sharding.spec)
-    return jax.shard_map(sum_shard, mesh=sharding.mesh, in_specs=sharding.spec, out_specs=PartitionSpec())(x)
+    parts = PartitionSpec(axes) if axes else PartitionSpec()
+    return jax.shard_map(sum_shard, mesh=sharding.mesh, in_specs=sharding.spec, out_specs=parts)(x)
+
+
+def _axes(of_dimension: Any) -> tuple[str, ...]:
+    """The mesh axes of an entry of a PartitionSpec."""
+    return of_dimension if isinstance(of_dimension, tuple) else () if of_dimension is None else (of_dimension,)
 
 
 def _weighted_sum(shard: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """The checksum of an array, from the shard of it on each device."""
+    """[1]: what the shard on this device adds to the checksum."""
     words = _words(shard)
-    total, sharded_by = _scrambled(words), []
+    total = _scrambled(words)
     for dimension, length in enumerate(words.shape):
-        axes = spec[dimension] if dimension < len(spec) else None
+        axes = _axes(spec[dimension]) if dimension < len(spec) else ()
         index = lax.iota(jnp.uint32, length) + jnp.uint32(dimension * _ODD % 2**32)
         if axes:
             index += jnp.uint32(length) * lax.axis_index(axes).astype(jnp.uint32)
-            sharded_by += axes if isinstance(axes, tuple) else [axes]
         factor = _scrambled(_scrambled(index)) | jnp.uint32(1)
         total *= lax.broadcast_in_dim(factor, words.shape, (dimension,))
-    total = jnp.sum(total, dtype=jnp.uint32)
-    return lax.psum(total, tuple(sharded_by)) if sharded_by else total
+    return jnp.sum(total, dtype=jnp.uint32)[None]
 
 
 def _words(x: jax.Array) -> jax.Array:
