@@ -146,6 +146,7 @@ def test_a_save_outlasts_a_failing_service(bucket, bucket_service, fault):
     np.testing.assert_array_equal(kernel(Checkpoints(bucket), 1), np.full((8, 4), 1))
 
 
+@pytest.mark.slow  # usually seconds, but sometimes minutes, in which tensorstore repeats its requests
 def test_a_save_that_fails_keeps_the_step_before(saved, bucket_service, monkeypatch):
     monkeypatch.setattr(service, "LIMIT_SECONDS", 1.0)
     checkpoints = Checkpoints(saved)

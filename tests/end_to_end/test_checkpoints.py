@@ -25,7 +25,8 @@ def test_a_flipped_bit_is_named_by_every_command(trained, door, damaged):
     run, name = damaged
     before = contents(run)
     found = f"damaged ({name} is not what was saved (its sha256 differs)); use another step: 30"
-    refused = door.run("sample.py", "--checkpoint", "runs/config", "--prompt", "the", exit_code=2)
+    sample = ("sample.py", "--checkpoint", "runs/config", "--prompt", "the", "--max-new-tokens", "4")
+    refused = door.run(*sample, exit_code=2)
     assert found in refused.stderr
     strict = door.run("train.py", "--config", "config.py", "--checkpoint.strict", exit_code=2)
     assert f"{found}; leave out --checkpoint.strict" in strict.stderr
