@@ -118,7 +118,8 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "record": lambda value: isinstance(value, dict),
     "files": lambda value: _is_table(value, _is_file),
 }
+"""The fields of a manifest that are read, with a check of their values. Other fields are for people only."""
 _OPTIONAL_FIELDS: dict[str, Callable[[Any], bool]] = {
     CHECKSUMS: lambda value: _is_table(value, lambda tree: _is_table(tree, lambda entry: isinstance(entry, int))),
 }
-"""The fields of a manifest that are read, with a check of their values. Other fields are for people only."""
+"""As _FIELDS, for fields that manifests of old versions lack."""

@@ -101,9 +101,11 @@ def test_a_file_that_another_process_wrote_is_not_overwritten(bucket):
 def test_renewals_outlast_a_failing_service(bucket, bucket_service, fast):
     storage = open_storage(bucket)
     with storage.lock(".lock"):
-        with bucket_service.failing(Fault("POST .*lock", 503, count=2), Fault("POST .*lock", 503, after=True, skip=2)):
+        faults = Fault("POST .*lock", 503, count=2), Fault("POST .*lock", 503, after=True, skip=2)
+        with bucket_service.failing(*faults):
             for _ in range(3):
                 storage.sync()
+        assert all(fault.struck > fault.skip for fault in faults)
         storage.sync()
 
 
