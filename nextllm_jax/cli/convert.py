@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from nextllm_jax.cli.help import parse
 from nextllm_jax.errors import InputError
 
 
@@ -30,7 +31,7 @@ def import_command(argv: list[str]) -> int:
 
     Returns the exit code.
     """
-    arguments = tyro.cli(ImportArguments, args=argv, prog="nextllm import", description=ImportArguments.__doc__)
+    arguments = parse(ImportArguments, argv, prog="nextllm import")
 
     from nextllm_jax.pretrained.convert import import_model
 
@@ -73,7 +74,7 @@ def export_command(argv: list[str]) -> int:
 
     Returns the exit code.
     """
-    arguments = tyro.cli(ExportArguments, args=argv, prog="nextllm export", description=ExportArguments.__doc__)
+    arguments = parse(ExportArguments, argv, prog="nextllm export")
     file_format = arguments.format or ("gguf" if arguments.output.lower().endswith(".gguf") else "huggingface")
     if file_format == "huggingface" and arguments.dtype not in (None, "float32", "bfloat16"):
         raise InputError(f"dtype {arguments.dtype} is for --format gguf; huggingface takes float32 and bfloat16")

@@ -1,7 +1,10 @@
-"""`--help` of the commands that take a whole config: an overview, one section, or everything."""
+"""The arguments of a command, and its `--help`. Commands that take a whole config show it by sections."""
 
 import dataclasses
 import itertools
+import types
+import typing
+from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -12,7 +15,32 @@ T = TypeVar("T")
 _ALL = "all"
 
 
-def parse_with_config(argv: list[str], default: T, *, prog: str | None = None, description: str = "") -> T:
+def parse(kind: type[T], argv: Sequence[str], *, description: str | None = None, **options: Any) -> T:
+    """The arguments of a command, a dataclass whose docstring describes it; `options` are those of tyro.cli.
+
+    Exits for unknown options and for --help.
+    """
+    if {"-h", "--help"} & {*argv}:
+        _set_help(kind)
+    return tyro.cli(kind, args=argv, description=kind.__doc__ if description is None else description, **options)
+
+
+def _set_help(kind: type[Any]) -> None:
+    """Store the docstring of each field as its help, in one line. tyro alone keeps the line breaks of the source."""
+    import docstring_parser  # only for --help
+
+    described: dict[str, str | None] = {}
+    for base in kind.__mro__[-2::-1]:
+        described |= {each.arg_name: each.description for each in docstring_parser.parse_from_object(base).params}
+    for field in dataclasses.fields(kind):
+        if text := described.get(field.name):
+            field.metadata = types.MappingProxyType({**field.metadata, "help": " ".join(text.split())})
+        section = typing.get_args(field.type)[0] if typing.get_origin(field.type) is Annotated else field.type
+        if dataclasses.is_dataclass(section):
+            _set_help(typing.cast(type[Any], section))
+
+
+def parse_with_config(argv: list[str], default: T, *, prog: str, description: str = "") -> T:
     """The arguments of a command, a dataclass like `default`, whose field `run` is the config.
 
     Exits for unknown options, and for `--help`, which may be followed by a section such as optimizer, or by all. Raises
@@ -22,7 +50,7 @@ def parse_with_config(argv: list[str], default: T, *, prog: str | None = None, d
     topic = _topic(argv)
     if topic is None or topic == _ALL:
         argv = argv if topic is None else ["--help"]
-        return tyro.cli(type(default), args=argv, prog=prog, default=default, description=description)
+        return parse(type(default), argv, default=default, prog=prog, description=description)
     sections = _sections(default)
     if topic and topic not in sections:
         raise InputError(f"--help {topic}: no such section; the sections are {', '.join(sections)} and {_ALL}")
@@ -34,7 +62,7 @@ def parse_with_config(argv: list[str], default: T, *, prog: str | None = None, d
         listed = [f"  {name:12}{_first_sentence(section)}" for name, section in sections.items()]
         listed.append(f"  {_ALL:12}all options")
         description += "\n\nFurther options, listed by --help SECTION:\n" + "\n".join(listed)
-    return tyro.cli(type(shown), args=["--help"], prog=prog, default=shown, description=description)
+    return parse(type(shown), ["--help"], default=shown, prog=prog, description=description)
 
 
 def _topic(argv: list[str]) -> str | None:

@@ -22,7 +22,7 @@ import tyro
 
 from nextllm_jax import process, standard_streams
 from nextllm_jax.cli.convert import export_command, import_command
-from nextllm_jax.cli.help import parse_with_config
+from nextllm_jax.cli.help import parse, parse_with_config
 from nextllm_jax.cli.plan import plan_command
 from nextllm_jax.cli.quantize import quantize_command
 from nextllm_jax.cli.sample import chat_command, sample_command
@@ -156,7 +156,7 @@ def prepare_command(argv: list[str]) -> int:
     from nextllm_jax.data.settings import default_data_path
 
     default = PrepareArguments(data=config_of_arguments(argv).data)
-    arguments = tyro.cli(PrepareArguments, args=argv, prog="nextllm prepare", default=default)
+    arguments = parse(PrepareArguments, argv, default=default, prog="nextllm prepare")
     path = Path(arguments.output) if arguments.output else default_data_path(arguments.data)
     prepare(arguments.data, path, overwrite=arguments.overwrite)
     print(path)
@@ -181,7 +181,7 @@ def verify_command(argv: list[str]) -> int:
 
     Returns the exit code.
     """
-    arguments = tyro.cli(VerifyArguments, args=argv, prog="nextllm verify")
+    arguments = parse(VerifyArguments, argv, prog="nextllm verify")
 
     from nextllm_jax.checkpoint import verify
 
@@ -292,7 +292,7 @@ def replay_command(argv: list[str]) -> int:
 
     Returns the exit code.
     """
-    arguments = tyro.cli(ReplayArguments, args=argv, prog="nextllm replay")
+    arguments = parse(ReplayArguments, argv, prog="nextllm replay")
     process.restart_with_settings()
     use_compilation_cache()
 

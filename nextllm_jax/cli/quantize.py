@@ -6,6 +6,7 @@ from typing import Annotated
 
 import tyro
 
+from nextllm_jax.cli.help import parse
 from nextllm_jax.cli.text import read_text
 from nextllm_jax.config import DataConfig
 from nextllm_jax.config.quantization import Quantization
@@ -44,7 +45,7 @@ def quantize_command(argv: list[str]) -> int:
 
     Returns the exit code.
     """
-    arguments = tyro.cli(QuantizeArguments, args=argv, prog="nextllm quantize", description=QuantizeArguments.__doc__)
+    arguments = parse(QuantizeArguments, argv, prog="nextllm quantize")
     text, calibration = (None if path is None else read_text(path) for path in (arguments.text, arguments.calibrate))
 
     from nextllm_jax.data.corpora import held_out_text

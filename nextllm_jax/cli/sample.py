@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from nextllm_jax.cli.help import parse
 from nextllm_jax.cli.text import read_text
 from nextllm_jax.config import SamplingConfig
 from nextllm_jax.config.checks import require_integer, require_seed, stop_strings
@@ -100,7 +101,7 @@ def chat_command(argv: list[str]) -> int:
 
 
 def _run(argv: list[str], prog: str, description: str | None) -> int:
-    arguments = tyro.cli(SampleArguments, args=argv, prog=prog, description=description)
+    arguments = parse(SampleArguments, argv, prog=prog, description=description)
     if any("\\n" in stop for stop in arguments.stop):
         _log.warning("--stop has a backslash and an n, which is no line break; for that, write --stop $'\\n'")
     if arguments.prompts_file is not None or arguments.output is not None:

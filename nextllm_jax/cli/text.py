@@ -8,6 +8,7 @@ from typing import Literal
 import tyro
 
 from nextllm_jax.checkpoint.run_dir import RunDir
+from nextllm_jax.cli.help import parse
 from nextllm_jax.errors import InputError
 from nextllm_jax.process import use_compilation_cache
 from nextllm_jax.storage.open_storage import as_path
@@ -38,7 +39,7 @@ def tokenize_command(argv: list[str]) -> int:
     from nextllm_jax.tokenizer.published import load_tokenizer
     from nextllm_jax.tokenizer.tokenizer import without_surrogates
 
-    arguments = tyro.cli(TokenizeArguments, args=argv, prog="nextllm tokenize", description=TokenizeArguments.__doc__)
+    arguments = parse(TokenizeArguments, argv, prog="nextllm tokenize")
     if arguments.text is not None and arguments.file is not None:
         raise InputError("both a text and --file are given; give only one")
     text = arguments.text if arguments.text is not None else read_text(arguments.file)
@@ -102,7 +103,7 @@ def evaluate_command(argv: list[str]) -> int:
 
     Returns the exit code.
     """
-    arguments = tyro.cli(EvaluateArguments, args=argv, prog="nextllm evaluate", description=EvaluateArguments.__doc__)
+    arguments = parse(EvaluateArguments, argv, prog="nextllm evaluate")
     if (arguments.text is None) == (arguments.data is None):
         raise InputError("give either --text FILE or --data DIR")
     text = None if arguments.text is None else read_text(arguments.text)

@@ -32,6 +32,7 @@ def test_the_overview_fits_on_a_screen_or_two_and_names_the_sections(capsys, mon
     assert not any("." in option for option in options(text))
     for section in SECTIONS:
         assert re.search(rf"^  {section} +\w", text, flags=re.MULTILINE)
+    assert "May be repeated. The new value" in text, "a line break of the source is no line break of the help"
 
 
 @pytest.mark.parametrize("run", [train_command, plan_command, doctor_command])
