@@ -6,7 +6,7 @@
   calibrated on other files.
 - The last column is for the first `--tokens` tokens, which llama.cpp scores with one request per token.
 - The published weights are already Q4_1 blocks, which int4 with a minimum reproduces exactly. `folded` is the same
-  model with the scales of its norms multiplied into the matrices, so that its values are not on such a grid.
+  model with the scales of its norms multiplied into the matrices; its values are then not on such a grid.
 
 Needs `pip install 'nextllm_jax[parity,interop]'` and the published model smollm2.
 """

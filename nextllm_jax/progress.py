@@ -1,7 +1,7 @@
 """Messages and progress bars for people, on standard error. Results of commands go to standard output instead.
 
 A module writes a message with `logging.getLogger(__name__).info(...)` or `.warning(...)`. tqdm is imported when it is
-needed, so that `--help` comes at once.
+needed, so `--help` appears at once.
 """
 
 import contextlib

@@ -110,7 +110,7 @@ def _run(argv: list[str], prog: str, description: str | None) -> int:
         return chat(arguments)
     if arguments.system is not None or arguments.chat_template is not None:
         raise InputError("--system and --chat-template are for a chat; add --chat, or leave them out")
-    from nextllm_jax.inference.llm import MAX_NEW_TOKENS  # late, so that --help does not wait for jax
+    from nextllm_jax.inference.llm import MAX_NEW_TOKENS  # late: --help does not wait for jax
 
     prompts = read_prompt_arguments(arguments)
     stream = load_model(arguments, {f"prompt {prompt[:20]!r}": prompt for prompt in prompts}).stream(

@@ -338,8 +338,10 @@ class Config:
             self.check_fit()
 
     def check_fit(self) -> None:
-        """Raise InputError if the model is too small for the data in context length, or in vocabulary as far as the
-        config determines that of the data."""
+        """Raise InputError if the context length of the model is too small for the data.
+
+        The vocabulary is compared too if the config determines that of the data.
+        """
         length, context = self.data.sequence_length, self.model.context_length
         _require(length <= context, f"data.sequence_length {length} exceeds model.context_length {context}")
         tokens, rows = self.data.vocab_size, self.model.vocab_size

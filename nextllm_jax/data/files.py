@@ -105,7 +105,7 @@ def has_files(config: DataConfig) -> bool:
 def find_files(config: DataConfig) -> Listing:
     """The files of the corpus of a config. Names are relative to the directory.
 
-    A directory is searched recursively, through links, for `TEXT_SUFFIXES` and files of rows, each of which may be
+    A directory is searched recursively, through links, for `TEXT_SUFFIXES` and files of rows, which may be
     compressed. Hidden entries are skipped, and so are .json files whose first row lacks the field. Explicit files and
     globs are not filtered. The case of suffixes does not matter. Raises InputError if nothing is found, if a file or a
     directory cannot be read, or if an explicit file is an archive.

@@ -127,7 +127,7 @@ def _passes(
     paths: list[tuple[str, ...]] = []
 
     def loss(params: Any, zeros_BTD: jax.Array) -> tuple[jax.Array, list[_Seen]]:
-        """`zeros_BTD` is added to the last hidden states, so that their gradient can be checked."""
+        """`zeros_BTD` is added to the last hidden states; its gradient is theirs."""
         seen: list[_Seen] = []
         paths.clear()
 
@@ -205,7 +205,7 @@ def diagnose(
     `sharding` is the sharding of [B, T] arrays. Call it under `jax.set_mesh`. It needs memory for a second copy of the
     parameters.
     """
-    # Without remat, which would trace the layers so that their arrays cannot be checked.
+    # Without remat, which traces the layers: their arrays could not be checked.
     open_model = model.clone(config=config.model.without_remat(), scan_layers=False)
     parts = config.training.accumulation_steps
     row_losses = np.zeros(len(batch.tokens_BT))

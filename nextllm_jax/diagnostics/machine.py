@@ -109,7 +109,7 @@ def disk(config: Config, *, data_bytes: int) -> tuple[str, Status]:
         kept += config.training.steps // every
     there = len(Checkpoints(run.checkpoints).steps())
     needed, free = max(kept + 1 - there, 1) * each, run.free_bytes()
-    what = f"up to {kept} checkpoints of {readable_bytes(each)} are kept, of which {there} exist"
+    what = f"up to {kept} checkpoints of {readable_bytes(each)} are kept ({there} exist)"
     if data_bytes:
         what += f", the data takes up to {readable_bytes(data_bytes)}"
     if free is None:

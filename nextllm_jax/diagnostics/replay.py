@@ -254,7 +254,7 @@ def _run(bundle: Bundle, program: Program, loader: TrainLoader, state: TrainStat
     metrics: StepMetrics | None = None
     for _ in progress_bar(range(first, last), desc=f"replaying steps {first + 1} to {last}", unit=" steps"):
         if metrics is not None:
-            jax.block_until_ready(metrics)  # so that the bar shows finished steps, with only one in progress
+            jax.block_until_ready(metrics)  # the bar shows finished steps, with only one in progress
         state, metrics = program.train_step(state, next(batches))
     assert metrics is not None
     return jax.block_until_ready((state, metrics))

@@ -183,7 +183,7 @@ class HarnessModel(TemplateLM):
         return answers
 
     def _batches(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Batches of indices of rows, longest first, so that an out-of-memory error occurs at once or never."""
+        """Batches of indices of rows, longest first: an out-of-memory error occurs at once or never."""
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
 

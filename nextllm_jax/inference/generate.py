@@ -131,7 +131,7 @@ def decode(
     """The state (donated) after at most `limit` <= chunk_tokens more tokens per row, and these tokens, int32 [B, C].
 
     A row ends with a stop id. Rows in `stopped_B` get no tokens. After a row's last token, the rest is -1. `dropped_B`
-    counts the tokens of a row before position 0, so that no random key is used twice.
+    counts the tokens of a row before position 0, so no random key is used twice.
     """
     B = state.token_B.shape[0]
 
@@ -182,7 +182,7 @@ class CachedRow:
 
 
 class Generation:
-    """Generates tokens in rows, of which row i continues prompts[i]. Call `advance` until `done`.
+    """Generates tokens in rows; row i continues prompts[i]. Call `advance` until `done`.
 
     `samples[i]` is the index of row i among the samples of its prompt. The random key of a token is a function of
     `seed`, this index and the token's position. Runs on `mesh`; None: on the mesh that the caller has set, or on the

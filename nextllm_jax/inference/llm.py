@@ -278,7 +278,7 @@ class LLM:
 
         A document is BOS + text + EOS. It is split into windows that do not attend to each other, and each token except
         BOS is scored once. Each window begins with BOS if the model's prompts do. `nll` is the mean over these tokens,
-        of which EOS is one; `logprobs` has the value of each. The result does not depend on batch_size.
+        including EOS; `logprobs` has the value of each. The result does not depend on batch_size.
 
         With a `prefix`, the document is the ids of the prompt `prefix`, as `generate` reads it, + text + EOS. The
         tokens of the prefix are not scored, and all tokens must fit one window. Prefix and text are tokenized

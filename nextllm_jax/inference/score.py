@@ -86,7 +86,7 @@ def score_documents(
     batch_size: int,
     progress: bool,
 ) -> list[Score]:
-    """The score of each document, in windows of `window` tokens, each of which after the first begins with `opening`.
+    """The score of each document, in windows of `window` tokens. All windows but the first begin with `opening`.
 
     Raises InputError if a document with a prefix does not fit one window, or if a window has no room for text.
     """
@@ -117,7 +117,7 @@ def score_documents(
 
 
 def _windows(ids: Sequence[int], T: int, opening: Sequence[int]) -> Batch:
-    """The windows of a document, of which the last is padded; each after the first begins with `opening`.
+    """The windows of a document. All but the first begin with `opening`, and the last is padded.
 
     Raises InputError if a window has no room for text.
     """

@@ -21,7 +21,7 @@ class KVCache:
     """Keys and values: one array [L, B, K, S, H] for all layers, or one array [1, B, K, S, H] per layer.
 
     A scan over layers needs the single array. Without a scan, separate arrays are updated in place; a single array
-    would be copied for each layer. S comes after K, so that attention needs no transpose.
+    would be copied for each layer. S comes after K, so attention needs no transpose.
     """
 
     keys: tuple[jax.Array, ...]

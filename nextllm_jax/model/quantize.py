@@ -1,8 +1,7 @@
-"""Which weights are quantized, and how one weight gets into the form that is wanted.
+"""Selects the weights to quantize, and converts one weight at a time.
 
-A tree of abstract parameters says what is wanted: it has a QTensor of abstract arrays in place of each weight to
-quantize. Whatever loads parameters brings one weight after another into that form, so that the float model is never
-whole in memory.
+The target is a tree of abstract parameters with a QTensor of abstract arrays in place of each weight to quantize. All
+code that loads parameters converts one weight after another, so the whole float model is never in memory.
 """
 
 import dataclasses
@@ -133,7 +132,7 @@ def _is_finite(x: QTensor) -> jax.Array:
 def regroup(params: Any, like: Any) -> Any:
     """Quantized parameters rounded a second time where `like`, which is abstract, has other types or groups."""
     weights = by_name(params)
-    del params  # so that each weight goes when it is rounded
+    del params  # each weight is freed when it is rounded
     for name, wanted in by_name(like).items():
         if is_quantized(wanted) and _layout(weights[name]) != _layout(wanted):
             weights[name] = convert(dequantize(weights[name], jnp.float32), wanted, name=name)

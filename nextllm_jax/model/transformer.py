@@ -4,7 +4,7 @@ The layers are a scan over periods of the layer pattern, so only one period is c
 do not fill a period follow one by one. Generation uses no scan (`scan_layers=False`), since a scan over stacked
 parameters copies each matrix out of the stack before a decode step can multiply with it.
 
-The head is separate, so that a chunked loss never builds the logits of a whole batch. Decoding is not a mode: training,
+The head is separate, so a chunked loss never builds the logits of a whole batch. Decoding is not a mode: training,
 prefill and a decode step are the same call, with or without a cache.
 """
 

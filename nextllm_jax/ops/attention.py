@@ -75,7 +75,7 @@ def _query_blocks(T: int, window: int | None) -> list[tuple[slice, slice]]:
 def _logits(q_BTKGH, k_BTKH, segment_ids_BT, queries: slice, keys: slice, rule: LogitsRule) -> jax.Array:
     """Masked float32 logits [B, K, S, G, T] of one block.
 
-    Keys come before queries, so that softmax reduces over whole rows, and so that no product of the forward or backward
+    Keys come before queries: softmax then reduces over whole rows, and no product of the forward or backward
     pass transposes this large array, but only operands with H columns.
     """
     q_BKHGT, k_BKSH = jnp.einsum("BTKGH->BKHGT", q_BTKGH[:, queries]), jnp.einsum("BSKH->BKSH", k_BTKH[:, keys])

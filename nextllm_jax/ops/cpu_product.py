@@ -31,7 +31,7 @@ def cpu_product(x: jax.Array, q: jax.Array, num_inputs: int, *, inputs_first: bo
 
 
 def _integer_product(x_RI: jax.Array, q_IO: jax.Array) -> jax.Array:
-    """The product in int8: each row is two, the second of which holds what the rounding of the first leaves over."""
+    """The product in int8: each row becomes two rows. The second holds the rounding errors of the first."""
     step_R1 = jnp.max(jnp.abs(x_RI), axis=1, keepdims=True) / 127
     steps_RI = x_RI / jnp.where(step_R1 == 0, 1, step_R1)
     coarse_RI = jnp.round(steps_RI)

@@ -122,7 +122,7 @@ def _tiled_product(
 
     The inputs are the first axes of the matrix and the last of `x`.
     """
-    # In a loop over tokens, XLA would otherwise keep a copy of each part in the kernel's layout beside the weights.
+    # In a loop over tokens, XLA would otherwise keep a copy of each part in the kernel's layout next to the weights.
     x, kernel = jax.lax.optimization_barrier((x, kernel))
     flat = jax.tree.map(lambda part: part.reshape(math.prod(part.shape[:num_inputs]), -1), kernel)
     if tile_sizes(flat.q, flat.scale) is None:

@@ -52,7 +52,7 @@ def _fsdp(config: Config, mesh: Mapping[str, int]) -> _Proposal:
     if mesh["data"] == slices:
         return None
     sizes = {"data": slices, "fsdp": mesh["fsdp"] * mesh["data"] // slices}
-    return {"mesh": sizes}, "shards parameters and moments, of which each device now has a copy"
+    return {"mesh": sizes}, "shards parameters and moments; now each device has a copy of them"
 
 
 def _smaller_microbatch(config: Config, mesh: Mapping[str, int]) -> _Proposal:

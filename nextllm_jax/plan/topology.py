@@ -21,7 +21,7 @@ class Target(NamedTuple):
     """Limits of one device; None if they are unknown, which leaves the memory that a program needs."""
     num_devices: int
     devices: list[Any] | None
-    """None if only their number is known, so that nothing can be compiled for them."""
+    """None if only their number is known; then nothing can be compiled for them."""
 
     def mesh(self, config: Config) -> Mesh | AbstractMesh:
         """The config's mesh of all devices. Raises InputError if its axes do not multiply to their number."""

@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 Format = Literal["huggingface", "gguf"]
 
 LAYOUT = 1
-"""Increase it when `import_model` changes its output, so that cached imports are rebuilt."""
+"""Increase it when `import_model` changes its output; cached imports are then rebuilt."""
 
 
 def import_model(

@@ -31,7 +31,7 @@ class _Marks(NamedTuple):
     """Private-use characters that occur neither in the messages nor in the template."""
 
     ordinary: str
-    """Inserted into a control token in a message, so that it is encoded as ordinary text."""
+    """Inserted into a control token in a message, which is then encoded as ordinary text."""
     begin: str
     """Marks the start of a generation block."""
     end: str

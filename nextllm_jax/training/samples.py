@@ -32,7 +32,7 @@ _NUM_PROMPTS = 3
 _PROMPT_TOKENS = 16
 """Tokens of the beginning of a document, without BOS."""
 _NUM_CONVERSATIONS = 100
-"""Held-out conversations of which those with the shortest first turns are answered."""
+"""Number of held-out conversations to choose from; those with the shortest first turns are answered."""
 
 
 class Prompt(NamedTuple):
@@ -132,7 +132,7 @@ class Samples(Hook):
 def sample_text(
     config: ModelConfig, params: Any, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_new_tokens: int
 ) -> list[tuple[str, str]]:
-    """(prompt, continuation) for each prompt, as far as the context allows. Every process must call it, since it
+    """(prompt, continuation) for each prompt, up to the context length. Every process must call it, since it
     computes on the mesh."""
     dtype = resolve_dtype(config.dtype, jax.default_backend())
     llm = LLM(config, cast_matrices(abstract_params(config), params, dtype), lambda: tokenizer, dtype)

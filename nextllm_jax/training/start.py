@@ -159,7 +159,7 @@ def _check_fit(start: Start) -> Iterator[Remark]:
                 f"training.sample_tokens; it must fit model.context_length {config.model.context_length}"
             )
     rows, tokens = config.model.vocab_size, tokenizer.vocab_size
-    padding = f", of which {rows - tokens:,} are padding" if rows > tokens else ""
+    padding = f" ({rows - tokens:,} of them padding)" if rows > tokens else ""
     yield Remark(f"{tokens:,} tokens in the vocabulary, {rows:,} rows in the embedding{padding}")
 
 

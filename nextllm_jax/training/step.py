@@ -224,7 +224,7 @@ def make_train_step(
             skipped_in_a_row=skipped_in_a_row,
             reason=reason,
             loss_limit=loss_limit,
-            # Replicated, so that each process can read them.
+            # Replicated: each process reads them.
             gradient_norms=constrain(layer_norms.gradient_norms(model.config, gradients), None),
             activation_rms=constrain(jnp.sqrt(mean_squares), None),
         )

@@ -68,7 +68,7 @@ class TrainLog(Hook):
             self._bar.close()
 
     def _move_bar(self, step: int) -> None:
-        if self._has_bar and self._bar is None:  # not earlier, so that the ETA does not include compilation
+        if self._has_bar and self._bar is None:  # not earlier: the ETA does not include compilation
             self._bar = progress_bar(desc="step", total=self._total_steps, initial=step, unit=" steps")
         elif self._bar is not None:
             self._bar.update(step - self._bar.n)

@@ -10,7 +10,7 @@ from nextllm_jax.data.shards import Dataset
 from nextllm_jax.tokenizer.published import load_tokenizer
 
 ROWS_MULTIPLE = 128
-"""The rows of an embedding are a multiple of this, so that a mesh can shard them and matrix units are filled."""
+"""The rows of an embedding are a multiple of this: a mesh can shard them, and they fill matrix units."""
 
 
 def with_vocab_size(config: Config, data: Path | None, *, overwrite: bool = False) -> Config:

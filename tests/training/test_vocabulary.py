@@ -46,7 +46,7 @@ def test_a_run_keeps_its_rows(config):
     ("rows", "said"),
     [
         (320, "320 tokens in the vocabulary, 320 rows in the embedding"),
-        (8192, "320 tokens in the vocabulary, 8,192 rows in the embedding, of which 7,872 are padding"),
+        (8192, "320 tokens in the vocabulary, 8,192 rows in the embedding (7,872 of them padding)"),
     ],
 )
 def test_padding_is_reported(config, rows, said):
