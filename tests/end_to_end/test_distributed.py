@@ -131,7 +131,7 @@ def test_a_process_that_does_not_come_is_named(door):
             assert_sentence(two.output(number), f"of 3 processes at {two.address}, 1 did not connect within 8 seconds")
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_signal_while_compiling_ends_all_at_once(door, count):
     # The other process says nothing when it comes here.
     held = {1: ("nextllm_jax.training.profiler:StepProfiler.before_step", 1)} if count > 1 else {}

@@ -28,6 +28,7 @@ MESHES = {
 }
 
 
+@pytest.mark.slow
 def test_a_run_that_moves_from_mesh_to_mesh_has_the_losses_of_one_device(trained, door):
     for step, name in [(21, "8"), (40, "4")]:
         count, sizes = MESHES[name]

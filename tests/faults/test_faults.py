@@ -266,7 +266,9 @@ ROWS = {
     "SIGTERM in the first step": Row(
         signalled(signal.SIGTERM, "nextllm_jax.data.loader:TrainLoader.batches", fresh=True), slow=True
     ),
-    "SIGTERM in a step": Row(signalled(signal.SIGTERM, "nextllm_jax.training.writers:MetricsWriter.train", 4)),
+    "SIGTERM in a step": Row(
+        signalled(signal.SIGTERM, "nextllm_jax.training.writers:MetricsWriter.train", 4), slow=True
+    ),
     "SIGINT in a step": Row(signalled(signal.SIGINT, "nextllm_jax.training.writers:MetricsWriter.train", 5), slow=True),
     "SIGTERM in an evaluation": Row(signalled(signal.SIGTERM, EVALUATE), slow=True),
     "SIGINT in an evaluation": Row(signalled(signal.SIGINT, EVALUATE, fresh=True), slow=True),
