@@ -54,8 +54,13 @@ def use_planning_settings() -> None:
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache directory."""
+    """Keep compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache directory.
+
+    XLA's own caches are off: their path would be part of the name of each program, so a program would not be found in a
+    copy of the directory elsewhere, see `training.compiled_programs`.
+    """
     import jax
 
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
