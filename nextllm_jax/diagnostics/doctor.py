@@ -118,6 +118,7 @@ def diagnose(
                 require_tokenizer(dataclasses.replace(config, data=data.config), source)
         if report.passed("devices") and config.model.vocab_size:
             report.add("memory", *machine.memory(config, start.mesh))
+            report.add("save", *machine.save_time(config, start.mesh))
         if report.passed("run"):
             with report.check("run"):
                 _check_run(report, start, with_data=data.is_prepared)
