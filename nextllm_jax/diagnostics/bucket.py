@@ -102,7 +102,8 @@ def _check_settings(name: str) -> Iterator[Finding]:
 
 
 def _distance(bucket: Any, zone: str | None) -> Finding:
-    location, where = bucket.location, f"gs://{bucket.name} is in {bucket.location}"
+    location = str(bucket.location)
+    where = f"gs://{bucket.name} is in {location}"
     if zone is None:
         return f"{where}; the zone of this machine is unknown", "ok"
     region = zone.rpartition("-")[0].upper()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from nextllm_jax.hardware import readable_bytes
@@ -125,7 +125,7 @@ def _roofline_json(roofline: Roofline) -> dict[str, Any]:
 
 def training_table(plan: TrainingPlan, budget: Budget) -> str:
     """The plan as text: blocks of lines."""
-    blocks = [_training_head(plan), _training_memory(plan), _training_traffic(plan)]
+    blocks: list[Iterable[str]] = [_training_head(plan), _training_memory(plan), _training_traffic(plan)]
     if plan.roofline:
         blocks.append(_training_time(plan, plan.roofline, budget))
     blocks.append([str(plan.save)])
