@@ -178,7 +178,7 @@ delete)
     gcloud storage rm "$PIN"
     ;;
 *)
-    sed -n '2,20p' "$0"
+    sed -n '2,18p' "$0"
     exit 2
     ;;
 esac
