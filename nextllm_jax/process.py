@@ -56,12 +56,14 @@ def use_planning_settings() -> None:
 def use_compilation_cache() -> None:
     """Keep compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache directory.
 
-    jax alone would leave out those that compile in less than a second. Together they are a sixth of a warm start.
+    It includes programs that compile in less than a second, which jax leaves out by default: together they are a sixth
+    of a warm start. XLA's own caches are off: their path would be part of the name of each program, so a program would
+    not be found in a copy of the directory elsewhere, see `training.compiled_programs`.
     """
     import jax
 
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))

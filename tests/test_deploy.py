@@ -17,7 +17,6 @@ from tests.conftest import ROOT
 DEPLOY = ROOT / "deploy"
 SHELL = ("tpu_vm.sh", "gke_xpk.sh", "slurm.sbatch")
 YAML = ("gke_jobset.yaml", "skypilot.yaml")
-JAX_READS = {"JAX_COMPILATION_CACHE_DIR"}  # as nextllm_jax/process.py expects
 
 # What an engine does with a command: gcloud and xpk run what --command holds, srun the words after its options.
 ENGINES = {
@@ -101,12 +100,9 @@ def test_scripts_are_valid(name):
     subprocess.run(["bash", "-n", DEPLOY / name], check=True)
 
 
-@pytest.mark.parametrize("name", [*SHELL, *YAML])
-def test_variables_that_they_set_are_read(name):
-    text = (DEPLOY / name).read_text()
-    exported = re.findall(r"(?:export |--env=)(\w+)=", text) + re.findall(r"- name: ([A-Z_]+)\n", text)
-    assert set(exported) == (JAX_READS if name != "slurm.sbatch" else set())
-    assert all(variable in (ROOT / "nextllm_jax" / "process.py").read_text() for variable in exported)
+def check_needs_only_a_bucket(arguments: cli.TrainArguments, name: str, bucket: str = "my-bucket") -> None:
+    assert arguments.run.workdir == f"gs://{bucket}/runs/{name}"
+    assert arguments.run.data.path == f"gs://{bucket}/data"
 
 
 @pytest.mark.parametrize(("slices", "engine"), [(1, "tpu-vm"), (2, "queued-resources")])
@@ -117,18 +113,83 @@ def test_tpu_vms(machine, slices, engine):
     trainings = machine.trainings()
     assert len(trainings) == 3
     check_mesh(trainings[0], chips=16 * slices, slices=slices)
-    assert (trainings[0].run.workdir, trainings[0].run.platform) == ("/share/runs/mine", "tpu")
+    check_needs_only_a_bucket(trainings[0], "mine")
+    assert (trainings[0].run.platform, trainings[0].run.training.preemption_seconds) == ("tpu", 25)
     (call,) = machine.called("gcloud")
     assert call[:5] == ["compute", "tpus", engine, "ssh", "mine"]
     assert "--worker=all" in call
     assert ("--node=all" in call) == (slices > 1)
 
 
+# Cloud TPUs in the directory $CLOUD: the state of the request, the files of a bucket, and the home of the slice's VM.
+CLOUD = r"""
+case "$*" in
+*"queued-resources list"*)
+    state=$(cat $CLOUD/request 2> /dev/null); echo $state
+    case $state in
+    WAITING_FOR_RESOURCES) echo PROVISIONING > $CLOUD/request;;
+    PROVISIONING) echo ACTIVE > $CLOUD/request; mkdir -p $CLOUD/vm/.local/bin; cp $CLOUD/uv $CLOUD/vm/.local/bin;;
+    esac;;
+*"tpu-vm list"*) echo READY;;
+*"queued-resources create"*) [ ! -e $CLOUD/request ] && echo WAITING_FOR_RESOURCES > $CLOUD/request;;
+*"queued-resources delete"*) rm -r $CLOUD/request $CLOUD/vm;;
+*" ssh "*)
+    cd $CLOUD/vm
+    for word; do case $word in --command=*) HOME=$CLOUD/vm bash -c "${word#--command=}";; esac; done;;
+"storage cp - "*"--if-generation-match=0") [ ! -e $CLOUD/pin ] && cat > $CLOUD/pin;;
+"storage cp - "*) cat > $CLOUD/pin;;
+"storage cat "*) cat $CLOUD/pin;;
+esac
+"""
+GIT = r"""
+case $1 in
+rev-parse) cat $CLOUD/head; echo later > $CLOUD/head;;
+clone) mkdir -p $3/.venv/bin; touch $3/.venv/bin/activate;;
+checkout) echo "$4" > commit;;
+esac
+"""
+# A training notes its commit, and ends with the next of the codes, or because its slice is taken away.
+PYTHON = r"""
+cat commit >> $CLOUD/trained
+code=$(head -n 1 $CLOUD/codes); sed -i 1d $CLOUD/codes
+case $code in
+lost) echo SUSPENDED > $CLOUD/request; kill -9 $PPID;;
+stop) touch stop; exit 75;;
+*) exit $code;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("codes", "exit_code", "slices"),
+    [
+        (["75", "lost", "1", "lost", "75", "0"], 0, 3),
+        (["2"], 2, 1),
+        (["75", "stop"], 75, 1),
+        (["1", "lost", "1", "1", "1"], 1, 2),
+    ],
+)
+def test_watching_tpu_vms(machine, codes, exit_code, slices):
+    """Lost slices are replaced and train the same commit, until the training ends or fails too often on one slice."""
+    for name, behaviour in (("gcloud", CLOUD), ("git", GIT), ("python", PYTHON), ("curl", "true")):
+        machine._program(name, f"CLOUD={machine.directory}\n{behaviour}")
+    for name, content in (("codes", "\n".join(codes) + "\n"), ("head", "first\n"), ("uv", "#!/bin/sh\n")):
+        (machine.directory / name).write_text(content)
+    (machine.directory / "uv").chmod(0o755)
+    path = f"{machine.directory / 'bin'}:{os.environ['PATH']}"
+    settings = {"PATH": path, "POLL_SECONDS": "0.05", "FAILURES": "2", "BUCKET": "mine"}
+    done = subprocess.run([str(DEPLOY / "tpu_vm.sh"), "watch"], env=settings, timeout=120, check=False)
+    assert done.returncode == exit_code
+    assert (machine.directory / "trained").read_text().split() == ["first"] * len(codes)
+    assert len([call for call in machine.called("gcloud") if "create" in call]) == slices
+    check_needs_only_a_bucket(machine.trainings()[0], "nextllm", bucket="mine")
+
+
 def test_xpk(machine):
     assert machine.run(str(DEPLOY / "gke_xpk.sh"), SLICES="2", WORKLOAD="mine") == 0
     (training,), (call,) = machine.trainings(), machine.called("xpk")
     check_mesh(training, chips=32, slices=2)
-    assert training.run.workdir == "/share/runs/mine"
+    check_needs_only_a_bucket(training, "mine")
     assert {"--num-slices=2", "--restart-on-exit-codes=1,75"} <= set(call)
 
 
@@ -152,6 +213,8 @@ def test_jobset(machine):
     (training,) = machine.trainings()
     chips = int(spec["parallelism"]) * container["resources"]["limits"]["google.com/tpu"] * job["replicas"]
     check_mesh(training, chips=chips, slices=job["replicas"])
+    check_needs_only_a_bucket(training, "llama3_8b")
+    assert "volumes" not in pod
     # The Job fails at once for exit code 75, with a reason for which the JobSet starts all again without counting it.
     rules = spec["podFailurePolicy"]["rules"]
     assert rules[0]["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [75]}
@@ -167,6 +230,8 @@ def test_skypilot(machine):
     assert machine.run("bash", "-c", content["run"], **nodes) == 0
     (training,) = machine.trainings()
     check_mesh(training, chips=count * gpus, slices=1)
+    check_needs_only_a_bucket(training, "llama3_8b")
+    assert "volumes" not in content
     assert find_process_info(training.distributed) == ProcessInfo("10.0.0.4:8476", count, 1)
     assert content["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
 
@@ -177,3 +242,4 @@ def test_the_image_has_what_a_training_needs():
         *sources, _ = copied.split()
         assert all((ROOT / source).exists() for source in sources)
     assert "FROM python:3.12" in text
+    assert "[${EXTRA},gcs,hf]" in text

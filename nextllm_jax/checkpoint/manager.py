@@ -14,6 +14,7 @@ import contextlib
 import errno
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
@@ -69,6 +70,8 @@ class Checkpoints:
         self._background: concurrent.futures.ThreadPoolExecutor | None = None
         self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
         self._warned: set[epath.Path] = set()
+        self.fastest_save_seconds: float | None = None
+        """The shortest time from the call of `save` until the step was committed; None before the first."""
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -210,6 +213,7 @@ class Checkpoints:
         saved, since replacing it would not be atomic.
         """
         self.wait()
+        started = time.monotonic()
         if step in self.steps():
             raise ValueError(f"step {step} is already saved in {self._directory}")
         manifest = {
@@ -229,7 +233,7 @@ class Checkpoints:
             checkpointer.save(self._directory / attempt, args=ocp.args.Composite(**trees), force=True)
         except OSError as error:
             self._failed(step, error)
-        self._saving = step, background.submit(self._commit, step, checkpointer, attempt, manifest)
+        self._saving = step, background.submit(self._commit, step, checkpointer, attempt, manifest, started)
 
     def _open(self) -> tuple[ocp.AsyncCheckpointer, concurrent.futures.ThreadPoolExecutor]:
         """The objects that save, created at the first call. Raises FileNotFoundError if the directory has vanished."""
@@ -247,13 +251,17 @@ class Checkpoints:
             raise FileNotFoundError(errno.ENOENT, "the directory is gone")
         return self._checkpointer, self._background
 
-    def _commit(self, step: int, checkpointer: ocp.AsyncCheckpointer, attempt: str, manifest: dict[str, Any]) -> None:
+    def _commit(
+        self, step: int, checkpointer: ocp.AsyncCheckpointer, attempt: str, manifest: dict[str, Any], started: float
+    ) -> None:
         """Wait until all processes have written a step, then commit it. Runs in a thread."""
         checkpointer.wait_until_finished()
         if jax.process_index() == 0:
             self._guard()
             checksums = {name: finish_checksums(parts) for name, parts in manifest[CHECKSUMS].items()}
             step_files.commit(self._directory, attempt, step, {**manifest, CHECKSUMS: checksums})
+        seconds = time.monotonic() - started
+        self.fastest_save_seconds = min(seconds, self.fastest_save_seconds or seconds)
 
     def check(self) -> None:
         """Raise RunFailed if the current save has already failed. Does not wait."""

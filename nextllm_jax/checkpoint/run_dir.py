@@ -16,6 +16,7 @@ from nextllm_jax.checkpoint.orbax_errors import writing
 from nextllm_jax.config import Config
 from nextllm_jax.config.files import REPLACED, read_config
 from nextllm_jax.errors import InputError
+from nextllm_jax.storage.interface import Storage
 from nextllm_jax.storage.open_storage import as_path, open_storage
 
 CONFIG, METRICS, LOSS, LAYERS, SAMPLES = FILES = (
@@ -24,7 +25,7 @@ CONFIG, METRICS, LOSS, LAYERS, SAMPLES = FILES = (
 CHECKPOINTS, FLIGHT, BASE, TOKENIZER, PROFILE, TENSORBOARD = DIRECTORIES = (
     "checkpoints", "flight", "base", "tokenizer", "profile", "tensorboard",
 )  # fmt: skip
-_LOCK, _OVERWRITTEN = ".lock", "overwritten"
+_LOCK, _OVERWRITTEN, _COMPILED = ".lock", "overwritten", "compiled"
 
 
 class RunDir:
@@ -36,6 +37,7 @@ class RunDir:
         self.checkpoints, self.flight, self.base = self.path / CHECKPOINTS, self.path / FLIGHT, self.path / BASE
         self.tokenizer, self.profile = self.path / TOKENIZER, self.path / PROFILE
         self.tensorboard = self.path / TENSORBOARD
+        self.is_local = self._storage.is_local
 
     def exists(self) -> bool:
         """Whether the directory has a config.json, which may be a run's or another program's."""
@@ -88,6 +90,11 @@ class RunDir:
         """A context with a local directory, whose files are in the run's profile/ once it has ended."""
         return self._storage.local_directory(PROFILE)
 
+    def compiled_programs(self, kind: str) -> Storage:
+        """The programs that earlier starts compiled for a kind of device. They are no part of the run: `set_aside`
+        leaves them, since they are as good for the run that replaces it."""
+        return open_storage(self.path / _COMPILED / kind)
+
     def modified(self, name: str) -> float | None:
         """When a file of the run was written, in seconds since the epoch; None if it is missing."""
         return self._storage.modified(name)
@@ -103,7 +110,7 @@ class RunDir:
     def require_run_or_empty(self) -> None:
         """Raise InputError if the directory is not writable, or if it is neither empty nor a run."""
         self._storage.require_writable("", is_directory=True)
-        others = sorted(set(self._storage.names()) - {_LOCK, _OVERWRITTEN})
+        others = sorted(set(self._storage.names()) - {_LOCK, _OVERWRITTEN, _COMPILED})
         if not others:
             return
         try:

@@ -175,6 +175,9 @@ class TrainingConfig:
     or of held-out conversations up to the first answer."""
     sample_tokens: Free[int] = 96
     """New tokens for each prompt; 0: no samples."""
+    preemption_seconds: Free[float | None] = None
+    """Seconds from SIGTERM to the end of the machine, such as 25 on a spot VM. A save that would take longer is not
+    started, see checkpoint.megabytes_per_second; none: SIGTERM always saves."""
 
     def __post_init__(self) -> None:
         _check_types(self, "training.")
@@ -186,6 +189,8 @@ class TrainingConfig:
         message = f"training.spike_factor is {factor}; it must be greater than 1, or 0 to skip no spikes"
         _require(factor == 0 or factor > 1, message)
         _require(self.sample_tokens >= 0, f"training.sample_tokens is {self.sample_tokens}; it cannot be negative")
+        if self.preemption_seconds is not None:
+            _require_positive(self, "training.", "preemption_seconds")
         batch, parts = self.global_batch_size, self.accumulation_steps
         _require(
             batch % parts == 0,
@@ -254,10 +259,13 @@ class CheckpointConfig:
     """Also keep every checkpoint whose step is a multiple of this; 0: none."""
     strict: bool = False
     """Fail if the latest checkpoint is damaged. Otherwise it is set aside, and training resumes from the one before."""
+    megabytes_per_second: float = 1000.0
+    """Megabytes (10^6 bytes) that each host can write per second. Used to estimate the time of a save, in plan, in
+    doctor, and for training.preemption_seconds until a save was measured."""
 
     def __post_init__(self) -> None:
         _check_types(self, "checkpoint.")
-        _require_positive(self, "checkpoint.", "every_steps", "keep_last")
+        _require_positive(self, "checkpoint.", "every_steps", "keep_last", "megabytes_per_second")
         every = self.keep_every_steps
         _require(every >= 0, f"checkpoint.keep_every_steps is {every}; it cannot be negative")
 

@@ -1,7 +1,8 @@
 """Checks what would go wrong if `train.py` were started now, in the order in which it would, without starting it.
 
-The checks are the same as in training. Only temporary files are written: a file next to the run directory, to test
-whether it is writable and to compare clocks; and, if the data is not prepared yet, a small part of the prepared data.
+The checks are the same as in training. Only temporary files are written: files in or next to the run directory, to
+test what is permitted there and to compare clocks; and, if the data is not prepared yet, a small part of the prepared
+data.
 """
 
 import contextlib
@@ -10,7 +11,7 @@ import importlib.util
 import io
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from nextllm_jax.checkpoint.manager import Checkpoints
@@ -22,11 +23,12 @@ from nextllm_jax.data.files import find_files, has_files
 from nextllm_jax.data.prepare import prepare_sample
 from nextllm_jax.data.settings import CONTENT_FIELDS, check_unchanged, find_data
 from nextllm_jax.data.shards import Dataset, partial_path
-from nextllm_jax.diagnostics import machine
+from nextllm_jax.diagnostics import bucket, machine
 from nextllm_jax.diagnostics.machine import Status
 from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.pretrained.init_from import require_tokenizer
 from nextllm_jax.pretrained.source import Source
+from nextllm_jax.storage.open_storage import open_storage
 from nextllm_jax.tokenizer.published import KNOWN_ENCODINGS, files_to_fetch
 from nextllm_jax.training.open_run import require_startable
 from nextllm_jax.training.resume_guard import allowed_fields, recorded_data, require_same_data, with_recorded_data
@@ -62,6 +64,11 @@ class Report:
         if message not in (finding.message for finding in self.findings):
             self.findings.append(Finding(name, status, message))
             self._show(self.findings[-1])
+
+    def add_all(self, name: str, findings: Iterable[tuple[str, Status]]) -> None:
+        """Add each finding, a message and its status."""
+        for message, status in findings:
+            self.add(name, message, status)
 
     @contextlib.contextmanager
     def check(self, name: str, status: Status = "PROBLEM") -> Iterator[None]:
@@ -101,12 +108,18 @@ def diagnose(
     with tempfile.TemporaryDirectory(prefix="nextllm-doctor-") as temporary:
         data = _Data(config, Path(temporary), report)
         with report.check("run"):
-            for change in require_startable(config, overwrite=overwrite, allow_change=allow_change):
-                report.add("run", f"changed: {change}", "warning")
+            if not RunDir(workdir_of(config)).is_local:
+                report.add_all("bucket", bucket.check_run(workdir_of(config)))
+            if report.passed("bucket"):
+                for change in require_startable(config, overwrite=overwrite, allow_change=allow_change):
+                    report.add("run", f"changed: {change}", "warning")
+        has_run = report.passed("run") and report.passed("bucket")
         with report.check("data"):
-            data.find(RunDir(workdir_of(config)), overwrite, allow_change)
+            if config.data.path and not open_storage(config.data.path).is_local:
+                report.add_all("data", bucket.check_data(config.data.path))
+            data.find(RunDir(workdir_of(config)), overwrite or not report.passed("bucket"), allow_change)
         with report.check("data"):
-            is_new = overwrite or not report.passed("run")
+            is_new = overwrite or not has_run
             config = with_vocab_size(config, None if data.is_part else data.path, overwrite=is_new)
         start = Start(config, data.open, overwrite, allow_change)
         for check in CHECKS:
@@ -118,7 +131,8 @@ def diagnose(
                 require_tokenizer(dataclasses.replace(config, data=data.config), source)
         if report.passed("devices") and config.model.vocab_size:
             report.add("memory", *machine.memory(config, start.mesh))
-        if report.passed("run"):
+            report.add("save", *machine.save_time(config, start.mesh))
+        if has_run:
             with report.check("run"):
                 _check_run(report, start, with_data=data.is_prepared)
             with report.check("disk"):

@@ -19,7 +19,7 @@ from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.checkpoint.run_dir import CONFIG, METRICS, RunDir
 from nextllm_jax.config import Config
 from nextllm_jax.hardware import readable_bytes
-from nextllm_jax.model.accounting import frozen_bytes, moment_bytes, parameter_bytes
+from nextllm_jax.model.accounting import frozen_bytes, moment_bytes, parameter_bytes, save_estimate, state_bytes
 
 Status = Literal["ok", "warning", "PROBLEM"]
 
@@ -50,12 +50,6 @@ def versions() -> tuple[str, Status]:
         return f"{'; '.join(wrong)}; run pip install -e .", "PROBLEM"
     named = [f"{name} {installed[name]}" for name in _NAMED_VERSIONS if name in installed]
     return f"{', '.join(named)} and {len(installed) - len(named)} other packages have supported versions", "ok"
-
-
-def state_bytes(config: Config) -> int:
-    """Bytes of the trained parameters and the optimizer's moments, which is the size of a checkpoint."""
-    model, lora = config.model, config.lora
-    return parameter_bytes(model, lora) + moment_bytes(model, config.optimizer.first_moment_dtype, lora)
 
 
 def memory(config: Config, mesh: Mesh) -> tuple[str, Status]:
@@ -95,6 +89,19 @@ def _compare(what: str, needed: float, there: int | None, where: str) -> tuple[s
     if needed > there:
         return f"{has}; use a smaller model, or raise mesh.fsdp or mesh.tensor", "PROBLEM"
     return (f"{has}, which leaves little for activations", "warning") if needed > 0.7 * there else (has, "ok")
+
+
+def save_time(config: Config, mesh: Mesh) -> tuple[str, Status]:
+    """The time of a save at the stated bandwidth, compared with training.preemption_seconds."""
+    estimate = save_estimate(config, len({device.process_index for device in mesh.devices.flat}))
+    limit, said = config.training.preemption_seconds, str(estimate)
+    if limit is not None and estimate.seconds > limit:
+        return (
+            f"{said}; SIGTERM starts no save, since training.preemption_seconds is {limit:g}: lower "
+            "checkpoint.every_steps, use more hosts, or state the bandwidth that was measured",
+            "warning",
+        )
+    return said, "ok"
 
 
 def disk(config: Config, *, data_bytes: int) -> tuple[str, Status]:

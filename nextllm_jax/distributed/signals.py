@@ -52,6 +52,8 @@ class StopRequest:
     def __init__(self, group: ProcessGroup | None = None, *, may_exit: bool = False) -> None:
         self.name: str | None = None
         """Name of the signal that this or another process received; None without one."""
+        self.asked_at = 0.0
+        """`time.monotonic()` when this process learned of the signal."""
         self._group = group or ProcessGroup()
         self._group.on("stop", self._asked)
         self._group.on("gather for stop", self._agreed)
@@ -91,7 +93,7 @@ class StopRequest:
         with self._changed:
             if self.name is not None:
                 return
-            self.name, self._agreeing = name, True
+            self.name, self.asked_at, self._agreeing = name, time.monotonic(), True
             state = [self._passed, self._may_exit and bool(self._doing)]
         self._group.send("gather for stop", state)
 

@@ -1,8 +1,11 @@
 """Counts parameters, FLOPs and bytes of a model from the shapes of its weights."""
 
+from typing import NamedTuple
+
 import jax
 
-from nextllm_jax.config import LoraConfig, ModelConfig
+from nextllm_jax.config import Config, LoraConfig, ModelConfig
+from nextllm_jax.hardware import readable_bytes
 from nextllm_jax.model.lora import create
 from nextllm_jax.model.transformer import abstract_params
 from nextllm_jax.model.weights import by_name, of_kind
@@ -48,6 +51,35 @@ def frozen_bytes(config: ModelConfig, lora: LoraConfig) -> int:
     width, matrices = _width(config.param_dtype), matrix_size(config)
     bits = {"unquantized": 8 * width, "int8": 8, "int4": 4}[lora.frozen]
     return (parameter_count(config) - matrices) * width + matrices * bits // 8
+
+
+def state_bytes(config: Config) -> int:
+    """Bytes of the trained parameters and the optimizer's moments, which is the size of a checkpoint."""
+    model, lora = config.model, config.lora
+    return parameter_bytes(model, lora) + moment_bytes(model, config.optimizer.first_moment_dtype, lora)
+
+
+class SaveEstimate(NamedTuple):
+    """What each host writes for a checkpoint, and how long that takes at checkpoint.megabytes_per_second."""
+
+    num_hosts: int
+    host_bytes: float
+    seconds: float
+    megabytes_per_second: float
+
+    def __str__(self) -> str:
+        hosts = f" from each of {self.num_hosts} hosts" if self.num_hosts > 1 else ""
+        return (
+            f"a save writes {readable_bytes(self.host_bytes)}{hosts}, which takes {self.seconds:.1f} s at "
+            f"{self.megabytes_per_second:,.0f} MB/s (checkpoint.megabytes_per_second)"
+        )
+
+
+def save_estimate(config: Config, num_hosts: int) -> SaveEstimate:
+    """The estimate for a number of hosts, which share the arrays equally, replicated ones too."""
+    host_bytes = state_bytes(config) / num_hosts
+    speed = config.checkpoint.megabytes_per_second
+    return SaveEstimate(num_hosts, host_bytes, host_bytes / (1e6 * speed), speed)
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int, lora: LoraConfig | None = None) -> float:

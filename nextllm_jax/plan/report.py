@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from nextllm_jax.hardware import readable_bytes
@@ -56,6 +56,7 @@ def training_json(plan: TrainingPlan, budget: Budget) -> dict[str, Any]:
         "memory": _memory_json(plan),
         "out_of_memory": plan.out_of_memory and dataclasses.asdict(plan.out_of_memory),
         "advice": list(plan.advice),
+        "save": plan.save._asdict(),
         "flops_check": check and check._asdict() | {"relative_difference": check.relative_difference},
         "collectives": _traffic_json(plan.traffic),
         "collectives_minimum": _traffic_json(plan.minimum),
@@ -124,9 +125,10 @@ def _roofline_json(roofline: Roofline) -> dict[str, Any]:
 
 def training_table(plan: TrainingPlan, budget: Budget) -> str:
     """The plan as text: blocks of lines."""
-    blocks = [_training_head(plan), _training_memory(plan), _training_traffic(plan)]
+    blocks: list[Iterable[str]] = [_training_head(plan), _training_memory(plan), _training_traffic(plan)]
     if plan.roofline:
         blocks.append(_training_time(plan, plan.roofline, budget))
+    blocks.append([str(plan.save)])
     return "\n\n".join("\n".join(block) for block in blocks)
 
 

@@ -1,6 +1,7 @@
 """The devices to plan for: a TPU topology, which libtpu compiles for, or a number of chips of a known kind."""
 
 import importlib.util
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -22,6 +23,13 @@ class Target(NamedTuple):
     num_devices: int
     devices: list[Any] | None
     """None if only their number is known; then nothing can be compiled for them."""
+
+    @property
+    def num_hosts(self) -> int:
+        """Number of hosts; of a kind of devices whose hosts are unknown, one for each 8 devices."""
+        if self.devices is None:
+            return math.ceil(self.num_devices / 8)
+        return len({(getattr(device, "slice_index", 0), device.process_index) for device in self.devices})
 
     def mesh(self, config: Config) -> Mesh | AbstractMesh:
         """The config's mesh of all devices. Raises InputError if its axes do not multiply to their number."""

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 from nextllm_jax.config import Config
 from nextllm_jax.errors import InputError
 from nextllm_jax.hardware import Chip
-from nextllm_jax.model.accounting import flops_per_token, parameter_count
+from nextllm_jax.model.accounting import SaveEstimate, flops_per_token, parameter_count, save_estimate
 from nextllm_jax.plan.advice import advice
 from nextllm_jax.plan.collectives import Collective, Traffic, collectives
 from nextllm_jax.plan.compile import Memory, OutOfMemory, compile_train_step, flops_of_two_layers
@@ -51,6 +51,7 @@ class TrainingPlan:
     chip: Chip | None
     """Limits of a device; None if they are unknown."""
     mesh: Mapping[str, int]
+    save: SaveEstimate
     argument_bytes: int
     """The training state and the batch."""
     memory: Memory | None
@@ -176,6 +177,7 @@ def estimate_training(config: Config, target: Target) -> TrainingPlan:
         device_kind=target.device_kind,
         chip=target.chip,
         mesh=dict(mesh.shape),
+        save=save_estimate(config, target.num_hosts),
         argument_bytes=arguments,
         estimated_peak_bytes=peak_bytes(config, mesh.shape, arguments),
         memory=None,

@@ -32,7 +32,7 @@ def _service(bucket: str) -> Service:
 class Bucket:
     """The objects below gs://bucket/directory; see `Storage`. The constructor sends no request."""
 
-    renames = False
+    is_local = renames = False
 
     def __init__(self, address: str) -> None:
         bucket, _, directory = address.removeprefix(SCHEME).partition("/")

@@ -21,7 +21,7 @@ _NEW = ".new"
 class Disk:
     """The files in a directory; see `Storage`."""
 
-    renames = True
+    is_local = renames = True
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self._directory = Path(directory)

@@ -29,6 +29,9 @@ class Storage(Protocol):
     itself.
     """
 
+    is_local: bool
+    """Whether the files are in the file system of this machine."""
+
     renames: bool
     """Whether `move` is atomic and cheap. If not, moved files are copied, and an interrupted `move` leaves both."""
 

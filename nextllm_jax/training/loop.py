@@ -10,7 +10,7 @@ import jax
 from nextllm_jax.model.objective import Batch
 from nextllm_jax.progress import phase
 from nextllm_jax.training.hooks import is_due
-from nextllm_jax.training.saving import save, save_validation_loss
+from nextllm_jax.training.saving import save, save_validation_loss, too_late_to_save
 from nextllm_jax.training.session import Moment, Session
 from nextllm_jax.training.validation import validate
 
@@ -106,9 +106,14 @@ def _finish(session: Session, at: Moment) -> Outcome:
 
 
 def _interrupt(session: Session, at: Moment, signal: str) -> Outcome:
-    save(session, at)
-    with phase("waiting for the last save"):
-        session.checkpoints.wait()
+    problem = too_late_to_save(session, at)
+    if problem is None:
+        save(session, at)
+        with phase("waiting for the last save"):
+            session.checkpoints.wait()
     again = "without --overwrite" if session.start.overwrite else "the same command again"
-    _log.info(f"{signal}: saved step {at.step} and stopped; run {again} to continue")
+    done = (
+        f"saved step {at.step} and stopped" if problem is None else f"stopped without saving step {at.step} ({problem})"
+    )
+    _log.info(f"{signal}: {done}; run {again} to continue")
     return "interrupted"

@@ -3,14 +3,18 @@
 import dataclasses
 import functools
 import logging
+import time
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from nextllm_jax.checkpoint.base import RECORD, base_id, save_base
 from nextllm_jax.checkpoint.manager import Checkpoints, DamagedCheckpoint
 from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.errors import InputError
+from nextllm_jax.model.accounting import save_estimate
 from nextllm_jax.pretrained.init_from import initial_params
 from nextllm_jax.pretrained.source import Source
 from nextllm_jax.progress import phase
@@ -81,6 +85,24 @@ def save(session: Session, at: Moment) -> None:
         with phase(f"saving step {at.step}"):
             items, record = _contents(session, at)
             session.checkpoints.save(at.step, items, record, validation_loss=None)
+
+
+def too_late_to_save(session: Session, at: Moment) -> str | None:
+    """After SIGTERM, why the step cannot be saved within training.preemption_seconds; None if it can, or is saved.
+
+    All processes get the same answer.
+    """
+    limit = session.config.training.preemption_seconds
+    if limit is None or session.stop.name != "SIGTERM" or at.step in _saved_steps(session):
+        return None
+    measured = session.checkpoints.fastest_save_seconds
+    needed = measured or save_estimate(session.config, jax.process_count()).seconds
+    left = limit - (time.monotonic() - session.stop.asked_at)
+    needed, left = multihost_utils.broadcast_one_to_all(np.array([needed, left])).tolist()
+    if needed <= left:
+        return None
+    how = "at best" if measured else "by checkpoint.megabytes_per_second"
+    return f"a save takes {needed:.1f} s {how}, but {max(left, 0):.1f} s of training.preemption_seconds are left"
 
 
 def save_validation_loss(session: Session, at: Moment, loss: float) -> None:

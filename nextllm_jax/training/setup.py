@@ -19,6 +19,7 @@ from nextllm_jax.model.accounting import flops_per_token
 from nextllm_jax.model.transformer import set_matmul_precision
 from nextllm_jax.pretrained.source import Source
 from nextllm_jax.progress import phase
+from nextllm_jax.training.compiled_programs import CompiledPrograms
 from nextllm_jax.training.flight_recorder import FlightRecorder, environment
 from nextllm_jax.training.hooks import Hook
 from nextllm_jax.training.metrics import TrainMeter
@@ -71,18 +72,20 @@ def open_session(
     group.check_same({f"the data in {start.dataset.path} with id": start.dataset.data_id})
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopRequest(group))
+        writes = group.process_id == 0
+        programs = stack.enter_context(contextlib.closing(CompiledPrograms(RunDir(workdir_of(config)), writes=writes)))
         stack.enter_context(jax.set_mesh(start.mesh))
         opened = stack.enter_context(
             open_run(workdir_of(config), config, overwrite=overwrite, allow_change=allow_change, group=group)
         )
         checkpoints = stack.enter_context(open_checkpoints(opened.dir, start))
         stack.push(group.report)  # before the checkpoints close, which can wait for the others
+        programs.wait()
         with phase("restoring the latest checkpoint" if checkpoints.steps() else "creating the initial state"):
             state, record = restore_or_begin(start, source, opened.dir, checkpoints)
         _require_usable(start, opened.dir, state, record)
         at = Moment(int(state.step), state, evaluated=record.get("evaluated", False))
         initial_step = at.step if record else None
-        writes = group.process_id == 0
         if writes:  # only now, when a resumed run has passed all checks
             start.tokenizer.save(opened.dir.tokenizer)
             opened.dir.write_config(config, replaced)
@@ -94,6 +97,7 @@ def open_session(
         session = Session(start, opened.dir, checkpoints, _make_meter(start, record), writer, stop, hooks=[])
         for hook in _make_hooks(session, initial_step, profile_steps, writes):
             session.hooks.append(stack.enter_context(contextlib.closing(hook)))
+        session.hooks.append(programs)
         yield session, at
 
 

@@ -60,7 +60,7 @@ def test_a_sound_start_is_found_sound_in_the_order_of_train_and_nothing_is_writt
     assert findings == shown
     assert {found.status for found in findings} == {"ok"}, findings
     assert [found.name for found in findings] == [
-        *("versions", "data", "devices", "model", "data", "fit", "batches", "memory", "run", "disk", "clock")
+        *("versions", "data", "devices", "model", "data", "fit", "batches", "memory", "save", "run", "disk", "clock")
     ]
     assert contents(door.directory) == before
 

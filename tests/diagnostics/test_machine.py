@@ -88,6 +88,19 @@ def test_the_memory_of_accelerators(monkeypatch, stats, fsdp, host, status, word
     assert found == status, said
 
 
+def test_the_time_of_a_save_is_compared_with_the_time_to_preemption():
+    """Llama 3 8B has 12 bytes of state a parameter."""
+    config = load_config_file(str(Path(__file__).parents[2] / "configs" / "llama3_8b.py"))
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, preemption_seconds=25.0))
+    for hosts, status in ((4, "ok"), (2, "warning")):
+        mesh = SimpleNamespace(devices=np.array([SimpleNamespace(process_index=i // 4) for i in range(4 * hosts)]))
+        said, found = machine.save_time(config, mesh)
+        seconds = 8_030_261_248 * 12 / hosts / 1e9
+        assert f"each of {hosts} hosts, which takes {seconds:.1f} s at 1,000 MB/s" in said
+        assert found == status
+        assert ("SIGTERM starts no save, since training.preemption_seconds is 25" in said) == (status == "warning")
+
+
 def test_available_memory_is_known_here():
     there = hardware.available_host_memory()
     assert there is not None

@@ -46,6 +46,9 @@ class Proxy:
     def __init__(self, binary: str) -> None:
         self._binary = binary
         self.faults: list[Fault] = []
+        self.settings: dict[str, object] = {}
+        """What descriptions of the bucket say in addition, such as a soft delete policy."""
+        self.ignores_conditions = False
         self.requests: list[str] = []
         """ "METHOD path" of each request."""
         self._lock = threading.Lock()
@@ -169,9 +172,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _carry_out(self, body: bytes) -> tuple[int, list, bytes]:
         address = urllib.parse.urlsplit(self.path)
         query = dict(urllib.parse.parse_qsl(address.query))
+        if self.command == "GET" and address.path == f"/storage/v1/b/{BUCKET}":
+            found = json.loads(self.proxy.forward("GET", self.path, b"", {})[2])
+            return 200, [], json.dumps(found | self.proxy.settings).encode()
         skipped = {"host", "connection", "transfer-encoding", "content-length", "accept-encoding"}
         headers = {name: value for name, value in self.headers.items() if name.lower() not in skipped}
         conditional = "ifGenerationMatch" in query or "if_generation_match" in query
+        if self.proxy.ignores_conditions:
+            self.path = re.sub(r"[?&]ifGenerationMatch=\d+", "", self.path)
         with self.proxy.conditional if conditional else contextlib.nullcontext():
             if self.command == "DELETE" and conditional:
                 status, _, found = self.proxy.forward("GET", address.path, b"", {})

@@ -57,6 +57,9 @@ def test_an_unknown_chip_has_memory_without_speed(monkeypatch, caplog, capsys) -
     table = capsys.readouterr().out
     assert "the capacity and the speed of the device are unknown" in table
     assert "tokens/s" not in table
+    assert "a save writes " in table
+    assert values["save"]["num_hosts"] == 1
+    assert values["save"]["seconds"] == values["save"]["host_bytes"] / 1e9
 
 
 def test_without_libtpu(monkeypatch) -> None:
