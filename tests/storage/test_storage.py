@@ -154,7 +154,8 @@ def test_a_bucket_that_cannot_be_used_is_named(bucket, bucket_service, monkeypat
     [
         ("gs://no-such-bucket/run", "bucket gs://no-such-bucket does not exist"),
         ("gs:///run", "names no bucket"),
-        ("s3://bucket/run", "is neither a local path nor gs://BUCKET/DIRECTORY"),
+        ("az://bucket/run", "is neither a local path nor gs://BUCKET/DIRECTORY"),
+        ("s3://bucket/run", "s3://bucket/run cannot be a run: orbax writes no checkpoints to S3"),
     ],
 )
 def test_addresses_that_are_refused(bucket_service, path, says):
