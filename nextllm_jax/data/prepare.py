@@ -69,7 +69,7 @@ from nextllm_jax.data.shards import (
 from nextllm_jax.errors import InputError
 from nextllm_jax.process import cache_directory
 from nextllm_jax.progress import phase, progress_bar
-from nextllm_jax.storage.open_storage import as_path
+from nextllm_jax.storage.downloads import tokenizer_path
 from nextllm_jax.tokenizer.bpe import train_tokenizer
 from nextllm_jax.tokenizer.chat import ChatTemplate
 from nextllm_jax.tokenizer.published import load_tokenizer
@@ -245,7 +245,7 @@ def _make_tokenizer(config: DataConfig, read: Documents, limit: int, directory: 
         if tokenizer.vocab_size < config.vocab_size:
             _log.warning(f"the corpus has enough pairs for only {tokenizer.vocab_size:,} tokens")
     else:
-        tokenizer = load_tokenizer(as_path(config.tokenizer))
+        tokenizer = load_tokenizer(tokenizer_path(config.tokenizer))
     if config.messages_field:
         tokenizer = _with_template(tokenizer, config.chat_template)
     tokenizer.save(directory)

@@ -26,7 +26,7 @@ from nextllm_jax.data.shards import FORMAT, DataPath, Dataset, data_path
 from nextllm_jax.errors import InputError
 from nextllm_jax.process import cache_directory
 from nextllm_jax.progress import progress_bar
-from nextllm_jax.storage.open_storage import as_path
+from nextllm_jax.storage.downloads import tokenizer_path
 from nextllm_jax.tokenizer.backends import HuggingFaceBPE
 from nextllm_jax.tokenizer.published import KNOWN_ENCODINGS, load_tokenizer
 
@@ -326,7 +326,7 @@ def _tokenizer_hash(config: DataConfig) -> str | None:
     """The hash of the tokenizer in a file or directory; None for one that is trained or published by name."""
     if config.tokenizer == "train" or config.tokenizer in KNOWN_ENCODINGS:
         return None
-    tokenizer = load_tokenizer(as_path(config.tokenizer))
+    tokenizer = load_tokenizer(tokenizer_path(config.tokenizer))
     # Earlier versions encoded the spellings of special tokens in text as these tokens if the model does.
     is_changed = isinstance(tokenizer.backend, HuggingFaceBPE) and tokenizer.backend.produces_spellings
     return f"{tokenizer.hash}, spelled tokens are text" if is_changed else tokenizer.hash
@@ -338,7 +338,7 @@ def _template_sha256(config: DataConfig) -> str | None:
         return None
     template = read_template(config.chat_template) if config.chat_template else None
     if template is None and config.tokenizer != "train" and config.tokenizer not in KNOWN_ENCODINGS:
-        template = load_tokenizer(as_path(config.tokenizer)).chat_template
+        template = load_tokenizer(tokenizer_path(config.tokenizer)).chat_template
     return hashlib.sha256(template.encode()).hexdigest() if template else None
 
 

@@ -134,6 +134,14 @@ class Storage(Protocol):
 class BucketFiles(Protocol):
     """The files in a directory of a bucket. Names, atomicity and errors are as in `Storage`."""
 
+    def names(self, directory: str = "") -> list[str]:
+        """The names in a directory; empty if it is missing."""
+        ...
+
+    def identity(self, name: str) -> Identity | None:
+        """The identity of a file; None if it is missing."""
+        ...
+
     def files(self, directory: str = "") -> dict[str, Identity]:
         """Every file in a directory and in those below it, sorted by its path relative to the directory."""
         ...

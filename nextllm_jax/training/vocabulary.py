@@ -6,6 +6,7 @@ from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config
 from nextllm_jax.config.files import workdir_of
 from nextllm_jax.data.shards import DataPath, Dataset
+from nextllm_jax.storage.downloads import tokenizer_path
 from nextllm_jax.tokenizer.published import load_tokenizer
 
 ROWS_MULTIPLE = 128
@@ -34,4 +35,4 @@ def _num_tokens(config: Config, data: DataPath | None) -> int:
     if data is not None:
         return Dataset.open(data, verify="sizes").vocab_size
     name = config.data.tokenizer
-    return config.data.vocab_size if name == "train" else load_tokenizer(name).vocab_size
+    return config.data.vocab_size if name == "train" else load_tokenizer(tokenizer_path(name)).vocab_size
