@@ -82,6 +82,8 @@ class DataConfig:
         _require(0 < fraction < 1, f"data.validation_fraction is {fraction}; it must be between 0 and 1")
         size = self.vocab_size
         _require(size >= 258, f"data.vocab_size is {size}; it must be at least 258, for 256 bytes and 2 special tokens")
+        local = "://" not in (self.cache_dir or "")
+        _require(local, f"data.cache_dir is {self.cache_dir}; it must be a directory on a local disk")
         shard = self.tokens_per_shard
         _require(shard >= 1024, f"data.tokens_per_shard is {shard}; it must be at least 1024")
         for name in ("num_processes", "skip_bad_rows", "cache_bytes"):

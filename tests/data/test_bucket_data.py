@@ -1,5 +1,6 @@
 """Data in a bucket: prepared with the same bytes as on disk, read with the same batches, damage named."""
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import time
@@ -190,6 +191,14 @@ def test_the_cache_on_disk(config, tmp_path, bucket, bucket_service):  # noqa: F
         requests(1000)
 
 
+def test_several_share_the_cache(config, tmp_path, bucket):  # noqa: F811
+    prepare(config, bucket)
+    expected, caches = digest(Dataset.open(bucket)), [5, 11, 11, 1000]
+    datasets = [Dataset.open(bucket, cache_dir=str(tmp_path / "c"), cache_bytes=blocks * 1024) for blocks in caches]
+    with concurrent.futures.ThreadPoolExecutor(len(datasets)) as pool:
+        assert list(pool.map(digest, datasets)) == [expected] * len(datasets)
+
+
 def test_a_full_disk_only_ends_caching(config, tmp_path, bucket, monkeypatch, messages):  # noqa: F811
     prepare(config, bucket)
 
@@ -216,15 +225,17 @@ def test_the_cache_in_memory_is_bounded(config, bucket, bucket_service):  # noqa
     assert len(bucket_service.requests) == asked
 
 
-def test_windows_are_read_at_once(config, bucket, bucket_service):  # noqa: F811
-    """With 50 ms for each request, a batch takes little more than one."""
+def test_windows_are_read_at_once_and_ahead(config, bucket, bucket_service, monkeypatch):  # noqa: F811
+    """If each request takes 0.4 s, so does a batch of 8 windows, and by then the next ones have been asked for."""
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 128)
     prepare(config, bucket)
     dataset = Dataset.open(bucket, cache_bytes=0)
-    batches = loader(dataset).host_batches(0)
-    with bucket_service.failing(Fault(RANGES, "wait", count=10**6, seconds=0.05)):
+    assert dataset.split("train").document_starts.size
+    bucket_service.requests.clear()
+    started = time.monotonic()
+    with bucket_service.failing(Fault(RANGES, "wait", count=10**6, seconds=0.4)):
+        batches = loader(dataset).host_batches(0)
         next(batches)
-        started = time.monotonic()
-        for _ in range(20):
-            next(batches)
+        assert time.monotonic() - started < 1.6
+        assert sum("alt=media" in each for each in bucket_service.requests) > 40
     batches.close()
-    assert time.monotonic() - started < 20 * 0.05

@@ -14,6 +14,7 @@ import nextllm_jax
 from nextllm_jax.checkpoint.verify import check_steps, find_steps
 from nextllm_jax.config.files import load_config_file
 from nextllm_jax.diagnostics.doctor import diagnose
+from nextllm_jax.evaluation.scoring import score_data
 from nextllm_jax.pretrained.convert import export_model
 from nextllm_jax.storage.open_storage import open_storage
 from tests.checkpoint.tree import names
@@ -82,6 +83,8 @@ def test_commands_read_a_run_in_a_bucket(trained, address, tmp_path, monkeypatch
     tokens = np.arange(12).reshape(1, 12)
     np.testing.assert_array_equal(ours.logits(tokens), theirs.logits(tokens))
     assert ours.score("the cat sees fish.") == theirs.score("the cat sees fish.")
+    on_disk = str(trained.directory / "data" / "known")
+    assert score_data(ours, DATA, window=64) == score_data(theirs, on_disk, window=64)
     for source, output in ((address, tmp_path / "ours"), (local, tmp_path / "theirs")):
         export_model(source, str(output), file_format="huggingface")
     weights = [tmp_path / name / "model.safetensors" for name in ("ours", "theirs")]
@@ -161,9 +164,10 @@ def test_adapters_on_a_run_in_a_bucket(address, bucket, door):
 
 
 @pytest.mark.slow
-def test_a_bad_step_in_a_bucket_is_replayed(bucket, door):
+def test_a_bad_step_in_a_bucket_is_replayed(address, bucket, door):
     settings = (
-        "--optimizer.learning-rate 1e6 --checkpoint.every-steps 1 --checkpoint.keep-last 1 --training.sample-tokens 0"
+        "--optimizer.learning-rate 1e6 --checkpoint.every-steps 1 --checkpoint.keep-last 1 --training.sample-tokens 0 "
+        f"--data.path {DATA}"
     )
     door.run(*COMMAND, bucket, *settings.split(), "--training.max-skipped-steps", "4", exit_code=1)
     found = json.loads(door.run("nextllm_jax.cli", "replay", f"{bucket}/flight/step-2", "--json").stdout)
