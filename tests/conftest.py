@@ -171,7 +171,51 @@ def bucket_service():
 @pytest.fixture
 def bucket(bucket_service, request) -> str:
     """The address of an empty directory in a bucket."""
-    return f"gs://bucket/{re.sub(r'[^a-z0-9_.]+', '-', request.node.nodeid)}"
+    return f"gs://bucket/{_directory_of(request)}"
+
+
+def _directory_of(request) -> str:
+    return re.sub(r"[^a-z0-9_.]+", "-", request.node.nodeid)
+
+
+@pytest.fixture(scope="session")
+def s3_service():
+    """A storage service for s3:// paths on this machine, with the bucket "bucket"."""
+    pytest.importorskip("boto3")
+    server = pytest.importorskip("moto.server")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    service = server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    service.start()
+    host, port = service.get_host_and_port()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "none",
+        "AWS_SECRET_ACCESS_KEY": "none",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }
+    os.environ.update(environment)
+    from nextllm_jax.storage import s3
+
+    s3.client().create_bucket(Bucket="bucket")
+    yield service
+    service.stop()
+    for name in environment:
+        del os.environ[name]
+
+
+@pytest.fixture
+def s3_bucket(s3_service, request) -> str:
+    """The address of an empty directory in an S3 bucket."""
+    return f"s3://bucket/{_directory_of(request)}"
+
+
+@pytest.fixture(params=["gs", "s3"])
+def any_bucket(request) -> str:
+    """The address of an empty directory in a bucket of each kind."""
+    return request.getfixturevalue("bucket" if request.param == "gs" else "s3_bucket")
 
 
 @pytest.fixture(scope="session")

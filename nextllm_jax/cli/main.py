@@ -141,7 +141,8 @@ class PrepareArguments:
     config: str | None = None
     """Config file; its data settings become the defaults of the options below."""
     output: str | None = None
-    """Output directory; none: data.path, or data/<corpus>-<tokenizer>-<hash>."""
+    """Output directory, also gs://BUCKET/DIRECTORY or s3://BUCKET/DIRECTORY; none: data.path, or
+    data/<corpus>-<tokenizer>-<hash>."""
     overwrite: bool = False
     """Replace prepared data in the output directory."""
     data: Annotated[DataConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=DataConfig)
@@ -154,10 +155,11 @@ def prepare_command(argv: list[str]) -> int:
     """
     from nextllm_jax.data.prepare import prepare
     from nextllm_jax.data.settings import default_data_path
+    from nextllm_jax.data.shards import data_path
 
     default = PrepareArguments(data=config_of_arguments(argv).data)
     arguments = parse(PrepareArguments, argv, default=default, prog="nextllm prepare")
-    path = Path(arguments.output) if arguments.output else default_data_path(arguments.data)
+    path = data_path(arguments.output) if arguments.output else default_data_path(arguments.data)
     prepare(arguments.data, path, overwrite=arguments.overwrite)
     print(path)
     return 0

@@ -20,6 +20,7 @@ from nextllm_jax.errors import InputError
 from nextllm_jax.progress import progress_bar
 from nextllm_jax.published_models import resolve
 from nextllm_jax.storage.disk import Disk, lock_file
+from nextllm_jax.storage.downloads import local_copy
 from nextllm_jax.storage.open_storage import require_local
 
 if TYPE_CHECKING:
@@ -66,14 +67,15 @@ def weights_of(checkpoint: str, step: str | None) -> tuple[str, str | None]:
 
     The hash covers the content of a run's checkpoint, and names, sizes and modification times of other files.
     """
-    run = RunDir(resolve(checkpoint))
+    checkpoint = local_copy(resolve(checkpoint))
+    run = RunDir(checkpoint)
     if run.checkpoints.is_dir():
         with Checkpoints(run.checkpoints) as checkpoints:
             step = str(checkpoints.resolve(step))
             checkpoints.record(int(step))  # raises InputError if the manifest is damaged
         identity: Any = read_manifest(run.checkpoints / step)["files"]
     else:
-        path = Path(resolve(checkpoint))
+        path = Path(checkpoint)
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
         identity = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16], step

@@ -11,7 +11,7 @@ from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.cli.help import parse
 from nextllm_jax.errors import InputError
 from nextllm_jax.process import use_compilation_cache
-from nextllm_jax.storage.open_storage import as_path
+from nextllm_jax.storage.downloads import local_copy, tokenizer_path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ def tokenize_command(argv: list[str]) -> int:
     if arguments.text is not None and arguments.file is not None:
         raise InputError("both a text and --file are given; give only one")
     text = arguments.text if arguments.text is not None else read_text(arguments.file)
-    tokenizer = load_tokenizer(as_path(arguments.tokenizer))
+    tokenizer = load_tokenizer(tokenizer_path(arguments.tokenizer))
     ids = tokenizer.encode(text, recognize="all" if arguments.special else "added")
     pieces = [tokenizer.decode_bytes([token]) for token in ids]
     if arguments.json:
@@ -140,7 +140,7 @@ def evaluate_command(argv: list[str]) -> int:
 
 def trained_window(checkpoint: str) -> int | None:
     """The sequence length that a run was trained with; None if the checkpoint is not a run directory."""
-    run = RunDir(checkpoint)
+    run = RunDir(local_copy(checkpoint))
     return run.read_config().data.sequence_length if run.exists() and run.checkpoints.is_dir() else None
 
 

@@ -49,10 +49,17 @@ class DataConfig:
     vocab_size: ChoosesTokenizer[int] = 8192
     """Vocabulary size of a trained tokenizer, including special tokens."""
     path: Annotated[str | None, OnResume("free", OTHER_DATA)] = None
-    """Directory of the prepared shards; none: data/<corpus>-<tokenizer>-<hash of these settings>."""
+    """Directory of the prepared shards, also gs://BUCKET/DIRECTORY or s3://BUCKET/DIRECTORY; none:
+    data/<corpus>-<tokenizer>-<hash of these settings>."""
     verify: Free[Literal["sampled", "full"]] = "sampled"
     """How much of the data to checksum at startup, in addition to checking file sizes. sampled: 1,024 random blocks of
-    256 KiB, and at least one block of each file; full: everything."""
+    256 KiB, and at least one block of each file, on disk; in a bucket none, since each block is checksummed whenever it
+    is read; full: everything."""
+    cache_dir: Free[str | None] = None
+    """Local directory for data that was read from a bucket, which the processes of a host can share, and for preparing
+    data in a bucket; none: keep data in memory, and prepare in the user's cache directory."""
+    cache_bytes: Free[int] = 2**30
+    """Maximum size of the data that is kept, in memory or in cache_dir."""
     sequence_length: Annotated[int, _OTHER_WINDOWS] = 256
     """Tokens in a training window."""
     validation_fraction: ChoosesData[float] = 0.05
@@ -75,9 +82,11 @@ class DataConfig:
         _require(0 < fraction < 1, f"data.validation_fraction is {fraction}; it must be between 0 and 1")
         size = self.vocab_size
         _require(size >= 258, f"data.vocab_size is {size}; it must be at least 258, for 256 bytes and 2 special tokens")
+        local = "://" not in (self.cache_dir or "")
+        _require(local, f"data.cache_dir is {self.cache_dir}; it must be a directory on a local disk")
         shard = self.tokens_per_shard
         _require(shard >= 1024, f"data.tokens_per_shard is {shard}; it must be at least 1024")
-        for name in ("num_processes", "skip_bad_rows"):
+        for name in ("num_processes", "skip_bad_rows", "cache_bytes"):
             value = getattr(self, name)
             _require(value >= 0, f"data.{name} is {value}; it cannot be negative")
 

@@ -11,35 +11,39 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nextllm_jax.data.shards import FORMAT, SPLITS, files_of, partial_path
+from nextllm_jax.data.shards import FORMAT, SPLITS, DataPath, files_of, partial_path
 from nextllm_jax.errors import InputError, failed_path
 from nextllm_jax.storage.disk import lock_file
+from nextllm_jax.storage.interface import StorageError
 
 _log = logging.getLogger(__name__)
 
-_SETTINGS = "settings.json"
-_INDEX = "index.json"
+SETTINGS = "settings.json"
+INDEX = "index.json"
 _REPLACED = ".replaced-by-nextllm-prepare"
 _ANY_FORMAT = FORMAT.rstrip("0123456789")
 _POLL_SECONDS, _SILENT_SECONDS = 0.2, 1.0
 """How often a waiting process tries the lock, and after how long it reports that it is waiting."""
 
 
-def read_settings(directory: Path) -> dict[str, Any]:
+def read_settings(directory: DataPath) -> dict[str, Any]:
     """The content of settings.json in `directory`; empty if it is missing or another program's."""
-    return _read_ours(directory / _SETTINGS)
+    return _read_ours(directory / SETTINGS)
 
 
-def is_prepared(directory: Path) -> bool:
+def is_prepared(directory: DataPath) -> bool:
     """Whether `directory` holds complete prepared data; its files are not checked."""
-    return os.path.isfile(directory / _INDEX)  # Path.is_file raises for a directory that may not be searched
+    try:
+        return (directory / INDEX).is_file()
+    except PermissionError:  # a directory that may not be searched
+        return False
 
 
 def check_replaceable(output: Path, overwrite: bool) -> None:
     """Raise InputError unless `output` is missing or empty, or holds only prepared data and `overwrite` is true."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    index = _read_ours(output / _INDEX)
+    index = _read_ours(output / INDEX)
     if not index:
         raise InputError(f"{output} exists and is not prepared data; name another directory")
     names = _names_of_files(index)
@@ -145,15 +149,15 @@ def start_or_continue(partial: Path, settings: dict[str, Any]) -> None:
     if found == settings:
         _log.info("continuing the interrupted preparation in %s", partial)
         return
-    temporary = partial / f"{_SETTINGS}.tmp"
+    temporary = partial / f"{SETTINGS}.tmp"
     entries = [entry for entry in partial.iterdir() if entry != temporary]
     if entries and not found:
         raise InputError(f"{partial} is needed to prepare the data but holds other files; move them away")
     # The settings go last: they mark the directory as ours.
-    for entry in sorted(entries, key=lambda entry: entry.name == _SETTINGS):
+    for entry in sorted(entries, key=lambda entry: entry.name == SETTINGS):
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     temporary.write_text(json.dumps(settings, indent=2) + "\n")
-    temporary.replace(partial / _SETTINGS)
+    temporary.replace(partial / SETTINGS)
 
 
 def publish(partial: Path, output: Path) -> None:
@@ -175,10 +179,12 @@ def remove_replaced(output: Path) -> None:
             shutil.rmtree(output / _REPLACED)
 
 
-def _read_ours(file: Path) -> dict[str, Any]:
+def _read_ours(file: DataPath) -> dict[str, Any]:
     """The JSON object in a file of prepared data, in any version of the format; empty for any other file."""
     try:
         content = json.loads(file.read_bytes())
+    except StorageError:  # else a bucket that cannot be read would be one without the file
+        raise
     except (OSError, ValueError):
         return {}
     ours = isinstance(content, dict) and str(content.get("format")).startswith(_ANY_FORMAT)
@@ -187,7 +193,7 @@ def _read_ours(file: Path) -> dict[str, Any]:
 
 def _names_of_files(index: dict[str, Any]) -> set[str]:
     """The names of all files in a prepared directory, except the file with the tokenizer's vocabulary."""
-    names = {_INDEX, _SETTINGS, "tokenizer", "tokenizer/encoding.json"}
+    names = {INDEX, SETTINGS, "tokenizer", "tokenizer/encoding.json"}
     with contextlib.suppress(KeyError, TypeError):  # a damaged index names less
         splits = [index["splits"][name] for name in SPLITS]
         names |= {entry["file"] for split in splits for entry in files_of(split)}

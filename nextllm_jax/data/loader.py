@@ -3,8 +3,7 @@
 import collections
 import hashlib
 import sys
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import grain
@@ -12,11 +11,12 @@ import jax
 import numpy as np
 
 from nextllm_jax.data.packing import count_windows, read_batch
-from nextllm_jax.data.shards import Split
+from nextllm_jax.data.shards import DataPath, Split
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.objective import Batch
 
-_READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+_MIN_THREADS, _MAX_THREADS = 2, 16
+_MIN_BATCHES_AHEAD = 8
 _BATCHES_ON_DEVICE = 2
 
 
@@ -54,15 +54,11 @@ class TrainLoader:
 
     def host_batches(self, start_step: int) -> Iterator[Batch]:
         """The same batches as numpy arrays with only this process's rows, prefetched by threads."""
-        iterator = iter(self.dataset(start_step))
-        try:
-            yield from iterator
-        finally:
-            iterator.close()
+        return _closing(self.dataset(start_step))
 
     def dataset(self, start_step: int) -> grain.IterDataset[Batch]:
         """The grain dataset of those batches."""
-        return grain.MapDataset.range(start_step, sys.maxsize).map(self._read).to_iter_dataset(_READ_OPTIONS)
+        return _read_ahead(self._split, self._read, range(start_step, sys.maxsize), len(self._rows))
 
     def position(self, step: int) -> dict[str, Any]:
         """The position to store in a checkpoint, so that training resumes at `step` in the same order; JSON values.
@@ -94,12 +90,12 @@ class TrainLoader:
         return origin_window + (step - origin_step) * self._shape[0]
 
     @property
-    def directory(self) -> Path:
+    def directory(self) -> DataPath:
         """The directory of the data."""
         return self._split.directory
 
     def whole_batch(self, step: int) -> tuple[np.ndarray, Batch]:
-        """The window numbers of a step, and its batch with the rows of all processes; numpy arrays, read from disk."""
+        """The window numbers of a step, and its batch with the rows of all processes; numpy arrays."""
         windows = self._windows(step, np.arange(self._shape[0]))
         return windows, read_batch(self._split, windows, self._shape[1])
 
@@ -121,8 +117,29 @@ def validation_batches(
         raise InputError(f"the {split.name} split has {split.num_tokens} tokens; prepare data with more text")
     shape = (batch_size, sequence_length)
     rows = _local_rows(sharding, shape)
-    starts = range(0, count_windows(split, sequence_length, partial=True), batch_size)
-    return _on_device((read_batch(split, start + rows, sequence_length) for start in starts), rows, shape, sharding)
+    num_batches = -(-count_windows(split, sequence_length, partial=True) // batch_size)
+
+    def read(batch: int) -> Batch:
+        return read_batch(split, batch * batch_size + rows, sequence_length)
+
+    batches = _read_ahead(split, read, range(num_batches), len(rows))
+    return _on_device(_closing(batches), rows, shape, sharding)
+
+
+def _read_ahead(split: Split, read: Callable[[int], Batch], batches: range, rows: int) -> grain.IterDataset[Batch]:
+    """The batches with these numbers, of which each has `rows` windows to read. Threads read some of them ahead."""
+    threads = min(max(split.concurrent_windows // rows, _MIN_THREADS), _MAX_THREADS)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * threads, _MIN_BATCHES_AHEAD))
+    return grain.MapDataset.range(batches.start, batches.stop).map(read).to_iter_dataset(options)
+
+
+def _closing(dataset: grain.IterDataset[Batch]) -> Iterator[Batch]:
+    """The batches of a dataset, whose threads end with this iterator."""
+    iterator = iter(dataset)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
 
 
 def _local_rows(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> np.ndarray:

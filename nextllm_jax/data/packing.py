@@ -90,8 +90,11 @@ def read_batch(split: Split, windows: np.ndarray, sequence_length: int) -> Batch
     shape = (len(windows), sequence_length)
     tokens, targets, segment_ids, positions = (np.zeros(shape, np.int32) for _ in range(4))
     batch = Batch(tokens, targets, segment_ids, positions, np.zeros(shape, np.bool_))
-    for row, window in enumerate(windows):
-        _fill_row(batch, row, split, *_bounds(split, int(window), sequence_length))
+    bounds = [_bounds(split, int(window), sequence_length) for window in windows]
+    bounds = [(start, stop) if stop - start > 1 else (0, 0) for start, stop in bounds]
+    with split.fetching(bounds):
+        for row, (start, stop) in enumerate(bounds):
+            _fill_row(batch, row, split, start, stop)
     return batch
 
 

@@ -9,13 +9,18 @@ parts that are finished. Nothing here imports jax.
 import collections
 import dataclasses
 import functools
+import hashlib
+import json
 import logging
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
+from etils import epath
+
 from nextllm_jax.config import DataConfig
+from nextllm_jax.data.bucket_output import check_bucket, publish_in_bucket
 from nextllm_jax.data.census import Census
 from nextllm_jax.data.conversations import contents_of, ignored_by
 from nextllm_jax.data.corpora import Document, document_hash, read_documents, text_bytes, validation_limit
@@ -53,16 +58,18 @@ from nextllm_jax.data.settings import (
 )
 from nextllm_jax.data.shards import (
     SPLITS,
+    DataPath,
     Dataset,
-    mounted_path,
+    data_path,
     partial_path,
     write_index,
     write_masks,
     write_split,
 )
 from nextllm_jax.errors import InputError
+from nextllm_jax.process import cache_directory
 from nextllm_jax.progress import phase, progress_bar
-from nextllm_jax.storage.open_storage import as_path
+from nextllm_jax.storage.downloads import tokenizer_path
 from nextllm_jax.tokenizer.bpe import train_tokenizer
 from nextllm_jax.tokenizer.chat import ChatTemplate
 from nextllm_jax.tokenizer.published import load_tokenizer
@@ -74,7 +81,7 @@ TOKENIZER_SAMPLE_CHARACTERS = 100_000_000
 """A tokenizer is trained on the first training documents, up to this many characters."""
 
 
-def ensure_prepared(config: DataConfig, *, allow_change: Collection[str] = ()) -> Path:
+def ensure_prepared(config: DataConfig, *, allow_change: Collection[str] = ()) -> DataPath:
     """The directory of the data that a config trains on. If `config.path` is None, the data is prepared first.
 
     Data in `config.path` is used unchanged. If it differs from the config, a warning says so. Raises InputError if
@@ -94,8 +101,10 @@ def ensure_prepared(config: DataConfig, *, allow_change: Collection[str] = ()) -
     return path
 
 
-def prepare(config: DataConfig, output: Path, *, overwrite: bool = False, wait: bool = False) -> None:
+def prepare(config: DataConfig, output: DataPath, *, overwrite: bool = False, wait: bool = False) -> None:
     """Write the corpus as token shards into `output`, which is published atomically once it is complete.
+
+    Data for a bucket is prepared in `cache_dir`, or else in the user's cache directory, and then uploaded.
 
     Does nothing if `output` was already prepared with these settings. An interrupted preparation continues when it is
     run again. The output is byte-identical for any number of interruptions and processes. Logs the throughput of each
@@ -108,11 +117,29 @@ def prepare(config: DataConfig, output: Path, *, overwrite: bool = False, wait: 
     - if another process is preparing it; with `wait`, this waits for that process instead;
     - if the corpus or the tokenizer cannot be read, or if `output` cannot be written.
     """
-    output = mounted_path(output)
-    if os.path.islink(output):
-        output = output.resolve()
+    output = data_path(output)
     if not overwrite and _is_prepared_already(config, output):
         return
+    if isinstance(output, Path):
+        _prepare_on_disk(config, output.resolve() if os.path.islink(output) else output, overwrite, wait)
+    else:
+        _prepare_in_bucket(config, output, overwrite)
+
+
+def _prepare_in_bucket(config: DataConfig, output: epath.Path, overwrite: bool) -> None:
+    settings = data_settings(config)
+    check_bucket(output, settings, overwrite)
+    name = hashlib.sha256(json.dumps([str(output), settings], sort_keys=True).encode()).hexdigest()[:16]
+    local = Path(config.cache_dir or cache_directory()) / "uploads" / name
+    if not is_prepared(local):
+        _log.info("preparing %s in %s", output, local)
+        _prepare_on_disk(config, local, overwrite=False, wait=False)
+    publish_in_bucket(local, output, overwrite=overwrite)
+    shutil.rmtree(local)
+    _log_counts(output)
+
+
+def _prepare_on_disk(config: DataConfig, output: Path, overwrite: bool, wait: bool) -> None:
     if not output.name or os.path.ismount(output):
         raise InputError(f"{output} cannot be replaced by prepared data; name a new directory inside it")
     partial = partial_path(output)
@@ -138,7 +165,7 @@ def prepare(config: DataConfig, output: Path, *, overwrite: bool = False, wait: 
     _log_counts(output)
 
 
-def _is_prepared_already(config: DataConfig, output: Path) -> bool:
+def _is_prepared_already(config: DataConfig, output: DataPath) -> bool:
     """Whether `output` was prepared with these settings.
 
     Raises InputError if a path in the config has other content now, or if an earlier version did not record it or
@@ -159,7 +186,8 @@ def _is_prepared_already(config: DataConfig, output: Path) -> bool:
             f"an earlier version prepared {output} by other rules, or did not record the content; train on it with "
             f"--data.path {output}, or pass --overwrite to prepare it again"
         )
-    remove_replaced(output)
+    if isinstance(output, Path):
+        remove_replaced(output)
     _log.info("%s is already prepared", output)
     return True
 
@@ -217,7 +245,7 @@ def _make_tokenizer(config: DataConfig, read: Documents, limit: int, directory: 
         if tokenizer.vocab_size < config.vocab_size:
             _log.warning(f"the corpus has enough pairs for only {tokenizer.vocab_size:,} tokens")
     else:
-        tokenizer = load_tokenizer(as_path(config.tokenizer))
+        tokenizer = load_tokenizer(tokenizer_path(config.tokenizer))
     if config.messages_field:
         tokenizer = _with_template(tokenizer, config.chat_template)
     tokenizer.save(directory)
@@ -312,7 +340,7 @@ def _tokenize_corpus(
     return paths
 
 
-def _log_counts(output: Path) -> None:
+def _log_counts(output: DataPath) -> None:
     dataset = Dataset.open(output, verify="sizes")
     counts = ", ".join(
         f"{dataset.split(name).num_tokens:,} {name} tokens in {dataset.split(name).num_documents:,} documents"

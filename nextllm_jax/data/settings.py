@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 from nextllm_jax.config import DataConfig
 from nextllm_jax.data.data_directory import is_prepared, read_settings
 from nextllm_jax.data.files import find_files, has_files, walk
-from nextllm_jax.data.shards import FORMAT, Dataset, mounted_path
+from nextllm_jax.data.shards import FORMAT, DataPath, Dataset, data_path
 from nextllm_jax.errors import InputError
 from nextllm_jax.process import cache_directory
 from nextllm_jax.progress import progress_bar
-from nextllm_jax.storage.open_storage import as_path
+from nextllm_jax.storage.downloads import tokenizer_path
 from nextllm_jax.tokenizer.backends import HuggingFaceBPE
 from nextllm_jax.tokenizer.published import KNOWN_ENCODINGS, load_tokenizer
 
@@ -44,7 +44,7 @@ def named_settings(config: DataConfig) -> dict[str, Any]:
     A setting that was added later is absent at its default, so that the directories of earlier data keep their names.
     """
     settings = dataclasses.asdict(config)
-    for name in ("path", "verify", "sequence_length", "num_processes"):
+    for name in ("path", "verify", "cache_dir", "cache_bytes", "sequence_length", "num_processes"):
         del settings[name]
     for name in ("deduplicate", "skip_bad_rows"):
         if settings[name] == getattr(DataConfig, name):
@@ -85,13 +85,13 @@ def data_settings(config: DataConfig) -> dict[str, Any]:
     return named_settings(config) | content_settings(config)
 
 
-def default_data_path(config: DataConfig) -> Path:
+def default_data_path(config: DataConfig) -> DataPath:
     """`config.path`, or `data/<corpus>-<tokenizer>-<hash of the settings and of the content of their paths>`.
 
     Raises InputError if `config.path` is None and a file that the config names cannot be read.
     """
     if config.path:
-        return Path(config.path)
+        return data_path(config.path)
     settings = data_settings(config)
     for field, content in _CONTENTS.items():
         if content.name in settings:
@@ -126,16 +126,16 @@ def continued(config: DataConfig, recorded: DataConfig) -> DataConfig:
     if config.path is not None or named_settings(config) != named_settings(recorded):
         return config
     path = recorded.path or str(_path_of(recorded, named_settings(recorded)))
-    return dataclasses.replace(config, path=path) if is_prepared(Path(path)) else config
+    return dataclasses.replace(config, path=path) if is_prepared(data_path(path)) else config
 
 
-def find_data(config: DataConfig) -> tuple[Path, bool]:
+def find_data(config: DataConfig) -> tuple[DataPath, bool]:
     """The directory of the data that a config trains on, and whether the data is prepared there.
 
     Raises InputError if `config.path` is set but holds no prepared data.
     """
     try:
-        path = mounted_path(default_data_path(config))
+        path = default_data_path(config)
     except InputError as error:
         if earlier := data_of_same_paths(config):
             raise InputError(f"{error}; to train on the data that was prepared, set data.path {earlier[0]}") from error
@@ -146,6 +146,16 @@ def find_data(config: DataConfig) -> tuple[Path, bool]:
             f"nextllm prepare --output {path}"
         )
     return path, is_prepared(path)
+
+
+def open_dataset(config: DataConfig, path: DataPath | None = None) -> Dataset:
+    """The prepared data of a config, or in `path`, checked and cached as the config says. Raises InputError."""
+    return Dataset.open(
+        path or default_data_path(config),
+        verify=config.verify,
+        cache_dir=config.cache_dir,
+        cache_bytes=config.cache_bytes,
+    )
 
 
 class Difference(NamedTuple):
@@ -166,7 +176,7 @@ class Difference(NamedTuple):
         return f"the content of data.{self.field} {self.value} has changed"
 
 
-def differences(config: DataConfig, path: Path) -> list[Difference]:
+def differences(config: DataConfig, path: DataPath) -> list[Difference]:
     """How a config differs from the settings of the prepared data in `path`.
 
     What is recorded by content is compared by content, unless the config's file is gone or an earlier version prepared
@@ -191,7 +201,7 @@ def differences(config: DataConfig, path: Path) -> list[Difference]:
     return differing
 
 
-def is_content_recorded(config: DataConfig, path: Path) -> bool:
+def is_content_recorded(config: DataConfig, path: DataPath) -> bool:
     """Whether the settings of prepared data have the rules, and hashes of all that exists of what the paths hold."""
     found = read_settings(path)
     if not _rules(config).keys() <= found.keys():
@@ -201,7 +211,7 @@ def is_content_recorded(config: DataConfig, path: Path) -> bool:
     return True
 
 
-def check_unchanged(config: DataConfig, path: Path, allow_change: Collection[str] = ()) -> str | None:
+def check_unchanged(config: DataConfig, path: DataPath, allow_change: Collection[str] = ()) -> str | None:
     """A message about how the prepared data in `path` differs from what the config states, if it does.
 
     See `differences`. A setting that has its default is not stated. Raises InputError if a path in the config holds
@@ -316,7 +326,7 @@ def _tokenizer_hash(config: DataConfig) -> str | None:
     """The hash of the tokenizer in a file or directory; None for one that is trained or published by name."""
     if config.tokenizer == "train" or config.tokenizer in KNOWN_ENCODINGS:
         return None
-    tokenizer = load_tokenizer(as_path(config.tokenizer))
+    tokenizer = load_tokenizer(tokenizer_path(config.tokenizer))
     # Earlier versions encoded the spellings of special tokens in text as these tokens if the model does.
     is_changed = isinstance(tokenizer.backend, HuggingFaceBPE) and tokenizer.backend.produces_spellings
     return f"{tokenizer.hash}, spelled tokens are text" if is_changed else tokenizer.hash
@@ -328,7 +338,7 @@ def _template_sha256(config: DataConfig) -> str | None:
         return None
     template = read_template(config.chat_template) if config.chat_template else None
     if template is None and config.tokenizer != "train" and config.tokenizer not in KNOWN_ENCODINGS:
-        template = load_tokenizer(as_path(config.tokenizer)).chat_template
+        template = load_tokenizer(tokenizer_path(config.tokenizer)).chat_template
     return hashlib.sha256(template.encode()).hexdigest() if template else None
 
 

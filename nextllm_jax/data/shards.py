@@ -1,4 +1,4 @@
-"""Token shards on disk: writing them, and random access to them.
+"""Token shards: writing them to disk, and random access to them on disk or in a bucket.
 
 A prepared directory holds
 
@@ -10,11 +10,13 @@ A prepared directory holds
     train-mask-00000.bits   the loss mask, for conversations only; a byte per token, 1 for the assistant's tokens
     validation-...          the same for the held-out documents
 
-A document may span several shard files. Each file has a checksum per block, so a sample of the blocks can be checked
-without reading the rest.
+A document may span several shard files.
 """
 
 import bisect
+import concurrent.futures
+import contextlib
+import functools
 import hashlib
 import io
 import itertools
@@ -22,29 +24,34 @@ import json
 import os
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from etils import epath
 
+from nextllm_jax.config import DataConfig
+from nextllm_jax.data.blocks import file_entry, num_blocks, restore_hint
+from nextllm_jax.data.shard_files import MappedFiles, ShardArray, ShardFiles
 from nextllm_jax.errors import InputError
 from nextllm_jax.progress import progress_bar
+from nextllm_jax.storage.open_storage import as_path, is_address
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 FORMAT = "nextllm_jax tokens 3"
 SPLITS = ("train", "validation")
 SplitName = Literal["train", "validation"]
 
-BLOCK_BYTES = 256 * 2**10
+DataPath = Path | epath.Path
+"""The directory of prepared data: a Path on disk, or an epath.Path in a bucket."""
+
 SAMPLED_BLOCKS = 1024
 """Random blocks that a sampled check reads, in addition to one of each file.
 
 That is 256 MiB. A file of other data is always found. In data of S bytes, one flipped bit is found with probability
 256 MiB / S, and damage to a fraction f of the blocks with probability 1 - (1 - f)^1024, which is 0.99 for f = 0.0045.
 """
-
-_DIGEST_CHARACTERS = 16
 
 
 class TokenizedDocuments(NamedTuple):
@@ -60,16 +67,14 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
-def mounted_path(path: str | os.PathLike[str]) -> Path:
-    """The path of prepared data. Raises InputError for an address such as gs://bucket/data."""
-    # Path("gs://bucket") is "gs:/bucket".
-    if re.match(r"[a-z][a-z0-9]+:/", str(path)):
-        raise InputError(f"data.path {path} is not a local path; mount or copy the data (shards are memory-mapped)")
-    return Path(path)
+def data_path(path: str | os.PathLike[str]) -> DataPath:
+    """A path or an address as a path object. Raises InputError for an address that is not supported."""
+    address = re.sub(r"^([a-z0-9]+):/+", r"\1://", os.fspath(path))  # Path("gs://bucket") is "gs:/bucket"
+    return as_path(address) if is_address(address) else Path(path)
 
 
 def partial_path(output: Path) -> Path:
-    """The directory in which `output` is prepared; it is renamed to `output` once it is complete."""
+    """The directory in which `output` on disk is prepared; it is renamed to `output` once it is complete."""
     return output.parent / f"{output.name}.partial"
 
 
@@ -112,7 +117,7 @@ def write_split(
         "bytes": num_bytes,
         "tokens_sha256": digest.hexdigest(),
         "shards": shards,
-        "document_index": _file_entry(directory / documents_file),
+        "document_index": file_entry(directory / documents_file),
     }
 
 
@@ -136,7 +141,7 @@ def _write_shards(
         joined = np.concatenate(buffered)
         path = directory / file_name.format(len(entries))
         path.write_bytes(joined[:count].data)  # tofile would raise without an errno on a full disk
-        entries.append(_file_entry(path))
+        entries.append(file_entry(path))
         buffered, num_buffered = [joined[count:]], len(joined) - count
 
     for tokens in parts:
@@ -166,11 +171,11 @@ def write_index(directory: Path, tokenizer: Tokenizer, splits: dict[str, dict[st
 class Split:
     """One split as a stream of tokens with random access. Several threads may read it at once.
 
-    `document_starts` is int64 [num_documents + 1]: the start of each document, then `num_tokens`.
     `num_bytes` counts the UTF-8 bytes of the texts. `directory`, `data_id` and `tokenizer_hash` are the dataset's.
+    `concurrent_windows` is the number of windows that should be read at once.
     """
 
-    def __init__(self, directory: Path, name: SplitName, index: dict[str, Any]):
+    def __init__(self, directory: DataPath, name: SplitName, index: dict[str, Any], files: ShardFiles):
         entry = index["splits"][name]
         dtype = np.dtype(index["dtype"]).newbyteorder("<")
         self.directory = directory
@@ -180,23 +185,32 @@ class Split:
         self.num_tokens: int = entry["tokens"]
         self.num_documents: int = entry["documents"]
         self.num_bytes: int = entry["bytes"]
-        self.document_starts: np.ndarray = np.load(directory / entry["document_index"]["file"], mmap_mode="r")
+        self.concurrent_windows = files.concurrent_windows
+        self._load_starts = functools.partial(files.load, entry["document_index"])
         self._vocab_size: int = index["tokenizer"]["vocab_size"]
-        self._shards = [np.memmap(directory / shard["file"], dtype, mode="r") for shard in entry["shards"]]
-        self._masks = [np.memmap(directory / mask["file"], np.uint8, mode="r") for mask in entry.get("masks", [])]
+        self._dtype = dtype
+        self._shards = [files.array(shard, dtype) for shard in entry["shards"]]
+        self._masks = [files.array(mask, np.dtype(np.uint8)) for mask in entry.get("masks", [])]
         self._bounds = np.cumsum([0, *[len(shard) for shard in self._shards]])
+
+    @functools.cached_property
+    def document_starts(self) -> np.ndarray:
+        """The start of each document, then `num_tokens`: int64 [num_documents + 1]."""
+        return self._load_starts()
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """A copy of the tokens from `start` up to `stop`, which may span shard files, in the type on disk.
 
-        Raises InputError, which names the file, for an id outside the vocabulary. No other damage is detected here.
+        Raises InputError, which names the file, for an id outside the vocabulary, and for damage to data in a bucket.
+        No other damage is detected here.
         """
-        pieces = [np.empty(0, self._shards[0].dtype)]
-        for shard, piece in self._pieces(self._shards, start, stop):
+        pieces = [np.empty(0, self._dtype)]
+        for shard, *part in self._parts(self._shards, start, stop):
+            piece = shard.read(*part)
             if (greatest := int(piece.max(initial=0))) >= self._vocab_size:
                 raise InputError(
-                    f"{shard.filename} holds the token id {greatest}, which is outside the vocabulary of "
-                    f"{self._vocab_size}; {_restore_hint(self.directory)}"
+                    f"{shard.name} holds the token id {greatest}, which is outside the vocabulary of "
+                    f"{self._vocab_size}; {restore_hint(self.directory)}"
                 )
             pieces.append(piece)
         return np.concatenate(pieces)
@@ -210,51 +224,72 @@ class Split:
         """The loss mask of the tokens from `start` up to `stop`, bool; all True if documents are text."""
         if not self._masks:
             return np.ones(stop - start, np.bool_)
-        pieces = [piece for _, piece in self._pieces(self._masks, start, stop)]
+        pieces = [mask.read(*part) for mask, *part in self._parts(self._masks, start, stop)]
         return np.concatenate([np.empty(0, np.uint8), *pieces]) > 0
 
-    def _pieces(self, files: list[np.memmap], start: int, stop: int) -> Iterator[tuple[np.memmap, np.ndarray]]:
-        """(file, slice of it) for each file that holds part of a range of the stream."""
+    @contextlib.contextmanager
+    def fetching(self, ranges: Sequence[tuple[int, int]]) -> Iterator[None]:
+        """A context in which (start, stop) ranges of the stream are read. They are fetched from a bucket at once."""
+        held = [
+            file.fetch(*part)
+            for files in (self._shards, self._masks)
+            for start, stop in ranges
+            for file, *part in self._parts(files, start, stop)
+        ]
+        yield
+        held.clear()
+
+    def _parts(self, files: list[ShardArray], start: int, stop: int) -> Iterator[tuple[ShardArray, int, int]]:
+        """(file, start in it, stop in it) for each file that holds part of a range of the stream."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start} to {stop} are not in a split of {self.num_tokens} tokens")
         first = max(int(np.searchsorted(self._bounds, start, side="right")) - 1, 0)
-        for number, bound in enumerate(self._bounds[first:-1], first):
+        for file, bound, end in zip(files[first:], self._bounds[first:], self._bounds[first + 1 :], strict=False):
             if bound >= stop:
                 break
-            yield files[number], files[number][max(start - bound, 0) : stop - bound]
+            yield file, int(max(start - bound, 0)), int(min(stop, end) - bound)
 
 
 class Dataset:
     """A prepared directory.
 
-    `data_id` is a hash of the tokenizer, the tokens, the document starts and the loss mask.
+    `data_id` is a hash of the tokenizer, the tokens, the document starts and the loss mask. `verifies_reads` says
+    whether whatever is read is compared with its checksum.
     """
 
-    def __init__(self, path: Path, index: dict[str, Any]):
+    def __init__(self, path: DataPath, index: dict[str, Any], files: ShardFiles):
         self.path = path
         self.data_id = _data_id(index)
         self.vocab_size: int = index["tokenizer"]["vocab_size"]
         self.tokenizer_hash: str = index["tokenizer"]["hash"]
-        self._splits = {name: Split(path, name, index) for name in SPLITS}
+        self.verifies_reads = files.verifies_reads
+        self._splits = {name: Split(path, name, index, files) for name in SPLITS}
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str], *, verify: Literal["sizes", "sampled", "full"] = "sampled"
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        verify: Literal["sizes", "sampled", "full"] = "sampled",
+        cache_dir: str | None = None,
+        cache_bytes: int = DataConfig.cache_bytes,
     ) -> "Dataset":
         """The dataset at `path`, after a check of its file sizes and, unless `verify` is "sizes", of checksums.
 
-        See data.verify. Raises InputError, which names the file, if the dataset is missing, unfinished or damaged, or
-        if `path` is not a local path.
+        See data.verify. In a bucket, where each block is verified when it is read, "sampled" reads none at the start;
+        the others are in DataConfig. Raises InputError, which names the file, if the dataset is missing, unfinished or
+        damaged.
         """
-        directory, index = _read_index(path)
+        directory = data_path(path)
+        index = _read_index(directory)
         try:
             entries = _file_entries(index)
+            files = _open_files(directory, entries, cache_dir, cache_bytes)
             for entry in entries:
-                _check_size(directory / entry["file"], entry["size"])
-            blocks = list(_blocks_to_check(entries, verify))
-            for entry, block in progress_bar(blocks, desc=f"checking {directory}", unit=" blocks"):
-                _check_block(directory / entry["file"], entry, block)
-            return cls(directory, index)
+                _check_size(directory, entry, files.size(entry["file"]))
+            if verify == "full" or (verify == "sampled" and not files.verifies_reads):
+                _check_blocks(directory, files, list(_blocks_to_check(entries, verify)))
+            return cls(directory, index, files)
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged_index(directory, repr(error)) from error
 
@@ -268,18 +303,27 @@ class Dataset:
         if (tokenizer.hash, tokenizer.vocab_size) != (self.tokenizer_hash, self.vocab_size):
             raise InputError(
                 f"{self.path / 'tokenizer'} is not the tokenizer of this data, as {self.path / 'index.json'} names it; "
-                f"{_restore_hint(self.path)}"
+                f"{restore_hint(self.path)}"
             )
         return tokenizer
 
 
-def _read_index(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
-    directory = mounted_path(path)
+def _open_files(
+    directory: DataPath, entries: list[dict[str, Any]], cache_dir: str | None, cache_bytes: int
+) -> ShardFiles:
+    if isinstance(directory, Path):
+        return MappedFiles(directory)
+    from nextllm_jax.data.bucket_shards import BucketShards
+
+    return BucketShards(directory, entries, cache_dir=cache_dir, cache_bytes=cache_bytes)
+
+
+def _read_index(directory: DataPath) -> dict[str, Any]:
     file = directory / "index.json"
     if not file.is_file():
-        started = partial_path(directory).is_dir()
+        started = isinstance(directory, Path) and partial_path(directory).is_dir()
         state = "is not fully prepared" if started else "holds no prepared data"
-        raise InputError(f"{directory} {state}: index.json is missing; run nextllm prepare")
+        raise InputError(f"{directory} {state}: index.json is missing; run nextllm prepare --output {directory}")
     try:
         index = json.loads(file.read_bytes())
         version = index["format"]
@@ -292,18 +336,14 @@ def _read_index(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
         )
     if index.get("sha256") != _index_sha256(index):
         raise _damaged_index(directory, "its sha256 does not match its content")
-    return directory, index
+    return index
 
 
-def _damaged_index(directory: Path, cause: str) -> InputError:
+def _damaged_index(directory: DataPath, cause: str) -> InputError:
     return InputError(
         f"{directory / 'index.json'} is damaged ({cause}); restore an intact copy, or remove {directory} and "
         "prepare the data again"
     )
-
-
-def _restore_hint(directory: Path) -> str:
-    return f"restore an intact copy, or prepare the data again: nextllm prepare --overwrite --output {directory}"
 
 
 def _data_id(index: dict[str, Any]) -> str:
@@ -319,21 +359,6 @@ def _index_sha256(index: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _file_entry(path: Path) -> dict[str, Any]:
-    """A file's name, size, sha256, and the first 64 bits of the sha256 of each block of BLOCK_BYTES, concatenated."""
-    whole, blocks, size = hashlib.sha256(), [], 0
-    with open(path, "rb") as file:
-        while content := file.read(BLOCK_BYTES):
-            whole.update(content)
-            blocks.append(_block_digest(content))
-            size += len(content)
-    return {"file": path.name, "size": size, "sha256": whole.hexdigest(), "blocks": "".join(blocks)}
-
-
-def _block_digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:_DIGEST_CHARACTERS]
-
-
 def _file_entries(index: dict[str, Any]) -> list[dict[str, Any]]:
     splits = [index["splits"][name] for name in SPLITS]
     return [entry for split in splits for entry in files_of(split)]
@@ -344,13 +369,19 @@ def files_of(split: dict[str, Any]) -> list[dict[str, Any]]:
     return [*split["shards"], split["document_index"], *split.get("masks", [])]
 
 
+def _check_blocks(directory: DataPath, files: ShardFiles, checked: list[tuple[dict[str, Any], int]]) -> None:
+    """Raise InputError if the checksum of one of some blocks, (entry, block number), differs from index.json."""
+    with concurrent.futures.ThreadPoolExecutor(files.concurrent_windows) as pool:
+        done = pool.map(files.verify, *zip(*checked, strict=True)) if checked else ()
+        for _ in progress_bar(done, desc=f"checking {directory}", total=len(checked), unit=" blocks"):
+            pass
+
+
 def _blocks_to_check(entries: list[dict[str, Any]], verify: str) -> Iterator[tuple[dict[str, Any], int]]:
     """(entry, block number) of the blocks to check: all, or a new random sample with at least one of each file."""
-    bounds = [0, *itertools.accumulate(len(entry["blocks"]) // _DIGEST_CHARACTERS for entry in entries)]
+    bounds = [0, *itertools.accumulate(num_blocks(entry) for entry in entries)]
     chosen: Iterable[int] = range(bounds[-1])
-    if verify == "sizes":
-        chosen = []
-    elif verify == "sampled" and bounds[-1] > SAMPLED_BLOCKS:
+    if verify == "sampled" and bounds[-1] > SAMPLED_BLOCKS:
         draw = random.SystemRandom()  # not the global generator, which a program may have seeded
         chosen = {*draw.sample(chosen, SAMPLED_BLOCKS), *(draw.randrange(*ends) for ends in itertools.pairwise(bounds))}
     for number in sorted(chosen):
@@ -358,22 +389,9 @@ def _blocks_to_check(entries: list[dict[str, Any]], verify: str) -> Iterator[tup
         yield entries[file], number - bounds[file]
 
 
-def _check_size(path: Path, expected: int) -> None:
-    size = path.stat().st_size if path.is_file() else None
+def _check_size(directory: DataPath, entry: dict[str, Any], size: int | None) -> None:
+    path, expected = directory / entry["file"], entry["size"]
     if size is None:
-        raise InputError(f"{path} is missing; {_restore_hint(path.parent)}")
+        raise InputError(f"{path} is missing; {restore_hint(directory)}")
     if size != expected:
-        raise InputError(f"{path} is damaged: {size} bytes instead of {expected}; {_restore_hint(path.parent)}")
-
-
-def _check_block(path: Path, entry: dict[str, Any], block: int) -> None:
-    """Raise InputError if the checksum of a block of a file differs from index.json."""
-    with open(path, "rb") as file:
-        file.seek(block * BLOCK_BYTES)
-        content = file.read(BLOCK_BYTES)
-    if _block_digest(content) != entry["blocks"][block * _DIGEST_CHARACTERS : (block + 1) * _DIGEST_CHARACTERS]:
-        start = block * BLOCK_BYTES
-        raise InputError(
-            f"{path} is damaged or belongs to other data: the sha256 of bytes {start:,} to {start + len(content):,} "
-            f"differs from index.json; {_restore_hint(path.parent)}"
-        )
+        raise InputError(f"{path} is damaged: {size} bytes instead of {expected}; {restore_hint(directory)}")

@@ -21,8 +21,8 @@ from nextllm_jax.config import Config
 from nextllm_jax.config.files import workdir_of
 from nextllm_jax.data.files import find_files, has_files
 from nextllm_jax.data.prepare import prepare_sample
-from nextllm_jax.data.settings import CONTENT_FIELDS, check_unchanged, find_data
-from nextllm_jax.data.shards import Dataset, partial_path
+from nextllm_jax.data.settings import CONTENT_FIELDS, check_unchanged, find_data, open_dataset
+from nextllm_jax.data.shards import DataPath, Dataset, partial_path
 from nextllm_jax.diagnostics import bucket, machine
 from nextllm_jax.diagnostics.machine import Status
 from nextllm_jax.errors import InputError, RunFailed
@@ -148,7 +148,7 @@ class _Data:
         self.config = config.data
         """The data settings; those of a run that exists have the path that it recorded."""
         self._whole, self._temporary, self._report = config, temporary, report
-        self.path: Path | None = None
+        self.path: DataPath | None = None
         """The prepared data, or the beginning of the corpus; None if there is neither."""
         self.is_prepared = self.is_part = False
         self.bytes_to_write = 0
@@ -162,7 +162,7 @@ class _Data:
     def open(self) -> Dataset:
         """The data."""
         assert self.path is not None
-        return Dataset.open(self.path, verify=self.config.verify)
+        return open_dataset(self.config, self.path)
 
     def find(self, run: RunDir, overwrite: bool, allow_change: Collection[str]) -> None:
         """Find the prepared data, or prepare a part of it, and report which. Raises InputError as `prepare` does."""
@@ -179,7 +179,8 @@ class _Data:
                 if difference := check_unchanged(config, path, accepted):
                     self._report.add("data", difference, "warning")
             return
-        state = "an interrupted preparation would continue" if partial_path(path).is_dir() else "would be prepared"
+        is_started = partial_path(Path(path)).is_dir()
+        state = "an interrupted preparation would continue" if is_started else "would be prepared"
         self._report.add("data", f"{path}: {state} from {config.corpus}")
         if missing := self._to_fetch():
             self._report.add("data", f"the network is needed for {', '.join(missing)}", "warning")

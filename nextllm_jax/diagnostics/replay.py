@@ -9,7 +9,6 @@ import json
 import math
 import os
 import zipfile
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,8 +20,8 @@ from nextllm_jax.checkpoint.run_dir import FLIGHT, RunDir
 from nextllm_jax.config import Config
 from nextllm_jax.config.files import config_of_values
 from nextllm_jax.data.loader import TrainLoader
-from nextllm_jax.data.settings import default_data_path
-from nextllm_jax.data.shards import Dataset
+from nextllm_jax.data.settings import default_data_path, open_dataset
+from nextllm_jax.data.shards import Dataset, data_path
 from nextllm_jax.diagnostics.diagnosis import Diagnosis, diagnose
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.objective import Batch
@@ -208,8 +207,9 @@ def _differences(recorded: dict[str, Any], here: dict[str, Any]) -> tuple[str, .
 
 def _open_data(bundle: Bundle, data: str | None) -> Dataset:
     """The data of a bundle: in `data`, in the recorded directory, or in the default directory of its config."""
-    recorded = Path(bundle.content["data_path"])
-    dataset = Dataset.open(data or (recorded if recorded.exists() else default_data_path(bundle.config.data)))
+    recorded = data_path(bundle.content["data_path"])
+    found = data_path(data) if data else recorded if recorded.exists() else default_data_path(bundle.config.data)
+    dataset = open_dataset(bundle.config.data, found)
     if dataset.data_id != bundle.content["data_id"]:
         raise InputError(
             f"{dataset.path} holds other data ({dataset.data_id}) than the bundle's run used "

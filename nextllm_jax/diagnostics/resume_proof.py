@@ -24,6 +24,7 @@ from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.checkpoint.run_dir import METRICS, SAMPLES, RunDir
 from nextllm_jax.config import Config
 from nextllm_jax.data.prepare import ensure_prepared
+from nextllm_jax.data.shards import DataPath
 from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.sharding import make_mesh
 from nextllm_jax.training.program import build_program, to_save
@@ -86,7 +87,7 @@ def prove(config: Config, *, steps: int) -> list[Comparison]:
         return compare(config, straight, broken)
 
 
-def _shortened(config: Config, steps: int, data: Path) -> Config:
+def _shortened(config: Config, steps: int, data: DataPath) -> Config:
     """The config with only `steps` steps of its schedule, all logged, one evaluation and a few checkpoints."""
     length = config.optimizer.schedule_length(config.training.steps)
     training = dataclasses.replace(config.training, steps=steps, log_every_steps=1, evaluate_every_steps=steps)

@@ -39,6 +39,7 @@ LAST_SECONDS = 10
 """Time that a process has to exit by itself after another process has failed."""
 _LINGER_SECONDS = 0.3
 _PATIENCE_SECONDS, _REMINDER_SECONDS = 3, 60
+_LOCATIONS = ("data.path", "data.cache_dir", "data.cache_bytes")
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tiktoken")
 
 
@@ -312,12 +313,15 @@ def _first_difference(here: dict[str, str], there: dict[str, str]) -> list[str] 
 
 
 def facts_of(config: Config) -> dict[str, str]:
-    """What must be equal in all processes: each field of the config, the code, and the versions of libraries."""
+    """What must be equal in all processes: each field of the config, the code, and the versions of libraries.
+
+    Where a process reads the data may differ; the id of the data may not.
+    """
     code = hashlib.sha256()
     package = Path(__file__).parent.parent
     for file in sorted(package.rglob("*.py")):
         code.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
-    facts = {name: str(field.value) for name, field in fields_of(config).items()}
+    facts = {name: str(field.value) for name, field in fields_of(config).items() if name not in _LOCATIONS}
     facts["the package nextllm_jax with sha256"] = code.hexdigest()[:12]
     facts["Python"] = platform.python_version()
     return facts | {name: importlib.metadata.version(name) for name in _LIBRARIES}

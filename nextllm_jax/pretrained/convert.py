@@ -1,12 +1,11 @@
 """Imports models into run directories, quantizes them, and exports them.
 
-Each writes to a temporary path next to the output and renames it at the end, so the output is always complete.
+Each writes to a temporary path and renames or uploads it at the end, so the output is always complete.
 """
 
 import dataclasses
 import logging
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -28,6 +27,7 @@ from nextllm_jax.pretrained.output import new_output, require_new
 from nextllm_jax.pretrained.source import ORIGIN, QUANTIZED, Source, open_path
 from nextllm_jax.published_models import resolve
 from nextllm_jax.sharding import on_device
+from nextllm_jax.storage.open_storage import as_path, open_storage
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def import_model(
     Parameters are stored in `dtype`. `context_length` may lower the model's own. Unsupported keys of the model's config
     in `ignore_keys` are ignored. Raises InputError for damaged files, for unsupported models, and if the output exists.
     """
-    require_new(Path(output))
+    _require_new_run(output)
     opened = open_path(resolve(source), ignore_keys=ignore_keys)
     if opened.is_run:
         raise InputError(f"{source} is a run directory already; give a Hugging Face directory or a .gguf file")
@@ -63,7 +63,7 @@ def import_model(
             )
         model = dataclasses.replace(model, context_length=context_length)
     tokenizer, params = opened.load_tokenizer(), opened.load_params(_on_cpu(model))
-    _write_run(Path(output), model, tokenizer, params, {ORIGIN: _origin(opened)})
+    _write_run(output, model, tokenizer, params, {ORIGIN: _origin(opened)})
 
 
 def quantize_model(
@@ -107,7 +107,7 @@ def open_quantizable(
     Raises InputError if the model is already quantized, if the output exists, and for a calibration text that is too
     short or that the scheme does not use.
     """
-    require_new(Path(output))
+    _require_new_run(output)
     if calibration is not None and quantization.scheme != "int4":
         raise InputError(f"--calibrate applies to int4 only; the scheme is {quantization.scheme}")
     opened = open_path(resolve(source), step=step)
@@ -137,7 +137,7 @@ def write_quantized(model: Quantizable, output: str, quantization: Quantization,
         lambda leaf: jax.jit(pack)(leaf) if is_quantized(leaf) else leaf, params, is_leaf=is_quantized
     )
     record = {ORIGIN: _origin(source), QUANTIZED: quantization.to_json()}
-    _write_run(Path(output), config, model.tokenizer, params, record, window=model.sequence_length)
+    _write_run(output, config, model.tokenizer, params, record, window=model.sequence_length)
 
 
 def _origin(opened: Source) -> dict[str, Any]:
@@ -145,8 +145,13 @@ def _origin(opened: Source) -> dict[str, Any]:
     return {"model_type": opened.model_type, "vocab_size": opened.vocab_size, **generation}
 
 
+def _require_new_run(output: str) -> None:
+    open_storage(output)  # raises InputError for s3://, where no run can be
+    require_new(output)
+
+
 def _write_run(
-    output: Path,
+    output: str,
     model: ModelConfig,
     tokenizer: Tokenizer,
     params: Any,
@@ -155,7 +160,7 @@ def _write_run(
 ) -> None:
     """Write a run directory with checkpoint 0. `window` is its sequence length for training (None: up to 1024)."""
     window = window or min(model.context_length, 1024)
-    data = DataConfig(tokenizer=str(RunDir(output.absolute()).tokenizer), sequence_length=window)
+    data = DataConfig(tokenizer=str(RunDir(as_path(output).absolute()).tokenizer), sequence_length=window)
     with new_output(output) as directory:
         run = RunDir(directory)
         tokenizer.save(run.tokenizer)
@@ -182,7 +187,7 @@ def export_model(
 
     Raises InputError if the format cannot represent the model, and if the output exists.
     """
-    require_new(Path(output))
+    require_new(output)
     opened = open_path(resolve(source), step=step)
     dtype = dtype or opened.dtype
     # Exported Hugging Face directories hold only floats.
@@ -202,13 +207,13 @@ def export_model(
             from nextllm_jax.tokenizer.gguf import to_gguf
 
             metadata = to_gguf(tokenizer, options["vocab_size"])
-            with new_output(Path(output)) as file:
+            with new_output(output) as file:
                 gguf.export(config, params, file, metadata=metadata, **options)
             return
         from nextllm_jax.interop import huggingface
         from nextllm_jax.tokenizer.huggingface import save_huggingface
 
-        with new_output(Path(output)) as directory:
+        with new_output(output) as directory:
             ids = _token_ids(tokenizer, opened.generation)
             options |= {"token_ids": ids, "generation": opened.generation}
             written = dataclasses.replace(config, vocab_size=options["vocab_size"], param_dtype=dtype)

@@ -17,7 +17,7 @@ from nextllm_jax.model import lora
 from nextllm_jax.model.transformer import abstract_params
 from nextllm_jax.pretrained.source import Source, open_path
 from nextllm_jax.published_models import resolve
-from nextllm_jax.storage.open_storage import as_path
+from nextllm_jax.storage.downloads import tokenizer_path
 from nextllm_jax.tokenizer.published import load_tokenizer
 
 _log = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def _data(config: Config, file: Config, tokenizer: str) -> DataConfig:
 
 
 def _hash(tokenizer: str) -> str:
-    return load_tokenizer(as_path(tokenizer)).hash
+    return load_tokenizer(tokenizer_path(tokenizer)).hash
 
 
 def _differing(left: ModelConfig, right: ModelConfig, *, but: tuple[str, ...] = ()) -> list[str]:

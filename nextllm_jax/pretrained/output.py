@@ -5,23 +5,54 @@ import errno
 import os
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from nextllm_jax.errors import InputError, RunFailed, failed_path
-from nextllm_jax.storage.open_storage import require_local
+from nextllm_jax.progress import progress_bar
+from nextllm_jax.storage.interface import StorageError
+from nextllm_jax.storage.open_storage import as_path, is_address, open_bucket
+
+_CONFIG = "config.json"
 
 
 @contextlib.contextmanager
-def new_output(output: Path) -> Iterator[Path]:
+def new_output(output: str) -> Iterator[Path]:
     """A context with a temporary path next to `output`. It is renamed to `output` on success and deleted otherwise.
 
-    SIGTERM and SIGHUP raise SystemExit meanwhile. Raises as `require_new` does, and RunFailed for a full disk.
+    For an address, it is in the directory for temporary files, and uploaded. SIGTERM and SIGHUP raise SystemExit
+    meanwhile. Raises as `require_new` does, and RunFailed for a full disk.
     """
-    partial = output.parent / f".{output.name}.partial"
     require_new(output)
+    if is_address(output):
+        with tempfile.TemporaryDirectory(prefix="nextllm-", ignore_cleanup_errors=True) as temporary, _signals_raise():
+            partial = Path(temporary, "output")
+            with _failing_as_output(partial):
+                yield partial
+            _upload(partial, output)
+    else:
+        with _new_on_disk(Path(output)) as partial:
+            yield partial
+
+
+def _upload(partial: Path, output: str) -> None:
+    """Write a file or a directory to an address. The config.json of a directory, which marks it, is written last."""
+    bucket = open_bucket(output if partial.is_dir() else output.rpartition("/")[0])
+    names = {path.relative_to(partial).as_posix(): path for path in sorted(partial.rglob("*")) if path.is_file()}
+    config = names.pop(_CONFIG, None)
+    files = names if partial.is_dir() else {output.rpartition("/")[2]: partial}
+    for name, path in progress_bar(files.items(), desc=f"uploading {output}", unit=" files"):
+        bucket.upload(name, path)
+    if config and bucket.create(_CONFIG, config.read_bytes()) is None:
+        raise InputError(f"another process wrote {output} meanwhile; choose another --output")
+
+
+@contextlib.contextmanager
+def _new_on_disk(output: Path) -> Iterator[Path]:
+    partial = output.parent / f".{output.name}.partial"
     with _failing_as_output(output), _signals_raise():
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
@@ -35,9 +66,15 @@ def new_output(output: Path) -> Iterator[Path]:
             raise
 
 
-def require_new(output: Path) -> None:
+def require_new(output: str) -> None:
     """Raise InputError if `output` exists and is not an empty directory, and RunFailed if it cannot be written."""
-    require_local(output, "--output")
+    if not is_address(output):
+        _require_new_on_disk(Path(output))
+    elif as_path(output).exists():
+        raise InputError(f"{output} exists; choose another --output, or remove it")
+
+
+def _require_new_on_disk(output: Path) -> None:
     with _failing_as_output(output):
         is_empty = output.is_dir() and not output.is_symlink() and not any(output.iterdir())
         if not output.name or (os.path.lexists(output) and not is_empty):
@@ -53,6 +90,8 @@ def _failing_as_output(output: Path) -> Iterator[None]:
     """Raise RunFailed, which names the path that failed, for an OSError."""
     try:
         yield
+    except StorageError:  # of a bucket that the model is read from
+        raise
     except OSError as error:
         path = failed_path(error, output)
         raise RunFailed(

@@ -25,6 +25,7 @@ from nextllm_jax.model.transformer import abstract_params
 from nextllm_jax.model.weights import STACK, by_name, unstacked_names, with_names
 from nextllm_jax.published_models import PUBLISHED_MODELS
 from nextllm_jax.sharding import on_device, placed
+from nextllm_jax.storage.downloads import local_copy
 from nextllm_jax.tokenizer.huggingface_files import read_json
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -80,8 +81,10 @@ class LoadParams(Protocol):
 def open_path(path: str, *, step: str | int | None = None, ignore_keys: Collection[str] = ()) -> Source:
     """The model of a run directory, a Hugging Face directory or a GGUF file; see `open_model`.
 
+    The latter two are copied to the user's cache directory if they are in a bucket.
     Keys of an external config in `ignore_keys` are ignored if they are not supported.
     """
+    path = local_copy(path)
     file, run = Path(path), RunDir(path)
     if not (file.is_file() or _is_huggingface(file)):
         if run.exists():

@@ -4,6 +4,7 @@ A bucket has objects, whose names contain "/", but no directories. A directory e
 below it; `make_directory` writes an empty object whose name ends in "/".
 """
 
+import base64
 import concurrent.futures
 import contextlib
 import functools
@@ -138,6 +139,29 @@ class Bucket:
             return b""
 
         return self._service.call(request)
+
+    def download(self, name: str, path: Path) -> None:
+        """Write the content of a file to a local file. Raises FileNotFoundError if it is missing."""
+        self._service.call(self._blob(name).download_to_filename, path, raw_download=True, checksum="crc32c")
+
+    def upload(self, name: str, path: Path) -> None:
+        """Write or replace a file with the content of a local file."""
+        try:
+            self._service.call(self._blob(name).upload_from_filename, path, checksum="crc32c")
+        except FileNotFoundError:
+            raise self._service.missing() from None
+
+    def matches(self, found: Identity, path: Path) -> bool:
+        """Whether a file of this identity has the content of a local file, by the service's checksum."""
+        import google_crc32c
+
+        if found.size != path.stat().st_size:
+            return False
+        digest = google_crc32c.Checksum()
+        with open(path, "rb") as file:
+            for _ in digest.consume(file, 2**20):
+                pass
+        return found.crc32c == base64.b64encode(digest.digest()).decode()
 
     def write(self, name: str, content: bytes) -> None:
         """Write or replace a file. Raises StorageError if this object's lease is known to be lost."""

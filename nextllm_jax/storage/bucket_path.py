@@ -15,16 +15,25 @@ from etils import epath
 from etils.epath import backend, gpath, stat_utils
 
 from nextllm_jax.storage.bucket import SCHEME, Bucket
+from nextllm_jax.storage.s3 import S3
+from nextllm_jax.storage.s3 import SCHEME as S3_SCHEME
+
+
+def directory(address: str) -> Bucket | S3:
+    """The files below an address."""
+    return S3(address) if address.startswith(S3_SCHEME) else Bucket(address)
 
 
 @functools.cache
-def _root(bucket: str) -> Bucket:
-    return Bucket(f"{SCHEME}{bucket}")
+def _root(bucket: str) -> Any:
+    return directory(bucket)
 
 
-def _split(path: epath.PathLike) -> tuple[Bucket, str]:
-    bucket, _, name = str(path).removeprefix(SCHEME).partition("/")
-    return _root(bucket), name
+def _split(path: epath.PathLike) -> tuple[Any, str]:
+    """The bucket of a path, and the name in it. Paths in S3 can only be read and written, not moved or copied."""
+    scheme, _, rest = str(path).partition("://")
+    bucket, _, name = rest.partition("/")
+    return _root(f"{scheme}://{bucket}"), name
 
 
 class _Written(io.BytesIO):
@@ -48,7 +57,7 @@ class _Written(io.BytesIO):
 
 
 class _BucketBackend(backend.Backend):
-    """File operations on gs:// paths."""
+    """File operations on gs:// and s3:// paths."""
 
     def open(self, path: epath.PathLike, mode: str) -> IO[Any]:
         bucket, name = _split(path)
@@ -131,7 +140,7 @@ class _BucketBackend(backend.Backend):
         return stat_utils.StatResult(is_directory=found is None, length=found.size if found else 0, mtime=0)
 
 
-@epath.register_path_cls(SCHEME)
+@epath.register_path_cls([SCHEME, S3_SCHEME])
 class BucketPath(gpath.PosixGPath):
     """A path such as gs://bucket/run/config.json."""
 

@@ -1,10 +1,17 @@
-"""`Storage`: the operations that a run needs from the place where it is stored. `open_storage` returns one."""
+"""`Storage`: the operations that a run needs from the place where it is stored. `open_storage` returns one.
+
+`BucketFiles` are the fewer operations that data, imports and exports need from a bucket.
+"""
 
 import os
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from nextllm_jax.errors import InputError
+
+CONNECTIONS = 64
+"""Maximum number of simultaneous requests of a process to a bucket."""
 
 
 class StorageError(InputError, OSError):
@@ -124,4 +131,52 @@ class Storage(Protocol):
 
     def free_bytes(self) -> int | None:
         """The space for new files; None if it is not limited."""
+        ...
+
+
+class BucketFiles(Protocol):
+    """The files in a directory of a bucket. Names, atomicity and errors are as in `Storage`."""
+
+    def names(self, directory: str = "") -> list[str]:
+        """The names in a directory; empty if it is missing."""
+        ...
+
+    def identity(self, name: str) -> Identity | None:
+        """The identity of a file; None if it is missing."""
+        ...
+
+    def files(self, directory: str = "") -> dict[str, Identity]:
+        """Every file in a directory and in those below it, sorted by its path relative to the directory."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """The content of a file; empty if it is missing."""
+        ...
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        """At most `length` bytes of a file from `start` on. Raises FileNotFoundError if it is missing."""
+        ...
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write or replace a file."""
+        ...
+
+    def create(self, name: str, content: bytes) -> Identity | None:
+        """Write a file that does not exist yet; None, and nothing is written, if it does."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Delete a file, or a directory with all files below it. Nothing happens if it is missing."""
+        ...
+
+    def upload(self, name: str, path: Path) -> None:
+        """Write or replace a file with the content of a local file."""
+        ...
+
+    def download(self, name: str, path: Path) -> None:
+        """Write the content of a file to a local file. Raises FileNotFoundError if it is missing."""
+        ...
+
+    def matches(self, found: Identity, path: Path) -> bool:
+        """Whether a file of this identity has the content of a local file, by the service's checksum."""
         ...

@@ -1,4 +1,4 @@
-"""`open_storage`: the storage of a path, on disk or in a bucket."""
+"""What is stored at a path, on disk or in a bucket: `open_storage`, `open_bucket` and `as_path`."""
 
 import os
 import re
@@ -7,23 +7,41 @@ from etils import epath
 
 from nextllm_jax.errors import InputError
 from nextllm_jax.storage.disk import Disk
-from nextllm_jax.storage.interface import Storage
+from nextllm_jax.storage.interface import BucketFiles, Storage
 
-_GCS = "gs://"
+_GCS, _S3 = "gs://", "s3://"
+
+
+def is_address(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is an address, such as gs://bucket/data, and not one in the file system."""
+    return re.match(r"[a-z][a-z0-9]+:/", os.fspath(path)) is not None  # Path("gs://bucket") is "gs:/bucket"
 
 
 def open_storage(path: str | os.PathLike[str]) -> Storage:
-    """The files in a directory, which need not exist. Accesses none of them.
+    """The files of a run in a directory, which need not exist. Accesses none of them.
 
     Raises InputError for an address that is not supported, and if the package that it needs is not installed.
     """
     address = os.fspath(path)
     if "://" not in address:
         return Disk(address)
+    if address.startswith(_S3):
+        raise InputError(
+            f"{address} cannot be a run: orbax writes no checkpoints to S3; give a local path or "
+            "gs://BUCKET/DIRECTORY (data, imported models and exports may be in s3://)"
+        )
     _require_bucket(address)
     from nextllm_jax.storage.bucket import Bucket  # imports the client only for an address
 
     return Bucket(address)
+
+
+def open_bucket(address: str | os.PathLike[str]) -> BucketFiles:
+    """The files in a directory of a bucket, which need not exist. Accesses none of them. Raises as `open_storage`."""
+    _require_bucket(os.fspath(address))
+    from nextllm_jax.storage.bucket_path import directory
+
+    return directory(os.fspath(address))
 
 
 def as_path(path: str | os.PathLike[str]) -> epath.Path:
@@ -37,15 +55,18 @@ def as_path(path: str | os.PathLike[str]) -> epath.Path:
 
 def require_local(path: str | os.PathLike[str], name: str) -> None:
     """Raise InputError, which begins with `name`, if a path is an address: an output that needs a file system."""
-    if re.match(r"[a-z][a-z0-9]+:/", os.fspath(path)):  # Path("gs://bucket") is "gs:/bucket"
+    if is_address(path):
         raise InputError(f"{name} {os.fspath(path)} is not a local path; give one, and copy the result")
 
 
 def _require_bucket(address: str) -> None:
-    if not address.startswith(_GCS):
+    if address.startswith(_GCS):
+        from nextllm_jax.storage.service import client
+    elif address.startswith(_S3):
+        from nextllm_jax.storage.s3 import client
+    else:
         raise InputError(
-            f"{address} is neither a local path nor gs://BUCKET/DIRECTORY; copy it to this machine and give its path"
+            f"{address} is neither a local path nor gs://BUCKET/DIRECTORY nor s3://BUCKET/DIRECTORY; copy it to this "
+            "machine and give its path"
         )
-    from nextllm_jax.storage.service import client
-
     client()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from nextllm_jax.errors import InputError
-from nextllm_jax.storage.interface import StorageError
+from nextllm_jax.storage.interface import CONNECTIONS, StorageError
 
 FIRST_LIMIT_SECONDS = 15.0
 """Time limit of a request until the first one succeeds: a wrong address or missing network is reported soon."""
@@ -37,11 +37,20 @@ def client() -> Any:
         # Tensorstore, which reads and writes the arrays of checkpoints, has variables of its own.
         os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", emulator)
         os.environ.setdefault("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
-        return storage.Client(project="none", credentials=AnonymousCredentials())
+        return _with_connections(storage.Client(project="none", credentials=AnonymousCredentials()))
     try:
-        return storage.Client(project="none")  # needed only to create and list buckets
+        return _with_connections(storage.Client(project="none"))  # needed only to create and list buckets
     except GoogleAuthError as error:
         raise _no_credentials(error) from error
+
+
+def _with_connections(client: Any) -> Any:
+    """The client, which keeps CONNECTIONS connections open instead of 10."""
+    from requests.adapters import HTTPAdapter
+
+    for scheme in ("https://", "http://"):
+        client._http.mount(scheme, HTTPAdapter(pool_connections=CONNECTIONS, pool_maxsize=CONNECTIONS))
+    return client
 
 
 class Service:

@@ -120,7 +120,8 @@ def _prepare(
     stop.allow_exit("preparing data")
     path = _prepare_data(config, source, overwrite, allowed) if group.process_id == 0 else None
     path = group.gather(path, "process 0 to prepare the data")[0]
-    config = _with_data_path(config, path)
+    if config.data.path is None:  # else the processes compare the ids of their data
+        config = _with_data_path(config, path)
     stop.allow_exit("starting")
     with phase("importing jax and finding the devices"):
         use_compilation_cache()

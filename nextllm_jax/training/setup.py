@@ -11,8 +11,7 @@ from nextllm_jax import hardware
 from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config
 from nextllm_jax.config.files import workdir_of
-from nextllm_jax.data.settings import default_data_path
-from nextllm_jax.data.shards import Dataset
+from nextllm_jax.data.settings import default_data_path, open_dataset
 from nextllm_jax.distributed.process_group import ProcessGroup
 from nextllm_jax.distributed.signals import StopRequest
 from nextllm_jax.model.accounting import flops_per_token
@@ -63,13 +62,13 @@ def open_session(
     config = with_vocab_size(config, default_data_path(config.data), overwrite=overwrite)
     start = Start(
         config,
-        lambda: Dataset.open(default_data_path(config.data), verify=config.data.verify),
+        lambda: open_dataset(config.data),
         overwrite=overwrite,
         allow_change=allow_change,
     )
     remarks = require(CHECKS, start)
     set_matmul_precision(start.program.model.dtype)
-    group.check_same({f"the data in {start.dataset.path} with id": start.dataset.data_id})
+    group.check_same({"data with id": start.dataset.data_id})
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopRequest(group))
         writes = group.process_id == 0

@@ -140,7 +140,10 @@ def _check_model(start: Start) -> Iterator[Remark]:
 def _check_data(start: Start) -> Iterator[Remark]:
     dataset, tokenizer = start.dataset, start.tokenizer
     counts = ", ".join(f"{dataset.split(name).num_tokens:,} {name}" for name in SPLITS)
-    yield Remark(f"{counts} tokens of {tokenizer.name}, undamaged (data.verify {start.config.data.verify})")
+    verify = start.config.data.verify
+    later = dataset.verifies_reads and verify == "sampled"
+    checked = "each block is verified when it is read" if later else f"undamaged (data.verify {verify})"
+    yield Remark(f"{counts} tokens of {tokenizer.name}, {checked}")
 
 
 def _check_fit(start: Start) -> Iterator[Remark]:

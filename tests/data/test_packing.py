@@ -1,5 +1,6 @@
 """Windows against a plain loop over documents."""
 
+import contextlib
 import types
 from typing import Any
 
@@ -25,6 +26,9 @@ class MemorySplit(types.SimpleNamespace):
     @property
     def num_documents(self):
         return len(self.document_starts) - 1
+
+    def fetching(self, ranges):
+        return contextlib.nullcontext()
 
     def tokens(self, start, stop):
         return self.stream[start:stop]

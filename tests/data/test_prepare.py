@@ -206,8 +206,8 @@ def test_parts_of_other_settings_are_not_used(config, tmp_path, monkeypatch):
 
 
 def test_an_address_is_refused(config):
-    with pytest.raises(InputError, match="not a local path"):
-        prepare(config, default_data_path(dataclasses.replace(config, path="gs://bucket/data")))
+    with pytest.raises(InputError, match="az://bucket/data is neither a local path nor gs:"):
+        prepare(config, default_data_path(dataclasses.replace(config, path="az://bucket/data")))
 
 
 def test_a_full_disk_is_one_sentence_and_keeps_what_is_done(config, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import nextllm_jax
 from nextllm_jax.checkpoint.verify import check_steps, find_steps
 from nextllm_jax.config.files import load_config_file
 from nextllm_jax.diagnostics.doctor import diagnose
+from nextllm_jax.evaluation.scoring import score_data
 from nextllm_jax.pretrained.convert import export_model
 from nextllm_jax.storage.open_storage import open_storage
 from tests.checkpoint.tree import names
@@ -22,6 +23,7 @@ from tests.processes import Processes, assert_same_metrics
 from tests.runs import TRAINED_A_STEP, assert_same_end, fetched
 
 COMMAND = ("train.py", "--config", "config.py", "--workdir")
+DATA = "gs://bucket/data/config"
 
 
 def steps(address):
@@ -29,9 +31,14 @@ def steps(address):
     return sorted(int(name) for name in storage.names() if storage.exists(f"{name}/manifest.json"))
 
 
-def killed_at_random(door, address, seed):
+def cache(door):
+    """The environment with a cache directory of this door's own."""
+    return {"XDG_CACHE_HOME": str(door.directory / "cache")}
+
+
+def killed_at_random(door, address, seed, *arguments):
     """Train until a SIGKILL: with an even seed after the first save, otherwise at any time."""
-    process = door.start(*COMMAND, address)
+    process = door.start(*COMMAND, address, *arguments)
     while seed % 2 == 0 and process.poll() is None and not steps(address):
         time.sleep(0.01)
     time.sleep(random.Random(seed).uniform(0, 1.5 if seed % 2 == 0 else 15))
@@ -41,13 +48,16 @@ def killed_at_random(door, address, seed):
 
 @pytest.fixture(scope="module")
 def address(trained, bucket_service, tmp_path_factory):
-    """A run in a bucket that was killed and continued, while a second training of it was refused."""
+    """A run and its data in a bucket. It was killed and continued, while a second training of it was refused."""
     address, door = "gs://bucket/runs/config", trained.beside(tmp_path_factory.mktemp("bucket"))
-    killed_at_random(door, address, seed=0)
+    (door.directory / "data").unlink()
+    data = door.run("nextllm_jax.cli", "prepare", "--config", "config.py", "--output", DATA, **cache(door))
+    assert data.stdout == f"{DATA}\n"
+    killed_at_random(door, address, 0, "--data.path", DATA)
     assert open_storage(address).exists(".lock")
     slow = Fault("GET", "wait", count=10**6, seconds=0.005)
     with bucket_service.failing(slow):
-        process = door.start(*COMMAND, address)
+        process = door.start(*COMMAND, address, "--data.cache-dir", "blocks")  # of the data that the run recorded
         while json.loads(open_storage(address).read(".lock") or "{}").get("pid") != process.pid:
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
@@ -55,6 +65,7 @@ def address(trained, bucket_service, tmp_path_factory):
         assert re.search(f"^error: {address} is in use by process {process.pid} on ", refused, re.MULTILINE), refused
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err
+    assert sorted(path.name for path in door.directory.iterdir()) == ["blocks", "cache", "config.py", "corpus"]
     return address
 
 
@@ -72,6 +83,8 @@ def test_commands_read_a_run_in_a_bucket(trained, address, tmp_path, monkeypatch
     tokens = np.arange(12).reshape(1, 12)
     np.testing.assert_array_equal(ours.logits(tokens), theirs.logits(tokens))
     assert ours.score("the cat sees fish.") == theirs.score("the cat sees fish.")
+    on_disk = str(trained.directory / "data" / "known")
+    assert score_data(ours, DATA, window=64) == score_data(theirs, on_disk, window=64)
     for source, output in ((address, tmp_path / "ours"), (local, tmp_path / "theirs")):
         export_model(source, str(output), file_format="huggingface")
     weights = [tmp_path / name / "model.safetensors" for name in ("ours", "theirs")]
@@ -81,22 +94,52 @@ def test_commands_read_a_run_in_a_bucket(trained, address, tmp_path, monkeypatch
     assert not [finding for finding in found if finding.status != "ok" and finding.name in ("run", "disk", "clock")]
     assert "is finished at step 40 of 40" in str(found)
     assert "is not limited" in str(found)
+    assert ("data", DATA) in [(finding.name, finding.message) for finding in found]
+    assert "verified when it is read" in str(found)
+
+
+@pytest.mark.slow
+def test_damaged_data_ends_a_training_in_one_line(trained, bucket, door):
+    """It is found when its block is read, and the run continues once the data is restored."""
+    (prepared,) = (trained.directory / "data").glob("corpus-*")
+    for path in prepared.rglob("*"):
+        if path.is_file():
+            open_storage(bucket).write(f"data/{path.relative_to(prepared).as_posix()}", path.read_bytes())
+    name, settings = "data/train-00000.bin", ("--data.path", f"{bucket}/data", "--training.steps", "60")
+    content = open_storage(bucket).read(name)
+    door.run(*COMMAND, f"{bucket}/run", "--data.path", f"{bucket}/data", "--optimizer.schedule-steps", "60")
+    open_storage(bucket).write(name, content[:-1] + bytes([content[-1] ^ 1]))
+    settings = (*COMMAND, f"{bucket}/run", "--training.steps", "60", "--optimizer.schedule-steps", "60")
+    stopped = door.run(*settings, exit_code=2).stderr
+    says = rf"^error: {bucket}/{name} is damaged or .* bytes 0 to [\d,]+ differs"
+    assert re.search(says, stopped, re.MULTILINE), stopped
+    assert "Traceback" not in stopped
+    open_storage(bucket).write(name, content)
+    assert "continuing from step 40" in door.run(*settings).stderr
+    assert steps(f"{bucket}/run")[-1] == 60
 
 
 @pytest.mark.slow
 def test_two_processes_that_share_only_the_bucket(trained, bucket, door, tmp_path):
+    """One of them has a copy of the data, and the other reads it from the bucket."""
+    (prepared,) = (trained.directory / "data").glob("corpus-*")
+    for path in prepared.rglob("*"):
+        if path.is_file():
+            open_storage(f"{bucket}-data").write(path.relative_to(prepared).as_posix(), path.read_bytes())
     directories = [tmp_path / "host-0", tmp_path / "host-1"]
     for directory in directories:
         directory.mkdir()
-        for name in ("corpus", "data"):
-            shutil.copytree(trained.directory / name, directory / name, symlinks=True)
+        shutil.copytree(trained.directory / "corpus", directory / "corpus", symlinks=True)
         shutil.copy(trained.directory / "config.py", directory)
-    with Processes(door, 2, "--mesh.fsdp", "2", "--workdir", bucket, directories=directories) as two:
+    shutil.copytree(trained.directory / "data", directories[0] / "data", symlinks=True)
+    own = {1: ("--data.path", f"{bucket}-data")}
+    with Processes(door, 2, "--mesh.fsdp", "2", "--workdir", bucket, own=own, directories=directories) as two:
         codes, _ = two.end()
         assert codes == [0, 0], two.outputs()
     assert [sorted(path.name for path in directory.iterdir()) for directory in directories] == [
-        ["config.py", "corpus", "data"]
-    ] * 2
+        ["config.py", "corpus", "data"],
+        ["config.py", "corpus"],
+    ]
     fetched(bucket, tmp_path / "runs" / "config")
     assert_same_metrics(tmp_path, trained.directory)
     shards = open_storage(bucket).files("checkpoints/40")
@@ -121,9 +164,10 @@ def test_adapters_on_a_run_in_a_bucket(address, bucket, door):
 
 
 @pytest.mark.slow
-def test_a_bad_step_in_a_bucket_is_replayed(bucket, door):
+def test_a_bad_step_in_a_bucket_is_replayed(address, bucket, door):
     settings = (
-        "--optimizer.learning-rate 1e6 --checkpoint.every-steps 1 --checkpoint.keep-last 1 --training.sample-tokens 0"
+        "--optimizer.learning-rate 1e6 --checkpoint.every-steps 1 --checkpoint.keep-last 1 --training.sample-tokens 0 "
+        f"--data.path {DATA}"
     )
     door.run(*COMMAND, bucket, *settings.split(), "--training.max-skipped-steps", "4", exit_code=1)
     found = json.loads(door.run("nextllm_jax.cli", "replay", f"{bucket}/flight/step-2", "--json").stdout)
