@@ -69,8 +69,9 @@ def measure(checkpoints: Checkpoints, number: int, state: dict[str, jax.Array], 
     started = time.perf_counter()
     checkpoints.save(number, {"params": state}, {}, validation_loss=None)
     blocked = time.perf_counter() - started
-    assert checkpoints._saving is not None
-    saved = checkpoints._saving[1]
+    assert checkpoints._writer is not None
+    assert checkpoints._writer._last is not None
+    _, saved = checkpoints._writer._last
     concurrent = timed_steps(x, lambda: not saved.done())
     background = time.perf_counter() - started - blocked
     checkpoints.wait()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from nextllm_jax.errors import InputError
+from nextllm_jax.storage import costs
 from nextllm_jax.storage.interface import StorageError
 
 FIRST_LIMIT_SECONDS = 15.0
@@ -37,11 +38,14 @@ def client() -> Any:
         # Tensorstore, which reads and writes the arrays of checkpoints, has variables of its own.
         os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", emulator)
         os.environ.setdefault("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
-        return storage.Client(project="none", credentials=AnonymousCredentials())
-    try:
-        return storage.Client(project="none")  # needed only to create and list buckets
-    except GoogleAuthError as error:
-        raise _no_credentials(error) from error
+        created = storage.Client(project="none", credentials=AnonymousCredentials())
+    else:
+        try:
+            created = storage.Client(project="none")  # needed only to create and list buckets
+        except GoogleAuthError as error:
+            raise _no_credentials(error) from error
+    created._http.hooks["response"].append(costs.count)  # a requests.Session, which other methods share
+    return created
 
 
 class Service:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from nextllm_jax.checkpoint import step_files
-from nextllm_jax.checkpoint.manager import Checkpoints, DamagedCheckpoint
+from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.checkpoint.run_dir import RunDir
+from nextllm_jax.checkpoint.saved_steps import DamagedCheckpoint
 from nextllm_jax.checkpoint.verify import check_steps, find_steps
 from nextllm_jax.errors import RunFailed
 from nextllm_jax.storage import service

@@ -15,7 +15,8 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from nextllm_jax.checkpoint.manager import Checkpoints, DamagedCheckpoint
+from nextllm_jax.checkpoint.manager import Checkpoints
+from nextllm_jax.checkpoint.saved_steps import DamagedCheckpoint
 from nextllm_jax.errors import InputError, RunFailed
 from tests.checkpoint.tree import abstract, names, save, tree
 
