@@ -2,13 +2,14 @@
 
 import concurrent.futures
 import contextlib
+import time
 from collections.abc import Callable
 from typing import Any
 
 import orbax.checkpoint as ocp
 from etils import epath
 
-from nextllm_jax.checkpoint import orbax_errors
+from nextllm_jax.checkpoint import orbax_errors, step_files
 from nextllm_jax.storage.open_storage import open_storage
 
 
@@ -16,7 +17,10 @@ class _Attempt(ocp.path.atomicity.CommitFileTemporaryPath):
     """Where orbax writes in a bucket: there are no directories to create, and the name is new, so nothing is there."""
 
     async def create(self) -> epath.Path:
-        """The path. Sends no request."""
+        """The path. Sends no request itself; the store writes orbax's metadata of a step in a thread."""
+        if self._checkpoint_metadata_store is not None:
+            metadata = {"init_timestamp_nsecs": time.time_ns()}
+            self._checkpoint_metadata_store.write(self.get() / step_files.ORBAX_METADATA, metadata)
         return self.get()
 
 

@@ -265,6 +265,8 @@ class Checkpoints(SavedSteps):
         Raises RunFailed if it cannot be renamed.
         """
         aside = self.path(step).with_suffix(step_files.DAMAGED)
+        if self._known is not None:
+            self._known.pop(step, None)
         ocp.utils.sync_global_processes(f"damaged_{step}")  # all processes must have seen it before it is renamed
         if jax.process_index() == 0:
             with orbax_errors.writing(aside):

@@ -29,10 +29,12 @@ def directories(checkpoints: epath.Path) -> dict[epath.Path, bool]:
 
 
 def _entries(checkpoints: epath.Path) -> list[dict[str, str]]:
-    content = open_storage(checkpoints).read(_FILE)
+    storage = open_storage(checkpoints)
+    if _FILE not in storage.names():
+        return []
     try:
-        return json.loads(content) if content else []
-    except ValueError as error:
+        return json.loads(storage.read(_FILE))
+    except json.JSONDecodeError as error:
         raise InputError(f"{checkpoints / _FILE} is not JSON; restore it, or delete it") from error
 
 

@@ -47,7 +47,8 @@ PINNED = "pinned"
 """A step with a file of this name is not deleted."""
 UNFINISHED, DELETED, DAMAGED = ".unfinished", ".deleted", ".damaged"
 
-_ORBAX_METADATA = "_CHECKPOINT_METADATA"  # the first file in every directory that orbax creates
+ORBAX_METADATA = "_CHECKPOINT_METADATA"
+"""The first file in every directory that orbax creates."""
 _NEW_MANIFEST = ".manifest.new"
 _ATTEMPT = re.compile(r"attempt-[0-9a-f]+")
 _LEFTOVER = re.compile(rf"\d+({UNFINISHED}|{DELETED}|({UNFINISHED})?{_NEW_MANIFEST}|.*\.orbax-checkpoint-tmp.*)")
@@ -61,7 +62,7 @@ Progress = Callable[[int], object]
 
 def is_saved(path: epath.Path) -> bool:
     """Whether a directory was created by a save, intact or damaged, whatever its name is."""
-    return any((path / name).exists() for name in (MANIFEST, _ORBAX_METADATA))
+    return any((path / name).exists() for name in (MANIFEST, ORBAX_METADATA))
 
 
 def is_step(path: epath.Path) -> bool:

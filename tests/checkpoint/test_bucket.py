@@ -51,6 +51,7 @@ def test_what_is_kept(bucket):
         assert checkpoints.steps() == [1, 3, 4, 5]
         assert (checkpoints.best_step(), checkpoints.latest_step()) == (1, 5)
         checkpoints.add_validation_loss(5, 0.1, {"position": "scored"})
+        checkpoints.wait()
         assert (checkpoints.best_step(), checkpoints.steps()) == (5, [3, 4, 5])
         with pytest.raises(ValueError, match="already saved"):
             save(checkpoints, 5)
