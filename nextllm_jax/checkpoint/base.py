@@ -8,9 +8,10 @@ import jax
 import orbax.checkpoint as ocp
 
 from nextllm_jax.checkpoint import orbax_errors, step_files
-from nextllm_jax.checkpoint.manager import Checkpoints, DamagedCheckpoint
+from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.checkpoint.manifest import MANIFEST
 from nextllm_jax.checkpoint.run_dir import RunDir
+from nextllm_jax.checkpoint.saved_steps import DamagedCheckpoint, SavedSteps
 from nextllm_jax.errors import InputError
 
 RECORD = "base"
@@ -42,7 +43,7 @@ def base_id(run: RunDir) -> str:
         ) from error
 
 
-def restore_base(checkpoints: Checkpoints, step: int, abstract: Any) -> Any:
+def restore_base(checkpoints: SavedSteps, step: int, abstract: Any) -> Any:
     """The frozen base weights for the adapters of a step, with the types and shardings of `abstract`.
 
     Raises InputError if they are damaged, or are not the ones that the adapters were trained on.
@@ -51,8 +52,8 @@ def restore_base(checkpoints: Checkpoints, step: int, abstract: Any) -> Any:
     return tree
 
 
-def base_parts(checkpoints: Checkpoints, step: int, abstract: Any, parts: Iterable[Any]) -> Iterator[Any]:
-    """The parts of what `restore_base` returns, one after another; see `Checkpoints.restore_parts`."""
+def base_parts(checkpoints: SavedSteps, step: int, abstract: Any, parts: Iterable[Any]) -> Iterator[Any]:
+    """The parts of what `restore_base` returns, one after another; see `SavedSteps.restore_parts`."""
     run = RunDir(checkpoints.directory.parent)
     found, recorded = base_id(run), checkpoints.record(step).get(RECORD)
     if recorded != found:
@@ -61,7 +62,7 @@ def base_parts(checkpoints: Checkpoints, step: int, abstract: Any, parts: Iterab
             f"({recorded}); restore the original files"
         )
     try:
-        yield from Checkpoints(run.base).restore_parts(0, "params", abstract, parts)
+        yield from SavedSteps(run.base).restore_parts(0, "params", abstract, parts)
     except DamagedCheckpoint as error:  # raised as InputError, since no checkpoint of the run is damaged
         raise InputError(f"the adapters' frozen base weights are damaged: {error}; restore {run.base}") from error
     except InputError as error:

@@ -24,16 +24,32 @@ def leaves_of(tree: Any) -> dict[str, list[Any]]:
 def start_checksums(tree: Any) -> dict[str, jax.Array]:
     """What `finish_checksums` needs of each array, by its path, except PLACEHOLDER leaves.
 
-    Does not wait for the devices. The arrays may be donated afterwards. Every process must call it.
+    The arrays may be donated afterwards. Every process must call it. Several processes wait for the result, a single
+    one does not.
     """
-    arrays = {path: leaf for path, leaf in _by_path(tree).items() if leaf is not PLACEHOLDER}
-    kinds = {path: (leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for path, leaf in arrays.items()}
-    if new := set(kinds.values()) - _programs.keys():
+    compile_checksums(tree)
+    arrays = _arrays_of(tree)
+    parts = {path: _programs[_kind(leaf)](leaf) for path, leaf in arrays.items()}
+    # Of these programs only the sums communicate. On CPUs, programs that communicate must not be in flight together
+    # with others that do: processes may run them in different orders, and then wait for each other forever.
+    shared = {path: part for path, part in parts.items() if not part.is_fully_addressable}
+    return parts | jax.block_until_ready(_sums(shared))
+
+
+def compile_checksums(tree: Any) -> None:
+    """Compile the programs that `start_checksums` runs, unless they are compiled. Any thread may call it."""
+    if new := set(map(_kind, _arrays_of(tree).values())) - _programs.keys():
         with concurrent.futures.ThreadPoolExecutor() as pool:  # compiling in one thread takes seconds on a TPU's host
             _programs.update(zip(new, pool.map(_compiled, new), strict=True))
-    parts = {path: _programs[kinds[path]](leaf) for path, leaf in arrays.items()}
-    # The programs above do not communicate: on CPUs, many such programs in flight can wait for each other forever.
-    return parts | _sums({path: part for path, part in parts.items() if not part.is_fully_addressable})
+
+
+def _arrays_of(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by path, except PLACEHOLDER."""
+    return {path: leaf for path, leaf in _by_path(tree).items() if leaf is not PLACEHOLDER}
+
+
+def _kind(leaf: Any) -> "_Kind":
+    return leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)
 
 
 def finish_checksums(parts: dict[str, jax.Array]) -> dict[str, int]:

@@ -50,8 +50,9 @@ def writing(path: epath.Path) -> Iterator[None]:
 def _not_a_background_traceback(record: logging.LogRecord) -> bool:
     """False for an exception that a thread or task of orbax logs, since it is also raised to the caller."""
     error = record.exc_info[1] if record.exc_info else None
-    if record.name == "asyncio":  # a task, or a future, whose message does not name orbax
-        return not ("orbax" in record.getMessage() or (error and _passed_orbax(error)))
+    if record.name == "asyncio":  # a task, or a future that may only name tensorstore, or neither
+        named = any(package in record.getMessage() for package in ("orbax", "tensorstore"))
+        return not (named or (error and _passed_orbax(error)))
     return not (error and "orbax" in record.pathname)
 
 

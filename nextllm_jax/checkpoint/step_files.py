@@ -17,9 +17,11 @@ Nothing here imports jax or orbax, so a run can be checked on any machine, also 
 import base64
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import os
 import platform
 import re
@@ -45,7 +47,8 @@ PINNED = "pinned"
 """A step with a file of this name is not deleted."""
 UNFINISHED, DELETED, DAMAGED = ".unfinished", ".deleted", ".damaged"
 
-_ORBAX_METADATA = "_CHECKPOINT_METADATA"  # the first file in every directory that orbax creates
+ORBAX_METADATA = "_CHECKPOINT_METADATA"
+"""The first file in every directory that orbax creates."""
 _NEW_MANIFEST = ".manifest.new"
 _ATTEMPT = re.compile(r"attempt-[0-9a-f]+")
 _LEFTOVER = re.compile(rf"\d+({UNFINISHED}|{DELETED}|({UNFINISHED})?{_NEW_MANIFEST}|.*\.orbax-checkpoint-tmp.*)")
@@ -59,7 +62,7 @@ Progress = Callable[[int], object]
 
 def is_saved(path: epath.Path) -> bool:
     """Whether a directory was created by a save, intact or damaged, whatever its name is."""
-    return any((path / name).exists() for name in (MANIFEST, _ORBAX_METADATA))
+    return any((path / name).exists() for name in (MANIFEST, ORBAX_METADATA))
 
 
 def is_step(path: epath.Path) -> bool:
@@ -67,10 +70,17 @@ def is_step(path: epath.Path) -> bool:
     return path.name.isdecimal() and str(int(path.name)) == path.name and is_saved(path)
 
 
-def saved_steps(directory: epath.Path) -> list[int]:
-    """The saved steps in a directory, sorted; empty if it is missing."""
-    entries = directory.iterdir() if directory.is_dir() else ()
-    return sorted(int(path.name) for path in entries if is_step(path))
+def saved_steps(*directories: epath.Path) -> dict[int, epath.Path]:
+    """The saved steps in directories, some of which may be missing, and their paths, sorted by step.
+
+    Of a step that is in several of them, the path in the first one counts.
+    """
+    found = {}
+    for directory in directories:
+        for path in map(directory.joinpath, open_storage(directory).names()):
+            if is_step(path):
+                found.setdefault(int(path.name), path)
+    return dict(sorted(found.items()))
 
 
 def best(losses: Mapping[int, float | None]) -> int | None:
@@ -90,8 +100,8 @@ def is_set_aside(path: epath.Path) -> bool:
     return path.name.endswith(DAMAGED) and path.name.removesuffix(DAMAGED).isdecimal()
 
 
-def clean_up(directory: epath.Path, steps: Iterable[epath.Path] = ()) -> dict[epath.Path, OSError]:
-    """Delete `steps` and the remains of interrupted saves and deletions.
+def clean_up(directories: Iterable[epath.Path], steps: Iterable[epath.Path] = ()) -> dict[epath.Path, OSError]:
+    """Delete `steps`, and in directories the remains of interrupted saves and deletions.
 
     Returns the error for each path that could not be deleted.
     """
@@ -101,7 +111,7 @@ def clean_up(directory: epath.Path, steps: Iterable[epath.Path] = ()) -> dict[ep
             delete(step)
         except OSError as error:
             failures[step] = error
-    for path in [*filter(is_leftover, list(directory.iterdir())), *_other_attempts(directory)]:
+    for path in itertools.chain.from_iterable(map(_remains, directories)):
         try:
             path.rmtree() if path.is_dir() else path.unlink()
         except OSError as error:
@@ -109,15 +119,20 @@ def clean_up(directory: epath.Path, steps: Iterable[epath.Path] = ()) -> dict[ep
     return failures
 
 
-def _other_attempts(directory: epath.Path) -> Iterator[epath.Path]:
-    """Directories in the steps of a bucket that interrupted saves of these steps have left behind."""
-    storage = open_storage(directory)
-    for step in [] if storage.renames else saved_steps(directory):
-        attempts = [name for name in storage.names(str(step)) if _ATTEMPT.fullmatch(name)]
+def _remains(directory: epath.Path) -> list[epath.Path]:
+    """What interrupted saves and deletions have left behind in a directory."""
+    if open_storage(directory).renames:
+        return [*filter(is_leftover, directory.iterdir())]
+    saved = saved_steps(directory)
+    others = set(map(directory.joinpath, open_storage(directory).names())) - set(saved.values())
+    remains = [*filter(is_leftover, others)]
+    for step in saved.values():  # attempts that came to nothing
+        attempts = [path for path in step.iterdir() if _ATTEMPT.fullmatch(path.name)]
         if len(attempts) > 1:
             with contextlib.suppress(DamagedFile):
-                used = read_manifest(directory / str(step)).get(PREFIX)
-                yield from (directory / str(step) / name for name in attempts if name != used)
+                used = read_manifest(step).get(PREFIX)
+                remains += [path for path in attempts if path.name != used]
+    return remains
 
 
 def delete(path: epath.Path) -> None:
@@ -184,8 +199,13 @@ def item_path(path: epath.Path, manifest: dict[str, Any], item: str) -> epath.Pa
 
 
 def begin(directory: epath.Path, step: int) -> str:
-    """The name, relative to the directory of all steps, of the directory in which a new step is to be written."""
+    """The name, relative to the directory of all steps, of the directory in which a new step is to be written.
+
+    Raises FileNotFoundError if the directory of all steps has vanished. Sends no request.
+    """
     if open_storage(directory).renames:
+        if not directory.is_dir():  # orbax would create it, and the lost steps would go unnoticed
+            raise FileNotFoundError(errno.ENOENT, "the directory is gone")
         return f"{step}{UNFINISHED}"
     return f"{step}/attempt-{uuid.uuid4().hex[:12]}"
 
@@ -210,6 +230,17 @@ def commit(directory: epath.Path, attempt: str, step: int, content: dict[str, An
     content = {**content, "format": ATTEMPT_FORMAT, PREFIX: written.name, "files": files}
     if storage.create(f"{step}/{MANIFEST}", sealed(content)) is None:
         raise StorageError(f"another process has saved step {step}")
+
+
+def copy(path: epath.Path, directory: epath.Path) -> None:
+    """Copy a saved step into another directory of steps, where it appears once all its files are there."""
+    renames = open_storage(directory).renames
+    target = directory / (f"{path.name}{UNFINISHED}" if renames else path.name)
+    for name in sorted(open_storage(path).files(), key=lambda name: name == MANIFEST):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).copy(target / name, overwrite=True)
+    if renames:
+        target.rename(directory / path.name)
 
 
 def change_manifest(path: epath.Path, changes: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from etils import epath
 
-from nextllm_jax.checkpoint import step_files
+from nextllm_jax.checkpoint import scratch, step_files
 from nextllm_jax.checkpoint.manifest import DamagedFile, UnknownManifest, read_manifest
 from nextllm_jax.checkpoint.run_dir import BASE, CHECKPOINTS, RunDir
 from nextllm_jax.errors import InputError
@@ -79,7 +79,7 @@ def find_steps(path: epath.PathLike) -> list[epath.Path]:
         return [path]
     of_a_run = run.exists() or run.checkpoints.exists()
     kinds = step_files.is_step, step_files.is_leftover, step_files.is_set_aside
-    directories = [run.checkpoints, run.base] if of_a_run else [path]
+    directories = [*scratch.directories(run.checkpoints), run.base] if of_a_run else scratch.directories(path)
     entries = [entry for directory in directories if directory.is_dir() for entry in directory.iterdir()]
     ours = [entry for entry in entries if entry.is_dir() and any(is_kind(entry) for is_kind in kinds)]
     if not (ours or of_a_run or (path.name == CHECKPOINTS and path.is_dir())):
@@ -113,35 +113,32 @@ def count_bytes(paths: Iterable[epath.Path]) -> int:
 
 def check_steps(paths: Iterable[epath.Path], progress: step_files.Progress | None = None) -> Iterator[StepReport]:
     """The report of each directory from `find_steps`, except those that a training run deletes in the meantime."""
-    marks: dict[epath.Path, dict[str, list[str]]] = {}
+    paths = list(paths)
+    marks = _marks(dict.fromkeys(path.parent for path in paths if path.parent.name != BASE))
     for path in paths:
-        if path.parent not in marks:
-            marks[path.parent] = _marks(path.parent)
         if step_files.is_leftover(path):
             yield StepReport(path, "unfinished")
         elif step_files.is_set_aside(path):
             yield StepReport(path, "set aside")
         elif (report := _check_step(path, progress)) and path.exists():
-            yield dataclasses.replace(report, marks=tuple(marks[path.parent].get(path.name, ())))
+            yield dataclasses.replace(report, marks=marks.get(path, ()))
 
 
-def _marks(directory: epath.Path) -> dict[str, list[str]]:
-    """The marks of each step in a directory, by its name; none for the frozen base weights of a run."""
-    if directory.name == BASE:
-        return {}
-    losses: dict[int, float | None] = {}
-    for step in step_files.saved_steps(directory):
-        losses[step] = None
+def _marks(directories: Iterable[epath.Path]) -> dict[epath.Path, tuple[str, ...]]:
+    """The marks of each step in directories of a run, and in the scratch directories that belong to them."""
+    steps = step_files.saved_steps(*dict.fromkeys(each for path in directories for each in scratch.directories(path)))
+    losses: dict[int, float | None] = dict.fromkeys(steps)
+    for step, path in steps.items():
         with contextlib.suppress(OSError, DamagedFile):
-            losses[step] = read_manifest(directory / str(step))["validation_loss"]
+            losses[step] = read_manifest(path)["validation_loss"]
     best, latest = step_files.best(losses), max(losses, default=None)
     return {
-        str(step): [
+        path: (
             *(["best"] if step == best else []),
             *(["latest"] if step == latest else []),
-            *(["pinned"] if (directory / str(step) / step_files.PINNED).exists() else []),
-        ]
-        for step in losses
+            *(["pinned"] if (path / step_files.PINNED).exists() else []),
+        )
+        for step, path in steps.items()
     }
 
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.checkpoint.manifest import read_manifest
 from nextllm_jax.checkpoint.orbax_errors import writing
 from nextllm_jax.checkpoint.run_dir import RunDir
+from nextllm_jax.checkpoint.saved_steps import SavedSteps
 from nextllm_jax.config import SamplingConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.progress import progress_bar
@@ -70,10 +70,11 @@ def weights_of(checkpoint: str, step: str | None) -> tuple[str, str | None]:
     checkpoint = local_copy(resolve(checkpoint))
     run = RunDir(checkpoint)
     if run.checkpoints.is_dir():
-        with Checkpoints(run.checkpoints) as checkpoints:
-            step = str(checkpoints.resolve(step))
-            checkpoints.record(int(step))  # raises InputError if the manifest is damaged
-        identity: Any = read_manifest(run.checkpoints / step)["files"]
+        saved = SavedSteps(run.checkpoints)
+        number = saved.resolve(step)
+        saved.record(number)  # raises InputError if the manifest is damaged
+        identity: Any = read_manifest(saved.path(number))["files"]
+        step = str(number)
     else:
         path = Path(checkpoint)
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []

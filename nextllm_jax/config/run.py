@@ -266,6 +266,10 @@ class CheckpointConfig:
     """Number of latest checkpoints that are kept. With 2, one is left if the latest is damaged later."""
     keep_every_steps: int = 0
     """Also keep every checkpoint whose step is a multiple of this; 0: none."""
+    scratch: str | None = None
+    """Directory, or gs://BUCKET/DIRECTORY, for checkpoints that are saved only to resume from, such as one whose
+    objects the bucket deletes after some days. The best checkpoint, the last step and multiples of keep_every_steps are
+    saved in the run directory. none: all are."""
     strict: bool = False
     """Fail if the latest checkpoint is damaged. Otherwise it is set aside, and training resumes from the one before."""
     megabytes_per_second: float = 1000.0

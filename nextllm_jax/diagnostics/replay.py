@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.checkpoint.run_dir import FLIGHT, RunDir
+from nextllm_jax.checkpoint.saved_steps import SavedSteps
 from nextllm_jax.config import Config
 from nextllm_jax.config.files import config_of_values
 from nextllm_jax.data.loader import TrainLoader
@@ -218,7 +218,7 @@ def _open_data(bundle: Bundle, data: str | None) -> Dataset:
     return dataset
 
 
-def _find_checkpoint(bundle: Bundle, loader: TrainLoader) -> Checkpoints | None:
+def _find_checkpoint(bundle: Bundle, loader: TrainLoader) -> SavedSteps | None:
     """The checkpoints of the bundle's run, including the one to start from; None: start at step 0.
 
     The loader resumes at the data position of that checkpoint. Raises InputError if the checkpoint is missing.
@@ -226,7 +226,7 @@ def _find_checkpoint(bundle: Bundle, loader: TrainLoader) -> Checkpoints | None:
     step = bundle.content["checkpoint"]
     if step is None:
         return None
-    checkpoints = Checkpoints(RunDir(bundle.path.absolute().parent.parent).checkpoints)
+    checkpoints = SavedSteps(RunDir(bundle.path.absolute().parent.parent).checkpoints)
     if step not in checkpoints.steps():
         raise InputError(
             f"checkpoint {step}, which {bundle.path} starts from, is not in {checkpoints.directory}; keep the bundle "

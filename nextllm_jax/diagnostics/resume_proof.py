@@ -97,7 +97,7 @@ def _shortened(config: Config, steps: int, data: DataPath) -> Config:
         data=dataclasses.replace(config.data, path=str(data)),
         optimizer=dataclasses.replace(config.optimizer, schedule_steps=length),
         training=training,
-        checkpoint=dataclasses.replace(config.checkpoint, every_steps=steps // 4),
+        checkpoint=dataclasses.replace(config.checkpoint, every_steps=steps // 4, scratch=None),
     )
 
 

@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding
 
 from nextllm_jax.checkpoint.base import base_parts
 from nextllm_jax.checkpoint.leaves import PLACEHOLDER
-from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.checkpoint.run_dir import RunDir
+from nextllm_jax.checkpoint.saved_steps import SavedSteps
 from nextllm_jax.config import Config
 from nextllm_jax.config.files import from_dict
 from nextllm_jax.config.model import ModelConfig
@@ -151,9 +151,9 @@ def _open_gguf(path: Path, ignore_keys: Collection[str]) -> Source:
 
 def _open_run(run: RunDir, step: str | int | None) -> Source:
     config = run.read_config()
-    with Checkpoints(run.checkpoints) as checkpoints:
-        number = checkpoints.resolve(step)
-        record = checkpoints.record(number)
+    saved = SavedSteps(run.checkpoints)
+    number = saved.resolve(step)
+    record = saved.record(number)
     origin, quantized = record.get(ORIGIN, {}), record.get(QUANTIZED)
     where = f"the record of checkpoint {number} in {run.checkpoints}"
     quantization = from_dict(Quantization, Quantization.upgraded(quantized), where) if quantized else None
@@ -205,7 +205,7 @@ def _saved_weights(
     run: RunDir, step: int, config: Config, quantization: Quantization | None, place: Callable[[Any], Any]
 ) -> Iterator[tuple[str, Any]]:
     """(name, weight) for each saved weight of a run. Adapters are merged into the frozen weights."""
-    checkpoints, boxed = Checkpoints(run.checkpoints), abstract_params(config.model)
+    checkpoints, boxed = SavedSteps(run.checkpoints), abstract_params(config.model)
     if not config.lora.rank:
         saved = abstract_packed(abstract_quantized(boxed, place(boxed), quantization))
         yield from _one_by_one(saved, functools.partial(checkpoints.restore_parts, step, "params"))

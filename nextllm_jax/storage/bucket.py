@@ -219,16 +219,19 @@ class Bucket:
         self.copy(name, new)
         self.delete(name)
 
-    def copy(self, name: str, new: str) -> None:
-        """Copy a file, or a directory with all files below it. Raises FileNotFoundError if it is missing."""
-        key, below, target = self._key(name), self._below(name), self._key(new)
+    def copy(self, name: str, new: str, to: "Bucket | None" = None) -> None:
+        """Copy a file, or a directory with all files below it, to `new` in `to` (None: here).
+
+        Raises FileNotFoundError if it is missing.
+        """
+        key, below, to = self._key(name), self._below(name), to or self
         blobs, _ = self._list(key, deep=True)
         found = [blob for blob in blobs if blob.name == key or blob.name.startswith(below)]
         if not found:
             raise FileNotFoundError(2, "No such file or directory", f"{self._address}/{name}")
 
         def copy(blob: Any) -> None:
-            copied, token = client().bucket(self._name).blob(target + blob.name.removeprefix(key)), None
+            copied, token = to._blob(new + blob.name.removeprefix(key)), None
             while True:
                 token, _, _ = self._service.call(copied.rewrite, blob, token=token)
                 if token is None:

@@ -130,7 +130,8 @@ class _BucketBackend(backend.Backend):
         bucket, name = _split(path)
         if not overwrite and self.exists(dst):
             raise FileExistsError(17, "File exists", str(dst))
-        bucket.copy(name, _split(dst)[1])
+        to, new = _split(dst)
+        bucket.copy(name, new, to)
 
     def stat(self, path: epath.PathLike) -> stat_utils.StatResult:
         bucket, name = _split(path)

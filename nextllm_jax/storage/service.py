@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from nextllm_jax.errors import InputError
+from nextllm_jax.storage import costs
 from nextllm_jax.storage.interface import CONNECTIONS, StorageError
 
 FIRST_LIMIT_SECONDS = 15.0
@@ -37,20 +38,23 @@ def client() -> Any:
         # Tensorstore, which reads and writes the arrays of checkpoints, has variables of its own.
         os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", emulator)
         os.environ.setdefault("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
-        return _with_connections(storage.Client(project="none", credentials=AnonymousCredentials()))
-    try:
-        return _with_connections(storage.Client(project="none"))  # needed only to create and list buckets
-    except GoogleAuthError as error:
-        raise _no_credentials(error) from error
+        created = storage.Client(project="none", credentials=AnonymousCredentials())
+    else:
+        try:
+            created = storage.Client(project="none")  # needed only to create and list buckets
+        except GoogleAuthError as error:
+            raise _no_credentials(error) from error
+    _set_up_session(created._http)  # which other methods share
+    return created
 
 
-def _with_connections(client: Any) -> Any:
-    """The client, which keeps CONNECTIONS connections open instead of 10."""
+def _set_up_session(session: Any) -> None:
+    """Count the requests of a requests.Session, and let it keep CONNECTIONS connections open instead of 10."""
     from requests.adapters import HTTPAdapter
 
+    session.hooks["response"].append(costs.count)
     for scheme in ("https://", "http://"):
-        client._http.mount(scheme, HTTPAdapter(pool_connections=CONNECTIONS, pool_maxsize=CONNECTIONS))
-    return client
+        session.mount(scheme, HTTPAdapter(pool_connections=CONNECTIONS, pool_maxsize=CONNECTIONS))
 
 
 class Service:

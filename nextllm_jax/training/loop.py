@@ -8,9 +8,15 @@ from typing import Literal
 import jax
 
 from nextllm_jax.model.objective import Batch
-from nextllm_jax.progress import phase
 from nextllm_jax.training.hooks import is_due
-from nextllm_jax.training.saving import save, save_validation_loss, too_late_to_save
+from nextllm_jax.training.saving import (
+    prepare_to_save,
+    report_costs,
+    save,
+    save_validation_loss,
+    too_late_to_save,
+    wait,
+)
 from nextllm_jax.training.session import Moment, Session
 from nextllm_jax.training.validation import validate
 
@@ -27,7 +33,7 @@ def run_steps(session: Session, at: Moment) -> Outcome:
 
     Raises RunFailed if a save fails, or if too many consecutive steps are skipped.
     """
-    config = session.config
+    config, first = session.config, at.step
     session.stop.defer_signals()
     batches = session.start.loader.batches(at.step)
     while True:
@@ -36,9 +42,9 @@ def run_steps(session: Session, at: Moment) -> Outcome:
         if is_due(config, config.training.evaluate_every_steps, at.step):
             at = _evaluate(session, at)
         if at.evaluated and at.step == config.training.steps:
-            return _finish(session, at)
+            return _finish(session, at, first)
         if signal := session.stop.reached():
-            return _interrupt(session, at, signal)
+            return _interrupt(session, at, first, signal)
         at = _take_step(session, at, batches)
 
 
@@ -68,6 +74,7 @@ def _take_step(session: Session, at: Moment, batches: Iterator[Batch]) -> Moment
 def _compile_and_dispatch(session: Session, at: Moment, batches: Iterator[Batch]) -> Moment:
     """As `_dispatch`, for the first step of this process. Waits for the step."""
     session.checkpoints.wait()
+    prepare_to_save(session, at)
     session.stop.allow_exit("compiling the train step and taking the first")
     _log.info("compiling the train step")
     started = time.perf_counter()
@@ -87,9 +94,8 @@ def _dispatch(session: Session, at: Moment, batches: Iterator[Batch]) -> Moment:
     return Moment(at.step + 1, state, metrics)
 
 
-def _finish(session: Session, at: Moment) -> Outcome:
-    with phase("waiting for the last save"):
-        session.checkpoints.wait()
+def _finish(session: Session, at: Moment, first: int) -> Outcome:
+    wait(session)
     if at.metrics is None:
         length = session.config.optimizer.schedule_steps or at.step
         _log.info(
@@ -102,18 +108,17 @@ def _finish(session: Session, at: Moment) -> Outcome:
         f"finished at step {at.step}; the best checkpoint is step {session.checkpoints.best_step()}"
         + (f"; {skipped} updates were skipped" if skipped else "")
     )
+    report_costs(session.checkpoints, at.step - first)
     return "finished"
 
 
-def _interrupt(session: Session, at: Moment, signal: str) -> Outcome:
+def _interrupt(session: Session, at: Moment, first: int, signal: str) -> Outcome:
     problem = too_late_to_save(session, at)
     if problem is None:
         save(session, at)
-        with phase("waiting for the last save"):
-            session.checkpoints.wait()
+        wait(session)
+    done = f"stopped without saving step {at.step} ({problem})" if problem else f"saved step {at.step} and stopped"
     again = "without --overwrite" if session.start.overwrite else "the same command again"
-    done = (
-        f"saved step {at.step} and stopped" if problem is None else f"stopped without saving step {at.step} ({problem})"
-    )
     _log.info(f"{signal}: {done}; run {again} to continue")
+    report_costs(session.checkpoints, at.step - first)
     return "interrupted"

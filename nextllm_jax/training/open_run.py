@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Collection, Iterator, Sequence
 
-from nextllm_jax.checkpoint import step_files
+from nextllm_jax.checkpoint import scratch, step_files
 from nextllm_jax.checkpoint.run_dir import CONFIG, METRICS, RunDir
 from nextllm_jax.config import Config
 from nextllm_jax.config.files import workdir_of
@@ -63,6 +63,8 @@ def open_run(
             stack.enter_context(run.lock())
             opened = _take_over(run, config, overwrite, allow_change)
             run.create_checkpoints()  # from now on, a run without this directory has lost its checkpoints
+            if config.checkpoint.scratch is not None:
+                scratch.use(run.checkpoints, config.checkpoint.scratch)
         except OSError as error:
             raise InputError(
                 f"run directory {run.path} cannot be used ({error.strerror or error}); "
@@ -97,12 +99,13 @@ def require_usable(run: RunDir, config: Config, *, overwrite: bool, allow_change
     the changes of a resumed run that `allow_change` permits.
     """
     run.require_run_or_empty()
+    scratch.require_usable(run.checkpoints, config.checkpoint.scratch)
     if overwrite or not run.exists():
         return []
     run.require_writable()
     run.require_no_interrupted_overwrite()
     changes = require_resumable(run, config, allow_change)
-    saved = step_files.saved_steps(run.checkpoints)
+    saved = step_files.saved_steps(*scratch.directories(run.checkpoints))
     if not saved:
         _require_nothing_lost(run)
     elif max(saved) > config.training.steps:

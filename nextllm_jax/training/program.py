@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from nextllm_jax.checkpoint.base import restore_base
-from nextllm_jax.checkpoint.manager import Checkpoints
+from nextllm_jax.checkpoint.saved_steps import SavedSteps
 from nextllm_jax.config import Config
 from nextllm_jax.model.attention_kernel import choose_kernel
 from nextllm_jax.model.objective import Batch, Objective, make_eval_step, next_token
@@ -39,8 +39,8 @@ class Program:
     """The state of step 0 with random parameters."""
     state_from: Callable[[Any], TrainState]
     """The state of step 0 with the given parameters, which are donated."""
-    restore_state: Callable[[Checkpoints, int], tuple[TrainState, dict[str, Any]]]
-    """The state and the record of a checkpoint. Raises as `Checkpoints.restore` and `restore_base` do."""
+    restore_state: Callable[[SavedSteps, int], tuple[TrainState, dict[str, Any]]]
+    """The state and the record of a checkpoint. Raises as `SavedSteps.restore` and `restore_base` do."""
 
 
 def build_program(config: Config, mesh: Mesh, objective: Objective = next_token) -> Program:
@@ -62,7 +62,7 @@ def build_program(config: Config, mesh: Mesh, objective: Objective = next_token)
         state = state_from(params, model, optimizer, mesh, config)
         return with_recent_losses(state, [], window_steps, mesh)
 
-    def restore(checkpoints: Checkpoints, step: int) -> tuple[TrainState, dict[str, Any]]:
+    def restore(checkpoints: SavedSteps, step: int) -> tuple[TrainState, dict[str, Any]]:
         state = TrainState(**checkpoints.restore(step, "rest", _rest(arrays)))
         state = dataclasses.replace(state, params=checkpoints.restore(step, "params", arrays.params))
         if arrays.frozen is not None:

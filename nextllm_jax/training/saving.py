@@ -10,15 +10,17 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from nextllm_jax.checkpoint.base import RECORD, base_id, save_base
-from nextllm_jax.checkpoint.manager import Checkpoints, DamagedCheckpoint
+from nextllm_jax.checkpoint.base import RECORD, save_base
+from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.checkpoint.run_dir import RunDir
+from nextllm_jax.checkpoint.saved_steps import DamagedCheckpoint
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.accounting import save_estimate
 from nextllm_jax.pretrained.init_from import initial_params
 from nextllm_jax.pretrained.source import Source
 from nextllm_jax.progress import phase
 from nextllm_jax.sharding import placed
+from nextllm_jax.storage import costs
 from nextllm_jax.training.program import to_save
 from nextllm_jax.training.session import Moment, Session
 from nextllm_jax.training.start import Start
@@ -34,6 +36,7 @@ def open_checkpoints(run: RunDir, start: Start) -> Checkpoints:
         run.checkpoints,
         keep_last=config.checkpoint.keep_last,
         keep_every_steps=config.checkpoint.keep_every_steps,
+        use_scratch=config.checkpoint.scratch is not None,
         guard=run.sync,
         run={
             "config": dataclasses.asdict(config),
@@ -79,12 +82,22 @@ def _begin(start: Start, source: Source | None, run: RunDir) -> TrainState:
     return state
 
 
+def prepare_to_save(session: Session, at: Moment) -> None:
+    """Do in the background, while the first step is compiled, what the first save would otherwise wait for."""
+    session.checkpoints.prepare(to_save(at.state)[0])
+
+
+def wait(session: Session) -> None:
+    """Wait for the current save."""
+    with phase("waiting for the last save"):
+        session.checkpoints.wait()
+
+
 def save(session: Session, at: Moment) -> None:
     """Save the step, unless it is already saved. Returns before the files are complete."""
-    if at.step not in _saved_steps(session):
-        with phase(f"saving step {at.step}"):
-            items, record = _contents(session, at)
-            session.checkpoints.save(at.step, items, record, validation_loss=None)
+    session.pause()  # the flight recorder pins the checkpoint of a replay before a save can delete it
+    if not session.checkpoints.is_saved(at.step):
+        _save(session, at, None, rolling=at.step != session.config.training.steps)
 
 
 def too_late_to_save(session: Session, at: Moment) -> str | None:
@@ -93,8 +106,10 @@ def too_late_to_save(session: Session, at: Moment) -> str | None:
     All processes get the same answer.
     """
     limit = session.config.training.preemption_seconds
-    if limit is None or session.stop.name != "SIGTERM" or at.step in _saved_steps(session):
+    if limit is None or session.stop.name != "SIGTERM" or session.checkpoints.is_saved(at.step):
         return None
+    session.pause()
+    wait(session)
     measured = session.checkpoints.fastest_save_seconds
     needed = measured or save_estimate(session.config, jax.process_count()).seconds
     left = limit - (time.monotonic() - session.stop.asked_at)
@@ -106,28 +121,36 @@ def too_late_to_save(session: Session, at: Moment) -> str | None:
 
 
 def save_validation_loss(session: Session, at: Moment, loss: float) -> None:
-    """Add the validation loss to the step's checkpoint. If it has none, save it only if the loss is a new best."""
-    steps, checkpoints = _saved_steps(session), session.checkpoints
-    if at.step in steps:
+    """Add the validation loss to the step's checkpoint. If it has none, save it only if the loss is a new best.
+
+    A new best is always saved in the run directory, so one that is in the scratch directory is saved again.
+    """
+    session.pause()
+    checkpoints = session.checkpoints
+    is_saved, is_best = checkpoints.is_saved(at.step), checkpoints.is_best(loss)
+    if is_best and (not is_saved or checkpoints.is_rolling(at.step)):
+        _save(session, at, loss)
+    elif is_saved:
         checkpoints.add_validation_loss(at.step, loss, _contents(session, at)[1])
-    elif _is_best(checkpoints, loss):
-        with phase(f"saving step {at.step}"):
-            items, record = _contents(session, at)
-            checkpoints.save(at.step, items, record, validation_loss=loss)
 
 
-def _saved_steps(session: Session) -> list[int]:
-    """The saved steps, once the steps pause and the current save is complete, so that all processes see the same."""
-    session.pause()  # the flight recorder pins the checkpoint of a replay before a save can delete it
-    with phase("waiting for the last save"):
-        session.checkpoints.wait()
-    return session.checkpoints.steps()
+def _save(session: Session, at: Moment, loss: float | None, *, rolling: bool = False) -> None:
+    wait(session)
+    with phase(f"saving step {at.step}"):
+        items, record = _contents(session, at)
+        session.checkpoints.save(at.step, items, record, validation_loss=loss, rolling=rolling)
 
 
-def _is_best(checkpoints: Checkpoints, loss: float) -> bool:
-    best = checkpoints.best_step()
-    lowest = None if best is None else checkpoints.validation_loss(best)
-    return lowest is None or loss < lowest
+def report_costs(checkpoints: Checkpoints, steps: int) -> None:
+    """Report what this process has asked of buckets in so many steps; nothing for a run on disk."""
+    spent = costs.total()
+    if not spent.requests:
+        return
+    each, others = checkpoints.spent.requests / max(checkpoints.saves, 1), spent.plus(checkpoints.spent, -1).requests
+    _log.info(
+        f"storage: {spent}; about {each:,.0f} requests per checkpoint, and {others / max(steps, 1):,.1f} per step "
+        "besides"
+    )
 
 
 def _contents(session: Session, at: Moment) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -136,5 +159,5 @@ def _contents(session: Session, at: Moment) -> tuple[dict[str, Any], dict[str, A
     position = session.start.loader.position(at.step)
     record = {"evaluated": at.evaluated, "data": position, **session.meter.state(), **facts}
     if at.state.frozen is not None:
-        record[RECORD] = base_id(session.run)
+        record[RECORD] = session.base
     return items, record

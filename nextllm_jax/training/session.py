@@ -38,6 +38,8 @@ class Session:
     writer: MetricsWriter
     stop: StopRequest
     hooks: list[Hook]
+    base: str | None = None
+    """The `base_id` of the run's frozen base weights, if it has any."""
 
     @property
     def config(self) -> Config:

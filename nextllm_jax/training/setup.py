@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from nextllm_jax import hardware
+from nextllm_jax.checkpoint.base import base_id
 from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config
 from nextllm_jax.config.files import workdir_of
@@ -93,7 +94,9 @@ def open_session(
         )
         stack.enter_context(contextlib.closing(writer))
         _announce(opened, remarks, initial_step)
-        session = Session(start, opened.dir, checkpoints, _make_meter(start, record), writer, stop, hooks=[])
+        base = None if state.frozen is None else base_id(opened.dir)
+        meter = _make_meter(start, record)
+        session = Session(start, opened.dir, checkpoints, meter, writer, stop, hooks=[], base=base)
         for hook in _make_hooks(session, initial_step, profile_steps, writes):
             session.hooks.append(stack.enter_context(contextlib.closing(hook)))
         session.hooks.append(programs)

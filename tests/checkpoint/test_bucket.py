@@ -1,14 +1,16 @@
 """Checkpoints in a bucket: the manifest is the commit, and what the service returns is verified."""
 
 import json
+import threading
 
 import jax
 import numpy as np
 import pytest
 
 from nextllm_jax.checkpoint import step_files
-from nextllm_jax.checkpoint.manager import Checkpoints, DamagedCheckpoint
+from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.checkpoint.run_dir import RunDir
+from nextllm_jax.checkpoint.saved_steps import DamagedCheckpoint
 from nextllm_jax.checkpoint.verify import check_steps, find_steps
 from nextllm_jax.errors import RunFailed
 from nextllm_jax.storage import service
@@ -50,6 +52,7 @@ def test_what_is_kept(bucket):
         assert checkpoints.steps() == [1, 3, 4, 5]
         assert (checkpoints.best_step(), checkpoints.latest_step()) == (1, 5)
         checkpoints.add_validation_loss(5, 0.1, {"position": "scored"})
+        checkpoints.wait()
         assert (checkpoints.best_step(), checkpoints.steps()) == (5, [3, 4, 5])
         with pytest.raises(ValueError, match="already saved"):
             save(checkpoints, 5)
@@ -82,6 +85,30 @@ def test_a_step_without_its_manifest_does_not_exist(saved):
         save(checkpoints, 2)
         assert [name for name in storage.names("1") if name.startswith("attempt-0123")] == []
     np.testing.assert_array_equal(kernel(Checkpoints(saved), 2), np.full((8, 4), 2))
+
+
+def test_saving_waits_for_no_request(bucket, monkeypatch):
+    """Requests are held back until `save` and what follows it in a training have returned."""
+    held, call = threading.Event(), service.Service.call
+
+    def call_later(*arguments, **options):
+        assert held.wait(5), "save() waits for a request"
+        return call(*arguments, **options)
+
+    monkeypatch.setattr(service.Service, "call", call_later)
+    with Checkpoints(bucket, keep_last=2) as checkpoints:
+        for step in (1, 2, 3):
+            held.set()
+            checkpoints.prepare({"params": tree()})
+            checkpoints.wait()
+            held.clear()
+            assert (checkpoints.is_saved(step), checkpoints.is_best(1 / step)) == (False, True)
+            checkpoints.save(step, {"params": tree(float(step))}, {}, validation_loss=None)
+            checkpoints.add_validation_loss(step, 1 / step, {})
+            held.set()
+        checkpoints.wait()
+        assert checkpoints.steps() == [2, 3]
+    assert Checkpoints(bucket).best_step() == 3
 
 
 def flip(storage, name):

@@ -48,7 +48,7 @@ POINTS = {
     "renamed": lambda: die_at(step_files, "sync_directory", 4),
     "deleting": lambda: die_at(step_files, "delete", 1),
     "deletion begun": lambda: die_at(type(epath.Path("/")), "rmtree", 1),
-    "scoring begun": lambda: die_at(manifest, "with_checksum", 10),
+    "scoring begun": lambda: die_at(manifest, "with_checksum", 9),
 }
 
 def child(point, directory):
@@ -57,6 +57,7 @@ def child(point, directory):
     save(checkpoints, 1, 2.0)
     save(checkpoints, 2, 1.0 if point.startswith("delet") else None)
     checkpoints.add_validation_loss(2, 0.5, {"position": "scored"})
+    checkpoints.wait()
     os._exit(0)
 
 if __name__ == "__main__":

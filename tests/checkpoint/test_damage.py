@@ -12,8 +12,9 @@ import pytest
 
 from nextllm_jax.checkpoint import leaves, step_files
 from nextllm_jax.checkpoint.leaves import PLACEHOLDER
-from nextllm_jax.checkpoint.manager import Checkpoints, DamagedCheckpoint
+from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.checkpoint.manifest import FORMAT, MANIFEST, DamagedFile, read_manifest, with_checksum
+from nextllm_jax.checkpoint.saved_steps import DamagedCheckpoint
 from nextllm_jax.checkpoint.verify import check_steps, find_steps
 from nextllm_jax.cli.main import verify_command
 from nextllm_jax.config import CheckpointConfig, Config

@@ -15,7 +15,8 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from nextllm_jax.checkpoint.manager import Checkpoints, DamagedCheckpoint
+from nextllm_jax.checkpoint.manager import Checkpoints
+from nextllm_jax.checkpoint.saved_steps import DamagedCheckpoint
 from nextllm_jax.errors import InputError, RunFailed
 from tests.checkpoint.tree import abstract, names, save, tree
 
@@ -266,8 +267,10 @@ def test_validation_loss_may_come_after_the_save(tmp_path):
         save(checkpoints, 2)
         assert checkpoints.steps() == [1, 2]
         checkpoints.add_validation_loss(2, math.nan, {"evaluated": True})
+        checkpoints.wait()
         assert checkpoints.best_step() == 1
         checkpoints.add_validation_loss(2, 1.0, {"evaluated": "again"})
+        checkpoints.wait()
         assert checkpoints.steps() == [2]  # the old best is superseded
         with pytest.raises(InputError, match="has no checkpoint '3'"):
             checkpoints.add_validation_loss(3, 1.0, {})

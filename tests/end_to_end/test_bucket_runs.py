@@ -66,6 +66,11 @@ def address(trained, bucket_service, tmp_path_factory):
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err
     assert sorted(path.name for path in door.directory.iterdir()) == ["blocks", "cache", "config.py", "corpus"]
+    assert re.search(r"^saved step 40: \d+ writes and lists, \d+ reads, ", err, re.MULTILINE), err
+    assert re.search(r"^storage: .* read; about \d+ requests per checkpoint, and [\d.]+ per step", err, re.MULTILINE), (
+        err
+    )
+    assert "storage:" not in trained.log.stderr
     return address
 
 

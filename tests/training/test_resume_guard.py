@@ -41,6 +41,7 @@ OTHER = {
     "data.hf_split": "test",
     "data.tokenizer": "gpt2",
     "data.path": "elsewhere",
+    "checkpoint.scratch": "elsewhere",
     "data.verify": "full",
     "data.validation_fraction": 0.1,
     "data.deduplicate": "exact",
@@ -79,7 +80,15 @@ FREE = {
     *("data.verify", "training.accumulation_steps", "training.log_every_steps", "training.evaluate_every_steps"),
     *("training.evaluation_batch_size", "training.max_skipped_steps", "training.sample_prompts"),
     *("training.sample_tokens", "checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_every_steps"),
-    *("checkpoint.strict", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor", "mesh.slices"),
+    *(
+        "checkpoint.scratch",
+        "checkpoint.strict",
+        "mesh.data",
+        "mesh.fsdp",
+        "mesh.sequence",
+        "mesh.tensor",
+        "mesh.slices",
+    ),
     *("model.attention", "model.attention_blocks"),
 }
 NEVER = {
