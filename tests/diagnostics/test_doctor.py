@@ -68,7 +68,7 @@ def test_a_sound_start_is_found_sound_in_the_order_of_train_and_nothing_is_writt
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"workdir": "s3://bucket/run"}, "run: s3://bucket/run is neither a local path nor gs://"),
+        ({"workdir": "s3://bucket/run"}, "run: s3://bucket/run cannot be a run"),
         ({"workdir": "corpus"}, "run: corpus is not empty and not a run"),
         ({"workdir": "config.py/run"}, "run: .*config.py is not a directory; move it, or choose another --workdir"),
         ({"data.path": "data/knwon"}, "data: data.path data/knwon holds no prepared data"),

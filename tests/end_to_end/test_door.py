@@ -164,7 +164,7 @@ BAD_TRAIN = {
     "a path that is too long": (["--config", "config.py", "--workdir", "x" * 300], "File name too long"),
     "two configs": (["--config", "config.py", "--config", "config.py"], "--config is given 2 times"),
     "no such platform": (["--config", "config.py"], "jax found no device", {"JAX_PLATFORMS": "tpu"}),
-    "remote workdir": (["--config", "config.py", "--workdir", "s3://bucket/run"], "neither a local path nor gs://"),
+    "remote workdir": (["--config", "config.py", "--workdir", "s3://bucket/run"], "cannot be a run"),
     "batch and mesh": (["--config", "config.py", "--mesh.data", "2"], "does not use 1 devices"),
     "platform": (["--config", "config.py", "--platform", "tpu"], "platform is tpu, but jax found cpu"),
 }
