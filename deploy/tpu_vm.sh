@@ -114,7 +114,8 @@ SCRIPT
 progress() {
     on 0 0 "
         cd nextllm 2> /dev/null && [ -e ready ] || { echo new; exit; }
-        if [ -e code ]; then cat code; elif pgrep -f '[b]ash train.sh' > /dev/null; then echo training; else echo lost; fi"
+        # The code is read last: it is written at the end of the training.
+        if pgrep -f '[b]ash train.sh' > /dev/null; then echo training; elif [ -e code ]; then cat code; else echo lost; fi"
 }
 
 # Keep a training running until it has ended, on as many slices as it takes. The exit code is that of the training.
