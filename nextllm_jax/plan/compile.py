@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from nextllm_jax.config import Config, MeshConfig
 from nextllm_jax.errors import RunFailed
-from nextllm_jax.model.accounting import flops_per_token
+from nextllm_jax.model.accounting import flops_per_token, update_flops
 from nextllm_jax.model.objective import Batch
 from nextllm_jax.progress import progress_bar
 from nextllm_jax.sharding import make_mesh, sharding
@@ -105,7 +105,7 @@ def flops_of_two_layers(config: Config) -> tuple[float, float]:
     )
     mesh = make_mesh(MeshConfig(), jax.devices("cpu")[:1])
     counted = _lower_train_step(small, mesh).compile().cost_analysis()["flops"]
-    return flops_per_token(model, length) * length, counted
+    return flops_per_token(model, length) * length + update_flops(model, config.optimizer), counted
 
 
 def _lower_train_step(config: Config, mesh: Mesh) -> Any:

@@ -13,7 +13,8 @@ from nextllm_jax.config import Config
 from nextllm_jax.model.attention_kernel import choose_kernel
 from nextllm_jax.model.objective import Batch, Objective, make_eval_step, next_token
 from nextllm_jax.model.transformer import Transformer, resolve_dtype
-from nextllm_jax.training.optimizer import make_optimizer, schedule
+from nextllm_jax.training.optimizers import make_optimizer
+from nextllm_jax.training.schedule import schedule
 from nextllm_jax.training.state import (
     TrainState,
     abstract_state,

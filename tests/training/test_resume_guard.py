@@ -46,6 +46,7 @@ OTHER = {
     "data.deduplicate": "exact",
     "data.vocab_size": 4096,
     "model.vocab_size": 16_384,
+    "optimizer.name": "muon",
     "optimizer.schedule": "wsd",
     "optimizer.schedule_steps": 9000,
     "optimizer.decay_steps_fraction": 0.5,
@@ -72,7 +73,10 @@ OTHER = {
     "workdir": "other",
 }
 # Another value of these needs another field too.
-NOT_ALONE = {"model.rope_short_factors", "model.rope_long_factors", "model.remat_offload", "lora.rank"}
+NOT_ALONE = {
+    *("model.rope_short_factors", "model.rope_long_factors", "model.remat_offload", "lora.rank"),
+    "optimizer.adamw_learning_rate",
+}
 FREE = {
     *("model.remat_offload", "optimizer.shard_over_data", "optimizer.offload_state"),
     *("workdir", "platform", "model.dtype", "model.remat", "data.path", "data.num_processes", "data.tokens_per_shard"),
@@ -86,7 +90,7 @@ NEVER = {
     *("model.vocab_size", "model.num_layers", "model.embed_dim", "model.mlp_dim", "model.num_heads"),
     *("model.num_kv_heads", "model.head_dim", "model.layer_pattern", "model.qk_norm", "model.attention_bias"),
     *("model.tie_embeddings", "model.param_dtype", "model.norm_placement", "model.qk_norm_over"),
-    *("model.attention_output_bias", "optimizer.first_moment_dtype"),
+    *("model.attention_output_bias", "optimizer.name", "optimizer.first_moment_dtype"),
     *("lora.rank", "lora.targets", "lora.frozen"),
 }
 
