@@ -193,6 +193,9 @@ class TrainingConfig:
     spike_window_steps: int = 100
     """Number of recent losses in that median, including those of skipped steps. No step counts as a spike until there
     are so many."""
+    ema_decay: Fixed[float] = 0.0
+    """Decay per step of a moving average of the weights, such as 0.999, which is evaluated, sampled, saved and exported
+    instead of the trained weights; 0: none. Early steps use at most (1 + step) / (10 + step)."""
     sample_prompts: Free[tuple[str, ...] | None] = None
     """Prompts for the text in samples.txt, generated at every evaluation; none: the beginnings of held-out documents,
     or of held-out conversations up to the first answer."""
@@ -206,6 +209,8 @@ class TrainingConfig:
             "evaluate_every_steps", "evaluation_batch_size", "max_skipped_steps", "spike_window_steps",
         )  # fmt: skip
         factor = self.spike_factor
+        decay = self.ema_decay
+        _require(0 <= decay < 1, f"training.ema_decay is {decay}; it must be at least 0 and below 1")
         message = f"training.spike_factor is {factor}; it must be greater than 1, or 0 to skip no spikes"
         _require(factor == 0 or factor > 1, message)
         _require(self.sample_tokens >= 0, f"training.sample_tokens is {self.sample_tokens}; it cannot be negative")

@@ -55,7 +55,8 @@ def versions() -> tuple[str, Status]:
 def state_bytes(config: Config) -> int:
     """Bytes of the trained parameters and the optimizer's moments, which is the size of a checkpoint."""
     model, lora = config.model, config.lora
-    return parameter_bytes(model, lora) + moment_bytes(model, config.optimizer, lora)
+    copies = 2 if config.training.ema_decay else 1
+    return copies * parameter_bytes(model, lora) + moment_bytes(model, config.optimizer, lora)
 
 
 def memory(config: Config, mesh: Mesh) -> tuple[str, Status]:
@@ -70,7 +71,8 @@ def memory(config: Config, mesh: Mesh) -> tuple[str, Status]:
     if optimizer.offload_state and device.platform != "cpu":
         moments = 0
     frozen, trained = frozen_bytes(config.model, config.lora), parameter_bytes(config.model, config.lora)
-    needed = (frozen + 2 * trained + moments) / parts  # gradients are as large as what is trained
+    copies = 3 if config.training.ema_decay else 2  # gradients are as large as what is trained
+    needed = (frozen + copies * trained + moments) / parts
     what = f"parameters, gradients and the optimizer's moments take {readable_bytes(needed)} per device"
     free_host = hardware.available_host_memory()
     if device.platform == "cpu":

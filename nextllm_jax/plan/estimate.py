@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from nextllm_jax.config import Config, OptimizerConfig
 from nextllm_jax.config.model import ModelConfig
-from nextllm_jax.model.accounting import flops_per_token, matrix_size, update_flops
+from nextllm_jax.model.accounting import flops_per_token, matrix_size, parameter_bytes, update_flops
 from nextllm_jax.model.transformer import Transformer, abstract_params
 from nextllm_jax.model.weights import Weight, of_kind
 from nextllm_jax.plan.collectives import Collective, Traffic
@@ -25,7 +25,10 @@ def argument_bytes(config: Config, mesh: Mesh | AbstractMesh) -> int:
     """Bytes of a step's arguments on one device: train state and batch, without the padding of a chip's tiles."""
     plain = dataclasses.replace(config.model.without_remat(), attention="auto")
     tokens = tokens_per_device(config, mesh.shape) * mesh.shape["tensor"]
-    return _state_bytes(plain, config.optimizer, mesh) + int(tokens * _BATCH_BYTES_PER_TOKEN)
+    state = _state_bytes(plain, config.optimizer, mesh)
+    if config.training.ema_decay:
+        state += parameter_bytes(plain) // (mesh.shape["fsdp"] * mesh.shape["tensor"])
+    return state + int(tokens * _BATCH_BYTES_PER_TOKEN)
 
 
 @functools.lru_cache

@@ -165,6 +165,7 @@ def make_train_step(
     *,
     accumulation_steps: int = 1,
     spike_factor: float = 0.0,
+    ema_decay: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """A jitted `(state, batch) -> (state, metrics)` that donates the state. Call it under `jax.set_mesh`.
 
@@ -172,8 +173,9 @@ def make_train_step(
     The gradient is clipped once, after accumulation. A step is skipped if the loss or the gradient is not finite, if
     the updated parameters might not be (see `Update.is_finite`), or if the mean loss exceeds `spike_factor` times the
     median of the state's full window of recent losses. A skipped step leaves parameters and optimizer state unchanged,
-    but still counts. The moments need no check: if the gradient's norm is finite, so are the squares of its values.
-    `state_shardings` are the shardings of the state before and after the step (see `state.shardings_of`).
+    but still counts. The moments need no check: if the gradient's norm is finite, so are the squares of its values. The
+    state's moving average, if any, decays by `ema_decay`. `state_shardings` are the shardings of the state before and
+    after the step (see `state.shardings_of`).
     """
     over_data = any(is_over_data(each) for each in jax.tree.leaves(state_shardings.opt_state))
 
@@ -203,6 +205,14 @@ def make_train_step(
         reason = _skip_reason(~jnp.isfinite(total_loss), ~jnp.isfinite(grad_norm), ~update.is_finite(state), spikes)
         applied = reason == 0
         params, opt_state = update.apply_if(applied, state)
+        average = state.average
+        if average is not None:
+            decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+            average = jax.tree.map(
+                lambda old, new: jnp.where(applied, decay * old + (1 - decay) * new, old).astype(old.dtype),
+                average,
+                params,
+            )
         if losses is not None:
             losses = jnp.where(jnp.isfinite(loss), jnp.append(losses[1:], loss), losses)
         skipped_in_a_row = jnp.where(applied, 0, state.skipped_in_a_row + 1)
@@ -213,6 +223,7 @@ def make_train_step(
             params=params,
             opt_state=opt_state,
             frozen=state.frozen,
+            average=average,
             recent_losses=losses,
         )
         return new_state, StepMetrics(

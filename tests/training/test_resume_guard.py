@@ -24,6 +24,7 @@ SECTIONS = ("lora", "model", "data", "optimizer", "training", "checkpoint", "mes
 # A value other than the default's for every field of every section; a new field wants a row here, and a thought.
 OTHER = {
     "training.spike_factor": 2.0,
+    "training.ema_decay": 0.999,
     "model.layer_pattern": ("local",),
     "model.rope_scaling": "linear",
     "model.rope_attention_factor": 2.0,
@@ -91,6 +92,7 @@ NEVER = {
     *("model.num_kv_heads", "model.head_dim", "model.layer_pattern", "model.qk_norm", "model.attention_bias"),
     *("model.tie_embeddings", "model.param_dtype", "model.norm_placement", "model.qk_norm_over"),
     *("model.attention_output_bias", "optimizer.name", "optimizer.first_moment_dtype"),
+    "training.ema_decay",
     *("lora.rank", "lora.targets", "lora.frozen"),
 }
 
