@@ -139,7 +139,7 @@ def per_shard(
 
 
 def per_layer(
-    f: Callable[[jax.Array], jax.Array], x: jax.Array, names: Sequence[str], *, over_data: bool = False
+    f: Callable[[jax.Array], jax.Array], x: jax.Array, names: Sequence[str | None], *, over_data: bool = False
 ) -> jax.Array:
     """`f(x)` for stacked layers [L, ...] with these logical axes; each device computes `f` of its share of the layers.
 

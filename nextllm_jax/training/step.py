@@ -151,6 +151,16 @@ def mean_gradient(
     return MeanGradient(loss, metrics.nll, num_tokens, gradients, metrics.mean_squares / len(batch.tokens_BT))
 
 
+def _averaged(state: TrainState, params: Any, applied: jax.Array, ema_decay: float) -> Any:
+    """The moving average of the state after a step that leads to `params`; unchanged if `applied` is false."""
+    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+
+    def average(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.where(applied, decay * old + (1 - decay) * new, old).astype(old.dtype)
+
+    return jax.tree.map(average, state.average, params)
+
+
 def _skip_reason(*found: jax.Array) -> jax.Array:
     """Index in SKIP_REASONS of the first flag in `found` that is true, which start after "none"; 0 if none is."""
     return jnp.where(jnp.any(jnp.stack(found)), jnp.argmax(jnp.stack(found)) + 1, 0).astype(jnp.int32)
@@ -205,14 +215,6 @@ def make_train_step(
         reason = _skip_reason(~jnp.isfinite(total_loss), ~jnp.isfinite(grad_norm), ~update.is_finite(state), spikes)
         applied = reason == 0
         params, opt_state = update.apply_if(applied, state)
-        average = state.average
-        if average is not None:
-            decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-            average = jax.tree.map(
-                lambda old, new: jnp.where(applied, decay * old + (1 - decay) * new, old).astype(old.dtype),
-                average,
-                params,
-            )
         if losses is not None:
             losses = jnp.where(jnp.isfinite(loss), jnp.append(losses[1:], loss), losses)
         skipped_in_a_row = jnp.where(applied, 0, state.skipped_in_a_row + 1)
@@ -223,7 +225,7 @@ def make_train_step(
             params=params,
             opt_state=opt_state,
             frozen=state.frozen,
-            average=average,
+            average=None if state.average is None else _averaged(state, params, applied, ema_decay),
             recent_losses=losses,
         )
         return new_state, StepMetrics(

@@ -45,7 +45,7 @@ def on_one_device():
 @pytest.mark.parametrize(
     ("mesh", "optimizer", "training"),
     [
-        ({"data": 1, "fsdp": 8}, {}, {}),
+        pytest.param({"data": 1, "fsdp": 8}, {}, {}, marks=pytest.mark.slow),
         ({"data": 2, "fsdp": 2, "tensor": 2}, {"shard_over_data": True}, {"accumulation_steps": 2}),
         ({"data": 4, "fsdp": 2}, {"offload_state": True}, {}),
     ],

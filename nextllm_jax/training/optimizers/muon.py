@@ -6,6 +6,7 @@ decay are those of AdamW.
 """
 
 import math
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -38,7 +39,7 @@ def muon(config: OptimizerConfig, model: ModelConfig) -> tuple[optax.GradientTra
             lambda path, leaf: direction(matrices[path_name(path)], leaf, config.shard_over_data), momentum
         )
 
-    by_label = {
+    by_label: dict[Hashable, optax.GradientTransformation] = {
         "matrix": optax.chain(
             optax.trace(_MOMENTUM, nesterov=True, accumulator_dtype=jnp.dtype(config.first_moment_dtype)),
             optax.stateless(orthogonalize),
@@ -57,16 +58,17 @@ def direction(weight: Weight, momentum: jax.Array, over_data: bool = False) -> j
     """
     weight = weight.replace(names=weight.names[-momentum.ndim :])
     inputs = weight.contracted_axes
-    dimensions = optax.contrib.MuonDimensionNumbers(inputs, tuple(range(inputs[-1] + 1, momentum.ndim)))
+    outputs = tuple(range(inputs[-1] + 1, momentum.ndim))
+    dimensions = optax.contrib.MuonDimensionNumbers(inputs, outputs)
     # Without momentum, which `trace` has already applied, this only orthogonalizes.
     plain = optax.contrib.scale_by_muon(_COEFFICIENTS, beta=0.0, nesterov=False, weight_dimension_numbers=dimensions)
 
     def orthogonalized(x: jax.Array) -> jax.Array:
-        return plain.update(x, plain.init(x))[0]
+        return plain.update(x, plain.init(x))[0]  # pyright: ignore[reportReturnType]
 
     if weight.num_stacked:
         found = per_layer(orthogonalized, momentum, weight.names, over_data=over_data)
     else:
         found = constrain(orthogonalized(momentum), *weight.names)
-    fan_in, fan_out = (math.prod(momentum.shape[i] for i in axes) for axes in dimensions)
+    fan_in, fan_out = (math.prod(momentum.shape[i] for i in axes) for axes in (inputs, outputs))
     return _DIRECTION_RMS * math.sqrt(max(fan_in, fan_out)) * found
