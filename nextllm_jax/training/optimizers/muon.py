@@ -20,8 +20,9 @@ from nextllm_jax.sharding import constrain, per_layer
 from nextllm_jax.training.optimizers.adamw import adamw
 
 _MOMENTUM, _DIRECTION_RMS = 0.95, 0.2
-_COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 5
-"""Of each Newton-Schulz iteration. One tuple per iteration makes optax use a loop, which compiles faster."""
+_NUM_ITERATIONS, _COEFFICIENTS, _EPS = 5, (3.4445, -4.7750, 2.0315), 1e-8
+"""Of Newton-Schulz, as in optax.contrib.scale_by_muon. Its scaling by shape depends on the version of optax, so the
+iterations are written out here."""
 
 
 def muon(config: OptimizerConfig, model: ModelConfig) -> tuple[optax.GradientTransformation, ...]:
@@ -57,18 +58,28 @@ def direction(weight: Weight, momentum: jax.Array, over_data: bool = False) -> j
     orthogonalizes some layers of a stack (see `sharding.per_layer`). A matrix outside a stack stays sharded.
     """
     weight = weight.replace(names=weight.names[-momentum.ndim :])
-    inputs = weight.contracted_axes
-    outputs = tuple(range(inputs[-1] + 1, momentum.ndim))
-    dimensions = optax.contrib.MuonDimensionNumbers(inputs, outputs)
-    # Without momentum, which `trace` has already applied, this only orthogonalizes.
-    plain = optax.contrib.scale_by_muon(_COEFFICIENTS, beta=0.0, nesterov=False, weight_dimension_numbers=dimensions)
+    batch, outputs = weight.num_stacked, weight.num_stacked + weight.num_inputs
+    fan_in, fan_out = math.prod(momentum.shape[batch:outputs]), math.prod(momentum.shape[outputs:])
 
     def orthogonalized(x: jax.Array) -> jax.Array:
-        return plain.update(x, plain.init(x))[0]  # pyright: ignore[reportReturnType]
+        return newton_schulz(x.reshape(*x.shape[:batch], fan_in, fan_out)).reshape(x.shape)
 
     if weight.num_stacked:
         found = per_layer(orthogonalized, momentum, weight.names, over_data=over_data)
     else:
         found = constrain(orthogonalized(momentum), *weight.names)
-    fan_in, fan_out = (math.prod(momentum.shape[i] for i in axes) for axes in (inputs, outputs))
     return _DIRECTION_RMS * math.sqrt(max(fan_in, fan_out)) * found
+
+
+def newton_schulz(x: jax.Array) -> jax.Array:
+    """The matrices [..., M, N] with all singular values set to about 1; those near 0 become less."""
+    if x.shape[-2] > x.shape[-1]:
+        return newton_schulz(x.mT).mT
+    a, b, c = _COEFFICIENTS
+
+    def iteration(_: Any, x: jax.Array) -> jax.Array:
+        gram = x @ x.mT
+        return a * x + (b * gram + c * (gram @ gram)) @ x
+
+    norm = jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
+    return jax.lax.fori_loop(0, _NUM_ITERATIONS, iteration, x / (norm + _EPS))
