@@ -138,6 +138,46 @@ def per_shard(
     return jax.shard_map(on_shard, in_specs=tuple(map(spec, in_names)), out_specs=spec(out_names), check_vma=False)
 
 
+def per_layer(
+    f: Callable[[jax.Array], jax.Array], x: jax.Array, names: Sequence[str | None], *, over_data: bool = False
+) -> jax.Array:
+    """`f(x)` for stacked layers [L, ...] with these logical axes; each device computes `f` of its share of the layers.
+
+    `f` gets whole layers, for which the devices exchange their shards, and returns layers of the same shape. `x` is
+    padded with zeros if the devices do not divide L. With `over_data`, `x` is also sharded over "data", as by
+    `also_over_data`; the result is not. Without a current mesh this is `f(x)`.
+    """
+    mesh, num_layers = jax.sharding.get_abstract_mesh(), len(x)
+    if mesh.empty:
+        return f(x)
+    result = sharding(mesh, *names)
+    operand = also_over_data(result, x.shape) if over_data else result
+    # The minor mesh axis of a dimension comes first.
+    axes = [(axis, dim) for dim, entry in enumerate(operand.spec) for axis in reversed(_as_tuple(entry))]
+    axes = [(axis, dim) for axis, dim in axes if mesh.shape[axis] > 1]
+    if not axes:
+        return f(x)
+    kept = {axis for entry in result.spec for axis in _as_tuple(entry)}
+
+    def on_shard(x: jax.Array) -> jax.Array:
+        for axis, dim in axes:
+            x = jax.lax.all_to_all(x, axis, 0, dim, tiled=True) if dim else x
+        x = f(x)
+        for axis, dim in reversed(axes):
+            gather = axis not in kept
+            x = jax.lax.all_gather(x, axis, tiled=True) if gather else jax.lax.all_to_all(x, axis, dim, 0, tiled=True)
+        return x
+
+    padding = -num_layers % math.prod(mesh.shape[axis] for axis, _ in axes)
+    x = jnp.pad(x, [(0, padding), *[(0, 0)] * (x.ndim - 1)])
+    return jax.shard_map(on_shard, in_specs=operand.spec, out_specs=result.spec, check_vma=False)(x)[:num_layers]
+
+
+def _as_tuple(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of an entry of a PartitionSpec."""
+    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
+
+
 def is_divisible(shape: Sequence[int], names: Sequence[str]) -> bool:
     """Whether the current mesh can shard an array of this shape evenly by its logical axes. True without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -224,7 +264,7 @@ def resized(sharding: Any, shape: Sequence[int], new: Sequence[int]) -> Any:
         return sharding
     entries = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
     for i, (size, entry) in enumerate(zip(new, entries, strict=True)):
-        axes = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+        axes = _as_tuple(entry)
         if size != shape[i] and size % math.prod(sharding.mesh.shape[axis] for axis in axes):
             entries[i] = None
     return NamedSharding(sharding.mesh, PartitionSpec(*entries), memory_kind=sharding.memory_kind)
@@ -238,8 +278,7 @@ def also_over_data(sharding: NamedSharding, shape: Sequence[int]) -> NamedShardi
     mesh = sharding.mesh
     entries = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
     for i in sorted(range(len(shape)), key=lambda i: -shape[i]):
-        axes = entries[i] if isinstance(entries[i], tuple) else (entries[i],) if entries[i] else ()
-        axes = (*axes, "data")
+        axes = (*_as_tuple(entries[i]), "data")
         if shape[i] % math.prod(mesh.shape[axis] for axis in axes) == 0:
             entries[i] = axes
             return NamedSharding(mesh, PartitionSpec(*entries), memory_kind=sharding.memory_kind)

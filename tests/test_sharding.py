@@ -14,7 +14,7 @@ from nextllm_jax import sharding
 from nextllm_jax.config import MeshConfig, ModelConfig, OptimizerConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.transformer import Transformer
-from nextllm_jax.training.optimizer import make_optimizer
+from nextllm_jax.training.optimizers import make_optimizer
 from nextllm_jax.training.state import TrainState, create_state
 from tests import reference
 

@@ -38,6 +38,8 @@ class ModelConfig:
     init_std: NoEffect[float] = 0.02
     """Standard deviation of the initial weights. The output projections of attention and MLP use
     init_std / sqrt(2 num_layers)."""
+    zero_init_outputs: NoEffect[bool] = False
+    """Initialize the output projections of attention and MLP with zeros, so each layer starts as the identity."""
     dtype: Free[Literal["auto", "float32", "bfloat16"]] = "auto"
     """Type of the matmuls; auto: bfloat16, but float32 on a CPU without bfloat16 units."""
     attention: Free[Literal["auto", "xla", "blockwise", "splash", "cudnn"]] = "auto"

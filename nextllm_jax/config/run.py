@@ -91,12 +91,21 @@ class DataConfig:
             _require(value >= 0, f"data.{name} is {value}; it cannot be negative")
 
 
+LARGEST_DIRECTION = 1e30
+"""An upper bound on the change of a parameter at a learning rate of 1, apart from weight decay. It allows a step to be
+skipped before its update is computed; see `training.update`."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Global-norm clipping, AdamW and a learning-rate schedule."""
+    """Global-norm clipping, an optimizer and a learning-rate schedule."""
 
+    name: Fixed[Literal["adamw", "muon"]] = "adamw"
+    """adamw: AdamW; muon: Muon for the matrices of the layers, AdamW for embedding, head, norms and biases."""
     learning_rate: float = 3e-3
     """Peak learning rate."""
+    adamw_learning_rate: float | None = None
+    """Peak learning rate of the parameters that muon leaves to AdamW; none: learning_rate. Both follow the schedule."""
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     """Learning rate after the warmup. cosine: cosine decay; wsd: constant, then a linear decay at the end; linear:
     linear decay; constant: no decay."""
@@ -109,7 +118,7 @@ class OptimizerConfig:
     final_learning_rate_fraction: float = 0.1
     """Learning rate at the end of a decay, as a fraction of the peak."""
     b1: float = 0.9
-    """Decay of AdamW's first moment."""
+    """Decay of AdamW's first moment. Muon's momentum decays by 0.95."""
     b2: float = 0.95
     """Decay of AdamW's second moment."""
     eps: float = 1e-8
@@ -121,18 +130,21 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     """Maximum global norm of the accumulated gradient; larger gradients are scaled down to it."""
     first_moment_dtype: Fixed[Literal["float32", "bfloat16"]] = "float32"
-    """Type in which AdamW's first moment is stored."""
+    """Type in which AdamW's first moment and Muon's momentum are stored."""
     shard_over_data: Free[bool] = False
-    """Also shard AdamW's moments and the accumulated gradient over mesh.data (ZeRO-1). This saves memory, but the new
+    """Also shard the moments and the accumulated gradient over mesh.data (ZeRO-1). This saves memory, but the new
     parameters must be gathered after each step, and gradients reduced after each microbatch instead of once a step."""
     offload_state: Free[bool] = False
-    """Store AdamW's moments in host memory (TPU and GPU). A device then holds the moments of the embedding, the head
-    and a few layers at a time. The moments of the layers are transferred twice per step: to check that the update is
-    finite, and to apply it."""
+    """Store the moments in host memory (TPU and GPU). A device then holds the moments of the embedding, the head and a
+    few layers at a time."""
 
     def __post_init__(self) -> None:
         _check_types(self, "optimizer.")
-        _require_positive(self, "optimizer.", "learning_rate", "clip_norm", "eps")
+        _require_positive(self, "optimizer.", "learning_rate", "adamw_learning_rate", "clip_norm", "eps")
+        _require(
+            self.adamw_learning_rate is None or self.name != "adamw",
+            "optimizer.adamw_learning_rate is only for optimizer.name muon; set optimizer.learning_rate instead",
+        )
         for name in ("warmup_steps", "weight_decay"):
             value = getattr(self, name)
             _require(value >= 0, f"optimizer.{name} is {value}; it cannot be negative")
@@ -144,6 +156,17 @@ class OptimizerConfig:
             _require(0 <= value < 1, f"optimizer.{name} is {value}; it must be at least 0 and below 1")
         length = self.schedule_steps or 0
         _require(length >= 0, f"optimizer.schedule_steps is {length}; it cannot be negative")
+        # Values whose norm is finite are below 2e19. AdamW divides them by eps at most.
+        largest = min(self.clip_norm, 2e19) / self.eps * max(1, self.adamw_rate_ratio)
+        message = f"optimizer.eps {self.eps} is so small that an update by clip_norm / eps could overflow; raise it"
+        _require(largest <= LARGEST_DIRECTION, message)
+        decay = self.weight_decay
+        _require(decay <= LARGEST_DIRECTION, f"optimizer.weight_decay is {decay}; it must be finite and below 1e30")
+
+    @property
+    def adamw_rate_ratio(self) -> float:
+        """adamw_learning_rate / learning_rate."""
+        return 1.0 if self.adamw_learning_rate is None else self.adamw_learning_rate / self.learning_rate
 
     def schedule_length(self, training_steps: int) -> int:
         """Steps of the schedule, including warmup."""
@@ -179,6 +202,9 @@ class TrainingConfig:
     spike_window_steps: int = 100
     """Number of recent losses in that median, including those of skipped steps. No step counts as a spike until there
     are so many."""
+    ema_decay: Fixed[float] = 0.0
+    """Decay per step of a moving average of the weights, such as 0.999, which is evaluated, sampled, saved and exported
+    instead of the trained weights; 0: none. Early steps use at most (1 + step) / (10 + step)."""
     sample_prompts: Free[tuple[str, ...] | None] = None
     """Prompts for the text in samples.txt, generated at every evaluation; none: the beginnings of held-out documents,
     or of held-out conversations up to the first answer."""
@@ -195,6 +221,8 @@ class TrainingConfig:
             "evaluate_every_steps", "evaluation_batch_size", "max_skipped_steps", "spike_window_steps",
         )  # fmt: skip
         factor = self.spike_factor
+        decay = self.ema_decay
+        _require(0 <= decay < 1, f"training.ema_decay is {decay}; it must be at least 0 and below 1")
         message = f"training.spike_factor is {factor}; it must be greater than 1, or 0 to skip no spikes"
         _require(factor == 0 or factor > 1, message)
         _require(self.sample_tokens >= 0, f"training.sample_tokens is {self.sample_tokens}; it cannot be negative")
@@ -354,6 +382,10 @@ class Config:
         _require(
             not self.lora.rank or self.init_from is not None,
             f"lora.rank is {self.lora.rank}, but adapters need a base model; set init_from",
+        )
+        _require(
+            not self.lora.rank or self.optimizer.name != "muon",
+            f"lora.rank is {self.lora.rank}, but muon trains whole matrices, not adapters; set optimizer.name to adamw",
         )
         if self.init_from is None:  # else the model is not known yet
             self.check_fit()

@@ -21,7 +21,8 @@ from nextllm_jax.model.lora import Frozen
 from nextllm_jax.model.objective import Batch, Objective, next_token, token_scores
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.model.weights import layer_paths, subtree, unstack_layers
-from nextllm_jax.training.optimizer import make_optimizer, schedule
+from nextllm_jax.training.optimizers import make_optimizer
+from nextllm_jax.training.schedule import schedule
 from nextllm_jax.training.state import TrainState
 from nextllm_jax.training.step import mean_gradient
 from nextllm_jax.training.update import Update, in_memory

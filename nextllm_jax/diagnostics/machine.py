@@ -58,14 +58,15 @@ def memory(config: Config, mesh: Mesh) -> tuple[str, Status]:
     Activations are not counted, so this is a lower bound on the memory that training needs.
     """
     device, parts, optimizer = mesh.devices.flat[0], mesh.shape["fsdp"] * mesh.shape["tensor"], config.optimizer
-    moments = moment_bytes(config.model, optimizer.first_moment_dtype, config.lora)
+    moments = moment_bytes(config.model, optimizer, config.lora)
     if optimizer.shard_over_data:
         moments /= mesh.shape["data"]
     if optimizer.offload_state and device.platform != "cpu":
         moments = 0
     frozen, trained = frozen_bytes(config.model, config.lora), parameter_bytes(config.model, config.lora)
-    needed = (frozen + 2 * trained + moments) / parts  # gradients are as large as what is trained
-    what = f"parameters, gradients and AdamW's moments take {readable_bytes(needed)} per device"
+    copies = 3 if config.training.ema_decay else 2  # gradients are as large as what is trained
+    needed = (frozen + copies * trained + moments) / parts
+    what = f"parameters, gradients and the optimizer's moments take {readable_bytes(needed)} per device"
     free_host = hardware.available_host_memory()
     if device.platform == "cpu":
         needed *= mesh.devices.size  # simulated devices share it

@@ -253,7 +253,7 @@ def canonical(config: ModelConfig) -> ModelConfig:
         "embedding_scale": float(f"{config.embedding_scale:.9g}"),
         "rope_attention_factor": float(f"{attention_factor:.9g}"),
         "rotary_dim": None if config.rotary_dim == config.head_dim else config.rotary_dim,
-        **{name: getattr(plain, name) for name in ("param_dtype", *EXECUTION_FIELDS)},
+        **{name: getattr(plain, name) for name in ("param_dtype", "zero_init_outputs", *EXECUTION_FIELDS)},
     }
     ignored = [] if "local" in kinds else ["sliding_window", "rope_local_theta"]
     ignored += [] if config.qk_norm else ["qk_norm_over"]

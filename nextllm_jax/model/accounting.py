@@ -1,10 +1,11 @@
 """Counts parameters, FLOPs and bytes of a model from the shapes of its weights."""
 
+import math
 from typing import NamedTuple
 
 import jax
 
-from nextllm_jax.config import Config, LoraConfig, ModelConfig
+from nextllm_jax.config import Config, LoraConfig, ModelConfig, OptimizerConfig
 from nextllm_jax.hardware import readable_bytes
 from nextllm_jax.model.lora import create
 from nextllm_jax.model.transformer import abstract_params
@@ -34,10 +35,30 @@ def parameter_bytes(config: ModelConfig, lora: LoraConfig | None = None) -> int:
     return parameter_count(config) * _width(config.param_dtype)
 
 
-def moment_bytes(config: ModelConfig, first_moment_dtype: str = "float32", lora: LoraConfig | None = None) -> int:
-    """Bytes of AdamW's two moments. The second has the dtype of the trained parameters."""
+def moment_bytes(config: ModelConfig, optimizer: OptimizerConfig, lora: LoraConfig | None = None) -> int:
+    """Bytes of the two moments of each trained parameter. Muon has only the first for a matrix.
+
+    The second has the dtype of the trained parameters.
+    """
     count = adapter_count(config, lora) if lora is not None and lora.rank else parameter_count(config)
-    return count * _width(first_moment_dtype) + parameter_bytes(config, lora)
+    left_out = matrix_size(config) * _width(config.param_dtype) if optimizer.name == "muon" else 0
+    return count * _width(optimizer.first_moment_dtype) + parameter_bytes(config, lora) - left_out
+
+
+def update_flops(config: ModelConfig, optimizer: OptimizerConfig) -> float:
+    """FLOPs of an update in matrix products: Muon's five Newton-Schulz iterations; 0 for AdamW.
+
+    An iteration for an m x n matrix with m <= n has two products of m x m with m x n and one of m x m with m x m.
+    """
+    if optimizer.name != "muon":
+        return 0.0
+    flops = 0.0
+    for weight in of_kind(abstract_params(config), "matrix").values():
+        stacked, inputs = weight.num_stacked, weight.num_stacked + weight.num_inputs
+        shape = weight.value.shape
+        m, n = sorted((math.prod(shape[stacked:inputs]), math.prod(shape[inputs:])))
+        flops += math.prod(shape[:stacked]) * 5 * (4.0 * m * m * n + 2.0 * m * m * m)
+    return flops
 
 
 def _width(dtype: str) -> int:
@@ -54,9 +75,10 @@ def frozen_bytes(config: ModelConfig, lora: LoraConfig) -> int:
 
 
 def state_bytes(config: Config) -> int:
-    """Bytes of the trained parameters and the optimizer's moments, which is the size of a checkpoint."""
+    """Bytes of the trained parameters, their average and the optimizer's moments, which is the size of a checkpoint."""
     model, lora = config.model, config.lora
-    return parameter_bytes(model, lora) + moment_bytes(model, config.optimizer.first_moment_dtype, lora)
+    copies = 2 if config.training.ema_decay else 1
+    return copies * parameter_bytes(model, lora) + moment_bytes(model, config.optimizer, lora)
 
 
 class SaveEstimate(NamedTuple):

@@ -172,6 +172,6 @@ def make_norm(config: ModelConfig, name: str | None = None) -> RMSNorm:
 def residual_init_std(config: ModelConfig) -> float:
     """The initial standard deviation of projections into the residual stream (Radford et al. 2019, GPT-2).
 
-    It keeps the variance of the residual stream independent of depth.
+    It keeps the variance of the residual stream independent of depth. It is 0 with `zero_init_outputs`.
     """
-    return config.init_std / math.sqrt(2 * config.num_layers)
+    return 0.0 if config.zero_init_outputs else config.init_std / math.sqrt(2 * config.num_layers)

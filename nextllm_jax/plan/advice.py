@@ -73,13 +73,13 @@ def _full_remat(config: Config, mesh: Mapping[str, int]) -> _Proposal:
 def _small_moments(config: Config, mesh: Mapping[str, int]) -> _Proposal:
     if config.optimizer.first_moment_dtype == "bfloat16":
         return None
-    return {"optimizer": {"first_moment_dtype": "bfloat16"}}, "halves AdamW's first moment"
+    return {"optimizer": {"first_moment_dtype": "bfloat16"}}, "halves the first moment"
 
 
 def _offload(config: Config, mesh: Mapping[str, int]) -> _Proposal:
     if config.optimizer.offload_state:
         return None
-    return {"optimizer": {"offload_state": True}}, "keeps AdamW's moments in host memory; steps take longer"
+    return {"optimizer": {"offload_state": True}}, "keeps the moments in host memory; steps take longer"
 
 
 def _tensor(config: Config, mesh: Mapping[str, int]) -> _Proposal:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
 
-from nextllm_jax.config import Config, MeshConfig
+from nextllm_jax.config import Config, MeshConfig, OptimizerConfig
 from nextllm_jax.errors import RunFailed
 from nextllm_jax.model.accounting import flops_per_token
 from nextllm_jax.model.objective import Batch
@@ -89,7 +89,8 @@ def flops_of_two_layers(config: Config) -> tuple[float, float]:
     """FLOPs of a train step with two layers of the model (or one period of the layer pattern): (formula, compiler).
 
     The compiler counts the body of a loop once. Therefore this step has a single period of layers, a single chunk in
-    the loss, attention without blocks, and no recomputation. It is compiled for the CPU, which does the same products.
+    the loss, attention without blocks, no recomputation, and AdamW, whose update has no products. It is compiled for
+    the CPU, which does the same products.
     """
     pattern = config.model.layer_pattern
     pattern = pattern * 2 if len(pattern) == 1 else pattern
@@ -99,7 +100,7 @@ def flops_of_two_layers(config: Config) -> tuple[float, float]:
     small = dataclasses.replace(
         config,
         model=model,
-        optimizer=dataclasses.replace(config.optimizer, offload_state=False),
+        optimizer=OptimizerConfig(),
         data=dataclasses.replace(config.data, sequence_length=length),
         training=dataclasses.replace(config.training, global_batch_size=1, accumulation_steps=1),
     )

@@ -10,11 +10,11 @@ from jax.sharding import AbstractMesh, Mesh
 
 from nextllm_jax.config import Config, OptimizerConfig
 from nextllm_jax.config.model import ModelConfig
-from nextllm_jax.model.accounting import flops_per_token, matrix_size
+from nextllm_jax.model.accounting import flops_per_token, matrix_size, parameter_bytes, update_flops
 from nextllm_jax.model.transformer import Transformer, abstract_params
 from nextllm_jax.model.weights import Weight, of_kind
 from nextllm_jax.plan.collectives import Collective, Traffic
-from nextllm_jax.training.optimizer import make_optimizer
+from nextllm_jax.training.optimizers import make_optimizer
 from nextllm_jax.training.state import abstract_state
 
 _BF16, _FLOAT32, _BATCH_BYTES_PER_TOKEN = 2, 4, 17
@@ -25,7 +25,10 @@ def argument_bytes(config: Config, mesh: Mesh | AbstractMesh) -> int:
     """Bytes of a step's arguments on one device: train state and batch, without the padding of a chip's tiles."""
     plain = dataclasses.replace(config.model.without_remat(), attention="auto")
     tokens = tokens_per_device(config, mesh.shape) * mesh.shape["tensor"]
-    return _state_bytes(plain, config.optimizer, mesh) + int(tokens * _BATCH_BYTES_PER_TOKEN)
+    state = _state_bytes(plain, config.optimizer, mesh)
+    if config.training.ema_decay:
+        state += parameter_bytes(plain) // (mesh.shape["fsdp"] * mesh.shape["tensor"])
+    return state + int(tokens * _BATCH_BYTES_PER_TOKEN)
 
 
 @functools.lru_cache
@@ -121,6 +124,16 @@ def recomputed_flops_per_token(config: ModelConfig, sequence_length: int) -> flo
     return {"none": 0.0, "dots": attention, "save_attention": products}.get(config.remat, products + attention)
 
 
+def update_flops_of_a_device(config: Config, mesh: Mapping[str, int]) -> float:
+    """FLOPs of an update on the device that does most; see `sharding.per_layer`.
+
+    All layers count as stacked.
+    """
+    parts = mesh["fsdp"] * mesh["tensor"] * (mesh["data"] if config.optimizer.shard_over_data else 1)
+    periods = max(config.model.num_layers // len(config.model.layer_pattern), 1)
+    return update_flops(config.model, config.optimizer) * math.ceil(periods / parts) / periods
+
+
 def minimum_traffic(config: Config, mesh: Mapping[str, int]) -> dict[Collective, Traffic]:
     """A lower bound on what a device sends in a step, if every matrix is sharded over fsdp and tensor.
 
@@ -129,6 +142,7 @@ def minimum_traffic(config: Config, mesh: Mapping[str, int]) -> dict[Collective,
     - data and slices: the gradients' shards are all-reduced in float32, within a slice and then between slices.
     - tensor: the outputs of attention and MLP are all-reduced in bfloat16, forward and backward. The model instead
       reduce-scatters them and all-gathers after the norm, which sends the same number of bytes.
+    - fsdp and tensor: Muon exchanges shards of the momentum for whole layers, and sends back their directions.
     """
     model, steps = config.model, config.training.accumulation_steps
     traffic: dict[Collective, Traffic] = {}
@@ -147,6 +161,11 @@ def minimum_traffic(config: Config, mesh: Mapping[str, int]) -> dict[Collective,
     add("reduce-scatter", "fsdp", "bf16", matrices * steps, steps * _BF16 * weights)
     add("all-reduce", "data", "f32", matrices, _FLOAT32 * weights / mesh["fsdp"])
     add("all-reduce", "slices", "f32", matrices, _FLOAT32 * weights / mesh["fsdp"] / sizes["data"])
+    if config.optimizer.name == "muon":
+        kernels = 2 * len(of_kind(abstract_params(model), "matrix"))
+        exchanged = 2 * _FLOAT32 * matrix_size(model) / mesh["fsdp"] / mesh["tensor"]
+        add("all-to-all", "fsdp", "f32", kernels, exchanged)
+        add("all-to-all", "tensor", "f32", kernels, exchanged)
     tokens = tokens_per_device(config, mesh) * mesh["tensor"]
     sums = 4 * model.num_layers
     add("all-reduce", "tensor", "bf16", sums * steps, sums * _BF16 * tokens * model.embed_dim)
@@ -164,6 +183,7 @@ def memory_traffic_bytes(config: Config, mesh: Mapping[str, int], state_bytes: f
     The state is read and written once, and gradients are written and read in float32. Each pass over a microbatch reads
     the weights, and writes and reads the inputs and outputs of its products. There is one forward pass, there are two
     products in the backward pass, and with remat there is a second forward pass. Attention logits stay on the chip.
+    Each of Muon's five iterations reads its matrices twice and writes them once in float32.
     """
     model, steps = config.model, config.training.accumulation_steps
     shards = mesh["fsdp"] * mesh["tensor"]
@@ -174,4 +194,5 @@ def memory_traffic_bytes(config: Config, mesh: Mapping[str, int], state_bytes: f
     widths = 2 * model.head_dim * (model.num_heads + model.num_kv_heads) + 3 * model.embed_dim + 3 * model.mlp_dim
     tokens = tokens_per_device(config, mesh)
     activations = passes * model.num_layers * 2 * _BF16 * widths * tokens
-    return 2 * state_bytes + gradients + weights + activations
+    update = 5 * 3 * _FLOAT32 * matrix_size(model) / shards if config.optimizer.name == "muon" else 0
+    return 2 * state_bytes + gradients + weights + activations + update

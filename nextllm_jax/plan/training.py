@@ -21,6 +21,7 @@ from nextllm_jax.plan.estimate import (
     minimum_traffic,
     peak_bytes,
     recomputed_flops_per_token,
+    update_flops_of_a_device,
 )
 from nextllm_jax.plan.roofline import Roofline, roofline
 from nextllm_jax.plan.topology import Target
@@ -224,4 +225,5 @@ def _roofline(
     length, tokens = config.data.sequence_length, config.training.global_batch_size * config.data.sequence_length
     flops = flops_per_token(config.model, length) + recomputed_flops_per_token(config.model, length)
     through_memory = memory_traffic_bytes(config, mesh.shape, state_bytes)
-    return roofline(flops * tokens, through_memory, traffic, mesh, chip)
+    update = update_flops_of_a_device(config, mesh.shape) * mesh.size
+    return roofline(flops * tokens + update, through_memory, traffic, mesh, chip)

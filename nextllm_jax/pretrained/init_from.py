@@ -60,7 +60,7 @@ def initial_params(config: Config, source: Source | None, place: Callable[[Any],
     """
     assert config.init_from is not None
     source = source or open_path(resolve(config.init_from))
-    differing = _differing(config.model, source.config, but=(*_OURS, "init_std", "context_length"))
+    differing = _differing(config.model, source.config, but=(*_OURS, "init_std", "zero_init_outputs", "context_length"))
     if differing:
         raise InputError(
             f"init_from {config.init_from} now holds another model: {', '.join(differing)} differ; restore it"

@@ -40,7 +40,7 @@ _IDENTITY = ("step", "measured", "data_id", "config")
 _WHY = {
     "loss": "its loss is not finite",
     "gradient": "its gradient is not finite",
-    "update": "its update would make parameters that are not finite",
+    "update": "its learning rate or parameters are so large that the update might not be finite",
     "spike": "its loss is a spike",
 }
 

@@ -13,7 +13,8 @@ from nextllm_jax.config import Config
 from nextllm_jax.model.attention_kernel import choose_kernel
 from nextllm_jax.model.objective import Batch, Objective, make_eval_step, next_token
 from nextllm_jax.model.transformer import Transformer, resolve_dtype
-from nextllm_jax.training.optimizer import make_optimizer, schedule
+from nextllm_jax.training.optimizers import make_optimizer
+from nextllm_jax.training.schedule import schedule
 from nextllm_jax.training.state import (
     TrainState,
     abstract_state,
@@ -21,6 +22,7 @@ from nextllm_jax.training.state import (
     recent_losses,
     shardings_of,
     state_from,
+    with_average,
     with_recent_losses,
 )
 from nextllm_jax.training.step import StepMetrics, make_train_step
@@ -52,19 +54,22 @@ def build_program(config: Config, mesh: Mesh, objective: Objective = next_token)
     arrays = abstract_state(model, optimizer, mesh, config.optimizer, config.lora)
     training = config.training
     window_steps = training.spike_window_steps if training.spike_factor else 0
+    arrays = with_average(arrays) if training.ema_decay else arrays
+
+    def begin(state: TrainState) -> TrainState:
+        state = with_average(state) if training.ema_decay else state
+        return with_recent_losses(state, [], window_steps, mesh)
 
     def create() -> TrainState:
-        return with_recent_losses(
-            create_state(model, optimizer, mesh, config.seed, config.optimizer), [], window_steps, mesh
-        )
+        return begin(create_state(model, optimizer, mesh, config.seed, config.optimizer))
 
     def start_from(params: Any) -> TrainState:
-        state = state_from(params, model, optimizer, mesh, config)
-        return with_recent_losses(state, [], window_steps, mesh)
+        return begin(state_from(params, model, optimizer, mesh, config))
 
     def restore(checkpoints: SavedSteps, step: int) -> tuple[TrainState, dict[str, Any]]:
         state = TrainState(**checkpoints.restore(step, "rest", _rest(arrays)))
-        state = dataclasses.replace(state, params=checkpoints.restore(step, "params", arrays.params))
+        evaluated = "average" if training.ema_decay else "params"
+        state = dataclasses.replace(state, **{evaluated: checkpoints.restore(step, "params", arrays.params)})
         if arrays.frozen is not None:
             params = restore_base(checkpoints, step, arrays.frozen.params)
             state = dataclasses.replace(state, frozen=dataclasses.replace(arrays.frozen, params=params))
@@ -80,6 +85,7 @@ def build_program(config: Config, mesh: Mesh, objective: Objective = next_token)
         shardings_of(abstract),
         accumulation_steps=training.accumulation_steps,
         spike_factor=training.spike_factor,
+        ema_decay=training.ema_decay,
     )
     return Program(
         model=model,
@@ -95,11 +101,12 @@ def build_program(config: Config, mesh: Mesh, objective: Objective = next_token)
 
 def to_save(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
     """The items of a checkpoint, and additional entries for its record. `Program.restore_state` reads both."""
-    items = {"params": state.params, "rest": _rest(state)}
+    items = {"params": state.evaluated_params, "rest": _rest(state)}
     return items, {"recent_losses": recent_losses(state)} if state.recent_losses is not None else {}
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
     """The fields of the state that the item "rest" of a checkpoint holds; fields that are saved elsewhere are None."""
-    names = (field.name for field in dataclasses.fields(state) if field.name != "frozen")
-    return {name: getattr(state, name) for name in names} | {"params": None, "recent_losses": None}
+    names = (field.name for field in dataclasses.fields(state) if field.name not in ("frozen", "average"))
+    params = None if state.average is None else state.params
+    return {name: getattr(state, name) for name in names} | {"params": params, "recent_losses": None}

@@ -17,8 +17,8 @@ from nextllm_jax.errors import InputError
 from nextllm_jax.model.accounting import adapter_count, parameter_count
 from nextllm_jax.sharding import make_mesh, num_parts, sharding
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
-from nextllm_jax.training.optimizer import describe_warmup
 from nextllm_jax.training.program import Program, build_program
+from nextllm_jax.training.schedule import describe_warmup
 
 
 class Remark(NamedTuple):

@@ -35,9 +35,17 @@ class TrainState:
     opt_state: Any
     frozen: adapters.Frozen | None = None
     """The frozen base weights, which are saved once, not in checkpoints; None if all parameters are trained."""
+    average: Any | None = None
+    """The moving average of the parameters, which is evaluated and is the item "params" of checkpoints; None if
+    training.ema_decay is 0."""
     recent_losses: jax.Array | None = None
     """float32 [W]: the last W finite losses, oldest first, padded with NaN at the start; None if spikes are not
     skipped. Saved in a checkpoint's record instead of its arrays, so that W may change."""
+
+    @property
+    def evaluated_params(self) -> Any:
+        """The parameters to evaluate, save and export."""
+        return self.params if self.average is None else self.average
 
 
 def require_finite(state: TrainState, where: str) -> None:
@@ -45,7 +53,7 @@ def require_finite(state: TrainState, where: str) -> None:
 
     Otherwise training would just skip every step. `where` is the run directory.
     """
-    arrays = {"params": state.params, "opt_state": state.opt_state, "frozen": state.frozen}
+    arrays = {"params": state.params, "opt_state": state.opt_state, "frozen": state.frozen, "average": state.average}
     flags = jax.device_get(jax.jit(lambda tree: jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree))(arrays))
     for path, finite in jax.tree_util.tree_leaves_with_path(flags):
         if not finite:
@@ -72,6 +80,15 @@ def with_recent_losses(state: TrainState, losses: Sequence[float] | None, window
     recent = list(losses)[-window_steps:]
     window[window_steps - len(recent) :] = recent
     return dataclasses.replace(state, recent_losses=jax.device_put(window, everywhere))
+
+
+def with_average(state: TrainState) -> TrainState:
+    """The state whose moving average starts as a copy of its parameters, which may be abstract."""
+
+    def copied(leaf: Any) -> Any:
+        return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.copy(leaf)
+
+    return dataclasses.replace(state, average=jax.tree.map(copied, state.params))
 
 
 def recent_losses(state: TrainState) -> list[float]:
@@ -176,7 +193,7 @@ def state_from(
 def whole_params(state: TrainState, config: ModelConfig, mesh: Mesh) -> Any:
     """The parameters of the complete model; adapters are merged into a copy of the frozen base weights."""
     if state.frozen is None:
-        return state.params
+        return state.evaluated_params
     shardings = shardings_of(placed(mesh, abstract_params(config)))
     merge = functools.partial(adapters.merge, abstract_params(config), dtype=jnp.dtype(config.param_dtype))
-    return jax.jit(merge, out_shardings=shardings)(state.params, state.frozen)
+    return jax.jit(merge, out_shardings=shardings)(state.evaluated_params, state.frozen)

@@ -6,19 +6,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from nextllm_jax.model import layer_norms
 from nextllm_jax.model.lora import Frozen
 from nextllm_jax.model.objective import Batch, Metrics, Objective
 from nextllm_jax.model.transformer import Transformer, abstract_params
 from nextllm_jax.model.weights import of_kind, path_name
-from nextllm_jax.sharding import constrain, is_over_data, sum_over_data
+from nextllm_jax.sharding import also_over_data, constrain, is_over_data, sum_over_data
 from nextllm_jax.training.state import TrainState
 from nextllm_jax.training.update import make_update
 
 SKIP_REASONS = ("none", "loss", "gradient", "update", "spike")
-"""Why a step was skipped. loss, gradient: it (or its norm) is not finite; update: the updated parameters would not be
-finite; spike: the loss is a spike."""
+"""Why a step was skipped. loss, gradient: it (or its norm) is not finite; update: the learning rate or the parameters
+are so large that updated parameters might not be finite; spike: the loss is a spike."""
 
 
 class StepMetrics(NamedTuple):
@@ -150,6 +151,16 @@ def mean_gradient(
     return MeanGradient(loss, metrics.nll, num_tokens, gradients, metrics.mean_squares / len(batch.tokens_BT))
 
 
+def _averaged(state: TrainState, params: Any, applied: jax.Array, ema_decay: float) -> Any:
+    """The moving average of the state after a step that leads to `params`; unchanged if `applied` is false."""
+    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+
+    def average(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.where(applied, decay * old + (1 - decay) * new, old).astype(old.dtype)
+
+    return jax.tree.map(average, state.average, params)
+
+
 def _skip_reason(*found: jax.Array) -> jax.Array:
     """Index in SKIP_REASONS of the first flag in `found` that is true, which start after "none"; 0 if none is."""
     return jnp.where(jnp.any(jnp.stack(found)), jnp.argmax(jnp.stack(found)) + 1, 0).astype(jnp.int32)
@@ -164,21 +175,22 @@ def make_train_step(
     *,
     accumulation_steps: int = 1,
     spike_factor: float = 0.0,
+    ema_decay: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """A jitted `(state, batch) -> (state, metrics)` that donates the state. Call it under `jax.set_mesh`.
 
     The loss is the mean over all tokens in the loss mask of the global batch, independent of microbatches and devices.
-    The gradient is clipped once, after accumulation. A step is skipped if loss, gradient or updated parameters are not
-    finite, or if the mean loss exceeds `spike_factor` times the median of the state's full window of recent losses. A
-    skipped step leaves parameters and optimizer state unchanged, but still counts. The moments need no check: if the
-    gradient's norm is finite, so are the squares of its values. `state_shardings` are the shardings of the state before
-    and after the step (see `state.shardings_of`).
+    The gradient is clipped once, after accumulation. A step is skipped if the loss or the gradient is not finite, if
+    the updated parameters might not be (see `Update.is_finite`), or if the mean loss exceeds `spike_factor` times the
+    median of the state's full window of recent losses. A skipped step leaves parameters and optimizer state unchanged,
+    but still counts. The moments need no check: if the gradient's norm is finite, so are the squares of its values. The
+    state's moving average, if any, decays by `ema_decay`. `state_shardings` are the shardings of the state before and
+    after the step (see `state.shardings_of`).
     """
+    over_data = any(is_over_data(each) for each in jax.tree.leaves(state_shardings.opt_state))
 
-    # Gradients and updates are sharded like the moments.
-    gradient_shardings = jax.tree.map(
-        lambda each: each.with_memory_kind("device"), optax.tree.get(state_shardings.opt_state, "mu")
-    )
+    def sharded_like_moments(x: jax.Array, of_param: NamedSharding) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, also_over_data(of_param, x.shape) if over_data else of_param)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         total_loss, total_nll, num_tokens, gradients, mean_squares = mean_gradient(
@@ -188,9 +200,9 @@ def make_train_step(
             batch,
             accumulation_steps,
             state.frozen,
-            gradients_over_data=any(is_over_data(each) for each in jax.tree.leaves(gradient_shardings)),
+            gradients_over_data=over_data,
         )
-        gradients = jax.lax.with_sharding_constraint(gradients, gradient_shardings)
+        gradients = jax.tree.map(sharded_like_moments, gradients, state_shardings.params)
         grad_norm = optax.tree.norm(gradients)
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
         update = make_update(optimizer, learning_rate, gradients, grad_norm, state_shardings.opt_state)
@@ -213,6 +225,7 @@ def make_train_step(
             params=params,
             opt_state=opt_state,
             frozen=state.frozen,
+            average=None if state.average is None else _averaged(state, params, applied, ema_decay),
             recent_losses=losses,
         )
         return new_state, StepMetrics(

@@ -1,4 +1,4 @@
-"""The optimizer's update: checks that it is finite, and applies it, for all layers at once or one at a time."""
+"""The optimizer's update: whether it is sure to be finite, and applying it, for all layers at once or one at a time."""
 
 import dataclasses
 from typing import Any
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nextllm_jax.config.run import LARGEST_DIRECTION
 from nextllm_jax.model.weights import is_stacked
 from nextllm_jax.training.state import TrainState
 
@@ -32,13 +33,14 @@ class Update:
             return optax.apply_updates(params, updates), opt_state
 
     def is_finite(self, state: TrainState) -> jax.Array:
-        """Whether the updated parameters are finite: a bool.
+        """Whether the updated parameters are sure to be finite, if the norm of the gradients is: a bool.
 
-        This computes the update separately from `apply_if`, which can then write into the buffers of the old state. One
-        computation for both would have to hold the new parameters next to the old ones until the result is known.
+        This needs no update, so `apply_if` can write into the buffers of the old state. Optimizers compute from finite
+        gradients and moments a direction d of at most LARGEST_DIRECTION, as the checks of the config ensure. The new
+        parameter p - r (d + w p), with learning rate r and weight decay w, then stays below the bound computed here.
         """
-        held = jax.lax.optimization_barrier((state.params, state.opt_state, self.gradients))
-        return _all_finite(self.apply(*held)[0])
+        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(p)).astype(jnp.float32) for p in jax.tree.leaves(state.params)]))
+        return jnp.isfinite(2 * LARGEST_DIRECTION * (1 + self.learning_rate) * (1 + largest))
 
     def apply_if(self, applied: jax.Array, state: TrainState) -> tuple[Any, Any]:
         """(parameters, optimizer state) after the update if `applied` is true, else unchanged."""
@@ -51,28 +53,18 @@ class OffloadedUpdate(Update):
     """An update with moments in host memory. A device holds the moments of only a few layers at a time.
 
     The compiler prefetches as early as possible, but not across iterations of a loop. So a loop updates the stacked
-    layers period by period. Their moments are transferred twice, for the check and for the update. Moments that are not
-    stacked (embedding, head, layers outside the scan) are transferred all at once.
+    layers period by period. Moments that are not stacked (embedding, head, layers outside the scan) are transferred all
+    at once.
     """
-
-    def is_finite(self, state: TrainState) -> jax.Array:
-        """As `Update.is_finite`."""
-        params, gradients = jax.lax.optimization_barrier((state.params, self.gradients))
-        rest, layers = _parts((params, state.opt_state, gradients))
-        params, _ = self._apply_fetched(rest)[0]
-
-        def check(i: jax.Array, finite: jax.Array) -> jax.Array:
-            params, _ = self._apply_fetched(_layer(layers, i))[0]
-            return finite & _all_finite(params)
-
-        return jax.lax.fori_loop(0, _num_layers(layers), check, _all_finite(params))
 
     def apply_if(self, applied: jax.Array, state: TrainState) -> tuple[Any, Any]:
         """As `Update.apply_if`."""
         rest, layers = _parts((state.params, state.opt_state, self.gradients))
 
         def updated_part(part: tuple[Any, Any, Any]) -> tuple[Any, Any]:
-            params, opt_state = _where(applied, *self._apply_fetched(part))
+            params, opt_state, gradients = part
+            old = params, in_memory(opt_state, jax.memory.Space.Device)
+            params, opt_state = _where(applied, self.apply(*old, gradients), old)
             return params, in_memory(opt_state, jax.memory.Space.Host)
 
         def update(i: jax.Array, kept: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -80,16 +72,7 @@ class OffloadedUpdate(Update):
 
         updated = jax.lax.fori_loop(0, _num_layers(layers), update, layers[:2])
         updated_rest = updated_part(rest)
-        return jax.tree.map(lambda a, b: b if a is None else a, updated_rest, updated, is_leaf=lambda x: x is None)
-
-    def _apply_fetched(self, part: tuple[Any, Any, Any]) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-        """(parameters, optimizer state) after the update, and the same before it; all in device memory.
-
-        `part` is (parameters, optimizer state, gradients) of some parameters.
-        """
-        params, opt_state, gradients = part
-        old = params, in_memory(opt_state, jax.memory.Space.Device)
-        return self.apply(*old, gradients), old
+        return jax.tree.map(lambda a, b: b if _is_left_out(a) else a, updated_rest, updated, is_leaf=_is_left_out)
 
 
 def make_update(
@@ -102,15 +85,22 @@ def make_update(
 
 
 def _parts(tree: Any) -> tuple[Any, Any]:
-    """`tree` without its stacked layers, and `tree` with only those and scalars; None replaces what is left out."""
+    """`tree` without its stacked layers, and `tree` with only those and scalars.
+
+    `optax.MaskedNode` replaces what is left out, as where an optimizer has no state for a parameter.
+    """
 
     def part(stacked: bool) -> Any:
-        def keep(path: Any, leaf: jax.Array) -> jax.Array | None:
-            return leaf if is_stacked(path) == stacked or not leaf.ndim else None
+        def keep(path: Any, leaf: jax.Array) -> Any:
+            return leaf if is_stacked(path) == stacked or not leaf.ndim else optax.MaskedNode()
 
         return jax.tree_util.tree_map_with_path(keep, tree)
 
     return part(False), part(True)
+
+
+def _is_left_out(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
 
 
 def _num_layers(layers: Any) -> int:
@@ -134,10 +124,6 @@ def _with_layer(layers: Any, layer: Any, i: jax.Array) -> Any:
 def in_memory(opt_state: Any, memory: Any) -> Any:
     """An optimizer state with its moments moved to this `jax.memory.Space`."""
     return jax.tree.map(lambda x: jax.device_put(x, memory) if x.ndim else x, opt_state)
-
-
-def _all_finite(tree: Any) -> jax.Array:
-    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def _where(condition: jax.Array, new: Any, old: Any) -> Any:

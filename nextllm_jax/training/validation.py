@@ -33,7 +33,9 @@ def validate(session: Session, at: Moment) -> float | None:
     eval_step = functools.partial(start.program.eval_step, frozen=at.state.frozen)
     try:
         with phase(f"evaluating step {at.step}"):
-            found = evaluate(eval_step, at.state.params, _until_stopped(batches, session.stop), split.num_bytes)
+            found = evaluate(
+                eval_step, at.state.evaluated_params, _until_stopped(batches, session.stop), split.num_bytes
+            )
     except _Stopped:
         return None
     values = {"loss": found.loss, "perplexity": found.perplexity, "bits_per_byte": found.bits_per_byte}

@@ -25,7 +25,7 @@ from nextllm_jax.config import files as config_files
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.accounting import parameter_count
 from nextllm_jax.model.transformer import Transformer
-from nextllm_jax.training.optimizer import schedule
+from nextllm_jax.training.schedule import schedule
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 NAMES = [file.stem for file in SHIPPED]

@@ -19,7 +19,7 @@ from nextllm_jax.config.files import load_config_file
 from nextllm_jax.diagnostics import machine
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.sharding import make_mesh
-from nextllm_jax.training.optimizer import make_optimizer
+from nextllm_jax.training.optimizers import make_optimizer
 from nextllm_jax.training.state import abstract_state
 
 
@@ -40,10 +40,11 @@ def test_versions_out_of_range_are_named(monkeypatch):
     assert machine.versions()[0].startswith("grain is missing; run pip install")
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("first_moment_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
-def test_the_bytes_of_the_state_are_those_of_the_arrays(param_dtype, first_moment_dtype):
-    optimizer = OptimizerConfig(first_moment_dtype=first_moment_dtype)
+def test_the_bytes_of_the_state_are_those_of_the_arrays(param_dtype, first_moment_dtype, name):
+    optimizer = OptimizerConfig(name=name, first_moment_dtype=first_moment_dtype)
     config = ModelConfig(num_layers=2, embed_dim=16, mlp_dim=32, vocab_size=50, head_dim=8, param_dtype=param_dtype)
     state = abstract_state(Transformer(config), make_optimizer(optimizer, config), make_mesh(MeshConfig()))
     arrays = jax.tree.leaves((state.params, state.opt_state))

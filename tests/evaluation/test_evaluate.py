@@ -16,7 +16,7 @@ from nextllm_jax.inference.llm import Score
 from nextllm_jax.model.objective import make_eval_step, next_token, perplexity
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.sharding import make_mesh, sharding
-from nextllm_jax.training.optimizer import make_optimizer
+from nextllm_jax.training.optimizers import make_optimizer
 from nextllm_jax.training.state import create_state
 
 CONFIG = ModelConfig(vocab_size=64, num_layers=1, embed_dim=16, mlp_dim=32, num_heads=2, num_kv_heads=1, head_dim=8)

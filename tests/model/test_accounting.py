@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nextllm_jax.config import ModelConfig
-from nextllm_jax.model.accounting import flops_per_token, kv_cache_bytes, parameter_count
+from nextllm_jax.config import ModelConfig, OptimizerConfig
+from nextllm_jax.model.accounting import flops_per_token, kv_cache_bytes, parameter_count, update_flops
 from nextllm_jax.model.kv_cache import KVCache
 from nextllm_jax.model.transformer import Transformer
 from tests import reference
@@ -63,6 +63,17 @@ def test_flops_are_six_per_multiplying_weight_and_twelve_per_visible_score(case:
     visible = sum(reference.visible(kind, one_document, config).sum() / time for kind in pattern)
     expected = 6 * (kernels + head) + 12 * config.num_heads * config.head_dim * visible
     assert flops_per_token(config, time) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_products_of_an_update() -> None:
+    """Of each matrix, by the dimensions m <= n: X X^T, its square, and that times X, five times."""
+    config = make_config("plain")
+    embed, mlp = config.embed_dim, config.mlp_dim
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes = [(embed, q), (embed, kv), (embed, kv), (q, embed), (embed, mlp), (embed, mlp), (mlp, embed)]
+    products = sum(2 * m * m * n + 2 * m**3 + 2 * m * m * n for m, n in map(sorted, shapes))
+    assert update_flops(config, OptimizerConfig(name="muon")) == 5 * config.num_layers * products
+    assert update_flops(config, OptimizerConfig()) == 0
 
 
 def test_kv_cache_bytes_are_those_of_the_cache() -> None:

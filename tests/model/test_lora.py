@@ -17,7 +17,8 @@ from nextllm_jax.model.objective import make_eval_step, next_token
 from nextllm_jax.model.quantize import convert
 from nextllm_jax.model.transformer import Transformer, abstract_params
 from nextllm_jax.sharding import make_mesh, on_device, placed, sharding
-from nextllm_jax.training.optimizer import make_optimizer, schedule
+from nextllm_jax.training.optimizers import make_optimizer
+from nextllm_jax.training.schedule import schedule
 from nextllm_jax.training.state import TrainState, abstract_state, shardings_of, state_from, whole_params
 from nextllm_jax.training.step import make_train_step, mean_gradient
 from tests import reference

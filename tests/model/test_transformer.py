@@ -15,7 +15,7 @@ from nextllm_jax.errors import InputError
 from nextllm_jax.model.kv_cache import KVCache
 from nextllm_jax.model.layers import RMSNorm
 from nextllm_jax.model.transformer import Transformer, resolve_dtype
-from nextllm_jax.model.weights import unstack_layers
+from nextllm_jax.model.weights import by_name, unstack_layers
 from nextllm_jax.sharding import RULES
 from tests import reference
 
@@ -285,6 +285,18 @@ def test_initial_layers_differ_and_residual_projections_start_smaller() -> None:
     np.testing.assert_allclose(up.std(), 0.02, rtol=0.03)
     for residual in (down, np.asarray(block["attention"]["o"]["kernel"])):
         np.testing.assert_allclose(residual.std(), 0.02 / np.sqrt(2 * 8), rtol=0.03)
+
+
+def test_zero_outputs_start_every_layer_as_the_identity() -> None:
+    config = make_config(zero_init_outputs=True)
+    tokens_BT = jnp.arange(6, dtype=jnp.int32)[None]
+    variables = nn.meta.unbox(Transformer(config).init(jax.random.key(0), tokens_BT, tokens_BT))
+    for name, leaf in by_name(variables["params"]).items():
+        assert np.any(leaf) != name.endswith(("o/kernel", "down/kernel")), name
+    hidden_BTD, _ = Transformer(config).apply(variables, tokens_BT, tokens_BT)
+    x_BTD = np.asarray(variables["params"]["embed"]["embedding"])[tokens_BT]
+    expected = x_BTD / np.sqrt(np.mean(np.square(x_BTD), axis=-1, keepdims=True) + config.norm_eps)
+    np.testing.assert_allclose(hidden_BTD, expected, rtol=1e-5)
 
 
 def test_bfloat16_compute_keeps_parameters_and_logits_in_float32() -> None:

@@ -22,7 +22,9 @@ from nextllm_jax.model.transformer import Transformer, abstract_params
 from nextllm_jax.model.weights import by_name, layer_paths, unstack_layers
 from nextllm_jax.ops.quantized import QTensor
 from nextllm_jax.sharding import make_mesh, placed, tree_shardings
-from nextllm_jax.training.optimizer import decay_mask, make_optimizer, schedule
+from nextllm_jax.training.optimizers import make_optimizer
+from nextllm_jax.training.optimizers.parts import decay_mask
+from nextllm_jax.training.schedule import schedule
 from nextllm_jax.training.state import abstract_state, shardings_of, state_from
 from nextllm_jax.training.step import make_train_step
 from tests import reference

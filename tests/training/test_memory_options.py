@@ -15,7 +15,7 @@ from nextllm_jax.model.objective import Batch
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.plan.compile import memory_of
 from nextllm_jax.sharding import make_mesh, sharding
-from nextllm_jax.training.optimizer import make_optimizer
+from nextllm_jax.training.optimizers import make_optimizer
 from nextllm_jax.training.program import build_program
 from nextllm_jax.training.state import abstract_state, shardings_of
 from nextllm_jax.training.step import SKIP_REASONS
@@ -129,14 +129,12 @@ def test_what_is_offloaded_computes_the_same(shard_over_data, others):
 
 
 def test_a_step_that_is_skipped_leaves_offloaded_moments_as_they_were():
-    """The update of one layer alone is not finite: the learning rate is, and so is the gradient."""
-    config = change(optimizer={"offload_state": True, "learning_rate": 1e38, "warmup_steps": 0, "weight_decay": 100.0})
+    """The learning rate and the gradient are finite, but the updated parameters might not be."""
+    config = change(optimizer={"offload_state": True, "learning_rate": 1e38, "warmup_steps": 0})
     mesh = make_mesh(config.mesh)
     program = build_program(config, mesh)
     with jax.set_mesh(mesh):
         state = program.create_state()
-        kernel = state.params["layers"]["block_1"]["mlp"]["up"]["kernel"]
-        state.params["layers"]["block_1"]["mlp"]["up"]["kernel"] = kernel.at[1, 0, 0].set(1e3)
         before = jax.device_get((state.params, state.opt_state))
         state, metrics = program.train_step(state, jax.device_put(make_batch(0), sharding(mesh, "batch", "seq")))
     assert SKIP_REASONS[int(metrics.reason)] == "update"

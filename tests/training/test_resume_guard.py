@@ -24,6 +24,7 @@ SECTIONS = ("lora", "model", "data", "optimizer", "training", "checkpoint", "mes
 # A value other than the default's for every field of every section; a new field wants a row here, and a thought.
 OTHER = {
     "training.spike_factor": 2.0,
+    "training.ema_decay": 0.999,
     "model.layer_pattern": ("local",),
     "model.rope_scaling": "linear",
     "model.rope_attention_factor": 2.0,
@@ -47,6 +48,7 @@ OTHER = {
     "data.deduplicate": "exact",
     "data.vocab_size": 4096,
     "model.vocab_size": 16_384,
+    "optimizer.name": "muon",
     "optimizer.schedule": "wsd",
     "optimizer.schedule_steps": 9000,
     "optimizer.decay_steps_fraction": 0.5,
@@ -73,7 +75,10 @@ OTHER = {
     "workdir": "other",
 }
 # Another value of these needs another field too.
-NOT_ALONE = {"model.rope_short_factors", "model.rope_long_factors", "model.remat_offload", "lora.rank"}
+NOT_ALONE = {
+    *("model.rope_short_factors", "model.rope_long_factors", "model.remat_offload", "lora.rank"),
+    "optimizer.adamw_learning_rate",
+}
 FREE = {
     *("model.remat_offload", "optimizer.shard_over_data", "optimizer.offload_state"),
     *("workdir", "platform", "model.dtype", "model.remat", "data.path", "data.num_processes", "data.tokens_per_shard"),
@@ -95,7 +100,8 @@ NEVER = {
     *("model.vocab_size", "model.num_layers", "model.embed_dim", "model.mlp_dim", "model.num_heads"),
     *("model.num_kv_heads", "model.head_dim", "model.layer_pattern", "model.qk_norm", "model.attention_bias"),
     *("model.tie_embeddings", "model.param_dtype", "model.norm_placement", "model.qk_norm_over"),
-    *("model.attention_output_bias", "optimizer.first_moment_dtype"),
+    *("model.attention_output_bias", "optimizer.name", "optimizer.first_moment_dtype"),
+    "training.ema_decay",
     *("lora.rank", "lora.targets", "lora.frozen"),
 }
 

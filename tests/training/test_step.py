@@ -15,7 +15,8 @@ from nextllm_jax.model.objective import Batch, make_eval_step, next_token
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.plan.collectives import collectives
 from nextllm_jax.sharding import make_mesh, sharding
-from nextllm_jax.training.optimizer import make_optimizer, schedule
+from nextllm_jax.training.optimizers import make_optimizer
+from nextllm_jax.training.schedule import schedule
 from nextllm_jax.training.state import abstract_state, create_state, shardings_of
 from nextllm_jax.training.step import make_train_step
 

@@ -1,15 +1,9 @@
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from nextllm_jax.config import LoraConfig, ModelConfig, OptimizerConfig
-from nextllm_jax.model.lora import create
-from nextllm_jax.model.transformer import abstract_params
-from nextllm_jax.training.optimizer import decay_mask, describe_warmup, make_optimizer, schedule
-from tests import reference
+from nextllm_jax.config import OptimizerConfig
+from nextllm_jax.training.schedule import describe_warmup, schedule
 
 
 def rates(steps=100, **settings):
@@ -89,38 +83,3 @@ def test_the_warmup_takes_at_most_half_of_the_schedule_and_says_so(settings, ste
     said = describe_warmup(config, steps)
     assert (said is None) == (warmup == config.warmup_steps)
     assert said is None or said.startswith(f"warming up for {warmup} steps instead of optimizer.warmup_steps 50")
-
-
-MODEL = ModelConfig(vocab_size=8, num_layers=1, embed_dim=4, mlp_dim=6, num_heads=2, num_kv_heads=1, head_dim=2,
-                    attention_bias=True, qk_norm=True)  # fmt: skip
-PARAMS = reference.random_params(nn.meta.unbox(abstract_params(MODEL)))
-
-
-@pytest.mark.parametrize("decay_embeddings", [False, True])
-def test_decay_skips_norms_and_biases_and_embeddings_by_choice(decay_embeddings):
-    config = OptimizerConfig(decay_embeddings=decay_embeddings)
-    decays = {"kernel": True, "bias": False, "scale": False, "embedding": decay_embeddings}
-    expected = jax.tree_util.tree_map_with_path(lambda path, _: decays[path[-1].key], PARAMS)
-    assert decay_mask(config, MODEL, PARAMS) == expected
-    boxed = decay_mask(config, MODEL, abstract_params(MODEL))
-    assert jax.tree.leaves(boxed) == jax.tree.leaves(expected)
-    adapters = create(LoraConfig(rank=1), abstract_params(MODEL), jax.random.key(0))
-    assert not any(jax.tree.leaves(decay_mask(config, MODEL, adapters)))
-
-
-def test_updates_equal_optax_adamw_with_clipping():
-    config = OptimizerConfig(weight_decay=0.3, clip_norm=0.5)
-    ours = make_optimizer(config, MODEL)
-    theirs = optax.chain(
-        optax.clip_by_global_norm(0.5),
-        optax.adamw(0.01, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.3, mask=lambda p: decay_mask(config, MODEL, p)),
-    )
-    our_params = their_params = PARAMS
-    our_state, their_state = ours.init(our_params), theirs.init(their_params)
-    for step in range(3):
-        gradients = jax.tree.map(lambda p, step=step: jnp.sin(p * 3 + step), PARAMS)
-        updates, our_state = ours.update(gradients, our_state, our_params)
-        our_params = optax.apply_updates(our_params, jax.tree.map(lambda u: -0.01 * u, updates))
-        updates, their_state = theirs.update(gradients, their_state, their_params)
-        their_params = optax.apply_updates(their_params, updates)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), our_params, their_params)
