@@ -1,13 +1,13 @@
 """Every setting of a run. Nothing here imports jax."""
 
 from nextllm_jax.config.model import ModelConfig
+from nextllm_jax.config.optimizer import OptimizerConfig
 from nextllm_jax.config.run import (
     CheckpointConfig,
     Config,
     DataConfig,
     LoraConfig,
     MeshConfig,
-    OptimizerConfig,
     SamplingConfig,
     TrainingConfig,
 )

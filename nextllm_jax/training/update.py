@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nextllm_jax.config.run import LARGEST_DIRECTION
+from nextllm_jax.config.optimizer import LARGEST_DIRECTION
 from nextllm_jax.model.weights import is_stacked
 from nextllm_jax.training.state import TrainState
 

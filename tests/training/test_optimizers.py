@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from nextllm_jax.config import Config, LoraConfig, ModelConfig, OptimizerConfig
-from nextllm_jax.config.run import LARGEST_DIRECTION
+from nextllm_jax.config.optimizer import LARGEST_DIRECTION
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.lora import create
 from nextllm_jax.model.transformer import abstract_params
