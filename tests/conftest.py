@@ -219,8 +219,10 @@ def any_bucket(request) -> str:
 
 
 @pytest.fixture(scope="session")
-def compilation_cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("compiled")
+def compilation_cache(tmp_path_factory, worker_id) -> Path:
+    """A directory that all workers share."""
+    base = tmp_path_factory.getbasetemp()
+    return (base if worker_id == "master" else base.parent) / "compiled"
 
 
 @pytest.fixture(scope="session")

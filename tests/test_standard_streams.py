@@ -52,6 +52,7 @@ def test_a_stream_that_is_closed_at_the_start_is_ignored(tmp_path, closed):
     assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
 
 
+@pytest.mark.slow
 def test_training_without_any_stream_ends_well(door):
     (door.directory / "data").unlink()  # that of the other tests: these are prepared, by two workers
     arguments = ("--config", "config.py", "--training.steps", "6", "--data.num-processes", "2")

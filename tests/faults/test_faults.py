@@ -248,7 +248,7 @@ PREPARE = "nextllm_jax.data.prepare"
 
 ROWS = {
     # kill -9
-    **{f"kill -9 at random, seed {seed}": Row(killed_at_random(seed), slow=seed > 0) for seed in range(20)},
+    **{f"kill -9 at random, seed {seed}": Row(killed_at_random(seed), slow=True) for seed in range(20)},
     "kill -9 before the first step": Row(killed("nextllm_jax.data.loader:TrainLoader.batches", fresh=True), slow=True),
     "kill -9 in an evaluation": Row(killed(EVALUATE), slow=True),
     "kill -9 before the arrays are written": Row(killed(SAVE), slow=True),
@@ -279,7 +279,7 @@ ROWS = {
     "a small disk": Row(tiny_disk, slow=True),
     "full disk at the arrays": Row(full_disk(SAVE), slow=True),
     "full disk at a manifest": Row(full_disk(f"{FILES}:write_manifest"), slow=True),
-    "full disk at metrics.jsonl": Row(full_disk("nextllm_jax.storage.disk:Disk.append", 3)),
+    "full disk at metrics.jsonl": Row(full_disk("nextllm_jax.storage.disk:Disk.append", 3), slow=True),
     "checkpoints removed while training": Row(checkpoints_removed, "no checkpoint in", refuses=True, slow=True),
     "run removed while training": Row(run_removed, slow=True),
     # damage to the latest checkpoint

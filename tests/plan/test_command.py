@@ -101,6 +101,7 @@ def test_a_train_step_for_four_tpus(door) -> None:
     assert values["roofline"]["ici_seconds"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.tpu
 def test_a_batch_that_no_tpu_holds_is_reported(door) -> None:
     pytest.importorskip("libtpu")
