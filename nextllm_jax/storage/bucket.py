@@ -144,12 +144,14 @@ class Bucket:
         """Write the content of a file to a local file. Raises FileNotFoundError if it is missing."""
         self._service.call(self._blob(name).download_to_filename, path, raw_download=True, checksum="crc32c")
 
-    def upload(self, name: str, path: Path) -> None:
-        """Write or replace a file with the content of a local file."""
+    def upload(self, name: str, path: Path) -> Identity:
+        """Write or replace a file with the content of a local file. Returns its identity."""
+        blob = self._blob(name)
         try:
-            self._service.call(self._blob(name).upload_from_filename, path, checksum="crc32c")
+            self._service.call(blob.upload_from_filename, path, checksum="crc32c")
         except FileNotFoundError:
             raise self._service.missing() from None
+        return _identity(blob)
 
     def matches(self, found: Identity, path: Path) -> bool:
         """Whether a file of this identity has the content of a local file, by the service's checksum."""

@@ -169,8 +169,11 @@ class BucketFiles(Protocol):
         """Delete a file, or a directory with all files below it. Nothing happens if it is missing."""
         ...
 
-    def upload(self, name: str, path: Path) -> None:
-        """Write or replace a file with the content of a local file."""
+    def upload(self, name: str, path: Path) -> Identity | None:
+        """Write or replace a file with the content of a local file.
+
+        Returns its identity; None if it was deleted meanwhile.
+        """
         ...
 
     def download(self, name: str, path: Path) -> None:

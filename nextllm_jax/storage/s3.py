@@ -147,13 +147,14 @@ class S3:
             if found == key or found.startswith(self._below(name)):
                 self._call("delete_object", Key=found)
 
-    def upload(self, name: str, path: Path) -> None:
-        """Write or replace a file with the content of a local file."""
+    def upload(self, name: str, path: Path) -> Identity | None:
+        """Write or replace a file with the content of a local file. Returns its identity, see `BucketFiles`."""
         from boto3.s3.transfer import TransferConfig
 
         config = TransferConfig(multipart_threshold=_SINGLE_PUT_BYTES, multipart_chunksize=2**26)
         with open(path, "rb") as file:
             self._call("upload_fileobj", Key=self._prefix + name, Fileobj=file, Config=config)
+        return self.identity(name)
 
     def download(self, name: str, path: Path) -> None:
         """Write the content of a file to a local file. Raises FileNotFoundError if it is missing."""

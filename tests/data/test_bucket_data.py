@@ -15,6 +15,7 @@ from nextllm_jax.data.loader import TrainLoader, validation_batches
 from nextllm_jax.data.prepare import ensure_prepared, prepare
 from nextllm_jax.data.shards import Dataset
 from nextllm_jax.errors import InputError
+from nextllm_jax.storage import s3
 from nextllm_jax.storage.open_storage import open_bucket
 from nextllm_jax.tokenizer.published import load_tokenizer
 from tests.data.test_prepare import config, contents  # noqa: F401  # config is a fixture
@@ -113,13 +114,20 @@ def test_an_interrupted_upload_continues(config, tmp_path, bucket, bucket_servic
     assert in_bucket(bucket) == contents(tmp_path / "out")
 
 
+def test_files_without_a_checksum_are_published(config, s3_bucket, monkeypatch):  # noqa: F811
+    """The entity tag of what was uploaded in parts, or is encrypted with a key, is no checksum."""
+    monkeypatch.setattr(s3, "_SINGLE_PUT_BYTES", 1000)
+    prepare(config, s3_bucket)
+    assert Dataset.open(s3_bucket, verify="full").data_id
+
+
 def test_another_process_that_writes_other_data_meanwhile(config, tmp_path, bucket, monkeypatch):  # noqa: F811
     uploaded = bucket_output._missing
 
-    def meddled(files, source, names):
+    def meddled(files, source, names, *rest):
         if files.files().keys() >= {*names}:
             files.write("train-00000.bin", b"other")
-        return uploaded(files, source, names)
+        return uploaded(files, source, names, *rest)
 
     monkeypatch.setattr(bucket_output, "_missing", meddled)
     with pytest.raises(InputError, match="another process prepares other data in gs://bucket"):

@@ -5,6 +5,9 @@ import sys
 
 import pytest
 
+from botocore.exceptions import ReadTimeoutError
+from botocore.response import StreamingBody
+
 from nextllm_jax.errors import InputError
 from nextllm_jax.storage import s3
 from nextllm_jax.storage.interface import StorageError
@@ -44,6 +47,18 @@ def test_uploads_and_downloads(any_bucket, tmp_path):
     assert not bucket.matches(found, file)
     with pytest.raises(FileNotFoundError):
         bucket.download("none", copy)
+
+
+def test_a_download_that_breaks_off_again_and_again(s3_bucket, tmp_path, monkeypatch):
+    bucket = open_bucket(s3_bucket)
+    bucket.write("file", b"content")
+
+    def cut(*_):
+        raise ReadTimeoutError(endpoint_url="s3")
+
+    monkeypatch.setattr(StreamingBody, "read", cut)
+    with pytest.raises(StorageError, match="s3://bucket could not be reached .*timeout"):
+        bucket.download("file", tmp_path / "copy")
 
 
 def test_paths_can_be_read(any_bucket):
