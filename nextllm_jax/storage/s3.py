@@ -178,11 +178,14 @@ def _identity(size: int, etag: str) -> Identity:
 @contextlib.contextmanager
 def _translating(address: str) -> Any:
     from botocore.exceptions import BotoCoreError, ClientError
+    from s3transfer.exceptions import RetriesExceededError
 
     try:
         yield
     except (BotoCoreError, ClientError) as error:
         raise _translated(error, address) from error
+    except RetriesExceededError as error:  # of a download
+        raise _translated(error.last_exception, address) from error
 
 
 def _code(error: Any) -> str:

@@ -5,9 +5,6 @@ import sys
 
 import pytest
 
-from botocore.exceptions import ReadTimeoutError
-from botocore.response import StreamingBody
-
 from nextllm_jax.errors import InputError
 from nextllm_jax.storage import s3
 from nextllm_jax.storage.interface import StorageError
@@ -50,10 +47,13 @@ def test_uploads_and_downloads(any_bucket, tmp_path):
 
 
 def test_a_download_that_breaks_off_again_and_again(s3_bucket, tmp_path, monkeypatch):
+    from botocore.exceptions import ReadTimeoutError
+    from botocore.response import StreamingBody
+
     bucket = open_bucket(s3_bucket)
     bucket.write("file", b"content")
 
-    def cut(*_):
+    def cut(*_, **__):
         raise ReadTimeoutError(endpoint_url="s3")
 
     monkeypatch.setattr(StreamingBody, "read", cut)
