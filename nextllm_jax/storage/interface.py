@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from nextllm_jax.errors import InputError
+from nextllm_jax.errors import EXIT_FAILED, InputError
 
 CONNECTIONS = 64
 """Maximum number of simultaneous requests of a process to a bucket."""
@@ -16,6 +16,12 @@ CONNECTIONS = 64
 
 class StorageError(InputError, OSError):
     """A bucket that cannot be used, or cannot be used now. The message says why and how to fix it, in one line."""
+
+
+class StorageUnavailable(StorageError):
+    """A service that fails or cannot be reached. The same command may succeed later."""
+
+    exit_code = EXIT_FAILED
 
 
 class Identity(NamedTuple):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nextllm_jax.errors import InputError
-from nextllm_jax.storage.interface import CONNECTIONS, Identity, StorageError
+from nextllm_jax.storage.interface import CONNECTIONS, Identity, StorageError, StorageUnavailable
 
 SCHEME = "s3://"
 _ATTEMPTS = 10
@@ -213,9 +213,9 @@ def _translated(error: Exception, address: str) -> OSError:
             return StorageError(
                 f"no permission for {address} ({code}); allow s3:ListBucket, s3:GetObject, s3:PutObject"
             )
-        return StorageError(f"a request for {address} failed (HTTP {status}, {code}); try again later")
+        return StorageUnavailable(f"a request for {address} failed (HTTP {status}, {code}); try again later")
     if isinstance(error, exceptions.EndpointConnectionError | exceptions.HTTPClientError):
-        return StorageError(f"{address} could not be reached ({text}); check the network and AWS_ENDPOINT_URL")
+        return StorageUnavailable(f"{address} could not be reached ({text}); check the network and AWS_ENDPOINT_URL")
     if "redential" in type(error).__name__ or "Token" in type(error).__name__ or "Profile" in type(error).__name__:
         return _no_credentials(text)
     return StorageError(f"a request for {address} failed ({text})")

@@ -53,11 +53,12 @@ def test_a_download_that_breaks_off_again_and_again(s3_bucket, tmp_path, monkeyp
     bucket = open_bucket(s3_bucket)
     bucket.write("file", b"content")
 
-    def cut(*_, **__):
+    def cut(body, **_):
+        body.close()
         raise ReadTimeoutError(endpoint_url="s3")
 
     monkeypatch.setattr(StreamingBody, "read", cut)
-    with pytest.raises(StorageError, match="s3://bucket could not be reached .*timeout"):
+    with pytest.raises(StorageError, match=r"s3://bucket could not be reached .*timeout"):
         bucket.download("file", tmp_path / "copy")
 
 
