@@ -14,6 +14,7 @@ from nextllm_jax.checkpoint.saved_steps import DamagedCheckpoint
 from nextllm_jax.checkpoint.verify import check_steps, find_steps
 from nextllm_jax.errors import RunFailed
 from nextllm_jax.storage import service
+from nextllm_jax.storage.interface import StorageError
 from nextllm_jax.storage.open_storage import open_storage
 from tests.checkpoint.tree import abstract, save, tree
 from tests.faults.bucket_proxy import Fault
@@ -182,6 +183,12 @@ def test_a_save_that_fails_keeps_the_step_before(saved, bucket_service, monkeypa
         save(checkpoints, 3)
     assert "\n" not in str(error.value)
     assert states(saved) == {"1": "ok", "2": "ok"}
+
+
+def test_a_bucket_that_cannot_be_read_is_no_bucket_without_losses(saved, bucket_service):
+    unreadable = Fault("GET .*manifest.json.*alt=media", 403, count=9)
+    with bucket_service.failing(unreadable), pytest.raises(StorageError, match="no permission for gs://bucket"):
+        Checkpoints(saved).best_step()
 
 
 def test_a_process_that_lost_its_lease_neither_commits_nor_deletes(bucket):
