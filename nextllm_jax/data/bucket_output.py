@@ -55,7 +55,7 @@ def publish_in_bucket(source: Path, output: epath.Path, *, overwrite: bool) -> N
         bucket.write(SETTINGS, ours[SETTINGS])
     if bucket.create(SETTINGS, ours[SETTINGS]) is None and bucket.read(SETTINGS) != ours[SETTINGS]:
         raise _written_by_others(output)
-    for name in bucket.files().keys() - {*names}:
+    for name in filter(re.compile(_NAME).fullmatch, bucket.files().keys() - {*names}):  # others came meanwhile
         bucket.delete(name)
     names.remove(INDEX)
     missing = _missing(bucket, source, names, {})

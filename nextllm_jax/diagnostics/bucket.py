@@ -27,7 +27,8 @@ Finding = tuple[str, Status]
 def check_run(workdir: str) -> Iterator[Finding]:
     """Whether a run in a bucket can do there what it needs. Writes a file next to its directory and deletes it."""
     name, file = _bucket(workdir), "file"
-    probe = open_storage(f"{workdir.rstrip('/')}.doctor-{uuid.uuid4().hex[:12]}")
+    directory = workdir.removeprefix(f"gs://{name}").strip("/")
+    probe = open_storage(f"gs://{name}/{directory}.doctor-{uuid.uuid4().hex[:12]}")
     try:
         probe.names()
         yield f"gs://{name} exists, and files can be listed", "ok"

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nextllm_jax.errors import InputError
 from nextllm_jax.storage.appends import Appends
 from nextllm_jax.storage.interface import Identity, StorageError
 from nextllm_jax.storage.lease import Lease
@@ -37,8 +36,6 @@ class Bucket:
 
     def __init__(self, address: str) -> None:
         bucket, _, directory = address.removeprefix(SCHEME).partition("/")
-        if not bucket:
-            raise InputError(f"{address} names no bucket; give gs://BUCKET/DIRECTORY")
         self._address = f"{SCHEME}{bucket}/{directory}".rstrip("/")
         self._service, self._name = _service(bucket), bucket
         self._prefix = f"{directory.strip('/')}/" if directory.strip("/") else ""

@@ -41,8 +41,6 @@ class S3:
 
     def __init__(self, address: str) -> None:
         self._bucket, _, directory = address.removeprefix(SCHEME).partition("/")
-        if not self._bucket:
-            raise InputError(f"{address} names no bucket; give s3://BUCKET/DIRECTORY")
         self._prefix = f"{directory.strip('/')}/" if directory.strip("/") else ""
 
     def _call(self, method: str, **options: Any) -> Any:

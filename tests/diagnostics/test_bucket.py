@@ -33,7 +33,8 @@ def service(bucket_service):
 
 
 def test_a_sound_bucket(service, bucket):
-    assert list(checks.check_run(bucket)) == [(message, "ok") for message in SOUND]
+    for address in (bucket, "gs://bucket", "gs://bucket/"):
+        assert list(checks.check_run(address)) == [(message, "ok") for message in SOUND]
     assert open_storage(bucket).names() == []
     assert not any(".doctor-" in name for name in open_storage("gs://bucket").names())
 

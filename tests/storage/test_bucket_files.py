@@ -97,7 +97,10 @@ def test_a_bucket_that_cannot_be_used_is_named(s3_service, monkeypatch, environm
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("address", "says"), [("s3:///data", "names no bucket"), ("az://b/d", "nor s3://BUCKET")])
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [("s3:///d", "names no bucket"), ("s3://a b/d", "names no bucket"), ("az://b/d", "nor s3://BUCKET")],
+)
 def test_addresses_that_are_refused(s3_service, address, says):
     with pytest.raises(InputError, match=says):
         open_bucket(address)

@@ -153,6 +153,10 @@ def test_a_bucket_that_cannot_be_used_is_named(bucket, bucket_service, monkeypat
     [
         ("gs://no-such-bucket/run", "bucket gs://no-such-bucket does not exist"),
         ("gs:///run", "names no bucket"),
+        ("gs://<bucket>/run", "names no bucket"),
+        ("gs:/bucket/run", "is neither a local path nor gs://BUCKET/DIRECTORY"),
+        ("gs://bucket/runs//a", "has an empty part"),  # else its lease would not protect gs://bucket/runs/a
+        ("gs://bucket/runs/../a", "has an empty part, '.' or '..'"),
         ("az://bucket/run", "is neither a local path nor gs://BUCKET/DIRECTORY"),
         ("s3://bucket/run", "s3://bucket/run cannot be a run: orbax writes no checkpoints to S3"),
     ],
