@@ -73,7 +73,7 @@ def _require_bucket(address: str) -> None:
     bucket, _, directory = address[len(_GCS) :].partition("/")
     if not _BUCKET.fullmatch(bucket):
         raise InputError(
-            f"{address} names no bucket; give {address[: len(_GCS)]}BUCKET/DIRECTORY, where BUCKET consists of letters, "
+            f"{address} names no bucket; give {address[: len(_GCS)]}BUCKET/DIRECTORY, where BUCKET has letters, "
             "digits, '-', '_' and '.'"
         )
     if {"", ".", ".."} & {*directory.rstrip("/").split("/")} and directory.rstrip("/"):
