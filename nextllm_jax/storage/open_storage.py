@@ -32,6 +32,8 @@ def open_storage(path: str | os.PathLike[str]) -> Storage:
             "gs://BUCKET/DIRECTORY (data, imported models and exports may be in s3://)"
         )
     _require_bucket(address)
+    if special := {*"#?%"} & {*address}:
+        raise InputError(f"{address} cannot be a run: orbax takes '{min(special)}' for a part of a URL; leave it out")
     from nextllm_jax.storage.bucket import Bucket  # imports the client only for an address
 
     return Bucket(address)

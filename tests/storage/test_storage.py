@@ -155,6 +155,7 @@ def test_a_bucket_that_cannot_be_used_is_named(bucket, bucket_service, monkeypat
         ("gs:///run", "names no bucket"),
         ("gs://<bucket>/run", "names no bucket"),
         ("gs:/bucket/run", "is neither a local path nor gs://BUCKET/DIRECTORY"),
+        ("gs://bucket/run#1", "gs://bucket/run#1 cannot be a run: orbax takes '#' for a part of a URL"),
         ("gs://bucket/runs//a", "has an empty part"),  # else its lease would not protect gs://bucket/runs/a
         ("gs://bucket/runs/../a", "has an empty part, '.' or '..'"),
         ("az://bucket/run", "is neither a local path nor gs://BUCKET/DIRECTORY"),
