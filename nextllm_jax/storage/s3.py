@@ -211,7 +211,9 @@ def _translated(error: Exception, address: str) -> OSError:
             return StorageError(
                 f"no permission for {address} ({code}); allow s3:ListBucket, s3:GetObject, s3:PutObject"
             )
-        return StorageUnavailable(f"a request for {address} failed (HTTP {status}, {code}); try again later")
+        if status == 429 or status >= 500:
+            return StorageUnavailable(f"{address} failed again and again (HTTP {status}, {code}); try again later")
+        return StorageError(f"a request for {address} failed (HTTP {status}, {code})")
     if isinstance(error, exceptions.EndpointConnectionError | exceptions.HTTPClientError):
         return StorageUnavailable(f"{address} could not be reached ({text}); check the network and AWS_ENDPOINT_URL")
     if "redential" in type(error).__name__ or "Token" in type(error).__name__ or "Profile" in type(error).__name__:
