@@ -77,7 +77,7 @@ class SavedSteps:
                 raise
             except InputError as error:
                 # No warning if a training process has just deleted it.
-                if self.path(step).exists() and jax.process_index() == 0:
+                if step_files.is_saved(self.path(step)) and jax.process_index() == 0:
                     self._warn_once(self.path(step), str(error))
         return losses
 

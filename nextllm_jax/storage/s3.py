@@ -32,8 +32,11 @@ def client() -> Any:
         ) from error
     retries: Any = {"mode": "standard", "total_max_attempts": _ATTEMPTS}
     settings = Config(retries=retries, connect_timeout=5, read_timeout=30, max_pool_connections=CONNECTIONS)
-    with _translating(SCHEME):
-        return boto3.Session().client("s3", config=settings)  # not the default one, which keeps its credentials
+    try:
+        with _translating(SCHEME):
+            return boto3.Session().client("s3", config=settings)  # not the default one, which keeps its credentials
+    except ValueError as error:
+        raise StorageError(f"{error}; AWS_ENDPOINT_URL must begin with http:// or https://") from error
 
 
 class S3:

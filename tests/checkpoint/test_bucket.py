@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from nextllm_jax.checkpoint import step_files
+from nextllm_jax.checkpoint import saved_steps, step_files, verify
 from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.checkpoint.saved_steps import DamagedCheckpoint
@@ -65,6 +65,23 @@ def test_what_is_kept(bucket):
     assert {name.split("/")[0] for name in objects if name != "manifest.json"} == {
         json.loads(open_storage(bucket).read("5/manifest.json"))["manifest"]["prefix"]
     }
+
+
+@pytest.mark.parametrize(("module", "function"), [(verify, "_check_step"), (saved_steps, "read_manifest")])
+def test_a_step_that_a_training_deletes_meanwhile_is_not_damaged(saved, messages, monkeypatch, module, function):
+    """Its manifest is deleted before its other files."""
+    original = getattr(module, function)
+
+    def late(path, *arguments):
+        (path / "manifest.json").unlink(missing_ok=True)
+        return original(path, *arguments)
+
+    monkeypatch.setattr(module, function, late)
+    if module is verify:
+        assert states(f"{saved}/1") == {}
+    else:
+        assert Checkpoints(saved).best_step() is None
+    assert not messages.messages
 
 
 def test_a_step_without_its_manifest_does_not_exist(saved):

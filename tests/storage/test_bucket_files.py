@@ -80,6 +80,7 @@ def test_paths_can_be_read(any_bucket):
     [
         ({}, "bucket s3://no-such-bucket does not exist"),
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, "s3://no-such-bucket could not be reached .*AWS_ENDPOINT_URL"),
+        ({"AWS_ENDPOINT_URL": "localhost:9000"}, "localhost:9000; AWS_ENDPOINT_URL must begin with http://"),
         ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "no valid AWS credentials .*aws configure"),
         ({"AWS_PROFILE": "nobody"}, r"no valid AWS credentials \(.*nobody.*\)"),
     ],
