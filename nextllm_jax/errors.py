@@ -9,8 +9,10 @@ EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 75
 class InputError(Exception):
     """Bad input. The message names the file or the field, and the fix, in one line.
 
-    The command line prints the message without a traceback and exits 2.
+    The command line prints the message without a traceback and exits with `exit_code`.
     """
+
+    exit_code = EXIT_BAD_INPUT
 
 
 class RunFailed(Exception):

@@ -13,6 +13,7 @@ from nextllm_jax.checkpoint.leaves import leaves_of, mismatch
 from nextllm_jax.checkpoint.manifest import MANIFEST, DamagedFile, UnknownManifest, read_manifest
 from nextllm_jax.checkpoint.verified_read import DamagedItem, UnreadableItem, read_item
 from nextllm_jax.errors import InputError
+from nextllm_jax.storage.interface import StorageError
 from nextllm_jax.storage.open_storage import as_path
 
 _log = logging.getLogger(__name__)
@@ -72,9 +73,11 @@ class SavedSteps:
         for step in self.steps():
             try:
                 losses[step] = self.validation_loss(step)
+            except StorageError:  # else several processes would know different steps
+                raise
             except InputError as error:
                 # No warning if a training process has just deleted it.
-                if self.path(step).exists() and jax.process_index() == 0:
+                if step_files.is_saved(self.path(step)) and jax.process_index() == 0:
                     self._warn_once(self.path(step), str(error))
         return losses
 
@@ -98,6 +101,8 @@ class SavedSteps:
             raise InputError(self._unusable(step, f"cannot be read ({error})")) from error
         except DamagedFile as damage:
             raise DamagedCheckpoint(step, self._unusable(step, f"is damaged ({damage})")) from damage
+        except StorageError:  # of the bucket, not of this step
+            raise
         except OSError as error:
             cause = f"cannot be read ({MANIFEST}: {orbax_errors.cause(error)})"
             raise InputError(self._unusable(step, cause)) from error

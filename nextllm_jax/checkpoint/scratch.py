@@ -33,9 +33,9 @@ def _entries(checkpoints: epath.Path) -> list[dict[str, str]]:
     if _FILE not in storage.names():
         return []
     try:
-        return json.loads(storage.read(_FILE))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{checkpoints / _FILE} is not JSON; restore it, or delete it") from error
+        return [{name: str(each[name]) for name in ("directory", "of")} for each in json.loads(storage.read(_FILE))]
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{checkpoints / _FILE} is damaged; restore it, or delete it") from error
 
 
 def require_usable(checkpoints: epath.Path, scratch: str | None) -> None:

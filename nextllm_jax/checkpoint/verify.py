@@ -120,7 +120,7 @@ def check_steps(paths: Iterable[epath.Path], progress: step_files.Progress | Non
             yield StepReport(path, "unfinished")
         elif step_files.is_set_aside(path):
             yield StepReport(path, "set aside")
-        elif (report := _check_step(path, progress)) and path.exists():
+        elif (report := _check_step(path, progress)) and step_files.is_saved(path):
             yield dataclasses.replace(report, marks=marks.get(path, ()))
 
 

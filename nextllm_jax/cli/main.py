@@ -45,7 +45,8 @@ def run_main(command: Callable[[list[str]], int]) -> NoReturn:
     """Run a command with the arguments of the command line, and exit with its exit code.
 
     - Bad input, such as a path that is too long, gives a one-line error and exit code 2.
-    - A failure of the machine, such as a full disk, gives a one-line error and exit code 1.
+    - A failure of the machine, such as a full disk or a bucket that cannot be reached, gives a one-line error and exit
+      code 1.
     - Ctrl-C gives exit code 130.
     - Any other exception is a bug and keeps its traceback.
     """
@@ -58,7 +59,7 @@ def run_main(command: Callable[[list[str]], int]) -> NoReturn:
         code = command(sys.argv[1:])
         sys.stdout.flush()
     except InputError as error:
-        message, code = str(error), EXIT_BAD_INPUT
+        message, code = str(error), error.exit_code
     except RunFailed as error:
         message, code = str(error), EXIT_BAD_INPUT if _is_bad_path(error.__cause__) else EXIT_FAILED
     except BrokenPipeError:

@@ -14,7 +14,7 @@ from etils import epath
 from nextllm_jax.data.data_directory import INDEX, SETTINGS, is_prepared, read_settings
 from nextllm_jax.errors import InputError
 from nextllm_jax.progress import progress_bar
-from nextllm_jax.storage.interface import BucketFiles
+from nextllm_jax.storage.interface import BucketFiles, Identity
 from nextllm_jax.storage.open_storage import open_bucket
 
 _UPLOADS = 8
@@ -55,22 +55,26 @@ def publish_in_bucket(source: Path, output: epath.Path, *, overwrite: bool) -> N
         bucket.write(SETTINGS, ours[SETTINGS])
     if bucket.create(SETTINGS, ours[SETTINGS]) is None and bucket.read(SETTINGS) != ours[SETTINGS]:
         raise _written_by_others(output)
-    for name in bucket.files().keys() - {*names}:
+    for name in filter(re.compile(_NAME).fullmatch, bucket.files().keys() - {*names}):  # others came meanwhile
         bucket.delete(name)
     names.remove(INDEX)
-    missing = _missing(bucket, source, names)
+    missing = _missing(bucket, source, names, {})
     with concurrent.futures.ThreadPoolExecutor(_UPLOADS) as pool:
         done = pool.map(lambda name: bucket.upload(name, source / name), missing)
-        for _ in progress_bar(done, desc=f"uploading to {output}", total=len(missing), unit=" files"):
-            pass
-    if _missing(bucket, source, names) or bucket.create(INDEX, ours[INDEX]) is None:
+        done = progress_bar(done, desc=f"uploading to {output}", total=len(missing), unit=" files")
+        uploaded = dict(zip(missing, done, strict=True))
+    if _missing(bucket, source, names, uploaded) or bucket.create(INDEX, ours[INDEX]) is None:
         raise _written_by_others(output)
 
 
-def _missing(bucket: BucketFiles, source: Path, names: list[str]) -> list[str]:
-    """The files that are not in the bucket with the same content."""
+def _missing(bucket: BucketFiles, source: Path, names: list[str], uploaded: dict[str, Identity | None]) -> list[str]:
+    """The files that are in the bucket neither as `uploaded` nor with the same content."""
     found = bucket.files()
-    return [name for name in names if name not in found or not bucket.matches(found[name], source / name)]
+
+    def is_there(name: str) -> bool:
+        return name in found and (found[name] == uploaded.get(name) or bucket.matches(found[name], source / name))
+
+    return [name for name in names if not is_there(name)]
 
 
 def _written_by_others(output: epath.Path) -> InputError:

@@ -90,7 +90,7 @@ def _concerns(error: OSError, output: Path) -> bool:
 
 
 @contextlib.contextmanager
-def claimed(partial: Path, output: Path, *, wait: bool = False) -> Iterator[None]:
+def claimed(partial: Path, output: DataPath, *, wait: bool = False) -> Iterator[None]:
     """A context that holds a lock on the partial directory. It creates the directory, and removes it if it is empty.
 
     If another process holds the lock, this waits until that process finishes or dies, or raises InputError without
@@ -106,7 +106,7 @@ def claimed(partial: Path, output: Path, *, wait: bool = False) -> Iterator[None
         os.close(handle)
 
 
-def _claim(partial: Path, output: Path, wait: bool) -> int:
+def _claim(partial: Path, output: DataPath, wait: bool) -> int:
     """An open handle of the partial directory, which is locked until the handle is closed.
 
     The process that held the lock may have renamed the directory to `output`, so the locked directory may no longer be

@@ -128,14 +128,21 @@ def prepare(config: DataConfig, output: DataPath, *, overwrite: bool = False, wa
 
 def _prepare_in_bucket(config: DataConfig, output: epath.Path, overwrite: bool) -> None:
     settings = data_settings(config)
-    check_bucket(output, settings, overwrite)
     name = hashlib.sha256(json.dumps([str(output), settings], sort_keys=True).encode()).hexdigest()[:16]
-    local = Path(config.cache_dir or cache_directory()) / "uploads" / name
-    if not is_prepared(local):
-        _log.info("preparing %s in %s", output, local)
-        _prepare_on_disk(config, local, overwrite=False, wait=False)
-    publish_in_bucket(local, output, overwrite=overwrite)
-    shutil.rmtree(local)
+    top = Path(config.cache_dir or cache_directory()) / "uploads" / name
+    local, uploaded = top / "data", top / "uploaded"
+    with writing(top), claimed(top, output):
+        if not overwrite and _is_prepared_already(config, output):  # by another process, meanwhile
+            return
+        check_bucket(output, settings, overwrite)
+        if uploaded.exists():
+            shutil.rmtree(uploaded)
+        if not is_prepared(local):
+            _log.info("preparing %s in %s", output, local)
+            _prepare_on_disk(config, local, overwrite=False, wait=False)
+        publish_in_bucket(local, output, overwrite=overwrite)
+        local.rename(uploaded)  # if this process is killed while it deletes, the rest is not uploaded again
+        shutil.rmtree(uploaded)
     _log_counts(output)
 
 

@@ -69,7 +69,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 def data_path(path: str | os.PathLike[str]) -> DataPath:
     """A path or an address as a path object. Raises InputError for an address that is not supported."""
-    address = re.sub(r"^([a-z0-9]+):/+", r"\1://", os.fspath(path))  # Path("gs://bucket") is "gs:/bucket"
+    address = re.sub(r"^([a-z0-9]+):/(?!/)", r"\1://", os.fspath(path))  # Path("gs://bucket") is "gs:/bucket"
     return as_path(address) if is_address(address) else Path(path)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from nextllm_jax.diagnostics.machine import Status
 from nextllm_jax.storage.interface import Identity, StorageError
-from nextllm_jax.storage.open_storage import open_storage
+from nextllm_jax.storage.open_storage import open_bucket, open_storage
 from nextllm_jax.storage.service import Service, client
 
 _PRODUCT_FILE = Path("/sys/class/dmi/id/product_name")
@@ -27,7 +27,8 @@ Finding = tuple[str, Status]
 def check_run(workdir: str) -> Iterator[Finding]:
     """Whether a run in a bucket can do there what it needs. Writes a file next to its directory and deletes it."""
     name, file = _bucket(workdir), "file"
-    probe = open_storage(f"{workdir.rstrip('/')}.doctor-{uuid.uuid4().hex[:12]}")
+    directory = workdir.removeprefix(f"gs://{name}").strip("/")
+    probe = open_storage(f"gs://{name}/{directory}.doctor-{uuid.uuid4().hex[:12]}")
     try:
         probe.names()
         yield f"gs://{name} exists, and files can be listed", "ok"
@@ -47,14 +48,11 @@ def check_run(workdir: str) -> Iterator[Finding]:
 
 
 def check_data(path: str) -> Iterator[Finding]:
-    """Whether prepared data in a bucket can be read."""
-    storage = open_storage(path)
-    files = storage.files()
-    if not files:
-        yield f"data.path {path} holds no files; prepare it with nextllm prepare --output {path}", "PROBLEM"
-        return
-    storage.read_range(min(files, key=lambda file: files[file].size), 0, 1)
-    yield f"{path} can be read", "ok"
+    """Whether the files of data in a bucket can be read, if there are any."""
+    bucket = open_bucket(path)
+    if files := bucket.files():
+        bucket.read_range(min(files, key=lambda file: files[file].size), 0, 1)
+        yield f"{path} can be read", "ok"
 
 
 def _bucket(address: str) -> str:

@@ -28,7 +28,7 @@ from nextllm_jax.diagnostics.machine import Status
 from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.pretrained.init_from import require_tokenizer
 from nextllm_jax.pretrained.source import Source
-from nextllm_jax.storage.open_storage import open_storage
+from nextllm_jax.storage.open_storage import is_address
 from nextllm_jax.tokenizer.published import KNOWN_ENCODINGS, files_to_fetch
 from nextllm_jax.training.open_run import require_startable
 from nextllm_jax.training.resume_guard import allowed_fields, recorded_data, require_same_data, with_recorded_data
@@ -115,7 +115,7 @@ def diagnose(
                     report.add("run", f"changed: {change}", "warning")
         has_run = report.passed("run") and report.passed("bucket")
         with report.check("data"):
-            if config.data.path and not open_storage(config.data.path).is_local:
+            if config.data.path and is_address(config.data.path):
                 report.add_all("data", bucket.check_data(config.data.path))
             data.find(RunDir(workdir_of(config)), overwrite or not report.passed("bucket"), allow_change)
         with report.check("data"):

@@ -205,7 +205,7 @@ class ProcessGroup:
 
     def _fail(self, error: BaseException) -> None:
         """Send the others the error of this process, and make sure that this process exits."""
-        code = EXIT_BAD_INPUT if isinstance(error, InputError) else EXIT_FAILED
+        code = error.exit_code if isinstance(error, InputError) else EXIT_FAILED
         known = isinstance(error, InputError | RunFailed)
         sentence = str(error) if known else f"{type(error).__name__} ({' '.join(str(error).split())[:200]})"
         with self._changed:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nextllm_jax.errors import InputError
 from nextllm_jax.storage.appends import Appends
 from nextllm_jax.storage.interface import Identity, StorageError
 from nextllm_jax.storage.lease import Lease
@@ -37,8 +36,6 @@ class Bucket:
 
     def __init__(self, address: str) -> None:
         bucket, _, directory = address.removeprefix(SCHEME).partition("/")
-        if not bucket:
-            raise InputError(f"{address} names no bucket; give gs://BUCKET/DIRECTORY")
         self._address = f"{SCHEME}{bucket}/{directory}".rstrip("/")
         self._service, self._name = _service(bucket), bucket
         self._prefix = f"{directory.strip('/')}/" if directory.strip("/") else ""
@@ -144,12 +141,14 @@ class Bucket:
         """Write the content of a file to a local file. Raises FileNotFoundError if it is missing."""
         self._service.call(self._blob(name).download_to_filename, path, raw_download=True, checksum="crc32c")
 
-    def upload(self, name: str, path: Path) -> None:
-        """Write or replace a file with the content of a local file."""
+    def upload(self, name: str, path: Path) -> Identity:
+        """Write or replace a file with the content of a local file. Returns its identity."""
+        blob = self._blob(name)
         try:
-            self._service.call(self._blob(name).upload_from_filename, path, checksum="crc32c")
+            self._service.call(blob.upload_from_filename, path, checksum="crc32c")
         except FileNotFoundError:
             raise self._service.missing() from None
+        return _identity(blob)
 
     def matches(self, found: Identity, path: Path) -> bool:
         """Whether a file of this identity has the content of a local file, by the service's checksum."""

@@ -10,11 +10,12 @@ from nextllm_jax.storage.disk import Disk
 from nextllm_jax.storage.interface import BucketFiles, Storage
 
 _GCS, _S3 = "gs://", "s3://"
+_BUCKET = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]*[a-zA-Z0-9]")
 
 
 def is_address(path: str | os.PathLike[str]) -> bool:
     """Whether a path is an address, such as gs://bucket/data, and not one in the file system."""
-    return re.match(r"[a-z][a-z0-9]+:/", os.fspath(path)) is not None  # Path("gs://bucket") is "gs:/bucket"
+    return re.match(r"[a-zA-Z][a-zA-Z0-9]+:/", os.fspath(path)) is not None  # Path("gs://bucket") is "gs:/bucket"
 
 
 def open_storage(path: str | os.PathLike[str]) -> Storage:
@@ -23,7 +24,7 @@ def open_storage(path: str | os.PathLike[str]) -> Storage:
     Raises InputError for an address that is not supported, and if the package that it needs is not installed.
     """
     address = os.fspath(path)
-    if "://" not in address:
+    if not is_address(address):
         return Disk(address)
     if address.startswith(_S3):
         raise InputError(
@@ -31,6 +32,8 @@ def open_storage(path: str | os.PathLike[str]) -> Storage:
             "gs://BUCKET/DIRECTORY (data, imported models and exports may be in s3://)"
         )
     _require_bucket(address)
+    if special := {*"#?%"} & {*address}:
+        raise InputError(f"{address} cannot be a run: orbax takes '{min(special)}' for a part of a URL; leave it out")
     from nextllm_jax.storage.bucket import Bucket  # imports the client only for an address
 
     return Bucket(address)
@@ -47,7 +50,7 @@ def open_bucket(address: str | os.PathLike[str]) -> BucketFiles:
 def as_path(path: str | os.PathLike[str]) -> epath.Path:
     """The path as an object that has the methods of pathlib.Path, for a bucket too. Raises as `open_storage` does."""
     address = os.fspath(path)
-    if "://" in address:
+    if is_address(address):
         _require_bucket(address)
         from nextllm_jax.storage import bucket_path  # noqa: F401  # registers the paths of buckets
     return epath.Path(address)
@@ -69,4 +72,12 @@ def _require_bucket(address: str) -> None:
             f"{address} is neither a local path nor gs://BUCKET/DIRECTORY nor s3://BUCKET/DIRECTORY; copy it to this "
             "machine and give its path"
         )
+    bucket, _, directory = address[len(_GCS) :].partition("/")
+    if not _BUCKET.fullmatch(bucket):
+        raise InputError(
+            f"{address} names no bucket; give {address[: len(_GCS)]}BUCKET/DIRECTORY, where BUCKET has letters, "
+            "digits, '-', '_' and '.'"
+        )
+    if {"", ".", ".."} & {*directory.rstrip("/").split("/")} and directory.rstrip("/"):
+        raise InputError(f"{address} has an empty part, '.' or '..', which buckets do not resolve; give its plain form")
     client()

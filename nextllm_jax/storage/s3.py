@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nextllm_jax.errors import InputError
-from nextllm_jax.storage.interface import CONNECTIONS, Identity, StorageError
+from nextllm_jax.storage.interface import CONNECTIONS, Identity, StorageError, StorageUnavailable
 
 SCHEME = "s3://"
 _ATTEMPTS = 10
@@ -32,8 +32,11 @@ def client() -> Any:
         ) from error
     retries: Any = {"mode": "standard", "total_max_attempts": _ATTEMPTS}
     settings = Config(retries=retries, connect_timeout=5, read_timeout=30, max_pool_connections=CONNECTIONS)
-    with _translating(SCHEME):
-        return boto3.Session().client("s3", config=settings)  # not the default one, which keeps its credentials
+    try:
+        with _translating(SCHEME):
+            return boto3.Session().client("s3", config=settings)  # not the default one, which keeps its credentials
+    except ValueError as error:
+        raise StorageError(f"{error}; AWS_ENDPOINT_URL must begin with http:// or https://") from error
 
 
 class S3:
@@ -41,8 +44,6 @@ class S3:
 
     def __init__(self, address: str) -> None:
         self._bucket, _, directory = address.removeprefix(SCHEME).partition("/")
-        if not self._bucket:
-            raise InputError(f"{address} names no bucket; give s3://BUCKET/DIRECTORY")
         self._prefix = f"{directory.strip('/')}/" if directory.strip("/") else ""
 
     def _call(self, method: str, **options: Any) -> Any:
@@ -147,13 +148,14 @@ class S3:
             if found == key or found.startswith(self._below(name)):
                 self._call("delete_object", Key=found)
 
-    def upload(self, name: str, path: Path) -> None:
-        """Write or replace a file with the content of a local file."""
+    def upload(self, name: str, path: Path) -> Identity | None:
+        """Write or replace a file with the content of a local file. Returns its identity, see `BucketFiles`."""
         from boto3.s3.transfer import TransferConfig
 
         config = TransferConfig(multipart_threshold=_SINGLE_PUT_BYTES, multipart_chunksize=2**26)
         with open(path, "rb") as file:
             self._call("upload_fileobj", Key=self._prefix + name, Fileobj=file, Config=config)
+        return self.identity(name)
 
     def download(self, name: str, path: Path) -> None:
         """Write the content of a file to a local file. Raises FileNotFoundError if it is missing."""
@@ -177,11 +179,14 @@ def _identity(size: int, etag: str) -> Identity:
 @contextlib.contextmanager
 def _translating(address: str) -> Any:
     from botocore.exceptions import BotoCoreError, ClientError
+    from s3transfer.exceptions import RetriesExceededError
 
     try:
         yield
     except (BotoCoreError, ClientError) as error:
         raise _translated(error, address) from error
+    except RetriesExceededError as error:  # of a download
+        raise _translated(error.last_exception, address) from error
 
 
 def _code(error: Any) -> str:
@@ -209,9 +214,11 @@ def _translated(error: Exception, address: str) -> OSError:
             return StorageError(
                 f"no permission for {address} ({code}); allow s3:ListBucket, s3:GetObject, s3:PutObject"
             )
-        return StorageError(f"a request for {address} failed (HTTP {status}, {code}); try again later")
+        if status == 429 or status >= 500:
+            return StorageUnavailable(f"{address} failed again and again (HTTP {status}, {code}); try again later")
+        return StorageError(f"a request for {address} failed (HTTP {status}, {code})")
     if isinstance(error, exceptions.EndpointConnectionError | exceptions.HTTPClientError):
-        return StorageError(f"{address} could not be reached ({text}); check the network and AWS_ENDPOINT_URL")
+        return StorageUnavailable(f"{address} could not be reached ({text}); check the network and AWS_ENDPOINT_URL")
     if "redential" in type(error).__name__ or "Token" in type(error).__name__ or "Profile" in type(error).__name__:
         return _no_credentials(text)
     return StorageError(f"a request for {address} failed ({text})")

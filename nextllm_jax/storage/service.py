@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from nextllm_jax.errors import InputError
 from nextllm_jax.storage import costs
-from nextllm_jax.storage.interface import CONNECTIONS, StorageError
+from nextllm_jax.storage.interface import CONNECTIONS, StorageError, StorageUnavailable
 
 FIRST_LIMIT_SECONDS = 15.0
 """Time limit of a request until the first one succeeds: a wrong address or missing network is reported soon."""
@@ -127,8 +127,8 @@ class Service:
         if not _is_transient(error):
             return StorageError(f"a request for {self.address} failed ({type(error).__name__}: {_message(error)})")
         if isinstance(error, exceptions.GoogleAPICallError):
-            return StorageError(f"{self.address} failed for {limit:.0f} s ({_message(error)}); try again later")
-        return StorageError(
+            return StorageUnavailable(f"{self.address} failed for {limit:.0f} s ({_message(error)}); try again later")
+        return StorageUnavailable(
             f"{self.address} could not be reached for {limit:.0f} s ({type(error).__name__} at {where}); check the "
             "network"
         )

@@ -85,8 +85,8 @@ class CompiledPrograms(Hook):
             size += found.size
             if size > MOST_BYTES or self._ended():
                 break
-            if not (local / name).exists():
-                _write(local / name, storage.read(name))
+            if not (local / name).exists() and (content := storage.read(name)):  # empty if it was just deleted
+                _write(local / name, content)
                 count += 1
         if count:
             _log.info(f"fetched {count} compiled programs of earlier starts")

@@ -16,6 +16,7 @@ from nextllm_jax.config import Config
 from nextllm_jax.config.files import workdir_of
 from nextllm_jax.distributed.process_group import ProcessGroup
 from nextllm_jax.errors import InputError
+from nextllm_jax.storage.interface import StorageError
 from nextllm_jax.training.resume_guard import Change, require_resumable
 
 
@@ -65,6 +66,8 @@ def open_run(
             run.create_checkpoints()  # from now on, a run without this directory has lost its checkpoints
             if config.checkpoint.scratch is not None:
                 scratch.use(run.checkpoints, config.checkpoint.scratch)
+        except StorageError:
+            raise
         except OSError as error:
             raise InputError(
                 f"run directory {run.path} cannot be used ({error.strerror or error}); "

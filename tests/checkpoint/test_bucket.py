@@ -7,13 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from nextllm_jax.checkpoint import step_files
+from nextllm_jax.checkpoint import saved_steps, step_files, verify
 from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.checkpoint.saved_steps import DamagedCheckpoint
 from nextllm_jax.checkpoint.verify import check_steps, find_steps
 from nextllm_jax.errors import RunFailed
 from nextllm_jax.storage import service
+from nextllm_jax.storage.interface import StorageError
 from nextllm_jax.storage.open_storage import open_storage
 from tests.checkpoint.tree import abstract, save, tree
 from tests.faults.bucket_proxy import Fault
@@ -64,6 +65,23 @@ def test_what_is_kept(bucket):
     assert {name.split("/")[0] for name in objects if name != "manifest.json"} == {
         json.loads(open_storage(bucket).read("5/manifest.json"))["manifest"]["prefix"]
     }
+
+
+@pytest.mark.parametrize(("module", "function"), [(verify, "_check_step"), (saved_steps, "read_manifest")])
+def test_a_step_that_a_training_deletes_meanwhile_is_not_damaged(saved, messages, monkeypatch, module, function):
+    """Its manifest is deleted before its other files."""
+    original = getattr(module, function)
+
+    def late(path, *arguments):
+        (path / "manifest.json").unlink(missing_ok=True)
+        return original(path, *arguments)
+
+    monkeypatch.setattr(module, function, late)
+    if module is verify:
+        assert states(f"{saved}/1") == {}
+    else:
+        assert Checkpoints(saved).best_step() is None
+    assert not messages.messages
 
 
 def test_a_step_without_its_manifest_does_not_exist(saved):
@@ -182,6 +200,12 @@ def test_a_save_that_fails_keeps_the_step_before(saved, bucket_service, monkeypa
         save(checkpoints, 3)
     assert "\n" not in str(error.value)
     assert states(saved) == {"1": "ok", "2": "ok"}
+
+
+def test_a_bucket_that_cannot_be_read_is_no_bucket_without_losses(saved, bucket_service):
+    unreadable = Fault("GET .*manifest.json.*alt=media", 403, count=9)
+    with bucket_service.failing(unreadable), pytest.raises(StorageError, match="no permission for gs://bucket"):
+        Checkpoints(saved).best_step()
 
 
 def test_a_process_that_lost_its_lease_neither_commits_nor_deletes(bucket):

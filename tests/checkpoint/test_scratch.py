@@ -110,9 +110,10 @@ def test_runs_do_not_meet(where):
 def test_a_bucket_and_a_disk_do_not_mix(tmp_path, bucket):
     with pytest.raises(InputError, match="must be both on disk or both in buckets"):
         scratch.require_usable(as_path(tmp_path / "run" / "checkpoints"), bucket)
-    (tmp_path / "scratch.json").write_text("[{")
-    with pytest.raises(InputError, match=r"scratch\.json is not JSON; restore it, or delete it"):
-        Checkpoints(tmp_path).steps()
+    for content in (b"[{", b"[{}]", b"[1]", b"1", b"\xff"):
+        (tmp_path / "scratch.json").write_bytes(content)
+        with pytest.raises(InputError, match=r"scratch\.json is damaged; restore it, or delete it"):
+            Checkpoints(tmp_path).steps()
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import hashlib
+import shutil
 import time
 
 import jax
@@ -11,10 +12,12 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from nextllm_jax.data import blocks, bucket_output, bucket_shards
+from nextllm_jax.data import prepare as prepare_module
 from nextllm_jax.data.loader import TrainLoader, validation_batches
 from nextllm_jax.data.prepare import ensure_prepared, prepare
 from nextllm_jax.data.shards import Dataset
 from nextllm_jax.errors import InputError
+from nextllm_jax.storage import s3
 from nextllm_jax.storage.open_storage import open_bucket
 from nextllm_jax.tokenizer.published import load_tokenizer
 from tests.data.test_prepare import config, contents  # noqa: F401  # config is a fixture
@@ -113,18 +116,70 @@ def test_an_interrupted_upload_continues(config, tmp_path, bucket, bucket_servic
     assert in_bucket(bucket) == contents(tmp_path / "out")
 
 
+def test_files_without_a_checksum_are_published(config, s3_bucket, monkeypatch):  # noqa: F811
+    """The entity tag of what was uploaded in parts, or is encrypted with a key, is no checksum."""
+    monkeypatch.setattr(s3, "_SINGLE_PUT_BYTES", 1000)
+    prepare(config, s3_bucket)
+    assert Dataset.open(s3_bucket, verify="full").data_id
+
+
 def test_another_process_that_writes_other_data_meanwhile(config, tmp_path, bucket, monkeypatch):  # noqa: F811
     uploaded = bucket_output._missing
 
-    def meddled(files, source, names):
+    def meddled(files, source, names, *rest):
         if files.files().keys() >= {*names}:
             files.write("train-00000.bin", b"other")
-        return uploaded(files, source, names)
+        return uploaded(files, source, names, *rest)
 
     monkeypatch.setattr(bucket_output, "_missing", meddled)
     with pytest.raises(InputError, match="another process prepares other data in gs://bucket"):
         prepare(config, bucket)
     assert open_bucket(bucket).read("index.json") == b""
+
+
+def test_one_of_two_processes_prepares_it(config, tmp_path, bucket, bucket_service):  # noqa: F811
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        with bucket_service.failing(Fault("POST .*documents.npy", "wait", seconds=2, count=1)):
+            first = pool.submit(prepare, config, bucket)
+            while not open_bucket(bucket).files():
+                time.sleep(0.01)
+            with pytest.raises(InputError, match=f"another process is preparing {bucket}; wait for it"):
+                prepare(config, bucket)
+        first.result()
+    prepare(config, tmp_path / "out")
+    assert in_bucket(bucket) == contents(tmp_path / "out")
+
+
+def test_a_process_that_is_killed_while_it_deletes_its_copy(config, bucket, monkeypatch):  # noqa: F811
+    delete = shutil.rmtree
+
+    def killed(path):
+        if not (path / "index.json").exists():
+            return delete(path)
+        (path / "train-00000.bin").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, bucket)
+    monkeypatch.undo()
+    open_bucket(bucket).delete("")
+    prepare(config, bucket)
+    assert Dataset.open(bucket, verify="full").data_id
+
+
+def test_files_that_others_write_meanwhile_are_kept(config, any_bucket, monkeypatch):  # noqa: F811
+    checked = prepare_module.check_bucket
+
+    def meddled(*arguments):
+        checked(*arguments)
+        open_bucket(any_bucket).write("run/config.json", b"{}")
+        open_bucket(any_bucket).write("train-00099.bin", b"of older data")
+
+    monkeypatch.setattr(prepare_module, "check_bucket", meddled)
+    prepare(config, any_bucket)
+    assert open_bucket(any_bucket).read("run/config.json") == b"{}"
+    assert "train-00099.bin" not in open_bucket(any_bucket).files()
 
 
 def test_damage_is_named(prepared):

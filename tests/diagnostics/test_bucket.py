@@ -12,7 +12,7 @@ from nextllm_jax.diagnostics import bucket as checks
 from nextllm_jax.diagnostics.doctor import diagnose
 from nextllm_jax.errors import InputError
 from nextllm_jax.storage import service as service_module
-from nextllm_jax.storage.open_storage import open_storage
+from nextllm_jax.storage.open_storage import open_bucket, open_storage
 from tests.faults.bucket_proxy import Fault
 
 SOUND = [
@@ -33,7 +33,8 @@ def service(bucket_service):
 
 
 def test_a_sound_bucket(service, bucket):
-    assert list(checks.check_run(bucket)) == [(message, "ok") for message in SOUND]
+    for address in (bucket, "gs://bucket", "gs://bucket/"):
+        assert list(checks.check_run(address)) == [(message, "ok") for message in SOUND]
     assert open_storage(bucket).names() == []
     assert not any(".doctor-" in name for name in open_storage("gs://bucket").names())
 
@@ -146,10 +147,18 @@ def test_elsewhere_no_metadata_server_is_asked(monkeypatch, tmp_path):
         assert checks._zone() is None
 
 
-def test_data_in_a_bucket(service, bucket):
-    assert next(checks.check_data(bucket))[1] == "PROBLEM"
-    open_storage(bucket).write("data.json", b"{}")
-    assert list(checks.check_data(bucket)) == [(f"{bucket} can be read", "ok")]
+def test_data_in_a_bucket(any_bucket, door, monkeypatch):
+    monkeypatch.chdir(door.directory)
+    config = load_config_file("config.py")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=any_bucket))
+    (found,) = [finding.message for finding in diagnose(config) if finding.message.startswith("data.path ")]
+    assert found.startswith(f"data.path {any_bucket} holds no prepared data")
+    open_bucket(any_bucket).write("data.json", b"{}")
+    assert list(checks.check_data(any_bucket)) == [(f"{any_bucket} can be read", "ok")]
+
+
+def test_data_that_may_not_be_read(service, bucket):
+    open_bucket(bucket).write("data.json", b"{}")
     with service.failing(Fault("GET .*alt=media", 403, count=9)), pytest.raises(InputError, match="no permission"):
         list(checks.check_data(bucket))
 

@@ -77,17 +77,16 @@ def test_two_processes_decide_alike(door):
 def test_what_is_too_late(monkeypatch, changes, says):
     """5 s of 25 have passed since the signal."""
     case = SimpleNamespace(**{"limit": 25.0, "name": "SIGTERM", "speed": 1e3, "measured": None, "saved": []} | changes)
-    monkeypatch.setattr(saving, "_saved_steps", lambda session: case.saved)
     monkeypatch.setattr(time, "monotonic", lambda: 105.0)
     config = Config(
         model=ModelConfig(vocab_size=8192),
         training=TrainingConfig(preemption_seconds=case.limit),
         checkpoint=CheckpointConfig(megabytes_per_second=case.speed),
     )
-    session = SimpleNamespace(
-        config=config,
-        stop=SimpleNamespace(name=case.name, asked_at=100.0),
-        checkpoints=SimpleNamespace(fastest_save_seconds=case.measured),
+    checkpoints = SimpleNamespace(
+        fastest_save_seconds=case.measured, is_saved=case.saved.__contains__, wait=lambda: None
     )
+    stop = SimpleNamespace(name=case.name, asked_at=100.0)
+    session = SimpleNamespace(config=config, stop=stop, checkpoints=checkpoints, pause=lambda: None)
     found = saving.too_late_to_save(session, SimpleNamespace(step=7))
     assert found == says if says is None else says in found

@@ -46,6 +46,22 @@ def test_uploads_and_downloads(any_bucket, tmp_path):
         bucket.download("none", copy)
 
 
+def test_a_download_that_breaks_off_again_and_again(s3_bucket, tmp_path, monkeypatch):
+    from botocore.exceptions import ReadTimeoutError
+    from botocore.response import StreamingBody
+
+    bucket = open_bucket(s3_bucket)
+    bucket.write("file", b"content")
+
+    def cut(body, **_):
+        body.close()
+        raise ReadTimeoutError(endpoint_url="s3")
+
+    monkeypatch.setattr(StreamingBody, "read", cut)
+    with pytest.raises(StorageError, match=r"s3://bucket could not be reached .*timeout"):
+        bucket.download("file", tmp_path / "copy")
+
+
 def test_paths_can_be_read(any_bucket):
     path = as_path(any_bucket) / "some"
     (path / "file.txt").write_text("é")
@@ -64,6 +80,7 @@ def test_paths_can_be_read(any_bucket):
     [
         ({}, "bucket s3://no-such-bucket does not exist"),
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, "s3://no-such-bucket could not be reached .*AWS_ENDPOINT_URL"),
+        ({"AWS_ENDPOINT_URL": "localhost:9000"}, "localhost:9000; AWS_ENDPOINT_URL must begin with http://"),
         ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "no valid AWS credentials .*aws configure"),
         ({"AWS_PROFILE": "nobody"}, r"no valid AWS credentials \(.*nobody.*\)"),
     ],
@@ -81,7 +98,10 @@ def test_a_bucket_that_cannot_be_used_is_named(s3_service, monkeypatch, environm
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("address", "says"), [("s3:///data", "names no bucket"), ("az://b/d", "nor s3://BUCKET")])
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [("s3:///d", "names no bucket"), ("s3://a b/d", "names no bucket"), ("az://b/d", "nor s3://BUCKET")],
+)
 def test_addresses_that_are_refused(s3_service, address, says):
     with pytest.raises(InputError, match=says):
         open_bucket(address)

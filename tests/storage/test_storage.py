@@ -128,16 +128,16 @@ def test_failing_requests_are_retried(bucket, bucket_service, fault):
 
 
 @pytest.mark.parametrize(
-    ("status", "says"),
+    ("status", "says", "exit_code"),
     [
-        (401, "no valid Google Cloud credentials"),
-        (403, "no permission for gs://bucket .*roles/storage.objectAdmin"),
-        (404, "bucket gs://bucket does not exist"),
-        (503, r"gs://bucket failed for 1 s \(HTTP 503\)"),
-        ("cut", "gs://bucket could not be reached for 1 s"),
+        (401, "no valid Google Cloud credentials", 2),
+        (403, "no permission for gs://bucket .*roles/storage.objectAdmin", 2),
+        (404, "bucket gs://bucket does not exist", 2),
+        (503, r"gs://bucket failed for 1 s \(HTTP 503\)", 1),
+        ("cut", "gs://bucket could not be reached for 1 s", 1),
     ],
 )
-def test_a_bucket_that_cannot_be_used_is_named(bucket, bucket_service, monkeypatch, status, says):
+def test_a_bucket_that_cannot_be_used_is_named(bucket, bucket_service, monkeypatch, status, says, exit_code):
     monkeypatch.setattr(service, "LIMIT_SECONDS", 1.0)
     storage = open_storage(bucket)
     with bucket_service.failing(Fault(".", status, count=1000)):
@@ -145,6 +145,7 @@ def test_a_bucket_that_cannot_be_used_is_named(bucket, bucket_service, monkeypat
             with pytest.raises(StorageError, match=says) as error:
                 operation()
             assert "\n" not in str(error.value)
+            assert error.value.exit_code == exit_code
 
 
 @pytest.mark.parametrize(
@@ -152,6 +153,11 @@ def test_a_bucket_that_cannot_be_used_is_named(bucket, bucket_service, monkeypat
     [
         ("gs://no-such-bucket/run", "bucket gs://no-such-bucket does not exist"),
         ("gs:///run", "names no bucket"),
+        ("gs://<bucket>/run", "names no bucket"),
+        ("gs:/bucket/run", "is neither a local path nor gs://BUCKET/DIRECTORY"),
+        ("gs://bucket/run#1", "gs://bucket/run#1 cannot be a run: orbax takes '#' for a part of a URL"),
+        ("gs://bucket/runs//a", "has an empty part"),  # else its lease would not protect gs://bucket/runs/a
+        ("gs://bucket/runs/../a", "has an empty part, '.' or '..'"),
         ("az://bucket/run", "is neither a local path nor gs://BUCKET/DIRECTORY"),
         ("s3://bucket/run", "s3://bucket/run cannot be a run: orbax writes no checkpoints to S3"),
     ],

@@ -8,6 +8,7 @@ import pytest
 
 from nextllm_jax.checkpoint.run_dir import CONFIG, RunDir
 from nextllm_jax.config import Config
+from nextllm_jax.storage.bucket import Bucket
 from nextllm_jax.storage.open_storage import open_storage
 from nextllm_jax.training import compiled_programs
 from nextllm_jax.training.compiled_programs import CompiledPrograms
@@ -66,6 +67,16 @@ def test_all_programs_together_have_a_size_limit(machine, monkeypatch):
     programs, local = machine("third")
     programs.wait()
     assert {path.name for path in local.iterdir()} == {"c-cache"}, "the newest come first"
+
+
+def test_a_program_that_is_deleted_meanwhile_is_not_cached(machine, monkeypatch):
+    programs, local = machine("first")
+    programs.wait()
+    store(programs, local, a=1)
+    monkeypatch.setattr(Bucket, "read", lambda *_: b"")
+    programs, local = machine("second")
+    programs.wait()
+    assert not list(local.iterdir())
 
 
 def test_a_bucket_that_hangs_does_not_delay_beyond_the_limit(machine, bucket_service, monkeypatch, messages):
