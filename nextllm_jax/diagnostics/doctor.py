@@ -113,6 +113,9 @@ def diagnose(
             if report.passed("bucket"):
                 for change in require_startable(config, overwrite=overwrite, allow_change=allow_change):
                     report.add("run", f"changed: {change}", "warning")
+        with report.check("scratch"):
+            if config.checkpoint.scratch and is_address(config.checkpoint.scratch):
+                report.add_all("scratch", bucket.check_run(config.checkpoint.scratch))
         has_run = report.passed("run") and report.passed("bucket")
         with report.check("data"):
             if config.data.path and is_address(config.data.path):

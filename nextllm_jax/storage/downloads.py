@@ -22,7 +22,7 @@ def local_copy(path: str, *, weights: bool = True) -> str:
     """The path of a copy of the Hugging Face directory or the file at an address; any other path unchanged.
 
     What was copied before is copied again only if it has changed. Without `weights`, only the small files of a
-    directory are copied. Raises InputError if a file is missing.
+    directory are copied. Raises InputError if a file is missing, or is replaced meanwhile.
     """
     if not is_address(path):
         return path
@@ -44,6 +44,8 @@ def local_copy(path: str, *, weights: bool = True) -> str:
         partial = directory / f".{each}.{os.getpid()}"
         try:
             bucket.download(each, partial)
+            if bucket.identity(each) != found[each]:
+                raise InputError(f"{each} in {path} was replaced while it was read; run the same command again")
             partial.replace(directory / each)
         finally:
             partial.unlink(missing_ok=True)

@@ -170,7 +170,8 @@ def test_doctor_checks_the_bucket_first(service, bucket, door, monkeypatch):
     assert [finding.message for finding in found if finding.name == "bucket"] == SOUND
     assert {finding.status for finding in found} == {"ok"}
     assert [finding.name for finding in found][-3:] == ["run", "disk", "clock"]
-    found = diagnose(dataclasses.replace(config, workdir="gs://nowhere/run"))
-    (problem,) = [finding for finding in found if finding.status == "PROBLEM"]
-    assert (problem.name, problem.message[:24]) == ("bucket", "files cannot be listed: ")
+    scratch = dataclasses.replace(config.checkpoint, scratch="gs://elsewhere/run")
+    found = diagnose(dataclasses.replace(config, workdir="gs://nowhere/run", checkpoint=scratch))
+    problems = [(finding.name, finding.message[:24]) for finding in found if finding.status == "PROBLEM"]
+    assert problems == [("bucket", "files cannot be listed: "), ("scratch", "files cannot be listed: ")]
     assert found[-1].name == "save"
