@@ -5,7 +5,7 @@
 # roles/storage.objectAdmin (with Workload Identity: the Kubernetes service account of the pods):
 #   xpk cluster create --cluster=$CLUSTER --project=$PROJECT --zone=$ZONE --tpu-type=$TPU --num-slices=$SLICES
 #   docker build -f deploy/Dockerfile -t $IMAGE . && docker push $IMAGE
-#   nextllm prepare --config configs/llama3_8b.py --output gs://$BUCKET/data
+#   nextllm prepare --config configs/llama3_1b.py --output gs://$BUCKET/data
 set -euo pipefail
 
 # Change these.
@@ -25,5 +25,6 @@ BUCKET=${BUCKET:-my-bucket} # without gs://
 xpk workload create --project="$PROJECT" --zone="$ZONE" --cluster="$CLUSTER" --workload="$WORKLOAD" \
     --tpu-type="$TPU" --num-slices="$SLICES" --docker-image="$IMAGE" \
     --max-restarts=50 --restart-on-exit-codes=1,75 --termination-grace-period-seconds=300 \
-    --command="exec python train.py --config configs/llama3_8b.py --platform tpu --workdir \
-gs://$BUCKET/runs/$WORKLOAD --data.path gs://$BUCKET/data --mesh.slices $SLICES --mesh.data $SLICES --mesh.fsdp -1"
+    --command="exec python train.py --config configs/llama3_1b.py --platform tpu --workdir \
+gs://$BUCKET/runs/$WORKLOAD --data.path gs://$BUCKET/data --training.accumulation-steps 8 \
+--mesh.slices $SLICES --mesh.data $SLICES --mesh.fsdp -1"

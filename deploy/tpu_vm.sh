@@ -14,7 +14,8 @@
 #
 # The run and its data are in the bucket, the best place for which is the region of the zone. The service account of the
 # TPU VMs needs roles/storage.objectAdmin on it; so do you, since the commit is kept there. Once before, anywhere:
-#   nextllm prepare --config configs/llama3_8b.py --output gs://BUCKET/data
+#   nextllm prepare --config configs/llama3_1b.py --output gs://BUCKET/data
+# docs/multi_host.md has all commands from an empty project on.
 # The workers find each other by the TPU's metadata: no --distributed flags.
 set -euo pipefail
 
@@ -27,7 +28,9 @@ SOFTWARE=${SOFTWARE:-v2-alpha-tpuv5-lite}     # gcloud compute tpus versions lis
 SLICES=${SLICES:-1}                           # several are joined by the data-center network
 REPOSITORY=${REPOSITORY:-https://github.com/me/nextllm_jax.git}
 BUCKET=${BUCKET:-my-bucket}                   # without gs://
-CONFIG=${CONFIG:-configs/llama3_8b.py}
+CONFIG=${CONFIG:-configs/llama3_1b.py}
+OPTIONS=${OPTIONS:---training.accumulation-steps 8} # further ones of train.py: what `nextllm plan` says fits the chips
+DATA=${DATA:-gs://$BUCKET/data}
 FAILURES=${FAILURES:-3}                       # `watch` tries that often again what failed on a slice
 POLL_SECONDS=${POLL_SECONDS:-60}              # of `watch`
 
@@ -47,7 +50,7 @@ on() {
 pin() {
     local commit
     commit=${COMMIT:-$(git rev-parse HEAD)} || return
-    echo "$commit" | gcloud storage cp - "$PIN" "$@"
+    echo "$commit" | gcloud storage cp - "$PIN"
 }
 
 request() {
@@ -101,7 +104,7 @@ train() {
             code=75
             while [ \$code = 75 ] && [ ! -e stop ]; do
                 python train.py --config $CONFIG --platform tpu --workdir gs://$BUCKET/runs/$NAME \\
-                    --data.path gs://$BUCKET/data --training.preemption-seconds 25 \\
+                    --data.path $DATA --training.preemption-seconds 25 $OPTIONS \\
                     --mesh.slices $SLICES --mesh.data $SLICES --mesh.fsdp -1
                 code=\$?
             done
@@ -120,13 +123,19 @@ progress() {
 
 # Keep a training running until it has ended, on as many slices as it takes. The exit code is that of the training.
 watch() {
-    local failures=0 now
+    local failures=0 unknown=0 now
     while true; do
-        now=$(state) || now=UNKNOWN
+        if now=$(state); then
+            unknown=0
+        else
+            now=UNKNOWN unknown=$((unknown + 1))
+            [ "$unknown" -lt 10 ] || { echo "gcloud has failed 10 times in a row" >&2; exit 1; }
+        fi
         [ "$now" != ACTIVE ] || now=$(progress) || now=UNREACHABLE
         case $now in
         MISSING)
-            pin --if-generation-match=0 2> /dev/null || true # a slice that replaces another one trains the same commit
+            # A slice that replaces another one trains the same commit.
+            gcloud storage cat "$PIN" > /dev/null 2>&1 || pin || failed "the commit could not be stored in $PIN"
             request || failed "no slice could be requested"
             ;;
         SUSPENDED)

@@ -213,7 +213,7 @@ def test_jobset(machine):
     (training,) = machine.trainings()
     chips = int(spec["parallelism"]) * container["resources"]["limits"]["google.com/tpu"] * job["replicas"]
     check_mesh(training, chips=chips, slices=job["replicas"])
-    check_needs_only_a_bucket(training, "llama3_8b")
+    check_needs_only_a_bucket(training, "llama3_1b")
     assert "volumes" not in pod
     # The Job fails at once for exit code 75, with a reason for which the JobSet starts all again without counting it.
     rules = spec["podFailurePolicy"]["rules"]

@@ -18,6 +18,7 @@ from typing import IO, Any, Literal, NamedTuple
 
 from nextllm_jax.config import DataConfig
 from nextllm_jax.errors import InputError
+from nextllm_jax.storage.open_storage import require_local
 
 TEXT_SUFFIXES = frozenset(
     [
@@ -110,6 +111,7 @@ def find_files(config: DataConfig) -> Listing:
     globs are not filtered. The case of suffixes does not matter. Raises InputError if nothing is found, if a file or a
     directory cannot be read, or if an explicit file is an archive.
     """
+    require_local(config.corpus, "data.corpus")
     try:
         listing = _find_in_directory(config) if os.path.isdir(config.corpus) else _find_by_name(config.corpus)
     except OSError as error:

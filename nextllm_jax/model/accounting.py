@@ -93,7 +93,7 @@ class SaveEstimate(NamedTuple):
         hosts = f" from each of {self.num_hosts} hosts" if self.num_hosts > 1 else ""
         return (
             f"a save writes {readable_bytes(self.host_bytes)}{hosts}, which takes {self.seconds:.1f} s at "
-            f"{self.megabytes_per_second:,.0f} MB/s (checkpoint.megabytes_per_second)"
+            f"{self.megabytes_per_second:,g} MB/s (checkpoint.megabytes_per_second)"
         )
 
 

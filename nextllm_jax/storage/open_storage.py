@@ -15,7 +15,8 @@ _BUCKET = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]*[a-zA-Z0-9]")
 
 def is_address(path: str | os.PathLike[str]) -> bool:
     """Whether a path is an address, such as gs://bucket/data, and not one in the file system."""
-    return re.match(r"[a-zA-Z][a-zA-Z0-9]+:/", os.fspath(path)) is not None  # Path("gs://bucket") is "gs:/bucket"
+    # Path("gs://bucket") is "gs:/bucket". A misspelled gs:bucket/data is taken for an address too, to be refused.
+    return re.match(r"[a-zA-Z][a-zA-Z0-9]+:/|(gs|s3):", os.fspath(path)) is not None
 
 
 def open_storage(path: str | os.PathLike[str]) -> Storage:
