@@ -239,6 +239,9 @@ class Checkpoints(SavedSteps):
             path = self.path(step)
             with orbax_errors.writing(path / MANIFEST):
                 self._guard()
+                if not self._directories[path.parent]:  # of another run
+                    step_files.copy(path, self._directory)
+                    path = self._directory / path.name
                 step_files.change_manifest(path, changes)
             self._delete_superseded()
 

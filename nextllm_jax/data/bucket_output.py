@@ -63,8 +63,12 @@ def publish_in_bucket(source: Path, output: epath.Path, *, overwrite: bool) -> N
         done = pool.map(lambda name: bucket.upload(name, source / name), missing)
         done = progress_bar(done, desc=f"uploading to {output}", total=len(missing), unit=" files")
         uploaded = dict(zip(missing, done, strict=True))
-    if _missing(bucket, source, names, uploaded) or bucket.create(INDEX, ours[INDEX]) is None:
+    if _missing(bucket, source, names, uploaded):
         raise _written_by_others(output)
+    if bucket.create(INDEX, ours[INDEX]) is None:
+        if not overwrite or _missing(bucket, source, names, uploaded):
+            raise _written_by_others(output)
+        bucket.write(INDEX, ours[INDEX])  # instead of that of a process whose files these have replaced
 
 
 def _missing(bucket: BucketFiles, source: Path, names: list[str], uploaded: dict[str, Identity | None]) -> list[str]:

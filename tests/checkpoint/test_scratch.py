@@ -100,7 +100,9 @@ def test_runs_do_not_meet(where):
             save_rolling(checkpoints, 2)
             checkpoints.wait()
             assert checkpoints.steps() == [[2], [1, 2]][number]
-    assert Checkpoints(run).steps() == [1]
+            checkpoints.add_validation_loss(checkpoints.steps()[0], 0.5, {})
+        assert Checkpoints(other).best_step() == [2, 1][number]
+    assert (Checkpoints(run).steps(), Checkpoints(run).best_step()) == ([1], None)
     scratch.use(as_path(run), f"{apart}-new")
     with Checkpoints(run, use_scratch=True) as checkpoints:
         save_rolling(checkpoints, 3)

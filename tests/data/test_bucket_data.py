@@ -137,6 +137,20 @@ def test_another_process_that_writes_other_data_meanwhile(config, tmp_path, buck
     assert open_bucket(bucket).read("index.json") == b""
 
 
+def test_two_processes_that_overwrite_it_leave_the_data_of_one(config, tmp_path, bucket, monkeypatch):  # noqa: F811
+    prepare(config, tmp_path / "out")
+    uploaded = bucket_output._missing
+
+    def published_by_another(files, source, names, *rest):
+        if files.files().keys() >= {*names}:
+            files.create("index.json", b"of other files, which are replaced")
+        return uploaded(files, source, names, *rest)
+
+    monkeypatch.setattr(bucket_output, "_missing", published_by_another)
+    prepare(config, bucket, overwrite=True)
+    assert in_bucket(bucket) == contents(tmp_path / "out")
+
+
 def test_one_of_two_processes_prepares_it(config, tmp_path, bucket, bucket_service):  # noqa: F811
     with concurrent.futures.ThreadPoolExecutor() as pool:
         with bucket_service.failing(Fault("POST .*documents.npy", "wait", seconds=2, count=1)):
