@@ -42,6 +42,8 @@ OTHER = {
     "data.hf_split": "test",
     "data.tokenizer": "gpt2",
     "data.path": "elsewhere",
+    "data.cache_dir": "elsewhere",
+    "training.preemption_seconds": 25.0,
     "checkpoint.scratch": "elsewhere",
     "data.verify": "full",
     "data.validation_fraction": 0.1,
@@ -85,15 +87,8 @@ FREE = {
     *("data.verify", "training.accumulation_steps", "training.log_every_steps", "training.evaluate_every_steps"),
     *("training.evaluation_batch_size", "training.max_skipped_steps", "training.sample_prompts"),
     *("training.sample_tokens", "checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_every_steps"),
-    *(
-        "checkpoint.scratch",
-        "checkpoint.strict",
-        "mesh.data",
-        "mesh.fsdp",
-        "mesh.sequence",
-        "mesh.tensor",
-        "mesh.slices",
-    ),
+    *("checkpoint.scratch", "checkpoint.strict", "checkpoint.megabytes_per_second", "training.preemption_seconds"),
+    *("mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor", "mesh.slices", "data.cache_dir", "data.cache_bytes"),
     *("model.attention", "model.attention_blocks"),
 }
 NEVER = {
