@@ -31,7 +31,7 @@ class FakeSplit:
     stream = np.random.default_rng(0).integers(0, 64, 203).astype(np.uint16)
     num_tokens = len(stream)
     document_starts = np.array([0, 50, 51, 203])
-    holds_conversations = False
+    holds_conversations, concurrent_windows = False, 1
 
     def fetching(self, ranges):
         return contextlib.nullcontext()
