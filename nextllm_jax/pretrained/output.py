@@ -44,8 +44,13 @@ def _upload(partial: Path, output: str) -> None:
     names = {path.relative_to(partial).as_posix(): path for path in sorted(partial.rglob("*")) if path.is_file()}
     config = names.pop(_CONFIG, None)
     files = names if partial.is_dir() else {output.rpartition("/")[2]: partial}
-    for name, path in progress_bar(files.items(), desc=f"uploading {output}", unit=" files"):
-        bucket.upload(name, path)
+    try:
+        for name, path in progress_bar(files.items(), desc=f"uploading {output}", unit=" files"):
+            bucket.upload(name, path)
+    except (KeyboardInterrupt, SystemExit):  # after other errors, the bucket would refuse this too
+        for name in files:
+            bucket.delete(name)
+        raise
     if config and bucket.create(_CONFIG, config.read_bytes()) is None:
         raise InputError(f"another process wrote {output} meanwhile; choose another --output")
 

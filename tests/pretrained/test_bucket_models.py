@@ -81,6 +81,20 @@ def test_runs(huggingface, bucket, s3_bucket, tmp_path):
     assert open_bucket(s3_bucket).files() == {}
 
 
+def test_an_interrupted_upload_leaves_nothing(huggingface, any_bucket, monkeypatch):
+    bucket = type(open_bucket(any_bucket))
+    upload = bucket.upload
+
+    def interrupted(self, name, path):
+        upload(self, name, path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bucket, "upload", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_model(huggingface, f"{any_bucket}/model", file_format="huggingface")
+    assert open_bucket(any_bucket).files() == {}
+
+
 def test_what_fails_leaves_nothing(huggingface, s3_bucket, monkeypatch):
     def broken(*_):
         raise InputError("broken")
