@@ -5,6 +5,7 @@ import json
 import random
 import re
 import shutil
+import signal
 import time
 
 import numpy as np
@@ -19,7 +20,7 @@ from nextllm_jax.pretrained.convert import export_model
 from nextllm_jax.storage.open_storage import open_storage
 from tests.checkpoint.tree import names
 from tests.faults.bucket_proxy import Fault
-from tests.processes import Processes, assert_same_metrics
+from tests.processes import RUN, Processes, assert_same_losses, assert_same_metrics
 from tests.runs import TRAINED_A_STEP, assert_same_end, fetched
 
 COMMAND = ("train.py", "--config", "config.py", "--workdir")
@@ -124,31 +125,63 @@ def test_damaged_data_ends_a_training_in_one_line(trained, bucket, door):
     assert steps(f"{bucket}/run")[-1] == 60
 
 
-@pytest.mark.slow
-def test_two_processes_that_share_only_the_bucket(trained, bucket, door, tmp_path):
-    """One of them has a copy of the data, and the other reads it from the bucket."""
-    (prepared,) = (trained.directory / "data").glob("corpus-*")
-    for path in prepared.rglob("*"):
-        if path.is_file():
-            open_storage(f"{bucket}-data").write(path.relative_to(prepared).as_posix(), path.read_bytes())
-    directories = [tmp_path / "host-0", tmp_path / "host-1"]
+def on_hosts(door, count, address, *arguments, **options):
+    """Processes with a directory of their own each, which share only the bucket."""
+    directories = [door.directory / f"host-{number}" for number in range(count)]
     for directory in directories:
-        directory.mkdir()
-        shutil.copytree(trained.directory / "corpus", directory / "corpus", symlinks=True)
-        shutil.copy(trained.directory / "config.py", directory)
-    shutil.copytree(trained.directory / "data", directories[0] / "data", symlinks=True)
-    own = {1: ("--data.path", f"{bucket}-data")}
-    with Processes(door, 2, "--mesh.fsdp", "2", "--workdir", bucket, own=own, directories=directories) as two:
-        codes, _ = two.end()
-        assert codes == [0, 0], two.outputs()
-    assert [sorted(path.name for path in directory.iterdir()) for directory in directories] == [
-        ["config.py", "corpus", "data"],
-        ["config.py", "corpus"],
-    ]
+        directory.mkdir(exist_ok=True)
+        shutil.copy(door.directory / "config.py", directory)
+    shared = ("--mesh.fsdp", count, "--workdir", address, "--data.path", DATA)
+    return Processes(door, count, *shared, *arguments, directories=directories, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_that_share_only_the_bucket(trained, address, bucket, door, tmp_path, count):
+    """One of them has a copy of the data, and the others read it from the bucket."""
+    own = {0: ("--data.path", str(trained.directory / "data" / "known"))}
+    with on_hosts(door, count, bucket, own=own) as processes:
+        codes, _ = processes.end()
+        assert codes == [0] * count, processes.outputs()
+    left = {path.name for number in range(count) for path in (door.directory / f"host-{number}").iterdir()}
+    assert left == {"config.py"}
     fetched(bucket, tmp_path / "runs" / "config")
     assert_same_metrics(tmp_path, trained.directory)
     shards = open_storage(bucket).files("checkpoints/40")
-    assert {name.split("/")[2] for name in shards if "params/ocdbt" in name} == {"ocdbt.process_0", "ocdbt.process_1"}
+    names = {name.split("/")[2] for name in shards if "params/ocdbt" in name}
+    assert names == {f"ocdbt.process_{number}" for number in range(count)}
+
+
+@pytest.fixture(scope="module")
+def of_two(trained, address, tmp_path_factory):
+    """The directory of a run that two processes trained in a bucket without an interruption."""
+    door = trained.beside(tmp_path_factory.mktemp("two"))
+    with on_hosts(door, 2, "gs://bucket/runs/of-two") as two:
+        codes, _ = two.end()
+        assert codes == [0, 0], two.outputs()
+    return fetched("gs://bucket/runs/of-two", door.directory / RUN)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_processes_killed_at_random(trained, of_two, bucket, door, seed):
+    """One process or both are killed. Two continue bit for bit, one and four to the rounding of float32."""
+    moment = random.Random(seed)
+    with on_hosts(door, 2, bucket) as two:
+        if seed % 3:
+            two.wait_until(lambda: steps(bucket), "the first checkpoint")
+        time.sleep(moment.uniform(0, 3 if seed % 3 else 20))
+        two.signal(signal.SIGKILL, *([moment.randrange(2)] if seed % 2 else []))
+        two.end()
+    count = {8: 1, 9: 4}.get(seed, 2)
+    with on_hosts(door, count, bucket) as again:
+        codes, _ = again.end()
+        assert codes == [0] * count, again.outputs()
+    ours = fetched(bucket, door.directory / RUN)
+    if count == 2:
+        assert_same_end(ours, of_two, 40)
+    else:
+        assert_same_losses(door.directory, trained.directory)
 
 
 @pytest.mark.slow
