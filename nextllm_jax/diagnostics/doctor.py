@@ -155,7 +155,7 @@ class _Data:
         self._whole, self._temporary, self._report = config, temporary, report
         self.paths: list[DataPath] = []
         """The prepared data of each source, or the beginning of its corpus; empty if one has neither."""
-        self.is_prepared, self.is_part = True, False
+        self.is_prepared = self.is_part = False
         self.bytes_to_write = 0
         """Approximate disk space that preparing needs; 0 if the size of a corpus is unknown."""
 
@@ -172,6 +172,7 @@ class _Data:
             accepted = frozenset(CONTENT_FIELDS)
         with contextlib.suppress(_NeedsNetwork):
             self.paths = source_paths(self._config, functools.partial(self._find_source, accepted=accepted))
+            self.is_prepared = not any(Path(path).is_relative_to(self._temporary) for path in self.paths)
 
     def _find_source(self, config: DataConfig, accepted: Collection[str]) -> DataPath:
         if config.path and not open_storage(config.path).is_local:
@@ -182,7 +183,6 @@ class _Data:
             if config.path and (difference := check_unchanged(config, path, accepted)):
                 self._report.add("data", difference, "warning")
             return path
-        self.is_prepared = False
         is_started = partial_path(Path(path)).is_dir()
         state = "an interrupted preparation would continue" if is_started else "would be prepared"
         # The name follows from the tokenizer, of which there is only a sample if the first source is not prepared.

@@ -20,6 +20,7 @@ from nextllm_jax.checkpoint.run_dir import FLIGHT, RunDir
 from nextllm_jax.checkpoint.saved_steps import SavedSteps
 from nextllm_jax.config import Config
 from nextllm_jax.config.files import config_of_values
+from nextllm_jax.config.mixture import parse_mixture
 from nextllm_jax.data.loader import TrainLoader
 from nextllm_jax.data.mixture import Source, data_id
 from nextllm_jax.data.shards import DataPath, data_path
@@ -118,6 +119,12 @@ class Replay:
         pairs = zip(self.bundle.windows.tolist(), losses, strict=False)
         return sorted(pairs, key=lambda pair: (math.isfinite(pair[1]), -pair[1] if math.isfinite(pair[1]) else 0))
 
+    def _name_of(self, window: int | list[int]) -> str:
+        if isinstance(window, int):
+            return str(window)
+        source, number = window
+        return f"{number} of {parse_mixture(self.bundle.config.data.mixture)[source].name}"
+
     def rows(self) -> list[tuple[str, float | str | None, float | str]]:
         """(module, root mean square of the residual stream after it, gradient norm), in forward order."""
         rms = [*self.measured["activation_rms"], None, None]
@@ -158,7 +165,8 @@ class Replay:
         if self.diagnosis:
             lines.append(str(self.diagnosis))
             worst = self.worst_windows()[:_WORST_WINDOWS]
-            lines.append("windows with the highest loss: " + ", ".join(f"{w} ({loss:.4g})" for w, loss in worst))
+            shown = ", ".join(f"{self._name_of(window)} ({loss:.4g})" for window, loss in worst)
+            lines.append(f"windows with the highest loss: {shown}")
         lines.append(f"{'module':<24}{'activation rms after it':>26}{'gradient norm':>16}")
         for module, rms, norm in self.rows():
             after = "" if rms is None else f"{float(rms):.4g}"

@@ -14,6 +14,7 @@ from nextllm_jax.checkpoint.run_dir import CONFIG, RunDir
 from nextllm_jax.config import Config
 from nextllm_jax.config.fields import OTHER_DATA, fields_of
 from nextllm_jax.config.files import is_of_first_format
+from nextllm_jax.config.mixture import parse_mixture
 from nextllm_jax.errors import InputError
 
 _NEW_RUN = "start a new run: another --workdir, or --overwrite to set the old run aside"
@@ -91,6 +92,8 @@ def _are_same(name: str, old: Any, new: Any) -> bool:
     """Whether two values of a field are equivalent."""
     if name == "model.vocab_size" and new == 0:  # a config that does not state it takes the run's
         return True
+    if name == "data.mixture" and old and new:  # only the proportions of the weights matter
+        return parse_mixture(old) == parse_mixture(new)
     if name == "lora.targets":  # the order does not matter, and () is a newer way to say all
         every = ("q", "k", "v", "o", "gate", "up", "down")
         return set(old or every) == set(new or every)

@@ -9,7 +9,9 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
+from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config
+from nextllm_jax.config.files import workdir_of
 from nextllm_jax.data.loader import TrainLoader
 from nextllm_jax.data.mixture import Source
 from nextllm_jax.data.packing import count_windows, describe_windows, has_targets
@@ -183,6 +185,9 @@ def _check_batches(start: Start) -> Iterator[Remark]:
                     "only assistant text is in it); use other data, or check data.chat_template"
                 )
     config, total = start.config, sum(source.weight for source in start.sources)
+    is_limited = any(source.epochs for source in start.sources)
+    if is_limited and (start.overwrite or not RunDir(workdir_of(config)).exists()):
+        start.loader.exhausted(config.training.steps)  # a run that exists checks this at its position
     length, batch, steps = config.data.sequence_length, config.training.global_batch_size, config.training.steps
     for source, epochs in zip(start.sources, start.loader.epochs(steps), strict=True):
         windows = count_windows(source.dataset.split("train"), length, partial=False)
