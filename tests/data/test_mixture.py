@@ -1,5 +1,6 @@
 """The order of a mixture is a function of (data ids, weights, seed, step), and no source is ever a window off."""
 
+import dataclasses
 import itertools
 import json
 import random
@@ -12,11 +13,10 @@ from jax.sharding import SingleDeviceSharding
 
 from nextllm_jax.config import DataConfig
 from nextllm_jax.config.mixture import parse_mixture
-from nextllm_jax.data.bucket_output import publish_in_bucket
 from nextllm_jax.data.loader import TrainLoader
-from nextllm_jax.data.mixture import Mixture, Source
+from nextllm_jax.data.mixture import Mixture, Source, data_id
 from nextllm_jax.data.packing import read_batch
-from nextllm_jax.data.prepare import ensure_prepared
+from nextllm_jax.data.prepare import ensure_prepared, prepare
 from nextllm_jax.data.shards import Dataset, TokenizedDocuments, data_path, write_index, write_masks, write_split
 from nextllm_jax.data.sources import continued, open_sources, source_paths, with_source_paths
 from nextllm_jax.errors import InputError
@@ -255,18 +255,19 @@ def test_sources_have_one_tokenizer_and_different_data(directories, tmp_path):
         open_sources(DataConfig(mixture=(f"{directories / 'a'}:1", "nowhere:2")))
 
 
-def test_the_first_source_may_be_in_a_bucket_and_gives_its_tokenizer(directories, tmp_path, monkeypatch, any_bucket):
+def test_the_first_source_may_be_in_a_bucket_and_gives_its_tokenizer(tmp_path, monkeypatch, any_bucket):
     monkeypatch.chdir(tmp_path)
-    publish_in_bucket(directories / "a", data_path(any_bucket), overwrite=False)
-    write_corpus(tmp_path / "books", documents=8)
-    config = DataConfig(mixture=(f"{any_bucket}:0.5", "books:0.5:2"), sequence_length=T, num_processes=1)
+    plain = DataConfig(corpus="web", sequence_length=T, num_processes=1, vocab_size=280, cache_dir=str(tmp_path))
+    for number, name in enumerate(("web", "books"), 1):
+        write_corpus(tmp_path / name, documents=10 * number)
+    prepare(plain, data_path(any_bucket))
+    config = dataclasses.replace(plain, mixture=(f"{any_bucket}:0.5", "books:0.5:2"))
     bucket, books = source_paths(config, ensure_prepared)
     assert str(bucket) == any_bucket
     first, second = open_sources(config, [bucket, books])
     assert second.dataset.tokenizer().hash == first.dataset.tokenizer_hash
-    assert (
-        open_sources(with_source_paths(config, [any_bucket, str(books)]))[1].dataset.data_id == second.dataset.data_id
-    )
+    known = with_source_paths(config, [any_bucket, str(books)])
+    assert data_id(open_sources(known)) == data_id([first, second])
 
 
 def test_a_run_continues_with_the_directories_that_it_recorded(directories):
