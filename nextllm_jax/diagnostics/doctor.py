@@ -21,8 +21,8 @@ from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.checkpoint.verify import check_steps, find_steps
 from nextllm_jax.config import Config, DataConfig
 from nextllm_jax.config.files import workdir_of
+from nextllm_jax.data import mixture
 from nextllm_jax.data.files import find_files, has_files
-from nextllm_jax.data.mixture import Source
 from nextllm_jax.data.prepare import prepare_sample
 from nextllm_jax.data.settings import CONTENT_FIELDS, check_unchanged, find_data
 from nextllm_jax.data.shards import DataPath, partial_path
@@ -31,7 +31,7 @@ from nextllm_jax.diagnostics import bucket, machine
 from nextllm_jax.diagnostics.machine import Status
 from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.pretrained.init_from import require_tokenizer
-from nextllm_jax.pretrained.source import Source as Model
+from nextllm_jax.pretrained.source import Source
 from nextllm_jax.storage.open_storage import open_storage
 from nextllm_jax.tokenizer.published import KNOWN_ENCODINGS, files_to_fetch
 from nextllm_jax.training.open_run import require_startable
@@ -98,7 +98,7 @@ class Report:
 def diagnose(
     config: Config,
     *,
-    source: Model | None = None,
+    source: Source | None = None,
     overwrite: bool = False,
     allow_change: Collection[str] = (),
     show: Callable[[Finding], None] = lambda _: None,
@@ -119,6 +119,8 @@ def diagnose(
                     report.add("run", f"changed: {change}", "warning")
         has_run = report.passed("run") and report.passed("bucket")
         with report.check("data"):
+            if config.data.path and not open_storage(config.data.path).is_local:
+                report.add_all("data", bucket.check_data(config.data.path))
             data.find(RunDir(workdir_of(config)), overwrite or not report.passed("bucket"), allow_change)
         with report.check("data"):
             first = data.paths[0] if data.paths and not data.is_part else None
@@ -159,7 +161,7 @@ class _Data:
         self.bytes_to_write = 0
         """Approximate disk space that preparing needs; 0 if the size of a corpus is unknown."""
 
-    def open(self) -> tuple[Source, ...]:
+    def open(self) -> tuple[mixture.Source, ...]:
         """The sources of the data."""
         assert self.paths
         return open_sources(self._config, self.paths)
@@ -175,8 +177,6 @@ class _Data:
             self.is_prepared = not any(Path(path).is_relative_to(self._temporary) for path in self.paths)
 
     def _find_source(self, config: DataConfig, accepted: Collection[str]) -> DataPath:
-        if config.path and not open_storage(config.path).is_local:
-            self._report.add_all("data", bucket.check_data(config.path))
         path, is_ready = find_data(config)
         if is_ready:
             self._report.add("data", str(path))
