@@ -211,6 +211,11 @@ def test_other_weights_continue_each_source_at_its_next_window(loader):
         assert drawn == windows_of(loader((name, 1, None)), 10)[: len(drawn)]
     again = resumed(loader(("b", 1, None), ("a", 1, None)), changed.position(8))
     assert windows_of(again, 10, first=8) == after[3 * B :]
+    both = resumed(loader(("b", 1, Fraction(2)), ("a", 1, None)), position)
+    drawn = before + [[1 - source, window] for source, window in windows_of(both, 20, first=5)]
+    assert sum(source for source, _ in drawn) == 24, "a limit counts from the beginning of the run"
+    alone = resumed(loader(("a", 1, None)), changed.position(8))
+    assert windows_of(alone, 10, first=8) == windows_of(loader(("a", 1, None)), 9)[30 + 12 : 30 + 12 + 2 * B]
     alone = resumed(loader(("a", 1, None)), position)
     assert windows_of(alone, 8, first=5) == windows_of(loader(("a", 1, None)), 9)[30 : 30 + 3 * B]
     assert alone.position(8).keys() == loader(("a", 1, None)).position(0).keys(), "as without mixtures"
@@ -221,9 +226,13 @@ def test_other_weights_continue_each_source_at_its_next_window(loader):
 
 
 def test_an_exhausted_source_is_announced_and_all_are_an_error(loader):
-    (message,) = loader(*MIXED).exhausted(20)
-    last = max(n for n, (source, _) in enumerate(windows_of(loader(*MIXED), 20)) if source == 1)
-    assert message.startswith(f"b is exhausted after step {last // B + 1}, since its limit of epochs is 2;")
+    for batch_size in (B, 5):
+        mixed = loader(*MIXED, batch_size=batch_size)
+        (message,) = mixed.exhausted(30)
+        last = max(n for n, (source, _) in enumerate(windows_of(mixed, 30)) if source == 1)
+        assert message.startswith(
+            f"b is exhausted after step {last // batch_size + 1}, since its limit of epochs is 2;"
+        )
     assert loader(*MIXED).exhausted(10) == []
     both = loader(("a", 3, Fraction(1)), MIXED[1])
     both.exhausted(7)
@@ -258,8 +267,10 @@ def test_sources_have_one_tokenizer_and_different_data(directories, tmp_path):
 def test_the_first_source_may_be_in_a_bucket_and_gives_its_tokenizer(tmp_path, monkeypatch, any_bucket):
     monkeypatch.chdir(tmp_path)
     plain = DataConfig(corpus="web", sequence_length=T, num_processes=1, vocab_size=280, cache_dir=str(tmp_path))
-    for number, name in enumerate(("web", "books"), 1):
-        write_corpus(tmp_path / name, documents=10 * number)
+    write_corpus(tmp_path / "web", documents=10)
+    (tmp_path / "books").mkdir()
+    for number in range(20):
+        (tmp_path / "books" / f"{number}.txt").write_text(f"quick brown foxes {number} " * 40)
     prepare(plain, data_path(any_bucket))
     config = dataclasses.replace(plain, mixture=(f"{any_bucket}:0.5", "books:0.5:2"))
     bucket, books = source_paths(config, ensure_prepared)
