@@ -29,6 +29,7 @@ import numpy as np  # noqa: E402
 
 from nextllm_jax.config.files import load_config_file  # noqa: E402
 from nextllm_jax.data.bucket_output import publish_in_bucket  # noqa: E402
+from nextllm_jax.data.mixture import Source  # noqa: E402
 from nextllm_jax.data.shards import SPLITS, Dataset, TokenizedDocuments, write_index, write_split  # noqa: E402
 from nextllm_jax.sharding import make_mesh  # noqa: E402
 from nextllm_jax.storage.open_storage import as_path  # noqa: E402
@@ -119,7 +120,7 @@ def timed(batches: Iterator[Any], step: Callable[[Any], None], count: int) -> tu
 def measure(config: Any, side: Side, local: str, steps: dict[str, Callable[[Any], None]], count: int) -> dict[str, Any]:
     """The results of a side."""
     dataset = Dataset.open(side.path or local, cache_bytes=side.cache_bytes)
-    loader = make_loader(config, dataset, make_mesh(config.mesh))
+    loader = make_loader(config, [Source(dataset)], make_mesh(config.mesh))
     started = time.perf_counter()
     host = loader.host_batches(0)
     next(host)

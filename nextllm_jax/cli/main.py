@@ -156,13 +156,22 @@ def prepare_command(argv: list[str]) -> int:
     """
     from nextllm_jax.data.prepare import prepare
     from nextllm_jax.data.settings import default_data_path
-    from nextllm_jax.data.shards import data_path
+    from nextllm_jax.data.shards import DataPath, data_path
+    from nextllm_jax.data.sources import source_paths
 
     default = PrepareArguments(data=config_of_arguments(argv).data)
     arguments = parse(PrepareArguments, argv, default=default, prog="nextllm prepare")
-    path = data_path(arguments.output) if arguments.output else default_data_path(arguments.data)
-    prepare(arguments.data, path, overwrite=arguments.overwrite)
-    print(path)
+    if arguments.output and arguments.data.mixture:
+        raise InputError("--output is one directory, but --mixture has several sources; leave one of them out")
+
+    def prepare_source(config: DataConfig) -> DataPath:
+        path = data_path(arguments.output) if arguments.output else default_data_path(config)
+        # Prepared directories that a mixture names are used as they are.
+        if not (arguments.data.mixture and config.path):
+            prepare(config, path, overwrite=arguments.overwrite)
+        return path
+
+    print(*source_paths(arguments.data, prepare_source), sep="\n")
     return 0
 
 
@@ -284,8 +293,8 @@ class ReplayArguments:
 
     bundle: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="PATH")]]
     """Directory of the recorded step, such as runs/small/flight/step-120."""
-    data: str | None = None
-    """Directory of the run's prepared data, if it was moved."""
+    data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Directory of the run's prepared data, if it was moved. Repeat it for each source of a mixture, in its order."""
     json: bool = False
     """Print one JSON object."""
 

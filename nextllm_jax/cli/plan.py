@@ -115,7 +115,7 @@ def _check(arguments: PlanArguments) -> None:
 
 def _plan(arguments: PlanArguments) -> tuple[dict[str, Any], str]:
     """The plan that the arguments ask for, as JSON values and as a table."""
-    from nextllm_jax.data.shards import data_path
+    from nextllm_jax.data.sources import first_prepared
     from nextllm_jax.plan import report, topology
     from nextllm_jax.plan.decoding import Request, plan_decoding
     from nextllm_jax.plan.search import search
@@ -123,7 +123,7 @@ def _plan(arguments: PlanArguments) -> tuple[dict[str, Any], str]:
     from nextllm_jax.training.vocabulary import with_vocab_size
 
     config, budget = arguments.run, report.Budget(arguments.days, arguments.tokens)
-    config = with_vocab_size(config, data_path(config.data.path) if config.data.path else None, overwrite=True)
+    config = with_vocab_size(config, first_prepared(config.data), overwrite=True)
     if arguments.chip is not None:
         target = topology.devices_of_kind(arguments.chip, 1 if arguments.devices is None else arguments.devices)
         if target.chip is None and not arguments.search:

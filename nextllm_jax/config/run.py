@@ -13,6 +13,7 @@ from nextllm_jax.config.checks import check_types as _check_types
 from nextllm_jax.config.checks import require as _require
 from nextllm_jax.config.checks import require_positive as _require_positive
 from nextllm_jax.config.fields import OTHER_DATA, ChoosesData, ChoosesTokenizer, Fixed, Free, NoEffect, OnResume
+from nextllm_jax.config.mixture import parse_mixture
 from nextllm_jax.config.model import ModelConfig
 from nextllm_jax.config.optimizer import OptimizerConfig
 
@@ -23,6 +24,10 @@ warmup_steps, even in a shorter schedule, and the wsd decay could overlap the wa
 _OTHER_ORDER = OnResume("override", "the data starts over in another order; the weights are kept")
 _OTHER_WINDOWS = OnResume("override", "the data starts over, split into other windows in another order")
 _OTHER_BATCHES = OnResume("override", "the data continues at its current position, with more or fewer windows per step")
+_OTHER_MIXTURE = OnResume(
+    "override",
+    "each source continues at its next window, and validation losses are not comparable with the earlier ones",
+)
 _OTHER_ADAPTERS = OnResume("override", "the adapters are scaled differently, so the model changes abruptly")
 
 
@@ -52,6 +57,12 @@ class DataConfig:
     path: Annotated[str | None, OnResume("free", OTHER_DATA)] = None
     """Directory of the prepared shards, also gs://BUCKET/DIRECTORY or s3://BUCKET/DIRECTORY; none:
     data/<corpus>-<tokenizer>-<hash of these settings>."""
+    mixture: Annotated[tuple[str, ...], _OTHER_MIXTURE] = ()
+    """Several sources instead of corpus or path, each with a weight and perhaps a limit of epochs, such as data/web:0.3
+    stdlib:0.7:2. A source is a prepared directory or a corpus. Corpora are prepared with these settings; if the
+    tokenizer is trained, all use that of the first source. none: there is one source."""
+    mixture_paths: Free[tuple[str, ...]] = ()
+    """Directory of the prepared data of each source, if it is not where mixture says. A run records it."""
     verify: Free[Literal["sampled", "full"]] = "sampled"
     """How much of the data to checksum at startup, in addition to checking file sizes. sampled: 1,024 random blocks of
     256 KiB, and at least one block of each file, on disk; in a bucket none, since each block is checksummed whenever it
@@ -90,6 +101,21 @@ class DataConfig:
         for name in ("num_processes", "skip_bad_rows", "cache_bytes"):
             value = getattr(self, name)
             _require(value >= 0, f"data.{name} is {value}; it cannot be negative")
+        if self.mixture:
+            self._check_mixture(len(parse_mixture(self.mixture)))
+        _require(bool(self.mixture) or not self.mixture_paths, "data.mixture_paths is set, but not data.mixture")
+
+    def _check_mixture(self, sources: int) -> None:
+        _require(self.path is None, f"data.path is {self.path}, but data.mixture names the data too; leave one out")
+        _require(
+            self.messages_field is None,
+            "data.messages_field does not apply to data.mixture; prepare the conversations (nextllm prepare), and name "
+            "their directory in data.mixture",
+        )
+        _require(
+            len(self.mixture_paths) in (0, sources),
+            f"data.mixture_paths has {len(self.mixture_paths)} directories for {sources} sources of data.mixture",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -313,7 +339,7 @@ class Config:
         length, context = self.data.sequence_length, self.model.context_length
         _require(length <= context, f"data.sequence_length {length} exceeds model.context_length {context}")
         tokens, rows = self.data.vocab_size, self.model.vocab_size
-        decided = self.data.tokenizer == "train" and self.data.path is None and rows > 0
+        decided = self.data.tokenizer == "train" and self.data.path is None and not self.data.mixture and rows > 0
         _require(
             not decided or tokens <= rows,
             f"data.vocab_size {tokens} exceeds model.vocab_size {rows}; lower it, or leave model.vocab_size out",

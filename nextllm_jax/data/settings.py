@@ -32,6 +32,9 @@ from nextllm_jax.tokenizer.published import KNOWN_ENCODINGS, load_tokenizer
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(DataConfig))
 
+_LOCATIONS_AND_READING = (
+    *("path", "mixture", "mixture_paths", "verify", "cache_dir", "cache_bytes", "sequence_length", "num_processes"),
+)
 _FAST_BYTES = 2**26
 """A corpus of up to this size is hashed at every start; the hash of a larger one is cached."""
 _SETTLED_SECONDS = 2.0
@@ -44,7 +47,7 @@ def named_settings(config: DataConfig) -> dict[str, Any]:
     A setting that was added later is absent at its default, so that the directories of earlier data keep their names.
     """
     settings = dataclasses.asdict(config)
-    for name in ("path", "verify", "cache_dir", "cache_bytes", "sequence_length", "num_processes"):
+    for name in _LOCATIONS_AND_READING:
         del settings[name]
     for name in ("deduplicate", "skip_bad_rows"):
         if settings[name] == getattr(DataConfig, name):

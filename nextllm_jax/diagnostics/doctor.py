@@ -7,22 +7,26 @@ data.
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import io
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.checkpoint.verify import check_steps, find_steps
-from nextllm_jax.config import Config
+from nextllm_jax.config import Config, DataConfig
 from nextllm_jax.config.files import workdir_of
+from nextllm_jax.data import mixture
 from nextllm_jax.data.files import find_files, has_files
 from nextllm_jax.data.prepare import prepare_sample
-from nextllm_jax.data.settings import CONTENT_FIELDS, check_unchanged, find_data, open_dataset
-from nextllm_jax.data.shards import DataPath, Dataset, partial_path
+from nextllm_jax.data.settings import CONTENT_FIELDS, check_unchanged, find_data
+from nextllm_jax.data.shards import DataPath, partial_path
+from nextllm_jax.data.sources import open_sources, source_paths
 from nextllm_jax.diagnostics import bucket, machine
 from nextllm_jax.diagnostics.machine import Status
 from nextllm_jax.errors import InputError, RunFailed
@@ -31,8 +35,8 @@ from nextllm_jax.pretrained.source import Source
 from nextllm_jax.storage.open_storage import is_address
 from nextllm_jax.tokenizer.published import KNOWN_ENCODINGS, files_to_fetch
 from nextllm_jax.training.open_run import require_startable
-from nextllm_jax.training.resume_guard import allowed_fields, recorded_data, require_same_data, with_recorded_data
-from nextllm_jax.training.start import CHECKS, Check, Start
+from nextllm_jax.training.resume_guard import allowed_fields, with_recorded_data
+from nextllm_jax.training.start import CHECKS, Check, Start, resume_data
 from nextllm_jax.training.vocabulary import with_vocab_size
 
 SAMPLE_CHARACTERS = 1_000_000
@@ -122,16 +126,16 @@ def diagnose(
                 report.add_all("data", bucket.check_data(config.data.path))
             data.find(RunDir(workdir_of(config)), overwrite or not report.passed("bucket"), allow_change)
         with report.check("data"):
-            is_new = overwrite or not has_run
-            config = with_vocab_size(config, None if data.is_part else data.path, overwrite=is_new)
+            first = data.paths[0] if data.paths and not data.is_part else None
+            config = with_vocab_size(config, first, overwrite=overwrite or not has_run)
         start = Start(config, data.open, overwrite, allow_change)
         for check in CHECKS:
-            if data.is_there or not check.needs_data:
+            if data.paths or not check.needs_data:
                 # A failure on part of the corpus is a warning, since the complete corpus may pass.
                 report.make(check, start, "warning" if check.needs_data and data.is_part else "PROBLEM")
         if data.is_prepared and source is not None:
             with report.check("tokenizer"):
-                require_tokenizer(dataclasses.replace(config, data=data.config), source)
+                require_tokenizer(config, source, data.paths[0])
         if report.passed("devices") and config.model.vocab_size:
             report.add("memory", *machine.memory(config, start.mesh))
             report.add("save", *machine.save_time(config, start.mesh))
@@ -144,82 +148,94 @@ def diagnose(
     return report.findings
 
 
+class _NeedsNetwork(Exception):
+    """A corpus or a tokenizer must be downloaded first."""
+
+
 class _Data:
-    """The data of a config: the prepared data, or else the beginning of the corpus, prepared in `temporary`."""
+    """The data of a config. What is not prepared yet is the beginning of its corpus, prepared in `temporary`."""
 
     def __init__(self, config: Config, temporary: Path, report: Report) -> None:
-        self.config = config.data
-        """The data settings; those of a run that exists have the path that it recorded."""
+        self._config = config.data
         self._whole, self._temporary, self._report = config, temporary, report
-        self.path: DataPath | None = None
-        """The prepared data, or the beginning of the corpus; None if there is neither."""
+        self.paths: list[DataPath] = []
+        """The prepared data of each source, or the beginning of its corpus; empty if one has neither."""
         self.is_prepared = self.is_part = False
         self.bytes_to_write = 0
-        """Approximate disk space that preparing needs; 0 if the size of the corpus is unknown."""
+        """Approximate disk space that preparing needs; 0 if the size of a corpus is unknown."""
 
-    @property
-    def is_there(self) -> bool:
-        """Whether there is data to check."""
-        return self.path is not None
-
-    def open(self) -> Dataset:
-        """The data."""
-        assert self.path is not None
-        return open_dataset(self.config, self.path)
+    def open(self) -> tuple[mixture.Source, ...]:
+        """The sources of the data."""
+        assert self.paths
+        return open_sources(self._config, self.paths)
 
     def find(self, run: RunDir, overwrite: bool, allow_change: Collection[str]) -> None:
         """Find the prepared data, or prepare a part of it, and report which. Raises InputError as `prepare` does."""
-        is_continued = not overwrite and run.exists()
-        if is_continued:
-            self.config = with_recorded_data(self._whole, run).data
-        config = self.config
-        path, self.is_prepared = find_data(config)
-        if self.is_prepared:
-            self.path = path
+        accepted = allowed_fields(allow_change)
+        if not overwrite and run.exists():
+            self._config = with_recorded_data(self._whole, run).data
+            accepted = frozenset(CONTENT_FIELDS)
+        with contextlib.suppress(_NeedsNetwork):
+            self.paths = source_paths(self._config, functools.partial(self._find_source, accepted=accepted))
+            self.is_prepared = not any(Path(path).is_relative_to(self._temporary) for path in self.paths)
+
+    def _find_source(self, config: DataConfig, accepted: Collection[str]) -> DataPath:
+        path, is_ready = find_data(config)
+        if is_ready:
             self._report.add("data", str(path))
-            if config.path:
-                accepted = CONTENT_FIELDS if is_continued else allowed_fields(allow_change)
-                if difference := check_unchanged(config, path, accepted):
-                    self._report.add("data", difference, "warning")
-            return
+            if config.path and (difference := check_unchanged(config, path, accepted)):
+                self._report.add("data", difference, "warning")
+            return path
         is_started = partial_path(Path(path)).is_dir()
         state = "an interrupted preparation would continue" if is_started else "would be prepared"
-        self._report.add("data", f"{path}: {state} from {config.corpus}")
-        if missing := self._to_fetch():
+        # The name follows from the tokenizer, of which there is only a sample if the first source is not prepared.
+        name = "its directory" if Path(config.tokenizer).is_relative_to(self._temporary) else path
+        self._report.add("data", f"{name}: {state} from {config.corpus}")
+        if missing := _to_fetch(config):
             self._report.add("data", f"the network is needed for {', '.join(missing)}", "warning")
-            return
+            raise _NeedsNetwork
+        sample = Path(tempfile.mkdtemp(dir=self._temporary))
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            self.is_part = not prepare_sample(config, self._temporary, SAMPLE_CHARACTERS)
-        self.path = self._temporary
-        if self.is_part:
+            is_part = not prepare_sample(config, sample, SAMPLE_CHARACTERS)
+        if is_part:
+            self.is_part = True
             self._report.add(
                 "data", f"the checks below use only the first {SAMPLE_CHARACTERS:,} characters of the corpus"
             )
         if has_files(config):
             # A token takes 2 bytes, is at least 3 bytes of text, and is written twice: in a part and in a shard.
-            self.bytes_to_write = find_files(config).num_bytes * 4 // 3
+            self.bytes_to_write += find_files(config).num_bytes * 4 // 3
+        return sample
 
-    def _to_fetch(self) -> list[str]:
-        """What preparing would download. Raises InputError if the package for that is missing."""
-        config = self.config
-        missing = files_to_fetch(config.tokenizer) if config.tokenizer in KNOWN_ENCODINGS else []
-        name = config.corpus.removeprefix("hf:")
-        if name != config.corpus:
-            if importlib.util.find_spec("datasets") is None:
-                raise InputError(f"data.corpus {config.corpus} needs an extra package: pip install 'nextllm_jax[hf]'")
-            missing += [] if Path(name).is_dir() else [config.corpus]
-        return missing
+
+def _to_fetch(config: DataConfig) -> list[str]:
+    """What preparing would download. Raises InputError if the package for that is missing."""
+    missing = files_to_fetch(config.tokenizer) if config.tokenizer in KNOWN_ENCODINGS else []
+    name = config.corpus.removeprefix("hf:")
+    if name != config.corpus:
+        if importlib.util.find_spec("datasets") is None:
+            raise InputError(f"data.corpus {config.corpus} needs an extra package: pip install 'nextllm_jax[hf]'")
+        missing += [] if Path(name).is_dir() else [config.corpus]
+    return missing
 
 
 def _check_run(report: Report, start: Start, *, with_data: bool) -> None:
-    """Report how the run directory would be used. Raises InputError if its run was trained on other data."""
+    """Report how the run directory would be used. Raises InputError if its data does not fit or does not suffice."""
+    record = _check_steps(report, start)
+    if with_data and report.passed("devices") and report.passed("batches"):
+        for text, _ in resume_data(start, record):
+            report.add("batches", text)
+
+
+def _check_steps(report: Report, start: Start) -> dict[str, Any]:
+    """Report the state of the run directory. Returns the record of the latest checkpoint; empty if there is none."""
     config, run = start.config, RunDir(workdir_of(start.config))
     if not run.exists():
         report.add("run", f"{run.path} is free for a new run")
-        return
+        return {}
     if start.overwrite:
         report.add("run", f"the run in {run.path} would be moved into its overwritten/", "warning")
-        return
+        return {}
     found = list(check_steps(find_steps(run.path)))
     whole = [int(step.path.name) for step in found if step.state == "ok" and step.path.parent != run.base]
     latest = max(whole, default=None)
@@ -235,9 +251,7 @@ def _check_run(report: Report, start: Start, *, with_data: bool) -> None:
             report.add("run", f"{step}; training would continue from a later one", "warning")
     if latest is None:
         report.add("run", f"{run.path} has no complete checkpoint; training would start at step 0")
-        return
+        return {}
     state = "is finished at" if latest == config.training.steps else "would continue from"
     report.add("run", f"{run.path} {state} step {latest} of {config.training.steps}")
-    if with_data and report.passed("devices"):
-        record = Checkpoints(run.checkpoints).record(latest)
-        require_same_data(recorded_data(record), start.loader.position(0), start.dataset.path, start.allow_change)
+    return Checkpoints(run.checkpoints).record(latest)

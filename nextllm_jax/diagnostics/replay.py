@@ -9,6 +9,7 @@ import json
 import math
 import os
 import zipfile
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -19,9 +20,11 @@ from nextllm_jax.checkpoint.run_dir import FLIGHT, RunDir
 from nextllm_jax.checkpoint.saved_steps import SavedSteps
 from nextllm_jax.config import Config
 from nextllm_jax.config.files import config_of_values
+from nextllm_jax.config.mixture import parse_mixture
 from nextllm_jax.data.loader import TrainLoader
-from nextllm_jax.data.settings import default_data_path, open_dataset
-from nextllm_jax.data.shards import Dataset, data_path
+from nextllm_jax.data.mixture import Source, data_id
+from nextllm_jax.data.shards import DataPath, data_path
+from nextllm_jax.data.sources import open_sources, source_paths
 from nextllm_jax.diagnostics.diagnosis import Diagnosis, diagnose
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.objective import Batch
@@ -40,7 +43,7 @@ _FIELDS = {
     "step": int,
     "measured": dict,
     "data_id": str,
-    "data_path": str,
+    "data_path": str | list,
     "versions": dict,
     "devices": str,
     "mesh": dict,
@@ -107,11 +110,20 @@ class Replay:
         """Whether loss, gradient norm and the norms of all layers are bit-identical."""
         return self.measured == self.bundle.content["measured"]
 
-    def worst_windows(self) -> list[tuple[int, float]]:
-        """(number, mean loss) of each window, highest loss first, after those that are not finite."""
+    def worst_windows(self) -> list[tuple[int | list[int], float]]:
+        """(window, mean loss) of each window, highest loss first, after those that are not finite.
+
+        A window is its number, or in a mixture [number of the source from 0, number in the source].
+        """
         losses = self.diagnosis.window_losses if self.diagnosis else ()
         pairs = zip(self.bundle.windows.tolist(), losses, strict=False)
         return sorted(pairs, key=lambda pair: (math.isfinite(pair[1]), -pair[1] if math.isfinite(pair[1]) else 0))
+
+    def _name_of(self, window: int | list[int]) -> str:
+        if isinstance(window, int):
+            return str(window)
+        source, number = window
+        return f"{number} of {parse_mixture(self.bundle.config.data.mixture)[source].name}"
 
     def rows(self) -> list[tuple[str, float | str | None, float | str]]:
         """(module, root mean square of the residual stream after it, gradient norm), in forward order."""
@@ -153,7 +165,8 @@ class Replay:
         if self.diagnosis:
             lines.append(str(self.diagnosis))
             worst = self.worst_windows()[:_WORST_WINDOWS]
-            lines.append("windows with the highest loss: " + ", ".join(f"{w} ({loss:.4g})" for w, loss in worst))
+            shown = ", ".join(f"{self._name_of(window)} ({loss:.4g})" for window, loss in worst)
+            lines.append(f"windows with the highest loss: {shown}")
         lines.append(f"{'module':<24}{'activation rms after it':>26}{'gradient norm':>16}")
         for module, rms, norm in self.rows():
             after = "" if rms is None else f"{float(rms):.4g}"
@@ -161,8 +174,10 @@ class Replay:
         return "\n".join(lines)
 
 
-def replay(path: str | os.PathLike[str], *, data: str | None = None) -> Replay:
-    """Replay the bundle in `path`, with progress on standard error; `data` is the directory of its data, if moved.
+def replay(path: str | os.PathLike[str], *, data: Sequence[str] = ()) -> Replay:
+    """Replay the bundle in `path`, with progress on standard error.
+
+    `data` has the directory of each source of its data, if they were moved.
 
     Raises InputError if the bundle, the data or the checkpoint cannot be used, or if they do not belong together.
     """
@@ -172,13 +187,13 @@ def replay(path: str | os.PathLike[str], *, data: str | None = None) -> Replay:
     if jax.process_count() > 1:
         raise InputError("a replay runs in one process; start one process with as many devices as the run had")
     mesh = make_mesh(config.mesh)
-    dataset = _open_data(bundle, data)
+    sources = _open_data(bundle, data)
     program = build_program(config, mesh)
     set_matmul_precision(program.model.dtype)
-    loader = make_loader(config, dataset, mesh)
+    loader = make_loader(config, sources, mesh)
     with jax.set_mesh(mesh):
         checkpoints = _find_checkpoint(bundle, loader)
-        _check_batch(bundle, loader, dataset)
+        _check_batch(bundle, loader)
         start = bundle.content["checkpoint"]
         if checkpoints is None and config.init_from is not None:
             raise InputError(
@@ -205,17 +220,22 @@ def _differences(recorded: dict[str, Any], here: dict[str, Any]) -> tuple[str, .
     return tuple(f"{name} {before} -> {after}" for name, before, after in pairs if before != after)
 
 
-def _open_data(bundle: Bundle, data: str | None) -> Dataset:
-    """The data of a bundle: in `data`, in the recorded directory, or in the default directory of its config."""
-    recorded = data_path(bundle.content["data_path"])
-    found = data_path(data) if data else recorded if recorded.exists() else default_data_path(bundle.config.data)
-    dataset = open_dataset(bundle.config.data, found)
-    if dataset.data_id != bundle.content["data_id"]:
+def _open_data(bundle: Bundle, data: Sequence[str]) -> tuple[Source, ...]:
+    """The sources of a bundle: in `data`, in the recorded directories, or in the default ones of its config."""
+    config, paths = bundle.config.data, bundle.content["data_path"]
+    recorded = [data_path(path) for path in ([paths] if isinstance(paths, str) else paths)]
+    found = [data_path(path) for path in data] if data else recorded
+    sources = open_sources(config, found if data or all(path.exists() for path in recorded) else source_paths(config))
+    if data_id(sources) != bundle.content["data_id"]:
         raise InputError(
-            f"{dataset.path} holds other data ({dataset.data_id}) than the bundle's run used "
-            f"({bundle.content['data_id']}); name the directory of that data with --data"
+            f"{_places(source.dataset.path for source in sources)} holds other data ({data_id(sources)}) than the "
+            f"bundle's run used ({bundle.content['data_id']}); name the directory of that data with --data"
         )
-    return dataset
+    return sources
+
+
+def _places(directories: Iterable[DataPath]) -> str:
+    return ", ".join(map(str, directories))
 
 
 def _find_checkpoint(bundle: Bundle, loader: TrainLoader) -> SavedSteps | None:
@@ -236,14 +256,14 @@ def _find_checkpoint(bundle: Bundle, loader: TrainLoader) -> SavedSteps | None:
     return checkpoints
 
 
-def _check_batch(bundle: Bundle, loader: TrainLoader, dataset: Dataset) -> None:
+def _check_batch(bundle: Bundle, loader: TrainLoader) -> None:
     """Raise InputError if the loader does not give the recorded batch, or if the bundle's two files disagree."""
     windows, batch = loader.whole_batch(bundle.content["step"] - 1)
     same = all(np.array_equal(ours, theirs) for ours, theirs in zip(batch, bundle.batch, strict=True))
     if not same or not np.array_equal(windows, bundle.windows) or windows.tolist() != bundle.content["windows"]:
         raise InputError(
-            f"{dataset.path} gives another batch than {bundle.path / BATCH} holds; the bundle is damaged, or another "
-            "version of the loader wrote it: use that version"
+            f"{_places(loader.directories)} gives another batch than {bundle.path / BATCH} holds; the bundle is "
+            "damaged, or another version of the loader wrote it: use that version"
         )
 
 

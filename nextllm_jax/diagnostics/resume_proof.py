@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from nextllm_jax.checkpoint.run_dir import METRICS, SAMPLES, RunDir
 from nextllm_jax.config import Config
 from nextllm_jax.data.prepare import ensure_prepared
 from nextllm_jax.data.shards import DataPath
+from nextllm_jax.data.sources import source_paths, with_source_paths
 from nextllm_jax.errors import InputError, RunFailed
 from nextllm_jax.sharding import make_mesh
 from nextllm_jax.training.program import build_program, to_save
@@ -69,8 +70,8 @@ def prove(config: Config, *, steps: int) -> list[Comparison]:
     """
     if steps < FEWEST_STEPS:
         raise InputError(f"--steps is {steps}; it must be at least {FEWEST_STEPS}, for a kill in the middle")
-    data = ensure_prepared(config.data).absolute()
-    config = with_vocab_size(_shortened(config, steps, data), data, overwrite=True)
+    data = [path.absolute() for path in source_paths(config.data, ensure_prepared)]
+    config = with_vocab_size(_shortened(config, steps, data), data[0], overwrite=True)
     with tempfile.TemporaryDirectory(prefix="nextllm-resume-proof-") as name:
         directory = Path(name)
         (directory / "proof.py").write_text(_CONFIG_FILE)
@@ -87,14 +88,14 @@ def prove(config: Config, *, steps: int) -> list[Comparison]:
         return compare(config, straight, broken)
 
 
-def _shortened(config: Config, steps: int, data: DataPath) -> Config:
+def _shortened(config: Config, steps: int, data: Sequence[DataPath]) -> Config:
     """The config with only `steps` steps of its schedule, all logged, one evaluation and a few checkpoints."""
     length = config.optimizer.schedule_length(config.training.steps)
     training = dataclasses.replace(config.training, steps=steps, log_every_steps=1, evaluate_every_steps=steps)
     return dataclasses.replace(
         config,
         workdir=None,
-        data=dataclasses.replace(config.data, path=str(data)),
+        data=with_source_paths(config.data, [str(path) for path in data]),
         optimizer=dataclasses.replace(config.optimizer, schedule_steps=length),
         training=training,
         checkpoint=dataclasses.replace(config.checkpoint, every_steps=steps // 4, scratch=None),

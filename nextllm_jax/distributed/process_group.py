@@ -39,7 +39,7 @@ LAST_SECONDS = 10
 """Time that a process has to exit by itself after another process has failed."""
 _LINGER_SECONDS = 0.3
 _PATIENCE_SECONDS, _REMINDER_SECONDS = 3, 60
-_LOCATIONS = ("data.path", "data.cache_dir", "data.cache_bytes")
+_LOCATIONS = ("data.path", "data.mixture_paths", "data.cache_dir", "data.cache_bytes")
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tiktoken")
 
 

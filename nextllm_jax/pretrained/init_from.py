@@ -10,8 +10,7 @@ from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config, DataConfig, ModelConfig
 from nextllm_jax.config.files import workdir_of
 from nextllm_jax.config.model import EXECUTION_FIELDS
-from nextllm_jax.data.settings import default_data_path
-from nextllm_jax.data.shards import Dataset
+from nextllm_jax.data.shards import DataPath, Dataset
 from nextllm_jax.errors import InputError
 from nextllm_jax.model import lora
 from nextllm_jax.model.transformer import abstract_params
@@ -80,9 +79,9 @@ def _require_trainable(config: Config, source: Source) -> None:
         )
 
 
-def require_tokenizer(config: Config, source: Source) -> None:
-    """Raise InputError if the prepared data was tokenized with another tokenizer than that of `init_from`."""
-    data = Dataset.open(default_data_path(config.data), verify="sizes")
+def require_tokenizer(config: Config, source: Source, path: DataPath) -> None:
+    """Raise InputError if the prepared data in `path` has another tokenizer than `init_from`."""
+    data = Dataset.open(path, verify="sizes")
     if data.tokenizer_hash != source.load_tokenizer().hash:
         raise InputError(
             f"the data in {data.path} was prepared with another tokenizer than that of init_from {config.init_from}; "

@@ -150,13 +150,14 @@ class FlightRecorder(Hook):
 
         Deterministic across processes: it depends on the bundles found at startup and on those recorded since.
         """
+        paths = [str(directory.absolute()) for directory in self._loader.directories]
         content = {
             "format": FORMAT,
             "step": step,
             "measured": measured(self._config, metrics),
             "seed": self._config.seed,
             "data_id": self._loader.position(step)["data_id"],
-            "data_path": str(self._loader.directory.absolute()),
+            "data_path": paths[0] if len(paths) == 1 else paths,
             **self._about,
             "config": json.loads(self._config.to_json()),
         }

@@ -5,6 +5,7 @@ Without init_from, jax is imported only once the data is prepared, so mistakes a
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Literal
@@ -118,10 +119,13 @@ def _prepare(
     choices = {"--overwrite": str(overwrite), "--allow-change": ", ".join(sorted(allowed))}
     group.check_same({**choices, **facts_of(config)})
     stop.allow_exit("preparing data")
-    path = _prepare_data(config, source, overwrite, allowed) if group.process_id == 0 else None
-    path = group.gather(path, "process 0 to prepare the data")[0]
-    if config.data.path is None:  # else the processes compare the ids of their data
-        config = _with_data_path(config, path)
+    paths = _prepare_data(config, source, overwrite, allowed) if group.process_id == 0 else None
+    paths = group.gather(paths, "process 0 to prepare the data")[0]
+
+    from nextllm_jax.data.sources import has_source_paths, with_source_paths
+
+    if not has_source_paths(config.data):  # else the processes compare the ids of their data
+        config = dataclasses.replace(config, data=with_source_paths(config.data, paths))
     stop.allow_exit("starting")
     with phase("importing jax and finding the devices"):
         use_compilation_cache()
@@ -129,11 +133,12 @@ def _prepare(
     return config, source
 
 
-def _prepare_data(config: Config, source: "Source | None", overwrite: bool, allowed: frozenset[str]) -> str:
-    """The directory of the data, which is prepared if necessary. A run continues with the data that it recorded."""
+def _prepare_data(config: Config, source: "Source | None", overwrite: bool, allowed: frozenset[str]) -> list[str]:
+    """The directories of the data, which is prepared if necessary. A run continues with the data that it recorded."""
     from nextllm_jax.checkpoint.run_dir import RunDir
     from nextllm_jax.data.prepare import ensure_prepared
     from nextllm_jax.data.settings import CONTENT_FIELDS
+    from nextllm_jax.data.sources import source_paths
     from nextllm_jax.training.open_run import require_startable
 
     # To report mistakes before the data is prepared; `open_run` checks again once it holds the run's lock.
@@ -142,13 +147,9 @@ def _prepare_data(config: Config, source: "Source | None", overwrite: bool, allo
     if not overwrite and run.exists():
         config = with_recorded_data(config, run)
         allowed |= {*CONTENT_FIELDS}  # the checkpoint says which data it needs
-    path = str(ensure_prepared(config.data, allow_change=allowed))
+    paths = source_paths(config.data, functools.partial(ensure_prepared, allow_change=allowed))
     if source is not None:
         from nextllm_jax.pretrained.init_from import require_tokenizer
 
-        require_tokenizer(_with_data_path(config, path), source)
-    return path
-
-
-def _with_data_path(config: Config, path: str) -> Config:
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
+        require_tokenizer(config, source, paths[0])
+    return [str(path) for path in paths]

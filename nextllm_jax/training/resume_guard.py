@@ -5,7 +5,7 @@ Importing this module does not import jax, so a command can check before it prep
 
 import dataclasses
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -14,6 +14,7 @@ from nextllm_jax.checkpoint.run_dir import CONFIG, RunDir
 from nextllm_jax.config import Config
 from nextllm_jax.config.fields import OTHER_DATA, fields_of
 from nextllm_jax.config.files import is_of_first_format
+from nextllm_jax.config.mixture import parse_mixture
 from nextllm_jax.errors import InputError
 
 _NEW_RUN = "start a new run: another --workdir, or --overwrite to set the old run aside"
@@ -91,6 +92,8 @@ def _are_same(name: str, old: Any, new: Any) -> bool:
     """Whether two values of a field are equivalent."""
     if name == "model.vocab_size" and new == 0:  # a config that does not state it takes the run's
         return True
+    if name == "data.mixture" and old and new:  # only the proportions of the weights matter
+        return parse_mixture(old) == parse_mixture(new)
     if name == "lora.targets":  # the order does not matter, and () is a newer way to say all
         every = ("q", "k", "v", "o", "gate", "up", "down")
         return set(old or every) == set(new or every)
@@ -133,10 +136,10 @@ def require_resumable(run: RunDir, config: Config, allow_change: Collection[str]
 
 
 def with_recorded_data(config: Config, run: RunDir) -> Config:
-    """The config with the path of the data that `run` was trained on, if it does not choose other data."""
+    """The config with the paths of the data that `run` was trained on, if it does not choose other data."""
     if not run.exists():
         return config
-    from nextllm_jax.data.settings import continued  # imports the tokenizers, which --help does not need
+    from nextllm_jax.data.sources import continued  # imports the tokenizers, which --help does not need
 
     return dataclasses.replace(config, data=continued(config.data, run.read_config().data))
 
@@ -152,22 +155,24 @@ def recorded_data(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_same_data(
-    recorded: dict[str, Any], found: dict[str, Any], where: epath.PathLike, allow_change: Collection[str]
+    recorded: dict[str, Any], found: dict[str, Any], where: Sequence[epath.PathLike], allow_change: Collection[str]
 ) -> None:
-    """Raise InputError if the data in `where` is not the data that a checkpoint was trained on.
+    """Raise InputError if the data in the directories `where` is not the data that a checkpoint was trained on.
 
     `recorded` and `found` are the data positions of the checkpoint and of the loader; see TrainLoader. Other data with
     the same tokenizer is accepted if `allow_change` names data.path or another field that selects data.
     """
+    places, field = ", ".join(map(str, where)), "data.path" if len(where) == 1 else "data.mixture"
     if recorded.get("tokenizer_hash", found["tokenizer_hash"]) != found["tokenizer_hash"]:
         raise InputError(
-            f"the data in {where} has another tokenizer than the run, so its ids do not fit the model; "
-            f"set data.path to data with the run's tokenizer, or {_NEW_RUN}"
+            f"the data in {places} has another tokenizer than the run, so its ids do not fit the model; "
+            f"set {field} to data with the run's tokenizer, or {_NEW_RUN}"
         )
-    choosing = {name for name, field in fields_of(Config()).items() if field.on_resume.meaning == OTHER_DATA}
+    known = fields_of(Config())
+    choosing = {name for name, each in known.items() if each.on_resume.meaning == OTHER_DATA} | {"data.mixture"}
     if recorded.get("data_id") != found["data_id"] and not choosing & allowed_fields(allow_change):
         raise InputError(
-            f"the checkpoint was trained on other data than {where} holds ({recorded.get('data_id')} -> "
-            f"{found['data_id']}); set data.path to the data of the checkpoint, or allow the change: "
-            f"--allow-change data.path ({OTHER_DATA}); or {_NEW_RUN}"
+            f"the checkpoint was trained on other data than {places} holds ({recorded.get('data_id')} -> "
+            f"{found['data_id']}); set {field} to the data of the checkpoint, or allow the change: "
+            f"--allow-change {field} ({known[field].on_resume.meaning}); or {_NEW_RUN}"
         )

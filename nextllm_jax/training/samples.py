@@ -81,7 +81,10 @@ class Samples(Hook):
         stated, tokenizer = config.training.sample_prompts, start.tokenizer
         if stated is not None:
             return [Prompt(text, tokenizer.encode_prompt(text)) for text in stated]
-        return held_out_prompts(start.dataset.split("validation"), tokenizer, config.model.context_length)
+        splits = [source.dataset.split("validation") for source in start.sources]
+        prompts = [held_out_prompts(split, tokenizer, config.model.context_length) for split in splits]
+        alternating = itertools.chain.from_iterable(itertools.zip_longest(*prompts))
+        return list(filter(None, alternating))[: max(_NUM_PROMPTS, len(splits))]
 
     def after_evaluation(self, step: int, state: TrainState) -> None:
         """Write the samples of a step, unless the file has them already."""

@@ -14,6 +14,7 @@ from nextllm_jax.checkpoint.base import RECORD, save_base
 from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.checkpoint.saved_steps import DamagedCheckpoint
+from nextllm_jax.data.mixture import data_id
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.accounting import save_estimate
 from nextllm_jax.pretrained.init_from import initial_params
@@ -31,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 def open_checkpoints(run: RunDir, start: Start) -> Checkpoints:
     """The checkpoints of a run, kept as its config says."""
-    config, dataset = start.config, start.dataset
+    config = start.config
     return Checkpoints(
         run.checkpoints,
         keep_last=config.checkpoint.keep_last,
@@ -40,8 +41,8 @@ def open_checkpoints(run: RunDir, start: Start) -> Checkpoints:
         guard=run.sync,
         run={
             "config": dataclasses.asdict(config),
-            "tokenizer": dataset.tokenizer_hash,
-            "data": dataset.split("train").data_id,
+            "tokenizer": start.tokenizer.hash,
+            "data": data_id(start.sources),
         },
     )
 

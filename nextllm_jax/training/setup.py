@@ -12,7 +12,8 @@ from nextllm_jax.checkpoint.base import base_id
 from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config
 from nextllm_jax.config.files import workdir_of
-from nextllm_jax.data.settings import default_data_path, open_dataset
+from nextllm_jax.data.mixture import data_id
+from nextllm_jax.data.sources import open_sources, source_paths
 from nextllm_jax.distributed.process_group import ProcessGroup
 from nextllm_jax.distributed.signals import StopRequest
 from nextllm_jax.model.accounting import flops_per_token
@@ -26,12 +27,11 @@ from nextllm_jax.training.metrics import TrainMeter
 from nextllm_jax.training.open_run import OpenRun, open_run
 from nextllm_jax.training.pictures import Pictures
 from nextllm_jax.training.profiler import StepProfiler
-from nextllm_jax.training.resume_guard import recorded_data, require_same_data
 from nextllm_jax.training.samples import Samples
 from nextllm_jax.training.saving import open_checkpoints, restore_or_begin
 from nextllm_jax.training.session import Moment, Session
-from nextllm_jax.training.start import CHECKS, Remark, Start, require
-from nextllm_jax.training.state import TrainState, require_finite
+from nextllm_jax.training.start import CHECKS, Remark, Start, require, resume_data
+from nextllm_jax.training.state import require_finite
 from nextllm_jax.training.train_log import TrainLog
 from nextllm_jax.training.vocabulary import with_vocab_size
 from nextllm_jax.training.writers import MetricsWriter
@@ -60,16 +60,16 @@ def open_session(
     Raises InputError for what the user can fix.
     """
     group = group or ProcessGroup()
-    config = with_vocab_size(config, default_data_path(config.data), overwrite=overwrite)
+    config = with_vocab_size(config, source_paths(config.data)[0], overwrite=overwrite)
     start = Start(
         config,
-        lambda: open_dataset(config.data),
+        lambda: open_sources(config.data),
         overwrite=overwrite,
         allow_change=allow_change,
     )
     remarks = require(CHECKS, start)
     set_matmul_precision(start.program.model.dtype)
-    group.check_same({"data with id": start.dataset.data_id})
+    group.check_same({"data with id": data_id(start.sources)})
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopRequest(group))
         writes = group.process_id == 0
@@ -83,7 +83,8 @@ def open_session(
         programs.wait()
         with phase("restoring the latest checkpoint" if checkpoints.steps() else "creating the initial state"):
             state, record = restore_or_begin(start, source, opened.dir, checkpoints)
-        _require_usable(start, opened.dir, state, record)
+        remarks += resume_data(start, record)
+        require_finite(state, str(opened.dir.path))
         at = Moment(int(state.step), state, evaluated=record.get("evaluated", False))
         initial_step = at.step if record else None
         if writes:  # only now, when a resumed run has passed all checks
@@ -101,15 +102,6 @@ def open_session(
             session.hooks.append(stack.enter_context(contextlib.closing(hook)))
         session.hooks.append(programs)
         yield session, at
-
-
-def _require_usable(start: Start, run: RunDir, state: TrainState, record: dict[str, Any]) -> None:
-    """Raise InputError if a state is not finite or belongs to other data. Else the loader resumes at its position."""
-    if record:
-        position = recorded_data(record)
-        require_same_data(position, start.loader.position(0), start.dataset.path, start.allow_change)
-        start.loader.resume(position)
-    require_finite(state, str(run.path))
 
 
 def _announce(run: OpenRun, remarks: Iterable[Remark], step: int | None) -> None:

@@ -2,22 +2,27 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
+from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config
+from nextllm_jax.config.files import workdir_of
 from nextllm_jax.data.loader import TrainLoader
+from nextllm_jax.data.mixture import Source
 from nextllm_jax.data.packing import count_windows, describe_windows, has_targets
-from nextllm_jax.data.shards import SPLITS, Dataset
+from nextllm_jax.data.shards import SPLITS
+from nextllm_jax.data.sources import tokenizer_of
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.accounting import adapter_count, parameter_count
 from nextllm_jax.sharding import make_mesh, num_parts, sharding
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 from nextllm_jax.training.program import Program, build_program
+from nextllm_jax.training.resume_guard import recorded_data, require_same_data
 from nextllm_jax.training.schedule import describe_warmup
 
 
@@ -33,20 +38,20 @@ class Start:
     """The inputs of a training. Each is created on first use, which may raise InputError."""
 
     config: Config
-    open_dataset: Callable[[], Dataset]
-    """Opens the training data, which must be prepared by then."""
+    open_sources: Callable[[], tuple[Source, ...]]
+    """Opens the sources of the data, which must be prepared by then."""
     overwrite: bool = False
     allow_change: Collection[str] = ()
 
     @functools.cached_property
-    def dataset(self) -> Dataset:
-        """The training data."""
-        return self.open_dataset()
+    def sources(self) -> tuple[Source, ...]:
+        """The sources of the data, which have the same tokenizer."""
+        return self.open_sources()
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the data."""
-        return self.dataset.tokenizer()
+        return tokenizer_of(self.sources)
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -62,7 +67,7 @@ class Start:
     @functools.cached_property
     def loader(self) -> TrainLoader:
         """The training batches."""
-        return make_loader(self.config, self.dataset, self.mesh)
+        return make_loader(self.config, self.sources, self.mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +85,10 @@ def require(checks: Iterable[Check], start: Start) -> list[Remark]:
     return [remark for check in checks for remark in check.run(start)]
 
 
-def make_loader(config: Config, dataset: Dataset, mesh: Mesh) -> TrainLoader:
+def make_loader(config: Config, sources: Sequence[Source], mesh: Mesh) -> TrainLoader:
     """The training batches of a config on a mesh. Raises InputError if data, batch size and mesh do not fit."""
     return TrainLoader(
-        dataset.split("train"),
+        sources,
         sequence_length=config.data.sequence_length,
         global_batch_size=config.training.global_batch_size,
         seed=config.seed,
@@ -138,12 +143,17 @@ def _check_model(start: Start) -> Iterator[Remark]:
 
 
 def _check_data(start: Start) -> Iterator[Remark]:
-    dataset, tokenizer = start.dataset, start.tokenizer
-    counts = ", ".join(f"{dataset.split(name).num_tokens:,} {name}" for name in SPLITS)
     verify = start.config.data.verify
-    later = dataset.verifies_reads and verify == "sampled"
-    checked = "each block is verified when it is read" if later else f"undamaged (data.verify {verify})"
-    yield Remark(f"{counts} tokens of {tokenizer.name}, {checked}")
+    for dataset, name, *_ in start.sources:
+        counts = ", ".join(f"{dataset.split(split).num_tokens:,} {split}" for split in SPLITS)
+        later = dataset.verifies_reads and verify == "sampled"
+        checked = "each block is verified when it is read" if later else f"undamaged (data.verify {verify})"
+        yield Remark(f"{_prefix(name)}{counts} tokens of {start.tokenizer.name}, {checked}")
+
+
+def _prefix(source_name: str) -> str:
+    """The beginning of a message about a source; empty if it is the only one."""
+    return f"{source_name}: " if source_name else ""
 
 
 def _check_fit(start: Start) -> Iterator[Remark]:
@@ -167,26 +177,43 @@ def _check_fit(start: Start) -> Iterator[Remark]:
 
 
 def _check_batches(start: Start) -> Iterator[Remark]:
-    config, train = start.config, start.dataset.split("train")
-    _ = start.loader
-    for split in map(start.dataset.split, SPLITS):
-        if not has_targets(split):
-            raise InputError(
-                f"the {split.name} split of {start.dataset.path} has no token in its loss mask (in conversations, only "
-                "assistant text is in it); use other data, or check data.chat_template"
-            )
-    length, batch = config.data.sequence_length, config.training.global_batch_size
-    windows = count_windows(train, length, partial=False)
-    epochs = config.training.steps * batch / windows
-    said = (
-        f"{windows:,} windows of {length} tokens; {config.training.steps:,} steps of {batch} are {epochs:,.2f} epochs"
-    )
-    repeats = batch > windows
-    warning = f"{said}; each step repeats windows: use more data or a smaller batch"
-    yield Remark(warning if repeats else said, repeats)
-    for split in map(start.dataset.split, SPLITS):
-        if said := describe_windows(split, length):
-            yield Remark(said)
+    for source in start.sources:
+        for split in map(source.dataset.split, SPLITS):
+            if not has_targets(split):
+                raise InputError(
+                    f"the {split.name} split of {source.dataset.path} has no token in its loss mask (in conversations, "
+                    "only assistant text is in it); use other data, or check data.chat_template"
+                )
+    config, total = start.config, sum(source.weight for source in start.sources)
+    is_limited = any(source.epochs for source in start.sources)
+    if is_limited and (start.overwrite or not RunDir(workdir_of(config)).exists()):
+        start.loader.exhausted(config.training.steps)  # a run that exists checks this at its position
+    length, batch, steps = config.data.sequence_length, config.training.global_batch_size, config.training.steps
+    for source, epochs in zip(start.sources, start.loader.epochs(steps), strict=True):
+        windows = count_windows(source.dataset.split("train"), length, partial=False)
+        share = "" if total == 1 else f" with weight {source.weight / total:.3g}"
+        said = (
+            f"{_prefix(source.name)}{windows:,} windows of {length} tokens; {steps:,} steps of {batch}{share} are "
+            f"{epochs:,.2f} epochs"
+        )
+        if repeats := batch * source.weight > windows * total:
+            said += "; each step repeats windows: use more data or a smaller batch"
+        yield Remark(said, repeats)
+        for split in map(source.dataset.split, SPLITS):
+            if said := describe_windows(split, length):
+                yield Remark(f"{_prefix(source.name)}{said}")
+
+
+def resume_data(start: Start, record: dict[str, Any]) -> list[Remark]:
+    """Continue the data at the position in a checkpoint's record, unless it is empty, and say which sources will end.
+
+    Raises InputError if the record belongs to other data, or if all sources are exhausted before training.steps.
+    """
+    if record:
+        position = recorded_data(record)
+        require_same_data(position, start.loader.position(0), start.loader.directories, start.allow_change)
+        start.loader.resume(position)
+    return [Remark(message) for message in start.loader.exhausted(start.config.training.steps)]
 
 
 CHECKS = (

@@ -2,12 +2,13 @@
 
 import functools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from nextllm_jax.data.loader import validation_batches
+from nextllm_jax.data.mixture import Source
 from nextllm_jax.distributed.signals import StopRequest
-from nextllm_jax.evaluation.evaluate import evaluate
-from nextllm_jax.model.objective import Batch
+from nextllm_jax.evaluation.evaluate import Evaluation, evaluate
+from nextllm_jax.model.objective import Batch, perplexity
 from nextllm_jax.progress import phase
 from nextllm_jax.sharding import padded_size, sharding
 from nextllm_jax.training.session import Moment, Session
@@ -20,10 +21,37 @@ class _Stopped(Exception):
 
 
 def validate(session: Session, at: Moment) -> float | None:
-    """The validation loss, after it is written to metrics.jsonl and reported; None if a stop is requested meanwhile."""
+    """The validation loss, after it is written to metrics.jsonl and reported; None if a stop is requested meanwhile.
+
+    That of several sources is the mean by their weights.
+    """
     session.pause()
-    config, start = session.config, session.start
-    split = start.dataset.split("validation")
+    sources = session.start.sources
+    try:
+        with phase(f"evaluating step {at.step}"):
+            found = [_evaluate(session, at, source) for source in sources]
+    except _Stopped:
+        return None
+    loss = _mean(sources, [each.loss for each in found])
+    bits = [each.bits_per_byte for each in found if each.bits_per_byte is not None]
+    bits_per_byte = _mean(sources, bits) if len(bits) == len(sources) else None
+    values = {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": bits_per_byte}
+    for source, each in zip(sources, found, strict=True):
+        if source.name:
+            values |= {f"loss/{source.name}": each.loss, f"bits_per_byte/{source.name}": each.bits_per_byte}
+    session.writer.validation({"step": at.step, **values, **session.meter.totals()})
+    _log.info(
+        f"step {at.step}: validation loss {loss:.4f}, perplexity {values['perplexity']:.2f}{_in_bits(bits_per_byte)}"
+    )
+    for source, each in zip(sources, found, strict=True):
+        if source.name:
+            _log.info(f"  {source.name}: validation loss {each.loss:.4f}{_in_bits(each.bits_per_byte)}")
+    return loss
+
+
+def _evaluate(session: Session, at: Moment, source: Source) -> Evaluation:
+    """The evaluation of a source's whole validation split. Raises _Stopped."""
+    config, start, split = session.config, session.start, source.dataset.split("validation")
     batches = validation_batches(
         split,
         sequence_length=config.data.sequence_length,
@@ -31,18 +59,19 @@ def validate(session: Session, at: Moment) -> float | None:
         sharding=sharding(start.mesh, "batch", "seq"),
     )
     eval_step = functools.partial(start.program.eval_step, frozen=at.state.frozen)
-    try:
-        with phase(f"evaluating step {at.step}"):
-            found = evaluate(
-                eval_step, at.state.evaluated_params, _until_stopped(batches, session.stop), split.num_bytes
-            )
-    except _Stopped:
-        return None
-    values = {"loss": found.loss, "perplexity": found.perplexity, "bits_per_byte": found.bits_per_byte}
-    session.writer.validation({"step": at.step, **values, **session.meter.totals()})
-    bits = "" if found.bits_per_byte is None else f", {found.bits_per_byte:.4f} bits per byte"
-    _log.info(f"step {at.step}: validation loss {found.loss:.4f}, perplexity {found.perplexity:.2f}{bits}")
-    return found.loss
+    return evaluate(eval_step, at.state.evaluated_params, _until_stopped(batches, session.stop), split.num_bytes)
+
+
+def _mean(sources: Sequence[Source], values: Sequence[float]) -> float:
+    """The mean by the weights of the sources. Of a single source it is exactly its value."""
+    if len(sources) == 1:
+        return values[0]
+    weighted = sum(source.weight * value for source, value in zip(sources, values, strict=True))
+    return weighted / sum(source.weight for source in sources)
+
+
+def _in_bits(bits_per_byte: float | None) -> str:
+    return "" if bits_per_byte is None else f", {bits_per_byte:.4f} bits per byte"
 
 
 def _until_stopped(batches: Iterable[Batch], stop: StopRequest) -> Iterator[Batch]:

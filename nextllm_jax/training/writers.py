@@ -18,6 +18,8 @@ _LAYER_FIELDS = ("gradient_norms", "activation_rms")
 _FIELDS = ("step", "split", "loss", "perplexity", "bits_per_byte", "learning_rate", "grad_norm", "tokens_per_second",
            "processed_tokens_per_second", "mfu", "input_wait_fraction", "tokens_seen", "elapsed_seconds",
            *_LAYER_FIELDS)  # fmt: skip
+_BY_SOURCE = ("loss", "bits_per_byte")
+"""In a validation record, a slash and the name of a source may follow, such as in loss/web."""
 _ONLY_IN = {"bits_per_byte": "validation"} | dict.fromkeys(_LAYER_FIELDS, "train")
 
 
@@ -60,12 +62,13 @@ class MetricsWriter:
 
     def _write(self, split: str, record: dict[str, Any]) -> None:
         """Append a line with all fields of the split; null for fields that the record lacks."""
-        unknown = set(record) - set(_FIELDS)
+        by_source = [name for name in record if name.partition("/")[0] in _BY_SOURCE and name not in _FIELDS]
+        unknown = set(record) - {*_FIELDS, *by_source}
         if unknown:
             raise ValueError(f"metrics.jsonl has no fields {sorted(unknown)}")
         if not self._enabled:
             return
-        fields = [name for name in _FIELDS if _ONLY_IN.get(name, split) == split]
+        fields = [name for name in _FIELDS if _ONLY_IN.get(name, split) == split] + by_source
         line = {name: _json_value((record | {"split": split}).get(name)) for name in fields}
         self._run.append(METRICS, json.dumps(line, allow_nan=False).encode() + b"\n")
         if board := self._tensorboard:

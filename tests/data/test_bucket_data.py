@@ -14,6 +14,7 @@ from jax.sharding import SingleDeviceSharding
 from nextllm_jax.data import blocks, bucket_output, bucket_shards
 from nextllm_jax.data import prepare as prepare_module
 from nextllm_jax.data.loader import TrainLoader, validation_batches
+from nextllm_jax.data.mixture import Source
 from nextllm_jax.data.prepare import ensure_prepared, prepare
 from nextllm_jax.data.shards import Dataset
 from nextllm_jax.errors import InputError
@@ -47,7 +48,7 @@ def in_bucket(address):
 
 def loader(dataset):
     settings = {"sequence_length": 64, "global_batch_size": 8, "seed": 3}
-    return TrainLoader(dataset.split("train"), sharding=SingleDeviceSharding(jax.devices()[0]), **settings)
+    return TrainLoader([Source(dataset)], sharding=SingleDeviceSharding(jax.devices()[0]), **settings)
 
 
 def digest(dataset, steps=20):

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nextllm_jax.data.loader import TrainLoader, validation_batches
+from nextllm_jax.data.mixture import Source
 from nextllm_jax.data.packing import num_windows, read_batch
 from nextllm_jax.data.shards import Dataset, SplitName, TokenizedDocuments, write_index, write_split
 from nextllm_jax.errors import InputError
@@ -45,7 +46,7 @@ def make_sharding(shape=(8, 1)):
 
 def make_loader(dataset, **changes):
     settings = {"sequence_length": T, "global_batch_size": B, "seed": 0, "sharding": make_sharding()} | changes
-    return TrainLoader(dataset.split("train"), **settings)
+    return TrainLoader([Source(dataset)], **settings)
 
 
 def take(batches: Any, count: int) -> list[Batch]:

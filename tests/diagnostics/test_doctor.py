@@ -16,6 +16,7 @@ from nextllm_jax.data.shards import Dataset
 from nextllm_jax.diagnostics import doctor, machine
 from nextllm_jax.diagnostics.doctor import diagnose
 from nextllm_jax.training.open_run import open_run
+from tests.conftest import write_corpus
 
 
 def contents(directory):
@@ -73,6 +74,10 @@ def test_a_sound_start_is_found_sound_in_the_order_of_train_and_nothing_is_writt
         ({"workdir": "config.py/run"}, "run: .*config.py is not a directory; move it, or choose another --workdir"),
         ({"data.path": "data/knwon"}, "data: data.path data/knwon holds no prepared data"),
         ({"data.corpus": "nowhere"}, "data: data.corpus nowhere holds no text"),
+        (
+            {"data.mixture": ("corpus:1", "nowhere:1")},
+            "data: data.mixture nowhere is read as a corpus, .* holds no text",
+        ),
         ({"data.corpus": "corpus", "data.tokenizer": "no.tiktoken"}, "data: tokenizer no.tiktoken is not"),
         ({"data.corpus": "config.py"}, "data: data.corpus holds one document; give at least two different documents"),
         ({"data.messages_field": "m", "data.corpus": "stdlib"}, "data: data.messages_field needs a corpus of rows"),
@@ -98,6 +103,19 @@ def test_what_train_would_end_with_is_a_problem(door, config, changes, problem):
     before = contents(door.directory)
     found = problems(changed(config, changes))
     assert re.match(problem, found[0]), found
+    assert contents(door.directory) == before
+
+
+def test_a_mixture_is_looked_at_with_a_sample_of_what_is_not_prepared(door, config):
+    write_corpus(door.directory / "books", documents=15)
+    before = contents(door.directory)
+    findings = diagnose(changed(config, {"data.mixture": ("corpus:3", "books:1")}))
+    assert {found.status for found in findings} == {"ok"}, findings
+    assert "books: 55 windows of 64 tokens; 40 steps of 8 with weight 0.25 are 1.45 epochs" in [
+        found.message for found in findings
+    ]
+    (found,) = problems(changed(config, {"data.mixture": ("corpus:3:0.5", "books:1:1")}))
+    assert found.startswith("batches: all sources of data.mixture are exhausted before step 40")
     assert contents(door.directory) == before
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from nextllm_jax.config import MeshConfig
 from nextllm_jax.data.loader import TrainLoader
+from nextllm_jax.data.mixture import Source
 from nextllm_jax.data.shards import Dataset
 from nextllm_jax.distributed.process_group import LAST_SECONDS
 from nextllm_jax.sharding import make_mesh, sharding
@@ -166,13 +167,14 @@ import jax
 from jax.experimental import multihost_utils
 from nextllm_jax.config import MeshConfig
 from nextllm_jax.data.loader import TrainLoader
+from nextllm_jax.data.mixture import Source
 from nextllm_jax.data.shards import Dataset
 from nextllm_jax.sharding import make_mesh, sharding
 
 address, process, data, meshes = sys.argv[1], int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
 jax.distributed.initialize(address, 2, process)
 for mesh in meshes:
-    loader = TrainLoader(Dataset.open(data).split("train"), sequence_length=64, global_batch_size=8, seed=0,
+    loader = TrainLoader([Source(Dataset.open(data))], sequence_length=64, global_batch_size=8, seed=0,
                          sharding=sharding(make_mesh(MeshConfig(**mesh)), "batch", "seq"))
     batches = loader.batches(17)
     digest = hashlib.sha256()
@@ -185,11 +187,11 @@ for mesh in meshes:
 
 def test_batches_have_the_same_hash_on_every_mesh_and_number_of_processes(trained, door):
     data = trained.directory / "data" / "known"
-    split = Dataset.open(data).split("train")
+    sources = [Source(Dataset.open(data))]
     digests = []
     for mesh in [MeshConfig(), *MESHES]:
         loader = TrainLoader(
-            split, sequence_length=64, global_batch_size=8, seed=0, sharding=sharding(make_mesh(mesh), "batch", "seq")
+            sources, sequence_length=64, global_batch_size=8, seed=0, sharding=sharding(make_mesh(mesh), "batch", "seq")
         )
         batches, digest = loader.batches(17), hashlib.sha256()
         for _ in range(4):

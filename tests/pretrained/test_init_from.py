@@ -242,9 +242,9 @@ def test_data_of_another_tokenizer_is_refused(sources, trained):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(initial_params(half, None, on_one_device))} == {"bfloat16"}
     other = dataclasses.replace(same, init_from=str(sources / "hf"))
     assert Dataset.open(path).tokenizer_hash != nextllm_jax.load(str(sources / "hf")).tokenizer.hash
-    require_tokenizer(same, open_model(same.init_from))
+    require_tokenizer(same, open_model(same.init_from), path)
     with pytest.raises(InputError, match="another tokenizer than that of init_from"):
-        require_tokenizer(other, open_model(other.init_from))
+        require_tokenizer(other, open_model(other.init_from), path)
     with pytest.raises(InputError, match="itself"):
         resolve(init_from=str(sources / "hf"), workdir=str(sources / "hf"))
 

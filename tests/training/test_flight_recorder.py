@@ -22,7 +22,7 @@ CONFIG = Config(model=ModelConfig(num_layers=1), training=TrainingConfig(global_
 
 
 class Loader:
-    directory = Path("data")
+    directories = (Path("data"),)
 
     def position(self, step):
         return {"data_id": "0123"}

@@ -26,6 +26,7 @@ OTHER = {
     "training.spike_factor": 2.0,
     "training.ema_decay": 0.999,
     "model.layer_pattern": ("local",),
+    "data.mixture": ("a:1", "b:2"),
     "model.rope_scaling": "linear",
     "model.rope_attention_factor": 2.0,
     "model.dtype": "float32",
@@ -79,7 +80,7 @@ OTHER = {
 # Another value of these needs another field too.
 NOT_ALONE = {
     *("model.rope_short_factors", "model.rope_long_factors", "model.remat_offload", "lora.rank"),
-    "optimizer.adamw_learning_rate",
+    *("optimizer.adamw_learning_rate", "data.mixture_paths"),
 }
 FREE = {
     *("model.remat_offload", "optimizer.shard_over_data", "optimizer.offload_state"),
@@ -242,16 +243,16 @@ def test_another_programs_config_is_not_a_run(tmp_path):
 
 def test_other_data_needs_consent_and_another_tokenizer_never_fits():
     here = {"data_id": "a", "tokenizer_hash": "t"}
-    require_same_data(here, here, "data/x", [])
-    require_same_data({"data_id": "a"}, here, "data/x", [])
+    require_same_data(here, here, ["data/x"], [])
+    require_same_data({"data_id": "a"}, here, ["data/x"], [])
     other = {"data_id": "b", "tokenizer_hash": "t"}
     for allowed in ([], ["seed"]):
         with pytest.raises(InputError, match=r"other data than data/x holds \(b -> a\).*--allow-change data.path"):
-            require_same_data(other, here, "data/x", allowed)
+            require_same_data(other, here, ["data/x"], allowed)
     for allowed in (["data.path"], ["data.corpus"], ["data.validation-fraction"]):
-        require_same_data(other, here, "data/x", allowed)
+        require_same_data(other, here, ["data/x"], allowed)
     with pytest.raises(InputError, match="another tokenizer than the run"):
-        require_same_data({"data_id": "b", "tokenizer_hash": "u"}, here, "data/x", ["data.path", "data.tokenizer"])
+        require_same_data({"data_id": "b", "tokenizer_hash": "u"}, here, ["data/x"], ["data.path", "data.tokenizer"])
 
 
 def test_the_data_may_lie_elsewhere_and_the_model_in_another_type():

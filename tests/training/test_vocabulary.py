@@ -50,11 +50,12 @@ def test_a_run_keeps_its_rows(config):
     ],
 )
 def test_padding_is_reported(config, rows, said):
+    from nextllm_jax.data.mixture import Source
     from nextllm_jax.data.shards import Dataset
 
     stated = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=rows))
     (fit,) = [check for check in CHECKS if check.name == "fit"]
-    assert [remark.text for remark in fit.run(Start(stated, lambda: Dataset.open("data/known")))] == [said]
+    assert [remark.text for remark in fit.run(Start(stated, lambda: (Source(Dataset.open("data/known")),)))] == [said]
 
 
 def test_prepared_data_is_compared_with_the_model_by_its_own_size():

@@ -82,7 +82,7 @@ def writers(tmp_path):
 
 def samples_of(workdir, initial_step=None):
     config = Config(training=TrainingConfig(sample_prompts=("def ", "import ", "class ")))
-    return Samples(RunDir(workdir), Start(config, mock.Mock()), initial_step)
+    return Samples(RunDir(workdir), Start(config, mock.Mock(return_value=[mock.Mock()])), initial_step)
 
 
 def test_metrics_have_the_documented_fields(tmp_path, writers):
