@@ -145,7 +145,7 @@ class _CacheFile:
             raise InputError(
                 f"data.cache_dir {directory} cannot be written ({error.strerror}); give a directory on a local disk"
             ) from error
-        self._is_full = False
+        self._is_full, self._lock = False, threading.Lock()
 
     def read(self, number: int, size: int) -> bytes:
         """What is in the slot of a block; empty if it cannot be read."""
@@ -158,9 +158,10 @@ class _CacheFile:
         try:
             os.pwrite(self._descriptor, content, number % self._slots * blocks.BLOCK_BYTES)
         except OSError as error:
-            if not self._is_full:
+            with self._lock:
+                is_known, self._is_full = self._is_full, True
+            if not is_known:
                 _log.warning(f"data is not cached: {self._path} cannot be written ({error.strerror})")
-            self._is_full = True
 
 
 class _Workers:
