@@ -22,6 +22,11 @@ class RunFailed(Exception):
     """
 
 
+def missing_package(use: str, error: ModuleNotFoundError, requirement: str) -> InputError:
+    """The error that a use, such as "gs:// paths need", lacks a package that an extra installs."""
+    return InputError(f"{use} the package {error.name}; install the extra with pip install '{requirement}'")
+
+
 def failed_path(error: OSError, default: os.PathLike[str]) -> Path:
     """The path that could not be written, according to the error, or its nearest parent that exists."""
     path = Path(os.fsdecode(error.filename2 or error.filename or default))

@@ -313,7 +313,7 @@ class Checkpoints(SavedSteps):
         )
 
     def _own_directories(self) -> list[epath.Path]:
-        """The directories in which this object may delete, as far as they exist."""
+        """The existing directories in which this object may delete."""
         return [directory for directory, own in self._directories.items() if own and directory.is_dir()]
 
     def _delete_superseded(self) -> None:

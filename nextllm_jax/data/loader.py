@@ -74,7 +74,7 @@ class TrainLoader:
         return _read_ahead(self._splits, self._read, range(start_step, sys.maxsize), len(self._rows))
 
     def position(self, step: int) -> dict[str, Any]:
-        """The position to store in a checkpoint, so that training resumes at `step` in the same order; JSON values.
+        """The position to store in a checkpoint, from which training resumes at `step` in the same order; JSON values.
 
         `window` is the number of windows of this order that the steps before `step` have consumed. For a mixture,
         `sources` has for each source its identity, where this order begins in it, and its windows consumed so far.
@@ -226,7 +226,7 @@ def validation_batches(
 def _read_ahead(
     splits: Sequence[Split], read: Callable[[int], Batch], batches: range, rows: int
 ) -> grain.IterDataset[Batch]:
-    """The batches with these numbers, of which each has `rows` windows to read. Threads read some of them ahead."""
+    """The batches with these numbers, with `rows` windows to read for each. Threads read some of them ahead."""
     threads = min(max(max(split.concurrent_windows for split in splits) // rows, _MIN_THREADS), _MAX_THREADS)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * threads, _MIN_BATCHES_AHEAD))
     return grain.MapDataset.range(batches.start, batches.stop).map(read).to_iter_dataset(options)
@@ -257,7 +257,7 @@ def _local_rows(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> np.n
 def _on_device(
     batches: Iterable[Batch], rows: np.ndarray, shape: tuple[int, int], sharding: jax.sharding.Sharding
 ) -> Iterator[Batch]:
-    """Global arrays built from this process's rows, a few batches ahead, so that transfers overlap with compute."""
+    """Global arrays built from this process's rows, a few batches ahead: transfers overlap with compute."""
 
     def to_global(local: np.ndarray) -> jax.Array:
         def piece(index: tuple[slice, ...] | None) -> np.ndarray:

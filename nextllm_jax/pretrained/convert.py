@@ -15,7 +15,7 @@ from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config, DataConfig, ModelConfig
 from nextllm_jax.config.quantization import Quantization
-from nextllm_jax.errors import InputError
+from nextllm_jax.errors import InputError, missing_package
 from nextllm_jax.hardware import readable_bytes
 from nextllm_jax.model.accounting import parameter_bytes
 from nextllm_jax.model.calibration import calibrate, calibration_windows
@@ -221,9 +221,7 @@ def export_model(
             huggingface.export(config, params, directory, shard_bytes=shard_bytes, **options)
             save_huggingface(tokenizer, directory)
     except ModuleNotFoundError as error:
-        raise InputError(
-            f"writing {file_format} needs the package {error.name}; install the extra with pip install '.[interop]'"
-        ) from error
+        raise missing_package(f"writing {file_format} needs", error, ".[interop]") from error
 
 
 def _on_cpu(config: ModelConfig, quantization: Quantization | None = None, *, scan_layers: bool = True) -> Any:

@@ -18,7 +18,7 @@ from nextllm_jax.config import Config
 from nextllm_jax.config.files import from_dict
 from nextllm_jax.config.model import ModelConfig
 from nextllm_jax.config.quantization import Quantization
-from nextllm_jax.errors import InputError
+from nextllm_jax.errors import InputError, missing_package
 from nextllm_jax.model import lora
 from nextllm_jax.model.quantize import Observer, abstract_packed, abstract_quantized, convert, ignore, is_quantized
 from nextllm_jax.model.transformer import abstract_params
@@ -99,9 +99,7 @@ def open_path(path: str, *, step: str | int | None = None, ignore_keys: Collecti
     try:
         return _open_huggingface(file, ignore_keys) if file.is_dir() else _open_gguf(file, ignore_keys)
     except ModuleNotFoundError as error:
-        raise InputError(
-            f"reading {path} needs the package {error.name}; install the extra with pip install '.[interop]'"
-        ) from error
+        raise missing_package(f"reading {path} needs", error, ".[interop]") from error
 
 
 def _is_huggingface(directory: Path) -> bool:

@@ -104,7 +104,7 @@ class Storage(_Files, Protocol):
         ...
 
     def make_directory(self, name: str) -> None:
-        """Create a directory, so that it exists although it is empty. Nothing happens if it exists."""
+        """Create an empty directory. Nothing happens if it exists."""
         ...
 
     def local_directory(self, name: str) -> AbstractContextManager[os.PathLike[str]]:
@@ -112,7 +112,7 @@ class Storage(_Files, Protocol):
         ...
 
     def require_writable(self, name: str, *, is_directory: bool) -> None:
-        """Raise InputError if a file (or directory) of this name cannot be written, as far as this is known."""
+        """Raise InputError if a file (or directory) of this name is known not to be writable."""
         ...
 
     def lock(self, name: str) -> AbstractContextManager[None]:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nextllm_jax.errors import InputError
+from nextllm_jax.errors import missing_package
 from nextllm_jax.storage.interface import CONNECTIONS, Identity, StorageError, StorageUnavailable
 
 SCHEME = "s3://"
@@ -27,9 +27,7 @@ def client() -> Any:
         import boto3
         from botocore.config import Config
     except ModuleNotFoundError as error:
-        raise InputError(
-            f"s3:// paths need the package {error.name}; install the extra with pip install 'nextllm_jax[s3]'"
-        ) from error
+        raise missing_package("s3:// paths need", error, "nextllm_jax[s3]") from error
     retries: Any = {"mode": "standard", "total_max_attempts": _ATTEMPTS}
     settings = Config(retries=retries, connect_timeout=5, read_timeout=30, max_pool_connections=CONNECTIONS)
     try:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from nextllm_jax.errors import InputError
+from nextllm_jax.errors import missing_package
 from nextllm_jax.storage import costs
 from nextllm_jax.storage.interface import CONNECTIONS, StorageError, StorageUnavailable
 
@@ -30,9 +30,7 @@ def client() -> Any:
         from google.auth.exceptions import GoogleAuthError
         from google.cloud import storage
     except ModuleNotFoundError as error:
-        raise InputError(
-            f"gs:// paths need the package {error.name}; install the extra with pip install 'nextllm_jax[gcs]'"
-        ) from error
+        raise missing_package("gs:// paths need", error, "nextllm_jax[gcs]") from error
     emulator = os.environ.get("STORAGE_EMULATOR_HOST")
     if emulator:
         # Tensorstore, which reads and writes the arrays of checkpoints, has variables of its own.

@@ -40,7 +40,7 @@ class TrainState:
     training.ema_decay is 0."""
     recent_losses: jax.Array | None = None
     """float32 [W]: the last W finite losses, oldest first, padded with NaN at the start; None if spikes are not
-    skipped. Saved in a checkpoint's record instead of its arrays, so that W may change."""
+    skipped. Saved in a checkpoint's record instead of its arrays: W may change."""
 
     @property
     def evaluated_params(self) -> Any:

@@ -124,15 +124,20 @@ def test_files_without_a_checksum_are_published(config, s3_bucket, monkeypatch):
     assert Dataset.open(s3_bucket, verify="full").data_id
 
 
-def test_another_process_that_writes_other_data_meanwhile(config, tmp_path, bucket, monkeypatch):  # noqa: F811
-    uploaded = bucket_output._missing
+def once_uploaded(monkeypatch, meddle):
+    """Call `meddle` with the files in the bucket whenever `prepare` checks what it has uploaded."""
+    missing = bucket_output._missing
 
     def meddled(files, source, names, *rest):
         if files.files().keys() >= {*names}:
-            files.write("train-00000.bin", b"other")
-        return uploaded(files, source, names, *rest)
+            meddle(files)
+        return missing(files, source, names, *rest)
 
     monkeypatch.setattr(bucket_output, "_missing", meddled)
+
+
+def test_another_process_that_writes_other_data_meanwhile(config, bucket, monkeypatch):  # noqa: F811
+    once_uploaded(monkeypatch, lambda files: files.write("train-00000.bin", b"other"))
     with pytest.raises(InputError, match="another process prepares other data in gs://bucket"):
         prepare(config, bucket)
     assert open_bucket(bucket).read("index.json") == b""
@@ -140,14 +145,7 @@ def test_another_process_that_writes_other_data_meanwhile(config, tmp_path, buck
 
 def test_two_processes_that_overwrite_it_leave_the_data_of_one(config, tmp_path, bucket, monkeypatch):  # noqa: F811
     prepare(config, tmp_path / "out")
-    uploaded = bucket_output._missing
-
-    def published_by_another(files, source, names, *rest):
-        if files.files().keys() >= {*names}:
-            files.create("index.json", b"of other files, which are replaced")
-        return uploaded(files, source, names, *rest)
-
-    monkeypatch.setattr(bucket_output, "_missing", published_by_another)
+    once_uploaded(monkeypatch, lambda files: files.create("index.json", b"of other files, which are replaced"))
     prepare(config, bucket, overwrite=True)
     assert in_bucket(bucket) == contents(tmp_path / "out")
 

@@ -1,8 +1,5 @@
 """What data, imports and exports need from a bucket, of Google and of Amazon."""
 
-import subprocess
-import sys
-
 import pytest
 
 from nextllm_jax.errors import InputError
@@ -105,18 +102,3 @@ def test_a_bucket_that_cannot_be_used_is_named(s3_service, monkeypatch, environm
 def test_addresses_that_are_refused(s3_service, address, says):
     with pytest.raises(InputError, match=says):
         open_bucket(address)
-
-
-def test_the_extra_is_named():
-    program = """
-import sys
-from nextllm_jax.errors import InputError
-from nextllm_jax.storage.open_storage import open_bucket
-sys.modules["boto3"] = None  # as if it was not installed
-try:
-    open_bucket("s3://bucket/data")
-except InputError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout == ("s3:// paths need the package boto3; install the extra with pip install 'nextllm_jax[s3]'\n")

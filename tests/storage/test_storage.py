@@ -174,20 +174,25 @@ def test_outputs_on_disk_are_not_addresses(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_client_is_imported_only_for_addresses():
-    program = """
+@pytest.mark.parametrize(
+    ("opening", "package", "extra"),
+    [("open_storage('gs://bucket/run')", "google.cloud", "gcs"), ("open_bucket('s3://bucket/data')", "boto3", "s3")],
+)
+def test_a_client_is_imported_only_for_addresses(opening, package, extra):
+    program = f"""
 import sys
 from nextllm_jax.errors import InputError
-from nextllm_jax.storage.open_storage import as_path, open_storage
+from nextllm_jax.storage.open_storage import as_path, open_bucket, open_storage
 open_storage("runs/tiny").names(), as_path("runs/tiny").exists()
-assert not {"google.cloud.storage", "requests"} & set(sys.modules)
-sys.modules["google.cloud"] = None  # as if it was not installed
+assert not {{"google.cloud.storage", "requests", "boto3"}} & set(sys.modules)
+sys.modules["{package}"] = None  # as if it was not installed
 try:
-    open_storage("gs://bucket/run")
+    {opening}
 except InputError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    scheme = opening.split("'")[1].partition("bucket")[0]
     assert done.stdout == (
-        "gs:// paths need the package google.cloud; install the extra with pip install 'nextllm_jax[gcs]'\n"
+        f"{scheme} paths need the package {package}; install the extra with pip install 'nextllm_jax[{extra}]'\n"
     )
