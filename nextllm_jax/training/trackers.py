@@ -47,7 +47,7 @@ class Tracker:
     def __init__(self, name: str, open_run: Callable[[], tuple[Any, Any]]) -> None:
         self.name, self._open_run = name, open_run
         self._queue: queue.Queue[tuple[int, _Values] | None] = queue.Queue(_QUEUE_ITEMS)
-        self._is_behind = False
+        self._is_behind = self._is_abandoned = False
         work = functools.partial(OptionalOutput(name).write, self._work)
         self._thread = threading.Thread(target=work, name=name, daemon=True)
         self._thread.start()
@@ -82,6 +82,7 @@ class Tracker:
         self._thread.join(max(deadline - time.monotonic(), 0))
         if self._thread.is_alive():
             _log.warning(f"{self.name} did not finish within {_FINISH_SECONDS:.0f} s, so it may lack the last lines")
+            self._is_abandoned = True
             _abandon(self.name)
 
     def _put(self, step: int, values: _Values) -> None:
@@ -95,12 +96,16 @@ class Tracker:
             self._is_behind = True
 
     def _work(self) -> None:
-        package, run = self._open_run()
-        while (item := self._queue.get()) is not None:
-            step, values = item
-            run.log(values(package), step=step)
-        with _without_stdout():
-            run.finish()
+        try:
+            package, run = self._open_run()
+            while (item := self._queue.get()) is not None:
+                step, values = item
+                run.log(values(package), step=step)
+            with _without_stdout():
+                run.finish()
+        except Exception:
+            if not self._is_abandoned:
+                raise
 
 
 @contextlib.contextmanager
@@ -155,7 +160,7 @@ def _open_wandb(config: Config, name: str, run_id: str) -> tuple[Any, Any]:
         name=name,
         resume="allow",
         config=dataclasses.asdict(config),
-        settings=wandb.Settings(console="off", finish_timeout=_FINISH_SECONDS),
+        settings=wandb.Settings(console="off", quiet=True, finish_timeout=_FINISH_SECONDS),
     )
     return wandb, run
 
