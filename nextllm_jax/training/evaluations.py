@@ -28,9 +28,12 @@ def evaluations(start: Start, step: int, state: TrainState) -> Iterator[dict[str
         bits_per_byte = llm.score(text, batch_size=batch_size).bits_per_byte
         assert bits_per_byte is not None  # the text is not empty
         yield {f"bits_per_byte/{name}": bits_per_byte}
-    for task in start.tasks.names if start.tasks else ():
+    tasks = start.tasks
+    if tasks is None:
+        return
+    for task in tasks.names:
         try:
-            found = start.tasks.run(task, llm, batch_size)
+            found = tasks.run(task, llm, batch_size)
         except Exception as error:
             _log.warning(f"step {step}: the task {task} failed ({type(error).__name__}: {error})")
             continue

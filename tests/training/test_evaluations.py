@@ -1,18 +1,24 @@
-"""Evaluations of live weights, against the same evaluations of the checkpoint that has them."""
+"""Evaluations of live weights, against those of the same weights on one device."""
 
 import dataclasses
+import functools
 import json
+import operator
 import os
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-import nextllm_jax
 from nextllm_jax.config import EvaluationConfig, MeshConfig
 from nextllm_jax.config.files import load_config_file
+from nextllm_jax.data.sources import open_sources
 from nextllm_jax.errors import InputError
-from nextllm_jax.training.loop import run_steps
+from nextllm_jax.inference.llm import LLM
+from nextllm_jax.training.evaluations import evaluations
 from nextllm_jax.training.setup import open_session
-from tests.runs import metrics
+from nextllm_jax.training.start import Start
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
@@ -35,64 +41,47 @@ def config(door, monkeypatch):
     """The config of the shared run, with a directory of its own."""
     monkeypatch.chdir(door.directory)
     config = load_config_file("config.py")
-    training = dataclasses.replace(config.training, log_every_steps=40, sample_tokens=0, steps=4, evaluate_every_steps=2)
     data = dataclasses.replace(config.data, path="data/known")
-    return dataclasses.replace(config, workdir="run", data=data, training=training)
+    return dataclasses.replace(config, workdir="run", data=data)
 
 
-def train(config):
-    with open_session(config) as (session, at):
-        return run_steps(session, at)
-
-
-def test_texts_have_the_bits_per_byte_of_the_checkpoint_on_any_mesh(config, door):
-    texts = [door.directory / "corpus" / name for name in ("000.txt", "001.txt")]
+def test_live_weights_on_a_mesh_have_the_results_of_the_model_on_one_device(config, door, messages):
+    pytest.importorskip("lm_eval", reason="pip install '.[lm-eval]'")
+    rows = [{"question": f"the cat {i}", "choices": ["sees", "likes", "has"], "answer": i % 3} for i in range(7)]
+    (door.directory / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (door.directory / "choice.yaml").write_text(TASK)
     entries = ("corpus/000.txt", "second:corpus/001.txt")
     config = dataclasses.replace(
         config,
         mesh=MeshConfig(fsdp=2, tensor=2, sequence=2),
         training=dataclasses.replace(config.training, ema_decay=0.5),
-        evaluation=EvaluationConfig(texts=entries, every_steps=4),
+        evaluation=EvaluationConfig(texts=entries, lm_eval_tasks=("choice.yaml",), every_steps=40),
     )
-    assert train(config) == "finished"
-    first, last = metrics(door.directory / "run", "validation")
-    assert "bits_per_byte/second" not in first, "not due at step 2"
-    found = [last[f"bits_per_byte/{name}"] for name in ("000.txt", "second")]
-    llm = nextllm_jax.load("run", step="latest")
-    expected = [llm.score(text.read_text()).bits_per_byte for text in texts]
-    assert found == pytest.approx(expected, rel=1e-5)
-    assert found[0] != found[1]
-
-
-def test_tasks_have_the_metrics_of_the_harness_and_may_fail(config, door, monkeypatch, messages):
-    pytest.importorskip("lm_eval", reason="pip install '.[lm-eval]'")
-    from nextllm_jax.evaluation import harness
-
-    rows = [{"question": f"the cat {i}", "choices": ["sees", "likes", "has"], "answer": i % 3} for i in range(7)]
-    (door.directory / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (door.directory / "choice.yaml").write_text(TASK)
-    evaluation = EvaluationConfig(lm_eval_tasks=("choice.yaml",))
-    config = dataclasses.replace(config, evaluation=evaluation)
-    plain, calls = harness.simple_evaluate, []
-
-    def fails_first(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == 1:
-            raise RuntimeError("no disk")
-        return plain(*args, **kwargs)
-
-    monkeypatch.setattr(harness, "simple_evaluate", fails_first)
-    assert train(config) == "finished"
-    assert "step 2: the task choice.yaml failed (RuntimeError: no disk)" in messages.messages
-    first, last = metrics(door.directory / "run", "validation")
-    assert not [name for name in first if name.startswith("lm_eval")]
-    llm = nextllm_jax.load("run", step="latest")
+    start = Start(config, lambda: open_sources(config.data))
+    with jax.set_mesh(start.mesh):
+        state = start.program.create_state()
+        state = dataclasses.replace(state, params=jax.tree.map(jnp.zeros_like, state.params))
+        assert [*evaluations(start, 20, state)] == []
+        *texts, choice = evaluations(start, 40, state)
+    average = jax.device_get(state.average)
+    llm = LLM(config.model, average, lambda: start.tokenizer, np.dtype("float32"))
+    expected = {
+        name: llm.score((door.directory / "corpus" / file).read_text()).bits_per_byte
+        for name, file in (("bits_per_byte/000.txt", "000.txt"), ("bits_per_byte/second", "001.txt"))
+    }
+    assert functools.reduce(operator.or_, texts) == pytest.approx(expected, rel=1e-5)
     right = 0
     for row in rows:
         scores = [llm.score(f" {choice}", prefix=row["question"]).logprobs[:-1] for choice in row["choices"]]
         totals = [sum(each) for each in scores]
         right += totals.index(max(totals)) == row["answer"]
-    assert last["lm_eval/local_choice/acc"] == pytest.approx(right / len(rows))
+    assert choice == {"lm_eval/local_choice/acc": pytest.approx(right / len(rows))}
+
+    (door.directory / "questions.jsonl").unlink()
+    (door.directory / "cache").rename(door.directory / "moved")
+    with jax.set_mesh(start.mesh):
+        assert [*evaluations(start, 40, state)] == texts, "a task that fails ends no training"
+    assert messages.messages[-1].startswith("step 40: the task choice.yaml failed (FileNotFoundError: ")
 
 
 @pytest.mark.parametrize(
@@ -106,8 +95,9 @@ def test_tasks_have_the_metrics_of_the_harness_and_may_fail(config, door, monkey
 def test_texts_that_cannot_be_scored_are_refused_before_a_run_is_begun(config, door, texts, content, message):
     if content is not None:
         (door.directory / "text").write_bytes(content)
-    with pytest.raises(InputError, match=message):
-        train(dataclasses.replace(config, evaluation=EvaluationConfig(texts=texts)))
+    config = dataclasses.replace(config, evaluation=EvaluationConfig(texts=texts))
+    with pytest.raises(InputError, match=message), open_session(config):
+        pass
     assert not (door.directory / "run").exists()
 
 
