@@ -50,7 +50,8 @@ def test_live_weights_on_a_mesh_have_the_results_of_the_model_on_one_device(conf
     rows = [{"question": f"the cat {i}", "choices": ["sees", "likes", "has"], "answer": i % 3} for i in range(7)]
     (door.directory / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (door.directory / "choice.yaml").write_text(TASK)
-    entries = ("corpus/000.txt", "second:corpus/001.txt")
+    (door.directory / "row.txt").write_text("the cat sees fish")
+    entries = ("corpus/000.txt", "row:row.txt")
     config = dataclasses.replace(
         config,
         mesh=MeshConfig(fsdp=2, tensor=2, sequence=2),
@@ -66,8 +67,8 @@ def test_live_weights_on_a_mesh_have_the_results_of_the_model_on_one_device(conf
     average = jax.device_get(state.average)
     llm = LLM(config.model, average, lambda: start.tokenizer, np.dtype("float32"))
     expected = {
-        name: llm.score((door.directory / "corpus" / file).read_text()).bits_per_byte
-        for name, file in (("bits_per_byte/000.txt", "000.txt"), ("bits_per_byte/second", "001.txt"))
+        f"bits_per_byte/{name}": llm.score((door.directory / file).read_text()).bits_per_byte
+        for name, file in (("000.txt", "corpus/000.txt"), ("row", "row.txt"))
     }
     assert functools.reduce(operator.or_, texts) == pytest.approx(expected, rel=1e-5)
     right = 0
