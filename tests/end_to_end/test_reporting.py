@@ -1,7 +1,9 @@
 """Trackers and evaluations by the commands that a user types."""
 
 import json
+import socket
 import sqlite3
+import time
 
 import pytest
 
@@ -36,3 +38,20 @@ def test_nothing_is_imported_for_a_run_without_them(door):
     code = "import sys, nextllm_jax.training.setup as _; print({'wandb', 'trackio', 'lm_eval'} & {*sys.modules})"
     (door.directory / "imports.py").write_text(code)
     assert door.run(door.directory / "imports.py").stdout == "set()\n"
+
+
+@pytest.mark.slow
+def test_a_server_that_never_answers_delays_only_the_end(door):
+    pytest.importorskip("wandb", reason="pip install '.[wandb]'")
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        settings = {"WANDB_MODE": "online", "WANDB_BASE_URL": address, "WANDB_API_KEY": "a" * 40}
+        train = ("train.py", "--config", "config.py", *SHORT, "--training.steps", "5", "--logging.trackers", "wandb")
+        started = time.monotonic()
+        process = door.start(*train, WANDB_DIR=str(door.directory), **settings)
+        assert process.wait(timeout=100) == 0
+        seconds = time.monotonic() - started
+        process.stdout.close()  # not read to its end, since wandb's own process keeps it open for a while
+        process.stderr.close()
+    assert len(metrics(door.directory / "runs" / "config", "train")) == 5
+    assert seconds < 70
