@@ -15,7 +15,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from nextllm_jax.config import SamplingConfig
@@ -25,7 +24,7 @@ from nextllm_jax.inference.sampling import row_keys, sample
 from nextllm_jax.model.kv_cache import KVCache
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.progress import phase
-from nextllm_jax.sharding import on_mesh, padded_size
+from nextllm_jax.sharding import on_mesh, padded_size, to_host
 
 CHUNK_TOKENS = 64
 """Maximum number of tokens per row in one call of the loop."""
@@ -330,8 +329,8 @@ class Generation:
                 self._params, self._state, np.int32(limit), self._stopped_B, *self._draw_from,
                 self._dropped_B, self._stop_ids,
             )  # fmt: skip
-        self._stopped_B = self._stopped_B | _to_host(self._state.done_B)
-        return _to_host(tokens_BC)
+        self._stopped_B = self._stopped_B | to_host(self._state.done_B)
+        return to_host(tokens_BC)
 
 
 def _longest(prompts: Sequence[Sequence[int]], max_new_tokens: int, context_length: int | None) -> int:
@@ -358,9 +357,3 @@ def _num_shared(tokens: Sequence[int], prompts: Sequence[Sequence[int]]) -> int:
     (prompt,) = prompts
     shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tokens, prompt[:-1], strict=False))
     return sum(1 for _ in shared)
-
-
-def _to_host(x: jax.Array) -> np.ndarray:
-    if x.is_fully_addressable:
-        return np.array(x)
-    return multihost_utils.process_allgather(x, tiled=True)
