@@ -135,8 +135,9 @@ def load_model(arguments: SampleArguments, prompts: Mapping[str, str] | None = N
     Raises InputError before the weights are read if one of the `prompts`, by their names in errors, and its new tokens
     exceed the context.
     """
-    from nextllm_jax.inference.generate import require_context
-    from nextllm_jax.inference.llm import MAX_NEW_TOKENS, load_source
+    from nextllm_jax.inference.engine import require_length
+    from nextllm_jax.inference.llm import MAX_NEW_TOKENS
+    from nextllm_jax.inference.load import load_source
     from nextllm_jax.pretrained.open_model import open_model
 
     use_compilation_cache()
@@ -145,7 +146,7 @@ def load_model(arguments: SampleArguments, prompts: Mapping[str, str] | None = N
     if not arguments.slide:
         for name, prompt in (prompts or {}).items():
             num_tokens = len(source.load_tokenizer().encode_prompt(prompt))
-            require_context(name, num_tokens, arguments.max_new_tokens or MAX_NEW_TOKENS, source.config.context_length)
+            require_length(name, num_tokens, arguments.max_new_tokens or MAX_NEW_TOKENS, source.config.context_length)
     return load_source(source, arguments.checkpoint, dtype=arguments.dtype, quantize=arguments.quantize)
 
 
@@ -266,7 +267,7 @@ def print_answer(conversation: "Conversation", message: str, *, as_json: bool) -
         if not as_json:
             print(text, end="", flush=True)
     assert conversation.sample is not None
-    print(json.dumps(dataclasses.asdict(conversation.sample)) if as_json else "", flush=True)
+    print(json.dumps(conversation.sample.as_dict()) if as_json else "", flush=True)
     if conversation.is_full:
         _log.warning("the answer ends here because the model's context is full; /reset starts over")
 
@@ -275,7 +276,7 @@ def print_json(stream: "TextStream") -> None:
     """Print each sample as soon as it and those before it are complete, and finally the throughput."""
     for piece in stream.in_order():
         if piece.sample is not None:
-            print(json.dumps(dataclasses.asdict(piece.sample)), flush=True)
+            print(json.dumps(piece.sample.as_dict()), flush=True)
     speeds = stream.speeds
     print(
         json.dumps(

@@ -212,6 +212,25 @@ class SamplingConfig:
     repetition_penalty: float = 1.0
     """For tokens that are already in the prompt or the text, positive logits are divided by this and negative ones are
     multiplied by it; 1: off."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that are already in the new text; 0: off."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logit of a token as many times as the new text has it; 0: off."""
+    min_new_tokens: int = 0
+    """Number of tokens before which no stop token is sampled. Stop strings end a text at any time."""
+    logit_bias: tuple[str, ...] = ()
+    """Numbers that are added to the logits of tokens, each as ID:BIAS, such as 198:-5. 198:-inf bans a token."""
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether there are penalties or biases."""
+        off = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty, self.logit_bias) == (1, 0, 0, ())
+        return not off
+
+    @property
+    def biases(self) -> dict[int, float]:
+        """`logit_bias` as numbers by token id."""
+        return {int(token): float(bias) for token, bias in (text.split(":") for text in self.logit_bias)}
 
     def __post_init__(self) -> None:
         _check_types(self, "")
@@ -223,6 +242,21 @@ class SamplingConfig:
         penalty = self.repetition_penalty
         _require(penalty > 0, f"repetition_penalty is {penalty}; it must be positive")
         _require(1e-30 < penalty < 1e30, f"repetition_penalty is {penalty}; it must be between 1e-30 and 1e30")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _require(abs(value) < 1e30, f"{name} is {value}; it must be between -1e30 and 1e30")
+        _require(self.min_new_tokens >= 0, f"min_new_tokens is {self.min_new_tokens}; it cannot be negative")
+        for text in self.logit_bias:
+            _require(_is_bias(text), f"logit_bias has {text!r}; it must be ID:BIAS, such as 198:-5 or 198:-inf")
+
+
+def _is_bias(text: str) -> bool:
+    """Whether a text is a token id, a colon, and a number or -inf."""
+    token, _, bias = text.partition(":")
+    try:
+        return token.isdecimal() and float(bias) < math.inf
+    except ValueError:
+        return False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
