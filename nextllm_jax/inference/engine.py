@@ -97,14 +97,12 @@ class Engine:
         self._lengths, self.max_length = cache_lengths(max_length), max_length
         self._slots = [Slot() for _ in range(self.num_slots)]
         self._calls = 0
-        self._compiled: set[Any] = set()
+        self.programs: list[str] = []
+        """The compiled programs that were used."""
         self.speeds = Speeds()
-        self._state, _ = self._run("slots", programs.create, model, num_slots=self.num_slots, length=max_length)
-
-    @property
-    def num_programs(self) -> int:
-        """Number of different programs that were used."""
-        return len(self._compiled)
+        self._state, _ = self._run(
+            f"{self.num_slots} slots", programs.create, model, num_slots=self.num_slots, length=max_length
+        )
 
     def find_slot(self, tokens: Sequence[int]) -> int | None:
         """The free slot that has most of the beginning of `tokens` cached, of these the one used least recently."""
@@ -176,9 +174,10 @@ class Engine:
         for row, index in zip(self._places(rows, B), rows, strict=True):
             tokens_BT[row, : len(parts[index])] = parts[index]
             start_B[row] = len(self._slots[index].cached)
+        length = self._length(len(self._slots[index].cached) + len(parts[index]) for index in rows)
         self._state, seconds = self._run(
-            "the prompt", programs.prefill, self._model, self._params, self._state, self._slot_numbers(rows, B),
-            tokens_BT, start_B, length=self._length(len(self._slots[i].cached) + len(parts[i]) for i in rows),
+            f"prefill of {B} x {T} tokens for {length} of {self.max_length}", programs.prefill,
+            self._model, self._params, self._state, self._slot_numbers(rows, B), tokens_BT, start_B, length=length,
         )  # fmt: skip
         self.speeds += Speeds(sum(len(parts[index]) for index in rows), seconds)
         for index in rows:
@@ -204,17 +203,20 @@ class Engine:
         if source != index or adjusts or slot.adjusts:
             counts_2V, bias_V = slot.adjustments(self._model.config.vocab_size)
             self._state, _ = self._run(
-                "slots", programs.place, self._state, np.int32(index), np.int32(source), counts_2V, bias_V
-            )
+                f"a slot of {self.max_length}", programs.place, self._state, np.int32(index), np.int32(source),
+                counts_2V, bias_V,
+            )  # fmt: skip
         slot.cached, slot.adjusts, slot.placed = tokens[:reuse], adjusts, True
 
     def _decode(self, rows: Sequence[int], limit: int, stop_early: bool) -> dict[int, Output]:
         slots = [self._slots[index] for index in rows]
         limit = min(limit, CHUNK_TOKENS)
         length = self._length(len(slot.tokens) - 1 + min(limit, slot.remaining(self._context_length)) for slot in slots)
+        batch = self._rows(rows, length)
         (self._state, decoded), seconds = self._run(
-            "new tokens", programs.decode, self._model, self._params, self._state, self._rows(rows, length),
-            np.int32(limit), np.bool_(stop_early), vocab_size=self._vocab_size, length=length,
+            f"decoding of {len(batch.token_B)} rows for {length} of {self.max_length}", programs.decode,
+            self._model, self._params, self._state, batch, np.int32(limit), np.bool_(stop_early),
+            vocab_size=self._vocab_size, length=length,
         )  # fmt: skip
         with_logprobs = any(slot.request is not None and slot.request.top_logprobs is not None for slot in slots)
         token_BC, *logprobs = (_to_host(x) for x in (decoded if with_logprobs else decoded[:1]))
@@ -272,14 +274,12 @@ class Engine:
             batch[row] = self._slots[index].row(self._context_length)
         return stacked(batch)._replace(slot_B=self._slot_numbers(rows, B))
 
-    def _run(self, what: str, program: Any, *arguments: Any, **static: Any) -> tuple[Any, float]:
-        """The result of a program, and its seconds without compilation."""
-        shapes = tuple(np.shape(x) for x in jax.tree.leaves(arguments[3:]))
-        key = (program, shapes, self.max_length, *static.items())
+    def _run(self, name: str, program: Any, *arguments: Any, **static: Any) -> tuple[Any, float]:
+        """The result of a program, and its seconds without compilation. `name` tells it from all others."""
         with on_mesh(self._mesh):
-            if key not in self._compiled:
-                self._compiled.add(key)
-                with phase(f"compiling for {what}"):
+            if name not in self.programs:
+                self.programs.append(name)
+                with phase(f"compiling {name}"):
                     program.lower(*arguments, **static).compile()
             started = time.perf_counter()
             result = jax.block_until_ready(program(*arguments, **static))

@@ -189,6 +189,11 @@ class TextStream:
         return max(len(row.tokens) for row in self._rows)
 
     @property
+    def programs(self) -> list[str]:
+        """The programs that were compiled for the engine."""
+        return self._scheduler.engine.programs
+
+    @property
     def speeds(self) -> Speeds:
         """Tokens and seconds of prefill and decode of the engine so far."""
         return self._scheduler.engine.speeds

@@ -183,12 +183,12 @@ def test_stop_ids_wait_for_the_least_number_of_tokens(params):
     assert len(late) >= 6
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 20))])
 def test_tokens_do_not_depend_on_arrivals_company_and_cancellations(params, seed):
     """Random requests come and go; those that stay get what each gets alone."""
     rng = np.random.default_rng(seed)
-    shared = [int(token) for token in rng.integers(0, VOCAB, 24)]
-    busy = engine(params, slots=4, length=96)
+    shared = rng.integers(0, VOCAB, 20).tolist()
+    busy = engine(params, slots=4, length=48)
     scheduler, asked, got, cancelled = Scheduler(busy), {}, {}, set()
     while len(asked) < 14 or not scheduler.done:
         if len(asked) < 14 and rng.random() < 0.5:
@@ -205,7 +205,7 @@ def test_tokens_do_not_depend_on_arrivals_company_and_cancellations(params, seed
             cancelled.add(victim)
         for number, output in scheduler.advance(int(rng.integers(1, 9))).items():
             got[number] = got.get(number, []) + output.tokens
-    alone = engine(params, slots=1, length=96)
+    alone = engine(params, slots=1, length=48)
     for number, each in asked.items():
         expected = run(params, [each.tokens], each.sampling, tokens=each.max_new_tokens, seed=each.seed, within=alone)[
             0
@@ -219,14 +219,14 @@ def test_the_number_of_programs_is_bounded(params):
     context = dataclasses.replace(CONFIG, context_length=4096)
     long = engine(params, slots=4, length=4096, model=Transformer(context, MODEL.dtype))
     rng = np.random.default_rng(0)
-    for size in (1, 3, 17, 40, 400, 600, 3000, 40, 1):
+    for size in (1, 17, 40, 600, 3000, 17):
         run(params, [rng.integers(0, VOCAB, size).tolist() for _ in range(size % 4 + 1)], MIXED[size % 7], within=long)
-    prompts, rows, caches = len({bucket(size, 16) for size in range(1, 513)}), 3, 2
-    assert long.num_programs <= prompts * rows * caches + rows * caches + 2
-    before = long.num_programs
+    prompts, rows, caches = 3 * len({bucket(size, 16) for size in range(1, 513)}), 3, 2
+    assert len(long.programs) <= prompts * caches + rows * caches + 2
+    before = len(long.programs)
     for sampling in MIXED:
         run(params, [PROMPTS[1]], sampling, within=long)
-    assert long.num_programs <= before + 1
+    assert len(long.programs) <= before + 1
 
 
 def test_buckets():
