@@ -54,7 +54,7 @@ def stored(path):
     return source.load_params(convert._on_cpu(source.config, source.quantization, scan_layers=False))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
 def test_a_quantized_directory_is_what_quantizing_on_the_fly_makes_of_any_source(models, scheme):
     written = nextllm_jax.load(str(models / scheme))
     for source in ("hf", "run"):
@@ -140,7 +140,7 @@ def test_records_of_earlier_versions_say_whether_embeddings_are_quantized():
         assert Quantization.upgraded(fields | {"embeddings": before}) == fields | {"embeddings": today}
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", ["int4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_eight_devices_load_what_one_does(models, scheme):
     mesh = MeshConfig(data=2, fsdp=2, tensor=2)
     alone = nextllm_jax.load(str(models / scheme))

@@ -31,7 +31,9 @@ def test_models_predict_and_sample_as_before(old, path):
     assert found["texts"] == recorded["texts"]
 
 
-@pytest.mark.parametrize(("run", "arguments"), [("runs/config", ()), ("runs/lora", LORA)])
+@pytest.mark.parametrize(
+    ("run", "arguments"), [("runs/config", ()), pytest.param("runs/lora", LORA, marks=pytest.mark.slow)]
+)
 def test_runs_go_on_as_before(old, run, arguments):
     prepared = sorted(old.directory.glob("data/*"))
     old.run("train.py", "--config", "config.py", *arguments, "--training.steps", 60)

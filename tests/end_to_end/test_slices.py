@@ -72,7 +72,10 @@ def no_metadata_server(monkeypatch):
     monkeypatch.setitem(os.environ, "ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
-@pytest.mark.parametrize(("inside", "accumulation_steps"), [({"fsdp": 4}, 1), ({"fsdp": 2, "tensor": 2}, 2)])
+@pytest.mark.parametrize(
+    ("inside", "accumulation_steps"),
+    [pytest.param({"fsdp": 4}, 1, marks=pytest.mark.slow), ({"fsdp": 2, "tensor": 2}, 2)],
+)
 def test_only_sums_over_data_cross_slices(inside, accumulation_steps):
     mesh, program = compiled("v5e:2x2", 2, MeshConfig(slices=2, **inside), accumulation_steps)
     assert mesh.shape["data"] == 2

@@ -259,7 +259,7 @@ ROWS = {
     "kill -9 before config.json": Row(killed("nextllm_jax.training.setup:open_run", fresh=True), slow=True),
     "kill -9 while samples are written": Row(killed("nextllm_jax.training.samples:Samples.write"), slow=True),
     "kill -9 while loss.png is drawn": Row(killed("nextllm_jax.training.pictures:draw_losses"), slow=True),
-    "kill -9 before the index of the data": Row(killed_prepare(f"{PREPARE}:write_index")),
+    "kill -9 before the index of the data": Row(killed_prepare(f"{PREPARE}:write_index"), slow=True),
     "kill -9 before the data is published": Row(killed_prepare(f"{PREPARE}:publish"), slow=True),
     "kill -9 before the second split": Row(killed_prepare(f"{PREPARE}:write_split", 2), slow=True),
     # signals
@@ -272,7 +272,7 @@ ROWS = {
     "SIGINT in a step": Row(signalled(signal.SIGINT, "nextllm_jax.training.writers:MetricsWriter.train", 5), slow=True),
     "SIGTERM in an evaluation": Row(signalled(signal.SIGTERM, EVALUATE), slow=True),
     "SIGINT in an evaluation": Row(signalled(signal.SIGINT, EVALUATE, fresh=True), slow=True),
-    "SIGTERM while saving": Row(signalled(signal.SIGTERM, f"{FILES}:seal", fresh=True)),
+    "SIGTERM while saving": Row(signalled(signal.SIGTERM, f"{FILES}:seal", fresh=True), slow=True),
     "SIGINT while saving": Row(signalled(signal.SIGINT, SAVE, fresh=True), slow=True),
     "Ctrl-C twice": Row(signalled_twice, slow=True),
     # disks
@@ -287,7 +287,7 @@ ROWS = {
     "bit flipped in the optimizer's state": Row(checkpoint(flip, "rest/d/*"), "damaged \\(rest/d/", slow=True),
     "bit flipped in orbax's metadata": Row(checkpoint(flip, "params/_METADATA"), "params/_METADATA", slow=True),
     "bit flipped in the array index": Row(checkpoint(flip, "params/manifest.ocdbt"), "manifest.ocdbt", slow=True),
-    "bit flipped in the manifest": Row(checkpoint(flip, "manifest.json"), "manifest.json"),
+    "bit flipped in the manifest": Row(checkpoint(flip, "manifest.json"), "manifest.json", slow=True),
     "an array file cut short": Row(checkpoint(truncate, "params/d/*"), "params/d/", slow=True),
     "an array file emptied": Row(checkpoint(empty, "rest/d/*"), "rest/d/", slow=True),
     "an array file removed": Row(checkpoint(remove, "params/d/*"), "params/d/.* is missing", slow=True),

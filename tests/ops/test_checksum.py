@@ -67,7 +67,7 @@ def test_equals_numpy(dtype):
     ],
 )
 def test_does_not_depend_on_the_mesh(mesh, spec):
-    x, words = bits(jnp.bfloat16)
+    x, words = bits(jnp.float32)
     sharding = NamedSharding(mesh, spec)
     x = jax.device_put(x, sharding)
     with jax.set_mesh(mesh):

@@ -18,6 +18,7 @@ from tests.faults.bucket_proxy import Fault
 METRICS = None  # which storing does not read
 
 
+@pytest.mark.slow
 def test_a_new_machine_fetches_the_programs_of_an_earlier_one(door, bucket, tmp_path):
     def train(cache, steps, *arguments):
         schedule = "--training.steps", steps, "--optimizer.schedule-steps", "40", "--training.sample-tokens", "0"

@@ -208,6 +208,7 @@ def copy_of(diverged, tmp_path, change=None):
     return bundle
 
 
+@pytest.mark.slow
 def test_a_step_that_is_fine_now_is_not_reproduced(diverged, tmp_path):
     def gentle(content):
         return {"config": content["config"] | {"optimizer": content["config"]["optimizer"] | {"learning_rate": 1e-3}}}

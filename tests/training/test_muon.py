@@ -47,7 +47,7 @@ def on_one_device():
     [
         pytest.param({"data": 1, "fsdp": 8}, {}, {}, marks=pytest.mark.slow),
         ({"data": 2, "fsdp": 2, "tensor": 2}, {"shard_over_data": True}, {"accumulation_steps": 2}),
-        ({"data": 4, "fsdp": 2}, {"offload_state": True}, {}),
+        pytest.param({"data": 4, "fsdp": 2}, {"offload_state": True}, {}, marks=pytest.mark.slow),
     ],
 )
 def test_eight_devices_give_what_one_gives(mesh, optimizer, training):
