@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
@@ -70,6 +71,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
     """A context in which `mesh` is jax's current mesh. It does nothing for None."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """The whole array. If it is sharded over processes, all of them must call this."""
+    return np.array(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
 
 
 def num_slices(devices: Sequence[Any]) -> int:

@@ -2,6 +2,7 @@
 
 from nextllm_jax.config.model import ModelConfig
 from nextllm_jax.config.optimizer import OptimizerConfig
+from nextllm_jax.config.reporting import EvaluationConfig, LoggingConfig
 from nextllm_jax.config.run import (
     CheckpointConfig,
     Config,
@@ -16,6 +17,8 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "EvaluationConfig",
+    "LoggingConfig",
     "LoraConfig",
     "MeshConfig",
     "ModelConfig",

@@ -51,7 +51,7 @@ def parse_mixture(entries: Sequence[str]) -> list[MixtureSource]:
         f"the weights of data.mixture are {' : '.join(map(str, integers))}, which add up to {sum(integers):,}; round "
         f"them to fewer digits, for a sum of at most {MAX_CYCLE:,}",
     )
-    return [MixtureSource(*each) for each in zip(addresses, _names(addresses), integers, limits, strict=True)]
+    return [MixtureSource(*each) for each in zip(addresses, short_names(addresses), integers, limits, strict=True)]
 
 
 def reduced(weights: Sequence[int]) -> list[int]:
@@ -60,7 +60,7 @@ def reduced(weights: Sequence[int]) -> list[int]:
     return [weight // divisor for weight in weights]
 
 
-def _names(addresses: Sequence[str]) -> list[str]:
+def short_names(addresses: Sequence[str]) -> list[str]:
     """The last part of each address, with a number if an earlier one has the same."""
     names: list[str] = []
     for address in addresses:

@@ -16,6 +16,7 @@ from nextllm_jax.config.fields import OTHER_DATA, ChoosesData, ChoosesTokenizer,
 from nextllm_jax.config.mixture import parse_mixture
 from nextllm_jax.config.model import ModelConfig
 from nextllm_jax.config.optimizer import OptimizerConfig
+from nextllm_jax.config.reporting import EvaluationConfig, LoggingConfig, parse_texts
 
 FORMAT, FIRST_FORMAT = "nextllm_jax config 2", "nextllm_jax config 1"
 """Formats of config.json. A file of the first format does not state it. In runs of that format the warmup always took
@@ -350,6 +351,8 @@ class Config:
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     checkpoint: Free[CheckpointConfig] = dataclasses.field(default_factory=CheckpointConfig)
     mesh: Free[MeshConfig] = dataclasses.field(default_factory=MeshConfig)
+    evaluation: Free[EvaluationConfig] = dataclasses.field(default_factory=EvaluationConfig)
+    logging: Free[LoggingConfig] = dataclasses.field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
         _check_types(self, "")
@@ -362,8 +365,23 @@ class Config:
             not self.lora.rank or self.optimizer.name != "muon",
             f"lora.rank is {self.lora.rank}, but muon trains whole matrices, not adapters; set optimizer.name to adamw",
         )
+        self._check_evaluation()
         if self.init_from is None:  # else the model is not known yet
             self.check_fit()
+
+    def _check_evaluation(self) -> None:
+        every, validation = self.evaluation.every_steps, self.training.evaluate_every_steps
+        _require(
+            every is None or every % validation == 0,
+            f"evaluation.every_steps is {every}; it must be a multiple of training.evaluate_every_steps {validation}",
+        )
+        sources = {source.name for source in parse_mixture(self.data.mixture)} if self.data.mixture else set()
+        for name, _ in parse_texts(self.evaluation.texts):
+            _require(
+                name not in sources,
+                f"evaluation.texts has {name}, which also is a source of data.mixture; write NAME:PATH with another "
+                "name",
+            )
 
     def check_fit(self) -> None:
         """Raise InputError if the context length of the model is too small for the data.

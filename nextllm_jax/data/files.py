@@ -243,8 +243,8 @@ _OPENERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def open_text(file: CorpusFile, newline: str = "") -> IO[str]:
-    """The decompressed text of a file. Invalid characters become U+FFFD.
+def open_text(file: CorpusFile, newline: str = "", errors: str = "replace") -> IO[str]:
+    """The decompressed text of a file. Invalid characters become U+FFFD, unless `errors` says otherwise.
 
     A byte order mark says that the text is UTF-16 or UTF-32; otherwise it is UTF-8. Raises InputError for content that
     is not text, and one of READ_ERRORS if the file cannot be read.
@@ -260,17 +260,22 @@ def open_text(file: CorpusFile, newline: str = "") -> IO[str]:
                 f"{file.path} is not UTF-8 text: it has many zero bytes and no byte order mark; convert it to UTF-8, "
                 "or leave it out"
             )
-        return io.TextIOWrapper(content, encoding=encoding, errors="replace", newline=newline)
+        return io.TextIOWrapper(content, encoding=encoding, errors=errors, newline=newline)
     except BaseException:
         content.close()
         raise
 
 
-def read_text(path: str) -> str:
-    """The text of a file, decompressed and decoded as that of a corpus. Raises InputError."""
+def read_text(path: str, *, errors: str = "replace") -> str:
+    """The text of a file, decompressed and decoded as that of a corpus.
+
+    Raises InputError if it cannot be read, and with `errors` "strict" for invalid characters.
+    """
     try:
-        with open_text(_corpus_file(Path(path), Path(path).parent)) as content:
+        with open_text(_corpus_file(Path(path), Path(path).parent), errors=errors) as content:
             return content.read()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not valid {error.encoding.upper()} ({error.reason}); convert it") from error
     except READ_ERRORS as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise InputError(f"{path} cannot be read ({reason}); give a text file") from error

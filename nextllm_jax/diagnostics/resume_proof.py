@@ -22,7 +22,7 @@ import numpy as np
 
 from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.checkpoint.run_dir import METRICS, SAMPLES, RunDir
-from nextllm_jax.config import Config
+from nextllm_jax.config import Config, EvaluationConfig, LoggingConfig
 from nextllm_jax.data.prepare import ensure_prepared
 from nextllm_jax.data.shards import DataPath
 from nextllm_jax.data.sources import source_paths, with_source_paths
@@ -99,6 +99,8 @@ def _shortened(config: Config, steps: int, data: Sequence[DataPath]) -> Config:
         optimizer=dataclasses.replace(config.optimizer, schedule_steps=length),
         training=training,
         checkpoint=dataclasses.replace(config.checkpoint, every_steps=steps // 4, scratch=None),
+        evaluation=EvaluationConfig(),
+        logging=LoggingConfig(),
     )
 
 

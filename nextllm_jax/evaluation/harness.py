@@ -1,6 +1,7 @@
 """The model `nextllm_jax` for EleutherAI's lm-evaluation-harness.
 
 `nextllm lm_eval --model_args checkpoint=runs/small --tasks arc_easy` is the harness's own command with this model.
+`Tasks` runs some of its tasks during a training.
 """
 
 import functools
@@ -25,6 +26,8 @@ from nextllm_jax.tokenizer.chat import ChatTemplate
 try:
     from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
     from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+    from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
     from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
         get_rolling_token_windows,
         make_disjoint_window,
@@ -232,6 +235,38 @@ def _settings(arguments: dict[str, Any], max_gen_toks: int) -> tuple[tuple[str, 
         else SamplingConfig(temperature=0)
     )
     return tuple(stops), int(most), sampling
+
+
+class Tasks:
+    """Tasks of the harness: `names` are paths of .yaml files, or names of the harness's own tasks.
+
+    Raises InputError for a task that is not there, or whose data cannot be read.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        # Reading the list of the harness's own tasks takes ten seconds.
+        own = not all(name.endswith(".yaml") for name in names)
+        self._manager = TaskManager(include_defaults=own)
+        for name in names:
+            try:
+                self._manager.load([name])
+            except Exception as error:
+                reason = str(error.args[0] if error.args else error).strip().partition("\n")[0]
+                raise InputError(f"the task {name} cannot be loaded ({reason}); give a .yaml file or a name") from error
+
+    def run(self, name: str, llm: LLM, batch_size: int) -> dict[str, float]:
+        """The metrics of one of the tasks, such as {"arc_easy/acc": 0.3}; of a group, also those of its tasks."""
+        model = HarnessModel(llm=llm, batch_size=batch_size)  # pyright: ignore[reportCallIssue]
+        found: Any = simple_evaluate(
+            model, tasks=[name], task_manager=self._manager, bootstrap_iters=0, log_samples=False
+        )
+        return {
+            f"{task}/{metric.removesuffix(',none')}": float(value)
+            for task, metrics in found["results"].items()
+            for metric, value in metrics.items()
+            if "," in metric and "_stderr," not in metric and isinstance(value, int | float)
+        }
 
 
 def run_harness(argv: list[str]) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from nextllm_jax.errors import InputError
@@ -23,7 +22,7 @@ from nextllm_jax.inference.request import Output, Request, TokenLogprob
 from nextllm_jax.inference.slot import IDLE, Slot, stacked
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.progress import phase
-from nextllm_jax.sharding import on_mesh, padded_size
+from nextllm_jax.sharding import on_mesh, padded_size, to_host
 
 PREFILL_ROW_TOKENS = 512
 """Maximum number of tokens of a row in one call of prefill; longer prompts take several."""
@@ -219,7 +218,7 @@ class Engine:
             vocab_size=self._vocab_size, length=length,
         )  # fmt: skip
         with_logprobs = any(slot.request is not None and slot.request.top_logprobs is not None for slot in slots)
-        token_BC, *logprobs = (_to_host(x) for x in (decoded if with_logprobs else decoded[:1]))
+        token_BC, *logprobs = (to_host(x) for x in (decoded if with_logprobs else decoded[:1]))
         outputs = {
             index: self._take(self._slots[index], token_BC[row], *(each[row] for each in logprobs))
             for index, row in zip(rows, self._places(rows, len(token_BC)), strict=True)
@@ -303,9 +302,3 @@ def _shared(tokens: Sequence[int], others: Sequence[int]) -> int:
         return 0
     differ = np.asarray(tokens[:length]) != np.asarray(others[:length])
     return int(differ.argmax()) if differ.any() else length
-
-
-def _to_host(x: jax.Array) -> np.ndarray:
-    if x.is_fully_addressable:
-        return np.asarray(x)
-    return multihost_utils.process_allgather(x, tiled=True)

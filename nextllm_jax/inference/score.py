@@ -15,6 +15,7 @@ from nextllm_jax.inference.buckets import bucket
 from nextllm_jax.model.objective import Batch, perplexity, text_batch, token_scores
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.progress import progress_bar
+from nextllm_jax.sharding import padded_size, to_host
 from nextllm_jax.tokenizer.tokenizer import Tokenizer, without_surrogates
 
 
@@ -100,12 +101,12 @@ def score_documents(
     windows = [_windows(document.ids, T, opening) for document in documents]
     batch = Batch(*map(np.concatenate, zip(*windows, strict=True)))
     num_rows = len(batch.tokens_BT)
-    if num_rows > batch_size:
-        batch = Batch(*(np.pad(x, ((0, -num_rows % batch_size), (0, 0))) for x in batch))
+    batch_size = padded_size(min(batch_size, num_rows), "batch")
+    batch = Batch(*(np.pad(x, ((0, -num_rows % batch_size), (0, 0))) for x in batch))
     starts = range(0, len(batch.tokens_BT), batch_size)
     logprobs_RT = np.concatenate(
         [
-            _logprobs(model, params, Batch(*(x[i : i + batch_size] for x in batch)))
+            to_host(_logprobs(model, params, Batch(*(x[i : i + batch_size] for x in batch))))
             for i in progress_bar(starts, desc="scoring", unit=" batches", disable=not progress)
         ]
     )

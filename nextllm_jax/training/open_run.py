@@ -88,7 +88,14 @@ def _take_over(run: RunDir, config: Config, overwrite: bool, allow_change: Colle
 
 
 def require_startable(config: Config, *, overwrite: bool, allow_change: Collection[str]) -> list[Change]:
-    """`require_usable` for the config's run directory. Also raises InputError if a process trains in it."""
+    """`require_usable` for the config's run directory.
+
+    Also raises InputError if a process trains in it, or if a tracker cannot be used.
+    """
+    if config.logging.trackers:
+        from nextllm_jax.training import trackers  # imports jax, which other runs do not need yet
+
+        trackers.require_usable(config.logging.trackers)
     run = RunDir(workdir_of(config))
     run.require_unlocked()
     return require_usable(run, config, overwrite=overwrite, allow_change=allow_change)

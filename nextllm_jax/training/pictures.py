@@ -16,6 +16,7 @@ from nextllm_jax.model import layer_norms
 from nextllm_jax.training.hooks import Hook, OptionalOutput
 from nextllm_jax.training.state import TrainState
 from nextllm_jax.training.step import StepMetrics
+from nextllm_jax.training.trackers import Tracker
 
 _SECONDS_BETWEEN_DRAWINGS = 30
 _MOST_COLUMNS = 400
@@ -29,18 +30,21 @@ class Pictures(Hook):
     With `enabled` False (in all processes except process 0), nothing is drawn.
     """
 
-    def __init__(self, run: RunDir, model: ModelConfig, *, enabled: bool = True) -> None:
+    def __init__(
+        self, run: RunDir, model: ModelConfig, *, enabled: bool = True, trackers: Sequence[Tracker] = ()
+    ) -> None:
         self._run, self._places, self._enabled = run, layer_norms.places(model), enabled
+        self._trackers, self._step = trackers, 0
         self._is_current, self._drawn_at = True, time.monotonic()
         self._loss, self._layers = OptionalOutput(LOSS), OptionalOutput(LAYERS)
 
     def after_step(self, step: int, metrics: StepMetrics) -> None:
         """Note that the pictures lack a step."""
-        self._is_current = False
+        self._is_current, self._step = False, step
 
     def after_evaluation(self, step: int, state: TrainState) -> None:
         """Redraw the pictures, unless they were drawn within the last 30 seconds."""
-        self._is_current = False
+        self._is_current, self._step = False, step
         if time.monotonic() - self._drawn_at >= _SECONDS_BETWEEN_DRAWINGS:
             self._draw()
 
@@ -52,8 +56,13 @@ class Pictures(Hook):
     def _draw(self) -> None:
         self._is_current, self._drawn_at = True, time.monotonic()
         if self._enabled:
-            self._loss.write(lambda: self._run.write(LOSS, draw_losses(self._records())))
-            self._layers.write(lambda: self._run.write(LAYERS, draw_layers(self._records(), self._places)))
+            self._loss.write(lambda: self._write(LOSS, draw_losses(self._records())))
+            self._layers.write(lambda: self._write(LAYERS, draw_layers(self._records(), self._places)))
+
+    def _write(self, name: str, png: bytes) -> None:
+        self._run.write(name, png)
+        for tracker in self._trackers:
+            tracker.picture(self._step, name, png)
 
     def _records(self) -> Iterator[dict[str, Any]]:
         return map(json.loads, self._run.read(METRICS).splitlines())

@@ -7,24 +7,24 @@ first answer, as the chat template writes it.
 import functools
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from nextllm_jax.checkpoint.run_dir import SAMPLES, RunDir
-from nextllm_jax.config import ModelConfig, SamplingConfig
+from nextllm_jax.config import SamplingConfig
 from nextllm_jax.data.shards import Split
 from nextllm_jax.inference.llm import LLM
-from nextllm_jax.model.transformer import abstract_params, resolve_dtype
-from nextllm_jax.model.weights import cast_matrices
 from nextllm_jax.progress import phase
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 from nextllm_jax.training.hooks import Hook, OptionalOutput
+from nextllm_jax.training.live_model import live_model
 from nextllm_jax.training.start import Start
-from nextllm_jax.training.state import TrainState, whole_params
+from nextllm_jax.training.state import TrainState
+from nextllm_jax.training.trackers import Tracker
 
 _HEADER = re.compile(rb"^===== step (\d+) =====$")
 _INDENT = "    "
@@ -67,8 +67,16 @@ class Samples(Hook):
     `enabled` False (in all processes except process 0), the file is neither read nor written.
     """
 
-    def __init__(self, run: RunDir, start: Start, initial_step: int | None = None, *, enabled: bool = True) -> None:
-        self._run, self._start, self._enabled = run, start, enabled
+    def __init__(
+        self,
+        run: RunDir,
+        start: Start,
+        initial_step: int | None = None,
+        *,
+        enabled: bool = True,
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
+        self._run, self._start, self._enabled, self._trackers = run, start, enabled, trackers
         self._last_step: int | None = None
         """The last step in samples.txt; None if it is empty."""
         self._output = OptionalOutput(SAMPLES)
@@ -88,14 +96,13 @@ class Samples(Hook):
 
     def after_evaluation(self, step: int, state: TrainState) -> None:
         """Write the samples of a step, unless the file has them already."""
-        config, training = self._start.config, self._start.config.training
+        training = self._start.config.training
         if not (training.sample_tokens and self._prompts):
             return
 
         def make_texts() -> list[tuple[str, str]]:
             with phase("sampling for samples.txt"):
-                params = whole_params(state, config.model, self._start.mesh)
-                return sample_text(config.model, params, self._start.tokenizer, self._prompts, training.sample_tokens)
+                return sample_text(live_model(self._start, state), self._prompts, training.sample_tokens)
 
         written = self._last_step == step
         if jax.process_count() == 1:
@@ -108,7 +115,7 @@ class Samples(Hook):
             if self._enabled:
                 self._output.write(lambda: self.write(step, texts))
 
-    def write(self, step: int, texts: Iterable[tuple[str, str]]) -> None:
+    def write(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
         """Append a block of (prompt, continuation) pairs, indented. Raises RunFailed if it cannot be written."""
         blocks = [f"===== step {step} =====\n"]
         for prompt, text in texts:
@@ -116,6 +123,8 @@ class Samples(Hook):
             blocks.append(f"prompt: {prompt!r}\n{_INDENT}{indented}\n")
         self._run.append(SAMPLES, ("\n".join(blocks) + "\n").encode(errors="replace"))
         self._last_step = step
+        for tracker in self._trackers:
+            tracker.samples(step, texts)
 
     def _truncate(self, last_step: int | None) -> None:
         """Remove the blocks after `last_step` (None: all blocks)."""
@@ -132,14 +141,10 @@ class Samples(Hook):
             self._run.write(SAMPLES, b"\n".join([*kept, b""]) if kept else b"")
 
 
-def sample_text(
-    config: ModelConfig, params: Any, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_new_tokens: int
-) -> list[tuple[str, str]]:
+def sample_text(llm: LLM, prompts: Sequence[Prompt], max_new_tokens: int) -> list[tuple[str, str]]:
     """(prompt, continuation) for each prompt, up to the context length. Every process must call it, since it
     computes on the mesh."""
-    dtype = resolve_dtype(config.dtype, jax.default_backend())
-    llm = LLM(config, cast_matrices(abstract_params(config), params, dtype), lambda: tokenizer, dtype)
-    room = config.context_length - max(len(prompt.ids) for prompt in prompts)
+    room = llm.config.context_length - max(len(prompt.ids) for prompt in prompts)
     stream = llm.stream_tokens(
         [prompt.ids for prompt in prompts],
         texts=[prompt.text for prompt in prompts],

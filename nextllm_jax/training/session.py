@@ -1,6 +1,7 @@
 """`Session`: the parts of a run that its steps work with; `Moment`: where the run is between two steps."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from nextllm_jax.checkpoint.manager import Checkpoints
@@ -12,6 +13,7 @@ from nextllm_jax.training.metrics import TrainMeter
 from nextllm_jax.training.start import Start
 from nextllm_jax.training.state import TrainState
 from nextllm_jax.training.step import StepMetrics
+from nextllm_jax.training.trackers import Tracker
 from nextllm_jax.training.writers import MetricsWriter
 
 
@@ -36,6 +38,7 @@ class Session:
     checkpoints: Checkpoints
     meter: TrainMeter
     writer: MetricsWriter
+    trackers: Sequence[Tracker]
     stop: StopRequest
     hooks: list[Hook]
     base: str | None = None

@@ -1,6 +1,7 @@
 """`open_session`: checks, opens and restores a run, and creates everything that its steps need."""
 
 import contextlib
+import hashlib
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -32,6 +33,7 @@ from nextllm_jax.training.saving import open_checkpoints, restore_or_begin
 from nextllm_jax.training.session import Moment, Session
 from nextllm_jax.training.start import CHECKS, Remark, Start, require, resume_data
 from nextllm_jax.training.state import require_finite
+from nextllm_jax.training.trackers import open_trackers
 from nextllm_jax.training.train_log import TrainLog
 from nextllm_jax.training.vocabulary import with_vocab_size
 from nextllm_jax.training.writers import MetricsWriter
@@ -69,7 +71,8 @@ def open_session(
     )
     remarks = require(CHECKS, start)
     set_matmul_precision(start.program.model.dtype)
-    group.check_same({"data with id": data_id(start.sources)})
+    texts = hashlib.sha256(repr(start.texts).encode(errors="replace")).hexdigest()
+    group.check_same({"data with id": data_id(start.sources), "evaluation.texts with sha256": texts})
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopRequest(group))
         writes = group.process_id == 0
@@ -90,14 +93,20 @@ def open_session(
         if writes:  # only now, when a resumed run has passed all checks
             start.tokenizer.save(opened.dir.tokenizer)
             opened.dir.write_config(config, replaced)
+        trackers = stack.enter_context(open_trackers(opened.dir, config, enabled=writes))
         writer = MetricsWriter(
-            opened.dir, config.model, initial_step=initial_step, evaluated=at.evaluated, enabled=writes
+            opened.dir,
+            config.model,
+            initial_step=initial_step,
+            evaluated=at.evaluated,
+            enabled=writes,
+            trackers=trackers,
         )
         stack.enter_context(contextlib.closing(writer))
         _announce(opened, remarks, initial_step)
         base = None if state.frozen is None else base_id(opened.dir)
         meter = _make_meter(start, record)
-        session = Session(start, opened.dir, checkpoints, meter, writer, stop, hooks=[], base=base)
+        session = Session(start, opened.dir, checkpoints, meter, writer, trackers, stop, hooks=[], base=base)
         for hook in _make_hooks(session, initial_step, profile_steps, writes):
             session.hooks.append(stack.enter_context(contextlib.closing(hook)))
         session.hooks.append(programs)
@@ -138,6 +147,6 @@ def _make_hooks(session: Session, initial_step: int | None, profile_steps: int, 
         FlightRecorder(run, config, start.loader, session.checkpoints, about, before_failure=log.write_line),
         log,
         StepProfiler(run, initial_step or 0, profile_steps if writes else 0, meter.pause),
-        Pictures(run, config.model, enabled=writes),
-        Samples(run, start, initial_step, enabled=writes),
+        Pictures(run, config.model, enabled=writes, trackers=session.trackers),
+        Samples(run, start, initial_step, enabled=writes, trackers=session.trackers),
     ]

@@ -1,9 +1,10 @@
 """The inputs of a training (data, mesh, program), and named checks of them for `train` and `nextllm doctor`."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,18 +13,24 @@ from jax.sharding import AbstractMesh, Mesh
 from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config
 from nextllm_jax.config.files import workdir_of
+from nextllm_jax.config.reporting import parse_texts
+from nextllm_jax.data.files import read_text
 from nextllm_jax.data.loader import TrainLoader
 from nextllm_jax.data.mixture import Source
 from nextllm_jax.data.packing import count_windows, describe_windows, has_targets
 from nextllm_jax.data.shards import SPLITS
 from nextllm_jax.data.sources import tokenizer_of
 from nextllm_jax.errors import InputError
+from nextllm_jax.inference.score import encode
 from nextllm_jax.model.accounting import adapter_count, parameter_count
 from nextllm_jax.sharding import make_mesh, num_parts, sharding
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 from nextllm_jax.training.program import Program, build_program
 from nextllm_jax.training.resume_guard import recorded_data, require_same_data
 from nextllm_jax.training.schedule import describe_warmup
+
+if TYPE_CHECKING:
+    from nextllm_jax.evaluation.harness import Tasks
 
 
 class Remark(NamedTuple):
@@ -69,6 +76,24 @@ class Start:
         """The training batches."""
         return make_loader(self.config, self.sources, self.mesh)
 
+    @functools.cached_property
+    def texts(self) -> dict[str, str]:
+        """The contents of evaluation.texts by name."""
+        texts = parse_texts(self.config.evaluation.texts)
+        with _naming("evaluation.texts"):
+            return {name: read_text(path, errors="strict") for name, path in texts}
+
+    @functools.cached_property
+    def tasks(self) -> "Tasks | None":
+        """evaluation.lm_eval_tasks; None if there are none."""
+        names = self.config.evaluation.lm_eval_tasks
+        if not names:
+            return None
+        with _naming("evaluation.lm_eval_tasks"):
+            from nextllm_jax.evaluation.harness import Tasks  # imports the harness
+
+            return Tasks(names)
+
 
 @dataclasses.dataclass(frozen=True)
 class Check:
@@ -78,6 +103,15 @@ class Check:
     run: Callable[[Start], Iterable[Remark]]
     needs_data: bool = False
     """Whether the result depends on the data."""
+
+
+@contextlib.contextmanager
+def _naming(field: str) -> Iterator[None]:
+    """A context in which the message of an InputError begins with the field."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{field}: {error}") from error
 
 
 def require(checks: Iterable[Check], start: Start) -> list[Remark]:
@@ -204,6 +238,26 @@ def _check_batches(start: Start) -> Iterator[Remark]:
                 yield Remark(f"{_prefix(source.name)}{said}")
 
 
+def _check_evaluation(start: Start) -> Iterator[Remark]:
+    config, parts = start.config, start.mesh.shape["sequence"]
+    if not (start.texts or start.tasks):
+        return
+    if 16 % parts or config.model.context_length % parts:  # the lengths of windows
+        raise InputError(
+            f"evaluation.texts and lm_eval_tasks need a mesh.sequence that divides 16 and model.context_length "
+            f"{config.model.context_length}, but it is {parts}; leave them out"
+        )
+    if start.tasks and jax.process_count() > 1:
+        raise InputError(
+            f"evaluation.lm_eval_tasks cannot run in {jax.process_count()} processes; leave it out, and run nextllm "
+            "lm_eval on a checkpoint"
+        )
+    for name, text in start.texts.items():
+        with _naming(f"evaluation.texts {name}"):
+            encode(start.tokenizer, text, "")
+    yield Remark(f"also evaluates {', '.join([*start.texts, *config.evaluation.lm_eval_tasks])}")
+
+
 def resume_data(start: Start, record: dict[str, Any]) -> list[Remark]:
     """Continue the data at the position in a checkpoint's record, unless it is empty, and say which sources will end.
 
@@ -222,5 +276,6 @@ CHECKS = (
     Check("data", _check_data, needs_data=True),
     Check("fit", _check_fit, needs_data=True),
     Check("batches", _check_batches, needs_data=True),
+    Check("evaluation", _check_evaluation, needs_data=True),
 )
 """The loop runs these in all processes once the data is prepared. `open_run` checks the run directory."""

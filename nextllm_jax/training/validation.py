@@ -11,6 +11,7 @@ from nextllm_jax.evaluation.evaluate import Evaluation, evaluate
 from nextllm_jax.model.objective import Batch, perplexity
 from nextllm_jax.progress import phase
 from nextllm_jax.sharding import padded_size, sharding
+from nextllm_jax.training.evaluations import evaluations
 from nextllm_jax.training.session import Moment, Session
 
 _log = logging.getLogger(__name__)
@@ -23,13 +24,18 @@ class _Stopped(Exception):
 def validate(session: Session, at: Moment) -> float | None:
     """The validation loss, after it is written to metrics.jsonl and reported; None if a stop is requested meanwhile.
 
-    That of several sources is the mean by their weights.
+    That of several sources is the mean by their weights. Other evaluations that are due are written with it.
     """
     session.pause()
     sources = session.start.sources
     try:
         with phase(f"evaluating step {at.step}"):
             found = [_evaluate(session, at, source) for source in sources]
+            others: dict[str, float] = {}
+            for results in evaluations(session.start, at.step, at.state):
+                others |= results
+                if session.stop.reached():
+                    raise _Stopped
     except _Stopped:
         return None
     loss = _mean(sources, [each.loss for each in found])
@@ -39,13 +45,15 @@ def validate(session: Session, at: Moment) -> float | None:
     for source, each in zip(sources, found, strict=True):
         if source.name:
             values |= {f"loss/{source.name}": each.loss, f"bits_per_byte/{source.name}": each.bits_per_byte}
-    session.writer.validation({"step": at.step, **values, **session.meter.totals()})
+    session.writer.validation({"step": at.step, **values, **others, **session.meter.totals()})
     _log.info(
         f"step {at.step}: validation loss {loss:.4f}, perplexity {values['perplexity']:.2f}{_in_bits(bits_per_byte)}"
     )
     for source, each in zip(sources, found, strict=True):
         if source.name:
             _log.info(f"  {source.name}: validation loss {each.loss:.4f}{_in_bits(each.bits_per_byte)}")
+    for name, value in others.items():
+        _log.info(f"  {name} {value:.4f}")
     return loss
 
 

@@ -1,4 +1,4 @@
-"""`MetricsWriter`: writes the measurements of a run to metrics.jsonl and to TensorBoard event files."""
+"""`MetricsWriter`: writes the measurements of a run to metrics.jsonl, TensorBoard event files and trackers."""
 
 import io
 import json
@@ -6,25 +6,27 @@ import math
 import os
 import socket
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from nextllm_jax.checkpoint.run_dir import METRICS, TENSORBOARD, RunDir
 from nextllm_jax.config import ModelConfig
 from nextllm_jax.model import layer_norms
 from nextllm_jax.training.hooks import OptionalOutput
+from nextllm_jax.training.trackers import Tracker
 
 _LAYER_FIELDS = ("gradient_norms", "activation_rms")
 # The fields of a line of metrics.jsonl, in order.
 _FIELDS = ("step", "split", "loss", "perplexity", "bits_per_byte", "learning_rate", "grad_norm", "tokens_per_second",
            "processed_tokens_per_second", "mfu", "input_wait_fraction", "tokens_seen", "elapsed_seconds",
            *_LAYER_FIELDS)  # fmt: skip
-_BY_SOURCE = ("loss", "bits_per_byte")
-"""In a validation record, a slash and the name of a source may follow, such as in loss/web."""
+_NAMED = ("loss", "bits_per_byte", "lm_eval")
+"""In a validation record, a slash and the name of a source, text or task may follow, such as in loss/web."""
 _ONLY_IN = {"bits_per_byte": "validation"} | dict.fromkeys(_LAYER_FIELDS, "train")
 
 
 class MetricsWriter:
-    """Writes records to metrics.jsonl and to TensorBoard.
+    """Writes records to metrics.jsonl, to TensorBoard and to the trackers.
 
     `initial_step` is the step from which a run resumes, None for a new run. metrics.jsonl is truncated after it, since
     those steps are written again. The validation record of that step itself is kept only if it was `evaluated`. With
@@ -40,8 +42,10 @@ class MetricsWriter:
         initial_step: int | None = None,
         evaluated: bool = False,
         enabled: bool = True,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         self._run, self._places, self._enabled = run, layer_norms.places(model), enabled
+        self._trackers = trackers
         self._output = OptionalOutput("TensorBoard")
         self._tensorboard: _TensorBoard | None = None
         if enabled:
@@ -62,20 +66,23 @@ class MetricsWriter:
 
     def _write(self, split: str, record: dict[str, Any]) -> None:
         """Append a line with all fields of the split; null for fields that the record lacks."""
-        by_source = [name for name in record if name.partition("/")[0] in _BY_SOURCE and name not in _FIELDS]
-        unknown = set(record) - {*_FIELDS, *by_source}
+        named = [name for name in record if name.partition("/")[0] in _NAMED and name not in _FIELDS]
+        unknown = set(record) - {*_FIELDS, *named}
         if unknown:
             raise ValueError(f"metrics.jsonl has no fields {sorted(unknown)}")
         if not self._enabled:
             return
-        fields = [name for name in _FIELDS if _ONLY_IN.get(name, split) == split] + by_source
+        fields = [name for name in _FIELDS if _ONLY_IN.get(name, split) == split] + named
         line = {name: _json_value((record | {"split": split}).get(name)) for name in fields}
         self._run.append(METRICS, json.dumps(line, allow_nan=False).encode() + b"\n")
+        step, scalars = line["step"], self._scalars(split, line)
         if board := self._tensorboard:
-            self._output.write(lambda: board.scalars(line["step"], self._scalars(split, line)))
+            self._output.write(lambda: board.scalars(step, scalars))
+        for tracker in self._trackers:
+            tracker.scalars(step, scalars)
 
     def _scalars(self, split: str, line: dict[str, Any]) -> dict[str, float]:
-        """The numbers of a line by TensorBoard tag, such as train/loss and train/gradient_norms/layer 0 mlp."""
+        """The numbers of a line by tag, such as train/loss and train/gradient_norms/layer 0 mlp."""
         scalars = {}
         for name, value in line.items():
             if isinstance(value, list):

@@ -27,7 +27,7 @@ from tests.processes import (
     free_port,
     saved_steps,
 )
-from tests.runs import TRAINED_A_STEP, saved_arrays
+from tests.runs import TRAINED_A_STEP, metrics, saved_arrays
 
 
 def assert_sentence(output, pattern):
@@ -36,8 +36,9 @@ def assert_sentence(output, pattern):
 
 
 def test_two_processes_stopped_by_a_signal_to_one_and_continued_by_one_process(trained, door):
-    """The parameters are divided over the processes, which also write the samples of step 20."""
-    with Processes(door, 2, "--mesh.fsdp", "2", held={1: (TRAINED_A_STEP, 25)}) as two:
+    """The parameters are divided over the processes, which also evaluate a text and write samples at step 20."""
+    text = ("--evaluation.texts", "corpus/000.txt")
+    with Processes(door, 2, "--mesh.fsdp", "2", *text, held={1: (TRAINED_A_STEP, 25)}) as two:
         two.wait_for("held", 1)
         two.signal(signal.SIGTERM, 1)
         two.release()
@@ -47,6 +48,8 @@ def test_two_processes_stopped_by_a_signal_to_one_and_continued_by_one_process(t
         assert saved_steps(door.directory / RUN) == [20, step]
         assert "step" not in two.output(1)
     door.run("train.py", "--config", "config.py")
+    (line,) = [line for line in metrics(door.directory / RUN, "validation") if line["step"] == 20]
+    assert 1 < line["bits_per_byte/000.txt"] < 8
     assert_same_losses(door.directory, trained.directory)
     assert (door.directory / RUN / "samples.txt").read_text() == (trained.directory / RUN / "samples.txt").read_text()
 

@@ -19,7 +19,7 @@ from nextllm_jax.training.resume_guard import (
 )
 
 CONFIG = Config(workdir="w")
-SECTIONS = ("lora", "model", "data", "optimizer", "training", "checkpoint", "mesh")
+SECTIONS = ("lora", "model", "data", "optimizer", "training", "checkpoint", "mesh", "evaluation", "logging")
 
 # A value other than the default's for every field of every section; a new field wants a row here, and a thought.
 OTHER = {
@@ -69,6 +69,10 @@ OTHER = {
     "model.attention_soft_cap": 30.0,
     "model.logit_soft_cap": 30.0,
     "mesh.data": 2,
+    "evaluation.texts": ("README.md",),
+    "evaluation.lm_eval_tasks": ("arc_easy",),
+    "evaluation.every_steps": 500,
+    "logging.trackers": ("wandb",),
     "init_from": "runs/other",
     "data.messages_field": "messages",
     "data.chat_template": "template.jinja",
@@ -90,7 +94,8 @@ FREE = {
     *("training.sample_tokens", "checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_every_steps"),
     *("checkpoint.scratch", "checkpoint.strict", "checkpoint.megabytes_per_second", "training.preemption_seconds"),
     *("mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor", "mesh.slices", "data.cache_dir", "data.cache_bytes"),
-    *("model.attention", "model.attention_blocks"),
+    *("model.attention", "model.attention_blocks", "logging.trackers", "logging.project"),
+    *("evaluation.texts", "evaluation.lm_eval_tasks", "evaluation.every_steps"),
 }
 NEVER = {
     *("model.vocab_size", "model.num_layers", "model.embed_dim", "model.mlp_dim", "model.num_heads"),

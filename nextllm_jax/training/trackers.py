@@ -1,0 +1,200 @@
+"""Trackers: Weights & Biases and trackio, which show the metrics, samples and pictures of a run.
+
+Both packages have the same objects: a run with `log` and `finish`, images and tables. Each tracker has a thread and a
+bounded queue, so it delays no step, whatever its package or its server does.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import io
+import json
+import logging
+import queue
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+from nextllm_jax.checkpoint.run_dir import TRACKERS, RunDir
+from nextllm_jax.config import Config
+from nextllm_jax.errors import InputError, missing_package
+from nextllm_jax.training.hooks import OptionalOutput
+
+_log = logging.getLogger(__name__)
+
+_QUEUE_ITEMS = 1000
+"""What a tracker can be behind before it misses something."""
+
+_FINISH_SECONDS = 20.0
+"""How long the end of a training waits for its trackers."""
+
+_Values = Callable[[Any], dict[str, Any]]
+"""What to log, given the tracker's package."""
+
+
+class Tracker:
+    """A tracker of a run. Its methods return at once.
+
+    What comes while the queue is full is dropped, with one warning. `open_run` returns the package and its run. If
+    that or anything later fails, one message says so, and the tracker is disabled.
+    """
+
+    def __init__(self, name: str, open_run: Callable[[], tuple[Any, Any]]) -> None:
+        self.name, self._open_run = name, open_run
+        self._queue: queue.Queue[tuple[int, _Values] | None] = queue.Queue(_QUEUE_ITEMS)
+        self._is_behind = self._is_abandoned = False
+        work = functools.partial(OptionalOutput(name).write, self._work)
+        self._thread = threading.Thread(target=work, name=name, daemon=True)
+        self._thread.start()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Log numbers of a step."""
+        self._put(step, lambda _: dict(values))
+
+    def samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
+        """Log a table of (prompt, continuation) pairs."""
+        columns, rows = ["step", "prompt", "continuation"], [[step, *each] for each in texts]
+        self._put(step, lambda package: {"samples": package.Table(columns=columns, data=rows)})
+
+    def picture(self, step: int, name: str, png: bytes) -> None:
+        """Log a picture, given the content of a PNG file."""
+
+        def values(package: Any) -> dict[str, Any]:
+            from PIL import Image  # which matplotlib needs
+
+            return {name: package.Image(Image.open(io.BytesIO(png)))}
+
+        self._put(step, values)
+
+    def finish(self, deadline: float) -> None:
+        """Ask the tracker to end its run, until a time of time.monotonic()."""
+        if self._thread.is_alive():
+            with contextlib.suppress(queue.Full):
+                self._queue.put(None, timeout=max(deadline - time.monotonic(), 0))
+
+    def wait(self, deadline: float) -> None:
+        """Wait until the run has ended, until a time of time.monotonic(). Then the thread is left to itself."""
+        self._thread.join(max(deadline - time.monotonic(), 0))
+        if self._thread.is_alive():
+            _log.warning(f"{self.name} did not finish within {_FINISH_SECONDS:.0f} s, so it may lack the last lines")
+            self._is_abandoned = True
+            _abandon(self.name)
+
+    def _put(self, step: int, values: _Values) -> None:
+        if not self._thread.is_alive():
+            return
+        try:
+            self._queue.put_nowait((step, values))
+        except queue.Full:
+            if not self._is_behind:
+                _log.warning(f"{self.name} is {_QUEUE_ITEMS} lines behind, so it will lack some")
+            self._is_behind = True
+
+    def _work(self) -> None:
+        try:
+            package, run = self._open_run()
+            while (item := self._queue.get()) is not None:
+                step, values = item
+                run.log(values(package), step=step)
+            with _without_stdout():
+                run.finish()
+        except Exception:
+            if not self._is_abandoned:
+                raise
+
+
+@contextlib.contextmanager
+def open_trackers(run: RunDir, config: Config, *, enabled: bool) -> Iterator[Sequence[Tracker]]:
+    """The trackers of a run, which end with the context. None if not `enabled` (in all processes except process 0).
+
+    trackers.json of the run has the id of its run in the trackers, so a continued training continues that.
+    """
+    trackers = []
+    if enabled and config.logging.trackers:
+        if not run.read(TRACKERS):
+            run.write(TRACKERS, json.dumps({"id": secrets.token_hex(4)}).encode())
+        run_id = json.loads(run.read(TRACKERS))["id"]
+        name = PurePath(str(run.path)).name
+        trackers = [
+            Tracker(tracker, functools.partial(_OPEN[tracker], config, name, run_id))
+            for tracker in config.logging.trackers
+        ]
+    try:
+        yield trackers
+    finally:
+        deadline = time.monotonic() + _FINISH_SECONDS
+        for tracker in trackers:
+            tracker.finish(deadline)
+        for tracker in trackers:
+            tracker.wait(deadline)
+
+
+def require_usable(trackers: Sequence[str]) -> None:
+    """Raise InputError if the package of a tracker is missing, or if Weights & Biases is online without a login."""
+    for name in trackers:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise missing_package(f"logging.trackers {name} needs", error, f"nextllm_jax[{name}]") from error
+    if "wandb" in trackers:
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        # wandb.init would ask for a key on a terminal, in the middle of the training.
+        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+            raise InputError(
+                "logging.trackers has wandb, which is not logged in; run wandb login, or set WANDB_MODE=offline"
+            )
+
+
+def _open_wandb(config: Config, name: str, run_id: str) -> tuple[Any, Any]:
+    import wandb  # pyright: ignore[reportMissingImports]
+
+    run = wandb.init(
+        project=config.logging.project,
+        id=run_id,
+        name=name,
+        resume="allow",
+        config=dataclasses.asdict(config),
+        settings=wandb.Settings(console="off", quiet=True, finish_timeout=_FINISH_SECONDS),
+    )
+    return wandb, run
+
+
+def _open_trackio(config: Config, name: str, run_id: str) -> tuple[Any, Any]:
+    import trackio  # pyright: ignore[reportMissingImports]
+
+    with _without_stdout():
+        run = trackio.init(
+            project=config.logging.project,
+            name=f"{name}-{run_id}",  # trackio finds the run by its name
+            resume="allow",
+            config=dataclasses.asdict(config),
+            embed=False,
+        )
+    return trackio, run
+
+
+_OPEN = {"wandb": _open_wandb, "trackio": _open_trackio}
+
+
+@contextlib.contextmanager
+def _without_stdout() -> Iterator[None]:
+    """A context in which prints go to standard error, as all messages of a training do. trackio prints its own."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def _abandon(name: str) -> None:
+    """Let the process exit without what the tracker has not sent."""
+    if name == "wandb":
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        # First it removes its exit handler, which would wait for the server. The rest may take forever.
+        thread = threading.Thread(target=wandb.teardown, daemon=True)
+        thread.start()
+        thread.join(1)
