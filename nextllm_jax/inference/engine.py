@@ -200,10 +200,10 @@ class Engine:
         assert slot.request is not None
         adjusts = slot.request.sampling.adjusts_logits
         if source != index or adjusts or slot.adjusts:
-            counts_2V, bias_V = slot.adjustments(self._model.config.vocab_size)
+            counts_V, bias_V = slot.adjustments(self._model.config.vocab_size)
             self._state, _ = self._run(
                 f"a slot of {self.max_length}", programs.place, self._state, np.int32(index), np.int32(source),
-                counts_2V, bias_V,
+                counts_V, bias_V,
             )  # fmt: skip
         slot.cached, slot.adjusts, slot.placed = tokens[:reuse], adjusts, True
 

@@ -17,6 +17,7 @@ from nextllm_jax.inference.request import MAX_TOP_LOGPROBS
 from nextllm_jax.inference.sampling import Penalties, Settings, mask_padding, penalized, row_keys, sample
 from nextllm_jax.model.kv_cache import KVCache
 from nextllm_jax.model.transformer import Transformer
+from nextllm_jax.sharding import constrain
 
 CHUNK_TOKENS = 64
 """Maximum number of tokens per row in one call of `decode`."""
@@ -27,8 +28,8 @@ class State:
     """What the engine keeps on the devices for its slots."""
 
     cache: KVCache
-    counts_N2V: jax.Array
-    """How often each token occurs in the prompt and in the new text; only of rows with penalties."""
+    counts_NV: jax.Array
+    """Twice as often as a token occurs in the new text, plus 1 if it is in the prompt; only of rows with penalties."""
     bias_NV: jax.Array
     """What is added to the logits; only of rows with biases."""
 
@@ -77,16 +78,16 @@ def create(model: Transformer, *, num_slots: int, length: int) -> State:
     cache = KVCache.create(
         model.config, batch_size=num_slots, length=length, dtype=model.dtype, scan_layers=model.scan_layers
     )
-    V = model.config.vocab_size
-    return State(cache, jnp.zeros((num_slots, 2, V), jnp.int32), jnp.zeros((num_slots, V), jnp.float32))
+    zeros_NV = constrain(jnp.zeros((num_slots, model.config.vocab_size)), "batch", "vocab")
+    return State(cache, zeros_NV.astype(jnp.int32), zeros_NV)
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
-def place(state: State, slot: jax.Array, source: jax.Array, counts_2V: jax.Array, bias_V: jax.Array) -> State:
+def place(state: State, slot: jax.Array, source: jax.Array, counts_V: jax.Array, bias_V: jax.Array) -> State:
     """The state after the cache of slot `source` is copied to `slot`, whose counts and biases are set."""
     return State(
         state.cache.copied(source, slot),
-        state.counts_N2V.at[slot].set(counts_2V),
+        state.counts_NV.at[slot].set(counts_V),
         state.bias_NV.at[slot].set(bias_V),
     )
 
@@ -147,12 +148,12 @@ def decode(
             token_B = sample(adjusted_BV, rows.settings, keys_B)
             decoded = _recorded(decoded, step, jnp.where(row.done_B, -1, token_B), logits_BV, rows.logprobs_B)
         counted_B = jnp.where(rows.adjusts_B & ~row.done_B, rows.slot_B, len(state.bias_NV))
-        counts_N2V = state.counts_N2V.at[counted_B, 1, token_B].add(1, mode="drop")
+        counts_NV = state.counts_NV.at[counted_B, token_B].add(2, mode="drop")
         ends_B = jnp.any(token_B[:, None] == rows.stop_ids_BK, axis=1) | (step + 1 >= rows.remaining_B)
         done_B = row.done_B | ends_B
         position_B = jnp.where(done_B, length, position_B)
         row = row._replace(token_B=token_B, position_B=position_B, done_B=done_B)
-        return step + 1, dataclasses.replace(state, cache=cache, counts_N2V=counts_N2V), row, decoded
+        return step + 1, dataclasses.replace(state, cache=cache, counts_NV=counts_NV), row, decoded
 
     decoded = Decoded(
         jnp.full((B, CHUNK_TOKENS), -1, jnp.int32),
@@ -177,9 +178,9 @@ def _adjusted(logits_BV: jax.Array, state: State, rows: Rows, step: jax.Array) -
     """The logits with the biases and penalties of the rows that have any, without stop ids where they are too early."""
 
     def biased(logits_BV: jax.Array) -> jax.Array:
-        counts_B2V = state.counts_N2V.at[rows.slot_B].get(mode="clip")
+        counts_BV = state.counts_NV.at[rows.slot_B].get(mode="clip")
         bias_BV = state.bias_NV.at[rows.slot_B].get(mode="clip")
-        adjusted_BV = penalized(logits_BV, counts_B2V, rows.penalties) + bias_BV
+        adjusted_BV = penalized(logits_BV, counts_BV % 2 == 1, counts_BV // 2, rows.penalties) + bias_BV
         return jnp.where(rows.adjusts_B[:, None], adjusted_BV, logits_BV)
 
     def without_stops(logits_BV: jax.Array) -> jax.Array:

@@ -38,18 +38,18 @@ def mask_padding(logits_BV: jax.Array, vocab_size: int) -> jax.Array:
     return jnp.where(jnp.arange(logits_BV.shape[-1])[None] < vocab_size, logits_BV, -jnp.inf)
 
 
-def penalized(logits_BV: jax.Array, counts_B2V: jax.Array, penalties: Penalties) -> jax.Array:
-    """The logits with penalties for tokens that occur; counts_B2V are those in the prompt and in the new text.
+def penalized(logits_BV: jax.Array, in_prompt_BV: jax.Array, counts_BV: jax.Array, penalties: Penalties) -> jax.Array:
+    """The logits with penalties for tokens in the prompt, and for tokens that the new text has `counts_BV` times.
 
     Logits of tokens in either are divided by the repetition penalty if positive, and multiplied by it if negative
     (Keskar et al. 2019, CTRL, arXiv:1909.05858, in the variant that keeps the sign). The presence penalty is subtracted
     once for tokens in the new text, and the frequency penalty as often as they occur there, as in the OpenAI API.
     """
-    new_BV = counts_B2V[:, 1]
+    is_new_BV = counts_BV > 0
     penalty_B1 = penalties.repetition_B[:, None]
     repeated_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
-    logits_BV = jnp.where(jnp.any(counts_B2V > 0, axis=1), repeated_BV, logits_BV)
-    return logits_BV - penalties.presence_B[:, None] * (new_BV > 0) - penalties.frequency_B[:, None] * new_BV
+    logits_BV = jnp.where(in_prompt_BV | is_new_BV, repeated_BV, logits_BV)
+    return logits_BV - penalties.presence_B[:, None] * is_new_BV - penalties.frequency_B[:, None] * counts_BV
 
 
 def temperature(logits_BC: jax.Array, value_B: jax.Array) -> jax.Array:

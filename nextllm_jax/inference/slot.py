@@ -85,17 +85,14 @@ class Slot:
             self.tokens, self.placed = self.tokens[-keep:], False
 
     def adjustments(self, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """What is set in `State` for the row.
-
-        How often each token occurs in its prompt and in its new text, int32 [2, V], and the biases, float32 [V].
-        """
+        """The rows of `State.counts_NV` and `State.bias_NV`, [V] each."""
         assert self.request is not None
-        texts = (self.prompt, self.new_tokens)
-        counts = [np.bincount(np.asarray(tokens, np.int64), minlength=vocab_size) for tokens in texts]
+        counts_V = 2 * np.bincount(np.asarray(self.new_tokens, np.int64), minlength=vocab_size).astype(np.int32)
+        counts_V[self.prompt] += 1
         bias_V = np.zeros(vocab_size, np.float32)
         for token, bias in self.request.sampling.biases.items():
             bias_V[token] = bias
-        return np.stack(counts).astype(np.int32), bias_V
+        return counts_V, bias_V
 
     def row(self, context_length: int) -> Rows:
         """The row of the slot's request, without the axis B; `slot_B` is not set."""

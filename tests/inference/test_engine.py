@@ -192,9 +192,7 @@ def test_tokens_do_not_depend_on_arrivals_company_and_cancellations(params, seed
     scheduler, asked, got, cancelled = Scheduler(busy), {}, {}, set()
     while len(asked) < 14 or not scheduler.done:
         if len(asked) < 14 and rng.random() < 0.5:
-            prompt = shared[: rng.integers(0, 25)] + [
-                int(token) for token in rng.integers(0, VOCAB, rng.integers(1, 30))
-            ]
+            prompt = shared[: rng.integers(21)] + rng.integers(0, VOCAB, rng.integers(1, 9)).tolist()
             new = request(
                 prompt, MIXED[rng.integers(len(MIXED))], tokens=int(rng.integers(1, 20)), seed=int(rng.integers(9))
             )

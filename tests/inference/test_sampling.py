@@ -83,11 +83,11 @@ def test_top_k_keeps_the_first_of_the_most_likely(logits, k):
 
 def test_penalties_count_what_is_in_the_prompt_and_in_the_text():
     logits = np.array([[2.0, -2.0, 3.0, -3.0, 1.0]], np.float32)
-    counts = np.array([[[1, 1, 0, 0, 0], [0, 2, 0, 0, 3]]])
+    in_prompt, counts = np.array([[True, True, False, False, False]]), np.array([[0, 2, 0, 0, 3]])
     expected = [2 / 1.5, -2 * 1.5 - 0.25 - 2 * 0.1, 3, -3, 1 / 1.5 - 0.25 - 3 * 0.1]
     penalties = sampling.Penalties(*(jnp.asarray([value]) for value in (1.5, 0.25, 0.1)))
     np.testing.assert_allclose(
-        sampling.penalized(jnp.asarray(logits), jnp.asarray(counts), penalties)[0], expected, rtol=1e-6
+        sampling.penalized(jnp.asarray(logits), in_prompt, counts, penalties)[0], expected, rtol=1e-6
     )
 
 
