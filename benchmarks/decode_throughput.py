@@ -41,7 +41,7 @@ def write_models(directory: Path) -> None:
     from nextllm_jax.config import DataConfig
     from nextllm_jax.config.quantization import Quantization
     from nextllm_jax.data.corpora import held_out_text
-    from nextllm_jax.inference.llm import load
+    from nextllm_jax.inference.load import load
     from nextllm_jax.pretrained.convert import export_model, quantize_model
 
     for kind, dtype in (("F32", "float32"), ("F16", "float16"), ("Q8_0", "q8_0")):
@@ -64,19 +64,19 @@ def load_ours(directory: Path, kind: str, prompts: list[list[int]]) -> tuple[Cal
 
     import nextllm_jax
     from nextllm_jax.config import SamplingConfig
-    from nextllm_jax.inference.generate import Generation
+    from nextllm_jax.inference.request import Request
 
     name, dtype = (kind, None) if kind in ("int8", "int4") else ("float32", kind)
     llm = nextllm_jax.load(str(directory / name), dtype=dtype)
-    settings = {"max_new_tokens": NEW_TOKENS, "sampling": SamplingConfig(temperature=0.0), "stop_ids": [-1], "seed": 0}
+    settings = {"max_new_tokens": NEW_TOKENS, "sampling": SamplingConfig(temperature=0.0)}
 
     def call() -> tuple[float, float]:
-        generation = Generation(
-            llm.model, llm.params, prompts, samples=[0] * len(prompts), vocab_size=llm.config.vocab_size, **settings
-        )
-        while not generation.done:
-            generation.advance()
-        return generation.speeds.prefill_seconds, generation.speeds.decode_seconds
+        engine = llm.engine(None, PROMPT_TOKENS + NEW_TOKENS, num_rows=len(prompts))
+        for slot, prompt in enumerate(prompts):
+            engine.insert(slot, Request(tokens=prompt, **settings))
+        while engine.step():
+            pass
+        return engine.speeds.prefill_seconds, engine.speeds.decode_seconds
 
     return call, sum(leaf.on_device_size_in_bytes() for leaf in jax.tree.leaves(llm.params))
 

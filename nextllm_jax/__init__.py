@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nextllm_jax.config import Config as Config
     from nextllm_jax.inference.llm import LLM as LLM
-    from nextllm_jax.inference.llm import load as load
+    from nextllm_jax.inference.load import load as load
     from nextllm_jax.training.launch import train as train
 
 __version__ = "0.1.0"
@@ -15,7 +15,7 @@ __all__ = ["LLM", "Config", "load", "train"]
 _HOMES = {
     "Config": "nextllm_jax.config",
     "LLM": "nextllm_jax.inference.llm",
-    "load": "nextllm_jax.inference.llm",
+    "load": "nextllm_jax.inference.load",
     "train": "nextllm_jax.training.launch",
 }
 

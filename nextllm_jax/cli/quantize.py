@@ -73,7 +73,7 @@ def quantize_command(argv: list[str]) -> int:
 
 
 def _perplexity(checkpoint: str, step: str | None, text: str) -> float:
-    from nextllm_jax.inference.llm import load
+    from nextllm_jax.inference.load import load
 
     llm = load(checkpoint, step=step)
     with phase(f"measuring the perplexity of {checkpoint}"):

@@ -52,8 +52,8 @@ class SampleArguments:
     chat_template: str | None = None
     """File with a Jinja chat template that replaces the model's own."""
     max_new_tokens: int | None = None
-    """Maximum number of new tokens; none: 128, or 512 in a chat. A prompt and its new tokens must fit the model's
-    context, unless --slide is set. An answer in a chat also ends at the end of the context."""
+    """Maximum number of new tokens; none: 128, or 512 in a chat, or what the context has room for if that is less. A
+    prompt and its new tokens must fit the context, unless --slide is set."""
     slide: bool = False
     """Continue beyond the model's context: whenever it is full, only its last half is kept."""
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=SamplingConfig)
@@ -74,6 +74,10 @@ class SampleArguments:
     """Quantize the weights while loading. `nextllm quantize` writes quantized weights, and has more options."""
     json: bool = False
     """Print one JSON object per sample (prompt, text, tokens, finish_reason), and finally one with the throughput."""
+    top_logprobs: int | None = None
+    """With --json: add the log probability of each token, and those of this many most likely tokens, at most 20."""
+    verbose: bool = False
+    """Finally print the programs that were compiled."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_samples", "batch_size"):
@@ -110,43 +114,52 @@ def _run(argv: list[str], prog: str, description: str | None) -> int:
         return chat(arguments)
     if arguments.system is not None or arguments.chat_template is not None:
         raise InputError("--system and --chat-template are for a chat; add --chat, or leave them out")
-    from nextllm_jax.inference.llm import MAX_NEW_TOKENS  # late: --help does not wait for jax
-
+    if arguments.top_logprobs is not None and not arguments.json:
+        raise InputError("--top-logprobs needs --json; add it, or leave --top-logprobs out")
     prompts = read_prompt_arguments(arguments)
-    stream = load_model(arguments, {f"prompt {prompt[:20]!r}": prompt for prompt in prompts}).stream(
+    llm, max_new_tokens = load_model(arguments, {f"prompt {prompt[:20]!r}": prompt for prompt in prompts})
+    stream = llm.stream(
         prompts,
-        max_new_tokens=arguments.max_new_tokens or MAX_NEW_TOKENS,
+        max_new_tokens=max_new_tokens,
         sampling=arguments.sampling,
         seed=arguments.seed,
         num_samples=arguments.num_samples,
         stop=arguments.stop,
         slide=arguments.slide,
+        top_logprobs=arguments.top_logprobs,
     )
     if arguments.json:
         print_json(stream)
     else:
         print_text(stream, [prompt for prompt in prompts for _ in range(arguments.num_samples)])
+    if arguments.verbose:
+        _log.info("%d programs: %s", len(stream.programs), ", ".join(stream.programs))
     return 0
 
 
-def load_model(arguments: SampleArguments, prompts: Mapping[str, str] | None = None) -> "LLM":
-    """The model that the options name.
+def load_model(arguments: SampleArguments, prompts: Mapping[str, str]) -> tuple["LLM", int]:
+    """The model that the options name, and the maximum number of new tokens.
 
     Raises InputError before the weights are read if one of the `prompts`, by their names in errors, and its new tokens
     exceed the context.
     """
-    from nextllm_jax.inference.generate import require_context
-    from nextllm_jax.inference.llm import MAX_NEW_TOKENS, load_source
+    from nextllm_jax.inference.engine import require_length
+    from nextllm_jax.inference.llm import MAX_NEW_TOKENS
+    from nextllm_jax.inference.load import load_source
     from nextllm_jax.pretrained.open_model import open_model
 
     use_compilation_cache()
     source = open_model(arguments.checkpoint, step=arguments.step)
     source = dataclasses.replace(source, load_tokenizer=functools.cache(source.load_tokenizer))
-    if not arguments.slide:
-        for name, prompt in (prompts or {}).items():
-            num_tokens = len(source.load_tokenizer().encode_prompt(prompt))
-            require_context(name, num_tokens, arguments.max_new_tokens or MAX_NEW_TOKENS, source.config.context_length)
-    return load_source(source, arguments.checkpoint, dtype=arguments.dtype, quantize=arguments.quantize)
+    max_new_tokens, context = arguments.max_new_tokens or MAX_NEW_TOKENS, source.config.context_length
+    if not arguments.slide and prompts:
+        lengths = {name: len(source.load_tokenizer().encode_prompt(prompt)) for name, prompt in prompts.items()}
+        if arguments.max_new_tokens is None:
+            max_new_tokens = max(1, min(max_new_tokens, context - max(lengths.values())))
+        for name, length in lengths.items():
+            require_length(name, length, max_new_tokens, context)
+    llm = load_source(source, arguments.checkpoint, dtype=arguments.dtype, quantize=arguments.quantize)
+    return llm, max_new_tokens
 
 
 def read_prompt_arguments(arguments: SampleArguments) -> list[str]:
@@ -190,7 +203,8 @@ def sample_file(arguments: SampleArguments) -> int:
                 if file.done:
                     _log.info("continuing %s, which has %d of %d samples", file.path, len(file.done), len(file.rows))
                 named = {f"line {index + 1} of the prompts file": prompt for index, prompt in prompts.items()}
-                llm = load_model(dataclasses.replace(arguments, step=step), named)
+                counted = dataclasses.replace(arguments, step=step, max_new_tokens=how["max_new_tokens"])
+                llm, _ = load_model(counted, named)
                 sample_missing(llm, file, prompts, batch_size=arguments.batch_size, sampling=arguments.sampling, **how)
             file.sort()
         except KeyboardInterrupt:
@@ -210,8 +224,9 @@ def chat(arguments: SampleArguments) -> int:
         raise InputError("--slide is not for a chat, which ends at the end of the context; leave it out")
     template = read_text(arguments.chat_template) if arguments.chat_template is not None else None
     prompts = read_prompt_arguments(arguments)
+    llm, _ = load_model(arguments, {})
     conversation = Conversation(
-        load_model(arguments),
+        llm,
         system=arguments.system,
         template=template,
         max_new_tokens=arguments.max_new_tokens or MAX_ANSWER_TOKENS,
@@ -266,7 +281,7 @@ def print_answer(conversation: "Conversation", message: str, *, as_json: bool) -
         if not as_json:
             print(text, end="", flush=True)
     assert conversation.sample is not None
-    print(json.dumps(dataclasses.asdict(conversation.sample)) if as_json else "", flush=True)
+    print(json.dumps(conversation.sample.as_dict()) if as_json else "", flush=True)
     if conversation.is_full:
         _log.warning("the answer ends here because the model's context is full; /reset starts over")
 
@@ -275,7 +290,7 @@ def print_json(stream: "TextStream") -> None:
     """Print each sample as soon as it and those before it are complete, and finally the throughput."""
     for piece in stream.in_order():
         if piece.sample is not None:
-            print(json.dumps(dataclasses.asdict(piece.sample)), flush=True)
+            print(json.dumps(piece.sample.as_dict()), flush=True)
     speeds = stream.speeds
     print(
         json.dumps(

@@ -1,6 +1,5 @@
 """Batch sampling: prompts from a JSON lines file, and an output file that a rerun of the command continues."""
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -143,7 +142,8 @@ class SamplesFile:
                 f"--output {self.path} was not written by nextllm sample; choose another --output"
             ) from error
         for name in old | self._settings:
-            before, now = old.get(name), self._settings.get(name)
+            default = getattr(SamplingConfig, name, None)  # files of earlier versions lack some
+            before, now = old.get(name, default), self._settings.get(name, default)
             if samples and before != now:
                 option = f"--{name.replace('_', '-')}"
                 change = f"with {option} {json.dumps(before)}, not {json.dumps(now)}"
@@ -220,5 +220,5 @@ def sample_missing(
             )
             for piece in stream:
                 if piece.sample is not None and batch[piece.row] not in file.done:
-                    file.append(batch[piece.row], dataclasses.asdict(piece.sample))
+                    file.append(batch[piece.row], piece.sample.as_dict())
                     bar.update()

@@ -109,7 +109,7 @@ def evaluate_command(argv: list[str]) -> int:
     text = None if arguments.text is None else read_text(arguments.text)
 
     from nextllm_jax.evaluation.scoring import score_data
-    from nextllm_jax.inference.llm import load
+    from nextllm_jax.inference.load import load
 
     use_compilation_cache()
     llm = load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype, quantize=arguments.quantize)

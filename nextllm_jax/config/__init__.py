@@ -9,9 +9,9 @@ from nextllm_jax.config.run import (
     DataConfig,
     LoraConfig,
     MeshConfig,
-    SamplingConfig,
     TrainingConfig,
 )
+from nextllm_jax.config.sampling import SamplingConfig
 
 __all__ = [
     "CheckpointConfig",

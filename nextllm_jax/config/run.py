@@ -199,34 +199,6 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """How the next token is sampled from the logits."""
-
-    temperature: float = 0.8
-    """The logits are divided by this. 0 is greedy decoding, for which only the repetition penalty still applies."""
-    top_k: int = 50
-    """Keep only the k most likely tokens; 0: all."""
-    top_p: float = 0.95
-    """Keep only the smallest set of most likely tokens whose probabilities add up to this; 1: all."""
-    min_p: float = 0.0
-    """Drop tokens less likely than this fraction of the most likely token's probability; 0: none."""
-    repetition_penalty: float = 1.0
-    """For tokens that are already in the prompt or the text, positive logits are divided by this and negative ones are
-    multiplied by it; 1: off."""
-
-    def __post_init__(self) -> None:
-        _check_types(self, "")
-        _require(self.temperature >= 0, f"temperature is {self.temperature}; it cannot be negative")
-        _require(self.temperature < 1e30, f"temperature is {self.temperature}; it must be less than 1e30")
-        _require(self.top_k >= 0, f"top_k is {self.top_k}; it cannot be negative")
-        _require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be greater than 0 and at most 1")
-        _require(0 <= self.min_p <= 1, f"min_p is {self.min_p}; it must be between 0 and 1")
-        penalty = self.repetition_penalty
-        _require(penalty > 0, f"repetition_penalty is {penalty}; it must be positive")
-        _require(1e-30 < penalty < 1e30, f"repetition_penalty is {penalty}; it must be between 1e-30 and 1e30")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When checkpoints are saved, and which are kept. The best checkpoint is always kept."""
 

@@ -15,8 +15,9 @@ import numpy as np
 from nextllm_jax.config import SamplingConfig
 from nextllm_jax.config.checks import require_integer, stop_strings
 from nextllm_jax.errors import InputError
-from nextllm_jax.inference.generate import bucket
-from nextllm_jax.inference.llm import LLM, load
+from nextllm_jax.inference.buckets import bucket
+from nextllm_jax.inference.llm import LLM
+from nextllm_jax.inference.load import load
 from nextllm_jax.model.objective import text_batch, token_scores
 from nextllm_jax.progress import progress_bar
 from nextllm_jax.sharding import on_mesh

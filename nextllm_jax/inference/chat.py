@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from nextllm_jax.config import SamplingConfig
 from nextllm_jax.config.checks import require_integer, require_seed, require_text, stop_strings
 from nextllm_jax.errors import InputError
-from nextllm_jax.inference.generate import CachedRow, Speeds
+from nextllm_jax.inference.buckets import bucket
+from nextllm_jax.inference.engine import Engine, Speeds
 from nextllm_jax.inference.llm import LLM
 from nextllm_jax.inference.stream import Sample
 from nextllm_jax.tokenizer.chat import ChatTemplate, Message
@@ -50,6 +51,7 @@ class Conversation:
         self._settings = (max_new_tokens, sampling or SamplingConfig(), seed, stop_strings(stop))
         self.sample: Sample | None = None
         self.speeds = Speeds()
+        self._engine: Engine | None = None
         self.is_full = False
         """Whether the last answer ended because the model's context was full."""
         self.reset()
@@ -57,7 +59,6 @@ class Conversation:
     def reset(self) -> None:
         """Remove all messages except the system message."""
         self.messages: list[Message] = list(self._opening)
-        self._cached: CachedRow | None = None
 
     def say(self, text: str, *, chunk_tokens: int = 8) -> Iterator[str]:
         """The model's answer in pieces, as it is generated.
@@ -76,26 +77,29 @@ class Conversation:
                 f"the conversation has {len(prompt):,} tokens, which leaves no room for an answer in the model's "
                 f"context of {context_length:,}; /reset starts over"
             )
-        cached, self._cached = self._cached, None  # the generation donates it, even if this fails
+        max_new_tokens = min(room, max_new_tokens)
+        length = bucket(max(len(prompt) + max_new_tokens, _LEAST_CACHE_LENGTH), 16)
+        if self._engine is None:
+            self._engine = llm.engine(1, length)
+        self._engine.grow(min(length, context_length))
+        before = self._engine.speeds
         stream = llm.stream_tokens(
             [prompt],
             texts=[text],
-            max_new_tokens=min(room, max_new_tokens),
+            max_new_tokens=max_new_tokens,
             sampling=sampling,
             seed=seed,
             stop=stop,
             chunk_tokens=chunk_tokens,
-            cached=cached,
-            least_cache_length=_LEAST_CACHE_LENGTH,
+            engine=self._engine,
         )
         for piece in stream:
             if piece.text:
                 yield piece.text
             self.sample = piece.sample
         assert self.sample is not None
-        self.speeds = stream.speeds
-        self.is_full = self.sample.finish_reason == "length" and room <= max_new_tokens
-        self._cached = stream.cached_row([*prompt, *self.sample.tokens])
+        self.speeds = stream.speeds - before
+        self.is_full = self.sample.finish_reason == "length" and room == max_new_tokens
         self.messages = [*messages, self._answer(messages, [*prompt, *self.sample.tokens])]
 
     def _answer(self, messages: list[Message], tokens: Sequence[int]) -> Message:

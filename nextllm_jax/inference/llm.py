@@ -1,8 +1,7 @@
-"""`load(path)` -> LLM: a trained model with its tokenizer, for logits, sampling and scoring."""
+"""`LLM`: a trained model with its tokenizer, for logits, sampling and scoring."""
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, overload
 
@@ -11,20 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from nextllm_jax.config import MeshConfig, ModelConfig, SamplingConfig
+from nextllm_jax.config import ModelConfig, SamplingConfig
 from nextllm_jax.config.checks import require, require_integer, require_text, stop_strings
-from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError
-from nextllm_jax.inference.generate import CHUNK_TOKENS, CachedRow, Generation, bucket
+from nextllm_jax.inference.buckets import bucket
+from nextllm_jax.inference.engine import Engine, require_length
+from nextllm_jax.inference.programs import CHUNK_TOKENS
+from nextllm_jax.inference.request import Request
+from nextllm_jax.inference.scheduler import Scheduler
 from nextllm_jax.inference.score import Score, check_windows, encode, score_documents
 from nextllm_jax.inference.stream import Sample, TextStream
-from nextllm_jax.model.quantize import abstract_quantized, regroup
-from nextllm_jax.model.transformer import Transformer, abstract_params, resolve_dtype, set_matmul_precision
-from nextllm_jax.model.weights import cast_matrices
-from nextllm_jax.pretrained.open_model import open_model
-from nextllm_jax.pretrained.source import Source
-from nextllm_jax.progress import phase, progress_bar
-from nextllm_jax.sharding import make_mesh, on_device, on_mesh, padded_size, placed
+from nextllm_jax.model.transformer import Transformer
+from nextllm_jax.progress import progress_bar
+from nextllm_jax.sharding import on_mesh, padded_size
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 128
@@ -32,10 +30,6 @@ MAX_NEW_TOKENS = 128
 
 PROGRESS_TOKENS = 8
 """Tokens per row between two pieces of a stream, and two moves of a progress bar."""
-
-MAX_UNROLLED_LAYERS = 32
-"""Number of layers up to which `load` unrolls them. Unrolling 8 layers halves the time of a decode step of one row on a
-CPU, and compiling takes a second longer. With 32 layers, compiling takes 8 s instead of 2 s; with 64, over 20 s."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,47 +113,46 @@ class LLM:
         prompts: str | Sequence[str],
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
-        temperature: float = SamplingConfig.temperature,
-        top_k: int = SamplingConfig.top_k,
-        top_p: float = SamplingConfig.top_p,
-        min_p: float = SamplingConfig.min_p,
-        repetition_penalty: float = SamplingConfig.repetition_penalty,
         seed: int = 0,
         num_samples: int = 1,
         stop: str | Sequence[str] = (),
         slide: bool = False,
+        top_logprobs: int | None = None,
+        num_slots: int | None = None,
         progress: bool = False,
+        **sampling: Any,
     ) -> list[Sample]:
         """`num_samples` samples for each prompt; those of one prompt are next to each other.
 
         A sample ends before a stop string, at one of the tokenizer's stop_ids, or after max_new_tokens. It depends only
-        on the seed, the prompt and its sample index, not on the other prompts. See SamplingConfig for temperature,
-        top_k, top_p, min_p and repetition_penalty.
+        on the seed, the prompt and its sample index, not on the other prompts. `sampling` are the fields of
+        SamplingConfig, such as temperature=0 and top_k=20.
 
         With `slide`, a sample may be longer than the context: whenever its tokens, with those of the prompt, exceed the
         context, only the last context_length // 2 are kept, and the model continues them as if they were a prompt. So
         it forgets what was before, including BOS.
 
+        With `top_logprobs`, samples have the log probabilities of their tokens, and of that many most likely tokens at
+        each position. `num_slots` is the number of samples that are generated at a time; None: all.
+
         `progress` shows a bar with the estimated time that remains, which is less if all samples end earlier.
 
         Raises InputError if a prompt and the new tokens exceed the context without `slide`, or for an invalid setting.
         """
-        sampling = SamplingConfig(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-        )
+        names = {field.name for field in dataclasses.fields(SamplingConfig)}
+        if unknown := sampling.keys() - names:
+            raise TypeError(f"generate() has no argument {sorted(unknown)[0]!r}; sampling settings: {sorted(names)}")
         texts = self.stream(
             prompts,
             max_new_tokens=max_new_tokens,
-            sampling=sampling,
+            sampling=SamplingConfig(**sampling),
             seed=seed,
             num_samples=num_samples,
             stop=stop,
             chunk_tokens=PROGRESS_TOKENS if progress else CHUNK_TOKENS,
             slide=slide,
+            top_logprobs=top_logprobs,
+            num_slots=num_slots,
         )
         finished: dict[int, Sample] = {}
         with progress_bar(desc="sampling", total=max_new_tokens, unit=" tokens", disable=not progress) as bar:
@@ -180,6 +173,8 @@ class LLM:
         stop: str | Sequence[str] = (),
         chunk_tokens: int = PROGRESS_TOKENS,
         slide: bool = False,
+        top_logprobs: int | None = None,
+        num_slots: int | None = None,
     ) -> TextStream:
         """The text that `generate` returns, in pieces as it is generated; `speeds` of the result has the throughput.
 
@@ -207,6 +202,8 @@ class LLM:
             stop=stop,
             chunk_tokens=chunk_tokens,
             slide=slide,
+            top_logprobs=top_logprobs,
+            num_slots=num_slots,
         )
 
     def stream_tokens(
@@ -220,34 +217,58 @@ class LLM:
         seed: int = 0,
         stop: str | Sequence[str] = (),
         chunk_tokens: int = CHUNK_TOKENS,
-        cached: CachedRow | None = None,
-        least_cache_length: int = 0,
         slide: bool = False,
+        top_logprobs: int | None = None,
+        num_slots: int | None = None,
+        engine: Engine | None = None,
     ) -> TextStream:
         """Like `stream`, for prompts as token ids, one per row.
 
-        `texts` are the prompts in the returned samples. `samples` are the sample indices of the rows; None: all 0.
-        See Generation for `cached`, `least_cache_length`, `slide` and the errors.
+        `texts` are the prompts in the returned samples. `samples` are the sample indices of the rows; None: all 0. An
+        `engine` of this model may be used again and again; without it, one with `num_slots` slots is created. Raises
+        InputError as `generate` does.
         """
         stop = stop_strings(stop)
         require(isinstance(sampling, SamplingConfig), f"sampling is {sampling!r:.80}; it must be a SamplingConfig")
         require_integer("chunk_tokens", chunk_tokens)
-        ends = {"max_new_tokens": max_new_tokens, "stop_ids": self.tokenizer.stop_ids}
-        generation = Generation(
+        require_integer("max_new_tokens", max_new_tokens)
+        requests = [
+            Request(
+                tokens=tokens,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                seed=seed,
+                sample=sample,
+                stop_ids=tuple(self.tokenizer.stop_ids),
+                top_logprobs=top_logprobs,
+                slide=slide,
+            )
+            for tokens, sample in zip(prompts, samples or [0] * len(prompts), strict=True)
+        ]
+        if engine is None:
+            longest, context = max(map(len, prompts)), self.config.context_length
+            if not slide:
+                require_length("the prompt", longest, max_new_tokens, context)
+            engine = self.engine(num_slots, bucket(longest + max_new_tokens, 16), num_rows=len(prompts))
+        return TextStream(Scheduler(engine), self.tokenizer, requests, texts, stop=stop, chunk_tokens=chunk_tokens)
+
+    def engine(self, num_slots: int | None, max_length: int, *, num_rows: int = 1) -> Engine:
+        """An engine for this model whose slots hold at most `max_length` tokens, or the context if that is less.
+
+        Without `num_slots`, all of `num_rows` rows fit, and they are always decoded together.
+        """
+        if num_slots is not None:
+            require_integer("num_slots", num_slots)
+        slots = num_slots or bucket(num_rows, 1)
+        return Engine(
             self.model,
             self.params,
-            prompts,
-            samples=[0] * len(prompts) if samples is None else samples,
-            sampling=sampling,
-            seed=seed,
+            num_slots=slots,
+            max_length=min(max_length, self.config.context_length),
             vocab_size=self.tokenizer.vocab_size,
-            cached=cached,
-            least_cache_length=least_cache_length,
-            slide=slide,
+            row_buckets=None if num_slots else (slots,),
             mesh=self.mesh,
-            **ends,
         )
-        return TextStream(generation, self.tokenizer, texts, stop=stop, chunk_tokens=chunk_tokens, **ends)
 
     @overload
     def score(
@@ -311,75 +332,3 @@ def _logits(model: Transformer, params: Any, tokens_BT: jax.Array) -> jax.Array:
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
     hidden_BTD, _ = model.apply({"params": params}, tokens_BT, positions_BT)
     return model.apply({"params": params}, hidden_BTD, method="logits")  # pyright: ignore[reportReturnType]
-
-
-def load(
-    path: str | os.PathLike[str],
-    *,
-    step: str | int | None = None,
-    dtype: str | None = None,
-    quantize: str | Quantization = "none",
-    mesh: MeshConfig | None = None,
-) -> LLM:
-    """The model of a run directory, a Hugging Face directory, a GGUF file or a published name.
-
-    - `step` selects a checkpoint of a run; see `open_model`.
-    - `dtype` is the type of the matmuls: "float32", "bfloat16", or "auto" for the best type of the platform. None: that
-      of the model's config. Matrices are cast to it while loading; norms keep their type. float32 sets jax's matmul
-      precision to full for the whole process.
-    - `quantize` is "int8", "int4" or a Quantization. Matrices are quantized one at a time while loading, so the float
-      model is never whole in memory. "none": they stay as they are in the files. On a CPU, weights with a scale per
-      group of inputs, such as int4, are rounded once more to int8 with a scale per output channel, which a CPU
-      multiplies several times faster.
-    - `mesh` shards the model over all devices. None: one device.
-
-    The tokenizer is loaded when it is first used. A model without one has `logits`, and the methods that need text
-    raise InputError.
-
-    Raises InputError as `open_model` does, if the mesh does not fit the devices or the model, or if the weights to
-    quantize are quantized already.
-    """
-    path = os.fspath(path) if isinstance(path, os.PathLike) else path
-    require_text("path", path)
-    require(mesh is None or isinstance(mesh, MeshConfig), f"mesh is {mesh!r:.80}; it must be a MeshConfig")
-    return load_source(open_model(path, step=step), path, dtype=dtype, quantize=quantize, mesh=mesh)
-
-
-def load_source(
-    source: Source,
-    path: str,
-    *,
-    dtype: str | None = None,
-    quantize: str | Quantization = "none",
-    mesh: MeshConfig | None = None,
-) -> LLM:
-    """As `load`, for the opened model of `path`."""
-    config, quantization = source.config, source.quantization
-    if quantize != "none":
-        source.require_floats(path)
-        scheme: Any = quantize
-        quantization = quantize if isinstance(quantize, Quantization) else Quantization(scheme=scheme)
-    compute_dtype = resolve_dtype(dtype or config.dtype, jax.default_backend())
-    set_matmul_precision(compute_dtype)
-    if mesh is None:
-        devices, place = None, functools.partial(on_device, device=jax.local_devices()[0])
-    else:
-        devices = make_mesh(mesh)
-        place = functools.partial(placed, devices)
-    model, abstract = decoding_model(config, compute_dtype, place, quantization)
-    with phase(f"loading {path}"):
-        if quantization is not None and quantization != quantization.by_channel and jax.default_backend() == "cpu":
-            _, by_channel = decoding_model(config, compute_dtype, place, quantization.by_channel)
-            params = regroup(source.load_params(abstract), by_channel)
-        else:
-            params = source.load_params(abstract)
-    return LLM(config, params, source.load_tokenizer, compute_dtype, model.scan_layers, devices)
-
-
-def decoding_model(
-    config: ModelConfig, dtype: np.dtype, place: Callable[[Any], Any], quantization: Quantization | None = None
-) -> tuple[Transformer, Any]:
-    """The module for decoding, and its abstract parameters, sharded as `place` shards boxed arrays."""
-    model = Transformer(config.without_remat(), dtype, config.num_layers > MAX_UNROLLED_LAYERS)
-    boxed = abstract_params(config, scan_layers=model.scan_layers)
-    return model, abstract_quantized(boxed, cast_matrices(boxed, place(boxed), dtype), quantization)

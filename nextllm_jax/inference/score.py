@@ -11,7 +11,7 @@ import numpy as np
 
 from nextllm_jax.config.checks import require, require_integer, require_text
 from nextllm_jax.errors import InputError
-from nextllm_jax.inference.generate import bucket
+from nextllm_jax.inference.buckets import bucket
 from nextllm_jax.model.objective import Batch, perplexity, text_batch, token_scores
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.progress import progress_bar

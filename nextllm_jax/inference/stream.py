@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any
 
-from nextllm_jax.inference.generate import CHUNK_TOKENS, CachedRow, Generation, Speeds
+from nextllm_jax.inference.engine import Speeds
+from nextllm_jax.inference.programs import CHUNK_TOKENS
+from nextllm_jax.inference.request import FinishReason, Output, Request, TokenLogprob
+from nextllm_jax.inference.scheduler import Scheduler
 from nextllm_jax.tokenizer.tokenizer import IncrementalDecoder, Tokenizer
-
-FinishReason = Literal["stop", "length"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,13 @@ class Sample:
     """All generated ids, including the one that ended the sample."""
     finish_reason: FinishReason
     """stop: a stop token or stop string; length: max_new_tokens are reached."""
+    logprobs: list[TokenLogprob] | None = None
+    """The log probabilities of the tokens, if they were asked for."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The sample for JSON, without `logprobs` if there are none."""
+        fields = dataclasses.asdict(self)
+        return fields if self.logprobs is not None else {key: fields[key] for key in fields if key != "logprobs"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,73 +101,76 @@ class _Row:
         self.prompt = prompt
         self.tokens: list[int] = []
         self.text = ""
+        self.logprobs: list[TokenLogprob] = []
         self.finish_reason: FinishReason | None = None
         self._decoder = IncrementalDecoder(tokenizer)
         self._control = frozenset(tokenizer.special_tokens.values())
         self._finder = StopFinder(stops)
 
-    def push(self, tokens: Sequence[int], stop_ids: Sequence[int], max_new_tokens: int) -> str:
+    def push(self, output: Output) -> str:
         """The new text; sets `finish_reason` if the row ends in these tokens."""
         text = ""
-        for token in tokens:
+        ends_at = len(output.tokens) - 1 if output.finish_reason == "stop" else None
+        for i, token in enumerate(output.tokens):
             self.tokens.append(token)
-            if token in stop_ids:
-                self.finish_reason = "stop"
+            self.logprobs += output.logprobs[i : i + 1]
+            if i == ends_at:
                 break
             is_control = token in self._control
             if is_control:  # the text before it is complete
                 text += self._finder.push(self._decoder.finish())
             text += self._finder.push(self._decoder.push([token]), is_control=is_control)
             if self._finder.found:
-                self.finish_reason = "stop"
                 break
-        if self.finish_reason is None and len(self.tokens) == max_new_tokens:
-            self.finish_reason = "length"
+        self.finish_reason = "stop" if self._finder.found else output.finish_reason
         if self.finish_reason is not None and not self._finder.found:
             text += self._finder.push(self._decoder.finish()) + self._finder.finish()
         self.text += text
         return text
 
-    def sample(self) -> Sample | None:
+    def sample(self, *, with_logprobs: bool) -> Sample | None:
         if self.finish_reason is None:
             return None
-        return Sample(self.prompt, self.text, self.tokens, self.finish_reason)
+        return Sample(self.prompt, self.text, self.tokens, self.finish_reason, self.logprobs if with_logprobs else None)
 
 
 class TextStream:
-    """The texts of a Generation's rows, as an iterator over pieces that can be read once.
+    """The texts of requests, as an iterator over pieces that can be read once. Row i is that of requests[i].
 
-    All rows advance together by at most `chunk_tokens` tokens and then yield their pieces, so the rows alternate.
+    All rows advance together by at most `chunk_tokens` tokens and then yield their pieces, so the rows alternate. If
+    the iterator is closed early, the requests end.
     """
 
     def __init__(
         self,
-        generation: Generation,
+        scheduler: Scheduler,
         tokenizer: Tokenizer,
+        requests: Sequence[Request],
         prompts: Sequence[str],
         *,
         stop: Sequence[str],
-        stop_ids: Sequence[int],
-        max_new_tokens: int,
         chunk_tokens: int = CHUNK_TOKENS,
     ) -> None:
-        self._generation = generation
+        self._scheduler = scheduler
+        self._requests = requests
         self._rows = [_Row(prompt, tokenizer, stop) for prompt in prompts]
-        self._ends = (tuple(stop_ids), max_new_tokens)
+        self._numbers = {scheduler.submit(request): row for row, request in enumerate(requests)}
         self._chunk_tokens = chunk_tokens
 
     def __iter__(self) -> Iterator[Piece]:
-        while not self._generation.done:
-            for index, tokens in enumerate(self._generation.advance(self._chunk_tokens)):
-                row = self._rows[index]
-                if row.finish_reason is not None:
-                    continue
-                text = row.push(tokens, *self._ends)
-                sample = row.sample()
-                if sample is not None:
-                    self._generation.stop(index)
-                if text or sample is not None:
-                    yield Piece(index, text, sample)
+        try:
+            while not self._scheduler.done:
+                for number, output in self._scheduler.advance(self._chunk_tokens).items():
+                    index = self._numbers[number]
+                    row = self._rows[index]
+                    text = row.push(output)
+                    sample = row.sample(with_logprobs=self._requests[index].top_logprobs is not None)
+                    if sample is not None:
+                        self._scheduler.cancel(number)
+                    if text or sample is not None:
+                        yield Piece(index, text, sample)
+        finally:
+            self._scheduler.close()
 
     def in_order(self) -> Iterator[Piece]:
         """The same pieces, ordered by row. Those of the first unfinished row come at once; later rows are held back."""
@@ -172,16 +183,17 @@ class TextStream:
                 yield first
                 current += first.sample is not None
 
-    def cached_row(self, tokens: Sequence[int]) -> CachedRow:
-        """The cache of the only row; see `Generation.cached_row`."""
-        return self._generation.cached_row(tokens)
-
     @property
     def num_new(self) -> int:
-        """Number of new tokens so far of each row that has not ended."""
-        return self._generation.num_new
+        """Number of new tokens so far of the row that has most."""
+        return max(len(row.tokens) for row in self._rows)
+
+    @property
+    def programs(self) -> list[str]:
+        """The programs that were compiled for the engine."""
+        return self._scheduler.engine.programs
 
     @property
     def speeds(self) -> Speeds:
-        """Tokens and seconds of prefill and decode so far."""
-        return self._generation.speeds
+        """Tokens and seconds of prefill and decode of the engine so far."""
+        return self._scheduler.engine.speeds

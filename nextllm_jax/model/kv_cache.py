@@ -38,6 +38,11 @@ class KVCache:
         return cls(keys, values)
 
     @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+        return self.keys[0].shape[1]
+
+    @property
     def length(self) -> int:
         """Number of positions that a row can hold."""
         return self.keys[0].shape[3]
@@ -57,6 +62,32 @@ class KVCache:
             return self
         padding = ((0, 0), (0, 0), (0, 0), (0, length - self.length), (0, 0))
         return jax.tree.map(lambda x: jnp.pad(x, padding), self)
+
+    def taken(self, slot_B: jax.Array, length: int) -> "KVCache":
+        """The first `length` positions of some rows. These are the rows themselves, if they are as many as the cache's.
+
+        An index past the end takes the last row.
+        """
+        if len(slot_B) == self.num_rows:
+            return self if length == self.length else jax.tree.map(lambda x: x[:, :, :, :length], self)
+        return jax.tree.map(lambda x: _sharded(x.at[:, slot_B, :, :length].get(mode="clip")), self)
+
+    def put(self, slot_B: jax.Array, part: "KVCache") -> "KVCache":
+        """The cache with the result of `taken` written back. Rows with an index past the end are dropped."""
+        if len(slot_B) == self.num_rows:
+            if part.length == self.length:
+                return part
+            return jax.tree.map(lambda x, new: x.at[:, :, :, : part.length].set(new), self, part)
+        return jax.tree.map(lambda x, new: x.at[:, slot_B, :, : part.length].set(new, mode="drop"), self, part)
+
+    def copied(self, source: jax.Array, target: jax.Array) -> "KVCache":
+        """The cache with row `target` replaced by row `source`."""
+
+        def copy(x: jax.Array) -> jax.Array:
+            row = jax.lax.dynamic_index_in_dim(x, source, axis=1)
+            return _sharded(jax.lax.dynamic_update_slice_in_dim(x, row, target, axis=1))
+
+        return jax.tree.map(copy, self)
 
     def write(self, layer: jax.Array | int, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array) -> "KVCache":
         """The cache with a layer's keys and values written at `positions_BT`. Positions past the end are dropped."""

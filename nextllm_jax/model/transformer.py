@@ -26,7 +26,7 @@ from nextllm_jax.model.attention import Attention
 from nextllm_jax.model.attention_kernel import AttentionKernel
 from nextllm_jax.model.kv_cache import KVCache
 from nextllm_jax.model.layers import Embed, SwiGLU, make_norm, record_mean_square
-from nextllm_jax.model.weights import STACK
+from nextllm_jax.model.weights import STACK, unstack_layers
 from nextllm_jax.ops import rope
 from nextllm_jax.ops.cross_entropy import finish_logits
 from nextllm_jax.ops.quantized import QTensor
@@ -214,14 +214,15 @@ def abstract_params(config: ModelConfig, *, scan_layers: bool = True) -> Any:
     """
     require(config.vocab_size > 0, "model.vocab_size is not stated, and there is no data to take it from; state it")
     defaults = {name: getattr(ModelConfig, name) for name in EXECUTION_FIELDS}
-    return _abstract_params(dataclasses.replace(config, **defaults), scan_layers)
+    params = _abstract_params(dataclasses.replace(config, **defaults))
+    return params if scan_layers else unstack_layers(config, params)
 
 
 @functools.lru_cache(maxsize=64)
-def _abstract_params(config: ModelConfig, scan_layers: bool) -> Any:
+def _abstract_params(config: ModelConfig) -> Any:
     def init() -> Any:
         tokens_BT = jnp.zeros((1, 1), jnp.int32)
-        return Transformer(config, scan_layers=scan_layers).init(jax.random.key(0), tokens_BT, tokens_BT)["params"]
+        return Transformer(config).init(jax.random.key(0), tokens_BT, tokens_BT)["params"]
 
     return jax.eval_shape(init)
 

@@ -8,6 +8,7 @@ period, then `remainder_<i>/...` for each layer after the last whole period. `tr
 layout; other modules use the helpers here.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -119,15 +120,25 @@ def is_stacked(path: Iterable[Any]) -> bool:
 
 
 def unstack_layers(config: ModelConfig, params: Any) -> Any:
-    """The (unboxed) parameters for a Transformer without scan_layers: a subtree for each layer.
+    """The parameters for a Transformer without scan_layers, a subtree for each layer: arrays, or abstract in boxes.
 
     Copies the layers; delete the stacked tree to free its memory.
     """
     unstacked = {name: tree for name, tree in params.items() if name != STACK and not name.startswith(_REMAINDER)}
     for layer, (name, index) in enumerate(layer_paths(config)):
-        tree = subtree(params, name)
-        unstacked[f"{_REMAINDER}{layer}"] = jax.tree.map(lambda leaf, i=index: leaf if i is None else leaf[i], tree)
+        one = functools.partial(_of_layer, index=index)
+        unstacked[f"{_REMAINDER}{layer}"] = jax.tree.map(one, subtree(params, name), is_leaf=is_weight)
     return unstacked
+
+
+def _of_layer(leaf: Any, index: int | None) -> Any:
+    """The part of a weight that belongs to a layer, given its index in the stack."""
+    if index is None:
+        return leaf
+    if not is_weight(leaf):
+        return leaf[index]
+    abstract = jax.ShapeDtypeStruct(leaf.value.shape[1:], leaf.value.dtype)
+    return leaf.replace(value=abstract, names=leaf.names[1:])
 
 
 def stack_layers(config: ModelConfig, params: Any) -> Any:

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from nextllm_jax.config import Config, SamplingConfig
+from nextllm_jax.config import Config
 from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError
 from nextllm_jax.hardware import Chip
-from nextllm_jax.inference.generate import decode, prefill
-from nextllm_jax.inference.llm import decoding_model
+from nextllm_jax.inference.load import decoding_model
+from nextllm_jax.inference.programs import create, decode, prefill
+from nextllm_jax.inference.slot import IDLE, stacked
 from nextllm_jax.model.accounting import flops_per_token, kv_cache_bytes
 from nextllm_jax.model.transformer import Transformer, resolve_dtype
 from nextllm_jax.plan.collectives import Collective, Traffic, collectives
@@ -107,8 +108,9 @@ def plan_decoding(
         return Phase(compiled=compiled, traffic=traffic, roofline=limit, tokens=tokens)
 
     with jax.set_mesh(mesh):
-        first, state = _compile_prefill(model, params, mesh, request)
-        second = None if state is None else _compile_decode(model, params, state, mesh, request)
+        state = _compile_state(model, request)
+        first = _compile_prefill(model, params, state, mesh, request)
+        second = _compile_decode(model, params, state, mesh, request) if first.hlo else None
     return DecodingPlan(
         topology=target.name,
         device_kind=target.device_kind,
@@ -155,31 +157,25 @@ def _array(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
 
-def _compile_prefill(model: Transformer, params: Any, mesh: Mesh, request: Request) -> tuple[Compiled, Any]:
-    """The compiled prefill and the abstract state that it returns; None for the state if prefill does not fit."""
-    tokens_BT = _array(mesh, jnp.int32, request.batch_size, request.prompt_tokens)
-    lengths_B = _array(mesh, jnp.int32, request.batch_size)
-    lowered = prefill.lower(model, params, tokens_BT, lengths_B, cache_length=request.cache_length, track_seen=False)
-    compiled = compile_lowered(lowered, "prefill")
-    if compiled.output_shardings is None:
-        return compiled, None
-    state = jax.tree.map(
+def _compile_state(model: Transformer, request: Request) -> Any:
+    """The abstract state of slots for the request."""
+    lowered = create.lower(model, num_slots=request.batch_size, length=request.cache_length)
+    return jax.tree.map(
         lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
         lowered.out_info,
-        compiled.output_shardings,
+        lowered.compile().output_shardings,
     )
-    return compiled, state
+
+
+def _compile_prefill(model: Transformer, params: Any, state: Any, mesh: Mesh, request: Request) -> Compiled:
+    B, T = request.batch_size, request.prompt_tokens
+    arguments = _array(mesh, jnp.int32, B), _array(mesh, jnp.int32, B, T), _array(mesh, jnp.int32, B)
+    return compile_lowered(prefill.lower(model, params, state, *arguments, length=request.cache_length), "prefill")
 
 
 def _compile_decode(model: Transformer, params: Any, state: Any, mesh: Mesh, request: Request) -> Compiled:
     """The compiled decode loop. It counts as one iteration, since its trip count is known only at run time."""
-    arguments = (
-        _array(mesh, jnp.int32),
-        _array(mesh, jnp.bool_, request.batch_size),
-        _array(mesh, jnp.uint32),
-        _array(mesh, jnp.int32, request.batch_size),
-        _array(mesh, jnp.int32, request.batch_size),
-        _array(mesh, jnp.int32, 1),
-    )
-    static = {"sampling": SamplingConfig(), "vocab_size": model.config.vocab_size}
-    return compile_lowered(decode.lower(model, params, state, *arguments, **static), "decode step")
+    rows = jax.tree.map(lambda x: _array(mesh, x.dtype, *x.shape), stacked([IDLE] * request.batch_size))
+    limits = _array(mesh, jnp.int32), _array(mesh, jnp.bool_)
+    static = {"vocab_size": model.config.vocab_size, "length": request.cache_length}
+    return compile_lowered(decode.lower(model, params, state, rows, *limits, **static), "decode step")

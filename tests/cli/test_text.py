@@ -27,7 +27,7 @@ def test_more_tokens_than_the_context_are_refused_before_the_weights_are_read(di
     asked = ["--checkpoint", "runs/config", "--prompt", "a dog", "--max-new-tokens", "140", "--json"]
     sample.sample_command([*asked, "--slide"])
     assert len(json.loads(capsys.readouterr().out.splitlines()[0])["tokens"]) > 128
-    monkeypatch.setattr("nextllm_jax.inference.llm.load_source", None)
+    monkeypatch.setattr("nextllm_jax.inference.load.load_source", None)
     with pytest.raises(
         InputError, match=r"prompt 'a dog' has \d+ tokens, .* 140 exceeds .* context_length 128; .*--slide"
     ):

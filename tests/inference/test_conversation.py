@@ -12,7 +12,7 @@ import pytest
 from nextllm_jax.config import ModelConfig, SamplingConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.chat import ContextFull, Conversation
-from nextllm_jax.inference.generate import Generation, Speeds
+from nextllm_jax.inference.engine import Speeds
 from nextllm_jax.inference.llm import LLM
 from nextllm_jax.inference.stream import Piece, Sample
 from nextllm_jax.model.transformer import Transformer
@@ -41,16 +41,11 @@ def llm() -> LLM:
     return LLM(CONFIG, params, lambda: tokenizer, np.dtype("float32"))
 
 
-def anew(llm, messages, sampling, stop_ids=(257, 259)) -> list[int]:
+def anew(llm, messages, sampling) -> list[int]:
     """The tokens of an answer to all of the messages, without a cache from before."""
-    generation = Generation(
-        llm.model, llm.params, [ChatTemplate(llm.tokenizer).encode(messages)], samples=[0], max_new_tokens=12,
-        sampling=sampling, seed=0, stop_ids=stop_ids, vocab_size=260, least_cache_length=1024,
-    )  # fmt: skip
-    tokens = []
-    while not generation.done:
-        tokens += generation.advance()[0]
-    return tokens
+    prompt, engine = ChatTemplate(llm.tokenizer).encode(messages), llm.engine(1, 1024)
+    stream = llm.stream_tokens([prompt], texts=[""], max_new_tokens=12, sampling=sampling, engine=engine)
+    return next(piece.sample.tokens for piece in stream if piece.sample is not None)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SamplingConfig(temperature=1.0)], ids=["greedy", "warm"])
@@ -74,13 +69,13 @@ def test_only_the_new_turn_is_read(llm):
     talk = Conversation(llm, max_new_tokens=12, sampling=GREEDY)
     list(talk.say("hello"))
     before = ChatTemplate(llm.tokenizer).encode(talk.messages[:1])
-    assert talk.speeds.prefill_tokens == len(before)
+    assert talk.speeds.prefill_tokens == len(before) - 1
     assert talk.sample is not None
     whole = ChatTemplate(llm.tokenizer).encode([*talk.messages, {"role": "user", "content": "more"}])
     said = [*before, *talk.sample.tokens]
     list(talk.say("more"))
     if llm.tokenizer.encode(llm.tokenizer.decode(said[len(before) :])) == said[len(before) :]:
-        assert talk.speeds.prefill_tokens == len(whole) - len(said) + 1
+        assert talk.speeds.prefill_tokens == len(whole) - len(said)
     else:  # the bytes of the answer were no text, and what replaces them is read
         assert talk.speeds.prefill_tokens < len(whole) - len(before) + 1
 
@@ -103,6 +98,9 @@ class Scripted:
     def __init__(self, tokenizer, answers):
         self.tokenizer, self.config, self._answers = tokenizer, CONFIG, iter(answers)
 
+    def engine(self, num_slots, max_length):
+        return ScriptedEngine()
+
     def stream_tokens(self, prompts, *, texts, **_):
         ids = next(self._answers)
         self.prompt = prompts[0]
@@ -113,8 +111,12 @@ class Scripted:
 class ScriptedStream(list):
     speeds = Speeds()
 
-    def cached_row(self, tokens):
-        return None
+
+class ScriptedEngine:
+    speeds = Speeds()
+
+    def grow(self, max_length):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -23,15 +23,15 @@ from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, SamplingConfig
 from nextllm_jax.config.model import EXECUTION_FIELDS
 from nextllm_jax.errors import InputError
-from nextllm_jax.inference.llm import LLM, decoding_model
-from nextllm_jax.inference.sampling import row_keys
-from nextllm_jax.inference.sampling import sample as draw
+from nextllm_jax.inference.llm import LLM
+from nextllm_jax.inference.load import decoding_model
 from nextllm_jax.interop.huggingface_config import canonical
 from nextllm_jax.model.transformer import Transformer, abstract_params
 from nextllm_jax.model.weights import cast_matrices, unstack_layers
 from nextllm_jax.sharding import make_mesh, placed
 from nextllm_jax.tokenizer.backends import ByteBPE
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
+from tests.inference.reference_sampling import next_token
 
 CONFIG = ModelConfig(
     vocab_size=264,
@@ -116,7 +116,7 @@ def test_without_any_validation_loss_load_takes_the_latest(llm, run_directory, t
 
 def test_layers_are_unrolled_up_to_a_depth_and_say_the_same(llm, run_directory, monkeypatch):
     unrolled = nextllm_jax.load(str(run_directory))
-    monkeypatch.setattr(nextllm_jax.inference.llm, "MAX_UNROLLED_LAYERS", CONFIG.num_layers - 1)
+    monkeypatch.setattr(nextllm_jax.inference.load, "MAX_UNROLLED_LAYERS", CONFIG.num_layers - 1)
     scanned = nextllm_jax.load(str(run_directory))
     assert equal(scanned.params, llm.params)
     assert unrolled.params.keys() > {"remainder_0", "remainder_1"}
@@ -210,7 +210,7 @@ def test_bad_requests_are_refused(llm, monkeypatch):
         llm.generate("a", temperature=-1)
     with pytest.raises(InputError, match="context_length 48"):
         llm.generate("a" * 40, max_new_tokens=8)
-    monkeypatch.setattr(nextllm_jax.inference.llm, "Generation", None)  # what follows must not reach the prefill
+    monkeypatch.setattr(nextllm_jax.inference.llm, "Engine", None)  # what follows must not reach the prefill
     with pytest.raises(InputError, match="stop string is empty"):
         llm.generate("a", max_new_tokens=4, stop=[""])
 
@@ -224,15 +224,13 @@ def test_sliding_keeps_the_last_half_of_a_full_context(llm):
     )
     for prompt, sample in zip(prompts, samples, strict=True):
         tokens = TOKENIZER.encode_prompt(prompt)
+        length = len(tokens)
         start = len(tokens) - 24 if len(tokens) > 48 else 0
-        seen = np.zeros((1, 264), bool)
-        seen[0, tokens[start:]] = True
+        kept = tokens[start:]
         for token in sample.tokens:
             start = len(tokens) - 24 if len(tokens) - start > 48 else start
-            logits_1V = llm.logits([tokens[start:]])[:, -1]
-            keys = row_keys(np.uint32(seed), np.zeros(1, np.int32), np.array([len(tokens)], np.int32))
-            assert token == int(draw(logits_1V, jnp.asarray(seen), keys, settings, 258)[0])
-            seen[0, token] = True
+            logits_V = llm.logits([tokens[start:]])[0, -1, :258]
+            assert token == next_token(logits_V, kept, tokens[length:], settings, (seed, 0, len(tokens)))
             tokens.append(token)
         assert sample.finish_reason == "stop" or len(sample.tokens) == count
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextllm_jax.inference.generate import Speeds
+from nextllm_jax.config import SamplingConfig
+from nextllm_jax.inference.request import Output, Request
 from nextllm_jax.inference.stream import Sample, StopFinder, TextStream
 from nextllm_jax.tokenizer.backends import ByteBPE
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
@@ -20,34 +21,49 @@ TOKENIZER = Tokenizer(
 
 
 class Script:
-    """Stands in for a Generation: rows of tokens known beforehand."""
+    """Stands in for a Scheduler: the tokens of each request are known beforehand."""
 
     def __init__(self, rows: Sequence[Sequence[int]]) -> None:
-        self._rows = [list(row) for row in rows]
-        self.stopped: set[int] = set()
-        self.speeds = Speeds()
+        self._rows = dict(enumerate(rows))
+        self._requests: list[Request] = []
+        self.cancelled: set[int] = set()
 
     @property
     def done(self) -> bool:
-        return not any(self._rows)
+        return not self._rows
 
-    def stop(self, row: int) -> None:
-        self.stopped.add(row)
-        self._rows[row] = []
+    def submit(self, request: Request) -> int:
+        self._requests.append(request)
+        return len(self._requests) - 1
 
-    def advance(self, limit: int) -> list[list[int]]:
-        new = [row[:limit] for row in self._rows]
-        self._rows = [row[limit:] for row in self._rows]
-        return new
+    def cancel(self, number: int) -> None:
+        self.cancelled.add(number)
+        self._rows.pop(number, None)
+
+    def close(self) -> None:
+        self._rows = {}
+
+    def advance(self, limit: int) -> dict[int, Output]:
+        new = {number: list(row[:limit]) for number, row in self._rows.items()}
+        self._rows = {number: row[limit:] for number, row in self._rows.items() if len(row) > limit}
+        reasons = {}
+        for number, tokens in new.items():
+            ends = EOS in tokens
+            new[number] = tokens[: tokens.index(EOS) + 1] if ends else tokens
+            reasons[number] = "stop" if ends else "length" if number not in self._rows else None
+        return {number: Output(tokens, reasons[number], []) for number, tokens in new.items()}
+
+
+def texts_of(script: Any, tokenizer: Tokenizer, prompts, *, stop, chunk: int) -> TextStream:
+    one = Request(tokens=[0], max_new_tokens=40, sampling=SamplingConfig(), stop_ids=(EOS,))
+    return TextStream(script, tokenizer, [one] * len(prompts), prompts, stop=stop, chunk_tokens=chunk)
 
 
 def stream(rows: Sequence[str | Sequence[int]], *, stop: Sequence[str] = (), chunk: int = 3, length: int = 40):
     tokens = [list(row.encode()) if isinstance(row, str) else list(row) for row in rows]
     script: Any = Script([row[:length] for row in tokens])
     prompts = [f"prompt {i}" for i in range(len(rows))]
-    return TextStream(
-        script, TOKENIZER, prompts, stop=stop, stop_ids=[EOS], max_new_tokens=length, chunk_tokens=chunk
-    ), script
+    return texts_of(script, TOKENIZER, prompts, stop=stop, chunk=chunk), script
 
 
 def samples(texts: TextStream) -> dict[int, Sample]:
@@ -85,7 +101,7 @@ CONTROL = Tokenizer(
 def test_stop_strings_neither_start_nor_end_inside_of_a_control_token(chunk):
     def text(stop):
         script: Any = Script([[*b"b\xe6", 257, *b"a|>c", EOS]])
-        texts = TextStream(script, CONTROL, [""], stop=[stop], stop_ids=[EOS], max_new_tokens=40, chunk_tokens=chunk)
+        texts = texts_of(script, CONTROL, [""], stop=[stop], chunk=chunk)
         return samples(texts)[0].text
 
     whole = "b\ufffd<|a|>a|>c"
@@ -112,7 +128,7 @@ def test_rows_end_at_a_stop_string_a_stop_token_or_their_length(chunk):
         1: Sample("prompt 1", "four", [*b"four", EOS], "stop"),
         2: Sample("prompt 2", "six" * 13 + "s", list(b"six" * 13 + b"s"), "length"),
     }
-    assert script.stopped == {0, 1, 2}
+    assert script.cancelled == {0, 1, 2}
 
 
 def test_pieces_join_to_the_text_and_keep_characters_whole():

@@ -13,9 +13,10 @@ torch = pytest.importorskip("torch", reason="torch is missing; install the extra
 transformers = pytest.importorskip("transformers", reason="transformers is missing; install the extra 'parity'")
 pytest.importorskip("safetensors", reason="safetensors is missing; install the extra 'interop'")
 
+
 import nextllm_jax  # noqa: E402
 from nextllm_jax.config import SamplingConfig  # noqa: E402
-from nextllm_jax.inference.generate import Generation  # noqa: E402
+from nextllm_jax.inference.request import Request  # noqa: E402
 from nextllm_jax.interop import huggingface  # noqa: E402
 from nextllm_jax.interop.gguf import GGUFFile  # noqa: E402
 from nextllm_jax.interop.names import parts_of  # noqa: E402
@@ -77,18 +78,9 @@ def test_likelihood_of_a_real_text_and_greedy_words_are_those_of_transformers(ll
     assert ours == pytest.approx(mean_nll(their_logits(theirs, tokens), tokens), abs=1e-3)
     prompt = llm.tokenizer.encode_prompt(PROMPT)
     expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=None)
-    generation = Generation(
-        llm.model,
-        llm.params,
-        [prompt],
-        samples=[0],
-        max_new_tokens=64,
-        sampling=SamplingConfig(temperature=0.0),
-        seed=0,
-        stop_ids=[-1],
-        vocab_size=llm.tokenizer.vocab_size,
-    )
-    assert generation.advance(64) == expected[:, len(prompt) :].tolist()
+    engine = llm.engine(1, 256)
+    engine.insert(0, Request(tokens=prompt, max_new_tokens=64, sampling=SamplingConfig(temperature=0.0)))
+    assert engine.step()[0].tokens == expected[0, len(prompt) :].tolist()
 
 
 def test_exports_are_the_same_model_again(file, llm, tmp_path):

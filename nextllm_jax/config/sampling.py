@@ -1,0 +1,68 @@
+"""How the next token is sampled. Importing this module does not import jax."""
+
+import dataclasses
+import math
+
+from nextllm_jax.config.checks import check_types, require
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the next token is sampled from the logits."""
+
+    temperature: float = 0.8
+    """The logits are divided by this. 0 is greedy decoding, for which only the repetition penalty still applies."""
+    top_k: int = 50
+    """Keep only the k most likely tokens; 0: all."""
+    top_p: float = 0.95
+    """Keep only the smallest set of most likely tokens whose probabilities add up to this; 1: all."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this fraction of the most likely token's probability; 0: none."""
+    repetition_penalty: float = 1.0
+    """For tokens that are already in the prompt or the text, positive logits are divided by this and negative ones are
+    multiplied by it; 1: off."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that are already in the new text; 0: off."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logit of a token as many times as the new text has it; 0: off."""
+    min_new_tokens: int = 0
+    """Number of tokens before which no stop token is sampled. Stop strings end a text at any time."""
+    logit_bias: tuple[str, ...] = ()
+    """Numbers that are added to the logits of tokens, each as ID:BIAS, such as 198:-5. 198:-inf bans a token."""
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether there are penalties or biases."""
+        off = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty, self.logit_bias) == (1, 0, 0, ())
+        return not off
+
+    @property
+    def biases(self) -> dict[int, float]:
+        """`logit_bias` as numbers by token id."""
+        return {int(token): float(bias) for token, bias in (text.split(":") for text in self.logit_bias)}
+
+    def __post_init__(self) -> None:
+        check_types(self, "")
+        require(self.temperature >= 0, f"temperature is {self.temperature}; it cannot be negative")
+        require(self.temperature < 1e30, f"temperature is {self.temperature}; it must be less than 1e30")
+        require(self.top_k >= 0, f"top_k is {self.top_k}; it cannot be negative")
+        require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be greater than 0 and at most 1")
+        require(0 <= self.min_p <= 1, f"min_p is {self.min_p}; it must be between 0 and 1")
+        penalty = self.repetition_penalty
+        require(penalty > 0, f"repetition_penalty is {penalty}; it must be positive")
+        require(1e-30 < penalty < 1e30, f"repetition_penalty is {penalty}; it must be between 1e-30 and 1e30")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            require(abs(value) < 1e30, f"{name} is {value}; it must be between -1e30 and 1e30")
+        require(self.min_new_tokens >= 0, f"min_new_tokens is {self.min_new_tokens}; it cannot be negative")
+        for text in self.logit_bias:
+            require(_is_bias(text), f"logit_bias has {text!r}; it must be ID:BIAS, such as 198:-5 or 198:-inf")
+
+
+def _is_bias(text: str) -> bool:
+    """Whether a text is a token id, a colon, and a number or -inf."""
+    token, _, bias = text.partition(":")
+    try:
+        return token.isdecimal() and float(bias) < math.inf
+    except ValueError:
+        return False

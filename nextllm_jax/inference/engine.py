@@ -1,0 +1,304 @@
+"""`Engine`: slots in which requests are processed together. Requests join and leave between any two tokens.
+
+The host keeps the tokens of each slot and what of them is cached; the devices keep the cache. A free slot keeps its
+cache, so a request that begins with the same tokens reads only the others, or copies them from another slot.
+"""
+
+import dataclasses
+import operator
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from nextllm_jax.errors import InputError
+from nextllm_jax.inference import programs
+from nextllm_jax.inference.buckets import bucket, bucket_of, cache_lengths, powers_of_two
+from nextllm_jax.inference.programs import CHUNK_TOKENS, Rows
+from nextllm_jax.inference.request import Output, Request, TokenLogprob
+from nextllm_jax.inference.slot import IDLE, Slot, stacked
+from nextllm_jax.model.transformer import Transformer
+from nextllm_jax.progress import phase
+from nextllm_jax.sharding import on_mesh, padded_size, to_host
+
+PREFILL_ROW_TOKENS = 512
+"""Maximum number of tokens of a row in one call of prefill; longer prompts take several."""
+
+PREFILL_TOKENS = 4096
+"""Maximum number of tokens in one call of prefill, summed over its rows."""
+
+_LEAST_SHARED = 16
+"""A common beginning of fewer tokens is read again, since copying a row takes about as long."""
+
+
+_NONE = np.zeros(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Speeds:
+    """Tokens and seconds of prefill and decode, excluding compilation."""
+
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens per second, summed over rows. Padding, cached tokens and the last of a prompt do not count."""
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """New tokens per second, summed over rows."""
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    def __add__(self, other: "Speeds") -> "Speeds":
+        return Speeds(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
+
+    def __sub__(self, other: "Speeds") -> "Speeds":
+        return Speeds(*map(operator.sub, dataclasses.astuple(self), dataclasses.astuple(other)))
+
+
+class Engine:
+    """Slots for requests of at most `max_length` tokens, new ones included, on a model.
+
+    `insert` a request into a free slot, then call `step` until it returns its `finish_reason`, or `free` the slot.
+    Tokens do not depend on the slot, on the other requests or on how a prompt is split; see docs/sampling.md for the
+    limits of rounding.
+
+    Ids from `vocab_size` on are never sampled. A call of `step` decodes a number of rows in `row_buckets`, which must
+    end with the number of slots; None: powers of two. Runs on `mesh`; None: on the mesh that the caller has set, or on
+    the parameters' device. If the mesh shards the rows, the number of slots is rounded up and all are decoded.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        params: Any,
+        *,
+        num_slots: int,
+        max_length: int,
+        vocab_size: int,
+        row_buckets: tuple[int, ...] | None = None,
+        mesh: Mesh | None = None,
+    ) -> None:
+        self._model, self._params, self._mesh, self._vocab_size = model, params, mesh, vocab_size
+        self._context_length = model.config.context_length
+        with on_mesh(mesh):
+            self.num_slots = padded_size(num_slots, "batch")
+            is_sharded = padded_size(1, "batch") > 1
+        buckets = (self.num_slots,) if is_sharded else row_buckets or powers_of_two(num_slots)
+        self._row_buckets = (*(size for size in buckets if size < self.num_slots), self.num_slots)
+        self._lengths, self.max_length = cache_lengths(max_length), max_length
+        self._slots = [Slot() for _ in range(self.num_slots)]
+        self._calls = 0
+        self.programs: list[str] = []
+        """The compiled programs that were used."""
+        self.speeds = Speeds()
+        self._state, _ = self._run(
+            f"{self.num_slots} slots", programs.create, model, num_slots=self.num_slots, length=max_length
+        )
+
+    def find_slot(self, tokens: Sequence[int]) -> int | None:
+        """The free slot that has most of the beginning of `tokens` cached, of these the one used least recently."""
+        free = [index for index, slot in enumerate(self._slots) if slot.request is None]
+        return max(free, key=lambda i: (_shared(self._slots[i].cached, tokens), -self._slots[i].used), default=None)
+
+    def check(self, request: Request) -> None:
+        """Raise InputError if a request exceeds max_length, or if it has a bias for an id that does not exist."""
+        for token in request.sampling.biases:
+            if token >= self._vocab_size:
+                raise InputError(f"logit_bias names token {token}; the ids are 0 to {self._vocab_size - 1}")
+        if not request.slide:
+            require_length("the prompt", len(request.tokens), request.max_new_tokens, self.max_length)
+
+    def insert(self, slot: int, request: Request) -> None:
+        """Put a request into a free slot; the next calls of `step` read its prompt.
+
+        Raises ValueError if the slot is in use, and InputError as `check` does.
+        """
+        self.check(request)
+        place = self._slots[slot]
+        if place.request is not None:
+            raise ValueError(f"slot {slot} is in use")
+        place.request, place.tokens, place.new_tokens = request, list(request.tokens), []
+        place.dropped, place.placed, place.used = 0, False, self._calls
+        place.slide(self._context_length)
+        place.prompt = list(place.tokens)
+
+    def free(self, slot: int) -> None:
+        """End the request in a slot, if there is one."""
+        self._slots[slot].request = None
+
+    def grow(self, max_length: int) -> None:
+        """Enlarge all slots to `max_length`. What is cached stays."""
+        if max_length > self.max_length:
+            self._state = dataclasses.replace(self._state, cache=self._state.cache.grown(max_length))
+            self._lengths, self.max_length = cache_lengths(max_length), max_length
+
+    def step(self, limit: int = CHUNK_TOKENS, *, stop_early: bool = False) -> dict[int, Output]:
+        """Read prompts, then generate at most `limit` tokens of each row; the new tokens by slot.
+
+        While rows are decoded, at most PREFILL_TOKENS of new prompts are read in a call, so they do not wait for long.
+        With `stop_early`, it returns as soon as a row ends, so that another request can take its slot.
+        """
+        self._read_prompts()
+        while any(slot.reads for slot in self._slots) and not any(slot.decodes for slot in self._slots):
+            self._read_prompts()
+        rows = [index for index, slot in enumerate(self._slots) if slot.decodes]
+        return self._decode(rows, limit, stop_early) if rows else {}
+
+    def _read_prompts(self) -> None:
+        """Read at most PREFILL_ROW_TOKENS of each of some prompts."""
+        waiting = [index for index, slot in enumerate(self._slots) if slot.reads]
+        for index in waiting:
+            if not self._slots[index].placed:
+                self._place(index, waiting)
+        parts = {
+            index: self._slots[index].missing[:PREFILL_ROW_TOKENS] for index in waiting if self._slots[index].placed
+        }
+        rows = [index for index, part in parts.items() if part]
+        if not rows:
+            return
+        T = min(bucket(max(len(parts[index]) for index in rows), 16), PREFILL_ROW_TOKENS)
+        rows = rows[
+            : max(size for size in self._row_buckets if size * T <= PREFILL_TOKENS or size == self._row_buckets[0])
+        ]
+        B = bucket_of(len(rows), self._row_buckets)
+        tokens_BT, start_B = np.zeros((B, T), np.int32), np.full(B, self.max_length, np.int32)
+        for row, index in zip(self._places(rows, B), rows, strict=True):
+            tokens_BT[row, : len(parts[index])] = parts[index]
+            start_B[row] = len(self._slots[index].cached)
+        length = self._length(len(self._slots[index].cached) + len(parts[index]) for index in rows)
+        self._state, seconds = self._run(
+            f"prefill of {B} x {T} tokens for {length} of {self.max_length}", programs.prefill,
+            self._model, self._params, self._state, self._slot_numbers(rows, B), tokens_BT, start_B, length=length,
+        )  # fmt: skip
+        self.speeds += Speeds(sum(len(parts[index]) for index in rows), seconds)
+        for index in rows:
+            self._slots[index].cached += parts[index]
+
+    def _place(self, index: int, waiting: Sequence[int]) -> None:
+        """Let a slot begin with what is cached of its tokens, here or in another slot.
+
+        Does nothing if another waiting prompt, which is read first, has more of them: then they are read only once.
+        """
+        slot = self._slots[index]
+        tokens = slot.tokens[:-1]
+        shared = [_shared(other.cached, tokens) for other in self._slots]
+        own, best = shared[index], max(range(self.num_slots), key=shared.__getitem__)
+        source, reuse = (index, own) if shared[best] < own + _LEAST_SHARED else (best, shared[best])
+        for other in waiting:
+            if other >= index:
+                break
+            if self._slots[other].reads and _shared(self._slots[other].tokens[:-1], tokens) >= reuse + _LEAST_SHARED:
+                return
+        assert slot.request is not None
+        adjusts = slot.request.sampling.adjusts_logits
+        if source != index or adjusts or slot.adjusts:
+            counts_V, bias_V = slot.adjustments(self._model.config.vocab_size)
+            self._state, _ = self._run(
+                f"a slot of {self.max_length}", programs.place, self._state, np.int32(index), np.int32(source),
+                counts_V, bias_V,
+            )  # fmt: skip
+        slot.cached, slot.adjusts, slot.placed = tokens[:reuse], adjusts, True
+
+    def _decode(self, rows: Sequence[int], limit: int, stop_early: bool) -> dict[int, Output]:
+        slots = [self._slots[index] for index in rows]
+        limit = min(limit, CHUNK_TOKENS)
+        length = self._length(len(slot.tokens) - 1 + min(limit, slot.remaining(self._context_length)) for slot in slots)
+        batch = self._rows(rows, length)
+        (self._state, decoded), seconds = self._run(
+            f"decoding of {len(batch.token_B)} rows for {length} of {self.max_length}", programs.decode,
+            self._model, self._params, self._state, batch, np.int32(limit), np.bool_(stop_early),
+            vocab_size=self._vocab_size, length=length,
+        )  # fmt: skip
+        with_logprobs = any(slot.request is not None and slot.request.top_logprobs is not None for slot in slots)
+        token_BC, *logprobs = (to_host(x) for x in (decoded if with_logprobs else decoded[:1]))
+        outputs = {
+            index: self._take(self._slots[index], token_BC[row], *(each[row] for each in logprobs))
+            for index, row in zip(rows, self._places(rows, len(token_BC)), strict=True)
+        }
+        self.speeds += Speeds(0, 0.0, sum(len(output.tokens) for output in outputs.values()), seconds)
+        return outputs
+
+    def _take(
+        self,
+        slot: Slot,
+        token_C: np.ndarray,
+        logprob_C: np.ndarray = _NONE,
+        top_logprob_CK: np.ndarray = _NONE,
+        top_id_CK: np.ndarray = _NONE,
+    ) -> Output:
+        """Add the new tokens of a row to its slot; what they are, and whether the request ends."""
+        request = slot.request
+        assert request is not None
+        tokens = [int(token) for token in token_C if token >= 0]
+        logprobs, K = [], request.top_logprobs
+        for i, token in enumerate(tokens if K is not None else ()):
+            top = zip(top_id_CK[i, :K].tolist(), top_logprob_CK[i, :K].tolist(), strict=True)
+            logprobs.append(TokenLogprob(token, float(logprob_C[i]), tuple(top)))
+        slot.tokens += tokens
+        slot.new_tokens += tokens
+        slot.cached = slot.tokens[:-1]
+        reason = request.finish_reason(slot.new_tokens)
+        if reason is not None:
+            slot.request = None
+        elif request.slide:
+            slot.slide(self._context_length)
+        return Output(tokens, reason, logprobs)
+
+    def _length(self, lengths: Iterable[int]) -> int:
+        """Positions of the cache that rows of these lengths need."""
+        return bucket_of(min(max(lengths), self.max_length), self._lengths)
+
+    def _slot_numbers(self, rows: Sequence[int], B: int) -> np.ndarray:
+        """The slots of `rows`, int32 [B], as `Rows.slot_B` has them."""
+        if self.num_slots == B:
+            return np.arange(B, dtype=np.int32)
+        return np.asarray([*rows, *[self.num_slots] * (B - len(rows))], np.int32)
+
+    def _places(self, rows: Sequence[int], B: int) -> Sequence[int]:
+        """Where the slots `rows` are in a batch of B rows."""
+        return rows if self.num_slots == B else range(len(rows))
+
+    def _rows(self, rows: Sequence[int], length: int) -> Rows:
+        B = bucket_of(len(rows), self._row_buckets)
+        batch = [IDLE._replace(position_B=length)] * B
+        for row, index in zip(self._places(rows, B), rows, strict=True):
+            batch[row] = self._slots[index].row(self._context_length)
+        return stacked(batch)._replace(slot_B=self._slot_numbers(rows, B))
+
+    def _run(self, name: str, program: Any, *arguments: Any, **static: Any) -> tuple[Any, float]:
+        """The result of a program, and its seconds without compilation. `name` tells it from all others."""
+        with on_mesh(self._mesh):
+            if name not in self.programs:
+                self.programs.append(name)
+                with phase(f"compiling {name}"):
+                    program.lower(*arguments, **static).compile()
+            started = time.perf_counter()
+            result = jax.block_until_ready(program(*arguments, **static))
+        self._calls += 1
+        return result, time.perf_counter() - started
+
+
+def require_length(name: str, num_tokens: int, max_new_tokens: int, length: int) -> None:
+    """Raise InputError, which names the prompt, if its tokens and the new ones exceed the context."""
+    if num_tokens + max_new_tokens > length:
+        raise InputError(
+            f"{name} has {num_tokens} tokens, and with max_new_tokens {max_new_tokens} exceeds the model's "
+            f"context_length {length}; shorten it, lower max_new_tokens, or slide (--slide, slide=True)"
+        )
+
+
+def _shared(tokens: Sequence[int], others: Sequence[int]) -> int:
+    """The length of the common beginning."""
+    length = min(len(tokens), len(others))
+    if not length or tokens[0] != others[0]:
+        return 0
+    differ = np.asarray(tokens[:length]) != np.asarray(others[:length])
+    return int(differ.argmax()) if differ.any() else length

@@ -1,0 +1,80 @@
+"""A request to continue tokens, and what the engine returns for it."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+from nextllm_jax.config import SamplingConfig
+from nextllm_jax.config.checks import require, require_integer, require_seed
+
+FinishReason = Literal["stop", "length"]
+
+MAX_STOP_IDS = 16
+MAX_TOP_LOGPROBS = 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """Tokens to continue. The random key of a new token is a function of `seed`, `sample` and its position.
+
+    Raises InputError for a setting that is out of range.
+    """
+
+    tokens: Sequence[int]
+    """The prompt, at least one id."""
+    max_new_tokens: int
+    sampling: SamplingConfig
+    seed: int = 0
+    """From 0 to 2^32 - 1."""
+    sample: int = 0
+    """Index among the samples of the prompt."""
+    stop_ids: tuple[int, ...] = ()
+    """Ids that end the text, at most MAX_STOP_IDS."""
+    top_logprobs: int | None = None
+    """Number of most likely tokens whose log probabilities are returned beside that of the new token; None: neither."""
+    slide: bool = False
+    """Continue beyond the context C: whenever the tokens exceed C, only the last C // 2 are kept and read again."""
+
+    def __post_init__(self) -> None:
+        if not self.tokens:
+            raise ValueError("a prompt must have at least one token")
+        require_integer("max_new_tokens", self.max_new_tokens)
+        require_seed(self.seed)
+        require(len(self.stop_ids) <= MAX_STOP_IDS, f"{len(self.stop_ids)} stop ids; at most {MAX_STOP_IDS} may end it")
+        count = self.top_logprobs
+        require(
+            count is None or 0 <= count <= MAX_TOP_LOGPROBS,
+            f"top_logprobs is {count}; it must be in 0 to {MAX_TOP_LOGPROBS}",
+        )
+
+    def finish_reason(self, new_tokens: Sequence[int]) -> FinishReason | None:
+        """Why the text ends after these tokens, which include all before them; None if it goes on."""
+        if not new_tokens:
+            return None
+        if new_tokens[-1] in self.stop_ids:
+            return "stop"
+        return "length" if len(new_tokens) >= self.max_new_tokens else None
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprob:
+    """The log probability of a new token, and of the most likely tokens at its position.
+
+    They are those of the model's logits, before temperature, penalties, biases and truncation.
+    """
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """(id, log probability), the most likely first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """New tokens of a request."""
+
+    tokens: list[int]
+    finish_reason: FinishReason | None
+    """None: more tokens follow. stop: the last token is one of the stop_ids. length: max_new_tokens are reached."""
+    logprobs: list[TokenLogprob]
+    """One for each token if the request asks for them, otherwise empty."""
