@@ -52,8 +52,8 @@ class SampleArguments:
     chat_template: str | None = None
     """File with a Jinja chat template that replaces the model's own."""
     max_new_tokens: int | None = None
-    """Maximum number of new tokens; none: 128, or 512 in a chat, or what the context has room for if that is less. A
-    prompt and its new tokens must fit the context, unless --slide is set."""
+    """Maximum number of new tokens; none: 128, or 512 in a chat, or (without --prompts-file) the room in the context if
+    that is less. A prompt and its new tokens must fit the context, unless --slide is set."""
     slide: bool = False
     """Continue beyond the model's context: whenever it is full, only its last half is kept."""
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name=""), tyro.conf.UseAppendAction] = dataclasses.field(

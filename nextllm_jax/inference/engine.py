@@ -64,15 +64,15 @@ class Speeds:
 
 
 class Engine:
-    """Slots for requests of at most `max_length` tokens, new ones included, on a model.
+    """Runs requests in slots of at most `max_length` tokens, prompt and new tokens together; at most the context.
 
     `insert` a request into a free slot, then call `step` until it returns its `finish_reason`, or `free` the slot.
     Tokens do not depend on the slot, on the other requests or on how a prompt is split; see docs/sampling.md for the
-    limits of rounding.
+    limits of rounding. After an exception in `step`, the engine cannot be used again.
 
-    Ids from `vocab_size` on are never sampled. A call of `step` decodes a number of rows in `row_buckets`, which must
-    end with the number of slots; None: powers of two. Runs on `mesh`; None: on the mesh that the caller has set, or on
-    the parameters' device. If the mesh shards the rows, the number of slots is rounded up and all are decoded.
+    Ids from `vocab_size` on are never sampled. A call of `step` decodes all slots, or a number of rows in the ascending
+    `row_buckets`; None: powers of two. Runs on `mesh`; None: on the mesh that the caller has set, or on the parameters'
+    device. If the mesh shards the rows, the number of slots is rounded up and all are decoded.
     """
 
     def __init__(
@@ -221,8 +221,8 @@ class Engine:
         if source != index or slot.request.sampling.adjusts_logits:
             counts_V, bias_V = slot.adjustments(self._model.config.vocab_size)
             self._state, _ = self._run(
-                f"a request in slots of {self.max_length}", programs.place, self._state, np.int32(index), np.int32(source),
-                counts_V, bias_V,
+                f"a request in slots of {self.max_length}", programs.place,
+                self._state, np.int32(index), np.int32(source), counts_V, bias_V,
             )  # fmt: skip
         slot.cached, slot.placed = tokens[:reuse], True
 
@@ -304,12 +304,12 @@ def _logprobs(
     return [TokenLogprob(token, float(logprob_C[i]), tuple(tops[i])) for i, token in enumerate(tokens)]
 
 
-def require_length(name: str, num_tokens: int, max_new_tokens: int, length: int) -> None:
+def require_length(name: str, num_tokens: int, max_new_tokens: int, context_length: int) -> None:
     """Raise InputError, which names the prompt, if its tokens and the new ones exceed the context."""
-    if num_tokens + max_new_tokens > length:
+    if num_tokens + max_new_tokens > context_length:
         raise InputError(
             f"{name} has {num_tokens} tokens, and with max_new_tokens {max_new_tokens} exceeds the model's "
-            f"context_length {length}; shorten it, lower max_new_tokens, or slide (--slide, slide=True)"
+            f"context_length {context_length}; shorten it, lower max_new_tokens, or slide (--slide, slide=True)"
         )
 
 
