@@ -52,11 +52,13 @@ class SampleArguments:
     chat_template: str | None = None
     """File with a Jinja chat template that replaces the model's own."""
     max_new_tokens: int | None = None
-    """Maximum number of new tokens; none: 128, or 512 in a chat, or what the context has room for if that is less. A
-    prompt and its new tokens must fit the context, unless --slide is set."""
+    """Maximum number of new tokens; none: 128, or 512 in a chat, or (without --prompts-file) the room in the context if
+    that is less. A prompt and its new tokens must fit the context, unless --slide is set."""
     slide: bool = False
     """Continue beyond the model's context: whenever it is full, only its last half is kept."""
-    sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=SamplingConfig)
+    sampling: Annotated[SamplingConfig, tyro.conf.arg(name=""), tyro.conf.UseAppendAction] = dataclasses.field(
+        default_factory=SamplingConfig
+    )
     seed: int = 0
     """Random seed, from 0 to 2^32 - 1; the same seed, prompt and settings give the same text."""
     num_samples: int = 1
@@ -77,7 +79,7 @@ class SampleArguments:
     top_logprobs: int | None = None
     """With --json: add the log probability of each token, and those of this many most likely tokens, at most 20."""
     verbose: bool = False
-    """Finally print the programs that were compiled."""
+    """Print the name of each program that is compiled."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_samples", "batch_size"):
@@ -106,6 +108,8 @@ def chat_command(argv: list[str]) -> int:
 
 def _run(argv: list[str], prog: str, description: str | None) -> int:
     arguments = parse(SampleArguments, argv, prog=prog, description=description)
+    if arguments.verbose:
+        logging.getLogger("nextllm_jax").setLevel(logging.DEBUG)
     if any("\\n" in stop for stop in arguments.stop):
         _log.warning("--stop has a backslash and an n, which is no line break; for that, write --stop $'\\n'")
     if arguments.prompts_file is not None or arguments.output is not None:
@@ -132,8 +136,6 @@ def _run(argv: list[str], prog: str, description: str | None) -> int:
         print_json(stream)
     else:
         print_text(stream, [prompt for prompt in prompts for _ in range(arguments.num_samples)])
-    if arguments.verbose:
-        _log.info("%d programs: %s", len(stream.programs), ", ".join(stream.programs))
     return 0
 
 
@@ -180,9 +182,9 @@ def sample_file(arguments: SampleArguments) -> int:
     """Write samples of --prompts-file to --output; the exit code."""
     if arguments.prompts_file is None or arguments.output is None:
         raise InputError("--prompts-file and --output go together; give both")
-    for option in ("prompt", "chat", "json"):
-        if getattr(arguments, option):
-            raise InputError(f"--{option} does not go with --prompts-file; leave it out")
+    for option in ("prompt", "chat", "json", "top_logprobs"):
+        if getattr(arguments, option) != getattr(SampleArguments, option):
+            raise InputError(f"--{option.replace('_', '-')} does not go with --prompts-file; leave it out")
 
     from nextllm_jax.cli.samples_file import SamplesFile, read_prompts, sample_missing, weights_of
     from nextllm_jax.inference.llm import MAX_NEW_TOKENS
@@ -222,6 +224,8 @@ def chat(arguments: SampleArguments) -> int:
         raise InputError("a chat answers once; leave --num-samples out, and change --seed for another answer")
     if arguments.slide:
         raise InputError("--slide is not for a chat, which ends at the end of the context; leave it out")
+    if arguments.top_logprobs is not None:
+        raise InputError("--top-logprobs is not for a chat; leave it out")
     template = read_text(arguments.chat_template) if arguments.chat_template is not None else None
     prompts = read_prompt_arguments(arguments)
     llm, _ = load_model(arguments, {})

@@ -1,5 +1,6 @@
 """Batch sampling: prompts from a JSON lines file, and an output file that a rerun of the command continues."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from nextllm_jax.inference.llm import LLM
 
 SETTINGS_SUFFIX = ".settings.json"
+
+_DEFAULTS = json.loads(json.dumps(dataclasses.asdict(SamplingConfig())))
+"""Values of settings that files of earlier versions lack, as JSON has them."""
 
 Row = tuple[int, int]
 """The index of an input line, and the index of a sample of its prompt; both start at 0."""
@@ -136,14 +140,13 @@ class SamplesFile:
 
     def _require_same_settings(self, samples: bytes) -> None:
         try:
-            old = dict(json.loads(self._disk.read(self._name + SETTINGS_SUFFIX)))
+            old = _DEFAULTS | json.loads(self._disk.read(self._name + SETTINGS_SUFFIX))
         except (ValueError, TypeError) as error:
             raise InputError(
                 f"--output {self.path} was not written by nextllm sample; choose another --output"
             ) from error
         for name in old | self._settings:
-            default = getattr(SamplingConfig, name, None)  # files of earlier versions lack some
-            before, now = old.get(name, default), self._settings.get(name, default)
+            before, now = old.get(name), self._settings.get(name)
             if samples and before != now:
                 option = f"--{name.replace('_', '-')}"
                 change = f"with {option} {json.dumps(before)}, not {json.dumps(now)}"

@@ -11,7 +11,7 @@ class SamplingConfig:
     """How the next token is sampled from the logits."""
 
     temperature: float = 0.8
-    """The logits are divided by this. 0 is greedy decoding, for which only the repetition penalty still applies."""
+    """The logits are divided by this; 0: take the most likely token."""
     top_k: int = 50
     """Keep only the k most likely tokens; 0: all."""
     top_p: float = 0.95
@@ -45,7 +45,9 @@ class SamplingConfig:
         check_types(self, "")
         require(self.temperature >= 0, f"temperature is {self.temperature}; it cannot be negative")
         require(self.temperature < 1e30, f"temperature is {self.temperature}; it must be less than 1e30")
-        require(self.top_k >= 0, f"top_k is {self.top_k}; it cannot be negative")
+        for name in ("top_k", "min_new_tokens"):
+            value = getattr(self, name)
+            require(0 <= value < 2**31, f"{name} is {value}; it must be in 0 to {2**31 - 1}")
         require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be greater than 0 and at most 1")
         require(0 <= self.min_p <= 1, f"min_p is {self.min_p}; it must be between 0 and 1")
         penalty = self.repetition_penalty
@@ -54,15 +56,14 @@ class SamplingConfig:
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             require(abs(value) < 1e30, f"{name} is {value}; it must be between -1e30 and 1e30")
-        require(self.min_new_tokens >= 0, f"min_new_tokens is {self.min_new_tokens}; it cannot be negative")
         for text in self.logit_bias:
             require(_is_bias(text), f"logit_bias has {text!r}; it must be ID:BIAS, such as 198:-5 or 198:-inf")
 
 
 def _is_bias(text: str) -> bool:
-    """Whether a text is a token id, a colon, and a number or -inf."""
+    """Whether a text is a token id, a colon, and a number that float32 can hold or -inf."""
     token, _, bias = text.partition(":")
     try:
-        return token.isdecimal() and float(bias) < math.inf
+        return token.isdecimal() and (abs(float(bias)) < 1e30 or float(bias) == -math.inf)
     except ValueError:
         return False

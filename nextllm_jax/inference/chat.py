@@ -79,10 +79,10 @@ class Conversation:
             )
         max_new_tokens = min(room, max_new_tokens)
         length = bucket(max(len(prompt) + max_new_tokens, _LEAST_CACHE_LENGTH), 16)
-        if self._engine is None:
-            self._engine = llm.engine(1, length)
-        self._engine.grow(min(length, context_length))
-        before = self._engine.speeds
+        # An answer that is not read to its end may leave the engine without a state, or in use.
+        engine, self._engine = self._engine or llm.engine(1, length), None
+        engine.grow(length)
+        before = engine.speeds
         stream = llm.stream_tokens(
             [prompt],
             texts=[text],
@@ -91,14 +91,14 @@ class Conversation:
             seed=seed,
             stop=stop,
             chunk_tokens=chunk_tokens,
-            engine=self._engine,
+            engine=engine,
         )
         for piece in stream:
             if piece.text:
                 yield piece.text
             self.sample = piece.sample
         assert self.sample is not None
-        self.speeds = stream.speeds - before
+        self._engine, self.speeds = engine, stream.speeds - before
         self.is_full = self.sample.finish_reason == "length" and room == max_new_tokens
         self.messages = [*messages, self._answer(messages, [*prompt, *self.sample.tokens])]
 

@@ -5,6 +5,7 @@ cache, so a request that begins with the same tokens reads only the others, or c
 """
 
 import dataclasses
+import logging
 import operator
 import time
 from collections.abc import Iterable, Sequence
@@ -28,13 +29,12 @@ PREFILL_ROW_TOKENS = 512
 """Maximum number of tokens of a row in one call of prefill; longer prompts take several."""
 
 PREFILL_TOKENS = 4096
-"""Maximum number of tokens in one call of prefill, summed over its rows."""
+"""Maximum number of tokens in one call of prefill, summed over its rows; of at least 16 per row if that is more."""
 
 _LEAST_SHARED = 16
-"""A common beginning of fewer tokens is read again, since copying a row takes about as long."""
+"""A common beginning of fewer tokens is not worth a copy, which takes about as long as reading it."""
 
-
-_NONE = np.zeros(0)
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,15 +64,15 @@ class Speeds:
 
 
 class Engine:
-    """Slots for requests of at most `max_length` tokens, new ones included, on a model.
+    """Runs requests in slots of at most `max_length` tokens, prompt and new tokens together; at most the context.
 
     `insert` a request into a free slot, then call `step` until it returns its `finish_reason`, or `free` the slot.
     Tokens do not depend on the slot, on the other requests or on how a prompt is split; see docs/sampling.md for the
-    limits of rounding.
+    limits of rounding. After an exception in `step`, the engine cannot be used again.
 
-    Ids from `vocab_size` on are never sampled. A call of `step` decodes a number of rows in `row_buckets`, which must
-    end with the number of slots; None: powers of two. Runs on `mesh`; None: on the mesh that the caller has set, or on
-    the parameters' device. If the mesh shards the rows, the number of slots is rounded up and all are decoded.
+    Ids from `vocab_size` on are never sampled. A call of `step` decodes all slots, or a number of rows in the ascending
+    `row_buckets`; None: powers of two. Runs on `mesh`; None: on the mesh that the caller has set, or on the parameters'
+    device. If the mesh shards the rows, the number of slots is rounded up and all are decoded.
     """
 
     def __init__(
@@ -93,28 +93,47 @@ class Engine:
             is_sharded = padded_size(1, "batch") > 1
         buckets = (self.num_slots,) if is_sharded else row_buckets or powers_of_two(num_slots)
         self._row_buckets = (*(size for size in buckets if size < self.num_slots), self.num_slots)
-        self._lengths, self.max_length = cache_lengths(max_length), max_length
+        self.max_length = min(max_length, self._context_length)
+        self._lengths = cache_lengths(self.max_length)
+        self._row_tokens = max(16, min(PREFILL_ROW_TOKENS, PREFILL_TOKENS // self._row_buckets[0]))
         self._slots = [Slot() for _ in range(self.num_slots)]
         self._calls = 0
         self.programs: list[str] = []
         """The compiled programs that were used."""
         self.speeds = Speeds()
         self._state, _ = self._run(
-            f"{self.num_slots} slots", programs.create, model, num_slots=self.num_slots, length=max_length
+            f"{self.num_slots} slots of {self.max_length}",
+            programs.create,
+            model,
+            num_slots=self.num_slots,
+            length=self.max_length,
         )
 
     def find_slot(self, tokens: Sequence[int]) -> int | None:
-        """The free slot that has most of the beginning of `tokens` cached, of these the one used least recently."""
-        free = [index for index, slot in enumerate(self._slots) if slot.request is None]
-        return max(free, key=lambda i: (_shared(self._slots[i].cached, tokens), -self._slots[i].used), default=None)
+        """The free slot that has most of the beginning of `tokens` cached, of these the one used least recently.
+
+        A common beginning of fewer than 16 tokens does not count, so a common BOS costs no slot its cache.
+        """
+
+        def order(index: int) -> tuple[int, int]:
+            shared = _shared(self._slots[index].cached, tokens)
+            return (shared if shared >= _LEAST_SHARED else 0), -self._slots[index].used
+
+        return max((index for index, slot in enumerate(self._slots) if slot.request is None), key=order, default=None)
 
     def check(self, request: Request) -> None:
-        """Raise InputError if a request exceeds max_length, or if it has a bias for an id that does not exist."""
+        """Raise InputError if a request does not fit the slots, or if it has an id that does not exist."""
         for token in request.sampling.biases:
             if token >= self._vocab_size:
                 raise InputError(f"logit_bias names token {token}; the ids are 0 to {self._vocab_size - 1}")
+        last = self._model.config.vocab_size - 1
+        if wrong := [token for token in request.tokens if not 0 <= token <= last]:
+            raise InputError(f"the prompt has token {wrong[0]}; the ids are 0 to {last}")
         if not request.slide:
-            require_length("the prompt", len(request.tokens), request.max_new_tokens, self.max_length)
+            require_length("the prompt", len(request.tokens), request.max_new_tokens, self._context_length)
+        needed = min(len(request.tokens) + request.max_new_tokens, self._context_length)
+        if needed > self.max_length:
+            raise InputError(f"a request needs {needed} positions, and the slots have {self.max_length}; let them grow")
 
     def insert(self, slot: int, request: Request) -> None:
         """Put a request into a free slot; the next calls of `step` read its prompt.
@@ -135,7 +154,8 @@ class Engine:
         self._slots[slot].request = None
 
     def grow(self, max_length: int) -> None:
-        """Enlarge all slots to `max_length`. What is cached stays."""
+        """Enlarge all slots to `max_length`, or to the context if that is less. What is cached stays."""
+        max_length = min(max_length, self._context_length)
         if max_length > self.max_length:
             self._state = dataclasses.replace(self._state, cache=self._state.cache.grown(max_length))
             self._lengths, self.max_length = cache_lengths(max_length), max_length
@@ -153,18 +173,18 @@ class Engine:
         return self._decode(rows, limit, stop_early) if rows else {}
 
     def _read_prompts(self) -> None:
-        """Read at most PREFILL_ROW_TOKENS of each of some prompts."""
+        """Read the next tokens of some of the prompts."""
         waiting = [index for index, slot in enumerate(self._slots) if slot.reads]
         for index in waiting:
             if not self._slots[index].placed:
                 self._place(index, waiting)
         parts = {
-            index: self._slots[index].missing[:PREFILL_ROW_TOKENS] for index in waiting if self._slots[index].placed
+            index: self._slots[index].missing[: self._row_tokens] for index in waiting if self._slots[index].placed
         }
         rows = [index for index, part in parts.items() if part]
         if not rows:
             return
-        T = min(bucket(max(len(parts[index]) for index in rows), 16), PREFILL_ROW_TOKENS)
+        T = min(bucket(max(len(parts[index]) for index in rows), 16), self._row_tokens)
         rows = rows[
             : max(size for size in self._row_buckets if size * T <= PREFILL_TOKENS or size == self._row_buckets[0])
         ]
@@ -198,14 +218,13 @@ class Engine:
             if self._slots[other].reads and _shared(self._slots[other].tokens[:-1], tokens) >= reuse + _LEAST_SHARED:
                 return
         assert slot.request is not None
-        adjusts = slot.request.sampling.adjusts_logits
-        if source != index or adjusts or slot.adjusts:
+        if source != index or slot.request.sampling.adjusts_logits:
             counts_V, bias_V = slot.adjustments(self._model.config.vocab_size)
             self._state, _ = self._run(
-                f"a slot of {self.max_length}", programs.place, self._state, np.int32(index), np.int32(source),
-                counts_V, bias_V,
+                f"a request in slots of {self.max_length}", programs.place,
+                self._state, np.int32(index), np.int32(source), counts_V, bias_V,
             )  # fmt: skip
-        slot.cached, slot.adjusts, slot.placed = tokens[:reuse], adjusts, True
+        slot.cached, slot.placed = tokens[:reuse], True
 
     def _decode(self, rows: Sequence[int], limit: int, stop_early: bool) -> dict[int, Output]:
         slots = [self._slots[index] for index in rows]
@@ -220,28 +239,18 @@ class Engine:
         with_logprobs = any(slot.request is not None and slot.request.top_logprobs is not None for slot in slots)
         token_BC, *logprobs = (to_host(x) for x in (decoded if with_logprobs else decoded[:1]))
         outputs = {
-            index: self._take(self._slots[index], token_BC[row], *(each[row] for each in logprobs))
+            index: self._take(self._slots[index], token_BC[row], [each[row] for each in logprobs])
             for index, row in zip(rows, self._places(rows, len(token_BC)), strict=True)
         }
         self.speeds += Speeds(0, 0.0, sum(len(output.tokens) for output in outputs.values()), seconds)
         return outputs
 
-    def _take(
-        self,
-        slot: Slot,
-        token_C: np.ndarray,
-        logprob_C: np.ndarray = _NONE,
-        top_logprob_CK: np.ndarray = _NONE,
-        top_id_CK: np.ndarray = _NONE,
-    ) -> Output:
+    def _take(self, slot: Slot, token_C: np.ndarray, logprobs: Sequence[np.ndarray]) -> Output:
         """Add the new tokens of a row to its slot; what they are, and whether the request ends."""
         request = slot.request
         assert request is not None
         tokens = [int(token) for token in token_C if token >= 0]
-        logprobs, K = [], request.top_logprobs
-        for i, token in enumerate(tokens if K is not None else ()):
-            top = zip(top_id_CK[i, :K].tolist(), top_logprob_CK[i, :K].tolist(), strict=True)
-            logprobs.append(TokenLogprob(token, float(logprob_C[i]), tuple(top)))
+        K = request.top_logprobs
         slot.tokens += tokens
         slot.new_tokens += tokens
         slot.cached = slot.tokens[:-1]
@@ -250,7 +259,7 @@ class Engine:
             slot.request = None
         elif request.slide:
             slot.slide(self._context_length)
-        return Output(tokens, reason, logprobs)
+        return Output(tokens, reason, [] if K is None else _logprobs(tokens, K, *logprobs))
 
     def _length(self, lengths: Iterable[int]) -> int:
         """Positions of the cache that rows of these lengths need."""
@@ -278,6 +287,7 @@ class Engine:
         with on_mesh(self._mesh):
             if name not in self.programs:
                 self.programs.append(name)
+                _log.debug("compiling %s", name)
                 with phase(f"compiling {name}"):
                     program.lower(*arguments, **static).compile()
             started = time.perf_counter()
@@ -286,12 +296,20 @@ class Engine:
         return result, time.perf_counter() - started
 
 
-def require_length(name: str, num_tokens: int, max_new_tokens: int, length: int) -> None:
+def _logprobs(
+    tokens: Sequence[int], K: int, logprob_C: np.ndarray, top_logprob_CK: np.ndarray, top_id_CK: np.ndarray
+) -> list[TokenLogprob]:
+    """The log probabilities of a row's tokens, each with those of the K most likely ones."""
+    tops = [zip(top_id_CK[i, :K].tolist(), top_logprob_CK[i, :K].tolist(), strict=True) for i in range(len(tokens))]
+    return [TokenLogprob(token, float(logprob_C[i]), tuple(tops[i])) for i, token in enumerate(tokens)]
+
+
+def require_length(name: str, num_tokens: int, max_new_tokens: int, context_length: int) -> None:
     """Raise InputError, which names the prompt, if its tokens and the new ones exceed the context."""
-    if num_tokens + max_new_tokens > length:
+    if num_tokens + max_new_tokens > context_length:
         raise InputError(
             f"{name} has {num_tokens} tokens, and with max_new_tokens {max_new_tokens} exceeds the model's "
-            f"context_length {length}; shorten it, lower max_new_tokens, or slide (--slide, slide=True)"
+            f"context_length {context_length}; shorten it, lower max_new_tokens, or slide (--slide, slide=True)"
         )
 
 

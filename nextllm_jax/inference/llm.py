@@ -155,7 +155,7 @@ class LLM:
             num_slots=num_slots,
         )
         finished: dict[int, Sample] = {}
-        with progress_bar(desc="sampling", total=max_new_tokens, unit=" tokens", disable=not progress) as bar:
+        with progress_bar(desc="sampling", total=texts.max_new, unit=" tokens", disable=not progress) as bar:
             for piece in texts:
                 bar.update(texts.num_new - bar.n)
                 if piece.sample is not None:
@@ -231,7 +231,6 @@ class LLM:
         stop = stop_strings(stop)
         require(isinstance(sampling, SamplingConfig), f"sampling is {sampling!r:.80}; it must be a SamplingConfig")
         require_integer("chunk_tokens", chunk_tokens)
-        require_integer("max_new_tokens", max_new_tokens)
         requests = [
             Request(
                 tokens=tokens,
@@ -253,7 +252,7 @@ class LLM:
         return TextStream(Scheduler(engine), self.tokenizer, requests, texts, stop=stop, chunk_tokens=chunk_tokens)
 
     def engine(self, num_slots: int | None, max_length: int, *, num_rows: int = 1) -> Engine:
-        """An engine for this model whose slots hold at most `max_length` tokens, or the context if that is less.
+        """An engine for this model whose slots hold `max_length` tokens, or the context if that is less.
 
         Without `num_slots`, all of `num_rows` rows fit, and they are always decoded together.
         """
@@ -264,7 +263,7 @@ class LLM:
             self.model,
             self.params,
             num_slots=slots,
-            max_length=min(max_length, self.config.context_length),
+            max_length=max_length,
             vocab_size=self.tokenizer.vocab_size,
             row_buckets=None if num_slots else (slots,),
             mesh=self.mesh,

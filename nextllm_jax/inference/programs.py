@@ -29,13 +29,13 @@ class State:
 
     cache: KVCache
     counts_NV: jax.Array
-    """Twice as often as a token occurs in the new text, plus 1 if it is in the prompt; only of rows with penalties."""
+    """2 x the number of times that a token is in the new text, + 1 if it is in the prompt; if `Rows.adjusts_B`."""
     bias_NV: jax.Array
-    """What is added to the logits; only of rows with biases."""
+    """Added to the logits if `Rows.adjusts_B`."""
 
 
 class Rows(NamedTuple):
-    """Where the rows of a call of `decode` stand, and their settings, [B] each."""
+    """The positions and the settings of the rows of a call of `decode`, [B] each."""
 
     slot_B: Any
     """Slots; N for rows that pad the batch. All N slots in order if B is N."""
@@ -53,7 +53,7 @@ class Rows(NamedTuple):
     seed_B: Any
     sample_B: Any
     dropped_B: Any
-    """Number of tokens before position 0 that are kept no more, so no random key is used twice."""
+    """Number of tokens that were dropped before position 0. Keys count them, so no key is used twice."""
     adjusts_B: Any
     """Whether the row has penalties or biases."""
     logprobs_B: Any

@@ -31,7 +31,7 @@ class Request:
     stop_ids: tuple[int, ...] = ()
     """Ids that end the text, at most MAX_STOP_IDS."""
     top_logprobs: int | None = None
-    """Number of most likely tokens whose log probabilities are returned beside that of the new token; None: neither."""
+    """Return the log probability of each new token, and of this many most likely tokens; None: no log probabilities."""
     slide: bool = False
     """Continue beyond the context C: whenever the tokens exceed C, only the last C // 2 are kept and read again."""
 
@@ -40,7 +40,9 @@ class Request:
             raise ValueError("a prompt must have at least one token")
         require_integer("max_new_tokens", self.max_new_tokens)
         require_seed(self.seed)
-        require(len(self.stop_ids) <= MAX_STOP_IDS, f"{len(self.stop_ids)} stop ids; at most {MAX_STOP_IDS} may end it")
+        require(
+            len(self.stop_ids) <= MAX_STOP_IDS, f"there are {len(self.stop_ids)} stop ids; at most {MAX_STOP_IDS} fit"
+        )
         count = self.top_logprobs
         require(
             count is None or 0 <= count <= MAX_TOP_LOGPROBS,
@@ -48,7 +50,7 @@ class Request:
         )
 
     def finish_reason(self, new_tokens: Sequence[int]) -> FinishReason | None:
-        """Why the text ends after these tokens, which include all before them; None if it goes on."""
+        """Why the request ends, given all of its new tokens so far; None if it goes on."""
         if not new_tokens:
             return None
         if new_tokens[-1] in self.stop_ids:

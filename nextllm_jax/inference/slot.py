@@ -51,8 +51,6 @@ class Slot:
     """The tokens whose keys and values are in the cache."""
     placed: bool = False
     """Whether the cache and the settings on the devices are those of the request."""
-    adjusts: bool = False
-    """Whether the devices have counts and biases for this slot."""
     used: int = 0
     """When the slot was last used, counted in calls."""
 
@@ -64,7 +62,7 @@ class Slot:
     @property
     def reads(self) -> bool:
         """Whether it has a request whose prompt is not read yet."""
-        return self.request is not None and not (self.placed and not self.missing)
+        return self.request is not None and not self.decodes
 
     @property
     def decodes(self) -> bool:
@@ -110,7 +108,7 @@ class Slot:
             seed_B=request.seed,
             sample_B=request.sample,
             dropped_B=self.dropped,
-            adjusts_B=self.adjusts,
+            adjusts_B=sampling.adjusts_logits,
             logprobs_B=request.top_logprobs is not None,
             settings=Settings(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p),
             penalties=Penalties(sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty),

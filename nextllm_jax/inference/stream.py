@@ -185,13 +185,13 @@ class TextStream:
 
     @property
     def num_new(self) -> int:
-        """Number of new tokens so far of the row that has most."""
-        return max(len(row.tokens) for row in self._rows)
+        """Number of new tokens so far, summed over rows."""
+        return sum(len(row.tokens) for row in self._rows)
 
     @property
-    def programs(self) -> list[str]:
-        """The programs that were compiled for the engine."""
-        return self._scheduler.engine.programs
+    def max_new(self) -> int:
+        """The `num_new` of rows that all get their maximum number of tokens."""
+        return sum(request.max_new_tokens for request in self._requests)
 
     @property
     def speeds(self) -> Speeds:

@@ -64,9 +64,9 @@ class KVCache:
         return jax.tree.map(lambda x: jnp.pad(x, padding), self)
 
     def taken(self, slot_B: jax.Array, length: int) -> "KVCache":
-        """The first `length` positions of some rows. These are the rows themselves, if they are as many as the cache's.
+        """The first `length` positions of the rows `slot_B`. An index past the end gives the last row.
 
-        An index past the end takes the last row.
+        If `slot_B` has as many indices as the cache has rows, they must be all rows in order.
         """
         if len(slot_B) == self.num_rows:
             return self if length == self.length else jax.tree.map(lambda x: x[:, :, :, :length], self)

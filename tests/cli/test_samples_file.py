@@ -123,6 +123,8 @@ BAD_OPTIONS = {
     "a directory": ([*COMMAND, "--output", "runs"], "runs is not a regular file"),
     "a prompt": ([*COMMAND, "--prompt", "x"], "--prompt does not go with --prompts-file"),
     "chat": ([*COMMAND, "--chat"], "--chat does not go with --prompts-file"),
+    "log probabilities": ([*COMMAND, "--top-logprobs", "0"], "--top-logprobs does not go with --prompts-file"),
+    "log probabilities, in a chat": (["--checkpoint", "x", "--chat", "--top-logprobs", "0"], "is not for a chat"),
     "no step": ([*COMMAND, "--step", "7"], "no checkpoint '7'"),
     "batch": ([*COMMAND, "--batch-size", "0"], "batch_size is 0"),
     "tokens": ([*COMMAND, "--max-new-tokens", "0"], "max_new_tokens is 0"),
@@ -149,7 +151,13 @@ def test_samples_of_other_settings_prompts_or_weights_are_not_mixed(directory, m
             sample.sample_command([*COMMAND, "--max-new-tokens", "1", *options])
         assert (directory / "out.jsonl").read_bytes() == written
 
+    settings = json.loads((directory / "out.jsonl.settings.json").read_text())
+    earlier = {name: settings[name] for name in settings if name not in ("min_new_tokens", "logit_bias")}
+    (directory / "out.jsonl.settings.json").write_text(json.dumps(earlier))
+    assert sample.sample_command([*COMMAND, "--max-new-tokens", "1"]) == 0
     refused("was sampled with --seed 0, not 1; use the old options", "--seed", "1")
+    biases = ("--logit-bias", "5:1", "--logit-bias", "6:-inf")
+    refused(r'was sampled with --logit-bias \[\], not \["5:1", "6:-inf"\]', *biases)
     refused(r'was sampled with --stop \[\], not \["x"\]', "--stop", "x")
     refused("was sampled from another checkpoint", "--step", "30")
     with open("out.jsonl") as file:

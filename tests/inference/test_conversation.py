@@ -163,6 +163,26 @@ def test_reset_forgets_and_an_answer_that_was_cut_off_leaves_no_trace(llm):
     assert "".join(talk.say("more")) == second
 
 
+def test_answers_may_overlap_and_fail(llm, monkeypatch):
+    expected = "".join(Conversation(llm, max_new_tokens=12, sampling=GREEDY).say("hello"))
+    talk = Conversation(llm, max_new_tokens=12, sampling=GREEDY)
+    unfinished = talk.say("more", chunk_tokens=2)
+    next(unfinished)
+    assert "".join(talk.say("hello")) == expected
+    ready = jax.block_until_ready
+
+    def interrupted(x):
+        ready(x)
+        raise KeyboardInterrupt
+
+    talk.reset()
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "block_until_ready", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(talk.say("more"))
+    assert "".join(talk.say("hello")) == expected
+
+
 def test_the_context_fills_up(llm):
     talk = Conversation(llm, max_new_tokens=400, sampling=GREEDY)
     list(talk.say("x" * 200))

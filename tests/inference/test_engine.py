@@ -75,7 +75,7 @@ def request(prompt, sampling=GREEDY, *, tokens=TOKENS, stop_ids=(NEVER,), **sett
     return Request(tokens=prompt, max_new_tokens=tokens, sampling=sampling, stop_ids=stop_ids, **settings)
 
 
-def engine(params, *, slots=4, length=32, model=MODEL, **settings) -> Engine:
+def engine(params, *, slots=4, length=48, model=MODEL, **settings) -> Engine:
     return Engine(model, params, num_slots=slots, max_length=length, vocab_size=VOCAB, **settings)
 
 
@@ -127,14 +127,15 @@ def test_rows_with_different_settings_share_programs_and_keep_their_tokens(param
 def test_prefill_may_be_split_at_every_point(params):
     T = 7
     tokens_BT = jax.random.randint(jax.random.key(1), (2, T), 0, VOCAB)
-    positions_BT = jnp.broadcast_to(jnp.arange(T)[None], (2, T))
+    steps_BT = jnp.broadcast_to(jnp.arange(T)[None], (2, T))
     call = jax.jit(lambda tokens, positions, cache: MODEL.apply({"params": params}, tokens, positions, cache=cache))
     empty = KVCache.create(CONFIG, batch_size=2, length=8, dtype=jnp.float32)
-    expected, _ = MODEL.apply({"params": params}, tokens_BT, positions_BT)
-    for split in range(1, T):
-        first, cache = call(tokens_BT[:, :split], positions_BT[:, :split], empty)
-        second, _ = call(tokens_BT[:, split:], positions_BT[:, split:], cache)
-        np.testing.assert_allclose(jnp.concatenate([first, second], axis=1), expected, atol=1e-4)
+    expected, _ = MODEL.apply({"params": params}, tokens_BT, steps_BT)
+    for split in range(1, T):  # both parts are padded, with tokens that must not matter
+        first, cache = call(tokens_BT.at[:, split:].set(0), steps_BT, empty)
+        second, _ = call(jnp.roll(tokens_BT, -split, axis=1), steps_BT + split, cache)
+        parts = [first[:, :split], second[:, : T - split]]
+        np.testing.assert_allclose(jnp.concatenate(parts, axis=1), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "warm"])
@@ -188,7 +189,7 @@ def test_tokens_do_not_depend_on_arrivals_company_and_cancellations(params, seed
     """Random requests come and go; those that stay get what each gets alone."""
     rng = np.random.default_rng(seed)
     shared = rng.integers(0, VOCAB, 20).tolist()
-    busy = engine(params, slots=4, length=48)
+    busy = engine(params)
     scheduler, asked, got, cancelled = Scheduler(busy), {}, {}, set()
     while len(asked) < 14 or not scheduler.done:
         if len(asked) < 14 and rng.random() < 0.5:
@@ -203,7 +204,7 @@ def test_tokens_do_not_depend_on_arrivals_company_and_cancellations(params, seed
             cancelled.add(victim)
         for number, output in scheduler.advance(int(rng.integers(1, 9))).items():
             got[number] = got.get(number, []) + output.tokens
-    alone = engine(params, slots=1, length=48)
+    alone = engine(params, slots=1)
     for number, each in asked.items():
         expected = run(params, [each.tokens], each.sampling, tokens=each.max_new_tokens, seed=each.seed, within=alone)[
             0
@@ -212,19 +213,32 @@ def test_tokens_do_not_depend_on_arrivals_company_and_cancellations(params, seed
         assert found == (expected[: len(found)] if number in cancelled else expected)
 
 
+def test_a_common_bos_costs_no_slot_its_cache(params):
+    two = engine(params, slots=2)
+    run(params, [list(range(1, 21))], within=two)
+    assert two.find_slot([1, 50, 51]) == 1
+    assert two.find_slot([*range(1, 19), 50]) == 0
+
+
 def test_the_number_of_programs_is_bounded(params):
-    """P x C + D x C + 2 programs, with P prompt, D row and C cache buckets, for any workload."""
-    context = dataclasses.replace(CONFIG, context_length=4096)
-    long = engine(params, slots=4, length=4096, model=Transformer(context, MODEL.dtype))
+    """P x C + D x C + 2 programs, with P prompt, D row and C cache buckets, for any workload and any settings."""
+
+    def compiled() -> int:
+        of_jit: Any = (programs.create, programs.place, programs.prefill, programs.decode)
+        return sum(program._cache_size() for program in of_jit)
+
+    before, context = compiled(), dataclasses.replace(CONFIG, context_length=2048)
+    long = engine(params, slots=4, length=2048, model=Transformer(context, MODEL.dtype))
     rng = np.random.default_rng(0)
-    for size in (1, 17, 40, 600, 3000, 17):
+    for size in (4, 17, 600, 17):
         run(params, [rng.integers(0, VOCAB, size).tolist() for _ in range(size % 4 + 1)], MIXED[size % 7], within=long)
     prompts, rows, caches = 3 * len({bucket(size, 16) for size in range(1, 513)}), 3, 2
     assert len(long.programs) <= prompts * caches + rows * caches + 2
-    before = len(long.programs)
+    names = list(long.programs)
     for sampling in MIXED:
-        run(params, [PROMPTS[1]], sampling, within=long)
-    assert len(long.programs) <= before + 1
+        run(params, [PROMPTS[1]], sampling, within=long, top_logprobs=len(names) % 3)
+    assert long.programs == names
+    assert compiled() - before == len(names)
 
 
 def test_buckets():
@@ -237,7 +251,7 @@ def test_the_cache_is_donated_and_not_copied(params):
     four = engine(params)
     rows = stacked([IDLE] * 4)
     compiled = programs.decode.lower(
-        MODEL, params, four._state, rows, np.int32(1), np.bool_(False), vocab_size=VOCAB, length=32
+        MODEL, params, four._state, rows, np.int32(1), np.bool_(False), vocab_size=VOCAB, length=48
     ).compile()
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(four._state.cache))
     memory: Any = compiled.memory_analysis()
@@ -273,6 +287,17 @@ def test_what_does_not_fit_is_refused(params):
         Scheduler(full).submit(request([1] * 150, tokens=11))
     with pytest.raises(InputError, match="logit_bias names token 90; the ids are 0 to 89"):
         Scheduler(full).submit(request([1], SamplingConfig(logit_bias=("90:1",))))
+    for token in (-1, 96):
+        with pytest.raises(InputError, match=f"the prompt has token {token}; the ids are 0 to 95"):
+            Scheduler(full).submit(request([1, token]))
+    short = engine(params, length=32)
+    for slide, needed in ((False, 42), (True, 42)):
+        with pytest.raises(InputError, match=f"needs {needed} positions, and the slots have 32"):
+            Scheduler(short).submit(request([1] * 30, slide=slide))
+    with pytest.raises(InputError, match="needs 160 positions, and the slots have 32"):
+        Scheduler(short).submit(request([1], tokens=1000, slide=True))
+    short.grow(1000)
+    assert short.max_length == engine(params, slots=1, length=1000).max_length == 160
     with pytest.raises(InputError, match="max_new_tokens is 0"):
         request([1], tokens=0)
     with pytest.raises(InputError, match="top_logprobs is 21; it must be in 0 to 20"):
@@ -291,22 +316,22 @@ def test_speeds_count_tokens_without_padding(params):
 @pytest.mark.parametrize("sampling", [GREEDY, SamplingConfig(temperature=0, repetition_penalty=1.4)], ids=str)
 @pytest.mark.parametrize("shared", [20, 24, 26], ids=["some", "all but the last", "all"])
 def test_a_free_slot_keeps_what_it_has_read(params, sampling, shared):
-    one, prompt = engine(params, slots=1, length=64), list(range(1, 16))
+    one, prompt = engine(params, slots=1), list(range(1, 16))
     said = prompt + run(params, [prompt], sampling, within=one)[0]
     following = [*said[:shared], 21, 22, 23]
     before = one.speeds.prefill_tokens
     again = run(params, [following], sampling, within=one)
     assert one.speeds.prefill_tokens - before == len(following) - 1 - min(shared, len(said) - 1)
-    assert again == run(params, [following], sampling, within=engine(params, slots=1, length=64))
+    assert again == run(params, [following], sampling, within=engine(params, slots=1))
 
 
 def test_a_common_beginning_is_read_once(params):
-    common = list(range(1, 41))
-    four = engine(params, length=64)
+    common = list(range(1, 31))
+    four = engine(params)
     prompts = [[*common, 50 + row, 60 + row] for row in range(4)]
     rows = run(params, prompts, WARM, within=four)
-    assert four.speeds.prefill_tokens == 41 + 3 * 1
-    assert rows == [run(params, [prompt], WARM, within=engine(params, slots=1, length=64))[0] for prompt in prompts]
+    assert four.speeds.prefill_tokens == 31 + 3 * 1
+    assert rows == [run(params, [prompt], WARM, within=engine(params, slots=1))[0] for prompt in prompts]
 
 
 def test_log_probabilities_are_those_of_the_plain_logits(params):

@@ -235,7 +235,7 @@ def test_sliding_keeps_the_last_half_of_a_full_context(llm):
         assert sample.finish_reason == "stop" or len(sample.tokens) == count
 
 
-def test_progress_counts_the_tokens_of_a_row(llm, monkeypatch):
+def test_progress_counts_the_tokens_of_all_rows(llm, monkeypatch):
     bars = []
 
     def bar(**options):
@@ -243,8 +243,9 @@ def test_progress_counts_the_tokens_of_a_row(llm, monkeypatch):
         return bars[-1]
 
     monkeypatch.setattr(nextllm_jax.inference.llm, "progress_bar", bar)
-    assert llm.generate(["a", "b"], max_new_tokens=20, progress=True) == llm.generate(["a", "b"], max_new_tokens=20)
-    assert [(each.n, each.total) for each in bars] == [(20, 20), (0, 20)]  # the second is disabled
+    prompts = ["a", "b", "c"]
+    assert llm.generate(prompts, max_new_tokens=20, progress=True) == llm.generate(prompts, max_new_tokens=20)
+    assert [(each.n, each.total) for each in bars] == [(60, 60), (0, 60)]  # the second is disabled
 
 
 # (method, its first argument, others, the message)
@@ -267,6 +268,10 @@ WRONG = [
     ("generate", "a", {"temperature": "hot"}, "temperature is 'hot'; it must be float"),
     ("generate", "a", {"repetition_penalty": 1e-46}, "repetition_penalty is 1e-46; it must be between"),
     ("generate", "a", {"repetition_penalty": math.inf}, "repetition_penalty is inf; it must be between"),
+    ("generate", "a", {"top_k": 2**31}, "top_k is 2147483648; it must be in 0 to 2147483647"),
+    ("generate", "a", {"min_new_tokens": 2**31}, "min_new_tokens is 2147483648; it must be in 0 to"),
+    ("generate", "a", {"logit_bias": ("5:1e39",)}, "logit_bias has '5:1e39'; it must be ID:BIAS"),
+    ("generate", "a", {"logit_bias": ("5:-1e39",)}, "logit_bias has '5:-1e39'; it must be ID:BIAS"),
     ("stream", "a", {"chunk_tokens": 0}, "chunk_tokens is 0; it must be positive"),
     ("stream", "a", {"sampling": {"top_k": 1}}, "sampling is {'top_k': 1}; it must be a SamplingConfig"),
     ("score", 5, {}, "text is 5; it must be a string or a list"),
