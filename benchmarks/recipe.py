@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 BEFORE = [
@@ -63,17 +64,20 @@ ROWS: dict[str, list[str]] = {
 }  # fmt: skip
 
 
+def metrics_of(config: str, options: list[str], steps: int, evaluate_every: int) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl of a run of `train.py` in a temporary directory."""
+    with tempfile.TemporaryDirectory() as directory:
+        length = ["--training.steps", str(steps), "--training.evaluate-every-steps", str(evaluate_every)]
+        command = ["train.py", "--config", config, "--workdir", directory, *length, *options]
+        subprocess.run([sys.executable, *command, "--training.sample-tokens", "0"], cwd=ROOT, check=True)
+        return [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
+
+
 def train(options: list[str], seed: int, steps: int) -> dict[str, float]:
     """The bits per byte at half time and at the end of a run, and its seconds of training."""
-    with tempfile.TemporaryDirectory() as directory:
-        if BATCH[0] in options:
-            steps = steps * 8 // int(options[options.index(BATCH[0]) + 1])
-        length = ["--training.steps", str(steps), "--training.evaluate-every-steps", str(steps // 2)]
-        command = ["train.py", "--config", "configs/tiny.py", "--workdir", directory, "--seed", str(seed), *length]
-        subprocess.run(
-            [sys.executable, *command, *BEFORE, *options, "--training.sample-tokens", "0"], cwd=ROOT, check=True
-        )
-        lines = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
+    if BATCH[0] in options:
+        steps = steps * 8 // int(options[options.index(BATCH[0]) + 1])
+    lines = metrics_of("configs/tiny.py", [*BEFORE, "--seed", str(seed), *options], steps, steps // 2)
     validation = [line for line in lines if line["split"] == "validation"]
     speeds = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]
     return {

@@ -83,11 +83,8 @@ def make_our_step(shape: ModelConfig, dtype: str, batch_size: int, length: int) 
     return step
 
 
-def make_transformers_step(
-    shape: ModelConfig, dtype: str, batch_size: int, length: int, compiled: bool = False
-) -> Callable[[], float]:
-    """A function that runs one train step of transformers' Llama (SDPA attention, fused AdamW) and returns the loss."""
-    import torch
+def make_transformers_model(shape: ModelConfig) -> Any:
+    """The Llama of transformers with this shape."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -95,13 +92,22 @@ def make_transformers_step(
         num_hidden_layers=shape.num_layers, num_attention_heads=shape.num_heads, head_dim=shape.head_dim,
         num_key_value_heads=shape.num_kv_heads, tie_word_embeddings=True, use_cache=False,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).train()
+    return LlamaForCausalLM(config).train()
+
+
+def make_transformers_step(
+    shape: ModelConfig, dtype: str, batch_size: int, length: int, compiled: bool = False
+) -> Callable[[], float]:
+    """A function that runs one train step of transformers' Llama (SDPA attention, fused AdamW) and returns the loss."""
+    import torch
+
+    model = make_transformers_model(shape)
     forward = torch.compile(model, dynamic=False) if compiled else model
     return make_torch_step(model, lambda tokens: forward(input_ids=tokens).logits, shape, dtype, batch_size, length)
 
 
-def make_litgpt_step(shape: ModelConfig, dtype: str, batch_size: int, length: int) -> Callable[[], float]:
-    """A function that runs one train step of litgpt's Llama and returns the loss."""
+def make_litgpt_model(shape: ModelConfig, length: int) -> Any:
+    """The Llama of litgpt with this shape."""
     import litgpt  # pyright: ignore[reportMissingImports]
 
     config = litgpt.Config(
@@ -110,8 +116,14 @@ def make_litgpt_step(shape: ModelConfig, dtype: str, batch_size: int, length: in
         intermediate_size=shape.mlp_dim, mlp_class_name="LLaMAMLP", norm_class_name="RMSNorm", bias=False,
         parallel_residual=False, rotary_percentage=1.0, block_size=length,
     )  # fmt: skip
-    model = litgpt.GPT(config)
+    model: Any = litgpt.GPT(config)
     model.transformer.wte.weight = model.lm_head.weight
+    return model
+
+
+def make_litgpt_step(shape: ModelConfig, dtype: str, batch_size: int, length: int) -> Callable[[], float]:
+    """A function that runs one train step of litgpt's Llama and returns the loss."""
+    model = make_litgpt_model(shape, length)
     return make_torch_step(model, model, shape, dtype, batch_size, length)
 
 
