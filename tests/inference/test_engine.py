@@ -213,6 +213,15 @@ def test_tokens_do_not_depend_on_arrivals_company_and_cancellations(params, seed
         assert found == (expected[: len(found)] if number in cancelled else expected)
 
 
+def test_prefill_of_rows_that_stay_together_is_bounded(params, monkeypatch):
+    prompts = [[row, *range(30)] for row in range(3)]
+    expected = run(params, prompts)
+    monkeypatch.setattr("nextllm_jax.inference.engine.PREFILL_TOKENS", 64)
+    together = engine(params, row_buckets=(4,))
+    assert run(params, prompts, within=together) == expected
+    assert [name[:20] for name in together.programs if "prefill" in name] == ["prefill of 4 x 16 to"]
+
+
 def test_a_common_bos_costs_no_slot_its_cache(params):
     two = engine(params, slots=2)
     run(params, [list(range(1, 21))], within=two)

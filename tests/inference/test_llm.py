@@ -217,7 +217,7 @@ def test_bad_requests_are_refused(llm, monkeypatch):
 
 def test_sliding_keeps_the_last_half_of_a_full_context(llm):
     """A loop over whole windows without a cache, and one random key for each position of the whole text."""
-    prompts, seed, count = ["x", "ab" * 20, "c" * 48, "d" * 100], 3, 60
+    prompts, seed, count = ["ab" * 20, "c" * 48, "d" * 100], 3, 40
     settings = SamplingConfig(temperature=1.0, repetition_penalty=1.3)
     samples = llm.generate(
         prompts, max_new_tokens=count, seed=seed, temperature=1.0, repetition_penalty=1.3, slide=True, progress=True
@@ -243,9 +243,8 @@ def test_progress_counts_the_tokens_of_all_rows(llm, monkeypatch):
         return bars[-1]
 
     monkeypatch.setattr(nextllm_jax.inference.llm, "progress_bar", bar)
-    prompts = ["a", "b", "c"]
-    assert llm.generate(prompts, max_new_tokens=20, progress=True) == llm.generate(prompts, max_new_tokens=20)
-    assert [(each.n, each.total) for each in bars] == [(60, 60), (0, 60)]  # the second is disabled
+    assert llm.generate(["ab", ""], max_new_tokens=12, progress=True) == llm.generate(["ab", ""], max_new_tokens=12)
+    assert [(each.n, each.total) for each in bars] == [(24, 24), (0, 24)]  # the second is disabled
 
 
 # (method, its first argument, others, the message)
@@ -423,12 +422,11 @@ def test_on_a_mesh_a_model_computes_what_it_does_on_one_device(run_directory, wi
     assert equal(jax.device_get(nextllm_jax.load(without_tokenizer, mesh=mesh).params), jax.device_get(one.params))
 
     tokens_BT = np.arange(60).reshape(3, 20)
-    for rows in (1, 2, 3):  # divided by the devices or not
+    for rows in (1, 3):  # numbers that the mesh does not divide
         np.testing.assert_allclose(loaded.logits(tokens_BT[:rows]), one.logits(tokens_BT[:rows]), atol=1e-4)
     assert loaded.score("some text").nll == pytest.approx(one.score("some text").nll, rel=1e-5)
-    assert loaded.generate(["ab", "c"], max_new_tokens=3) == one.generate(["ab", "c"], max_new_tokens=3)
     prompts = ["ab", "c", "defg"]
-    for settings in ({"temperature": 0.0}, {"temperature": 1.0, "num_samples": 2, "seed": 3}):
+    for settings in ({"temperature": 0.0}, {"temperature": 1.0, "seed": 3}):
         assert loaded.generate(prompts, max_new_tokens=12, **settings) == one.generate(
             prompts, max_new_tokens=12, **settings
         )
