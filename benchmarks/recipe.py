@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 BEFORE = [
     "--optimizer.name", "adamw", "--optimizer.adamw-learning-rate", "None", "--optimizer.learning-rate", "0.005",
     "--optimizer.weight-decay", "0.1", "--optimizer.schedule", "cosine",
-    "--optimizer.final-learning-rate-fraction", "0.02", "--no-model.qk-norm", "--no-model.zero-init-outputs",
+    "--optimizer.final-learning-rate-fraction", "0.02", "--model.no-qk-norm", "--model.no-zero-init-outputs",
 ]  # fmt: skip
 """What `configs/tiny.py` was before this ablation; each row changes it."""
 MUON = ["--optimizer.name", "muon", "--optimizer.learning-rate", "0.008", "--optimizer.adamw-learning-rate", "0.005"]
