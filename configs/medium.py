@@ -19,6 +19,8 @@ def get_config() -> Config:
             head_dim=64,
             context_length=1024,
             remat="dots",
+            qk_norm=True,
+            zero_init_outputs=True,
         ),
         data=DataConfig(
             corpus="hf:HuggingFaceFW/fineweb-edu",
@@ -27,7 +29,13 @@ def get_config() -> Config:
             sequence_length=1024,
             validation_fraction=0.0005,
         ),
-        optimizer=OptimizerConfig(learning_rate=6e-4, warmup_steps=700),
+        optimizer=OptimizerConfig(
+            name="muon",
+            learning_rate=6e-4,
+            warmup_steps=700,
+            schedule="linear",
+            final_learning_rate_fraction=0.0,
+        ),
         training=TrainingConfig(
             steps=20_000,
             global_batch_size=512,
