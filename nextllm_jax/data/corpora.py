@@ -4,11 +4,12 @@ A corpus is the source of Python's standard library, files of text or rows, or a
 are left out.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
 from nextllm_jax.config import DataConfig
@@ -185,16 +186,17 @@ def _text_sections(file: CorpusFile, by_file: bool) -> Iterator[Document]:
         yield Document(text, f"{file.path} section {number + 1}" if number else str(file.path), group)
 
 
-def _row_documents(rows: Iterable[Row], config: DataConfig, skipped: Skipped) -> Iterator[Document]:
-    for row, where in rows:
-        try:
-            if isinstance(row, InputError):
-                raise row
-            document = _row_document(row, config, where)
-        except InputError as error:
-            skipped.add_bad_rows(str(error))
-        else:
-            yield document
+def _row_documents(rows: Generator[Row, None, None], config: DataConfig, skipped: Skipped) -> Iterator[Document]:
+    with contextlib.closing(rows):
+        for row, where in rows:
+            try:
+                if isinstance(row, InputError):
+                    raise row
+                document = _row_document(row, config, where)
+            except InputError as error:
+                skipped.add_bad_rows(str(error))
+            else:
+                yield document
 
 
 def _row_document(row: object, config: DataConfig, where: str) -> Document:

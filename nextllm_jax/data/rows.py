@@ -6,7 +6,7 @@ import decimal
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def missing_field(config: DataConfig, names: Sequence[str]) -> str:
     return f"no field '{field}'; it has {', '.join(names) or 'none'}; set {setting}"
 
 
-def read_rows(file: CorpusFile, config: DataConfig) -> Iterator[Row]:
+def read_rows(file: CorpusFile, config: DataConfig) -> Generator[Row, None, None]:
     """The rows of a file of JSON lines, of a JSON array or of parquet, as a stream.
 
     Raises InputError for a damaged file, and one of READ_ERRORS if it cannot be read.
@@ -87,7 +87,7 @@ def _holds_lines(file: CorpusFile) -> bool:
     return False
 
 
-def _json_lines(file: CorpusFile) -> Iterator[Row]:
+def _json_lines(file: CorpusFile) -> Generator[Row, None, None]:
     with open_text(file, newline="\n") as lines:
         for number, line in enumerate(lines, 1):
             where = f"{file.path} line {number}"
@@ -103,7 +103,7 @@ def _json_lines(file: CorpusFile) -> Iterator[Row]:
             yield row, where
 
 
-def _json_values(file: CorpusFile) -> Iterator[Row]:
+def _json_values(file: CorpusFile) -> Generator[Row, None, None]:
     number = 0
     try:
         with open_text(file) as content:
@@ -115,7 +115,7 @@ def _json_values(file: CorpusFile) -> Iterator[Row]:
         raise InputError(f"{file.path} row {number + 1} is not JSON ({error}); fix the file") from error
 
 
-def _parquet_rows(path: Path, config: DataConfig) -> Iterator[Row]:
+def _parquet_rows(path: Path, config: DataConfig) -> Generator[Row, None, None]:
     field, _ = field_of(config)
     arrow = import_extra("pyarrow", "parquet", f"data.corpus file {path}")
     parquet = import_extra("pyarrow.parquet", "parquet", f"data.corpus file {path}")
@@ -173,7 +173,7 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def huggingface_rows(config: DataConfig) -> Iterator[Row]:
+def huggingface_rows(config: DataConfig) -> Generator[Row, None, None]:
     """The rows of the dataset that `config.corpus` names as hf:NAME. Raises InputError."""
     name = config.corpus.removeprefix("hf:")
     is_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)

@@ -123,10 +123,10 @@ def abstract_state(
 
     Raises InputError if an axis of a parameter cannot be sharded over the mesh.
     """
+    boxed = abstract_params(model.config)
     if lora is None or not lora.rank:
-        state = placed(mesh, jax.eval_shape(lambda: _initial_state(model, optimizer, 0)))
+        state = placed(mesh, jax.eval_shape(functools.partial(_at_start, optimizer), boxed))
     else:
-        boxed = abstract_params(model.config)
         state = jax.eval_shape(lambda: _at_start(optimizer, adapters.create(lora, boxed, jax.random.key(0))))
         frozen = adapters.abstract_frozen(lora, boxed, placed(mesh, boxed))
         state = dataclasses.replace(placed(mesh, state), frozen=adapters.Frozen(frozen, lora.alpha / lora.rank))

@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 
+pytest.importorskip("safetensors", reason="safetensors is missing; install the extra 'interop'")
+
 import nextllm_jax
 from nextllm_jax.cli.convert import export_command, import_command
 from nextllm_jax.cli.text import tokenize_command
