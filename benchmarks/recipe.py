@@ -58,6 +58,8 @@ ROWS: dict[str, list[str]] = {
     "tuned, linear schedule to 0": [*TUNED, *LINEAR],
     "tuned, wsd schedule to 0": [*TUNED, *WSD],
     "tuned, linear schedule to 0, batch 4": [*TUNED, *LINEAR, *BATCH, "4"],
+    "tuned, linear schedule to 0, init_std 0.056": [*TUNED, *LINEAR, "--model.init-std", "0.056"],
+    "adamw, init_std 0.056": ["--model.init-std", "0.056"],
     "tuned, linear schedule to 0, AdamW alone": [
         *LINEAR, "--model.qk-norm", "--optimizer.weight-decay", "0.3", "--optimizer.learning-rate", "0.0025",
     ],
