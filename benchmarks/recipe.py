@@ -18,11 +18,21 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-BEFORE = [
-    "--optimizer.name", "adamw", "--optimizer.adamw-learning-rate", "None", "--optimizer.learning-rate", "0.005",
-    "--optimizer.weight-decay", "0.1", "--optimizer.schedule", "cosine",
-    "--optimizer.final-learning-rate-fraction", "0.02", "--model.no-qk-norm", "--model.no-zero-init-outputs",
-]  # fmt: skip
+
+
+def adamw_options(learning_rate: float, warmup_steps: int, final_fraction: float) -> list[str]:
+    """The options of `train.py` that replace the recipe of a config with plain AdamW and a cosine schedule."""
+    values = {
+        "name": "adamw", "adamw-learning-rate": None, "learning-rate": learning_rate, "warmup-steps": warmup_steps,
+        "schedule": "cosine", "final-learning-rate-fraction": final_fraction, "b1": 0.9, "b2": 0.95,
+        "weight-decay": 0.1, "clip-norm": 1.0,
+    }  # fmt: skip
+    options = [word for name, value in values.items() for word in (f"--optimizer.{name}", str(value))]
+    model = ["--model.no-qk-norm", "--model.no-zero-init-outputs", "--model.logit-soft-cap", "None"]
+    return [*options, "--optimizer.no-decay-embeddings", *model, "--training.ema-decay", "0"]
+
+
+BEFORE = adamw_options(0.005, 50, 0.02)
 """What `configs/tiny.py` was before this ablation; each row changes it."""
 MUON = ["--optimizer.name", "muon", "--optimizer.learning-rate", "0.008", "--optimizer.adamw-learning-rate", "0.005"]
 QK_NORM, ZERO = ["--model.qk-norm"], ["--model.zero-init-outputs"]

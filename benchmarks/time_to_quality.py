@@ -38,7 +38,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from recipe import ROOT, metrics_of
+from recipe import ROOT, adamw_options, metrics_of
 from torch_peers import PeerRun, Point
 
 from nextllm_jax.config import Config
@@ -52,19 +52,6 @@ TRIAL_STEPS = 12
 """A peer trains with the type of the fastest of these trials, each of so many steps."""
 ROWS = 8
 """Times in the table."""
-
-
-def adamw_options(arguments: argparse.Namespace) -> list[str]:
-    """The options of `train.py` that replace the recipe of a config with plain AdamW."""
-    values = {
-        "name": "adamw", "adamw-learning-rate": None, "learning-rate": arguments.learning_rate,
-        "warmup-steps": arguments.warmup_steps, "schedule": "cosine",
-        "final-learning-rate-fraction": arguments.final_fraction, "b1": 0.9, "b2": 0.95, "weight-decay": 0.1,
-        "clip-norm": 1.0,
-    }  # fmt: skip
-    options = [word for name, value in values.items() for word in (f"--optimizer.{name}", str(value))]
-    model = ["--model.no-qk-norm", "--model.no-zero-init-outputs", "--model.logit-soft-cap", "None"]
-    return [*options, "--optimizer.no-decay-embeddings", *model, "--training.ema-decay", "0"]
 
 
 def train_ours(options: list[str], arguments: argparse.Namespace) -> list[Point]:
@@ -133,7 +120,8 @@ def run_side(side: str, arguments: argparse.Namespace) -> tuple[str, list[Point]
         from nextllm_jax.model.transformer import resolve_dtype
 
         dtype = resolve_dtype(load_config_file(arguments.config).model.dtype, "cpu", training=True)
-        return dtype.name, train_ours(adamw_options(arguments) if side == "AdamW" else [], arguments)
+        plain = adamw_options(arguments.learning_rate, arguments.warmup_steps, arguments.final_fraction)
+        return dtype.name, train_ours(plain if side == "AdamW" else [], arguments)
     if not arguments.windows.exists():
         write_windows(load_config_file(arguments.config), max(arguments.steps, TRIAL_STEPS), arguments.windows)
     trials = [(train_peer(side, arguments, dtype, TRIAL_STEPS, TRIAL_STEPS)[-1].seconds, dtype) for dtype in TRIALS]

@@ -43,7 +43,7 @@ class PeerRun:
     config: str
     """File of the config whose model has the shape of the peer's."""
     windows: str
-    """The .npz file with the `Data`, of which the first `steps` batches are used."""
+    """The .npz file with the `Data`. Its first `steps` batches are used."""
     dtype: str
     """float32, or bfloat16 for autocast."""
     steps: int
