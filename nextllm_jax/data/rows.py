@@ -77,7 +77,7 @@ def read_rows(file: CorpusFile, config: DataConfig) -> Generator[Row, None, None
 
 
 def _holds_lines(file: CorpusFile) -> bool:
-    """Whether a .json file has a row in each line, so that one can be bad without the others."""
+    """Whether a .json file has a row in each line. Then a bad row does not make the others unreadable."""
     with open_text(file) as content:
         if content.read(4096).lstrip()[:1] in ("[", ""):
             return False

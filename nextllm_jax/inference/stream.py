@@ -97,11 +97,11 @@ class StopFinder:
 class _Row:
     """The state of one row, from its tokens to a Sample."""
 
-    def __init__(self, prompt: str, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+    def __init__(self, prompt: str, tokenizer: Tokenizer, stops: Sequence[str], *, with_logprobs: bool) -> None:
         self.prompt = prompt
         self.tokens: list[int] = []
         self.text = ""
-        self.logprobs: list[TokenLogprob] = []
+        self.logprobs: list[TokenLogprob] | None = [] if with_logprobs else None
         self.finish_reason: FinishReason | None = None
         self._decoder = IncrementalDecoder(tokenizer)
         self._control = frozenset(tokenizer.special_tokens.values())
@@ -113,7 +113,8 @@ class _Row:
         ends_at = len(output.tokens) - 1 if output.finish_reason == "stop" else None
         for i, token in enumerate(output.tokens):
             self.tokens.append(token)
-            self.logprobs += output.logprobs[i : i + 1]
+            if self.logprobs is not None:
+                self.logprobs.append(output.logprobs[i])
             if i == ends_at:
                 break
             is_control = token in self._control
@@ -128,10 +129,10 @@ class _Row:
         self.text += text
         return text
 
-    def sample(self, *, with_logprobs: bool) -> Sample | None:
+    def sample(self) -> Sample | None:
         if self.finish_reason is None:
             return None
-        return Sample(self.prompt, self.text, self.tokens, self.finish_reason, self.logprobs if with_logprobs else None)
+        return Sample(self.prompt, self.text, self.tokens, self.finish_reason, self.logprobs)
 
 
 class TextStream:
@@ -152,10 +153,14 @@ class TextStream:
         chunk_tokens: int = CHUNK_TOKENS,
     ) -> None:
         self._scheduler = scheduler
-        self._requests = requests
-        self._rows = [_Row(prompt, tokenizer, stop) for prompt in prompts]
+        self._rows = [
+            _Row(prompt, tokenizer, stop, with_logprobs=request.top_logprobs is not None)
+            for prompt, request in zip(prompts, requests, strict=True)
+        ]
         self._numbers = {scheduler.submit(request): row for row, request in enumerate(requests)}
         self._chunk_tokens = chunk_tokens
+        self.max_new = sum(request.max_new_tokens for request in requests)
+        """The `num_new` of rows that all get their maximum number of tokens."""
 
     def __iter__(self) -> Iterator[Piece]:
         try:
@@ -164,7 +169,7 @@ class TextStream:
                     index = self._numbers[number]
                     row = self._rows[index]
                     text = row.push(output)
-                    sample = row.sample(with_logprobs=self._requests[index].top_logprobs is not None)
+                    sample = row.sample()
                     if sample is not None:
                         self._scheduler.cancel(number)
                     if text or sample is not None:
@@ -187,11 +192,6 @@ class TextStream:
     def num_new(self) -> int:
         """Number of new tokens so far, summed over rows."""
         return sum(len(row.tokens) for row in self._rows)
-
-    @property
-    def max_new(self) -> int:
-        """The `num_new` of rows that all get their maximum number of tokens."""
-        return sum(request.max_new_tokens for request in self._requests)
 
     @property
     def speeds(self) -> Speeds:
