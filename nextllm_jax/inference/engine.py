@@ -32,6 +32,10 @@ PREFILL_ROW_TOKENS = 512
 PREFILL_TOKENS = 4096
 """Maximum number of tokens in one call of prefill, summed over its rows; of at least 16 per row if that is more."""
 
+RING_SLACK = 2 * PREFILL_ROW_TOKENS
+"""Positions that layers with a window keep before it: those of a part of a prompt, which are written before its first
+token is processed, and as many that a request may go back to reuse the beginning of another."""
+
 _LEAST_SHARED = 16
 """A common beginning of fewer tokens is not worth a copy, which takes about as long as reading it."""
 
@@ -119,6 +123,7 @@ class Engine:
             None if draft is None else draft.model,
             num_slots=self.num_slots,
             length=self.max_length,
+            ring_slack=RING_SLACK,
             quantize_cache=quantize_cache,
         )
 
@@ -129,7 +134,7 @@ class Engine:
         """
 
         def order(index: int) -> tuple[int, int]:
-            shared = _shared(self._slots[index].cached, tokens)
+            shared = self._reusable(self._slots[index], tokens)
             return (shared if shared >= _LEAST_SHARED else 0), -self._slots[index].used
 
         return max((index for index, slot in enumerate(self._slots) if slot.request is None), key=order, default=None)
@@ -221,8 +226,9 @@ class Engine:
             self._network, self._draft, self._state, self._slot_numbers(rows, B), tokens_BT, start_B, length=length,
         )  # fmt: skip
         self.speeds += Speeds(sum(len(parts[index]) for index in rows), seconds)
-        for index in rows:
+        for row, index in zip(self._places(rows, B), rows, strict=True):
             self._slots[index].cached += parts[index]
+            self._slots[index].written = max(self._slots[index].written, int(start_B[row]) + T)
 
     def _place(self, index: int, waiting: Sequence[int]) -> None:
         """Let a slot begin with what is cached of its tokens, here or in another slot.
@@ -231,7 +237,7 @@ class Engine:
         """
         slot = self._slots[index]
         tokens = slot.tokens[:-1]
-        shared = [_shared(other.cached, tokens) for other in self._slots]
+        shared = [self._reusable(other, tokens) for other in self._slots]
         own, best = shared[index], max(range(self.num_slots), key=shared.__getitem__)
         source, reuse = (index, own) if shared[best] < own + _LEAST_SHARED else (best, shared[best])
         for other in waiting:
@@ -247,6 +253,13 @@ class Engine:
                 self._state, np.int32(index), np.int32(source), counts_V, bias_V,
             )  # fmt: skip
         slot.cached, slot.placed = tokens[:reuse], True
+        slot.written = self._slots[source].written if reuse else 0
+
+    def _reusable(self, slot: Slot, tokens: Sequence[int]) -> int:
+        """How many of the first `tokens` a slot has cached, 0 if a layer with a window has dropped what they need."""
+        shared = _shared(slot.cached, tokens)
+        kept = slot.written <= min(self._state.ring_lengths, default=slot.written)
+        return shared if kept or slot.written <= shared + RING_SLACK else 0
 
     def _decode(
         self, rows: Sequence[int], allowed: Mapping[int, np.ndarray], limit: int, stop_early: bool
@@ -279,6 +292,7 @@ class Engine:
         slot.tokens += tokens
         slot.new_tokens += tokens
         slot.cached = slot.tokens[:-1]
+        slot.written = max(slot.written, len(slot.tokens) + self._draft_tokens)
         if slot.constraint is not None:
             slot.constraint.accept(tokens[0])
         reason = request.finish_reason(slot.new_tokens)

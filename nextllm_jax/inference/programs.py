@@ -46,6 +46,12 @@ class State:
     bias_NV: jax.Array
     """Added to the logits if `Rows.adjusts_B`."""
 
+    @property
+    def ring_lengths(self) -> list[int]:
+        """The numbers of slots of the layers that keep only the last positions."""
+        caches = [self.cache, *([] if self.draft_cache is None else [self.draft_cache])]
+        return [each.num_slots for cache in caches for each in cache.entries if each.num_slots < each.length]
+
     def taken(self, slot_B: jax.Array, length: int) -> "State":
         """The state with the first `length` positions of the slots in its caches; see `KVCache.taken`."""
         return self._with_caches(lambda cache, _: cache.taken(slot_B, length), self)
@@ -67,16 +73,32 @@ class State:
         return self._with_caches(lambda cache, _: cache.grown(length), self)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "draft_model", "num_slots", "length", "quantize_cache"))
+@functools.partial(
+    jax.jit, static_argnames=("model", "draft_model", "num_slots", "length", "quantize_cache", "ring_slack")
+)
 def create(
-    model: Transformer, draft_model: Transformer | None, *, num_slots: int, length: int, quantize_cache: bool = False
+    model: Transformer,
+    draft_model: Transformer | None,
+    *,
+    num_slots: int,
+    length: int,
+    ring_slack: int | None = None,
+    quantize_cache: bool = False,
 ) -> State:
-    """The state of `num_slots` empty slots of `length` positions, with an int8 cache if `quantize_cache` is set."""
+    """The state of `num_slots` empty slots of `length` positions; see `KVCache.create` for `ring_slack`.
+
+    With `quantize_cache`, the cache is int8.
+    """
 
     def cache_of(model: Transformer) -> KVCache:
         dtype = jnp.int8 if quantize_cache else model.dtype
         return KVCache.create(
-            model.config, batch_size=num_slots, length=length, dtype=dtype, scan_layers=model.scan_layers
+            model.config,
+            batch_size=num_slots,
+            length=length,
+            dtype=dtype,
+            scan_layers=model.scan_layers,
+            ring_slack=ring_slack,
         )
 
     zeros_NV = constrain(jnp.zeros((num_slots, model.config.vocab_size)), "batch", "vocab")

@@ -53,6 +53,8 @@ class Slot:
     """Number of tokens before position 0, with `slide`."""
     cached: list[int] = dataclasses.field(default_factory=list)
     """The tokens whose keys and values are in the cache."""
+    written: int = 0
+    """All positions of the cache that were written since it was last read from the beginning are less than this."""
     placed: bool = False
     """Whether the cache and the settings on the devices are those of the request."""
     used: int = 0

@@ -1,11 +1,11 @@
 """The key-value cache, an immutable value that is passed to the model and returned by it.
 
-Slot s of a row holds position s of that row. A query at position p sees the slots s <= p, so no mask is stored. Padding
-of a right-padded prompt leaves garbage in the slots after the prompt. Each of these is overwritten before any query can
-see it.
+A row holds its position p in slot p, or in slot p % S of a ring of S slots. A query at position p sees its own position
+and earlier ones, so no mask is stored. Padding of a right-padded prompt leaves garbage in the slots after the prompt.
+Each of these is overwritten before any query can see it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -26,81 +26,138 @@ class LayerCache(NamedTuple):
 
 
 @flax.struct.dataclass
-class KVCache:
-    """Keys and values: one array [L, B, K, S, H] for all layers, or one array [1, B, K, S, H] per layer.
+class Entries:
+    """The keys and values of L layers, and in an int8 cache their float32 scales, one for each position and head.
 
-    A scan over layers needs the single array. Without a scan, separate arrays are updated in place; a single array
-    would be copied for each layer. S comes after K, so attention needs no transpose.
-
-    An int8 cache also has scales, float32 [L or 1, B, K, S]: one for each key and each value of a head.
+    If `length`, the number of positions, exceeds S, the S slots are a ring.
     """
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
-    key_scales: tuple[jax.Array, ...] = ()
-    value_scales: tuple[jax.Array, ...] = ()
+    k_LBKSH: jax.Array
+    v_LBKSH: jax.Array
+    k_scale_LBKS: jax.Array | None
+    v_scale_LBKS: jax.Array | None
+    length: int = flax.struct.field(pytree_node=False)
+    ring_length: int | None = flax.struct.field(pytree_node=False)
+    """The most slots that the layers need, if they have a window."""
+
+    @classmethod
+    def create(cls, shape: tuple[int, ...], dtype: Any, ring_length: int | None) -> "Entries":
+        """Empty entries of the shape [L, B, K, length, H]."""
+        L, B, K, length, H = shape
+        slots = (L, B, K, length if ring_length is None else min(length, ring_length))
+        k_LBKSH, v_LBKSH = (_sharded(jnp.zeros((*slots, H), dtype)) for _ in range(2))
+        is_int8 = jnp.dtype(dtype) == jnp.int8
+        k_scale_LBKS, v_scale_LBKS = (_sharded(jnp.zeros(slots, jnp.float32)) if is_int8 else None for _ in range(2))
+        return cls(k_LBKSH, v_LBKSH, k_scale_LBKS, v_scale_LBKS, length, ring_length)
+
+    @property
+    def num_slots(self) -> int:
+        """S, the number of slots of a row."""
+        return self.k_LBKSH.shape[3]
+
+    def with_length(self, length: int, change: Callable[..., jax.Array], *others: "Entries") -> "Entries":
+        """The entries with each array changed, given those of `others` too, for `length` positions."""
+        arrays = [[each.k_LBKSH, each.v_LBKSH, each.k_scale_LBKS, each.v_scale_LBKS] for each in (self, *others)]
+        changed = [None if each[0] is None else change(*each) for each in zip(*arrays, strict=True)]
+        return Entries(*changed, length, self.ring_length)  # pyright: ignore[reportArgumentType]
+
+    def slots_of(self, positions_BT: jax.Array) -> jax.Array:
+        """The slots of positions; those past the end have one that does not exist."""
+        if self.num_slots == self.length:
+            return positions_BT
+        return jnp.where(positions_BT < self.length, positions_BT % self.num_slots, self.num_slots)
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values: the `Entries` of all layers together, or those of each layer.
+
+    A scan over layers needs them together. Without a scan, separate arrays are updated in place; a single array would
+    be copied for each layer. S comes after K, so attention needs no transpose.
+    """
+
+    entries: tuple[Entries, ...]
 
     @classmethod
     def create(
-        cls, config: ModelConfig, *, batch_size: int, length: int, dtype: Any, scan_layers: bool = True
+        cls,
+        config: ModelConfig,
+        *,
+        batch_size: int,
+        length: int,
+        dtype: Any,
+        scan_layers: bool = True,
+        ring_slack: int | None = None,
     ) -> "KVCache":
-        """An empty cache for `batch_size` rows of at most `length` positions. `scan_layers` as in the Transformer."""
-        parts, layers = (1, config.num_layers) if scan_layers else (config.num_layers, 1)
-        shape = (layers, batch_size, config.num_kv_heads, length, config.head_dim)
+        """An empty cache for `batch_size` rows of at most `length` positions. `scan_layers` as in the Transformer.
 
-        def arrays(shape: tuple[int, ...], dtype: Any) -> tuple[jax.Array, ...]:
-            return tuple(_sharded(jnp.zeros(shape, dtype)) for _ in range(parts))
+        With `ring_slack`, a layer with a window keeps only that many positions more than its window, if layers have
+        entries of their own. A call must then write fewer than `ring_slack` positions per row.
+        """
+        shape = (batch_size, config.num_kv_heads, length, config.head_dim)
+        if scan_layers:
+            return cls((Entries.create((config.num_layers, *shape), dtype, None),))
 
-        cache = cls(arrays(shape, dtype), arrays(shape, dtype))
-        if jnp.dtype(dtype) != jnp.int8:
-            return cache
-        return cache.replace(  # pyright: ignore[reportAttributeAccessIssue]
-            key_scales=arrays(shape[:-1], jnp.float32), value_scales=arrays(shape[:-1], jnp.float32)
-        )
+        def ring_length(layer: int) -> int | None:
+            kind, window = config.layer_pattern[layer % len(config.layer_pattern)], config.sliding_window
+            return None if kind != "local" or window is None or ring_slack is None else window + ring_slack
+
+        return cls(tuple(Entries.create((1, *shape), dtype, ring_length(i)) for i in range(config.num_layers)))
 
     @property
     def num_rows(self) -> int:
         """Number of rows."""
-        return self.keys[0].shape[1]
+        return self.entries[0].k_LBKSH.shape[1]
 
     @property
     def length(self) -> int:
         """Number of positions that a row can hold."""
-        return self.keys[0].shape[3]
+        return self.entries[0].length
 
     def split(self) -> list["KVCache"]:
-        """A cache for each layer; for a cache with one array per layer."""
-        fields = [self.keys, self.values, self.key_scales, self.value_scales]
-        return [KVCache(*(arrays[i : i + 1] for arrays in fields)) for i in range(len(self.keys))]
+        """A cache for each layer; for a cache with entries for each layer."""
+        return [KVCache((each,)) for each in self.entries]
 
     @classmethod
     def joined(cls, parts: Sequence["KVCache"]) -> "KVCache":
         """The cache of all layers, from the caches that `split` returned."""
-        return jax.tree.map(lambda *arrays: sum(arrays, ()), *parts, is_leaf=_is_arrays)
+        return cls(tuple(each for part in parts for each in part.entries))
 
     def grown(self, length: int) -> "KVCache":
         """The cache with slots for at least `length` positions."""
-        if length <= self.length:
-            return self
-        more = length - self.length
-        return jax.tree.map(lambda x: jnp.pad(x, [(0, more if axis == 3 else 0) for axis in range(x.ndim)]), self)
+
+        def grow(entries: Entries) -> Entries:
+            needed = length if entries.ring_length is None else min(length, entries.ring_length)
+            more = needed - entries.num_slots
+            return entries.with_length(
+                length, lambda x: jnp.pad(x, [(0, more if axis == 3 else 0) for axis in range(x.ndim)])
+            )
+
+        return self if length <= self.length else KVCache(tuple(map(grow, self.entries)))
 
     def taken(self, slot_B: jax.Array, length: int) -> "KVCache":
         """The first `length` positions of the rows `slot_B`. An index past the end gives the last row.
 
         If `slot_B` has as many indices as the cache has rows, they must be all rows in order.
         """
-        if len(slot_B) == self.num_rows:
-            return self if length == self.length else jax.tree.map(lambda x: x[:, :, :, :length], self)
-        return jax.tree.map(lambda x: _sharded(x.at[:, slot_B, :, :length].get(mode="clip")), self)
+        if len(slot_B) < self.num_rows:
+            take = lambda x: _sharded(x.at[:, slot_B, :, :length].get(mode="clip"))  # noqa: E731
+        elif length < self.length:
+            take = lambda x: x[:, :, :, :length]  # noqa: E731
+        else:
+            return self
+        return KVCache(tuple(entries.with_length(length, take) for entries in self.entries))
 
     def put(self, slot_B: jax.Array, part: "KVCache") -> "KVCache":
         """The cache with the result of `taken` written back. Rows with an index past the end are dropped."""
-        if len(slot_B) == self.num_rows:
-            if part.length == self.length:
-                return part
-            return jax.tree.map(lambda x, new: x.at[:, :, :, : part.length].set(new), self, part)
-        return jax.tree.map(lambda x, new: x.at[:, slot_B, :, : part.length].set(new, mode="drop"), self, part)
+        if len(slot_B) < self.num_rows:
+            put = lambda x, new: x.at[:, slot_B, :, : new.shape[3]].set(new, mode="drop")  # noqa: E731
+        elif part.length < self.length:
+            put = lambda x, new: x.at[:, :, :, : new.shape[3]].set(new)  # noqa: E731
+        else:
+            return part
+        pairs = zip(self.entries, part.entries, strict=True)
+        return KVCache(tuple(whole.with_length(self.length, put, new) for whole, new in pairs))
 
     def copied(self, source: jax.Array, target: jax.Array) -> "KVCache":
         """The cache with row `target` replaced by row `source`."""
@@ -114,35 +171,32 @@ class KVCache:
     def write(self, layer: jax.Array | int, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array) -> "KVCache":
         """The cache with a layer's keys and values written at `positions_BT`. Positions past the end are dropped."""
         part, index = self._location(layer)
-        rows_BT = jnp.broadcast_to(jnp.arange(k_BTKH.shape[0])[:, None], positions_BT.shape)
+        entries = self.entries[part]
+        new = Entries(k_BTKH, v_BTKH, None, None, 0, None)
+        if entries.k_scale_LBKS is not None:
+            (k_BTKH, k_scale_BTK), (v_BTKH, v_scale_BTK) = _quantized(k_BTKH), _quantized(v_BTKH)
+            new = Entries(k_BTKH, v_BTKH, k_scale_BTK, v_scale_BTK, 0, None)
+        # The heads are indices too. With a window over them, a TPU would want another layout than attention reads, and
+        # copy the cache between the two.
+        B, _, K, _ = k_BTKH.shape
+        row_B11, head_11K = jnp.arange(B)[:, None, None], jnp.arange(K)[None, None]
+        place = (jnp.full_like(row_B11, index), row_B11, head_11K, entries.slots_of(positions_BT)[..., None])
 
-        def written(arrays: tuple[jax.Array, ...], new: jax.Array) -> tuple[jax.Array, ...]:
-            old = arrays[part]
-            heads_K = jnp.arange(new.shape[2], dtype=jnp.int32)[None, None]
-            slots = old.at[
-                jnp.full_like(positions_BT, index)[..., None], rows_BT[..., None], heads_K, positions_BT[..., None]
-            ]
-            return (*arrays[:part], _sharded(slots.set(new.astype(old.dtype), mode="drop")), *arrays[part + 1 :])
+        def set_(x: jax.Array, new: jax.Array) -> jax.Array:
+            return _sharded(x.at[place].set(new.astype(x.dtype), mode="drop"))
 
-        if not self.key_scales:
-            return KVCache(written(self.keys, k_BTKH), written(self.values, v_BTKH))
-        (k_BTKH, k_scale_BTK), (v_BTKH, v_scale_BTK) = _quantized(k_BTKH), _quantized(v_BTKH)
-        return KVCache(
-            written(self.keys, k_BTKH),
-            written(self.values, v_BTKH),
-            written(self.key_scales, k_scale_BTK),
-            written(self.value_scales, v_scale_BTK),
-        )
+        written = entries.with_length(entries.length, set_, new)
+        return KVCache((*self.entries[:part], written, *self.entries[part + 1 :]))
 
     def view(self, layer: jax.Array | int) -> LayerCache:
         """A layer's keys and values."""
         part, index = self._location(layer)
-        arrays = [each[part] for each in (self.keys, self.values, self.key_scales, self.value_scales) if each]
+        arrays = jax.tree.leaves(self.entries[part])
         return LayerCache(*(jax.lax.dynamic_index_in_dim(array, index, keepdims=False) for array in arrays))
 
     def _location(self, layer: Any) -> tuple[int, jax.Array | int]:
-        """(number of the array that holds a layer, the layer's index in it)."""
-        return (0, layer) if len(self.keys) == 1 else (layer, 0)
+        """(number of the entries that hold a layer, the layer's index in them)."""
+        return (0, layer) if len(self.entries) == 1 else (layer, 0)
 
 
 def _sharded(x: jax.Array) -> jax.Array:
@@ -155,7 +209,3 @@ def _quantized(x_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_BTKH = x_BTKH.astype(jnp.float32)
     scale_BTK = jnp.maximum(jnp.max(jnp.abs(x_BTKH), axis=-1) / 127, jnp.finfo(jnp.float32).tiny)
     return jnp.round(x_BTKH / scale_BTK[..., None]), scale_BTK
-
-
-def _is_arrays(x: Any) -> bool:
-    return isinstance(x, tuple)

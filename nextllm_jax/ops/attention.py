@@ -50,9 +50,9 @@ def cached_attention(
 ) -> jax.Array:
     """Attention output [B, T, N, H] of queries at absolute positions over the slots of a cache, in q's dtype.
 
-    A query at position p sees slot s if s <= p and p - s < window (if given). The other slots may hold any finite
-    values. Scale, soft cap and softmax are as in `causal_attention`. The keys and values of an int8 cache are
-    multiplied by `k_scale_BKS` and `v_scale_BKS`.
+    Position p is in slot p % S. A query at position p sees position s if 0 <= s <= p and p - s < window (if given). The
+    other slots may hold any finite values. Scale, soft cap and softmax are as in `causal_attention`. The keys and values
+    of an int8 cache are multiplied by `k_scale_BKS` and `v_scale_BKS`.
     """
     rule = LogitsRule.of(q_BTNH.shape[-1], window, scale, soft_cap)
     q_BKGTH = jnp.einsum("BTKGH->BKGTH", group(q_BTNH, k_BKSH.shape[1]))
@@ -60,8 +60,10 @@ def cached_attention(
     if k_scale_BKS is not None:
         products_BKGTS *= k_scale_BKS[:, :, None, None]
     logits_BKGTS = rule.logits(products_BKGTS)
-    distance_BTS = positions_BT[:, :, None] - jnp.arange(k_BKSH.shape[2])[None, None, :]
-    visible_BTS = visible(distance_BTS, window)
+    S = k_BKSH.shape[2]
+    distance_BTS = (positions_BT % S)[:, :, None] - jnp.arange(S)[None, None, :]
+    distance_BTS = jnp.where(distance_BTS < 0, distance_BTS + S, distance_BTS)
+    visible_BTS = visible(distance_BTS, window) & (distance_BTS <= positions_BT[:, :, None])
     weights_BKGTS = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], logits_BKGTS, MASKED), axis=-1)
     if v_scale_BKS is not None:
         weights_BKGTS *= v_scale_BKS[:, :, None, None]

@@ -16,10 +16,11 @@ from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError
 from nextllm_jax.hardware import Chip
 from nextllm_jax.inference.decode import decode
+from nextllm_jax.inference.engine import RING_SLACK
 from nextllm_jax.inference.load import decoding_model
 from nextllm_jax.inference.programs import Network, create, prefill
 from nextllm_jax.inference.slot import IDLE, stacked
-from nextllm_jax.model.accounting import flops_per_token, kv_cache_bytes
+from nextllm_jax.model.accounting import flops_per_token
 from nextllm_jax.model.transformer import Transformer, resolve_dtype
 from nextllm_jax.plan.collectives import Collective, Traffic, collectives
 from nextllm_jax.plan.compile import Compiled, compile_lowered
@@ -92,12 +93,6 @@ def plan_decoding(
     parameter_bytes = bytes_on_device(params)
     # Only the rows of the tokens are read from the embedding, unless it is tied to the head.
     read_bytes = parameter_bytes - (0 if config.model.tie_embeddings else bytes_on_device(params["embed"]))
-    cache_bytes = kv_cache_bytes(
-        model.config,
-        batch_size=request.batch_size,
-        length=request.cache_length,
-        bytes_per_value=1 if request.quantize_cache else dtype.itemsize,
-    )
 
     def phase(compiled: Compiled, tokens_per_row: int) -> Phase:
         """The phase of a program that processes `tokens_per_row` tokens and reads the matrices and the cache once."""
@@ -111,6 +106,7 @@ def plan_decoding(
 
     with jax.set_mesh(mesh):
         state = _compile_state(model, request)
+        cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache))
         first = _compile_prefill(model, params, state, mesh, request)
         second = _compile_decode(model, params, state, mesh, request) if first.hlo else None
     return DecodingPlan(
@@ -161,7 +157,7 @@ def _array(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
 
 def _compile_state(model: Transformer, request: Request) -> Any:
     """The abstract state of slots for the request."""
-    size = {"num_slots": request.batch_size, "length": request.cache_length}
+    size = {"num_slots": request.batch_size, "length": request.cache_length, "ring_slack": RING_SLACK}
     lowered = create.lower(model, None, **size, quantize_cache=request.quantize_cache)
     return jax.tree.map(
         lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),

@@ -222,6 +222,48 @@ def test_prefill_of_rows_that_stay_together_is_bounded(params, monkeypatch):
     assert [name[:20] for name in together.programs if "prefill" in name] == ["prefill of 4 x 16 to"]
 
 
+@pytest.fixture
+def small_rings(monkeypatch):
+    """Prompts in parts of 16 tokens, and 16 more positions to go back: a window of 12 is a ring of 44 slots."""
+    monkeypatch.setattr("nextllm_jax.inference.engine.PREFILL_ROW_TOKENS", 16)
+    monkeypatch.setattr("nextllm_jax.inference.engine.RING_SLACK", 32)
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 3])
+def test_layers_with_a_window_keep_only_a_ring(params, small_rings, draft_tokens):
+    """Prompts and texts that go around the ring, and beginnings that are reused or no longer there, in 3 slots."""
+    unrolled, weights = Transformer(CONFIG, MODEL.dtype, scan_layers=False), unstack_layers(CONFIG, params)
+    ring = engine(weights, slots=3, length=160, model=unrolled, draft_tokens=draft_tokens)
+    assert [each.num_slots for each in ring._state.cache.entries] == [44, 160]
+    whole = engine(params, slots=3, length=160)
+    rng = np.random.default_rng(0)
+    long = rng.integers(0, VOCAB, 130).tolist()
+    prompts = [long[:130], long[:120] + [1, 2], long[:60], long[:100], [5], long[:58] + [3], long[:130]]
+    read = []
+    for each in (ring, whole):
+        scheduler = Scheduler(each)
+        for i, prompt in enumerate(prompts):
+            scheduler.submit(request(prompt, WARM if i % 2 else GREEDY, tokens=30, seed=i))
+        read.append([output.tokens for output in outputs(scheduler, 7).values()])
+    assert read[0] == read[1]
+    assert ring.speeds.prefill_tokens > whole.speeds.prefill_tokens  # some beginnings were no longer there
+    assert ring.speeds.prefill_tokens < sum(map(len, prompts)) - len(prompts)  # and some were
+
+
+def test_a_ring_grows_from_a_whole_cache(params, small_rings):
+    unrolled, weights = Transformer(CONFIG, MODEL.dtype, scan_layers=False), unstack_layers(CONFIG, params)
+    ring = engine(weights, slots=1, length=32, model=unrolled)
+    said = run(params, [[1, 2, 3]], WARM, within=ring)[0]
+    ring.grow(160)
+    assert [each.num_slots for each in ring._state.cache.entries] == [44, 160]
+    prompt = [1, 2, 3, *said]
+    more = {"tokens": 100, "within": ring}
+    assert run(params, [prompt], WARM, **more) == run(
+        params, [prompt], WARM, tokens=100, within=engine(params, length=160)
+    )
+    assert ring.speeds.prefill_tokens == 2
+
+
 def test_a_common_bos_costs_no_slot_its_cache(params):
     two = engine(params, slots=2)
     run(params, [list(range(1, 21))], within=two)
@@ -287,7 +329,7 @@ def test_sharded_parameters_give_the_same_tokens(params):
 def test_unstacked_layers_give_the_same_tokens(params):
     unrolled = Transformer(CONFIG, MODEL.dtype, scan_layers=False)
     one_by_one = engine(unstack_layers(CONFIG, params), model=unrolled)
-    assert len(one_by_one._state.cache.keys) == CONFIG.num_layers  # one array per layer, which is updated in place
+    assert len(one_by_one._state.cache.entries) == CONFIG.num_layers  # one array per layer, which is updated in place
     assert run(params, PROMPTS, WARM, within=one_by_one) == run(params, PROMPTS, WARM)
 
 

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from nextllm_jax.config import ModelConfig, OptimizerConfig
-from nextllm_jax.model.accounting import flops_per_token, kv_cache_bytes, parameter_count, update_flops
-from nextllm_jax.model.kv_cache import KVCache
+from nextllm_jax.model.accounting import flops_per_token, parameter_count, update_flops
 from nextllm_jax.model.transformer import Transformer
 from tests import reference
 
@@ -74,13 +73,3 @@ def test_the_products_of_an_update() -> None:
     products = sum(2 * m * m * n + 2 * m**3 + 2 * m * m * n for m, n in map(sorted, shapes))
     assert update_flops(config, OptimizerConfig(name="muon")) == 5 * config.num_layers * products
     assert update_flops(config, OptimizerConfig()) == 0
-
-
-def test_kv_cache_bytes_are_those_of_the_cache() -> None:
-    config = make_config("plain")
-    create = functools.partial(KVCache.create, config, batch_size=3, length=10, dtype=jnp.bfloat16)
-    expected = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(create)))
-    assert kv_cache_bytes(config, batch_size=3, length=10, bytes_per_value=2) == expected
-    int8 = jax.eval_shape(functools.partial(KVCache.create, config, batch_size=3, length=10, dtype=jnp.int8))
-    expected = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(int8))
-    assert kv_cache_bytes(config, batch_size=3, length=10, bytes_per_value=1) == expected

@@ -1,11 +1,15 @@
 """The cache as a value: what is written is what is seen, and nothing else changes."""
 
+import dataclasses
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from nextllm_jax.config import ModelConfig
 from nextllm_jax.model.kv_cache import KVCache
+from nextllm_jax.ops.attention import cached_attention
 
 CONFIG = ModelConfig(num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4)
 
@@ -14,7 +18,7 @@ CONFIG = ModelConfig(num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4)
 def test_a_new_cache_is_empty_and_says_its_length(scan_layers: bool, shapes: list[tuple[int, ...]]) -> None:
     cache = KVCache.create(CONFIG, batch_size=2, length=5, dtype=jnp.bfloat16, scan_layers=scan_layers)
     assert cache.length == 5
-    for arrays in (cache.keys, cache.values):
+    for arrays in ([each.k_LBKSH for each in cache.entries], [each.v_LBKSH for each in cache.entries]):
         assert [array.shape for array in arrays] == shapes
         assert all(array.dtype == jnp.bfloat16 and not np.any(array) for array in arrays)
 
@@ -25,8 +29,8 @@ def test_a_write_reaches_its_layer_row_and_position_and_is_dropped_past_the_end(
     k_BTKH, v_BTKH = np.random.default_rng(0).standard_normal((2, 2, 2, 2, 4)).astype(np.float32)
     written = cache.write(1, jnp.asarray(k_BTKH), jnp.asarray(v_BTKH), jnp.asarray([[1, 2], [4, 5]], jnp.int32))
     for new_BTKH, after, view in (
-        (k_BTKH, written.keys, written.view(1)[0]),
-        (v_BTKH, written.values, written.view(1)[1]),
+        (k_BTKH, [each.k_LBKSH for each in written.entries], written.view(1)[0]),
+        (v_BTKH, [each.v_LBKSH for each in written.entries], written.view(1)[1]),
     ):
         expected_LBSKH = np.zeros((3, 2, 5, 2, 4), np.float32)
         expected_LBSKH[1, 0, 1:3] = new_BTKH[0]
@@ -34,7 +38,7 @@ def test_a_write_reaches_its_layer_row_and_position_and_is_dropped_past_the_end(
         expected_LBKSH = expected_LBSKH.swapaxes(2, 3)
         np.testing.assert_array_equal(np.concatenate(after), expected_LBKSH)
         np.testing.assert_array_equal(view, expected_LBKSH[1])
-    assert not np.any(cache.keys[0])
+    assert not np.any(cache.entries[0].k_LBKSH)
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
@@ -57,5 +61,28 @@ def test_an_int8_cache_returns_values_within_half_a_step(scan_layers: bool) -> N
             assert np.all(np.abs(found_BSKH[row, position] - new_BTKH[row, t]) <= 0.501 * step_K[:, None])
         assert not np.any(found_BSKH[:, [0, 4]])
     again = KVCache.joined(written.split()) if not scan_layers else written
-    assert again.taken(jnp.asarray([1], jnp.int32), 4).value_scales[0].shape[1:] == (1, 2, 4)
-    assert again.grown(9).key_scales[0].shape[1:] == (2, 2, 9)
+    assert again.taken(jnp.asarray([1], jnp.int32), 4).entries[0].v_scale_LBKS.shape[1:] == (1, 2, 4)
+    assert again.grown(9).entries[0].k_scale_LBKS.shape[1:] == (2, 2, 9)
+
+
+@pytest.mark.parametrize("slots", [20, 17])
+def test_a_ring_attends_to_the_same_window(slots: int) -> None:
+    """Keys and values written 4 positions at a time, of which the window of 12 needs the last 12 + 3."""
+    config = dataclasses.replace(CONFIG, num_layers=1, layer_pattern=("local",), sliding_window=12)
+    new = functools.partial(KVCache.create, config, batch_size=1, length=64, dtype=jnp.float32, scan_layers=False)
+    whole, ring = new(), new(ring_slack=slots - 12)
+    assert ring.entries[0].num_slots == slots
+    rng = np.random.default_rng(0)
+    for start in range(0, 60, 4):
+        q_BTNH, k_BTKH, v_BTKH = (jnp.asarray(rng.standard_normal((1, 4, n, 4)), jnp.float32) for n in (4, 2, 2))
+        positions_BT = jnp.arange(start, start + 4, dtype=jnp.int32)[None]
+        found = []
+        for cache in (whole, ring):
+            written = cache.write(0, k_BTKH, v_BTKH, positions_BT)
+            found.append((written, cached_attention(q_BTNH, *written.view(0), positions_BT=positions_BT, window=12)))
+        (whole, expected_BTNH), (ring, actual_BTNH) = found
+        np.testing.assert_allclose(actual_BTNH, expected_BTNH, atol=1e-6)
+    assert (
+        ring.write(0, k_BTKH, v_BTKH, jnp.full((1, 4), 64, jnp.int32)).entries[0].k_LBKSH.tolist()
+        == ring.entries[0].k_LBKSH.tolist()
+    )

@@ -99,7 +99,7 @@ def test_a_tpu_updates_the_cache_in_place_and_gathers_no_weights(four_tpus) -> N
     target = Target("v5e:2x2", four_tpus[0].device_kind, chip(four_tpus[0].device_kind), 4, list(four_tpus))
     config = dataclasses.replace(CONFIG, model=WIDE, mesh=MeshConfig(data=1, tensor=4))
     with jax.default_matmul_precision("default"):
-        plan = plan_decoding(config, target, Request(batch_size=16, prompt_tokens=2000, new_tokens=48))
+        plan = plan_decoding(config, target, Request(batch_size=16, prompt_tokens=16, new_tokens=2032))
     layer_size = 16 * 1 * 2048 * 128  # keys of a layer on a device
     copies = [
         instruction.shapes.split("[")[1].split("]")[0]
