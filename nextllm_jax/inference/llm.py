@@ -16,9 +16,9 @@ from nextllm_jax.errors import InputError
 from nextllm_jax.inference.buckets import bucket
 from nextllm_jax.inference.engine import Engine, require_length
 from nextllm_jax.inference.programs import CHUNK_TOKENS
-from nextllm_jax.inference.request import Request
+from nextllm_jax.inference.request import MAX_TOP_LOGPROBS, Request, TokenLogprob
 from nextllm_jax.inference.scheduler import Scheduler
-from nextllm_jax.inference.score import Score, check_windows, encode, score_documents
+from nextllm_jax.inference.score import Score, check_windows, encode, prompt_scores, score_documents
 from nextllm_jax.inference.stream import Sample, TextStream
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.progress import progress_bar
@@ -324,6 +324,22 @@ class LLM:
                 progress=progress,
             )
         return scores[0] if isinstance(text, str) else scores
+
+    def prompt_logprobs(self, tokens: Sequence[int], *, top: int = 0) -> list[TokenLogprob]:
+        """The log probability of each token but the first, and of the `top` most likely tokens at its position.
+
+        They are those of `score`. Raises InputError for ids that do not exist, if there are more than the context, or
+        if `top` is not in 0 to MAX_TOP_LOGPROBS.
+        """
+        count, last = len(tokens), self.config.vocab_size - 1
+        require(count > 0, "there are no tokens; give at least one")
+        require(count <= self.config.context_length, f"{count} tokens exceed the model's context; pass fewer")
+        require(min(tokens) >= 0 and max(tokens) <= last, f"token ids must be in 0 to {last}")
+        require(0 <= top <= MAX_TOP_LOGPROBS, f"top is {top}; it must be in 0 to {MAX_TOP_LOGPROBS}")
+        if count == 1:
+            return []
+        with on_mesh(self.mesh):
+            return prompt_scores(self.model, self.params, tokens, top=top, vocab_size=self.tokenizer.vocab_size)
 
 
 @functools.partial(jax.jit, static_argnames=("model",))

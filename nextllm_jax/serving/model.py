@@ -1,0 +1,144 @@
+"""`ServedModel`: a model with its name, its worker, and what turns the bodies of requests into rows for the engine."""
+
+import dataclasses
+import functools
+import threading
+import time
+from collections.abc import Sequence
+
+from nextllm_jax.config import MeshConfig
+from nextllm_jax.errors import InputError
+from nextllm_jax.inference.llm import LLM
+from nextllm_jax.inference.load import load
+from nextllm_jax.inference.request import Request
+from nextllm_jax.serving.errors import ApiError
+from nextllm_jax.serving.metrics import Metrics
+from nextllm_jax.serving.protocol import ChatBody, ChatMessage, CompletionBody, GenerationBody, TokenizeBody
+from nextllm_jax.serving.worker import Worker
+from nextllm_jax.tokenizer.chat import ChatTemplate, Tools
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row to generate: sample `index % n` of the prompt `index // n`."""
+
+    index: int
+    prompt: str
+    request: Request
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ServedModel:
+    """A model that a server has by a name."""
+
+    name: str
+    llm: LLM
+    worker: Worker
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, repr=False)
+
+    def completion_rows(self, body: CompletionBody) -> list[Row]:
+        """The rows of /v1/completions. Raises ApiError or InputError if the model cannot process them."""
+        tokenizer = self.llm.tokenizer
+        rows = []
+        for prompt in body.prompt:
+            is_text = isinstance(prompt, str)
+            tokens = tokenizer.encode_prompt(prompt) if is_text else prompt
+            text = prompt if is_text else tokenizer.decode(prompt)
+            rows += self._rows(body, tokens, text, max(1, body.max_tokens), body.logprobs, len(rows))
+        return rows
+
+    def chat_rows(self, body: ChatBody) -> list[Row]:
+        """The rows of /v1/chat/completions. Raises ApiError or InputError if the model cannot process them."""
+        tools = body.tools if body.tool_choice == "auto" else None
+        tokens = self.encode_chat(body.messages, tools)
+        most = body.max_completion_tokens or body.max_tokens or max(1, self.worker.max_length - len(tokens))
+        return self._rows(body, tokens, "", most, body.top_logprobs if body.logprobs else None, 0)
+
+    def tokenize(self, body: TokenizeBody) -> list[int]:
+        """The ids of a prompt or a chat. A prompt that is the spelling of a special token is that token."""
+        tokenizer = self.llm.tokenizer
+        if body.messages is not None:
+            return self.encode_chat(body.messages, body.tools)
+        text = body.prompt or ""
+        if text in tokenizer.special_tokens:
+            return [tokenizer.special_tokens[text]]
+        return tokenizer.encode_prompt(text) if body.add_special_tokens else tokenizer.encode(text)
+
+    def encode_chat(self, messages: Sequence[ChatMessage], tools: Tools) -> list[int]:
+        """The ids of a chat up to the start of the answer. Raises ApiError or InputError if the template refuses it."""
+        template = self._template
+        if tools and template.ignores("tools"):
+            raise ApiError(400, f"the chat template of {self.name} reads no tools; leave them out", param="tools")
+        with self._lock:  # a template keeps the marks of the chat that it renders
+            return template.encode([message.message() for message in messages], tools=tools or None)
+
+    @functools.cached_property
+    def _template(self) -> ChatTemplate:
+        try:
+            return ChatTemplate(self.llm.tokenizer)
+        except InputError as error:
+            raise ApiError(400, f"{self.name} answers no chats: {error}", param="model") from error
+
+    def _rows(
+        self,
+        body: GenerationBody,
+        tokens: Sequence[int],
+        text: str,
+        max_new_tokens: int,
+        top_logprobs: int | None,
+        first: int,
+    ) -> list[Row]:
+        """The rows of one prompt, numbered from `first`."""
+        longest = self.worker.max_length
+        if len(tokens) + max_new_tokens > longest:
+            raise ApiError(
+                400,
+                f"the prompt has {len(tokens)} tokens, and with {max_new_tokens} new ones exceeds the {longest} of a "
+                "slot; shorten it, or lower max_tokens",
+                param="messages" if isinstance(body, ChatBody) else "prompt",
+                code="context_length_exceeded",
+            )
+        if first + body.n > self.worker.max_rows:
+            raise ApiError(
+                400, f"the prompts and n give over {self.worker.max_rows} rows, more than the server takes", param="n"
+            )
+        sampling, stop_ids = body.sampling(), tuple(self.llm.tokenizer.stop_ids)
+        rows = [
+            Row(
+                first + sample,
+                text,
+                Request(
+                    tokens=tokens,
+                    max_new_tokens=max_new_tokens,
+                    sampling=sampling,
+                    seed=body.seed,
+                    sample=sample,
+                    stop_ids=stop_ids,
+                    top_logprobs=top_logprobs,
+                ),
+            )
+            for sample in range(body.n)
+        ]
+        self.worker.check(rows[0].request)
+        return rows
+
+
+def load_served(
+    name: str,
+    path: str,
+    *,
+    dtype: str | None,
+    quantize: str,
+    mesh: MeshConfig | None,
+    num_slots: int,
+    max_length: int,
+    max_waiting: int,
+    metrics: Metrics,
+) -> ServedModel:
+    """The model of a path, with a worker. Raises InputError as `load` does, and if the model has no tokenizer."""
+    llm = load(path, dtype=dtype, quantize=quantize, mesh=mesh)
+    worker = Worker(
+        llm, num_slots=num_slots, max_length=max_length, max_waiting=max_waiting, metrics=metrics.of_model(name)
+    )
+    return ServedModel(name, llm, worker)
