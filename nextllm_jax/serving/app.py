@@ -119,7 +119,7 @@ class Service:
 
     def _require_key(self, request: Request) -> None:
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        matches = [hmac.compare_digest(given.encode(), key) for key in self._keys]
+        matches = [hmac.compare_digest(given.encode("latin-1"), key) for key in self._keys]
         if self._keys and not (scheme.lower() == "bearer" and any(matches)):
             raise ApiError(
                 401,

@@ -30,7 +30,7 @@ TEMPLATE = """{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}
 {%- for call in m.tool_calls or [] %}{{ call.function.arguments.items() | list }}{% endfor %}
 {{- '<|im_end|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-SLOTS, LENGTH, WAITING = 4, 160, 4
+SLOTS, LENGTH, WAITING = 4, 240, 8
 
 
 def make_llm(template: str | None = TEMPLATE) -> LLM:
