@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import operator
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference import programs
 from nextllm_jax.inference.buckets import bucket, bucket_of, cache_lengths, powers_of_two
-from nextllm_jax.inference.programs import CHUNK_TOKENS, Rows
+from nextllm_jax.inference.decode import CHUNK_TOKENS, Rows, decode
+from nextllm_jax.inference.programs import Network
 from nextllm_jax.inference.request import Output, Request, TokenLogprob
 from nextllm_jax.inference.slot import IDLE, Slot, stacked
 from nextllm_jax.model.transformer import Transformer
@@ -73,6 +74,9 @@ class Engine:
     Ids from `vocab_size` on are never sampled. A call of `step` decodes all slots, or a number of rows in the ascending
     `row_buckets`; None: powers of two. Runs on `mesh`; None: on the mesh that the caller has set, or on the parameters'
     device. If the mesh shards the rows, the number of slots is rounded up and all are decoded.
+
+    With `draft_tokens`, each step verifies that many guesses of the next tokens, from the model `draft` or, without
+    one, from the tokens of the row. This changes the speed, and not the tokens. The two models must share their ids.
     """
 
     def __init__(
@@ -84,10 +88,14 @@ class Engine:
         max_length: int,
         vocab_size: int,
         row_buckets: tuple[int, ...] | None = None,
+        draft_tokens: int = 0,
+        draft: Network | None = None,
         mesh: Mesh | None = None,
     ) -> None:
-        self._model, self._params, self._mesh, self._vocab_size = model, params, mesh, vocab_size
+        self._network, self._mesh, self._vocab_size = Network(model, params), mesh, vocab_size
+        self._draft_tokens, self._draft = draft_tokens, draft
         self._context_length = model.config.context_length
+        self._words = -(-model.config.vocab_size // 32)
         with on_mesh(mesh):
             self.num_slots = padded_size(num_slots, "batch")
             is_sharded = padded_size(1, "batch") > 1
@@ -105,6 +113,7 @@ class Engine:
             f"{self.num_slots} slots of {self.max_length}",
             programs.create,
             model,
+            None if draft is None else draft.model,
             num_slots=self.num_slots,
             length=self.max_length,
         )
@@ -131,7 +140,7 @@ class Engine:
         for token in request.sampling.biases:
             if token >= self._vocab_size:
                 raise InputError(f"logit_bias names token {token}; the ids are 0 to {self._vocab_size - 1}")
-        last = self._model.config.vocab_size - 1
+        last = self._network.model.config.vocab_size - 1
         if wrong := [token for token in request.tokens if not 0 <= token <= last]:
             raise InputError(f"the prompt has token {wrong[0]}; the ids are 0 to {last}")
         if not request.slide:
@@ -150,6 +159,7 @@ class Engine:
         if place.request is not None:
             raise ValueError(f"slot {slot} is in use")
         place.request, place.tokens, place.new_tokens = request, list(request.tokens), []
+        place.constraint = None if request.constraint is None else request.constraint()
         place.dropped, place.placed, place.used = 0, False, self._calls
         place.slide(self._context_length)
         place.prompt = list(place.tokens)
@@ -162,7 +172,7 @@ class Engine:
         """Enlarge all slots to `max_length`, or to the context if that is less. What is cached stays."""
         max_length = min(max_length, self._context_length)
         if max_length > self.max_length:
-            self._state = dataclasses.replace(self._state, cache=self._state.cache.grown(max_length))
+            self._state = self._state.grown(max_length)
             self._lengths, self.max_length = cache_lengths(max_length), max_length
 
     def step(self, limit: int = CHUNK_TOKENS, *, stop_early: bool = False) -> dict[int, Output]:
@@ -175,7 +185,13 @@ class Engine:
         while any(slot.reads for slot in self._slots) and not any(slot.decodes for slot in self._slots):
             self._read_prompts()
         rows = [index for index, slot in enumerate(self._slots) if slot.decodes]
-        return self._decode(rows, limit, stop_early) if rows else {}
+        slots = {index: self._slots[index] for index in rows}
+        allowed = {index: slot.allowed(self._words) for index, slot in slots.items() if slot.constraint is not None}
+        ended = {index: Output([], "stop", []) for index, allowed_W in allowed.items() if not allowed_W.any()}
+        for index in ended:
+            self.free(index)
+        rows = [index for index in rows if index not in ended]
+        return ended | (self._decode(rows, allowed, limit, stop_early) if rows else {})
 
     def _read_prompts(self) -> None:
         """Read the next tokens of some of the prompts."""
@@ -201,7 +217,7 @@ class Engine:
         length = self._length(len(self._slots[index].cached) + len(parts[index]) for index in rows)
         self._state, seconds = self._run(
             f"prefill of {B} x {T} tokens for {length} of {self.max_length}", programs.prefill,
-            self._model, self._params, self._state, self._slot_numbers(rows, B), tokens_BT, start_B, length=length,
+            self._network, self._draft, self._state, self._slot_numbers(rows, B), tokens_BT, start_B, length=length,
         )  # fmt: skip
         self.speeds += Speeds(sum(len(parts[index]) for index in rows), seconds)
         for index in rows:
@@ -224,33 +240,36 @@ class Engine:
                 return
         assert slot.request is not None
         if source != index or slot.request.sampling.adjusts_logits:
-            counts_V, bias_V = slot.adjustments(self._model.config.vocab_size)
+            counts_V, bias_V = slot.adjustments(self._network.model.config.vocab_size)
             self._state, _ = self._run(
                 f"a request in slots of {self.max_length}", programs.place,
                 self._state, np.int32(index), np.int32(source), counts_V, bias_V,
             )  # fmt: skip
         slot.cached, slot.placed = tokens[:reuse], True
 
-    def _decode(self, rows: Sequence[int], limit: int, stop_early: bool) -> dict[int, Output]:
+    def _decode(
+        self, rows: Sequence[int], allowed: Mapping[int, np.ndarray], limit: int, stop_early: bool
+    ) -> dict[int, Output]:
+        """Decode the slots `rows`; one token of each if some of them are constrained to `allowed` tokens."""
         slots = [self._slots[index] for index in rows]
-        limit = min(limit, CHUNK_TOKENS)
+        limit = 1 if allowed else min(limit, CHUNK_TOKENS)
         length = self._length(len(slot.tokens) - 1 + min(limit, slot.remaining(self._context_length)) for slot in slots)
-        batch = self._rows(rows, length)
+        batch = self._rows(rows, length, allowed)
         (self._state, decoded), seconds = self._run(
-            f"decoding of {len(batch.token_B)} rows for {length} of {self.max_length}", programs.decode,
-            self._model, self._params, self._state, batch, np.int32(limit), np.bool_(stop_early),
-            vocab_size=self._vocab_size, length=length,
+            f"decoding of {len(batch[0].token_B)} rows for {length} of {self.max_length}", decode,
+            self._network, self._draft, self._state, *batch, np.int32(limit), np.bool_(stop_early),
+            vocab_size=self._vocab_size, length=length, draft_tokens=self._draft_tokens,
         )  # fmt: skip
         with_logprobs = any(slot.request is not None and slot.request.top_logprobs is not None for slot in slots)
-        token_BC, *logprobs = (to_host(x) for x in (decoded if with_logprobs else decoded[:1]))
+        token_BC, *others = (to_host(x) for x in (decoded if with_logprobs else decoded[:2]))
         outputs = {
-            index: self._take(self._slots[index], token_BC[row], [each[row] for each in logprobs])
+            index: self._take(self._slots[index], token_BC[row], *(each[row] for each in others))
             for index, row in zip(rows, self._places(rows, len(token_BC)), strict=True)
         }
         self.speeds += Speeds(0, 0.0, sum(len(output.tokens) for output in outputs.values()), seconds)
         return outputs
 
-    def _take(self, slot: Slot, token_C: np.ndarray, logprobs: Sequence[np.ndarray]) -> Output:
+    def _take(self, slot: Slot, token_C: np.ndarray, accepted: np.ndarray, *logprobs: np.ndarray) -> Output:
         """Add the new tokens of a row to its slot; what they are, and whether the request ends."""
         request = slot.request
         assert request is not None
@@ -259,12 +278,14 @@ class Engine:
         slot.tokens += tokens
         slot.new_tokens += tokens
         slot.cached = slot.tokens[:-1]
+        if slot.constraint is not None:
+            slot.constraint.accept(tokens[0])
         reason = request.finish_reason(slot.new_tokens)
         if reason is not None:
             slot.request = None
         elif request.slide:
             slot.slide(self._context_length)
-        return Output(tokens, reason, [] if K is None else _logprobs(tokens, K, *logprobs))
+        return Output(tokens, reason, [] if K is None else _logprobs(tokens, K, *logprobs), int(accepted))
 
     def _length(self, lengths: Iterable[int]) -> int:
         """Positions of the cache that rows of these lengths need."""
@@ -280,12 +301,22 @@ class Engine:
         """Where the slots `rows` are in a batch of B rows."""
         return rows if self.num_slots == B else range(len(rows))
 
-    def _rows(self, rows: Sequence[int], length: int) -> Rows:
+    def _rows(
+        self, rows: Sequence[int], length: int, allowed: Mapping[int, np.ndarray]
+    ) -> tuple[Rows, np.ndarray, np.ndarray | None]:
+        """The arguments of `decode` for the slots `rows`: their settings, allowed tokens and history."""
         B = bucket_of(len(rows), self._row_buckets)
-        batch = [IDLE._replace(position_B=length)] * B
+        batch = [IDLE] * B
+        allowed_BW = np.zeros((B, self._words), np.uint32)
+        history_BS = np.full((B, length), -1, np.int32) if self._draft_tokens and self._draft is None else None
         for row, index in zip(self._places(rows, B), rows, strict=True):
-            batch[row] = self._slots[index].row(self._context_length)
-        return stacked(batch)._replace(slot_B=self._slot_numbers(rows, B))
+            slot = self._slots[index]
+            batch[row] = slot.row(self._context_length)
+            if index in allowed:
+                allowed_BW[row] = allowed[index]
+            if history_BS is not None:
+                history_BS[row, : len(slot.tokens)] = slot.tokens
+        return stacked(batch)._replace(slot_B=self._slot_numbers(rows, B)), allowed_BW, history_BS
 
     def _run(self, name: str, program: Any, *arguments: Any, **static: Any) -> tuple[Any, float]:
         """The result of a program, and its seconds without compilation. `name` tells it from all others."""

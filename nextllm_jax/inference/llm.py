@@ -14,8 +14,8 @@ from nextllm_jax.config import ModelConfig, SamplingConfig
 from nextllm_jax.config.checks import require, require_integer, require_text, stop_strings
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.buckets import bucket
+from nextllm_jax.inference.decode import CHUNK_TOKENS
 from nextllm_jax.inference.engine import Engine, require_length
-from nextllm_jax.inference.programs import CHUNK_TOKENS
 from nextllm_jax.inference.request import MAX_TOP_LOGPROBS, Request, TokenLogprob
 from nextllm_jax.inference.scheduler import Scheduler
 from nextllm_jax.inference.score import Score, check_windows, encode, prompt_scores, score_documents

@@ -1,8 +1,10 @@
 """A request to continue tokens, and what the engine returns for it."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
+
+import numpy as np
 
 from nextllm_jax.config import SamplingConfig
 from nextllm_jax.config.checks import require, require_integer, require_seed
@@ -11,6 +13,16 @@ FinishReason = Literal["stop", "length"]
 
 MAX_STOP_IDS = 16
 MAX_TOP_LOGPROBS = 20
+
+
+class Constraint(Protocol):
+    """Which tokens a text may continue with, such as those of a grammar; one for each text."""
+
+    def fill(self, allowed_W: np.ndarray) -> None:
+        """Set the bits of the tokens that may follow, uint32 [ceil(V / 32)], the lowest bit first."""
+
+    def accept(self, token: int) -> None:
+        """Continue the text with a token."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +44,8 @@ class Request:
     """Ids that end the text, at most MAX_STOP_IDS."""
     top_logprobs: int | None = None
     """Return the log probability of each new token, and of this many most likely tokens; None: no log probabilities."""
+    constraint: Callable[[], Constraint] | None = None
+    """Creates what restricts the new tokens; None: any token may follow."""
     slide: bool = False
     """Continue beyond the context C: whenever the tokens exceed C, only the last C // 2 are kept and read again."""
 
@@ -77,6 +91,9 @@ class Output:
 
     tokens: list[int]
     finish_reason: FinishReason | None
-    """None: more tokens follow. stop: the last token is one of the stop_ids. length: max_new_tokens are reached."""
+    """None: more tokens follow. stop: the last token is one of the stop_ids, or no token is allowed to follow. length:
+    max_new_tokens are reached."""
     logprobs: list[TokenLogprob]
     """One for each token if the request asks for them, otherwise empty."""
+    accepted: int = 0
+    """Number of the tokens that were drafted."""

@@ -33,9 +33,16 @@ class Penalties(NamedTuple):
     frequency_B: Any
 
 
-def mask_padding(logits_BV: jax.Array, vocab_size: int) -> jax.Array:
-    """The logits, with -inf for ids from the tokenizer's `vocab_size` on, which only pad the embedding."""
-    return jnp.where(jnp.arange(logits_BV.shape[-1])[None] < vocab_size, logits_BV, -jnp.inf)
+def mask_padding(logits: jax.Array, vocab_size: int) -> jax.Array:
+    """The logits [..., V], with -inf for ids from the tokenizer's `vocab_size` on, which only pad the embedding."""
+    return jnp.where(jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) < vocab_size, logits, -jnp.inf)
+
+
+def only_allowed(logits_BV: jax.Array, allowed_BW: jax.Array) -> jax.Array:
+    """The logits of the tokens whose bit is set in `allowed_BW`, uint32 [B, ceil(V / 32)], the lowest bit first."""
+    bits_BW32 = (allowed_BW[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None]) & 1
+    bits_BV = bits_BW32.reshape(len(allowed_BW), -1)[:, : logits_BV.shape[-1]]
+    return jnp.where(bits_BV == 1, logits_BV, -jnp.inf)
 
 
 def penalized(logits_BV: jax.Array, in_prompt_BV: jax.Array, counts_BV: jax.Array, penalties: Penalties) -> jax.Array:

@@ -2,8 +2,8 @@
 
 import collections
 
+from nextllm_jax.inference.decode import CHUNK_TOKENS
 from nextllm_jax.inference.engine import Engine
-from nextllm_jax.inference.programs import CHUNK_TOKENS
 from nextllm_jax.inference.request import Output, Request
 
 

@@ -1,13 +1,14 @@
 """`Slot`: what the host keeps of a slot of the engine, and its row in the arrays of a program."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
-from nextllm_jax.inference.programs import Rows
-from nextllm_jax.inference.request import MAX_STOP_IDS, Request
+from nextllm_jax.inference.decode import Rows
+from nextllm_jax.inference.request import MAX_STOP_IDS, Constraint, Request
 from nextllm_jax.inference.sampling import Penalties, Settings
 
 IDLE = Rows(
@@ -23,6 +24,7 @@ IDLE = Rows(
     dropped_B=np.int32(0),
     adjusts_B=np.bool_(False),
     logprobs_B=np.bool_(False),
+    constrained_B=np.bool_(False),
     settings=Settings(np.float32(0), np.int32(1), np.float32(1), np.float32(0)),
     penalties=Penalties(np.float32(1), np.float32(0), np.float32(0)),
 )
@@ -40,6 +42,8 @@ class Slot:
 
     request: Request | None = None
     """None: the slot is free."""
+    constraint: Constraint | None = None
+    """What the next tokens of the request may be; None: any."""
     tokens: list[int] = dataclasses.field(default_factory=list)
     """The tokens of the row from position 0 on. All but the last are cached before it is decoded."""
     prompt: list[int] = dataclasses.field(default_factory=list)
@@ -92,6 +96,20 @@ class Slot:
             bias_V[token] = bias
         return counts_V, bias_V
 
+    def allowed(self, num_words: int) -> np.ndarray:
+        """The tokens that a constrained row may get, as bits, uint32 [num_words]; neither banned nor too early."""
+        assert self.request is not None
+        assert self.constraint is not None
+        sampling = self.request.sampling
+        banned = [token for token, bias in sampling.biases.items() if bias == -math.inf]
+        if len(self.new_tokens) < sampling.min_new_tokens:
+            banned += self.request.stop_ids
+        allowed_W = np.zeros(num_words, np.uint32)
+        self.constraint.fill(allowed_W)
+        for token in banned:
+            allowed_W[token // 32] &= ~np.uint32(1 << token % 32)
+        return allowed_W
+
     def row(self, context_length: int) -> Rows:
         """The row of the slot's request, without the axis B; `slot_B` is not set."""
         request = self.request
@@ -110,6 +128,7 @@ class Slot:
             dropped_B=self.dropped,
             adjusts_B=sampling.adjusts_logits,
             logprobs_B=request.top_logprobs is not None,
+            constrained_B=self.constraint is not None,
             settings=Settings(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p),
             penalties=Penalties(sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty),
         )

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from nextllm_jax.inference.decode import CHUNK_TOKENS
 from nextllm_jax.inference.engine import Speeds
-from nextllm_jax.inference.programs import CHUNK_TOKENS
 from nextllm_jax.inference.request import FinishReason, Output, Request, TokenLogprob
 from nextllm_jax.inference.scheduler import Scheduler
 from nextllm_jax.tokenizer.tokenizer import IncrementalDecoder, Tokenizer

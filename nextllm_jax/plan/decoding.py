@@ -15,8 +15,9 @@ from nextllm_jax.config import Config
 from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError
 from nextllm_jax.hardware import Chip
+from nextllm_jax.inference.decode import decode
 from nextllm_jax.inference.load import decoding_model
-from nextllm_jax.inference.programs import create, decode, prefill
+from nextllm_jax.inference.programs import Network, create, prefill
 from nextllm_jax.inference.slot import IDLE, stacked
 from nextllm_jax.model.accounting import flops_per_token, kv_cache_bytes
 from nextllm_jax.model.transformer import Transformer, resolve_dtype
@@ -159,7 +160,7 @@ def _array(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
 
 def _compile_state(model: Transformer, request: Request) -> Any:
     """The abstract state of slots for the request."""
-    lowered = create.lower(model, num_slots=request.batch_size, length=request.cache_length)
+    lowered = create.lower(model, None, num_slots=request.batch_size, length=request.cache_length)
     return jax.tree.map(
         lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
         lowered.out_info,
@@ -170,12 +171,15 @@ def _compile_state(model: Transformer, request: Request) -> Any:
 def _compile_prefill(model: Transformer, params: Any, state: Any, mesh: Mesh, request: Request) -> Compiled:
     B, T = request.batch_size, request.prompt_tokens
     arguments = _array(mesh, jnp.int32, B), _array(mesh, jnp.int32, B, T), _array(mesh, jnp.int32, B)
-    return compile_lowered(prefill.lower(model, params, state, *arguments, length=request.cache_length), "prefill")
+    lowered = prefill.lower(Network(model, params), None, state, *arguments, length=request.cache_length)
+    return compile_lowered(lowered, "prefill")
 
 
 def _compile_decode(model: Transformer, params: Any, state: Any, mesh: Mesh, request: Request) -> Compiled:
     """The compiled decode loop. It counts as one iteration, since its trip count is known only at run time."""
     rows = jax.tree.map(lambda x: _array(mesh, x.dtype, *x.shape), stacked([IDLE] * request.batch_size))
+    allowed_BW = _array(mesh, jnp.uint32, request.batch_size, -(-model.config.vocab_size // 32))
     limits = _array(mesh, jnp.int32), _array(mesh, jnp.bool_)
     static = {"vocab_size": model.config.vocab_size, "length": request.cache_length}
-    return compile_lowered(decode.lower(model, params, state, rows, *limits, **static), "decode step")
+    lowered = decode.lower(Network(model, params), None, state, rows, allowed_BW, None, *limits, **static)
+    return compile_lowered(lowered, "decode step")

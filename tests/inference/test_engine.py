@@ -13,8 +13,8 @@ from nextllm_jax.config import MeshConfig, ModelConfig, SamplingConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference import programs
 from nextllm_jax.inference.buckets import bucket
+from nextllm_jax.inference.decode import CHUNK_TOKENS, decode
 from nextllm_jax.inference.engine import Engine
-from nextllm_jax.inference.programs import CHUNK_TOKENS
 from nextllm_jax.inference.request import Output, Request
 from nextllm_jax.inference.scheduler import Scheduler
 from nextllm_jax.inference.slot import IDLE, stacked
@@ -233,7 +233,7 @@ def test_the_number_of_programs_is_bounded(params):
     """P x C + D x C + 2 programs, with P prompt, D row and C cache buckets, for any workload and any settings."""
 
     def compiled() -> int:
-        of_jit: Any = (programs.create, programs.place, programs.prefill, programs.decode)
+        of_jit: Any = (programs.create, programs.place, programs.prefill, decode)
         return sum(program._cache_size() for program in of_jit)
 
     before, context = compiled(), dataclasses.replace(CONFIG, context_length=2048)
@@ -259,9 +259,11 @@ def test_buckets():
 def test_the_cache_is_donated_and_not_copied(params):
     four = engine(params)
     rows = stacked([IDLE] * 4)
-    compiled = programs.decode.lower(
-        MODEL, params, four._state, rows, np.int32(1), np.bool_(False), vocab_size=VOCAB, length=48
-    ).compile()
+    allowed_BW = np.zeros((4, 3), np.uint32)
+    compiled = decode.lower(
+        programs.Network(MODEL, params), None, four._state, rows, allowed_BW, None, np.int32(1), np.bool_(False),
+        vocab_size=VOCAB, length=48,
+    ).compile()  # fmt: skip
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(four._state.cache))
     memory: Any = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cache_bytes
@@ -277,9 +279,9 @@ def test_sharded_parameters_give_the_same_tokens(params):
     shardings = tree_shardings(mesh, jax.eval_shape(MODEL.init, jax.random.key(0), tokens_BT, tokens_BT))["params"]
     with jax.set_mesh(mesh):
         sharded = jax.device_put(params, shardings)
-        before = programs.decode._cache_size()  # pyright: ignore[reportFunctionMemberAccess]
+        before = decode._cache_size()  # pyright: ignore[reportFunctionMemberAccess]
         assert run(sharded, PROMPTS[:3], limit=8, within=engine(sharded, slots=3)) == expected
-        assert programs.decode._cache_size() - before <= 2  # pyright: ignore[reportFunctionMemberAccess]
+        assert decode._cache_size() - before <= 2  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def test_unstacked_layers_give_the_same_tokens(params):

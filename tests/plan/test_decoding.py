@@ -13,8 +13,9 @@ from nextllm_jax.config import MeshConfig
 from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError
 from nextllm_jax.hardware import chip
+from nextllm_jax.inference.decode import decode
 from nextllm_jax.inference.load import decoding_model
-from nextllm_jax.inference.programs import create, decode
+from nextllm_jax.inference.programs import Network, create
 from nextllm_jax.inference.slot import IDLE, stacked
 from nextllm_jax.model.quantize import is_quantized
 from nextllm_jax.plan import hlo
@@ -130,9 +131,11 @@ def test_a_gpu_converts_quantized_matrices_at_the_product(scheme) -> None:
     """The decode step, lowered for CUDA: each matrix stays an argument of small integers, with one use converted."""
     place = functools.partial(on_device, device=jax.devices()[0])
     model, params = decoding_model(CONFIG.model, np.dtype("bfloat16"), place, Quantization(scheme=scheme))
-    state = jax.eval_shape(functools.partial(create, model, num_slots=4, length=32))
+    state = jax.eval_shape(functools.partial(create, model, None, num_slots=4, length=32))
     limits = np.int32(1), np.bool_(False)
-    traced = decode.trace(model, params, state, stacked([IDLE] * 4), *limits, vocab_size=512, length=32)
+    rows, allowed_BW = stacked([IDLE] * 4), np.zeros((4, 16), np.uint32)
+    network = Network(model, params)
+    traced = decode.trace(network, None, state, rows, allowed_BW, None, *limits, vocab_size=512, length=32)
     lines = traced.lower(lowering_platforms=("cuda",)).as_text().splitlines()
     kind = {"int8": "i8", "int4": "i4"}[scheme]
     num_quantized = sum(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized)))
