@@ -87,26 +87,25 @@ def serve_command(argv: list[str]) -> int:
         raise missing_package("nextllm serve needs", error, "nextllm_jax[serve]") from error
 
     use_compilation_cache()
-    sock = bind(arguments.host, arguments.port)
     metrics = Metrics()
-    models = {
-        name: load_served(
-            name,
-            path,
-            dtype=arguments.dtype,
-            quantize=arguments.quantize,
-            mesh=None if arguments.mesh == MeshConfig() else arguments.mesh,
-            num_slots=arguments.num_slots,
-            max_length=arguments.max_length,
-            max_waiting=arguments.max_waiting,
-            metrics=metrics,
-        )
-        for name, path in paths.items()
-    }
     limits = Limits(body_bytes=arguments.max_body_bytes, seconds=arguments.request_seconds)
-    service = Service(models, metrics=metrics, limits=limits, keys=keys)
-    _log.info("serving %s at %s", ", ".join(models), url(sock))
-    serve(service, sock, drain_seconds=arguments.drain_seconds)
+    with bind(arguments.host, arguments.port) as sock:
+        models = {
+            name: load_served(
+                name,
+                path,
+                dtype=arguments.dtype,
+                quantize=arguments.quantize,
+                mesh=None if arguments.mesh == MeshConfig() else arguments.mesh,
+                num_slots=arguments.num_slots,
+                max_length=arguments.max_length,
+                max_waiting=arguments.max_waiting,
+                metrics=metrics,
+            )
+            for name, path in paths.items()
+        }
+        _log.info("serving %s at %s", ", ".join(models), url(sock))
+        serve(Service(models, metrics=metrics, limits=limits, keys=keys), sock, drain_seconds=arguments.drain_seconds)
     for model in models.values():
         model.worker.close(_EXIT_SECONDS)
     return 0

@@ -19,16 +19,18 @@ _log = logging.getLogger(__name__)
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket at the address, which nobody can connect to yet. Raises InputError if it is not free."""
-    try:
-        (family, _, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_SECONDS * 1000)
-        sock.bind(address)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"--host {host} --port {port} cannot be used ({reason}); choose others") from error
+    with contextlib.ExitStack() as stack:
+        try:
+            (family, _, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            sock = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_SECONDS * 1000)
+            sock.bind(address)
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(f"--host {host} --port {port} cannot be used ({reason}); choose others") from error
+        stack.pop_all()
     return sock
 
 

@@ -2,17 +2,20 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from nextllm_jax.config import ModelConfig
 from nextllm_jax.inference.llm import LLM
 from nextllm_jax.model.transformer import Transformer
+from nextllm_jax.pretrained import convert
 from nextllm_jax.serving.app import Limits, Service
 from nextllm_jax.serving.metrics import Metrics
 from nextllm_jax.serving.model import ServedModel
@@ -21,8 +24,8 @@ from nextllm_jax.tokenizer.backends import ByteBPE
 from nextllm_jax.tokenizer.tokenizer import Roles, Tokenizer
 
 CONFIG = ModelConfig(
-    vocab_size=264, num_layers=2, embed_dim=32, mlp_dim=64, num_heads=4, num_kv_heads=2, head_dim=8, context_length=320,
-    init_std=0.3, dtype="float32",
+    vocab_size=264, num_layers=2, embed_dim=32, mlp_dim=64, num_heads=4, num_kv_heads=2, head_dim=8,
+    context_length=2048, init_std=0.3, dtype="float32",
 )  # fmt: skip
 SPECIAL = {"<s>": 256, "</s>": 257, "<|im_start|>": 258, "<|im_end|>": 259}
 TEMPLATE = """{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}
@@ -43,9 +46,9 @@ def make_llm(template: str | None = TEMPLATE) -> LLM:
 
 
 @contextlib.contextmanager
-def serving(llms: Mapping[str, LLM], **settings: Any) -> Iterator[TestClient]:
-    """A client of a server of these models. `settings` are those of Limits, and `keys`."""
-    limits = Limits(**{"body_bytes": 10_000, "seconds": 60.0} | {k: v for k, v in settings.items() if k != "keys"})
+def served_app(llms: Mapping[str, LLM], **settings: Any) -> Iterator[tuple[Starlette, dict[str, ServedModel]]]:
+    """The application of a server of these models. `settings` are those of Limits, and `keys`."""
+    keys = settings.pop("keys", ())
     metrics = Metrics()
     models = {
         name: ServedModel(
@@ -55,9 +58,21 @@ def serving(llms: Mapping[str, LLM], **settings: Any) -> Iterator[TestClient]:
         )
         for name, llm in llms.items()
     }
-    service = Service(models, metrics=metrics, limits=limits, keys=settings.get("keys", ()))
-    with TestClient(service.app(), raise_server_exceptions=False) as client:
-        client.models = models  # pyright: ignore[reportAttributeAccessIssue]
-        yield client
+    limits = Limits(**{"body_bytes": 10_000, "seconds": 60.0} | settings)
+    yield Service(models, metrics=metrics, limits=limits, keys=keys).app(), models
     for model in models.values():
         model.worker.close(10)
+
+
+@contextlib.contextmanager
+def serving(llms: Mapping[str, LLM], **settings: Any) -> Iterator[TestClient]:
+    """A client of a server in this process, with its `models`."""
+    with served_app(llms, **settings) as (app, models), TestClient(app, raise_server_exceptions=False) as client:
+        client.models = models  # pyright: ignore[reportAttributeAccessIssue]
+        yield client
+
+
+def write_run(path: Path) -> None:
+    """Write the model of `make_llm` as a run directory."""
+    llm = make_llm()
+    convert._write_run(str(path), CONFIG, llm.tokenizer, llm.params, {})
