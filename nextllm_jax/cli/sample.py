@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from nextllm_jax.cli.help import parse
-from nextllm_jax.cli.server_chat import ServerConversation
+from nextllm_jax.cli.server_chat import ServerConversation, server_settings
 from nextllm_jax.cli.text import read_text
 from nextllm_jax.config import SamplingConfig
 from nextllm_jax.config.checks import require, require_integer, require_seed, stop_strings
@@ -282,12 +282,8 @@ def chat_with_server(arguments: ChatArguments, server: str) -> int:
         is_default = getattr(arguments, field.name) in (field.default, getattr(SampleArguments, field.name, None))
         if field.name not in used and not is_default:
             raise InputError(f"--{field.name.replace('_', '-')} does not go with --server; leave it out")
-    sampling = dataclasses.asdict(arguments.sampling)
-    min_tokens = sampling.pop("min_new_tokens")
     settings = {
-        **sampling,
-        "min_tokens": min_tokens,
-        "logit_bias": arguments.sampling.biases,
+        **server_settings(arguments.sampling),
         "max_tokens": arguments.max_new_tokens,
         "seed": arguments.seed,
         "stop": list(arguments.stop),

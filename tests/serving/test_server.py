@@ -216,6 +216,9 @@ def test_chat_with_a_server_is_a_chat_with_its_model(server, llm, capsys, monkey
     assert capsys.readouterr().out == expected + "".join(talk.say("more")) + "\n"
     with pytest.raises(InputError, match="the server says: there is no model 'other'"):
         COMMANDS["chat"]([*options, "--prompt", "x", "--model", "other"])
+    schema = ["--prompt", "x", "--json-schema", '{"const": 17}', "--logit-bias", "97:1", "--min-new-tokens", "2"]
+    assert COMMANDS["chat"]([*options, *schema]) == 0
+    assert capsys.readouterr().out.strip() == "17"
     with pytest.raises(InputError, match="--json does not go with --server"):
         COMMANDS["chat"]([*options, "--json"])
     with pytest.raises(InputError, match="either --checkpoint PATH or --server URL"):
