@@ -21,8 +21,12 @@ def server_settings(sampling: SamplingConfig) -> dict[str, Any]:
             raise InputError(f"--{name} does not go with --server; use --json-schema, or leave it out")
     fields["min_tokens"] = fields.pop("min_new_tokens")
     fields["logit_bias"] = sampling.biases
-    if (schema := fields.pop("json_schema")) is not None:
-        fields["response_format"] = {"type": "json_schema", "json_schema": {"schema": json.loads(schema)}}
+    if (text := fields.pop("json_schema")) is not None:
+        try:
+            schema = {"schema": json.loads(text)}
+        except ValueError as error:
+            raise InputError(f"--json-schema is not JSON: {error}") from error
+        fields["response_format"] = {"type": "json_schema", "json_schema": schema}
     return fields
 
 
