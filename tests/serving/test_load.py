@@ -207,7 +207,11 @@ FIELDS = {
         {"type": st.just("json_schema"), "json_schema": st.fixed_dictionaries({"schema": JSON})}
     ),
 }
-BODIES = st.fixed_dictionaries({}, optional={name: values | JSON for name, values in FIELDS.items()})
+WITH_PROMPT = {"prompt": st.text(max_size=5), "messages": st.just([{"role": "user", "content": "x"}])}
+VALID = {name: values for name, values in FIELDS.items() if name not in WITH_PROMPT}
+BODIES = st.fixed_dictionaries(WITH_PROMPT, optional=VALID) | st.fixed_dictionaries(
+    {}, optional={name: values | JSON for name, values in FIELDS.items()}
+)
 
 
 @pytest.fixture(scope="module")
