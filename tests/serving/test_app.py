@@ -11,6 +11,7 @@ pytest.importorskip("starlette", reason="pip install '.[serve]'")
 pytest.importorskip("jinja2", reason="pip install '.[interop]'")
 from nextllm_jax.config import SamplingConfig
 from nextllm_jax.inference.scheduler import Scheduler
+from nextllm_jax.serving import app
 from nextllm_jax.tokenizer.chat import ChatTemplate
 from tests.serving.models import LENGTH, SLOTS, WAITING, make_llm, serving
 
@@ -223,6 +224,17 @@ def test_other_endpoints(llm, client):
     assert client.get("/health").json() == {"status": "ok"}
     assert client.get("/ready").json() == {"status": "ready"}
     assert "access-control-allow-origin" not in client.get("/health", headers={"Origin": "http://x"}).headers
+
+
+def test_the_page(llm, tmp_path, monkeypatch):
+    for name in ("index.html", "status.html", "chat.js"):
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(app, "PAGE", tmp_path)
+    with serving({"bytes": llm}, keys=["k"]) as client:
+        for path, name in {"/": "index.html", "/status": "status.html", "/page/chat.js": "chat.js"}.items():
+            assert client.get(path).text == name
+        for path in ("/page/nothing", "/page/%2e%2e/conftest.py"):
+            assert client.get(path).status_code == 404
 
 
 WRONG: list[tuple[str, Any, int, str | None]] = [
