@@ -118,7 +118,10 @@ class KVCache:
 
         def written(arrays: tuple[jax.Array, ...], new: jax.Array) -> tuple[jax.Array, ...]:
             old = arrays[part]
-            slots = old.at[jnp.full_like(positions_BT, index), rows_BT, :, positions_BT]
+            heads_K = jnp.arange(new.shape[2], dtype=jnp.int32)[None, None]
+            slots = old.at[
+                jnp.full_like(positions_BT, index)[..., None], rows_BT[..., None], heads_K, positions_BT[..., None]
+            ]
             return (*arrays[:part], _sharded(slots.set(new.astype(old.dtype), mode="drop")), *arrays[part + 1 :])
 
         if not self.key_scales:

@@ -94,6 +94,26 @@ WIDE = dataclasses.replace(
 
 
 @pytest.mark.tpu
+def test_a_tpu_updates_the_cache_in_place_and_gathers_no_weights(four_tpus) -> None:
+    """Writes keep the layout that attention reads, so the cache is not copied from one layout to another."""
+    target = Target("v5e:2x2", four_tpus[0].device_kind, chip(four_tpus[0].device_kind), 4, list(four_tpus))
+    config = dataclasses.replace(CONFIG, model=WIDE, mesh=MeshConfig(data=1, tensor=4))
+    with jax.default_matmul_precision("default"):
+        plan = plan_decoding(config, target, Request(batch_size=16, prompt_tokens=2000, new_tokens=48))
+    layer_size = 16 * 1 * 2048 * 128  # keys of a layer on a device
+    copies = [
+        instruction.shapes.split("[")[1].split("]")[0]
+        for computation in hlo.parse(plan.decode.compiled.hlo).computations.values()
+        for instruction in computation.instructions.values()
+        if instruction.opcode in ("copy", "transpose")
+    ]
+    assert max(math.prod(map(int, shape.split(","))) for shape in copies if shape) < layer_size
+    assert plan.decode.compiled.memory.temporary_bytes < 0.5 * plan.cache_bytes / 4
+    gathered = sum(traffic.sent_bytes for kind, traffic in plan.decode.traffic.items() if kind.kind == "all-gather")
+    assert gathered < 1e5
+
+
+@pytest.mark.tpu
 @pytest.mark.parametrize(("scheme", "batch_size"), [("int8", 16), ("int4", 1), ("int4", 16)])
 def test_a_tpu_holds_no_float_copy_of_a_quantized_matrix(four_tpus, scheme, batch_size) -> None:
     target = Target("v5e:2x2", four_tpus[0].device_kind, chip(four_tpus[0].device_kind), 4, list(four_tpus))
