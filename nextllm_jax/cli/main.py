@@ -26,6 +26,7 @@ from nextllm_jax.cli.help import parse, parse_with_config
 from nextllm_jax.cli.plan import plan_command
 from nextllm_jax.cli.quantize import quantize_command
 from nextllm_jax.cli.sample import chat_command, sample_command
+from nextllm_jax.cli.serve import serve_command
 from nextllm_jax.cli.text import evaluate_command, lm_eval_command, tokenize_command
 from nextllm_jax.config import Config, DataConfig
 from nextllm_jax.config.files import config_of_arguments, stated_fields
@@ -319,6 +320,7 @@ COMMANDS = {
     "train": train_command,
     "sample": sample_command,
     "chat": chat_command,
+    "serve": serve_command,
     "prepare": prepare_command,
     "verify": verify_command,
     "doctor": doctor_command,

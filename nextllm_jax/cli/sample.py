@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from nextllm_jax.cli.help import parse
+from nextllm_jax.cli.server_chat import ServerConversation, server_settings
 from nextllm_jax.cli.text import read_text
 from nextllm_jax.config import SamplingConfig
 from nextllm_jax.config.checks import require, require_integer, require_seed, stop_strings
@@ -98,12 +99,33 @@ class SampleArguments:
         stop_strings(self.stop)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatArguments(SampleArguments):
+    """Hold a conversation with a trained model, or answer prompts. The model is loaded, or is one of a server."""
+
+    checkpoint: str | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """As for `nextllm sample`; without it, --server must be given."""
+    server: str | None = None
+    """URL of a server to chat with, which `nextllm serve` prints. Its key is in the environment variable
+    NEXTLLM_API_KEY."""
+    model: str | None = None
+    """With --server: name of the model; none: the only one."""
+    chat: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.checkpoint is None) == (self.server is None):
+            raise InputError("give the model of the chat, with either --checkpoint PATH or --server URL")
+        if self.model is not None and self.server is None:
+            raise InputError("--model is the name of a model of --server; leave it out")
+
+
 def sample_command(argv: list[str]) -> int:
     """Continue prompts with a trained model, or with --chat answer them.
 
     Returns the exit code.
     """
-    return _run(argv, "nextllm sample", SampleArguments.__doc__)
+    return _run(parse(SampleArguments, argv, prog="nextllm sample"))
 
 
 def chat_command(argv: list[str]) -> int:
@@ -111,11 +133,11 @@ def chat_command(argv: list[str]) -> int:
 
     Returns the exit code.
     """
-    return _run(["--chat", *argv], "nextllm chat", "Hold a conversation with a trained model, or answer prompts.")
+    arguments = parse(ChatArguments, argv, prog="nextllm chat")
+    return _run(arguments) if arguments.server is None else chat_with_server(arguments, arguments.server)
 
 
-def _run(argv: list[str], prog: str, description: str | None) -> int:
-    arguments = parse(SampleArguments, argv, prog=prog, description=description)
+def _run(arguments: SampleArguments) -> int:
     if arguments.verbose:
         logging.getLogger("nextllm_jax").setLevel(logging.DEBUG)
     if any("\\n" in stop for stop in arguments.stop):
@@ -258,10 +280,29 @@ def chat(arguments: SampleArguments) -> int:
     return 0 if prompts else converse(conversation, as_json=arguments.json)
 
 
-def converse(conversation: "Conversation", *, as_json: bool) -> int:
-    """Answer each line of standard input; the exit code. A message that leaves no room for an answer is reported."""
-    from nextllm_jax.inference.chat import ContextFull
+def chat_with_server(arguments: ChatArguments, server: str) -> int:
+    """Answer each prompt with a model of a server, or hold a conversation; the exit code as for `chat`."""
+    used = {"server", "model", "prompt", "system", "max_new_tokens", "sampling", "seed", "stop"}
+    for field in dataclasses.fields(ChatArguments):
+        is_default = getattr(arguments, field.name) in (field.default, getattr(SampleArguments, field.name, None))
+        if field.name not in used and not is_default:
+            raise InputError(f"--{field.name.replace('_', '-')} does not go with --server; leave it out")
+    settings = {
+        **server_settings(arguments.sampling),
+        "max_tokens": arguments.max_new_tokens,
+        "seed": arguments.seed,
+        "stop": list(arguments.stop),
+    }
+    conversation = ServerConversation(server, model=arguments.model, system=arguments.system, settings=settings)
+    prompts = read_prompt_arguments(arguments)
+    for prompt in prompts:
+        conversation.reset()
+        print_answer(conversation, prompt, as_json=False)
+    return 0 if prompts else converse(conversation, as_json=False)
 
+
+def converse(conversation: "Conversation | ServerConversation", *, as_json: bool) -> int:
+    """Answer each line of standard input; the exit code. A message that gets no answer is reported."""
     interactive = sys.stdin.isatty()
     if interactive:
         import readline  # noqa: F401  lets `input` edit lines and recall earlier ones
@@ -282,7 +323,7 @@ def converse(conversation: "Conversation", *, as_json: bool) -> int:
         elif line:
             try:
                 print_answer(conversation, line, as_json=as_json)
-            except ContextFull as error:
+            except InputError as error:
                 failed = True
                 _log.error("%s", error)
             except KeyboardInterrupt:
@@ -293,13 +334,12 @@ def converse(conversation: "Conversation", *, as_json: bool) -> int:
     return EXIT_FAILED if failed and not interactive else 0
 
 
-def print_answer(conversation: "Conversation", message: str, *, as_json: bool) -> None:
+def print_answer(conversation: "Conversation | ServerConversation", message: str, *, as_json: bool) -> None:
     """Print the answer as it is generated, or as one JSON object when it is complete."""
     for text in conversation.say(message):
         if not as_json:
             print(text, end="", flush=True)
-    assert conversation.sample is not None
-    print(json.dumps(conversation.sample.as_dict()) if as_json else "", flush=True)
+    print(json.dumps(conversation.sample.as_dict()) if as_json and conversation.sample else "", flush=True)
     if conversation.is_full:
         _log.warning("the answer ends here because the model's context is full; /reset starts over")
 

@@ -127,6 +127,11 @@ class Engine:
             quantize_cache=quantize_cache,
         )
 
+    @property
+    def positions_used(self) -> int:
+        """Number of tokens that running requests have in their slots, of at most num_slots * max_length."""
+        return sum(len(slot.tokens) for slot in self._slots if slot.request is not None)
+
     def find_slot(self, tokens: Sequence[int]) -> int | None:
         """The free slot that has most of the beginning of `tokens` cached, of these the one used least recently.
 

@@ -21,6 +21,16 @@ class Scheduler:
         """Whether no request waits or runs."""
         return not self._waiting and not self._running
 
+    @property
+    def waiting(self) -> list[int]:
+        """The numbers of the requests that wait for a slot, first come first."""
+        return list(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Number of requests in slots."""
+        return len(self._running)
+
     def submit(self, request: Request) -> int:
         """Add a request; its number, counted from 0. Raises InputError if the engine cannot process it."""
         self.engine.check(request)

@@ -12,7 +12,8 @@ import numpy as np
 from nextllm_jax.config.checks import require, require_integer, require_text
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.buckets import bucket
-from nextllm_jax.model.objective import Batch, perplexity, text_batch, token_scores
+from nextllm_jax.inference.request import MAX_TOP_LOGPROBS, TokenLogprob
+from nextllm_jax.model.objective import LOGITS_AT_ONCE, Batch, perplexity, text_batch, token_scores
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.progress import progress_bar
 from nextllm_jax.sharding import padded_size, to_host
@@ -147,3 +148,46 @@ def _score(document: Document, logprobs: np.ndarray) -> Score:
 @functools.partial(jax.jit, static_argnames=("model",))
 def _logprobs(model: Transformer, params: Any, batch: Batch) -> jax.Array:
     return token_scores(model, params, batch)[0]
+
+
+def prompt_scores(
+    model: Transformer, params: Any, tokens: Sequence[int], *, top: int, vocab_size: int
+) -> list[TokenLogprob]:
+    """The log probability of each token but the first, and the `top` most likely of the first `vocab_size` tokens.
+
+    The log probabilities are those of `token_scores`: normalized over all of the model's vocabulary.
+    """
+    count = len(tokens) - 1
+    if count < 1:
+        return []
+    B, T = padded_size(1, "batch"), min(bucket(count, 16), model.config.context_length)
+    tokens_BS = np.zeros((B, T + 1), np.int32)
+    tokens_BS[0, : len(tokens)] = tokens
+    scores = _prompt_scores(model, params, text_batch(tokens_BS), vocab_size=vocab_size)
+    logprob_T, top_logprob_TK, top_id_TK = (to_host(x)[:count] for x in scores)
+    return [
+        TokenLogprob(
+            int(tokens[i + 1]),
+            float(logprob_T[i]),
+            tuple(zip(top_id_TK[i, :top].tolist(), top_logprob_TK[i, :top].tolist(), strict=True)),
+        )
+        for i in range(count)
+    ]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "vocab_size"))
+def _prompt_scores(
+    model: Transformer, params: Any, batch: Batch, *, vocab_size: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """[T], [T, K] and [T, K] of the first row; K is MAX_TOP_LOGPROBS or `vocab_size`."""
+    hidden_BTD, _ = model.apply({"params": params}, batch.tokens_BT, batch.positions_BT)
+    K = min(MAX_TOP_LOGPROBS, vocab_size)
+
+    def score(column: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        hidden_D, target = column
+        logits_11V: Any = model.apply({"params": params}, hidden_D[None, None], method="logits")
+        logprobs_V = jax.nn.log_softmax(logits_11V[0, 0])
+        return logprobs_V[target], *jax.lax.top_k(logprobs_V[:vocab_size], K)
+
+    at_once = max(1, min(hidden_BTD.shape[1], LOGITS_AT_ONCE // model.config.vocab_size))
+    return jax.lax.map(score, (hidden_BTD[0], batch.targets_BT[0]), batch_size=at_once)

@@ -95,8 +95,8 @@ class StopFinder:
         return released
 
 
-class _Row:
-    """The state of one row, from its tokens to a Sample."""
+class TextRow:
+    """The text of one row, from its new tokens to a finished Sample."""
 
     def __init__(self, prompt: str, tokenizer: Tokenizer, stops: Sequence[str], *, with_logprobs: bool) -> None:
         self.prompt = prompt
@@ -134,6 +134,7 @@ class _Row:
         return text
 
     def sample(self) -> Sample | None:
+        """The finished sample; None while more tokens follow."""
         if self.finish_reason is None:
             return None
         return Sample(self.prompt, self.text, self.tokens, self.finish_reason, self.logprobs, self.accepted_drafts)
@@ -158,7 +159,7 @@ class TextStream:
     ) -> None:
         self._scheduler = scheduler
         self._rows = [
-            _Row(prompt, tokenizer, stop, with_logprobs=request.top_logprobs is not None)
+            TextRow(prompt, tokenizer, stop, with_logprobs=request.top_logprobs is not None)
             for prompt, request in zip(prompts, requests, strict=True)
         ]
         self._numbers = {scheduler.submit(request): row for row, request in enumerate(requests)}

@@ -18,8 +18,8 @@ from nextllm_jax.sharding import RULES
 _LOSS_LAYOUT = Layout(RULES["batch"], RULES["seq"], RULES["vocab"], RULES["embed"])
 """Sharding of hidden states and head."""
 
-_LOGITS_AT_ONCE = 1 << 26
-"""Upper limit on the logits that `token_scores` holds at once."""
+LOGITS_AT_ONCE = 1 << 26
+"""Upper limit on the logits that scoring tokens holds at once."""
 
 
 class Batch(NamedTuple):
@@ -118,7 +118,7 @@ def token_scores(
 
     # The loop runs over time, since the rows are sharded.
     B, T = batch.targets_BT.shape
-    at_once = max(1, min(T, _LOGITS_AT_ONCE // (B * model.config.vocab_size)))
+    at_once = max(1, min(T, LOGITS_AT_ONCE // (B * model.config.vocab_size)))
     columns = hidden_BTD.swapaxes(0, 1), batch.targets_BT.T
     logprobs_TB, greedy_TB = jax.lax.map(score, columns, batch_size=at_once)
     return logprobs_TB.T, greedy_TB.T

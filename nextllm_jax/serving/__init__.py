@@ -1,0 +1,1 @@
+"""`nextllm serve`: models behind an HTTP API that OpenAI's clients understand."""
