@@ -59,7 +59,7 @@ class Entries:
         """The entries with each array changed, given those of `others` too, for `length` positions."""
         arrays = [[each.k_LBKSH, each.v_LBKSH, each.k_scale_LBKS, each.v_scale_LBKS] for each in (self, *others)]
         changed = [None if each[0] is None else change(*each) for each in zip(*arrays, strict=True)]
-        return Entries(*changed, length, self.ring_length)  # pyright: ignore[reportArgumentType]
+        return Entries(*changed, length=length, ring_length=self.ring_length)  # pyright: ignore
 
     def slots_of(self, positions_BT: jax.Array) -> jax.Array:
         """The slots of positions; those past the end have one that does not exist."""

@@ -51,8 +51,8 @@ def cached_attention(
     """Attention output [B, T, N, H] of queries at absolute positions over the slots of a cache, in q's dtype.
 
     Position p is in slot p % S. A query at position p sees position s if 0 <= s <= p and p - s < window (if given). The
-    other slots may hold any finite values. Scale, soft cap and softmax are as in `causal_attention`. The keys and values
-    of an int8 cache are multiplied by `k_scale_BKS` and `v_scale_BKS`.
+    other slots may hold any finite values. Scale, soft cap and softmax are as in `causal_attention`. Keys and values of
+    an int8 cache are multiplied by `k_scale_BKS` and `v_scale_BKS`.
     """
     rule = LogitsRule.of(q_BTNH.shape[-1], window, scale, soft_cap)
     q_BKGTH = jnp.einsum("BTKGH->BKGTH", group(q_BTNH, k_BKSH.shape[1]))

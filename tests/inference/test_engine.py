@@ -238,7 +238,7 @@ def test_layers_with_a_window_keep_only_a_ring(params, small_rings, draft_tokens
     whole = engine(params, slots=3, length=160)
     rng = np.random.default_rng(0)
     long = rng.integers(0, VOCAB, 130).tolist()
-    prompts = [long[:130], long[:120] + [1, 2], long[:60], long[:100], [5], long[:58] + [3], long[:130]]
+    prompts = [long[:130], [*long[:120], 1, 2], long[:60], long[:100], [5], [*long[:58], 3], long[:130]]
     read = []
     for each in (ring, whole):
         scheduler = Scheduler(each)
