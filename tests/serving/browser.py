@@ -20,6 +20,9 @@ SECONDS = 60
 KEYS = {"Enter": (13, "\r"), "Escape": (27, ""), "Tab": (9, ""), "Space": (32, " ")}
 SHIFT = 8
 
+READY = "document.querySelector('#model').value"
+ANSWERED = "document.querySelector('.assistant') && !document.querySelector('#send').hidden"
+
 
 class Tab:
     """A tab of a new Chromium. What happened in it is in `requests`, `dialogs` and `problems`."""
@@ -160,3 +163,18 @@ def open_tab(directory: Path) -> Iterator[Tab]:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         os.close(ours_write)
+
+
+def chat(tab: Tab, url: str, message: str = "Hello") -> None:
+    """Open the page and get an answer."""
+    tab.open(f"{url}/")
+    tab.until(READY)
+    say(tab, message)
+    tab.until(ANSWERED)
+
+
+def say(tab: Tab, message: str) -> None:
+    """Type a message and send it."""
+    tab.run("document.querySelector('#prompt').focus()")
+    tab.type(message)
+    tab.press("Enter")

@@ -235,6 +235,7 @@ addEventListener("keydown", (event) => {
 
 addEventListener("pagehide", () => {
   if (!running) return;
+  running.abort(); // not an error
   current.messages.at(-1).note = "Stopped.";
   save(current);
 });

@@ -201,9 +201,8 @@ function span(text, match, depth, failed) {
   if (label) return link(target, inline(label, depth + 1), end);
   if (address) return link(address, [address], end);
   if (bare) {
-    let length = bare.length;
-    while (".,;:!?)]*_~'".includes(bare[length - 1])) length -= 1;
-    return link(bare.slice(0, length), [bare.slice(0, length)], match.index + length);
+    const url = bare.slice(0, endOfUrl(bare));
+    return link(url, [url], match.index + url.length);
   }
   const close = failed.has(mark) ? -1 : closing(text, mark, match.index, end);
   if (close < 0) return null;
@@ -212,6 +211,14 @@ function span(text, match, depth, failed) {
     return null;
   }
   return { node: element(MARKED[mark], {}, ...inline(text.slice(end, close), depth + 1)), next: close + mark.length };
+}
+
+/** The length of an address without the punctuation after it. */
+function endOfUrl(text) {
+  const ends = text.includes("(") ? ".,;:!?]*_~'" : ".,;:!?]*_~')";
+  let length = text.length;
+  while (ends.includes(text[length - 1])) length -= 1;
+  return length;
 }
 
 function codeSpan(text, ticks, start) {
