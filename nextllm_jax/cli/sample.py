@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from nextllm_jax.cli.help import parse
-from nextllm_jax.cli.server_chat import ServerConversation
+from nextllm_jax.cli.server_chat import ServerConversation, server_settings
 from nextllm_jax.cli.text import read_text
 from nextllm_jax.config import SamplingConfig
-from nextllm_jax.config.checks import require_integer, require_seed, stop_strings
+from nextllm_jax.config.checks import require, require_integer, require_seed, stop_strings
 from nextllm_jax.errors import EXIT_FAILED, InputError
 from nextllm_jax.process import use_compilation_cache
 
@@ -75,6 +75,11 @@ class SampleArguments:
     """Type of the matmuls; none: that of the model's config."""
     quantize: Literal["none", "int8", "int4"] = "none"
     """Quantize the weights while loading. `nextllm quantize` writes quantized weights, and has more options."""
+    draft_tokens: int = 0
+    """Verify this many guesses of the next tokens in each step (speculative decoding), which is faster where the text
+    repeats itself or its prompt. The text stays the same. 0: none, or 4 with --draft."""
+    draft: str | None = None
+    """Smaller model with the same tokens that the guesses are from; none: the text so far."""
     json: bool = False
     """Print one JSON object per sample (prompt, text, tokens, finish_reason), and finally one with the throughput."""
     top_logprobs: int | None = None
@@ -87,6 +92,7 @@ class SampleArguments:
             value = getattr(self, name)
             if value is not None:
                 require_integer(name, value)
+        require(self.draft_tokens >= 0, f"draft_tokens is {self.draft_tokens}; it cannot be negative")
         require_seed(self.seed)
         stop_strings(self.stop)
 
@@ -168,8 +174,8 @@ def load_model(arguments: SampleArguments, prompts: Mapping[str, str]) -> tuple[
     exceed the context.
     """
     from nextllm_jax.inference.engine import require_length
-    from nextllm_jax.inference.llm import MAX_NEW_TOKENS
-    from nextllm_jax.inference.load import load_source
+    from nextllm_jax.inference.llm import DRAFT_TOKENS, MAX_NEW_TOKENS
+    from nextllm_jax.inference.load import load, load_source
     from nextllm_jax.pretrained.open_model import open_model
 
     use_compilation_cache()
@@ -183,6 +189,9 @@ def load_model(arguments: SampleArguments, prompts: Mapping[str, str]) -> tuple[
         for name, length in lengths.items():
             require_length(name, length, max_new_tokens, context)
     llm = load_source(source, arguments.checkpoint, dtype=arguments.dtype, quantize=arguments.quantize)
+    if arguments.draft is not None or arguments.draft_tokens:
+        draft = arguments.draft and load(arguments.draft, dtype=arguments.dtype, quantize=arguments.quantize)
+        llm = llm.with_drafts(arguments.draft_tokens or DRAFT_TOKENS, draft or None)
     return llm, max_new_tokens
 
 
@@ -273,12 +282,8 @@ def chat_with_server(arguments: ChatArguments, server: str) -> int:
         is_default = getattr(arguments, field.name) in (field.default, getattr(SampleArguments, field.name, None))
         if field.name not in used and not is_default:
             raise InputError(f"--{field.name.replace('_', '-')} does not go with --server; leave it out")
-    sampling = dataclasses.asdict(arguments.sampling)
-    min_tokens = sampling.pop("min_new_tokens")
     settings = {
-        **sampling,
-        "min_tokens": min_tokens,
-        "logit_bias": arguments.sampling.biases,
+        **server_settings(arguments.sampling),
         "max_tokens": arguments.max_new_tokens,
         "seed": arguments.seed,
         "stop": list(arguments.stop),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import ipaddress
-import logging
 import os
 import warnings
 from pathlib import Path
@@ -19,8 +18,6 @@ from nextllm_jax.process import use_compilation_cache
 
 KEY_VARIABLE = "NEXTLLM_API_KEY"
 _EXIT_SECONDS = 10
-
-_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +79,7 @@ def serve_command(argv: list[str]) -> int:
         from nextllm_jax.serving.app import Limits, Service
         from nextllm_jax.serving.metrics import Metrics
         from nextllm_jax.serving.model import load_served
-        from nextllm_jax.serving.server import bind, serve, url
+        from nextllm_jax.serving.server import bind, serve
     except ModuleNotFoundError as error:
         raise missing_package("nextllm serve needs", error, "nextllm_jax[serve]") from error
 
@@ -104,7 +101,6 @@ def serve_command(argv: list[str]) -> int:
             )
             for name, path in paths.items()
         }
-        _log.info("serving %s at %s", ", ".join(models), url(sock))
         serve(Service(models, metrics=metrics, limits=limits, keys=keys), sock, drain_seconds=arguments.drain_seconds)
     for model in models.values():
         model.worker.close(_EXIT_SECONDS)

@@ -1,5 +1,6 @@
 """`nextllm chat --server`: a conversation with a model of `nextllm serve`."""
 
+import dataclasses
 import json
 import os
 import urllib.error
@@ -8,7 +9,25 @@ from collections.abc import Iterator
 from typing import Any
 
 from nextllm_jax.cli.serve import KEY_VARIABLE
+from nextllm_jax.config import SamplingConfig
 from nextllm_jax.errors import InputError, RunFailed
+
+
+def server_settings(sampling: SamplingConfig) -> dict[str, Any]:
+    """The fields of a request for these settings. Raises InputError for those that a server does not have."""
+    fields = dataclasses.asdict(sampling)
+    for name in ("regex", "grammar"):
+        if fields.pop(name) is not None:
+            raise InputError(f"--{name} does not go with --server; use --json-schema, or leave it out")
+    fields["min_tokens"] = fields.pop("min_new_tokens")
+    fields["logit_bias"] = sampling.biases
+    if (text := fields.pop("json_schema")) is not None:
+        try:
+            schema = {"schema": json.loads(text)}
+        except ValueError as error:
+            raise InputError(f"--json-schema is not JSON: {error}") from error
+        fields["response_format"] = {"type": "json_schema", "json_schema": schema}
+    return fields
 
 
 class ServerConversation:

@@ -29,6 +29,17 @@ class SamplingConfig:
     """Number of tokens before which no stop token is sampled. Stop strings end a text at any time."""
     logit_bias: tuple[str, ...] = ()
     """Numbers that are added to the logits of tokens, each as ID:BIAS, such as 198:-5. 198:-inf bans a token."""
+    json_schema: str | None = None
+    """The new text is JSON of this schema, which is itself JSON; {} is any JSON. None: no schema."""
+    regex: str | None = None
+    """The whole new text matches this regular expression. None: no such restriction."""
+    grammar: str | None = None
+    """The whole new text follows this grammar in the Lark syntax of llguidance. None: no grammar."""
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether the new text must follow a schema, a regular expression or a grammar."""
+        return (self.json_schema, self.regex, self.grammar) != (None, None, None)
 
     @property
     def adjusts_logits(self) -> bool:
@@ -43,6 +54,8 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "")
+        constraints = [name for name in ("json_schema", "regex", "grammar") if getattr(self, name) is not None]
+        require(len(constraints) <= 1, f"there are {' and '.join(constraints)}; give only one of them")
         require(self.temperature >= 0, f"temperature is {self.temperature}; it cannot be negative")
         require(self.temperature < 1e30, f"temperature is {self.temperature}; it must be less than 1e30")
         for name in ("top_k", "min_new_tokens"):

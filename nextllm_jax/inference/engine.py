@@ -137,6 +137,8 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raise InputError if a request does not fit the slots, or if it has an id that does not exist."""
+        if request.sampling.is_constrained and request.constraint is None:
+            raise ValueError("a request with a grammar needs the constraint that LLM.requests sets")
         for token in request.sampling.biases:
             if token >= self._vocab_size:
                 raise InputError(f"logit_bias names token {token}; the ids are 0 to {self._vocab_size - 1}")
@@ -285,7 +287,12 @@ class Engine:
             slot.request = None
         elif request.slide:
             slot.slide(self._context_length)
-        return Output(tokens, reason, [] if K is None else _logprobs(tokens, K, *logprobs), int(accepted))
+        return Output(
+            tokens,
+            reason,
+            [] if K is None else _logprobs(tokens, K, *logprobs),
+            int(accepted) if self._draft_tokens else None,
+        )
 
     def _length(self, lengths: Iterable[int]) -> int:
         """Positions of the cache that rows of these lengths need."""

@@ -16,9 +16,11 @@ from nextllm_jax.errors import InputError
 from nextllm_jax.inference.buckets import bucket
 from nextllm_jax.inference.decode import CHUNK_TOKENS
 from nextllm_jax.inference.engine import Engine, require_length
-from nextllm_jax.inference.request import MAX_TOP_LOGPROBS, Request, TokenLogprob
+from nextllm_jax.inference.grammar import Grammars
+from nextllm_jax.inference.programs import Network
+from nextllm_jax.inference.request import Request
 from nextllm_jax.inference.scheduler import Scheduler
-from nextllm_jax.inference.score import Score, check_windows, encode, prompt_scores, score_documents
+from nextllm_jax.inference.score import Score, check_windows, encode, score_documents
 from nextllm_jax.inference.stream import Sample, TextStream
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.progress import progress_bar
@@ -27,6 +29,11 @@ from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 128
 """Default number of new tokens."""
+
+DRAFT_TOKENS = 4
+"""Default number of guesses of a draft model."""
+
+MAX_DRAFT_TOKENS = 32
 
 PROGRESS_TOKENS = 8
 """Tokens per row between two pieces of a stream, and two moves of a progress bar."""
@@ -57,6 +64,29 @@ class LLM:
     scan_layers: bool = True
     mesh: Mesh | None = None
     """Mesh over which the parameters are sharded; None: one device, or the mesh that the caller has set."""
+    draft_tokens: int = 0
+    """Number of guesses that each decoding step verifies; see `with_drafts`."""
+    draft: "LLM | None" = None
+    """The model that the guesses are from; None: they are from the text so far."""
+
+    def with_drafts(self, tokens: int, draft: "LLM | None" = None) -> "LLM":
+        """The model with speculative decoding: it verifies `tokens` guesses of what follows in one step.
+
+        The guesses are from `draft`, a smaller model with the same ids, or without one from what followed the last
+        tokens earlier in the text. The text stays the same. It is generated faster if reading 1 + `tokens` tokens takes
+        little longer than one, and many guesses are right; `Sample.accepted_drafts` says how many were.
+
+        Raises InputError if the models do not have the same tokens.
+        """
+        require_integer("draft_tokens", tokens)
+        require(tokens <= MAX_DRAFT_TOKENS, f"draft_tokens is {tokens}; it must be at most {MAX_DRAFT_TOKENS}")
+        if draft is not None:
+            require(
+                draft.tokenizer.backend.bytes_of == self.tokenizer.backend.bytes_of,
+                f"the draft model has other tokens ({draft.tokenizer.name}) than the model ({self.tokenizer.name}); "
+                "use a smaller model of the same family",
+            )
+        return dataclasses.replace(self, draft_tokens=tokens, draft=draft)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -229,9 +259,41 @@ class LLM:
         InputError as `generate` does.
         """
         stop = stop_strings(stop)
-        require(isinstance(sampling, SamplingConfig), f"sampling is {sampling!r:.80}; it must be a SamplingConfig")
         require_integer("chunk_tokens", chunk_tokens)
-        requests = [
+        requests = self.requests(
+            prompts,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            samples=samples,
+            seed=seed,
+            top_logprobs=top_logprobs,
+            slide=slide,
+        )
+        if engine is None:
+            longest, context = max(map(len, prompts)), self.config.context_length
+            if not slide:
+                require_length("the prompt", longest, max_new_tokens, context)
+            engine = self.engine(num_slots, bucket(longest + max_new_tokens, 16), num_rows=len(prompts))
+        return TextStream(Scheduler(engine), self.tokenizer, requests, texts, stop=stop, chunk_tokens=chunk_tokens)
+
+    def requests(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: SamplingConfig,
+        samples: Sequence[int] | None = None,
+        seed: int = 0,
+        top_logprobs: int | None = None,
+        slide: bool = False,
+    ) -> list[Request]:
+        """A request for each prompt, which ends at the tokenizer's stop_ids and follows the grammar of `sampling`.
+
+        Raises InputError for an invalid setting.
+        """
+        require(isinstance(sampling, SamplingConfig), f"sampling is {sampling!r:.80}; it must be a SamplingConfig")
+        constraint = self._grammars.constraint(sampling) if sampling.is_constrained else None
+        return [
             Request(
                 tokens=tokens,
                 max_new_tokens=max_new_tokens,
@@ -241,15 +303,14 @@ class LLM:
                 stop_ids=tuple(self.tokenizer.stop_ids),
                 top_logprobs=top_logprobs,
                 slide=slide,
+                constraint=constraint,
             )
             for tokens, sample in zip(prompts, samples or [0] * len(prompts), strict=True)
         ]
-        if engine is None:
-            longest, context = max(map(len, prompts)), self.config.context_length
-            if not slide:
-                require_length("the prompt", longest, max_new_tokens, context)
-            engine = self.engine(num_slots, bucket(longest + max_new_tokens, 16), num_rows=len(prompts))
-        return TextStream(Scheduler(engine), self.tokenizer, requests, texts, stop=stop, chunk_tokens=chunk_tokens)
+
+    @functools.cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self.tokenizer)
 
     def engine(self, num_slots: int | None, max_length: int, *, num_rows: int = 1) -> Engine:
         """An engine for this model whose slots hold `max_length` tokens, or the context if that is less.
@@ -266,6 +327,8 @@ class LLM:
             max_length=max_length,
             vocab_size=self.tokenizer.vocab_size,
             row_buckets=None if num_slots else (slots,),
+            draft_tokens=self.draft_tokens,
+            draft=None if self.draft is None else Network(self.draft.model, self.draft.params),
             mesh=self.mesh,
         )
 
@@ -324,22 +387,6 @@ class LLM:
                 progress=progress,
             )
         return scores[0] if isinstance(text, str) else scores
-
-    def prompt_logprobs(self, tokens: Sequence[int], *, top: int = 0) -> list[TokenLogprob]:
-        """The log probability of each token but the first, and of the `top` most likely tokens at its position.
-
-        They are those of `score`. Raises InputError for ids that do not exist, if there are more than the context, or
-        if `top` is not in 0 to MAX_TOP_LOGPROBS.
-        """
-        count, last = len(tokens), self.config.vocab_size - 1
-        require(count > 0, "there are no tokens; give at least one")
-        require(count <= self.config.context_length, f"{count} tokens exceed the model's context; pass fewer")
-        require(min(tokens) >= 0 and max(tokens) <= last, f"token ids must be in 0 to {last}")
-        require(0 <= top <= MAX_TOP_LOGPROBS, f"top is {top}; it must be in 0 to {MAX_TOP_LOGPROBS}")
-        if count == 1:
-            return []
-        with on_mesh(self.mesh):
-            return prompt_scores(self.model, self.params, tokens, top=top, vocab_size=self.tokenizer.vocab_size)
 
 
 @functools.partial(jax.jit, static_argnames=("model",))

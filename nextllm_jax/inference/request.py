@@ -95,5 +95,5 @@ class Output:
     max_new_tokens are reached."""
     logprobs: list[TokenLogprob]
     """One for each token if the request asks for them, otherwise empty."""
-    accepted: int = 0
-    """Number of the tokens that were drafted."""
+    accepted: int | None = None
+    """Number of the tokens that were drafted; None without drafts."""

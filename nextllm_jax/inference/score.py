@@ -158,6 +158,8 @@ def prompt_scores(
     The log probabilities are those of `token_scores`: normalized over all of the model's vocabulary.
     """
     count = len(tokens) - 1
+    if count < 1:
+        return []
     B, T = padded_size(1, "batch"), min(bucket(count, 16), model.config.context_length)
     tokens_BS = np.zeros((B, T + 1), np.int32)
     tokens_BS[0, : len(tokens)] = tokens

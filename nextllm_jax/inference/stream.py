@@ -24,11 +24,12 @@ class Sample:
     """stop: a stop token or stop string; length: max_new_tokens are reached."""
     logprobs: list[TokenLogprob] | None = None
     """The log probabilities of the tokens, if they were asked for."""
+    accepted_drafts: int | None = None
+    """Number of tokens that were guessed correctly, with speculative decoding."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The sample for JSON, without `logprobs` if there are none."""
-        fields = dataclasses.asdict(self)
-        return fields if self.logprobs is not None else {key: fields[key] for key in fields if key != "logprobs"}
+        """The sample for JSON, without the fields that are None."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,7 @@ class TextRow:
         self.tokens: list[int] = []
         self.text = ""
         self.logprobs: list[TokenLogprob] | None = [] if with_logprobs else None
+        self.accepted_drafts: int | None = None
         self.finish_reason: FinishReason | None = None
         self._decoder = IncrementalDecoder(tokenizer)
         self._control = frozenset(tokenizer.special_tokens.values())
@@ -110,6 +112,8 @@ class TextRow:
     def push(self, output: Output) -> str:
         """The new text; sets `finish_reason` if the row ends in these tokens."""
         text = ""
+        if output.accepted is not None:
+            self.accepted_drafts = (self.accepted_drafts or 0) + output.accepted
         ends_at = len(output.tokens) - 1 if output.finish_reason == "stop" else None
         for i, token in enumerate(output.tokens):
             self.tokens.append(token)
@@ -133,7 +137,7 @@ class TextRow:
         """The finished sample; None while more tokens follow."""
         if self.finish_reason is None:
             return None
-        return Sample(self.prompt, self.text, self.tokens, self.finish_reason, self.logprobs)
+        return Sample(self.prompt, self.text, self.tokens, self.finish_reason, self.logprobs, self.accepted_drafts)
 
 
 class TextStream:

@@ -62,6 +62,11 @@ class Service:
         self._keys = [key.encode() for key in keys]
         self.draining = False
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the models."""
+        return list(self._models)
+
     def app(self) -> Starlette:
         """The ASGI application."""
         routes: list[Route | Mount] = [

@@ -40,20 +40,17 @@ class ServedModel:
     def completion_rows(self, body: CompletionBody) -> list[Row]:
         """The rows of /v1/completions. Raises ApiError or InputError if the model cannot process them."""
         tokenizer = self.llm.tokenizer
-        rows = []
-        for prompt in body.prompt:
-            is_text = isinstance(prompt, str)
-            tokens = tokenizer.encode_prompt(prompt) if is_text else prompt
-            text = prompt if is_text else tokenizer.decode(prompt)
-            rows += self._rows(body, tokens, text, max(1, body.max_tokens), body.logprobs, len(rows))
-        return rows
+        if isinstance(body.prompt[0], str):
+            texts, prompts = body.prompt, [tokenizer.encode_prompt(text) for text in body.prompt]
+        else:
+            texts, prompts = [tokenizer.decode(tokens) for tokens in body.prompt], body.prompt
+        return self._rows(body, prompts, texts, max(1, body.max_tokens), body.logprobs)
 
     def chat_rows(self, body: ChatBody) -> list[Row]:
         """The rows of /v1/chat/completions. Raises ApiError or InputError if the model cannot process them."""
-        tools = body.tools if body.tool_choice == "auto" else None
-        tokens = self.encode_chat(body.messages, tools)
+        tokens = self.encode_chat(body.messages, body.tools if body.tool_choice == "auto" else None)
         most = body.max_completion_tokens or body.max_tokens or max(1, self.worker.max_length - len(tokens))
-        return self._rows(body, tokens, "", most, body.top_logprobs if body.logprobs else None, 0)
+        return self._rows(body, [tokens], [""], most, body.top_logprobs if body.logprobs else None)
 
     def tokenize(self, body: TokenizeBody) -> list[int]:
         """The ids of a prompt or a chat. A prompt that is the spelling of a special token is that token."""
@@ -83,45 +80,35 @@ class ServedModel:
     def _rows(
         self,
         body: GenerationBody,
-        tokens: Sequence[int],
-        text: str,
+        prompts: Sequence[Sequence[int]],
+        texts: Sequence[str],
         max_new_tokens: int,
         top_logprobs: int | None,
-        first: int,
     ) -> list[Row]:
-        """The rows of one prompt, numbered from `first`."""
-        longest = self.worker.max_length
-        if len(tokens) + max_new_tokens > longest:
+        longest, count = max(map(len, prompts)), len(prompts) * body.n
+        if longest + max_new_tokens > self.worker.max_length:
             raise ApiError(
                 400,
-                f"the prompt has {len(tokens)} tokens, and with {max_new_tokens} new ones exceeds the {longest} of a "
-                "slot; shorten it, or lower max_tokens",
+                f"the prompt has {longest} tokens, and with {max_new_tokens} new ones exceeds the "
+                f"{self.worker.max_length} of a slot; shorten it, or lower max_tokens",
                 param="messages" if isinstance(body, ChatBody) else "prompt",
                 code="context_length_exceeded",
             )
-        if first + body.n > self.worker.max_rows:
+        if count > self.worker.max_rows:
             raise ApiError(
-                400, f"the prompts and n give over {self.worker.max_rows} rows, more than the server takes", param="n"
+                400, f"n and the prompts give {count} rows; the server takes at most {self.worker.max_rows}", param="n"
             )
-        sampling, stop_ids = body.sampling(), tuple(self.llm.tokenizer.stop_ids)
-        rows = [
-            Row(
-                first + sample,
-                text,
-                Request(
-                    tokens=tokens,
-                    max_new_tokens=max_new_tokens,
-                    sampling=sampling,
-                    seed=body.seed,
-                    sample=sample,
-                    stop_ids=stop_ids,
-                    top_logprobs=top_logprobs,
-                ),
-            )
-            for sample in range(body.n)
-        ]
-        self.worker.check(rows[0].request)
-        return rows
+        requests = self.llm.requests(
+            [tokens for tokens in prompts for _ in range(body.n)],
+            max_new_tokens=max_new_tokens,
+            sampling=body.sampling(),
+            samples=[*range(body.n)] * len(prompts),
+            seed=body.seed,
+            top_logprobs=top_logprobs,
+        )
+        for request in requests[:: body.n]:
+            self.worker.check(request)
+        return [Row(index, texts[index // body.n], request) for index, request in enumerate(requests)]
 
 
 def load_served(

@@ -66,10 +66,32 @@ class StreamOptions(Fields):
     include_usage: bool = False
 
 
+class JsonSchema(Fields):
+    """The schema of an answer, with a name and a description that nothing depends on."""
+
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    name: str | None = None
+    description: str | None = None
+    strict: bool = True
+
+
 class ResponseFormat(Fields):
     """What the text of an answer must be."""
 
-    type: Literal["text"] = "text"
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchema | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _has_schema(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema goes with the type json_schema")
+        return self
+
+    def schema_text(self) -> str | None:
+        """The JSON schema of the answer; None: any text."""
+        if self.json_schema is not None:
+            return json.dumps(self.json_schema.schema_)
+        return '{"type": "object"}' if self.type == "json_object" else None
 
 
 class GenerationBody(Fields):
@@ -106,6 +128,7 @@ class GenerationBody(Fields):
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             min_new_tokens=self.min_tokens,
+            json_schema=self.response_format.schema_text(),
             logit_bias=tuple(f"{token}:{bias}" for token, bias in self.logit_bias.items()),
         )
 

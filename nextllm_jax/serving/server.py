@@ -47,6 +47,11 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._service = service
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for sock in sockets or []:
+            _log.info("serving %s at %s", ", ".join(self._service.names), url(sock))
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         # uvicorn's own context raises the signal again at the end, so the exit code would not be 0.

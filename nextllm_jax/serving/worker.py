@@ -13,8 +13,10 @@ from nextllm_jax.config import SamplingConfig
 from nextllm_jax.inference.llm import LLM
 from nextllm_jax.inference.request import FinishReason, Request, TokenLogprob
 from nextllm_jax.inference.scheduler import Scheduler
+from nextllm_jax.inference.score import prompt_scores
 from nextllm_jax.inference.stream import TextRow
 from nextllm_jax.serving.metrics import ModelMetrics
+from nextllm_jax.sharding import on_mesh
 
 CHUNK_TOKENS = 8
 """Tokens per row between two deliveries. Requests join, and are cancelled, between them."""
@@ -189,7 +191,14 @@ class Worker:
     def _score(self, job: Job) -> None:
         """Deliver the log probabilities of a prompt, whose row then waits for a slot."""
         try:
-            scores = self._llm.prompt_logprobs(job.request.tokens, top=job.request.top_logprobs or 0)
+            with on_mesh(self._llm.mesh):
+                scores = prompt_scores(
+                    self._llm.model,
+                    self._llm.params,
+                    job.request.tokens,
+                    top=job.request.top_logprobs or 0,
+                    vocab_size=self._llm.tokenizer.vocab_size,
+                )
         except Exception:
             _log.exception("a prompt could not be scored")
             self._fail(job)

@@ -14,6 +14,8 @@ from nextllm_jax.inference.scheduler import Scheduler
 from nextllm_jax.tokenizer.chat import ChatTemplate
 from tests.serving.models import LENGTH, SLOTS, WAITING, make_llm, serving
 
+USER = [{"role": "user", "content": "x"}]
+NO_SCHEMA = {"type": "json_schema", "json_schema": {"schema": {"type": "wizard"}}}
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 OPENAI = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
@@ -147,6 +149,31 @@ def test_chats_are_those_of_the_template(llm, client):
     assert post(client, "/tokenize", messages=MESSAGES)["tokens"] == template.encode(messages)
 
 
+SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+
+
+def test_an_answer_follows_its_format(llm, client):
+    pytest.importorskip("llguidance", reason="pip install '.[grammar]'")
+    body = {"messages": USER, "seed": 2, "n": 3, "max_tokens": 100}
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
+    answer = post(client, CHAT, **body, response_format=schema)
+    texts = [choice["message"]["content"] for choice in answer["choices"]]
+    prompt = ChatTemplate(llm.tokenizer).encode(USER)
+    pieces = llm.stream_tokens(
+        [prompt] * 3, texts=[""] * 3, samples=range(3), seed=2, max_new_tokens=100,
+        sampling=SamplingConfig(**OPENAI, json_schema=json.dumps(SCHEMA)), engine=llm.engine(SLOTS, LENGTH),
+    )  # fmt: skip
+    samples = {piece.row: piece.sample for piece in pieces if piece.sample is not None}
+    assert texts == [samples[row].text for row in range(3)]
+    assert all(json.loads(text)["a"] in (1, 2) for text in texts if samples[texts.index(text)].finish_reason == "stop")
+    assert any(choice["finish_reason"] == "stop" for choice in answer["choices"])
+    events = stream(client, CHAT, **body, response_format=schema)
+    shown = [choice for event in events for choice in event["choices"] if choice["index"] == 1]
+    assert "".join(choice["delta"].get("content", "") for choice in shown) == texts[1]
+    whole = post(client, COMPLETIONS, prompt="x", response_format={"type": "json_object"}, max_tokens=5, seed=1)
+    assert whole["choices"][0]["text"].lstrip().startswith("{")
+
+
 def test_an_answer_without_a_limit_ends_at_the_end_of_the_slot(client):
     bias = {"257": -100, "259": -100}
     answer = post(client, CHAT, messages=[{"role": "user", "content": "x"}], logit_bias=bias)
@@ -198,7 +225,6 @@ def test_other_endpoints(llm, client):
     assert "access-control-allow-origin" not in client.get("/health", headers={"Origin": "http://x"}).headers
 
 
-USER = [{"role": "user", "content": "x"}]
 WRONG: list[tuple[str, Any, int, str | None]] = [
     (COMPLETIONS, {"prompt": "a", "temprature": 1}, 400, "temprature"),
     (COMPLETIONS, {"prompt": "a", "best_of": 2}, 400, "best_of"),
@@ -230,6 +256,9 @@ WRONG: list[tuple[str, Any, int, str | None]] = [
     (COMPLETIONS, {"prompt": "a", "logit_bias": {"1": 1000}}, 400, "logit_bias.1"),
     (COMPLETIONS, {"prompt": "a", "model": "other"}, 404, "model"),
     (COMPLETIONS, {"prompt": "a", "response_format": {"type": "xml"}}, 400, "response_format.type"),
+    (COMPLETIONS, {"prompt": "a", "response_format": {"type": "json_schema"}}, 400, "response_format"),
+    (COMPLETIONS, {"prompt": "a", "response_format": {"json_schema": {"schema": {}}}}, 400, "response_format"),
+    (CHAT, {"messages": [{"role": "user", "content": "x"}], "response_format": NO_SCHEMA}, 400, None),
     (COMPLETIONS, {"prompt": "a", "stream_options": {"usage": True}}, 400, "stream_options.usage"),
     (COMPLETIONS, [1], 400, None),
     (COMPLETIONS, b"{", 400, None),

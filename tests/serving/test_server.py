@@ -1,16 +1,8 @@
 """One server process, as OpenAI's client, browsers that leave, slow readers and `nextllm chat --server` use it."""
 
-import json
 import os
-import re
 import signal
 import socket
-import subprocess
-import sys
-import threading
-import time
-import urllib.request
-from pathlib import Path
 
 import pytest
 
@@ -19,85 +11,26 @@ from nextllm_jax.cli.main import COMMANDS
 from nextllm_jax.config import SamplingConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.chat import Conversation
+from tests.serving.processes import KEY, NEVER_STOP, NUM_SLOTS, Server, until
 
 openai = pytest.importorskip("openai", reason="pip install '.[test]'")
 pytest.importorskip("starlette", reason="pip install '.[serve]'")
 pytest.importorskip("jinja2", reason="pip install '.[interop]'")
 
-KEY = "a key"
-NEVER_STOP = {"257": -100, "259": -100}
-NUM_SLOTS = 4
 
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    from tests.serving.models import write_run
 
-class Server:
-    """A process of `nextllm serve`."""
-
-    def __init__(self, directory: Path, environment: dict[str, str], *arguments: str) -> None:
-        self.log: list[str] = []
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "nextllm_jax.cli", "serve", "--port", "0", *arguments],
-            cwd=directory, env={**environment, "NEXTLLM_API_KEY": KEY}, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        self._started = threading.Event()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        assert self._started.wait(120), self.log
-        self.url = re.findall(r"http://\S+", self.log[-1])[0]
-        self.port = int(self.url.rpartition(":")[2])
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        with self.process.stderr as lines:
-            for line in lines:
-                self.log.append(line)
-                if "serving " in line:
-                    self._started.set()
-        self._started.set()
-
-    def wait(self) -> int:
-        """The exit code, once all of the log is read."""
-        code = self.process.wait(60)
-        self._reader.join()
-        return code
-
-    def metrics(self) -> dict[str, float]:
-        with urllib.request.urlopen(f"{self.url}/metrics") as response:
-            lines = response.read().decode().splitlines()
-        return {line.partition("{")[0]: float(line.split()[-1]) for line in lines if line.startswith("nextllm_")}
-
-    def send(self, body: dict, path: str = "/v1/completions") -> socket.socket:
-        """A connection with a request on it."""
-        content = json.dumps(body).encode()
-        connection = socket.socket()
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # so that unread text stays with the server
-        connection.settimeout(60)
-        connection.connect(("127.0.0.1", self.port))
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nAuthorization: Bearer {KEY}\r\n"
-        connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
-        return connection
-
-    def idle(self) -> bool:
-        found = self.metrics()
-        return found["nextllm_slots_used"] == found["nextllm_waiting_rows"] == 0
+    directory = tmp_path_factory.mktemp("server")
+    write_run(directory / "bytes")
+    return directory
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory, compilation_cache):
-    directory = tmp_path_factory.mktemp("server")
-    from tests.serving.models import write_run
-
-    write_run(directory / "bytes")
-    environment = {
-        **os.environ, "PYTHONPATH": str(Path(nextllm_jax.__file__).parent.parent),
-        "JAX_COMPILATION_CACHE_DIR": str(compilation_cache),
-    }  # fmt: skip
-    server = Server(
-        directory, environment, "--checkpoint", "bytes", "--num-slots", str(NUM_SLOTS), "--max-length", "1024"
-    )
-    server.directory = directory  # pyright: ignore[reportAttributeAccessIssue]
-    yield server
-    server.process.kill()
-    server.wait()
+def server(directory, compilation_cache):
+    with Server(directory, compilation_cache) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -107,16 +40,8 @@ def client(server):
 
 
 @pytest.fixture(scope="module")
-def llm(server):
-    return nextllm_jax.load(server.directory / "bytes")
-
-
-def until(condition) -> None:
-    """Wait for at most a minute."""
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
+def llm(directory):
+    return nextllm_jax.load(directory / "bytes")
 
 
 def test_openais_client_completes(client):
@@ -216,6 +141,9 @@ def test_chat_with_a_server_is_a_chat_with_its_model(server, llm, capsys, monkey
     assert capsys.readouterr().out == expected + "".join(talk.say("more")) + "\n"
     with pytest.raises(InputError, match="the server says: there is no model 'other'"):
         COMMANDS["chat"]([*options, "--prompt", "x", "--model", "other"])
+    schema = ["--prompt", "x", "--json-schema", '{"const": 17}', "--logit-bias", "97:1", "--min-new-tokens", "2"]
+    assert COMMANDS["chat"]([*options, *schema]) == 0
+    assert capsys.readouterr().out.strip() == "17"
     with pytest.raises(InputError, match="--json does not go with --server"):
         COMMANDS["chat"]([*options, "--json"])
     with pytest.raises(InputError, match="either --checkpoint PATH or --server URL"):
