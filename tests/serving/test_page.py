@@ -1,21 +1,23 @@
 """The pages in a browser: with `nextllm serve` as users have them, and with a server that says what a test wants."""
 
 import json
-import os
+import shutil
+import subprocess
+import sys
 import urllib.request
+import zipfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-import nextllm_jax
+from tests.conftest import ROOT
 from tests.serving.browser import ANSWERED, READY, chat, say
 
 pytest.importorskip("starlette", reason="pip install '.[serve]'")
 pytest.importorskip("jinja2", reason="pip install '.[interop]'")
 
 from tests.serving.fake import Backend, running
-from tests.serving.test_server import KEY, Server, until
+from tests.serving.processes import KEY, NUM_SLOTS, Server, until
 
 STORED = """Object.keys(localStorage).filter((key) => key.startsWith('nextllm.conversation.'))
     .map((key) => JSON.parse(localStorage[key]))"""
@@ -27,14 +29,8 @@ def server(tmp_path_factory, compilation_cache) -> Iterator[Server]:
 
     directory = tmp_path_factory.mktemp("server")
     write_run(directory / "bytes")
-    environment = {
-        **os.environ, "PYTHONPATH": str(Path(nextllm_jax.__file__).parent.parent),
-        "JAX_COMPILATION_CACHE_DIR": str(compilation_cache),
-    }  # fmt: skip
-    server = Server(directory, environment, "--checkpoint", "bytes")
-    yield server
-    server.process.kill()
-    server.wait()
+    with Server(directory, compilation_cache) as server:
+        yield server
 
 
 def test_a_chat_by_keyboard_alone_is_what_the_server_answers(tab, server):
@@ -82,7 +78,7 @@ def test_the_status_page(tab, server):
     assert tab.text("#state") == "The server is ready."
     assert tab.text("h2") == "bytes"
     rows = dict(zip(tab.texts("dt"), tab.texts("dd"), strict=True))
-    assert rows["Slots used"] == "0 of 16"
+    assert rows["Slots used"] == f"0 of {NUM_SLOTS}"
     assert int(rows["New tokens since the start"]) == server.metrics()["nextllm_new_tokens_total"]
 
 
@@ -304,3 +300,18 @@ def test_the_status_page_follows_the_metrics(tab, backend):
     backend.metrics = METRICS % 3000
     tab.until("document.querySelectorAll('dd')[5].innerText === '3,000'")
     assert float(tab.texts("dd")[3]) > 0
+
+
+@pytest.mark.slow
+def test_a_wheel_has_the_pages(tmp_path):
+    pytest.importorskip("setuptools")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "nextllm_jax", tmp_path / "nextllm_jax")
+    build = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
+    done = subprocess.run([sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    pages = {path.name for path in (ROOT / "nextllm_jax" / "serving" / "page").iterdir()}
+    with zipfile.ZipFile(wheel) as archive:
+        assert {f"nextllm_jax/serving/page/{name}" for name in pages} <= set(archive.namelist())

@@ -233,12 +233,15 @@ addEventListener("keydown", (event) => {
   showSidebar(false);
 });
 
-addEventListener("pagehide", () => {
+// A reload ends requests with an error before pagehide, and phones close pages without beforeunload.
+for (const type of ["beforeunload", "pagehide"]) addEventListener(type, leave);
+
+function leave() {
   if (!running) return;
-  running.abort(); // not an error
+  running.abort();
   current.messages.at(-1).note = "Stopped.";
   save(current);
-});
+}
 
 stop.addEventListener("click", () => running?.abort());
 

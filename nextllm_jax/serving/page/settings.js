@@ -46,14 +46,16 @@ export function openSettings(saved, { focus, error }) {
   if (dialog.open) return;
   document.getElementById("settings-error").textContent = error;
   for (const name of ["system", "key", ...NUMBERS]) form.elements[name].value = values[name] ?? "";
-  dialog.returnValue = "cancel";
-  dialog.addEventListener("close", () => read(saved), { once: true });
+  form.onsubmit = (event) => {
+    event.preventDefault();
+    dialog.close();
+    if (event.submitter.value === "save") read(saved);
+  };
   dialog.showModal();
   form.elements[focus].focus();
 }
 
 function read(saved) {
-  if (dialog.returnValue !== "save") return;
   values.system = form.elements.system.value;
   values.key = form.elements.key.value.trim();
   for (const name of NUMBERS) {

@@ -58,13 +58,10 @@ function startRename(node, conversation, actions) {
 
 function confirmRemoval(conversation, actions) {
   document.getElementById("confirm-text").textContent = `Delete “${conversation.title}”?`;
-  dialog.returnValue = "cancel";
-  dialog.addEventListener(
-    "close",
-    () => {
-      if (dialog.returnValue === "delete") actions.remove(conversation);
-    },
-    { once: true },
-  );
+  dialog.querySelector("form").onsubmit = (event) => {
+    event.preventDefault();
+    dialog.close();
+    if (event.submitter.value === "delete") actions.remove(conversation);
+  };
   dialog.showModal();
 }
