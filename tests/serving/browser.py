@@ -83,7 +83,8 @@ class Tab:
 
     def open(self, url: str) -> None:
         """Load an address."""
-        self._call("Page.navigate", url=url)
+        found = self._call("Page.navigate", url=url)
+        assert "errorText" not in found, (url, found)
         self.until("document.readyState === 'complete'")
 
     def run(self, script: str) -> Any:

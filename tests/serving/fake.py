@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from nextllm_jax.serving.pages import page_routes
 from nextllm_jax.serving.server import bind, url
+from tests.serving.processes import until
 
 PIECE = 7
 
@@ -91,6 +92,7 @@ def running(app: Starlette) -> Iterator[str]:
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
         thread.start()
+        until(lambda: server.started)
         yield url(sock)
         server.should_exit = True
         thread.join(60)

@@ -1,6 +1,7 @@
 """What a model writes, as the chat page shows it: Markdown is rendered, and nothing of it runs."""
 
 import json
+import urllib.request
 
 import pytest
 
@@ -56,6 +57,23 @@ def test_nothing_that_a_model_or_a_user_writes_runs(tab, backend):
     tab.run("document.querySelectorAll('.content *').forEach((each) => each.dispatchEvent(new Event('error')))")
 
 
+def test_a_script_that_reached_the_page_would_not_run(tab, backend):
+    """The policy that the server sends stops what the renderer would let through."""
+    for path in ("/", "/status", "/page/chat.js"):
+        with urllib.request.urlopen(backend.url + path) as response:
+            policy = response.headers["Content-Security-Policy"]
+            assert response.headers["X-Content-Type-Options"] == "nosniff"
+        assert {"default-src 'self'", "base-uri 'none'", "frame-ancestors 'none'"} <= set(policy.split("; "))
+    tab.open(f"{backend.url}/")
+    tab.run("document.body.insertAdjacentHTML('beforeend', '<img src=/nothing onerror=\"window.ran = 1\">')")
+    tab.run("document.body.append(Object.assign(document.createElement('script'), {text: 'window.ran = 1'}))")
+    assert tab.run("fetch('http://127.0.0.2:1').then(() => 'sent', (error) => 'refused')") == "refused"
+    tab.until("performance.getEntriesByName(location.origin + '/nothing').length")
+    assert tab.run("window.ran") is None
+    assert len(tab.problems) >= 3
+    tab.problems.clear()
+
+
 MARKDOWN = {
     "headings": ("# a\n### b #\n####### c", "<h3>a</h3><h5>b</h5><p>####### c</p>"),
     "emphasis": (
@@ -98,7 +116,7 @@ MARKDOWN = {
     "nothing": (" \n\n", ""),
 }
 LONG = (
-    "> " * 3000, "- " * 3000, "[" * 50_000, "*a " * 20_000, "**a" * 20_000, "_" * 50_000, "`" * 20_000,
+    "> " * 3000, "- " * 3000, "[" * 50_000, "*a " * 99_999, "**a" * 99_999, "_" * 50_000, "`" * 20_000,
     "` `` " * 10_000,
     "[a](https://e.com/" * 3000, "| " * 20_000 + "\n|" + " " * 50_000, "![a](" * 10_000, "\\" * 20_000, "1. " * 5000,
     "#" * 20_000 + " " * 20_000, "https://e.com/" + "." * 20_000, "\n".join("  " * i + "- a" for i in range(300)),
