@@ -17,10 +17,10 @@ export function renderMarkdown(text) {
   return blocks(text.replaceAll("\r", "").split("\n"), 0);
 }
 
-/** An element with children, which are nodes or text. */
+/** An element with children, which are nodes, text, or lists of these. */
 export function element(name, properties = {}, ...children) {
   const node = Object.assign(document.createElement(name), properties);
-  node.append(...children);
+  for (const child of children.flat()) node.append(child); // a list can be too long for arguments
   return node;
 }
 
@@ -68,7 +68,7 @@ function heading(lines, at) {
   const match = HEADING.exec(lines[at]);
   if (!match) return null;
   const level = Math.min(match[1].length + 2, 6); // below the page's own headings
-  return { node: element(`h${level}`, {}, ...inline(match[2].replace(/ #+ *$/, ""))), next: at + 1 };
+  return { node: element(`h${level}`, {}, inline(match[2].replace(/ #+ *$/, ""))), next: at + 1 };
 }
 
 function rule(lines, at) {
@@ -80,7 +80,7 @@ function quote(lines, at, depth) {
   let next = at;
   while (next < lines.length && QUOTE.test(lines[next])) next += 1;
   const inner = lines.slice(at, next).map((line) => line.replace(QUOTE, ""));
-  return { node: element("blockquote", {}, ...blocks(inner, depth + 1)), next };
+  return { node: element("blockquote", {}, blocks(inner, depth + 1)), next };
 }
 
 function list(lines, at, depth) {
@@ -94,7 +94,7 @@ function list(lines, at, depth) {
     if (found?.ordered !== first.ordered || found.indent >= first.indent + 2 || RULE.test(lines[next])) break;
     const end = endOfItem(lines, next, first.indent);
     const inner = lines.slice(next + 1, end).map((line) => dedent(line, found.width));
-    node.append(element("li", {}, ...blocks([spaces(lines[next]).slice(found.width), ...inner], depth + 1)));
+    node.append(element("li", {}, blocks([spaces(lines[next]).slice(found.width), ...inner], depth + 1)));
     next = end;
   }
   return { node, next };
@@ -127,9 +127,9 @@ function table(lines, at) {
   let next = at + 2;
   while (next < lines.length && lines[next].includes("|")) next += 1;
   const names = cells(lines[at]);
-  const row = (kind, texts) => element("tr", {}, ...texts.map((text) => element(kind, {}, ...inline(text))));
+  const row = (kind, texts) => element("tr", {}, texts.map((text) => element(kind, {}, inline(text))));
   const rows = lines.slice(at + 2, next).map((line) => row("td", cells(line).slice(0, names.length)));
-  const node = element("table", {}, element("thead", {}, row("th", names)), element("tbody", {}, ...rows));
+  const node = element("table", {}, element("thead", {}, row("th", names)), element("tbody", {}, rows));
   return { node: element("div", { className: "table", tabIndex: 0 }, node), next };
 }
 
@@ -141,7 +141,7 @@ function cells(line) {
 function paragraph(lines, at) {
   let next = at + 1;
   while (next < lines.length && lines[next].trim() && !interrupts(lines[next])) next += 1;
-  return { node: element("p", {}, ...inline(lines.slice(at, next).join("\n").trim())), next };
+  return { node: element("p", {}, inline(lines.slice(at, next).join("\n").trim())), next };
 }
 
 /** Whether a line ends the paragraph before it. */
@@ -185,8 +185,9 @@ function inline(text, depth = 0) {
   let at = 0;
   for (let match; (match = pattern.exec(text)); ) {
     const found = span(text, match, depth, failed);
-    nodes.push(text.slice(at, match.index), found?.node ?? match[0]);
-    at = pattern.lastIndex = found?.next ?? pattern.lastIndex;
+    if (!found) continue;
+    nodes.push(text.slice(at, match.index), found.node);
+    at = pattern.lastIndex = found.next;
   }
   nodes.push(text.slice(at));
   return nodes.filter((node) => node !== "");
@@ -210,7 +211,7 @@ function span(text, match, depth, failed) {
     failed.add(mark);
     return null;
   }
-  return { node: element(MARKED[mark], {}, ...inline(text.slice(end, close), depth + 1)), next: close + mark.length };
+  return { node: element(MARKED[mark], {}, inline(text.slice(end, close), depth + 1)), next: close + mark.length };
 }
 
 /** The length of an address without the punctuation after it. */
@@ -236,7 +237,7 @@ function codeSpan(text, ticks, start) {
 
 function link(target, label, next) {
   if (!/^https?:\/\//i.test(target) || !URL.canParse(target)) return null;
-  const node = element("a", { href: target, target: "_blank", rel: "noopener noreferrer" }, ...label);
+  const node = element("a", { href: target, target: "_blank", rel: "noopener noreferrer" }, label);
   for (const inner of node.querySelectorAll("a")) inner.replaceWith(...inner.childNodes);
   return { node, next };
 }
