@@ -54,6 +54,8 @@ class PlanArguments:
     """With --decode: maximum number of new tokens per row."""
     quantize: Literal["none", "int8", "int4"] = "none"
     """With --decode: quantize the matrices, as `sample --quantize` does."""
+    quantize_cache: bool = False
+    """With --decode: keep keys and values in int8, as `sample --quantize-cache` does."""
     hlo: str | None = None
     """New file for the text of the compiled train step (XLA HLO)."""
     json: bool = False
@@ -92,8 +94,9 @@ def _check(arguments: PlanArguments) -> None:
         raise InputError("--devices is for --chip; a topology has a fixed number of devices")
     if arguments.decode and (arguments.fast or arguments.search):
         raise InputError("--decode always compiles; leave out --fast and --search")
-    if arguments.quantize != "none" and not arguments.decode:
-        raise InputError("--quantize is for sampling; add --decode")
+    for option, given in (("--quantize", arguments.quantize != "none"), ("--quantize-cache", arguments.quantize_cache)):
+        if given and not arguments.decode:
+            raise InputError(f"{option} is for sampling; add --decode")
     if arguments.hlo is not None and (arguments.fast or arguments.search or arguments.decode):
         raise InputError("--hlo needs a single compiled train step; leave out --fast, --search and --decode")
     if arguments.hlo is not None and Path(arguments.hlo).exists():
@@ -132,7 +135,10 @@ def _plan(arguments: PlanArguments) -> tuple[dict[str, Any], str]:
         target = topology.tpu_slices(arguments.topology or "", config.mesh.slices)
     if arguments.decode:
         request = Request(
-            batch_size=arguments.batch_size, prompt_tokens=arguments.prompt_tokens, new_tokens=arguments.new_tokens
+            batch_size=arguments.batch_size,
+            prompt_tokens=arguments.prompt_tokens,
+            new_tokens=arguments.new_tokens,
+            quantize_cache=arguments.quantize_cache,
         )
         quantization = None if arguments.quantize == "none" else Quantization(scheme=arguments.quantize)
         decoding = plan_decoding(config, target, request, quantization)

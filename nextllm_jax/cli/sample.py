@@ -7,7 +7,7 @@ import logging
 import re
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -75,6 +75,8 @@ class SampleArguments:
     """Type of the matmuls; none: that of the model's config."""
     quantize: Literal["none", "int8", "int4"] = "none"
     """Quantize the weights while loading. `nextllm quantize` writes quantized weights, and has more options."""
+    quantize_cache: bool = False
+    """Keep the keys and values of earlier tokens in int8, which halves their memory. The text changes slightly."""
     draft_tokens: int = 0
     """Verify this many guesses of the next tokens in each step (speculative decoding), which is faster where the text
     repeats itself or its prompt. The text stays the same. 0: none, or 4 with --draft."""
@@ -188,9 +190,10 @@ def load_model(arguments: SampleArguments, prompts: Mapping[str, str]) -> tuple[
             max_new_tokens = max(1, min(max_new_tokens, context - max(lengths.values())))
         for name, length in lengths.items():
             require_length(name, length, max_new_tokens, context)
-    llm = load_source(source, arguments.checkpoint, dtype=arguments.dtype, quantize=arguments.quantize)
+    how: Any = {name: getattr(arguments, name) for name in ("dtype", "quantize", "quantize_cache")}
+    llm = load_source(source, arguments.checkpoint, **how)
     if arguments.draft is not None or arguments.draft_tokens:
-        draft = arguments.draft and load(arguments.draft, dtype=arguments.dtype, quantize=arguments.quantize)
+        draft = arguments.draft and load(arguments.draft, **how)
         llm = llm.with_drafts(arguments.draft_tokens or DRAFT_TOKENS, draft or None)
     return llm, max_new_tokens
 
@@ -228,8 +231,10 @@ def sample_file(arguments: SampleArguments) -> int:
         "seed": arguments.seed,
         "stop": arguments.stop,
     }
-    how |= {"slide": True} if arguments.slide else {}  # files of versions without it have no such setting
+    # Files of versions without these settings lack them.
+    how |= {"slide": True} if arguments.slide else {}
     model = {"weights": weights, "dtype": arguments.dtype, "quantize": arguments.quantize}
+    model |= {"quantize_cache": True} if arguments.quantize_cache else {}
     with SamplesFile(arguments.output, prompts, model | how | dataclasses.asdict(arguments.sampling)) as file:
         try:
             if len(file.done) < len(file.rows):

@@ -5,7 +5,7 @@ import ipaddress
 import os
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -15,6 +15,10 @@ from nextllm_jax.config import MeshConfig
 from nextllm_jax.config.checks import require, require_integer
 from nextllm_jax.errors import InputError, missing_package
 from nextllm_jax.process import use_compilation_cache
+
+if TYPE_CHECKING:
+    from nextllm_jax.serving.metrics import Metrics
+    from nextllm_jax.serving.model import ServedModel
 
 KEY_VARIABLE = "NEXTLLM_API_KEY"
 _EXIT_SECONDS = 10
@@ -32,6 +36,8 @@ class ServeArguments:
     part of its path as its name."""
     quantize: Literal["none", "int8", "int4"] = "none"
     """Quantize the weights while loading."""
+    quantize_cache: bool = False
+    """Keep the keys and values of the slots in int8."""
     dtype: Literal["auto", "float32", "bfloat16"] | None = None
     """Type of the matmuls; none: that of the model's config."""
     num_slots: int = 16
@@ -56,6 +62,7 @@ class ServeArguments:
     no_key: bool = False
     """Let everyone who reaches --host use the models."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    """Shards each model over all devices. Without any of its options, a model is on one device."""
 
     def __post_init__(self) -> None:
         for name in ("num_slots", "max_length", "max_body_bytes", "request_seconds"):
@@ -78,7 +85,6 @@ def serve_command(argv: list[str]) -> int:
     try:
         from nextllm_jax.serving.app import Limits, Service
         from nextllm_jax.serving.metrics import Metrics
-        from nextllm_jax.serving.model import load_served
         from nextllm_jax.serving.server import bind, serve
     except ModuleNotFoundError as error:
         raise missing_package("nextllm serve needs", error, "nextllm_jax[serve]") from error
@@ -87,24 +93,34 @@ def serve_command(argv: list[str]) -> int:
     metrics = Metrics()
     limits = Limits(body_bytes=arguments.max_body_bytes, seconds=arguments.request_seconds)
     with bind(arguments.host, arguments.port) as sock:
-        models = {
-            name: load_served(
-                name,
-                path,
-                dtype=arguments.dtype,
-                quantize=arguments.quantize,
-                mesh=None if arguments.mesh == MeshConfig() else arguments.mesh,
-                num_slots=arguments.num_slots,
-                max_length=arguments.max_length,
-                max_waiting=arguments.max_waiting,
-                metrics=metrics,
-            )
-            for name, path in paths.items()
-        }
+        models = {name: load_model(name, path, arguments, metrics) for name, path in paths.items()}
         serve(Service(models, metrics=metrics, limits=limits, keys=keys), sock, drain_seconds=arguments.drain_seconds)
     for model in models.values():
         model.worker.close(_EXIT_SECONDS)
     return 0
+
+
+def load_model(name: str, path: str, arguments: ServeArguments, metrics: "Metrics") -> "ServedModel":
+    """The model of a path with its worker. Raises InputError as `load` does, and if it has no tokenizer."""
+    from nextllm_jax.inference.load import load
+    from nextllm_jax.serving.model import ServedModel
+    from nextllm_jax.serving.worker import Worker
+
+    llm = load(
+        path,
+        dtype=arguments.dtype,
+        quantize=arguments.quantize,
+        quantize_cache=arguments.quantize_cache,
+        mesh=None if arguments.mesh == MeshConfig() else arguments.mesh,
+    )
+    worker = Worker(
+        llm,
+        num_slots=arguments.num_slots,
+        max_length=arguments.max_length,
+        max_waiting=arguments.max_waiting,
+        metrics=metrics.of_model(name),
+    )
+    return ServedModel(name, llm, worker)
 
 
 def name_models(checkpoints: tuple[str, ...]) -> dict[str, str]:

@@ -75,6 +75,8 @@ class Engine:
     `row_buckets`; None: powers of two. Runs on `mesh`; None: on the mesh that the caller has set, or on the parameters'
     device. If the mesh shards the rows, the number of slots is rounded up and all are decoded.
 
+    With `quantize_cache`, keys and values are int8 with a scale for each position and head.
+
     With `draft_tokens`, each step verifies that many guesses of the next tokens, from the model `draft` or, without
     one, from the tokens of the row. This changes the speed, and not the tokens. The two models must share their ids.
     """
@@ -88,6 +90,7 @@ class Engine:
         max_length: int,
         vocab_size: int,
         row_buckets: tuple[int, ...] | None = None,
+        quantize_cache: bool = False,
         draft_tokens: int = 0,
         draft: Network | None = None,
         mesh: Mesh | None = None,
@@ -116,6 +119,7 @@ class Engine:
             None if draft is None else draft.model,
             num_slots=self.num_slots,
             length=self.max_length,
+            quantize_cache=quantize_cache,
         )
 
     @property

@@ -64,6 +64,8 @@ class LLM:
     scan_layers: bool = True
     mesh: Mesh | None = None
     """Mesh over which the parameters are sharded; None: one device, or the mesh that the caller has set."""
+    quantize_cache: bool = False
+    """Keep keys and values in int8."""
     draft_tokens: int = 0
     """Number of guesses that each decoding step verifies; see `with_drafts`."""
     draft: "LLM | None" = None
@@ -327,6 +329,7 @@ class LLM:
             max_length=max_length,
             vocab_size=self.tokenizer.vocab_size,
             row_buckets=None if num_slots else (slots,),
+            quantize_cache=self.quantize_cache,
             draft_tokens=self.draft_tokens,
             draft=None if self.draft is None else Network(self.draft.model, self.draft.params),
             mesh=self.mesh,

@@ -31,6 +31,7 @@ def load(
     step: str | int | None = None,
     dtype: str | None = None,
     quantize: str | Quantization = "none",
+    quantize_cache: bool = False,
     mesh: MeshConfig | None = None,
 ) -> LLM:
     """The model of a run directory, a Hugging Face directory, a GGUF file or a published name.
@@ -43,6 +44,8 @@ def load(
       model is never whole in memory. "none": they stay as they are in the files. On a CPU, weights with a scale per
       group of inputs, such as int4, are rounded once more to int8 with a scale per output channel, which a CPU
       multiplies several times faster.
+    - `quantize_cache` keeps the keys and values of a text in int8 with a scale for each position and head, which takes
+      about half of the memory of bfloat16.
     - `mesh` shards the model over all devices. None: one device.
 
     The tokenizer is loaded when it is first used. A model without one has `logits`, and the methods that need text
@@ -54,7 +57,9 @@ def load(
     path = os.fspath(path) if isinstance(path, os.PathLike) else path
     require_text("path", path)
     require(mesh is None or isinstance(mesh, MeshConfig), f"mesh is {mesh!r:.80}; it must be a MeshConfig")
-    return load_source(open_model(path, step=step), path, dtype=dtype, quantize=quantize, mesh=mesh)
+    return load_source(
+        open_model(path, step=step), path, dtype=dtype, quantize=quantize, quantize_cache=quantize_cache, mesh=mesh
+    )
 
 
 def load_source(
@@ -63,6 +68,7 @@ def load_source(
     *,
     dtype: str | None = None,
     quantize: str | Quantization = "none",
+    quantize_cache: bool = False,
     mesh: MeshConfig | None = None,
 ) -> LLM:
     """As `load`, for the opened model of `path`."""
@@ -85,7 +91,7 @@ def load_source(
             params = regroup(source.load_params(abstract), by_channel)
         else:
             params = source.load_params(abstract)
-    return LLM(config, params, source.load_tokenizer, compute_dtype, model.scan_layers, devices)
+    return LLM(config, params, source.load_tokenizer, compute_dtype, model.scan_layers, devices, quantize_cache)
 
 
 def decoding_model(

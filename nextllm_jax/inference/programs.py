@@ -67,13 +67,16 @@ class State:
         return self._with_caches(lambda cache, _: cache.grown(length), self)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "draft_model", "num_slots", "length"))
-def create(model: Transformer, draft_model: Transformer | None, *, num_slots: int, length: int) -> State:
-    """The state of `num_slots` empty slots of `length` positions."""
+@functools.partial(jax.jit, static_argnames=("model", "draft_model", "num_slots", "length", "quantize_cache"))
+def create(
+    model: Transformer, draft_model: Transformer | None, *, num_slots: int, length: int, quantize_cache: bool = False
+) -> State:
+    """The state of `num_slots` empty slots of `length` positions, with an int8 cache if `quantize_cache` is set."""
 
     def cache_of(model: Transformer) -> KVCache:
+        dtype = jnp.int8 if quantize_cache else model.dtype
         return KVCache.create(
-            model.config, batch_size=num_slots, length=length, dtype=model.dtype, scan_layers=model.scan_layers
+            model.config, batch_size=num_slots, length=length, dtype=dtype, scan_layers=model.scan_layers
         )
 
     zeros_NV = constrain(jnp.zeros((num_slots, model.config.vocab_size)), "batch", "vocab")

@@ -129,6 +129,6 @@ def _mean_visible(sequence_length: int, window: int) -> float:
 
 
 def kv_cache_bytes(config: ModelConfig, *, batch_size: int, length: int, bytes_per_value: int) -> int:
-    """Bytes of a KV cache for `batch_size` rows of `length` positions."""
-    values = 2 * config.num_layers * batch_size * length * config.num_kv_heads * config.head_dim
-    return values * bytes_per_value
+    """Bytes of a KV cache for `batch_size` rows of `length` positions; one byte per value means an int8 cache."""
+    head_bytes = config.head_dim * bytes_per_value + (4 if bytes_per_value == 1 else 0)  # with a float32 scale
+    return 2 * config.num_layers * batch_size * length * config.num_kv_heads * head_bytes

@@ -6,7 +6,7 @@ see it.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -16,16 +16,29 @@ from nextllm_jax.config import ModelConfig
 from nextllm_jax.sharding import constrain
 
 
+class LayerCache(NamedTuple):
+    """The keys and values of a layer. Those of an int8 cache are to be multiplied by their scales."""
+
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
+    k_scale_BKS: jax.Array | None = None
+    v_scale_BKS: jax.Array | None = None
+
+
 @flax.struct.dataclass
 class KVCache:
     """Keys and values: one array [L, B, K, S, H] for all layers, or one array [1, B, K, S, H] per layer.
 
     A scan over layers needs the single array. Without a scan, separate arrays are updated in place; a single array
     would be copied for each layer. S comes after K, so attention needs no transpose.
+
+    An int8 cache also has scales, float32 [L or 1, B, K, S]: one for each key and each value of a head.
     """
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
+    key_scales: tuple[jax.Array, ...] = ()
+    value_scales: tuple[jax.Array, ...] = ()
 
     @classmethod
     def create(
@@ -34,8 +47,16 @@ class KVCache:
         """An empty cache for `batch_size` rows of at most `length` positions. `scan_layers` as in the Transformer."""
         parts, layers = (1, config.num_layers) if scan_layers else (config.num_layers, 1)
         shape = (layers, batch_size, config.num_kv_heads, length, config.head_dim)
-        keys, values = (tuple(_sharded(jnp.zeros(shape, dtype)) for _ in range(parts)) for _ in range(2))
-        return cls(keys, values)
+
+        def arrays(shape: tuple[int, ...], dtype: Any) -> tuple[jax.Array, ...]:
+            return tuple(_sharded(jnp.zeros(shape, dtype)) for _ in range(parts))
+
+        cache = cls(arrays(shape, dtype), arrays(shape, dtype))
+        if jnp.dtype(dtype) != jnp.int8:
+            return cache
+        return cache.replace(  # pyright: ignore[reportAttributeAccessIssue]
+            key_scales=arrays(shape[:-1], jnp.float32), value_scales=arrays(shape[:-1], jnp.float32)
+        )
 
     @property
     def num_rows(self) -> int:
@@ -49,19 +70,20 @@ class KVCache:
 
     def split(self) -> list["KVCache"]:
         """A cache for each layer; for a cache with one array per layer."""
-        return [KVCache((keys,), (values,)) for keys, values in zip(self.keys, self.values, strict=True)]
+        fields = [self.keys, self.values, self.key_scales, self.value_scales]
+        return [KVCache(*(arrays[i : i + 1] for arrays in fields)) for i in range(len(self.keys))]
 
     @classmethod
     def joined(cls, parts: Sequence["KVCache"]) -> "KVCache":
         """The cache of all layers, from the caches that `split` returned."""
-        return cls(tuple(part.keys[0] for part in parts), tuple(part.values[0] for part in parts))
+        return jax.tree.map(lambda *arrays: sum(arrays, ()), *parts, is_leaf=_is_arrays)
 
     def grown(self, length: int) -> "KVCache":
         """The cache with slots for at least `length` positions."""
         if length <= self.length:
             return self
-        padding = ((0, 0), (0, 0), (0, 0), (0, length - self.length), (0, 0))
-        return jax.tree.map(lambda x: jnp.pad(x, padding), self)
+        more = length - self.length
+        return jax.tree.map(lambda x: jnp.pad(x, [(0, more if axis == 3 else 0) for axis in range(x.ndim)]), self)
 
     def taken(self, slot_B: jax.Array, length: int) -> "KVCache":
         """The first `length` positions of the rows `slot_B`. An index past the end gives the last row.
@@ -94,26 +116,43 @@ class KVCache:
         part, index = self._location(layer)
         rows_BT = jnp.broadcast_to(jnp.arange(k_BTKH.shape[0])[:, None], positions_BT.shape)
 
-        def written(arrays: tuple[jax.Array, ...], new_BTKH: jax.Array) -> tuple[jax.Array, ...]:
-            old_LBKSH = arrays[part]
-            slots = old_LBKSH.at[jnp.full_like(positions_BT, index), rows_BT, :, positions_BT]
-            new_LBKSH = _sharded(slots.set(new_BTKH.astype(old_LBKSH.dtype), mode="drop"))
-            return (*arrays[:part], new_LBKSH, *arrays[part + 1 :])
+        def written(arrays: tuple[jax.Array, ...], new: jax.Array) -> tuple[jax.Array, ...]:
+            old = arrays[part]
+            slots = old.at[jnp.full_like(positions_BT, index), rows_BT, :, positions_BT]
+            return (*arrays[:part], _sharded(slots.set(new.astype(old.dtype), mode="drop")), *arrays[part + 1 :])
 
-        return KVCache(written(self.keys, k_BTKH), written(self.values, v_BTKH))
+        if not self.key_scales:
+            return KVCache(written(self.keys, k_BTKH), written(self.values, v_BTKH))
+        (k_BTKH, k_scale_BTK), (v_BTKH, v_scale_BTK) = _quantized(k_BTKH), _quantized(v_BTKH)
+        return KVCache(
+            written(self.keys, k_BTKH),
+            written(self.values, v_BTKH),
+            written(self.key_scales, k_scale_BTK),
+            written(self.value_scales, v_scale_BTK),
+        )
 
-    def view(self, layer: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        """A layer's keys and values, each [B, K, S, H]."""
+    def view(self, layer: jax.Array | int) -> LayerCache:
+        """A layer's keys and values."""
         part, index = self._location(layer)
-        k_BKSH = jax.lax.dynamic_index_in_dim(self.keys[part], index, keepdims=False)
-        v_BKSH = jax.lax.dynamic_index_in_dim(self.values[part], index, keepdims=False)
-        return k_BKSH, v_BKSH
+        arrays = [each[part] for each in (self.keys, self.values, self.key_scales, self.value_scales) if each]
+        return LayerCache(*(jax.lax.dynamic_index_in_dim(array, index, keepdims=False) for array in arrays))
 
     def _location(self, layer: Any) -> tuple[int, jax.Array | int]:
         """(number of the array that holds a layer, the layer's index in it)."""
         return (0, layer) if len(self.keys) == 1 else (layer, 0)
 
 
-def _sharded(x_LBKSH: jax.Array) -> jax.Array:
-    """The array with batch and heads sharded over the current mesh; otherwise XLA might replicate all heads."""
-    return constrain(x_LBKSH, "layers", "batch", "kv_heads", None, None)
+def _sharded(x: jax.Array) -> jax.Array:
+    """An array with batch and heads sharded over the current mesh; otherwise XLA might replicate all heads."""
+    return constrain(x, "layers", "batch", "kv_heads", *[None] * (x.ndim - 3))
+
+
+def _quantized(x_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Values in -127 to 127, and a float32 scale [B, T, K] that they are to be multiplied by."""
+    x_BTKH = x_BTKH.astype(jnp.float32)
+    scale_BTK = jnp.maximum(jnp.max(jnp.abs(x_BTKH), axis=-1) / 127, jnp.finfo(jnp.float32).tiny)
+    return jnp.round(x_BTKH / scale_BTK[..., None]), scale_BTK
+
+
+def _is_arrays(x: Any) -> bool:
+    return isinstance(x, tuple)

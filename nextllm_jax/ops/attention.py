@@ -40,6 +40,8 @@ def cached_attention(
     q_BTNH: jax.Array,
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,
+    k_scale_BKS: jax.Array | None = None,
+    v_scale_BKS: jax.Array | None = None,
     *,
     positions_BT: jax.Array,
     window: int | None = None,
@@ -49,14 +51,21 @@ def cached_attention(
     """Attention output [B, T, N, H] of queries at absolute positions over the slots of a cache, in q's dtype.
 
     A query at position p sees slot s if s <= p and p - s < window (if given). The other slots may hold any finite
-    values. Scale, soft cap and softmax are as in `causal_attention`.
+    values. Scale, soft cap and softmax are as in `causal_attention`. The keys and values of an int8 cache are
+    multiplied by `k_scale_BKS` and `v_scale_BKS`.
     """
     rule = LogitsRule.of(q_BTNH.shape[-1], window, scale, soft_cap)
     q_BKGTH = jnp.einsum("BTKGH->BKGTH", group(q_BTNH, k_BKSH.shape[1]))
-    logits_BKGTS = rule.logits(einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH))
+    products_BKGTS = einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH.astype(q_BTNH.dtype))
+    if k_scale_BKS is not None:
+        products_BKGTS *= k_scale_BKS[:, :, None, None]
+    logits_BKGTS = rule.logits(products_BKGTS)
     distance_BTS = positions_BT[:, :, None] - jnp.arange(k_BKSH.shape[2])[None, None, :]
     visible_BTS = visible(distance_BTS, window)
     weights_BKGTS = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], logits_BKGTS, MASKED), axis=-1)
+    if v_scale_BKS is not None:
+        weights_BKGTS *= v_scale_BKS[:, :, None, None]
+        v_BKSH = v_BKSH.astype(q_BTNH.dtype)
     out_BKGTH = einsum("BKGTS,BKSH->BKGTH", weights_BKGTS.astype(v_BKSH.dtype), v_BKSH)
     return jnp.einsum("BKGTH->BTKGH", out_BKGTH).reshape(q_BTNH.shape).astype(q_BTNH.dtype)
 

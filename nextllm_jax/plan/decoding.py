@@ -35,6 +35,7 @@ class Request:
     batch_size: int
     prompt_tokens: int
     new_tokens: int
+    quantize_cache: bool = False
 
     @property
     def cache_length(self) -> int:
@@ -95,7 +96,7 @@ def plan_decoding(
         model.config,
         batch_size=request.batch_size,
         length=request.cache_length,
-        bytes_per_value=dtype.itemsize,
+        bytes_per_value=1 if request.quantize_cache else dtype.itemsize,
     )
 
     def phase(compiled: Compiled, tokens_per_row: int) -> Phase:
@@ -160,7 +161,8 @@ def _array(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
 
 def _compile_state(model: Transformer, request: Request) -> Any:
     """The abstract state of slots for the request."""
-    lowered = create.lower(model, None, num_slots=request.batch_size, length=request.cache_length)
+    size = {"num_slots": request.batch_size, "length": request.cache_length}
+    lowered = create.lower(model, None, **size, quantize_cache=request.quantize_cache)
     return jax.tree.map(
         lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
         lowered.out_info,

@@ -6,13 +6,10 @@ import threading
 import time
 from collections.abc import Sequence
 
-from nextllm_jax.config import MeshConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.llm import LLM
-from nextllm_jax.inference.load import load
 from nextllm_jax.inference.request import Request
 from nextllm_jax.serving.errors import ApiError
-from nextllm_jax.serving.metrics import Metrics
 from nextllm_jax.serving.protocol import ChatBody, ChatMessage, CompletionBody, GenerationBody, TokenizeBody
 from nextllm_jax.serving.worker import Worker
 from nextllm_jax.tokenizer.chat import ChatTemplate, Tools
@@ -109,23 +106,3 @@ class ServedModel:
         for request in requests[:: body.n]:
             self.worker.check(request)
         return [Row(index, texts[index // body.n], request) for index, request in enumerate(requests)]
-
-
-def load_served(
-    name: str,
-    path: str,
-    *,
-    dtype: str | None,
-    quantize: str,
-    mesh: MeshConfig | None,
-    num_slots: int,
-    max_length: int,
-    max_waiting: int,
-    metrics: Metrics,
-) -> ServedModel:
-    """The model of a path, with a worker. Raises InputError as `load` does, and if the model has no tokenizer."""
-    llm = load(path, dtype=dtype, quantize=quantize, mesh=mesh)
-    worker = Worker(
-        llm, num_slots=num_slots, max_length=max_length, max_waiting=max_waiting, metrics=metrics.of_model(name)
-    )
-    return ServedModel(name, llm, worker)

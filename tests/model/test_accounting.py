@@ -81,3 +81,6 @@ def test_kv_cache_bytes_are_those_of_the_cache() -> None:
     create = functools.partial(KVCache.create, config, batch_size=3, length=10, dtype=jnp.bfloat16)
     expected = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(create)))
     assert kv_cache_bytes(config, batch_size=3, length=10, bytes_per_value=2) == expected
+    int8 = jax.eval_shape(functools.partial(KVCache.create, config, batch_size=3, length=10, dtype=jnp.int8))
+    expected = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(int8))
+    assert kv_cache_bytes(config, batch_size=3, length=10, bytes_per_value=1) == expected

@@ -35,3 +35,27 @@ def test_a_write_reaches_its_layer_row_and_position_and_is_dropped_past_the_end(
         np.testing.assert_array_equal(np.concatenate(after), expected_LBKSH)
         np.testing.assert_array_equal(view, expected_LBKSH[1])
     assert not np.any(cache.keys[0])
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_an_int8_cache_returns_values_within_half_a_step(scan_layers: bool) -> None:
+    """The scale of a position and head is 1/127 of its largest value, so rounding changes at most half of that."""
+    cache = KVCache.create(CONFIG, batch_size=2, length=5, dtype=jnp.int8, scan_layers=scan_layers)
+    k_BTKH, v_BTKH = np.random.default_rng(0).standard_normal((2, 2, 2, 2, 4)).astype(np.float32)
+    k_BTKH[1, 0, 1], v_BTKH[0, 1] = 0, v_BTKH[0, 1] * 1e-6
+    written = cache.write(1, jnp.asarray(k_BTKH), jnp.asarray(v_BTKH), jnp.asarray([[1, 2], [3, 5]], jnp.int32))
+    view = written.view(1)
+    assert view.k_BKSH.dtype == view.v_BKSH.dtype == jnp.int8
+    for new_BTKH, values_BKSH, scales_BKS in (
+        (k_BTKH, view.k_BKSH, view.k_scale_BKS),
+        (v_BTKH, view.v_BKSH, view.v_scale_BKS),
+    ):
+        assert scales_BKS is not None
+        found_BSKH = (np.asarray(values_BKSH) * np.asarray(scales_BKS)[..., None]).swapaxes(1, 2)
+        for row, t, position in ((0, 0, 1), (0, 1, 2), (1, 0, 3)):
+            step_K = np.abs(new_BTKH[row, t]).max(-1) / 127
+            assert np.all(np.abs(found_BSKH[row, position] - new_BTKH[row, t]) <= 0.501 * step_K[:, None])
+        assert not np.any(found_BSKH[:, [0, 4]])
+    again = KVCache.joined(written.split()) if not scan_layers else written
+    assert again.taken(jnp.asarray([1], jnp.int32), 4).value_scales[0].shape[1:] == (1, 2, 4)
+    assert again.grown(9).key_scales[0].shape[1:] == (2, 2, 9)

@@ -11,6 +11,7 @@ pytest.importorskip("starlette", reason="pip install '.[serve]'")
 pytest.importorskip("jinja2", reason="pip install '.[interop]'")
 from nextllm_jax.config import SamplingConfig
 from nextllm_jax.inference.scheduler import Scheduler
+from nextllm_jax.serving import app
 from nextllm_jax.tokenizer.chat import ChatTemplate
 from tests.serving.models import LENGTH, SLOTS, WAITING, make_llm, serving
 
@@ -97,6 +98,17 @@ def test_completions_are_those_of_generate(llm, client, asked, same):
 
 def joined(parts: list[dict[str, list[Any]]]) -> dict[str, list[Any]]:
     return {key: [value for part in parts for value in part[key]] for key in parts[0]}
+
+
+def test_a_stop_string_within_a_chunk_ends_the_log_probabilities(llm, client):
+    body = {"prompt": "a", "seed": 1, "max_tokens": 24, "logprobs": 0}
+    whole = post(client, COMPLETIONS, **body)["choices"][0]
+    tokens = whole["logprobs"]["tokens"]
+    place = next(i for i in range(10, 24) if (i + 1) % 8 and tokens[i] not in tokens[:i] and tokens[i].isascii())
+    (choice,) = post(client, COMPLETIONS, **body, stop=tokens[place])["choices"]
+    assert choice["finish_reason"] == "stop"
+    assert choice["logprobs"]["tokens"] == tokens[: place + 1]
+    assert choice["logprobs"]["token_logprobs"] == pytest.approx(whole["logprobs"]["token_logprobs"][: place + 1])
 
 
 def test_prompts_may_be_token_ids(llm, client):
@@ -223,6 +235,17 @@ def test_other_endpoints(llm, client):
     assert client.get("/health").json() == {"status": "ok"}
     assert client.get("/ready").json() == {"status": "ready"}
     assert "access-control-allow-origin" not in client.get("/health", headers={"Origin": "http://x"}).headers
+
+
+def test_the_page(llm, tmp_path, monkeypatch):
+    for name in ("index.html", "status.html", "chat.js"):
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(app, "PAGE", tmp_path)
+    with serving({"bytes": llm}, keys=["k"]) as client:
+        for path, name in {"/": "index.html", "/status": "status.html", "/page/chat.js": "chat.js"}.items():
+            assert client.get(path).text == name
+        for path in ("/page/nothing", "/page/%2e%2e/conftest.py"):
+            assert client.get(path).status_code == 404
 
 
 WRONG: list[tuple[str, Any, int, str | None]] = [
@@ -392,9 +415,9 @@ def test_a_failing_step_fails_its_rows_and_no_others(llm, monkeypatch, caplog):
 
         def fail_once(self, *args):
             outputs = advance(self, *args)
-            if failures:
-                entered.set()
-                assert go.wait(60)
+            entered.set()
+            assert go.wait(60)
+            if failures and self.waiting:
                 raise failures.pop()
             return outputs
 

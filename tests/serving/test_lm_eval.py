@@ -15,7 +15,7 @@ import uvicorn
 from nextllm_jax.serving.server import bind, url
 from tests.serving.models import make_llm, served_app
 
-pytestmark = pytest.mark.filterwarnings("default")  # of the harness's many dependencies
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # the harness has many dependencies
 
 CONTEXTS = ["Q: one\nA:", "a longer context, über"]
 CONTINUATIONS = [" yes", " ü", "eee"]

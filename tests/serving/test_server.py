@@ -100,8 +100,7 @@ def test_a_client_that_leaves_frees_its_slots(server, client, streams):
     with server.send(body) as connection:
         if streams:
             assert connection.recv(15) == b"HTTP/1.1 200 OK"
-        else:
-            until(lambda: server.metrics()["nextllm_slots_used"] == NUM_SLOTS)
+        until(lambda: server.metrics()["nextllm_slots_used"] == NUM_SLOTS)
     until(server.idle)
     assert server.metrics()["nextllm_new_tokens_total"] - before < NUM_SLOTS * 1000
 
