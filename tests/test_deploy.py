@@ -1,7 +1,11 @@
 """The launch recipes, run with engines that only note what they are asked: what they would start is parsed as we do."""
 
+import configparser
+import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -10,13 +14,17 @@ import pytest
 import yaml
 
 from nextllm_jax.cli import main as cli
+from nextllm_jax.cli.help import parse
+from nextllm_jax.cli.serve import KEY_VARIABLE, ServeArguments
 from nextllm_jax.config.files import config_of_arguments
 from nextllm_jax.distributed.rendezvous import ProcessInfo, find_process_info
 from tests.conftest import ROOT
 
 DEPLOY = ROOT / "deploy"
 SHELL = ("tpu_vm.sh", "gke_xpk.sh", "slurm.sbatch")
-YAML = ("gke_jobset.yaml", "skypilot.yaml")
+YAML = ("gke_jobset.yaml", "gke_serve.yaml", "skypilot.yaml")
+IMAGES = {"Dockerfile": "gcs,hf", "serve.Containerfile": "serve,interop,grammar,gcs"}
+UNIT = "nextllm-serve.service"
 
 # What an engine does with a command: gcloud and xpk run what --command holds, srun the words after its options.
 ENGINES = {
@@ -92,7 +100,7 @@ def check_mesh(arguments: cli.TrainArguments, chips: int, slices: int) -> None:
 
 
 def test_every_file_is_tested_here():
-    assert {path.name for path in DEPLOY.iterdir()} == {*SHELL, *YAML, "Dockerfile"}
+    assert {path.name for path in DEPLOY.iterdir()} == {*SHELL, *YAML, *IMAGES, UNIT}
 
 
 @pytest.mark.parametrize("name", SHELL)
@@ -236,10 +244,73 @@ def test_skypilot(machine):
     assert content["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
 
 
-def test_the_image_has_what_a_training_needs():
-    text = (DEPLOY / "Dockerfile").read_text()
+@pytest.mark.parametrize("name", IMAGES)
+def test_images_have_what_they_need(name):
+    text = (DEPLOY / name).read_text()
     for copied in re.findall(r"^COPY (.*)$", text, re.MULTILINE):
         *sources, _ = copied.split()
         assert all((ROOT / source).exists() for source in sources)
     assert "FROM python:3.12" in text
-    assert "[${EXTRA},gcs,hf]" in text
+    extras = IMAGES[name]
+    assert f"[${{EXTRA}},{extras}]" in text
+    known = re.findall(r"^([\w-]+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert set(extras.split(",")) <= set(known)
+
+
+def serve_arguments(command: list[str]) -> ServeArguments:
+    """The arguments of a command that serves, as it reads them."""
+    program, name, *arguments = command
+    assert (Path(program).name, name) == ("nextllm", "serve")
+    return parse(ServeArguments, arguments, prog="nextllm serve")
+
+
+def test_serving_in_gke():
+    deployment, service = yaml.safe_load_all((DEPLOY / "gke_serve.yaml").read_text())
+    pod = deployment["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    entry = re.findall(r"^ENTRYPOINT (.*)$", (DEPLOY / "serve.Containerfile").read_text(), re.MULTILINE)
+    arguments = serve_arguments(json.loads(entry[0]) + container["args"])
+    assert (arguments.host, arguments.checkpoint) == ("0.0.0.0", ("model=gs://my-bucket/runs/llama3_1b",))
+    (variable,) = container["env"]
+    assert variable["name"] == KEY_VARIABLE
+    assert variable["valueFrom"].keys() == {"secretKeyRef"}
+    paths = {name: container[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "liveness", "readiness")}
+    assert paths == {"startup": "/health", "liveness": "/health", "readiness": "/ready"}
+    assert container["ports"] == [{"name": "http", "containerPort": arguments.port}]
+    pause = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert pod["spec"]["terminationGracePeriodSeconds"] >= pause + arguments.drain_seconds + 10
+    assert deployment["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"] == service["spec"]["selector"]
+    assert service["spec"]["ports"][0]["targetPort"] == "http"
+
+
+def unit() -> configparser.SectionProxy:
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.optionxform = str  # pyright: ignore[reportAttributeAccessIssue]
+    parser.read(DEPLOY / UNIT)
+    return parser["Service"]
+
+
+def test_serving_with_systemd(tmp_path):
+    arguments = serve_arguments(shlex.split(unit()["ExecStart"]))
+    assert arguments.host == "127.0.0.1"
+    assert f":{arguments.port}/ready;" in unit()["ExecStartPost"]
+    assert int(unit()["TimeoutStopSec"]) >= arguments.drain_seconds + 10
+    assert unit()["EnvironmentFile"].startswith("/etc/")
+    assert KEY_VARIABLE not in "".join(value for key, value in unit().items() if key != "EnvironmentFile")
+    if shutil.which("systemd-analyze"):
+        program = unit()["ExecStart"].split()[0]
+        (tmp_path / UNIT).write_text((DEPLOY / UNIT).read_text().replace(program, "/bin/true"))
+        command = ["systemd-analyze", "verify", "--man=no", tmp_path / UNIT]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert UNIT not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(("answers", "code"), [("0", 0), ("7", 1)])
+def test_systemd_waits_until_the_server_is_ready_or_has_ended(machine, answers, code):
+    machine._program("curl", f"exit {answers}")
+    ended = subprocess.Popen("true")
+    ended.wait()
+    words = [word.replace("$$", "$") for word in shlex.split(unit()["ExecStartPost"])]
+    assert machine.run(*words, exit_codes=(), MAINPID=str(ended.pid)) == code
+    (call,) = machine.called("curl")
+    assert call[-1].endswith("/ready")

@@ -6,22 +6,21 @@ import dataclasses
 import hmac
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
 
 from nextllm_jax.errors import InputError
 from nextllm_jax.serving.answers import DONE, Answer, ChatAnswer, CompletionAnswer, event
 from nextllm_jax.serving.errors import ApiError
 from nextllm_jax.serving.metrics import Metrics
 from nextllm_jax.serving.model import Row, ServedModel
+from nextllm_jax.serving.pages import page_routes
 from nextllm_jax.serving.protocol import (
     ChatBody,
     CompletionBody,
@@ -33,7 +32,6 @@ from nextllm_jax.serving.protocol import (
 from nextllm_jax.serving.rows import RunningRows
 from nextllm_jax.serving.worker import Update
 
-PAGE = Path(__file__).parent / "page"
 BODY_SECONDS = 30
 """Time in which a body must arrive."""
 CLIENT_CLOSED = 499
@@ -82,13 +80,8 @@ class Service:
             Route("/health", self.health),
             Route("/ready", self.ready),
             Route("/metrics", self.metrics),
+            *page_routes(),
         ]
-        if PAGE.is_dir():
-            routes += [
-                Route("/", lambda _: FileResponse(PAGE / "index.html")),
-                Route("/status", lambda _: FileResponse(PAGE / "status.html")),
-                Mount("/page", StaticFiles(directory=PAGE)),
-            ]
         handlers: dict[Any, Any] = {
             ApiError: lambda _, error: _error(error),
             InputError: lambda _, error: _error(ApiError(400, str(error))),
