@@ -12,7 +12,6 @@ from nextllm_jax.errors import InputError
 from nextllm_jax.ops.attention import causal_attention
 from nextllm_jax.ops.blockwise import blockwise_attention
 from nextllm_jax.ops.cudnn import cudnn_attention
-from nextllm_jax.ops.splash import LANES, default_blocks, splash_attention
 from nextllm_jax.sharding import RULES, per_shard
 
 KernelName = Literal["xla", "blockwise", "splash", "cudnn"]
@@ -44,7 +43,11 @@ def choose_kernel(config: Config, mesh: Mesh, dtype: Any) -> AttentionKernel:
     """
     name, reason = _name_and_reason(config, mesh, dtype)
     kind = mesh.devices.flat[0].device_kind
-    default = default_blocks(kind) if name == "splash" else AttentionKernel.blocks
+    default = AttentionKernel.blocks
+    if name == "splash":
+        from nextllm_jax.ops.splash import default_blocks  # imports Pallas, which takes a tenth of a start
+
+        default = default_blocks(kind)
     queries, keys = config.model.attention_blocks or default
     if mesh.shape["sequence"] > 1:
         reason += ", gathering keys"
@@ -77,6 +80,8 @@ def _obstacle(name: KernelName, config: Config, mesh: Mesh, dtype: Any) -> str |
     if name == "splash":
         if platform != "tpu":
             return f"it needs TPUs and the devices are {platform}"
+        from nextllm_jax.ops.splash import LANES
+
         if any(block % LANES for block in model.attention_blocks):
             return f"model.attention_blocks {model.attention_blocks} are not multiples of {LANES}"
         if parts > 1 and length % (parts * LANES):
@@ -135,5 +140,7 @@ def _attend_whole(kernel: AttentionKernel, q_BTNH, k_BSKH, v_BSKH, ids_BS, shard
         return cudnn_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=ids_BS, **rule)
     rule = rule | {"segment_ids_BS": ids_BS, "blocks": kernel.blocks, "shard": shard}
     if kernel.name == "splash":
+        from nextllm_jax.ops.splash import splash_attention
+
         return splash_attention(q_BTNH, k_BSKH, v_BSKH, interpret=kernel.interpret, **rule)
     return blockwise_attention(q_BTNH, k_BSKH, v_BSKH, **rule)

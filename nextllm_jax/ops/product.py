@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from nextllm_jax.ops.cpu_product import cpu_product
 from nextllm_jax.ops.linear import linear
 from nextllm_jax.ops.quantized import QTensor, dequantize
-from nextllm_jax.ops.quantized_matmul import quantized_matmul, tile_sizes
 
 _FEW_ROWS = 8
 
@@ -122,6 +121,8 @@ def _tiled_product(
 
     The inputs are the first axes of the matrix and the last of `x`.
     """
+    from nextllm_jax.ops.quantized_matmul import quantized_matmul, tile_sizes  # imports Pallas
+
     # In a loop over tokens, XLA would otherwise keep a copy of each part in the kernel's layout next to the weights.
     x, kernel = jax.lax.optimization_barrier((x, kernel))
     flat = jax.tree.map(lambda part: part.reshape(math.prod(part.shape[:num_inputs]), -1), kernel)
