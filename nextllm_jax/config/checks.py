@@ -31,7 +31,7 @@ def check_types(config: Any, section: str) -> None:
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
         wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-        require(_fits(value, hint), f"{section}{name} is {value!r}; it must be {wanted}")
+        require(_fits(value, hint), f"{section}{name} is {value!r:.80}; it must be {wanted}")
 
 
 def require_positive(config: Any, section: str, *names: str) -> None:

@@ -56,8 +56,9 @@ class SamplingConfig:
         check_types(self, "")
         constraints = [name for name in ("json_schema", "regex", "grammar") if getattr(self, name) is not None]
         require(len(constraints) <= 1, f"there are {' and '.join(constraints)}; give only one of them")
-        require(self.temperature >= 0, f"temperature is {self.temperature}; it cannot be negative")
-        require(self.temperature < 1e30, f"temperature is {self.temperature}; it must be less than 1e30")
+        require(
+            0 <= self.temperature < 1e30, f"temperature is {self.temperature}; it must be at least 0 and less than 1e30"
+        )
         for name in ("top_k", "min_new_tokens"):
             value = getattr(self, name)
             require(0 <= value < 2**31, f"{name} is {value}; it must be in 0 to {2**31 - 1}")

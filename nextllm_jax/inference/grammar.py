@@ -1,6 +1,7 @@
 """Grammars that new text must follow: JSON schemas, regular expressions and Lark grammars, through llguidance."""
 
 import functools
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -30,17 +31,19 @@ class Grammars:
     def constraint(self, sampling: SamplingConfig) -> Callable[[], Constraint] | None:
         """Creates the constraint of a text; None without a grammar. Raises InputError if the grammar is not valid."""
         matcher = self._llguidance.LLMatcher
+        if sampling.json_schema is not None:
+            _require_json(sampling.json_schema)
+            name, text, parse = "json_schema", sampling.json_schema, matcher.grammar_from_json_schema
+        elif sampling.regex is not None:
+            name, text, parse = "regex", sampling.regex, matcher.grammar_from_regex
+        elif sampling.grammar is not None:
+            name, text, parse = "grammar", sampling.grammar, matcher.grammar_from_lark
+        else:
+            return None
         try:
-            if sampling.json_schema is not None:
-                name, grammar = "json_schema", matcher.grammar_from_json_schema(sampling.json_schema)
-            elif sampling.regex is not None:
-                name, grammar = "regex", matcher.grammar_from_regex(sampling.regex)
-            elif sampling.grammar is not None:
-                name, grammar = "grammar", matcher.grammar_from_lark(sampling.grammar)
-            else:
-                return None
+            grammar = parse(text)
         except ValueError as error:
-            raise InputError(f"json_schema is not valid: {_in_one_line(error)}") from error
+            raise InputError(f"{name} is not valid: {_in_one_line(error)}") from error
         is_error, messages = matcher.validate_grammar_with_warnings(grammar, self._vocabulary)
         if is_error:
             raise InputError(f"{name} is not valid: {_in_one_line(messages[0])}")
@@ -73,6 +76,15 @@ class _Matcher:
 
     def accept(self, token: int) -> None:
         self._matcher.consume_token(token)
+
+
+def _require_json(schema: str) -> None:
+    """Raise InputError unless a schema is JSON. llguidance's own error counts columns of a longer text."""
+    try:
+        json.loads(schema)
+    except (ValueError, RecursionError) as error:
+        hint = "give the text of a schema, such as that of `cat FILE`, not a path"
+        raise InputError(f"json_schema is not valid JSON ({_in_one_line(error)}); {hint}") from error
 
 
 def _in_one_line(error: object) -> str:

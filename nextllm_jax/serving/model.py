@@ -69,6 +69,8 @@ class ServedModel:
 
     @functools.cached_property
     def _template(self) -> ChatTemplate:
+        if self.llm.tokenizer.chat_template is None:  # the error of ChatTemplate names an option of `nextllm chat`
+            raise ApiError(400, f"{self.name} has no chat template; use /v1/completions", param="model")
         try:
             return ChatTemplate(self.llm.tokenizer)
         except InputError as error:

@@ -84,7 +84,7 @@ class ResponseFormat(Fields):
     @pydantic.model_validator(mode="after")
     def _has_schema(self) -> "ResponseFormat":
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema goes with the type json_schema")
+            raise ValueError("the type json_schema needs json_schema, and other types take none")
         return self
 
     def schema_text(self) -> str | None:

@@ -100,8 +100,11 @@ def test_a_text_ends_where_no_token_may_follow(llm):  # noqa: F811
     ("settings", "message"),
     [
         ({"regex": "(a"}, "regex is not valid: .*unclosed group"),
-        ({"json_schema": "{"}, "json_schema is not valid"),
+        ({"json_schema": "{"}, r"json_schema is not valid JSON \(.*line 1 column 2 "),
+        ({"json_schema": "person.json"}, "not a path"),
+        ({"json_schema": '{"a":' * 9999 + "1" + "}" * 9999}, "json_schema is not valid JSON .*recursion"),
         ({"json_schema": '{"type": "objectx"}'}, "json_schema is not valid: Invalid type: objectx"),
+        ({"regex": "\ud800"}, "regex is not valid"),
         ({"grammar": "start: foo"}, 'grammar is not valid: .*unknown name: "foo"'),
         ({"grammar": "", "regex": "a"}, "there are regex and grammar; give only one of them"),
     ],

@@ -311,6 +311,13 @@ def test_a_wrong_request_gets_openais_error_object(client, path, body, status, p
     assert param is None or error["param"] == param
 
 
+def test_a_chat_without_a_template_names_the_other_endpoint():
+    with serving({"bytes": make_llm(None)}) as client:
+        response = client.post(CHAT, json={"messages": USER})
+        assert response.status_code == 400
+        assert response.json()["error"]["message"] == "bytes has no chat template; use /v1/completions"
+
+
 def test_paths_methods_and_types(client):
     assert client.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
     assert client.get(COMPLETIONS).status_code == 405
