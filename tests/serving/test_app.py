@@ -335,6 +335,22 @@ def test_keys(llm):
             assert client.get(path).status_code == 200
 
 
+HOSTS = {
+    "localhost": True, "LOCALHOST:8000": True, "127.0.0.1:8000": True, "127.1.2.3": True, "[::1]:8000": True,
+    "": False, "evil.example:8000": False, "localhost.evil.example": False, "127.0.0.1.evil.example": False,
+    "evil@localhost.evil.example": False, "10.0.0.1": False, "0.0.0.0:8000": False, "[::1": False, "[::2]": False,
+}  # fmt: skip
+
+
+def test_a_local_server_answers_to_names_of_this_machine_only(llm):
+    with serving({"bytes": llm}, local_only=True) as client:
+        for path in ("/v1/models", "/", "/page/chat.js", "/metrics"):
+            got = {host: client.get(path, headers={"Host": host}).status_code == 200 for host in HOSTS}
+            assert got == HOSTS
+        refused = client.post(COMPLETIONS, json={"prompt": "a"}, headers={"Host": "evil.example"})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (403, None)
+
+
 def test_several_models(llm):
     with serving({"one": llm, "two": make_llm(None)}) as client:
         response = client.post(COMPLETIONS, json={"prompt": "a"})

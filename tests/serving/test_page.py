@@ -114,6 +114,7 @@ def test_leaving_a_conversation_stops_its_answer(tab, backend):
         tab.run(leave)
         assert backend.left.wait(60)
         tab.until("document.readyState === 'complete'")
+        tab.until("document.querySelector('#stop').hidden && !document.querySelector('#send').hidden")
     conversations = tab.run(STORED)
     assert [each["messages"][1]["note"] for each in conversations] == ["Stopped."] * 2
     assert all(each["messages"][1]["content"].startswith("Hello.") for each in conversations)

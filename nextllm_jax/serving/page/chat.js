@@ -43,6 +43,8 @@ const actions = {
 
 function show(conversation) {
   running?.abort();
+  running = null;
+  announcer.textContent = "";
   current = conversation;
   showError("");
   showSidebar(false);
