@@ -28,7 +28,7 @@ _EXIT_SECONDS = 10
 class ServeArguments:
     """Serve models over HTTP, for OpenAI's clients and in the browser.
 
-    SIGTERM and Ctrl-C end the server after its requests; a second one ends it at once.
+    On SIGTERM or Ctrl-C, the server finishes its requests and exits; on a second one, it exits at once.
     """
 
     checkpoint: tyro.conf.UseAppendAction[tuple[str, ...]]
@@ -49,18 +49,18 @@ class ServeArguments:
     max_body_bytes: int = 2**20
     """Limit on the body of a request."""
     request_seconds: int = 600
-    """Limit on the time of a request, including the time that it waits."""
+    """Limit on the time of a request, including its time in the queue."""
     drain_seconds: int = 30
     """Time that requests have to end after SIGTERM."""
     host: str = "127.0.0.1"
-    """Address to listen at. One that other machines can reach needs an API key, or --no-key."""
+    """Address to listen on. One that other machines can reach needs an API key, or --no-key."""
     port: int = 8000
-    """Port to listen at; 0: any free one, which is printed."""
+    """Port to listen on; 0: any free one, which is printed."""
     api_key_file: str | None = None
     """File with API keys, one per line; clients must send one of them. The environment variable NEXTLLM_API_KEY is
     another way to set one."""
     no_key: bool = False
-    """Let everyone who reaches --host use the models, by any name of this machine."""
+    """Let everyone who reaches --host use the models without a key, with any Host header."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """Shards each model over all devices. Without any of its options, a model is on one device."""
 

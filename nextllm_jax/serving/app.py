@@ -212,7 +212,7 @@ class Service:
         return JSONResponse({**names, "chat_template": tokenizer.chat_template})
 
     async def health(self, request: Request) -> Response:
-        """Says whether the process works; if not, it should be started again."""
+        """Says whether the workers run; if not, the process should be restarted."""
         return self._status("ok", all(model.worker.alive for model in self._models.values()))
 
     async def ready(self, request: Request) -> Response:
@@ -238,8 +238,8 @@ class Service:
         return self._models[name]
 
     async def _body(self, request: Request) -> bytes:
-        """The body of a request. Raises ApiError if it is no JSON, too large or too slow."""
-        # A page of another origin cannot send this type without asking first, and the answer to that is no.
+        """The body of a request. Raises ApiError if its type is not JSON, or if it is too large or too slow."""
+        # A page of another origin cannot send this type: the browser asks first (CORS), and the server does not agree.
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "the body must be JSON; send it with Content-Type: application/json")
         most = self._limits.body_bytes
@@ -275,7 +275,7 @@ class _LocalOnly:
 
 
 class EventStream(StreamingResponse):
-    """Sends events until the rows end, the client leaves or the deadline passes; then no row runs any more."""
+    """Sends events until the rows end, the client leaves or the deadline passes, and then cancels the rows."""
 
     def __init__(self, events: AsyncIterator[bytes], running: RunningRows, deadline: float) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

@@ -240,6 +240,6 @@ def parse(kind: type[B], body: bytes) -> B:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        raise ApiError(400, f"there is no field {where}; leave it out", param=where, code="unknown_field")
+        raise ApiError(400, f"unknown field {where}; remove it", param=where, code="unknown_field")
     message = first["msg"].removeprefix("Value error, ")
     raise ApiError(400, f"{where}: {message}" if where else message, param=where or None)
