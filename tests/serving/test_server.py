@@ -86,7 +86,7 @@ def test_openais_client_gets_its_own_errors(server, client):
     assert client.models.retrieve("bytes").owned_by == "nextllm_jax"
     with pytest.raises(openai.NotFoundError, match="the models are bytes"):
         client.completions.create(model="other", prompt="a")
-    with pytest.raises(openai.BadRequestError, match="no field best_of"):
+    with pytest.raises(openai.BadRequestError, match="unknown field best_of"):
         client.completions.create(model="bytes", prompt="a", best_of=2)
     wrong = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
     with wrong, pytest.raises(openai.AuthenticationError, match="API key"):
