@@ -15,7 +15,7 @@ from nextllm_jax.cli.help import parse
 from nextllm_jax.cli.server_chat import ServerConversation, server_settings
 from nextllm_jax.cli.text import read_text
 from nextllm_jax.config import SamplingConfig
-from nextllm_jax.config.checks import require, require_integer, require_seed, stop_strings
+from nextllm_jax.config.checks import require_integer, require_seed, stop_strings
 from nextllm_jax.errors import EXIT_FAILED, InputError
 from nextllm_jax.process import use_compilation_cache
 
@@ -94,7 +94,7 @@ class SampleArguments:
             value = getattr(self, name)
             if value is not None:
                 require_integer(name, value)
-        require(self.draft_tokens >= 0, f"draft_tokens is {self.draft_tokens}; it cannot be negative")
+        require_integer("draft_tokens", self.draft_tokens, 0)
         require_seed(self.seed)
         stop_strings(self.stop)
 

@@ -1,7 +1,6 @@
 """The command `nextllm serve`."""
 
 import dataclasses
-import ipaddress
 import os
 import warnings
 from pathlib import Path
@@ -15,6 +14,7 @@ from nextllm_jax.config import MeshConfig
 from nextllm_jax.config.checks import require, require_integer
 from nextllm_jax.errors import InputError, missing_package
 from nextllm_jax.process import use_compilation_cache
+from nextllm_jax.serving.hosts import is_loopback
 
 if TYPE_CHECKING:
     from nextllm_jax.serving.metrics import Metrics
@@ -28,7 +28,7 @@ _EXIT_SECONDS = 10
 class ServeArguments:
     """Serve models over HTTP, for OpenAI's clients and in the browser.
 
-    SIGTERM and Ctrl-C end the server after its requests; a second one ends it at once.
+    On SIGTERM or Ctrl-C, the server finishes its requests and exits; on a second one, it exits at once.
     """
 
     checkpoint: tyro.conf.UseAppendAction[tuple[str, ...]]
@@ -49,18 +49,18 @@ class ServeArguments:
     max_body_bytes: int = 2**20
     """Limit on the body of a request."""
     request_seconds: int = 600
-    """Limit on the time of a request, including the time that it waits."""
+    """Limit on the time of a request, including its time in the queue."""
     drain_seconds: int = 30
     """Time that requests have to end after SIGTERM."""
     host: str = "127.0.0.1"
-    """Address to listen at. One that other machines can reach needs an API key, or --no-key."""
+    """Address to listen on. One that other machines can reach needs an API key, or --no-key."""
     port: int = 8000
-    """Port to listen at; 0: any free one, which is printed."""
+    """Port to listen on; 0: any free one, which is printed."""
     api_key_file: str | None = None
     """File with API keys, one per line; clients must send one of them. The environment variable NEXTLLM_API_KEY is
     another way to set one."""
     no_key: bool = False
-    """Let everyone who reaches --host use the models."""
+    """Let everyone who reaches --host use the models without a key, with any Host header."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """Shards each model over all devices. Without any of its options, a model is on one device."""
 
@@ -94,7 +94,10 @@ def serve_command(argv: list[str]) -> int:
     limits = Limits(body_bytes=arguments.max_body_bytes, seconds=arguments.request_seconds)
     with bind(arguments.host, arguments.port) as sock:
         models = {name: load_model(name, path, arguments, metrics) for name, path in paths.items()}
-        serve(Service(models, metrics=metrics, limits=limits, keys=keys), sock, drain_seconds=arguments.drain_seconds)
+        service = Service(
+            models, metrics=metrics, limits=limits, keys=keys, local_only=not keys and not arguments.no_key
+        )
+        serve(service, sock, drain_seconds=arguments.drain_seconds)
     for model in models.values():
         model.worker.close(_EXIT_SECONDS)
     return 0
@@ -146,12 +149,8 @@ def read_keys(path: str | None) -> list[str]:
 
 def require_private(host: str, keys: list[str], *, no_key: bool) -> None:
     """Raise InputError if other machines could reach the server without a key."""
-    try:
-        is_loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_loopback = host == "localhost"
     require(
-        is_loopback or bool(keys) or no_key,
+        is_loopback(host) or bool(keys) or no_key,
         f"other machines can reach --host {host}; give --api-key-file, set {KEY_VARIABLE}, or add --no-key",
     )
 

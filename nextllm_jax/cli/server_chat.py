@@ -1,6 +1,7 @@
 """`nextllm chat --server`: a conversation with a model of `nextllm serve`."""
 
 import dataclasses
+import http.client
 import json
 import os
 import urllib.error
@@ -34,7 +35,7 @@ class ServerConversation:
     """A conversation like `inference.chat.Conversation`, with the model on a server.
 
     `settings` are fields of /v1/chat/completions. Raises InputError if the server refuses a request, and RunFailed if
-    it cannot be reached.
+    it cannot be reached or does not finish its answer.
     """
 
     def __init__(self, server: str, *, model: str | None, system: str | None, settings: dict[str, Any]) -> None:
@@ -69,19 +70,22 @@ class ServerConversation:
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(KEY_VARIABLE):
             headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self._url, json.dumps(body).encode(), headers)
         try:
+            request = urllib.request.Request(self._url, json.dumps(body).encode(), headers)
             with urllib.request.urlopen(request) as response:
                 for line in response:
+                    if line.startswith(b"data: [DONE]"):
+                        return
                     if line.startswith(b"data: {"):
                         event = json.loads(line.removeprefix(b"data: "))
                         if "error" in event:
                             raise RunFailed(f"the server says: {event['error']['message']}")
                         yield from event["choices"]
+                raise RunFailed("the connection to the server ended before the answer did")
         except urllib.error.HTTPError as error:
             raise InputError(f"the server says: {_message(error)}") from error
-        except OSError as error:
-            reason = getattr(error, "reason", error)
+        except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: no URL, or no JSON
+            reason = " ".join(str(getattr(error, "reason", error)).split())
             raise RunFailed(f"{self._url} cannot be reached ({reason}); is nextllm serve running there?") from error
 
 

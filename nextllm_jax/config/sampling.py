@@ -1,6 +1,7 @@
 """How the next token is sampled. Importing this module does not import jax."""
 
 import dataclasses
+import functools
 import math
 
 from nextllm_jax.config.checks import check_types, require
@@ -47,7 +48,7 @@ class SamplingConfig:
         off = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty, self.logit_bias) == (1, 0, 0, ())
         return not off
 
-    @property
+    @functools.cached_property  # read for each token of a row with a grammar
     def biases(self) -> dict[int, float]:
         """`logit_bias` as numbers by token id."""
         return {int(token): float(bias) for token, bias in (text.split(":") for text in self.logit_bias)}
@@ -71,13 +72,13 @@ class SamplingConfig:
             value = getattr(self, name)
             require(abs(value) < 1e30, f"{name} is {value}; it must be between -1e30 and 1e30")
         for text in self.logit_bias:
-            require(_is_bias(text), f"logit_bias has {text!r}; it must be ID:BIAS, such as 198:-5 or 198:-inf")
+            require(_is_bias(text), f"logit_bias has {text!r:.80}; it must be ID:BIAS, such as 198:-5 or 198:-inf")
 
 
 def _is_bias(text: str) -> bool:
     """Whether a text is a token id, a colon, and a number that float32 can hold or -inf."""
     token, _, bias = text.partition(":")
     try:
-        return token.isdecimal() and (abs(float(bias)) < 1e30 or float(bias) == -math.inf)
+        return token.isdecimal() and int(token) < 2**31 and (abs(float(bias)) < 1e30 or float(bias) == -math.inf)
     except ValueError:
         return False

@@ -33,8 +33,8 @@ PREFILL_TOKENS = 4096
 """Maximum number of tokens in one call of prefill, summed over its rows; of at least 16 per row if that is more."""
 
 RING_SLACK = 2 * PREFILL_ROW_TOKENS
-"""Positions that layers with a window keep before it: those of a part of a prompt, which are written before its first
-token is processed, and as many that a request may go back to reuse the beginning of another."""
+"""Positions that layers with a window keep in addition to the window. A call of prefill writes fewer than that before
+its first query runs. A request can reuse a prefix that ends at most that many positions before the last one written."""
 
 _LEAST_SHARED = 16
 """A common beginning of fewer tokens is not worth a copy, which takes about as long as reading it."""
@@ -198,7 +198,7 @@ class Engine:
         rows = [index for index, slot in enumerate(self._slots) if slot.decodes]
         slots = {index: self._slots[index] for index in rows}
         allowed = {index: slot.allowed(self._words) for index, slot in slots.items() if slot.constraint is not None}
-        ended = {index: Output([], "stop", []) for index, allowed_W in allowed.items() if not allowed_W.any()}
+        ended = {index: Output([], "length", []) for index, allowed_W in allowed.items() if not allowed_W.any()}
         for index in ended:
             self.free(index)
         rows = [index for index in rows if index not in ended]

@@ -28,20 +28,19 @@ class Grammars:
             eos_token=list(tokenizer.stop_ids) or [tokenizer.eos_id],
         )
 
-    def constraint(self, sampling: SamplingConfig) -> Callable[[], Constraint] | None:
-        """Creates the constraint of a text; None without a grammar. Raises InputError if the grammar is not valid."""
+    def constraint(self, sampling: SamplingConfig) -> Callable[[], Constraint]:
+        """Creates the constraint of a text. Raises InputError if the grammar of `sampling` is not valid."""
         matcher = self._llguidance.LLMatcher
+        kinds = {
+            "json_schema": matcher.grammar_from_json_schema,
+            "regex": matcher.grammar_from_regex,
+            "grammar": matcher.grammar_from_lark,
+        }
+        name = next(name for name in kinds if getattr(sampling, name) is not None)
         if sampling.json_schema is not None:
             _require_json(sampling.json_schema)
-            name, text, parse = "json_schema", sampling.json_schema, matcher.grammar_from_json_schema
-        elif sampling.regex is not None:
-            name, text, parse = "regex", sampling.regex, matcher.grammar_from_regex
-        elif sampling.grammar is not None:
-            name, text, parse = "grammar", sampling.grammar, matcher.grammar_from_lark
-        else:
-            return None
         try:
-            grammar = parse(text)
+            grammar = kinds[name](getattr(sampling, name))
         except ValueError as error:
             raise InputError(f"{name} is not valid: {_in_one_line(error)}") from error
         is_error, messages = matcher.validate_grammar_with_warnings(grammar, self._vocabulary)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, overload
 
@@ -158,7 +159,7 @@ class LLM:
 
         A sample ends before a stop string, at one of the tokenizer's stop_ids, or after max_new_tokens. It depends only
         on the seed, the prompt and its sample index, not on the other prompts. `sampling` are the fields of
-        SamplingConfig, such as temperature=0 and top_k=20.
+        SamplingConfig, such as temperature=0 and top_k=20; json_schema and logit_bias may be dicts.
 
         With `slide`, a sample may be longer than the context: whenever its tokens, with those of the prompt, exceed the
         context, only the last context_length // 2 are kept, and the model continues them as if they were a prompt. So
@@ -174,6 +175,10 @@ class LLM:
         names = {field.name for field in dataclasses.fields(SamplingConfig)}
         if unknown := sampling.keys() - names:
             raise TypeError(f"generate() has no argument {sorted(unknown)[0]!r}; sampling settings: {sorted(names)}")
+        if isinstance(schema := sampling.get("json_schema"), dict):
+            sampling["json_schema"] = json.dumps(schema)
+        if isinstance(biases := sampling.get("logit_bias"), dict):
+            sampling["logit_bias"] = tuple(f"{token}:{bias}" for token, bias in biases.items())
         texts = self.stream(
             prompts,
             max_new_tokens=max_new_tokens,

@@ -91,8 +91,8 @@ class Output:
 
     tokens: list[int]
     finish_reason: FinishReason | None
-    """None: more tokens follow. stop: the last token is one of the stop_ids, or no token is allowed to follow. length:
-    max_new_tokens are reached."""
+    """None: more tokens follow. stop: the last token is one of the stop_ids. length: max_new_tokens are reached, or no
+    token is allowed to follow."""
     logprobs: list[TokenLogprob]
     """One for each token if the request asks for them, otherwise empty."""
     accepted: int | None = None

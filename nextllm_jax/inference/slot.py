@@ -54,7 +54,7 @@ class Slot:
     cached: list[int] = dataclasses.field(default_factory=list)
     """The tokens whose keys and values are in the cache."""
     written: int = 0
-    """All positions of the cache that were written since it was last read from the beginning are less than this."""
+    """Upper bound on the positions written to the cache since position 0 was last written; all are less than this."""
     placed: bool = False
     """Whether the cache and the settings on the devices are those of the request."""
     used: int = 0

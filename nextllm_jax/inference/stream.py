@@ -21,7 +21,7 @@ class Sample:
     tokens: list[int]
     """All generated ids, including the one that ended the sample."""
     finish_reason: FinishReason
-    """stop: a stop token or stop string; length: max_new_tokens are reached."""
+    """stop: a stop token or stop string; length: max_new_tokens are reached, or no token may follow."""
     logprobs: list[TokenLogprob] | None = None
     """The log probabilities of the tokens, if they were asked for."""
     accepted_drafts: int | None = None

@@ -17,7 +17,7 @@ from nextllm_jax.sharding import constrain
 
 
 class LayerCache(NamedTuple):
-    """The keys and values of a layer. Those of an int8 cache are to be multiplied by their scales."""
+    """The keys and values of a layer. Int8 ones must be multiplied by their scales."""
 
     k_BKSH: jax.Array
     v_BKSH: jax.Array
@@ -205,7 +205,7 @@ def _sharded(x: jax.Array) -> jax.Array:
 
 
 def _quantized(x_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Values in -127 to 127, and a float32 scale [B, T, K] that they are to be multiplied by."""
+    """Values in -127 to 127, and their float32 scale [B, T, K]."""
     x_BTKH = x_BTKH.astype(jnp.float32)
     scale_BTK = jnp.maximum(jnp.max(jnp.abs(x_BTKH), axis=-1) / 127, jnp.finfo(jnp.float32).tiny)
     return jnp.round(x_BTKH / scale_BTK[..., None]), scale_BTK

@@ -10,14 +10,18 @@ from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nextllm_jax.errors import InputError
 from nextllm_jax.serving.answers import DONE, Answer, ChatAnswer, CompletionAnswer, event
 from nextllm_jax.serving.errors import ApiError
+from nextllm_jax.serving.hosts import host_name, is_loopback
 from nextllm_jax.serving.metrics import Metrics
 from nextllm_jax.serving.model import Row, ServedModel
 from nextllm_jax.serving.pages import page_routes
@@ -52,14 +56,21 @@ class Limits:
 class Service:
     """The endpoints for `models`, the first of which answers where a request cannot name one.
 
-    Without `keys`, everyone may ask.
+    Without `keys`, everyone may ask. With `local_only`, the Host of a request must be this machine.
     """
 
     def __init__(
-        self, models: Mapping[str, ServedModel], *, metrics: Metrics, limits: Limits, keys: Sequence[str] = ()
+        self,
+        models: Mapping[str, ServedModel],
+        *,
+        metrics: Metrics,
+        limits: Limits,
+        keys: Sequence[str] = (),
+        local_only: bool = False,
     ) -> None:
         self._models, self._metrics, self._limits = models, metrics, limits
         self._keys = [key.encode() for key in keys]
+        self._local_only = local_only
         self.draining = False
 
     @property
@@ -89,7 +100,8 @@ class Service:
             ClientDisconnect: lambda _, __: Response(status_code=CLIENT_CLOSED),
             Exception: lambda _, __: _error(ApiError(500, "the server failed on this request; see its log")),
         }
-        return Starlette(routes=routes, exception_handlers=handlers)
+        middleware = [Middleware(_LocalOnly)] if self._local_only else []
+        return Starlette(routes=routes, exception_handlers=handlers, middleware=middleware)
 
     def _route(self, path: str, answer: Callable[[Request], Awaitable[Response]], method: str) -> Route:
         """A route that needs a key, and whose answers are counted."""
@@ -200,7 +212,7 @@ class Service:
         return JSONResponse({**names, "chat_template": tokenizer.chat_template})
 
     async def health(self, request: Request) -> Response:
-        """Says whether the process works; if not, it should be started again."""
+        """Says whether the workers run; if not, the process should be restarted."""
         return self._status("ok", all(model.worker.alive for model in self._models.values()))
 
     async def ready(self, request: Request) -> Response:
@@ -226,8 +238,8 @@ class Service:
         return self._models[name]
 
     async def _body(self, request: Request) -> bytes:
-        """The body of a request. Raises ApiError if it is no JSON, too large or too slow."""
-        # A page of another origin cannot send this type without asking first, and the answer to that is no.
+        """The body of a request. Raises ApiError if its type is not JSON, or if it is too large or too slow."""
+        # A page of another origin cannot send this type: the browser asks first (CORS), and the server does not agree.
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "the body must be JSON; send it with Content-Type: application/json")
         most = self._limits.body_bytes
@@ -243,8 +255,27 @@ class Service:
         return body
 
 
+class _LocalOnly:
+    """Refuses requests whose Host is another name than this machine's.
+
+    The owner of a domain can point it to 127.0.0.1. A browser then lets pages of the domain read answers of a server
+    here, but sends the domain as Host.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = self._app
+        if scope["type"] == "http" and not is_loopback(host_name(Headers(scope=scope).get("host", ""))):
+            answer = _error(
+                ApiError(403, "the Host is not this machine; ask localhost, or start with a key or --no-key")
+            )
+        await answer(scope, receive, send)
+
+
 class EventStream(StreamingResponse):
-    """Sends events until the rows end, the client leaves or the deadline passes; then no row runs any more."""
+    """Sends events until the rows end, the client leaves or the deadline passes, and then cancels the rows."""
 
     def __init__(self, events: AsyncIterator[bytes], running: RunningRows, deadline: float) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

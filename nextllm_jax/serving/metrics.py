@@ -1,4 +1,4 @@
-"""What a server counts and measures, for Prometheus. Nothing of it is text of a request."""
+"""What a server counts and measures, for Prometheus. No text of a request is in it."""
 
 import dataclasses
 
@@ -77,7 +77,7 @@ class Metrics:
             "first_token": histogram(
                 "time_to_first_token_seconds", "From the request to its first tokens", _FIRST_TOKEN_SECONDS
             ),
-            "per_token": histogram("time_per_token_seconds", "Time of each further token", _TOKEN_SECONDS),
+            "per_token": histogram("time_per_token_seconds", "Seconds per token after the first chunk", _TOKEN_SECONDS),
         }
 
     def of_model(self, name: str) -> ModelMetrics:

@@ -26,7 +26,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ServedModel:
-    """A model that a server has by a name."""
+    """A model of a server, with its name and its worker."""
 
     name: str
     llm: LLM

@@ -5,6 +5,7 @@ import secrets
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
+import pydantic_core
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from nextllm_jax.config import SamplingConfig
@@ -182,7 +183,8 @@ def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
+        # Limits the nesting, which json.loads does not: templates fail on deep objects.
+        return {**call, "function": {**function, "arguments": pydantic_core.from_json(function["arguments"])}}
     except ValueError:
         return call
 
@@ -238,6 +240,6 @@ def parse(kind: type[B], body: bytes) -> B:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        raise ApiError(400, f"there is no field {where}; leave it out", param=where, code="unknown_field")
+        raise ApiError(400, f"unknown field {where}; remove it", param=where, code="unknown_field")
     message = first["msg"].removeprefix("Value error, ")
     raise ApiError(400, f"{where}: {message}" if where else message, param=where or None)

@@ -41,7 +41,7 @@ class RunningRows:
         except QueueFull as error:
             raise ApiError(
                 429,
-                f"all slots of {model.name} and the queue for them are in use; try again",
+                f"all slots of {model.name} and the queue for them are in use; try again later",
                 code="queue_full",
                 headers={"Retry-After": str(RETRY_SECONDS)},
             ) from error

@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket at the address, which nobody can connect to yet. Raises InputError if it is not free."""
+    """A socket bound to the address, which does not listen yet. Raises InputError if the address cannot be used."""
     with contextlib.ExitStack() as stack:
         try:
             (family, _, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -41,7 +41,7 @@ def url(sock: socket.socket) -> str:
 
 
 class _Server(uvicorn.Server):
-    """Ends with the first SIGTERM or SIGINT after its requests, and with the second one at once."""
+    """Exits after the running requests on the first SIGTERM or SIGINT, and at once on the second."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -69,7 +69,7 @@ class _Server(uvicorn.Server):
 
 
 def serve(service: Service, sock: socket.socket, *, drain_seconds: int) -> None:
-    """Answer requests until SIGTERM or SIGINT; those that then run have `drain_seconds` to end."""
+    """Answer requests until SIGTERM or SIGINT; requests that run then have `drain_seconds` to end."""
     config = uvicorn.Config(
         service.app(),
         log_config=None,

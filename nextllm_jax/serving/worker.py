@@ -37,7 +37,7 @@ class Update:
     prompt_logprobs: Sequence[TokenLogprob] | None = None
     """Those of the prompt's tokens except the first; they come once, before any text."""
     num_tokens: int = 0
-    """Number of new tokens of the row so far, those in no text included."""
+    """Number of new tokens of the row so far, including those that are in no text, such as stop tokens."""
     finish_reason: FinishReason | None = None
     """None: more follows, unless the row has failed."""
     failed: bool = False
@@ -54,7 +54,7 @@ class Job:
     scores_prompt: bool = False
     """Deliver the log probabilities of the prompt's tokens."""
     generates: bool = True
-    """False: deliver only these, and no new tokens."""
+    """False: generate no tokens, and deliver only the log probabilities of the prompt."""
     number: int | None = None
     """The scheduler's number of the request."""
     ended: bool = False
@@ -130,7 +130,7 @@ class Worker:
             self._metrics.observe(self._scheduler, len(self._scoring))
 
     def _advance(self) -> bool:
-        """Do what was asked for and then a chunk; whether the engine can go on."""
+        """Handle the inbox and run a chunk; False if the engine has failed."""
         try:
             self._handle_inbox()
             self._work()
@@ -140,7 +140,7 @@ class Worker:
         return True
 
     def _handle_inbox(self) -> None:
-        """Do what was asked for since the last chunk; wait for something if there is nothing else to do."""
+        """Admit and cancel rows as asked since the last chunk; if no row runs, wait for the next call."""
         idle = not self._scoring and (self._scheduler is None or self._scheduler.done)
         try:
             while not self._closing:

@@ -47,8 +47,8 @@ def make_llm(template: str | None = TEMPLATE) -> LLM:
 
 @contextlib.contextmanager
 def served_app(llms: Mapping[str, LLM], **settings: Any) -> Iterator[tuple[Starlette, dict[str, ServedModel]]]:
-    """The application of a server of these models. `settings` are those of Limits, and `keys`."""
-    keys = settings.pop("keys", ())
+    """The application of a server of these models. `settings` are those of Limits, `keys` and `local_only`."""
+    access = {name: settings.pop(name) for name in ("keys", "local_only") if name in settings}
     metrics = Metrics()
     models = {
         name: ServedModel(
@@ -59,7 +59,7 @@ def served_app(llms: Mapping[str, LLM], **settings: Any) -> Iterator[tuple[Starl
         for name, llm in llms.items()
     }
     limits = Limits(**{"body_bytes": 10_000, "seconds": 60.0} | settings)
-    yield Service(models, metrics=metrics, limits=limits, keys=keys).app(), models
+    yield Service(models, metrics=metrics, limits=limits, **access).app(), models
     for model in models.values():
         model.worker.close(10)
 

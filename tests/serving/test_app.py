@@ -11,12 +11,13 @@ pytest.importorskip("starlette", reason="pip install '.[serve]'")
 pytest.importorskip("jinja2", reason="pip install '.[interop]'")
 from nextllm_jax.config import SamplingConfig
 from nextllm_jax.inference.scheduler import Scheduler
-from nextllm_jax.serving import app
 from nextllm_jax.tokenizer.chat import ChatTemplate
 from tests.serving.models import LENGTH, SLOTS, WAITING, make_llm, serving
 
 USER = [{"role": "user", "content": "x"}]
 NO_SCHEMA = {"type": "json_schema", "json_schema": {"schema": {"type": "wizard"}}}
+DEEP = '{"a":' + "[" * 900 + "]" * 900 + "}"
+CALL_OF_DEEP_ARGUMENTS = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": DEEP}}]}
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 OPENAI = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
@@ -237,14 +238,11 @@ def test_other_endpoints(llm, client):
     assert "access-control-allow-origin" not in client.get("/health", headers={"Origin": "http://x"}).headers
 
 
-def test_the_page(llm, tmp_path, monkeypatch):
-    for name in ("index.html", "status.html", "chat.js"):
-        (tmp_path / name).write_text(name)
-    monkeypatch.setattr(app, "PAGE", tmp_path)
+def test_the_page_needs_no_key_and_gives_its_own_files_only(llm):
     with serving({"bytes": llm}, keys=["k"]) as client:
-        for path, name in {"/": "index.html", "/status": "status.html", "/page/chat.js": "chat.js"}.items():
-            assert client.get(path).text == name
-        for path in ("/page/nothing", "/page/%2e%2e/conftest.py"):
+        for path in ("/", "/status", "/page/chat.js"):
+            assert client.get(path).status_code == 200
+        for path in ("/page/nothing", "/page/%2e%2e/pages.py"):
             assert client.get(path).status_code == 404
 
 
@@ -277,6 +275,7 @@ WRONG: list[tuple[str, Any, int, str | None]] = [
     (COMPLETIONS, {"prompt": "a", "logit_bias": {"a": 1}}, 400, None),
     (COMPLETIONS, {"prompt": "a", "logit_bias": {"260": 1}}, 400, None),
     (COMPLETIONS, {"prompt": "a", "logit_bias": {"1": 1000}}, 400, "logit_bias.1"),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {"1" * 5000: 1}}, 400, None),
     (COMPLETIONS, {"prompt": "a", "model": "other"}, 404, "model"),
     (COMPLETIONS, {"prompt": "a", "response_format": {"type": "xml"}}, 400, "response_format.type"),
     (COMPLETIONS, {"prompt": "a", "response_format": {"type": "json_schema"}}, 400, "response_format"),
@@ -292,6 +291,7 @@ WRONG: list[tuple[str, Any, int, str | None]] = [
     (CHAT, {"messages": []}, 400, "messages"),
     (CHAT, {"messages": [{"role": "wizard", "content": "x"}]}, 400, "messages.0.role"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, None),
+    (CHAT, {"messages": [CALL_OF_DEEP_ARGUMENTS]}, 400, None),
     (CHAT, {"messages": USER, "top_logprobs": 3}, 400, None),
     (CHAT, {"messages": USER, "tool_choice": "required", "tools": TOOLS}, 400, "tool_choice"),
     (CHAT, {"messages": USER, "max_completion_tokens": 10**6}, 400, "messages"),
@@ -340,6 +340,22 @@ def test_keys(llm):
             assert client.post(COMPLETIONS, json={"prompt": "a"}, headers=header).status_code == 200
         for path in ("/health", "/ready", "/metrics"):
             assert client.get(path).status_code == 200
+
+
+HOSTS = {
+    "localhost": True, "LOCALHOST:8000": True, "127.0.0.1:8000": True, "127.1.2.3": True, "[::1]:8000": True,
+    "": False, "evil.example:8000": False, "localhost.evil.example": False, "127.0.0.1.evil.example": False,
+    "evil@localhost.evil.example": False, "10.0.0.1": False, "0.0.0.0:8000": False, "[::1": False, "[::2]": False,
+}  # fmt: skip
+
+
+def test_a_local_server_answers_to_names_of_this_machine_only(llm):
+    with serving({"bytes": llm}, local_only=True) as client:
+        for path in ("/v1/models", "/", "/page/chat.js", "/metrics"):
+            got = {host: client.get(path, headers={"Host": host}).status_code == 200 for host in HOSTS}
+            assert got == HOSTS
+        refused = client.post(COMPLETIONS, json={"prompt": "a"}, headers={"Host": "evil.example"})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (403, None)
 
 
 def test_several_models(llm):

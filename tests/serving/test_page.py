@@ -64,7 +64,7 @@ def test_a_chat_by_keyboard_alone_is_what_the_server_answers(tab, server):
     (conversation,) = tab.run(STORED)
     assert [each["content"] for each in conversation["messages"]] == ["one\ntwo", expected["message"]["content"]]
     assert tab.text(".assistant .note").startswith("30 tokens, ")
-    assert "cut at the limit" in tab.text(".assistant .note")
+    assert "truncated at max tokens" in tab.text(".assistant .note")
     assert KEY not in json.dumps(tab.run("({...localStorage})"))
     shown = tab.text("#messages")
     tab.open(f"{server.url}/")
@@ -114,6 +114,7 @@ def test_leaving_a_conversation_stops_its_answer(tab, backend):
         tab.run(leave)
         assert backend.left.wait(60)
         tab.until("document.readyState === 'complete'")
+        tab.until("document.querySelector('#stop').hidden && !document.querySelector('#send').hidden")
     conversations = tab.run(STORED)
     assert [each["messages"][1]["note"] for each in conversations] == ["Stopped."] * 2
     assert all(each["messages"][1]["content"].startswith("Hello.") for each in conversations)

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -85,7 +86,7 @@ def test_openais_client_gets_its_own_errors(server, client):
     assert client.models.retrieve("bytes").owned_by == "nextllm_jax"
     with pytest.raises(openai.NotFoundError, match="the models are bytes"):
         client.completions.create(model="other", prompt="a")
-    with pytest.raises(openai.BadRequestError, match="no field best_of"):
+    with pytest.raises(openai.BadRequestError, match="unknown field best_of"):
         client.completions.create(model="bytes", prompt="a", best_of=2)
     wrong = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
     with wrong, pytest.raises(openai.AuthenticationError, match="API key"):
@@ -164,6 +165,25 @@ def test_what_cannot_start_is_a_sentence(arguments, message, monkeypatch):
     monkeypatch.delenv("NEXTLLM_API_KEY", raising=False)
     with pytest.raises(InputError, match=message):
         COMMANDS["serve"](arguments)
+
+
+ACCESS = {"local": ([], None, 403), "no key": (["--no-key"], None, 200), "key": ([], "k", 200)}
+
+
+@pytest.mark.parametrize(("arguments", "key", "status"), ACCESS.values(), ids=ACCESS)
+def test_a_server_without_a_key_is_for_this_machine_only(arguments, key, status, monkeypatch):
+    """An unknown Host is refused, unless there are keys or --no-key."""
+    from starlette.testclient import TestClient
+
+    monkeypatch.delenv("NEXTLLM_API_KEY", raising=False)
+    if key is not None:
+        monkeypatch.setenv("NEXTLLM_API_KEY", key)
+    services = []
+    monkeypatch.setattr("nextllm_jax.serving.server.serve", lambda service, *_, **__: services.append(service))
+    monkeypatch.setattr("nextllm_jax.cli.serve.load_model", lambda *_: MagicMock())
+    assert COMMANDS["serve"](["--checkpoint", "x", "--port", "0", *arguments]) == 0
+    client = TestClient(services[0].app(), base_url="http://evil.example")
+    assert client.get("/metrics").status_code == status
 
 
 def test_a_port_in_use_and_several_processes_are_sentences(server, monkeypatch):

@@ -43,6 +43,8 @@ const actions = {
 
 function show(conversation) {
   running?.abort();
+  running = null;
+  announcer.textContent = "";
   current = conversation;
   showError("");
   showSidebar(false);
@@ -147,7 +149,7 @@ async function receive(history, message, signal) {
   const seconds = (performance.now() - start) / 1000;
   const parts = [`${tokens} tokens`, `${(tokens / seconds).toFixed(1)} tokens/s`];
   if (first !== null) parts.push(`first text after ${((first - start) / 1000).toFixed(2)} s`);
-  if (reason === "length") parts.push("cut at the limit on tokens");
+  if (reason === "length") parts.push("truncated at max tokens");
   return parts.join(", ");
 }
 

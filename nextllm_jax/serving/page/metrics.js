@@ -1,4 +1,4 @@
-// Prometheus's text format, as far as the server writes it.
+// The part of Prometheus's text format that the server writes.
 
 const SAMPLE = /^(\w+)(?:\{(.*)\})? (\S+)$/;
 const LABEL = /(\w+)="((?:[^"\\]|\\.)*)"/g;

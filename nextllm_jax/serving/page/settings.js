@@ -22,7 +22,7 @@ function save() {
     localStorage.setItem(SETTINGS, JSON.stringify(others));
     sessionStorage.setItem(KEY, key);
   } catch {
-    // then they are good for this page only
+    // the browser keeps nothing: they last as long as this page
   }
 }
 

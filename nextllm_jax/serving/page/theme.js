@@ -17,7 +17,7 @@
     try {
       localStorage.setItem(KEY, theme);
     } catch {
-      // then the choice is good for this page only
+      // the choice lasts as long as this page
     }
   }
 
