@@ -119,8 +119,8 @@ def test_a_slow_reader_holds_up_no_other(server, client):
 
 @pytest.mark.parametrize(
     "content",
-    [b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\x00\x01", b"POST / HTTP/1.1\r\nHost: x\r\n" + b"a" * 99_999],
-    ids=["version", "TLS", "endless head"],
+    [b"\x16\x03\x01\x02\x00\x01", b"POST / HTTP/1.1\r\nHost: x\r\n" + b"a" * 99_999],
+    ids=["TLS", "endless head"],
 )
 def test_no_http_ends_in_an_error(server, content):
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
