@@ -38,12 +38,16 @@ class ServeArguments:
     """Quantize the weights while loading."""
     quantize_cache: bool = False
     """Keep the keys and values of the slots in int8."""
+    draft_tokens: int = 0
+    """Verify this many guesses of the next tokens, from the text so far, in each step. The answers stay the same."""
     dtype: Literal["auto", "float32", "bfloat16"] | None = None
     """Type of the matmuls; none: that of the model's config."""
     num_slots: int = 16
     """Number of rows of a model that run at a time. Each sample of each prompt is a row."""
     max_length: int = 2048
     """Number of tokens of a slot, prompt and new tokens together; at most the model's context."""
+    warm_up: bool = False
+    """Compile the programs for all batch sizes before the server listens, so short requests never wait for them."""
     max_waiting: int = 128
     """Number of rows of a model that may wait for a slot. Others get status 429."""
     max_body_bytes: int = 2**20
@@ -67,7 +71,7 @@ class ServeArguments:
     def __post_init__(self) -> None:
         for name in ("num_slots", "max_length", "max_body_bytes", "request_seconds"):
             require_integer(name, getattr(self, name))
-        for name in ("max_waiting", "drain_seconds"):
+        for name in ("max_waiting", "drain_seconds", "draft_tokens"):
             require_integer(name, getattr(self, name), 0)
         require(0 <= self.port < 2**16, f"--port is {self.port}; it must be between 0 and {2**16 - 1}")
 
@@ -116,11 +120,14 @@ def load_model(name: str, path: str, arguments: ServeArguments, metrics: "Metric
         quantize_cache=arguments.quantize_cache,
         mesh=None if arguments.mesh == MeshConfig() else arguments.mesh,
     )
+    if arguments.draft_tokens:
+        llm = llm.with_drafts(arguments.draft_tokens)
     worker = Worker(
         llm,
         num_slots=arguments.num_slots,
         max_length=arguments.max_length,
         max_waiting=arguments.max_waiting,
+        warm_up=arguments.warm_up,
         metrics=metrics.of_model(name),
     )
     return ServedModel(name, llm, worker)

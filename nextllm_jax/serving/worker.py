@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from nextllm_jax.config import SamplingConfig
+from nextllm_jax.inference.buckets import powers_of_two
 from nextllm_jax.inference.llm import LLM
 from nextllm_jax.inference.request import FinishReason, Request, TokenLogprob
 from nextllm_jax.inference.scheduler import Scheduler
@@ -68,11 +69,21 @@ class Job:
 class Worker:
     """Runs rows in `num_slots` slots of `max_length` tokens; at most `max_waiting` others wait.
 
+    With `warm_up`, it first compiles what short requests need in all batch sizes; otherwise what one request needs.
     Rows get slots in the order in which they came. After an exception in a step, the rows in slots end with an error,
     and those that wait go on in a new engine.
     """
 
-    def __init__(self, llm: LLM, *, num_slots: int, max_length: int, max_waiting: int, metrics: ModelMetrics) -> None:
+    def __init__(
+        self,
+        llm: LLM,
+        *,
+        num_slots: int,
+        max_length: int,
+        max_waiting: int,
+        metrics: ModelMetrics,
+        warm_up: bool = False,
+    ) -> None:
         self._llm, self._num_slots, self._metrics = llm, num_slots, metrics
         self.max_length = min(max_length, llm.config.context_length)
         self.max_rows = num_slots + max_waiting
@@ -85,7 +96,8 @@ class Worker:
         self._closing = False
         metrics.slots.set(num_slots)
         self._scheduler: Scheduler | None = self._new_scheduler()
-        self._warm_up(self._scheduler)
+        for size in powers_of_two(num_slots) if warm_up else (1,):
+            self._warm_up(self._scheduler, size)
         self._thread = threading.Thread(target=self._run, name="nextllm worker", daemon=True)
         self._thread.start()
 
@@ -249,9 +261,10 @@ class Worker:
     def _new_scheduler(self) -> Scheduler:
         return Scheduler(self._llm.engine(self._num_slots, self.max_length))
 
-    def _warm_up(self, scheduler: Scheduler) -> None:
-        """Compile what a short request needs, so that a model that cannot run fails at the start."""
+    def _warm_up(self, scheduler: Scheduler, size: int) -> None:
+        """Compile what `size` short requests need. A model that cannot run fails at the start."""
         prompt = [*self._llm.tokenizer.encode_prompt("")] * 2
-        scheduler.submit(Request(tokens=prompt, max_new_tokens=2, sampling=SamplingConfig(temperature=0)))
+        for _ in range(size):
+            scheduler.submit(Request(tokens=prompt, max_new_tokens=2, sampling=SamplingConfig(temperature=0)))
         while not scheduler.done:
             scheduler.advance(CHUNK_TOKENS)

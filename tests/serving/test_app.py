@@ -11,6 +11,8 @@ pytest.importorskip("starlette", reason="pip install '.[serve]'")
 pytest.importorskip("jinja2", reason="pip install '.[interop]'")
 from nextllm_jax.config import SamplingConfig
 from nextllm_jax.inference.scheduler import Scheduler
+from nextllm_jax.serving.metrics import Metrics
+from nextllm_jax.serving.worker import Worker
 from nextllm_jax.tokenizer.chat import ChatTemplate
 from tests.serving.models import LENGTH, SLOTS, WAITING, make_llm, serving
 
@@ -465,6 +467,15 @@ def test_a_failing_step_fails_its_rows_and_no_others(llm, monkeypatch, caplog):
         assert "a kernel failed" in caplog.text
         assert "secret" not in caplog.text
         assert worker._num_rows == 0
+
+
+def test_a_warm_up_compiles_all_batch_sizes(llm):
+    metrics = Metrics().of_model("warm")
+    worker = Worker(llm, num_slots=SLOTS, max_length=LENGTH, max_waiting=0, metrics=metrics, warm_up=True)
+    assert worker._scheduler is not None
+    compiled = [name.split()[2] for name in worker._scheduler.engine.programs if name.startswith("decoding of")]
+    assert compiled == ["1", "2", "4"]
+    worker.close(10)
 
 
 def test_metrics_count_what_happens(llm):
