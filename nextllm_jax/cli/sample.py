@@ -16,6 +16,7 @@ from nextllm_jax.cli.server_chat import ServerConversation, server_settings
 from nextllm_jax.cli.text import read_text
 from nextllm_jax.config import SamplingConfig
 from nextllm_jax.config.checks import require_integer, require_seed, stop_strings
+from nextllm_jax.config.sampling import require_top_logprobs
 from nextllm_jax.errors import EXIT_FAILED, InputError
 from nextllm_jax.process import use_compilation_cache
 
@@ -96,6 +97,7 @@ class SampleArguments:
                 require_integer(name, value)
         require_integer("draft_tokens", self.draft_tokens, 0)
         require_seed(self.seed)
+        require_top_logprobs(self.top_logprobs)
         stop_strings(self.stop)
 
 

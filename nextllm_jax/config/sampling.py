@@ -6,6 +6,16 @@ import math
 
 from nextllm_jax.config.checks import check_types, require
 
+MAX_TOP_LOGPROBS = 20
+
+
+def require_top_logprobs(count: int | None) -> None:
+    """Raise InputError unless it is None, or a number of tokens whose log probabilities can be asked for."""
+    require(
+        count is None or 0 <= count <= MAX_TOP_LOGPROBS,
+        f"top_logprobs is {count}; it must be in 0 to {MAX_TOP_LOGPROBS}",
+    )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nextllm_jax.config.sampling import MAX_TOP_LOGPROBS
 from nextllm_jax.inference.drafts import from_history, from_network
 from nextllm_jax.inference.programs import Network, State
-from nextllm_jax.inference.request import MAX_TOP_LOGPROBS
 from nextllm_jax.inference.sampling import Penalties, Settings, mask_padding, only_allowed, penalized, row_keys, sample
 
 CHUNK_TOKENS = 64

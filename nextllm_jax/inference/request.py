@@ -8,11 +8,11 @@ import numpy as np
 
 from nextllm_jax.config import SamplingConfig
 from nextllm_jax.config.checks import require, require_integer, require_seed
+from nextllm_jax.config.sampling import require_top_logprobs
 
 FinishReason = Literal["stop", "length"]
 
 MAX_STOP_IDS = 16
-MAX_TOP_LOGPROBS = 20
 
 
 class Constraint(Protocol):
@@ -57,11 +57,7 @@ class Request:
         require(
             len(self.stop_ids) <= MAX_STOP_IDS, f"there are {len(self.stop_ids)} stop ids; at most {MAX_STOP_IDS} fit"
         )
-        count = self.top_logprobs
-        require(
-            count is None or 0 <= count <= MAX_TOP_LOGPROBS,
-            f"top_logprobs is {count}; it must be in 0 to {MAX_TOP_LOGPROBS}",
-        )
+        require_top_logprobs(self.top_logprobs)
 
     def finish_reason(self, new_tokens: Sequence[int]) -> FinishReason | None:
         """Why the request ends, given all of its new tokens so far; None if it goes on."""

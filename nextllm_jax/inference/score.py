@@ -10,9 +10,10 @@ import jax
 import numpy as np
 
 from nextllm_jax.config.checks import require, require_integer, require_text
+from nextllm_jax.config.sampling import MAX_TOP_LOGPROBS
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.buckets import bucket
-from nextllm_jax.inference.request import MAX_TOP_LOGPROBS, TokenLogprob
+from nextllm_jax.inference.request import TokenLogprob
 from nextllm_jax.model.objective import LOGITS_AT_ONCE, Batch, perplexity, text_batch, token_scores
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.progress import progress_bar

@@ -9,7 +9,7 @@ import pydantic_core
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from nextllm_jax.config import SamplingConfig
-from nextllm_jax.inference.request import MAX_TOP_LOGPROBS
+from nextllm_jax.config.sampling import MAX_TOP_LOGPROBS
 from nextllm_jax.serving.errors import ApiError
 from nextllm_jax.tokenizer.chat import Message
 
