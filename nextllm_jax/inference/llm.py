@@ -19,7 +19,7 @@ from nextllm_jax.inference.decode import CHUNK_TOKENS
 from nextllm_jax.inference.engine import Engine, require_length
 from nextllm_jax.inference.grammar import Grammars
 from nextllm_jax.inference.programs import Network
-from nextllm_jax.inference.request import Request
+from nextllm_jax.inference.request import NextToken, Request
 from nextllm_jax.inference.scheduler import Scheduler
 from nextllm_jax.inference.score import Score, check_windows, encode, score_documents
 from nextllm_jax.inference.stream import Sample, TextStream
@@ -38,16 +38,6 @@ MAX_DRAFT_TOKENS = 32
 
 PROGRESS_TOKENS = 8
 """Tokens per row between two pieces of a stream, and two moves of a progress bar."""
-
-
-@dataclasses.dataclass(frozen=True)
-class NextToken:
-    """A token that may follow a prompt."""
-
-    id: int
-    text: str
-    """Its text; bytes that are not a whole character appear as U+FFFD."""
-    probability: float
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

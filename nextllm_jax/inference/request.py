@@ -82,6 +82,16 @@ class TokenLogprob:
 
 
 @dataclasses.dataclass(frozen=True)
+class NextToken:
+    """A token that may follow a prompt."""
+
+    id: int
+    text: str
+    """Its text; bytes that are not a whole character appear as U+FFFD."""
+    probability: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Output:
     """New tokens of a request."""
 
