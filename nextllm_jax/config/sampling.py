@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from nextllm_jax.config.checks import check_types, require
 
@@ -15,6 +17,11 @@ def require_top_logprobs(count: int | None) -> None:
         count is None or 0 <= count <= MAX_TOP_LOGPROBS,
         f"top_logprobs is {count}; it must be in 0 to {MAX_TOP_LOGPROBS}",
     )
+
+
+def bias_texts(biases: Mapping[Any, float]) -> tuple[str, ...]:
+    """Biases by token id as `SamplingConfig.logit_bias` has them."""
+    return tuple(f"{token}:{bias}" for token, bias in biases.items())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

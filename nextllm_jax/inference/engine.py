@@ -20,7 +20,7 @@ from nextllm_jax.inference import programs
 from nextllm_jax.inference.buckets import bucket, bucket_of, cache_lengths, powers_of_two
 from nextllm_jax.inference.decode import CHUNK_TOKENS, Rows, decode
 from nextllm_jax.inference.programs import Network
-from nextllm_jax.inference.request import Output, Request, TokenLogprob
+from nextllm_jax.inference.request import Output, Request, token_logprobs
 from nextllm_jax.inference.slot import IDLE, Slot, stacked
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.progress import phase
@@ -308,7 +308,7 @@ class Engine:
         return Output(
             tokens,
             reason,
-            [] if K is None else _logprobs(tokens, K, *logprobs),
+            [] if K is None else token_logprobs(tokens, K, *logprobs),
             int(accepted) if self._draft_tokens else None,
         )
 
@@ -355,14 +355,6 @@ class Engine:
             result = jax.block_until_ready(program(*arguments, **static))
         self._calls += 1
         return result, time.perf_counter() - started
-
-
-def _logprobs(
-    tokens: Sequence[int], K: int, logprob_C: np.ndarray, top_logprob_CK: np.ndarray, top_id_CK: np.ndarray
-) -> list[TokenLogprob]:
-    """The log probabilities of a row's tokens, each with those of the K most likely ones."""
-    tops = [zip(top_id_CK[i, :K].tolist(), top_logprob_CK[i, :K].tolist(), strict=True) for i in range(len(tokens))]
-    return [TokenLogprob(token, float(logprob_C[i]), tuple(tops[i])) for i, token in enumerate(tokens)]
 
 
 def require_length(name: str, num_tokens: int, max_new_tokens: int, context_length: int) -> None:

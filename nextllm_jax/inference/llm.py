@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from nextllm_jax.config import ModelConfig, SamplingConfig
 from nextllm_jax.config.checks import require, require_integer, require_text, stop_strings
+from nextllm_jax.config.sampling import bias_texts
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.buckets import bucket
 from nextllm_jax.inference.decode import CHUNK_TOKENS
@@ -168,7 +169,7 @@ class LLM:
         if isinstance(schema := sampling.get("json_schema"), dict):
             sampling["json_schema"] = json.dumps(schema)
         if isinstance(biases := sampling.get("logit_bias"), dict):
-            sampling["logit_bias"] = tuple(f"{token}:{bias}" for token, bias in biases.items())
+            sampling["logit_bias"] = bias_texts(biases)
         texts = self.stream(
             prompts,
             max_new_tokens=max_new_tokens,

@@ -81,6 +81,14 @@ class TokenLogprob:
     """(id, log probability), the most likely first."""
 
 
+def token_logprobs(
+    tokens: Sequence[int], K: int, logprob_T: np.ndarray, top_logprob_TK: np.ndarray, top_id_TK: np.ndarray
+) -> list[TokenLogprob]:
+    """The log probabilities of T or fewer tokens, each with those of the first K of the most likely ones."""
+    tops = [zip(top_id_TK[i, :K].tolist(), top_logprob_TK[i, :K].tolist(), strict=True) for i in range(len(tokens))]
+    return [TokenLogprob(int(token), float(logprob_T[i]), tuple(tops[i])) for i, token in enumerate(tokens)]
+
+
 @dataclasses.dataclass(frozen=True)
 class NextToken:
     """A token that may follow a prompt."""

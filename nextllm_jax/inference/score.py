@@ -13,7 +13,7 @@ from nextllm_jax.config.checks import require, require_integer, require_text
 from nextllm_jax.config.sampling import MAX_TOP_LOGPROBS
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.buckets import bucket
-from nextllm_jax.inference.request import TokenLogprob
+from nextllm_jax.inference.request import TokenLogprob, token_logprobs
 from nextllm_jax.model.objective import LOGITS_AT_ONCE, Batch, perplexity, text_batch, token_scores
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.progress import progress_bar
@@ -165,15 +165,7 @@ def prompt_scores(
     tokens_BS = np.zeros((B, T + 1), np.int32)
     tokens_BS[0, : len(tokens)] = tokens
     scores = _prompt_scores(model, params, text_batch(tokens_BS), vocab_size=vocab_size)
-    logprob_T, top_logprob_TK, top_id_TK = (to_host(x)[:count] for x in scores)
-    return [
-        TokenLogprob(
-            int(tokens[i + 1]),
-            float(logprob_T[i]),
-            tuple(zip(top_id_TK[i, :top].tolist(), top_logprob_TK[i, :top].tolist(), strict=True)),
-        )
-        for i in range(count)
-    ]
+    return token_logprobs(tokens[1:], top, *(to_host(x) for x in scores))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "vocab_size"))

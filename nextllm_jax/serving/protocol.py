@@ -9,7 +9,7 @@ import pydantic_core
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from nextllm_jax.config import SamplingConfig
-from nextllm_jax.config.sampling import MAX_TOP_LOGPROBS
+from nextllm_jax.config.sampling import MAX_TOP_LOGPROBS, bias_texts
 from nextllm_jax.serving.errors import ApiError
 from nextllm_jax.tokenizer.chat import Message
 
@@ -130,7 +130,7 @@ class GenerationBody(Fields):
             frequency_penalty=self.frequency_penalty,
             min_new_tokens=self.min_tokens,
             json_schema=self.response_format.schema_text(),
-            logit_bias=tuple(f"{token}:{bias}" for token, bias in self.logit_bias.items()),
+            logit_bias=bias_texts(self.logit_bias),
         )
 
 
