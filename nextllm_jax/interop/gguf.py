@@ -30,7 +30,7 @@ from nextllm_jax.interop.gguf_config import (
     read_gguf_config,
     write_gguf_config,
 )
-from nextllm_jax.interop.names import Part, parts_of, tensor_shapes
+from nextllm_jax.interop.names import Part, all_parts, parts_of, tensor_shapes
 from nextllm_jax.interop.streaming import read_params, require_tensors, tensors_of
 from nextllm_jax.model.quantize import Observer, ignore, is_quantized
 from nextllm_jax.model.weights import by_name
@@ -95,12 +95,12 @@ class GGUFFile:
     def load_params(self, abstract: Any, observe: Observer = ignore) -> Any:
         """The weights as the tree that `abstract` describes, each leaf with its shape, type and sharding.
 
-        `observe` is called for each quantized weight. Raises InputError if weights are missing, do not fit the config,
-        or are not finite.
+        The tree may be a part of the model's. `observe` is called for each quantized weight. Raises InputError if
+        weights are missing, do not fit the config, or are not finite.
         """
-        parts = parts_of(self.config, abstract, "gguf", fused=self._architecture.fused)
-        require_tensors(self, parts, ignore=lambda name: name in ROPE_TENSORS)
-        return read_params(self, parts, abstract, observe)
+        fused = self._architecture.fused
+        require_tensors(self, all_parts(self.config, "gguf", fused=fused), ignore=lambda name: name in ROPE_TENSORS)
+        return read_params(self, parts_of(self.config, abstract, "gguf", fused=fused), abstract, observe)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor in the file."""

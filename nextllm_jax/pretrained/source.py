@@ -71,9 +71,10 @@ class LoadParams(Protocol):
     def __call__(self, abstract: Any, observe: Observer = ignore) -> Any:
         """The parameters in the shapes, dtypes, shardings and quantization of `abstract`, read one weight at a time.
 
-        `abstract` is a tree of abstract arrays and QTensors, stacked over layers or not. `observe` is called for each
-        weight that is quantized. Raises InputError if the weights are damaged, belong to another config, or are already
-        quantized in another way.
+        `abstract` is a tree of abstract arrays and QTensors, stacked over layers or not. For files of other programs it
+        may be a part of the model's tree. `observe` is called for each weight that is quantized.
+
+        Raises InputError if the weights are damaged, belong to another config, or are already quantized in another way.
         """
         ...
 
