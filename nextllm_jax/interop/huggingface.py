@@ -4,7 +4,7 @@ Weights are only read from safetensors, so nothing is ever unpickled.
 """
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +80,13 @@ def _require_tied(source: "SafetensorsSource") -> None:
 
 
 class SafetensorsSource:
-    """The tensors of a directory's safetensors files."""
+    """The tensors of a directory's safetensors files: of a model, or of the given ones."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, files: Iterable[Path] | None = None) -> None:
         self.where = str(directory)
         self._files: dict[str, Any] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        for path in _weight_files(directory):
+        for path in _weight_files(directory) if files is None else files:
             for name, shape, handle in _open(path):
                 if name in self._files:
                     raise InputError(f"{directory}: tensor {name} is in two files; keep the files of only one model")

@@ -21,9 +21,11 @@ from nextllm_jax.errors import InputError
 from nextllm_jax.hardware import available_host_memory, readable_bytes
 from nextllm_jax.inference.load import load_source
 from nextllm_jax.model.accounting import parameter_count
-from nextllm_jax.pretrained.convert import export_model
+from nextllm_jax.pretrained import model_card
+from nextllm_jax.pretrained.convert import export_adapter, export_model
 from nextllm_jax.pretrained.open_model import open_model
 from nextllm_jax.pretrained.source import Source, open_path
+from nextllm_jax.progress import phase
 from nextllm_jax.published_models import resolve
 from nextllm_jax.storage.downloads import local_copy
 from nextllm_jax.tokenizer.huggingface import save_huggingface
@@ -74,10 +76,22 @@ def write_certificate(path: str, found: Certificate) -> Path | None:
     try:
         partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         partial.replace(file)
+        _update_card(directory, found)
     except OSError as error:
         _log.warning("%s cannot be written (%s)", file, error.strerror or error)
         return None
     return file
+
+
+def _update_card(directory: Path, found: Certificate) -> None:
+    """Write the result into the model card of an export, if it has one."""
+    file = directory / model_card.FILE
+    if file.is_file():
+        rows = "\n".join(f"| {row.check} | {row.status} | {row.detail.splitlines()[0]} |" for row in found.rows)
+        text = f"{found.verdict}; see {certificate.FILE}.\n\n| check | result | |\n|---|---|---|\n{rows}"
+        card = model_card.with_certificate(file.read_text(encoding="utf-8"), text)
+        if card is not None:
+            file.write_text(card, encoding="utf-8")
 
 
 def _is_huggingface(directory: Path) -> bool:
@@ -93,6 +107,10 @@ class _Certifying:
         self.conversation: str | None = None
         self._source: Source = open_model(path, step=settings.step)
         self._file = Path(local_copy(resolve(path)))
+        if self._format == "gguf":
+            from nextllm_jax.interop.gguf import files_of
+
+            self._file = files_of(self._file)[0]  # the part with the metadata
         self._weights = Weights(self._source)
         self._tokenizer: Tokenizer | None = None
 
@@ -198,13 +216,15 @@ class _Certifying:
         if file is not None and tokenizer is not None:
             llama_cpp = programs.ask_llama_cpp(file, config, probes, tokenizer, python=python)
             probes = programs.with_continuations(probes, llama_cpp)
-        compared = compare_layers(self._weights, probes, programs.LOGITS)
+        with phase("comparing layer by layer"):
+            compared = compare_layers(self._weights, probes, programs.LOGITS)
         remark = f"; it begins at {compared.first}"
         for probe, difference in zip(probes, compared.differences, strict=True):
             self._add([programs.logits_row(f"numpy, {probe}", difference, remark=remark)])
         self._check_loaded(probes, compared.logits)
         if exports["huggingface"] is not None:
             self._check_transformers(exports["huggingface"], probes, compared.logits)
+        self._check_adapters(probes, compared.logits)
         if llama_cpp is not None and tokenizer is not None:
             self._add(
                 programs.compare_llama_cpp(
@@ -246,6 +266,25 @@ class _Certifying:
         self._add(programs.compare_transformers(name, answer, self._weights, probes, logits))
         if self._tokenizer is not None:
             self._add(programs.compare_transformers_text(answer, self._tokenizer))
+
+    def _check_adapters(self, probes: list[Probe], logits: list[np.ndarray]) -> None:
+        """The adapters of a run, written for PEFT, on the base model in transformers."""
+        adapters = self._source.adapters
+        if adapters is None:
+            return
+        if adapters.config.frozen != "unquantized":
+            self._add([skipped("peft", f"the base weights are quantized ({adapters.config.frozen})")])
+            return
+        directory, written = self._folder / "base", self._folder / "adapter"
+        try:
+            with _quiet():
+                export_model(adapters.base, str(directory), file_format="huggingface", dtype="float32")
+                export_adapter(self.path, str(written), step=self._settings.step)
+        except InputError as error:
+            self._add([skipped("peft", str(error))])
+            return
+        answer = programs.ask_transformers(directory, probes, None, python=self._settings.python, adapter=written)
+        self._add(programs.compare_transformers("peft", answer, self._weights, probes, logits))
 
     def _check_own_gguf(self, probes: list[Probe], logits: list[np.ndarray], tokenizer: Tokenizer) -> None:
         """The user's own GGUF file, which may be quantized, in llama.cpp."""

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from nextllm_jax.config import ModelConfig
 from nextllm_jax.diagnostics.certify.certificate import Row, failed, ok
+from nextllm_jax.interop.gguf import files_of
 from nextllm_jax.tokenizer.gguf import read_metadata
 from nextllm_jax.tokenizer.huggingface_files import read_json
 
@@ -58,7 +59,7 @@ def _equal(left: Any, right: Any) -> bool:
 def check_gguf(file: Path, config: ModelConfig) -> Row:
     """Compare the metadata and the names of the tensors of a GGUF file with the settings."""
     metadata: Mapping[str, Any] = read_metadata(file)
-    names = {tensor.name for tensor in gguf.GGUFReader(file).tensors}
+    names = {tensor.name for part in files_of(file) for tensor in gguf.GGUFReader(part).tensors}
     stated = metadata.get(f"{metadata['general.architecture']}.rope.scaling.type", "none")
     if "rope_freqs.weight" in names:
         stated = "llama3"

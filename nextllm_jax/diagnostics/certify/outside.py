@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nextllm_jax.progress import phase
+
 EXIT_MISSING = 3
 """Exit code of a script whose package is not installed; it prints the package's name."""
 
@@ -34,7 +36,8 @@ def ask(script: str, question: dict[str, Any], python: str | None) -> Answer:
         if python is not None:
             environment.pop("PYTHONPATH", None)
         command = [python or sys.executable, str(Path(__file__).with_name(script)), str(folder / "question.json")]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        with phase(f"running {script.removesuffix('.py')}"):
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode == EXIT_MISSING:
             return Answer({}, {}, missing=done.stdout.strip())
         if done.returncode != 0:
