@@ -22,7 +22,7 @@ from tests.interop.models import TOKENIZER
 
 pytestmark = pytest.mark.slow
 
-NOT_IN_GGUF = {"llama_bias", "qwen2_window", "mistral_window", "smollm3", "phi3_window", "gemma2", "gemma3"}
+NOT_IN_GGUF = {"qwen2_window", "qwen2_yarn", "mistral_window", "smollm3", "gemma2", "gemma3"}
 """Models with settings that GGUF has no key for."""
 
 
@@ -44,16 +44,18 @@ def test_every_family_is_certified(case, tmp_path, capsys, monkeypatch):
     roles = dataclasses.replace(TOKENIZER.roles, chat_template=TEMPLATE)
     save_huggingface(Tokenizer("chat", TOKENIZER.backend, roles), tmp_path / "model")
     rows = certified(tmp_path / "model", capsys)
-    failed = {check: row for check, row in rows.items() if row["status"] == "FAILED"}
-    # transformers splits text for qwen2 by Qwen's own pattern, whatever tokenizer.json says.
-    assert all(
-        case.startswith("qwen") and check in ("token ids: transformers", "chat: transformers") for check in failed
-    )
+    failed = {check: row["fault"] for check, row in rows.items() if row["status"] == "FAILED"}
+    if case.startswith("qwen2"):  # transformers splits its text by Qwen's own pattern, whatever tokenizer.json says
+        assert failed.keys() <= {"token ids: transformers", "chat: transformers"}
+    elif case == "phi3_window":  # of which llama.cpp says nothing
+        assert len(failed) == 1
+        assert set(failed.values()) == {"ignored sliding window"}
+    else:
+        assert not failed
     logits = [row["status"] for check, row in rows.items() if check.startswith("transformers 5")]
     assert len(logits) == 2
     assert logits.count("ok") == (1 if case == "phi3_longrope_long" else 2)
-    exported = rows["export to GGUF"]["status"] == "skipped" if "export to GGUF" in rows else False
-    assert exported == (case in NOT_IN_GGUF), rows
+    assert ("export to GGUF" in rows) == (case in NOT_IN_GGUF), rows
 
 
 @pytest.mark.parametrize("model", ["the published model", "its file", "an export"])
