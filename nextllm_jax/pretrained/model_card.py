@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from nextllm_jax.checkpoint.run_dir import METRICS, RunDir
@@ -41,13 +42,13 @@ def model_card(
         "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in header.items()) + "---",
         f"# {name}",
         f"Written by `nextllm export` of nextllm_jax. License: {license}.",
-        f"## Model\n\n{_table(_model_rows(model, model_type))}",
-        f"## Tokenizer\n\n{_table(_tokenizer_rows(tokenizer))}",
+        f"## Model\n\n{_table(_model_rows(model, model_type).items())}",
+        f"## Tokenizer\n\n{_table(_tokenizer_rows(tokenizer).items())}",
     ]
     if run is not None and config is not None:
-        sections.append(f"## Data\n\n{_table(_data_rows(config))}")
+        sections.append(f"## Data\n\n{_table(_data_rows(config).items())}")
         if measured := _last_validation(run, step):
-            sections.append(f"## Metrics\n\n{_table(measured)}")
+            sections.append(f"## Metrics\n\n{_table(measured.items())}")
     sections.append(f"## Certificate\n\n{_BEGIN}\nNot certified yet. `nextllm certify` writes its result here.\n{_END}")
     if config is not None:
         shown = json.dumps(_public(dataclasses.asdict(config)), indent=2, ensure_ascii=False)
@@ -55,15 +56,20 @@ def model_card(
     return "\n\n".join(sections) + "\n"
 
 
-def with_certificate(card: str, text: str) -> str | None:
-    """The card with the text of a certificate; None if it is not a card of `model_card`."""
+def with_certificate(card: str, verdict: str, rows: Iterable[Sequence[str]]) -> str | None:
+    """The card with the verdict and the rows of a certificate; None if it is not a card of `model_card`."""
+    text = f"{verdict}\n\n{_table(rows)}"
     before, begin, rest = card.partition(_BEGIN)
     _, end, after = rest.partition(_END)
     return f"{before}{begin}\n{text}\n{end}{after}" if end else None
 
 
-def _table(rows: dict[str, Any]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+def _table(rows: Iterable[Sequence[Any]]) -> str:
+    lines = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
+    if not lines:
+        return ""
+    columns = lines[0].replace("\\|", "").count("|") - 1
+    return "\n".join(["|" + " |" * columns, "|" + "---|" * columns, *lines])
 
 
 def _model_rows(model: ModelConfig, model_type: str) -> dict[str, Any]:

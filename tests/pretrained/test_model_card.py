@@ -37,12 +37,12 @@ def test_a_certificate_is_added_to_the_card(trained, tmp_path):
     export_model(str(trained.directory / "runs" / "config"), str(out), file_format="huggingface")
     before = (out / "README.md").read_text()
     assert "Not certified yet" in before
-    for rows in ((ok("numpy, 64 tokens", "equal"),), (failed("files", "other", "untied head"),)):
+    for n, rows in enumerate([(ok("numpy, 64 tokens", "<|eos|>"),), (failed("files", "other", "untied head"),)]):
         written = write_certificate(str(out), Certificate("out", rows))
         assert written == out / "certificate.json"
         card = (out / "README.md").read_text()
-        assert f"| {rows[0].check} | {rows[0].status} | {rows[0].detail} |" in card
-        assert card.count("NOT CERTIFIED") == card.count("| files |") == (rows[0].status == "FAILED")
+        assert card.count("NOT CERTIFIED") == card.count("\n| files | FAILED | untied head |\n") == len(rows) * (n == 1)
+        assert card.count("\n| numpy, 64 tokens | ok | <\\|eos\\|> |\n") == (n == 0)
     assert card.partition("## Certificate")[0] == before.partition("## Certificate")[0]
     (out / "README.md").write_text("mine\n")
     write_certificate(str(out), Certificate("out", ()))

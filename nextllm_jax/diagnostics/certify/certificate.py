@@ -50,6 +50,7 @@ class Certificate:
     """All comparisons of a model."""
 
     model: str
+    """Its name, without the path, which would say where it was."""
     rows: tuple[Row, ...]
     conversation: str | None = None
     """The text of a short conversation, in which the tokens of the loss mask are in brackets."""

@@ -62,7 +62,7 @@ def certify(path: str, settings: Settings, show: Callable[[Row], None] = lambda 
     with tempfile.TemporaryDirectory(prefix="nextllm-certify-") as folder:
         certifying = _Certifying(path, settings, Path(folder), show)
         certifying.run()
-    return Certificate(path, tuple(certifying.rows), certifying.conversation)
+    return Certificate(Path(path).name, tuple(certifying.rows), certifying.conversation)
 
 
 def write_certificate(path: str, found: Certificate) -> Path | None:
@@ -87,9 +87,9 @@ def _update_card(directory: Path, found: Certificate) -> None:
     """Write the result into the model card of an export, if it has one."""
     file = directory / model_card.FILE
     if file.is_file():
-        rows = "\n".join(f"| {row.check} | {row.status} | {row.detail.splitlines()[0]} |" for row in found.rows)
-        text = f"{found.verdict}; see {certificate.FILE}.\n\n| check | result | |\n|---|---|---|\n{rows}"
-        card = model_card.with_certificate(file.read_text(encoding="utf-8"), text)
+        rows = [(row.check, row.status, row.fault or row.detail.splitlines()[0]) for row in found.rows]
+        verdict = f"{found.verdict[0].upper()}{found.verdict[1:]}. {certificate.FILE} has the details."
+        card = model_card.with_certificate(file.read_text(encoding="utf-8"), verdict, rows)
         if card is not None:
             file.write_text(card, encoding="utf-8")
 
@@ -182,7 +182,7 @@ class _Certifying:
         """Compare with the model that this one was made from."""
         other = open_model(path)
         tolerance = _GGUF_ROUNDS["norms"] if self._format == "gguf" else 0.0
-        self._add(same_model(f"as {path}", other, Weights(other), self._source, tolerance=tolerance))
+        self._add(same_model(f"as {Path(path).name}", other, Weights(other), self._source, tolerance=tolerance))
 
     def _export(self, file_format: Format) -> Path | None:
         """The model in a format: its own directory, or an export that was compared with it; None if there is none."""
