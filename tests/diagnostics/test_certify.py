@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -95,11 +96,16 @@ def test_the_command_certifies_a_model_against_every_program(model, capsys):
     }  # fmt: skip
 
 
-def test_another_environment_without_the_programs_is_named(model, tmp_path):
-    python = tmp_path / "python"
+def without_packages(folder: Path) -> str:
+    """An interpreter that finds no packages."""
+    python = folder / "python"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
     python.chmod(0o755)
-    rows = rows_of(model, python=str(python))
+    return str(python)
+
+
+def test_another_environment_without_the_programs_is_named(model, tmp_path):
+    rows = rows_of(model, python=without_packages(tmp_path))
     assert [rows[name].status for name in ("transformers", "llama.cpp")] == ["skipped", "skipped"]
     assert rows["llama.cpp"].detail == "the package xllamacpp is not installed"
     with pytest.raises(InputError, match="--python nowhere/python is not a program"):
@@ -240,3 +246,28 @@ def test_the_longer_probe_is_beyond_the_original_context():
     assert ends(rope_scaling="linear", rope_scaling_factor=4.0, context_length=400) == [(64, 64), (132, 132)]
     local: dict[str, Any] = {"layer_pattern": ("local",), "sliding_window": 300, "context_length": 2048}
     assert ends(**local) == [(64, 64), (332, 332)]
+
+
+@pytest.mark.slow
+def test_the_memory_is_that_of_a_layer(tmp_path):
+    """Of a model of 1 GB, whose layers take 40 MB each."""
+    program = """
+import re, sys
+from pathlib import Path
+from nextllm_jax.cli.certify import certify_command
+code = certify_command([sys.argv[1], "--memory-gigabytes", "0.1", "--python", sys.argv[2], "--json"])
+print(int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024)
+sys.exit(code)
+"""
+    peaks = []
+    for num_layers in (1, 24):
+        config = dataclasses.replace(
+            SCALED, num_layers=num_layers, embed_dim=1024, mlp_dim=2400, num_heads=16, num_kv_heads=4, head_dim=64
+        )
+        write(tmp_path / str(num_layers), config)
+        arguments = [sys.executable, "-c", program, str(tmp_path / str(num_layers)), without_packages(tmp_path)]
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout.splitlines()[-1]))
+    print(f"peak memory {peaks[0]} MB with 1 layer, {peaks[1]} MB with 24")  # pytest -rP shows it
+    assert peaks[1] - peaks[0] < 250
