@@ -293,11 +293,11 @@ class _Certifying:
         answer = programs.ask_llama_cpp(
             self._file, self._source.config, probes, tokenizer, python=self._settings.python
         )
-        self._add(
-            programs.compare_llama_cpp(
-                f"{self._file.name}", answer, self._weights, probes, logits, rows_in_file=self._num_rows, quantized=True
-            )
+        name = "the file itself in llama.cpp"
+        rows = programs.compare_llama_cpp(
+            name, answer, self._weights, probes, logits, rows_in_file=self._num_rows, quantized=True
         )
+        self._add(rows)
 
 
 def _versioned(program: str, answer: Any) -> str:
