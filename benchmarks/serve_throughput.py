@@ -141,8 +141,10 @@ def run_engine(directory: Path, slots: int, clients: int, requests: int, tokens:
     from nextllm_jax.config import SamplingConfig
     from nextllm_jax.inference.request import Request
     from nextllm_jax.inference.scheduler import Scheduler
+    from nextllm_jax.process import use_compilation_cache
     from nextllm_jax.serving.worker import CHUNK_TOKENS
 
+    use_compilation_cache()
     sampling = SamplingConfig(temperature=0, min_new_tokens=tokens)
     prompts = json.loads((directory / "prompts.json").read_text())
     scheduler = Scheduler(nextllm_jax.load("smollm2", dtype="float32").engine(slots, LENGTH))
