@@ -4,8 +4,9 @@
 
 Each client streams one completion after another: prompts of 128 tokens from the standard library, no two the same, and
 `--tokens` new tokens. Every side is a server process that first answers a round which does not count. Both servers have
-as many slots as there are clients at most. Needs `pip install 'nextllm_jax[serve,parity,interop]'` and the published
-model smollm2.
+as many slots as there are clients at most. "engine" is the engine of float32 without a server and clients, with the
+same slots and chunks: whenever a request ends, the next one begins. Needs
+`pip install 'nextllm_jax[serve,parity,interop]'` and the published model smollm2.
 """
 
 import argparse
@@ -30,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 PROMPT_TOKENS = 128
 LENGTH = 512
-SIDES = ("float32", "int8", "llama.cpp F32", "llama.cpp Q8_0")
+SIDES = ("engine", "float32", "int8", "llama.cpp F32", "llama.cpp Q8_0")
 
 
 class Answered(NamedTuple):
@@ -81,9 +82,9 @@ def server(directory: Path, side: str, slots: int) -> Iterator[int]:
     else:
         model = str(directory / "int8") if kind == "int8" else "smollm2"
         command = ["-m", "nextllm_jax.cli", "serve", "--port", "0", "--checkpoint", f"model={model}"]
-        command += ["--num-slots", str(slots), "--max-length", str(LENGTH)]
+        command += ["--num-slots", str(slots), "--max-length", str(LENGTH), "--warm-up"]
         command += [] if kind == "int8" else ["--dtype", kind]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NEXTLLM_API_KEY": ""}
     process = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None
     try:
@@ -134,6 +135,33 @@ def measure(port: int, prompts: list[list[int]], clients: int, tokens: int, side
     }
 
 
+def run_engine(directory: Path, slots: int, clients: int, requests: int, tokens: int) -> dict[str, float]:
+    """What the engine alone does with as many requests at a time as there are clients."""
+    import nextllm_jax
+    from nextllm_jax.config import SamplingConfig
+    from nextllm_jax.inference.request import Request
+    from nextllm_jax.inference.scheduler import Scheduler
+    from nextllm_jax.process import use_compilation_cache
+    from nextllm_jax.serving.worker import CHUNK_TOKENS
+
+    use_compilation_cache()
+    sampling = SamplingConfig(temperature=0, min_new_tokens=tokens)
+    prompts = json.loads((directory / "prompts.json").read_text())
+    scheduler = Scheduler(nextllm_jax.load("smollm2", dtype="float32").engine(slots, LENGTH))
+    scheduler.engine.warm_up()
+    for number in (clients, clients * requests):
+        waiting = [Request(tokens=prompts.pop(), max_new_tokens=tokens, sampling=sampling) for _ in range(number)]
+        started, running = time.perf_counter(), 0
+        while waiting or running:
+            for request in waiting[: clients - running]:
+                scheduler.submit(request)
+            del waiting[: clients - running]
+            scheduler.advance(CHUNK_TOKENS)
+            running = scheduler.num_running
+        seconds = time.perf_counter() - started
+    return {"requests_per_second": number / seconds, "tokens_per_second": number * tokens / seconds}
+
+
 def percentile(values: list[float], percent: int) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
 
@@ -145,16 +173,31 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--serve-llama-cpp", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--run-engine", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve_llama_cpp:
         serve_llama_cpp(options.serve_llama_cpp[0], int(options.serve_llama_cpp[1]))
     slots = max(options.clients)
+    if options.run_engine:
+        directory, slots = options.run_engine
+        found = run_engine(Path(directory), int(slots), options.clients[0], options.requests, options.tokens)
+        print(json.dumps(found))
+        return
     needed = sum(clients * (options.requests + 1) for clients in options.clients)
     with tempfile.TemporaryDirectory() as temporary:
         write_models(Path(temporary), needed)
         print("| server | clients | requests/s | tokens/s | first text p50, p99 (s) | per token p50, p99 (ms) |")
         print("|---|---|---|---|---|---|")
         for side in options.sides:
+            if side == "engine":
+                for clients in options.clients:
+                    command = [__file__, "--run-engine", temporary, str(slots), "--clients", str(clients)]
+                    command += ["--requests", str(options.requests), "--tokens", str(options.tokens)]
+                    output = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, check=True).stdout
+                    found = json.loads(output.splitlines()[-1])
+                    print(f"| engine | {clients} | {found['requests_per_second']:.2f} "
+                          f"| {found['tokens_per_second']:.0f} | | |", flush=True)  # fmt: skip
+                continue
             prompts = json.loads(Path(temporary, "prompts.json").read_text())
             with server(Path(temporary), side, slots) as port:
                 for clients in options.clients:

@@ -6,11 +6,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
 from nextllm_jax.checkpoint import orbax_errors, step_files
 from nextllm_jax.storage.open_storage import open_storage
+
+_CHUNK_BYTES = 2**24
+"""Limit on the chunks of an array. Chunks are compressed and decompressed in parallel."""
 
 
 class _Attempt(ocp.path.atomicity.CommitFileTemporaryPath):
@@ -44,7 +48,11 @@ class Writer:
 
     def write(self, path: epath.Path, items: dict[str, Any]) -> None:
         """Start writing named trees to a new directory. Returns once the arrays may be donated."""
-        trees = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        chunks = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
+        trees = {
+            name: ocp.args.StandardSave(tree, save_args=jax.tree.map(lambda _: chunks, tree))
+            for name, tree in items.items()
+        }
         self._checkpointer.save(path, args=ocp.args.Composite(**trees))
 
     def wait_for_arrays(self) -> None:

@@ -28,8 +28,7 @@ def start_checksums(tree: Any) -> dict[str, jax.Array]:
     one does not.
     """
     compile_checksums(tree)
-    arrays = _arrays_of(tree)
-    parts = {path: _programs[_kind(leaf)](leaf) for path, leaf in arrays.items()}
+    parts = {path: _programs[_kind(leaf)].result()(leaf) for path, leaf in _arrays_of(tree).items()}
     # Of these programs only the sums communicate. On CPUs, programs that communicate must not be in flight together
     # with others that do: processes may run them in different orders, and then wait for each other forever.
     shared = {path: part for path, part in parts.items() if not part.is_fully_addressable}
@@ -37,10 +36,10 @@ def start_checksums(tree: Any) -> dict[str, jax.Array]:
 
 
 def compile_checksums(tree: Any) -> None:
-    """Compile the programs that `start_checksums` runs, unless they are compiled. Any thread may call it."""
-    if new := set(map(_kind, _arrays_of(tree).values())) - _programs.keys():
-        with concurrent.futures.ThreadPoolExecutor() as pool:  # compiling in one thread takes seconds on a TPU's host
-            _programs.update(zip(new, pool.map(_compiled, new), strict=True))
+    """Start compiling the programs that `start_checksums` runs, in threads. `tree` may be abstract."""
+    for kind in dict.fromkeys(map(_kind, _arrays_of(tree).values())):
+        if kind not in _programs:  # two threads may both compile it, which does no harm
+            _programs[kind] = _threads.submit(_compiled, kind)
 
 
 def _arrays_of(tree: Any) -> dict[str, Any]:
@@ -58,7 +57,8 @@ def finish_checksums(parts: dict[str, jax.Array]) -> dict[str, int]:
 
 
 _Kind = tuple[tuple[int, ...], Any, jax.sharding.Sharding | None]
-_programs: dict[_Kind, Callable[[Any], jax.Array]] = {}
+_threads = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="checksums")
+_programs: dict[_Kind, concurrent.futures.Future[Callable[[Any], jax.Array]]] = {}
 
 
 def _compiled(kind: _Kind) -> Callable[[Any], jax.Array]:

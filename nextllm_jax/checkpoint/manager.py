@@ -112,9 +112,9 @@ class Checkpoints(SavedSteps):
         def task() -> None:
             with contextlib.suppress(OSError, InputError):  # `save` tries again, and raises it
                 self._open()
-            for tree in items.values():
-                compile_checksums(tree)
 
+        for tree in items.values():
+            compile_checksums(tree)
         self._started().submit(0, task)
 
     def save(

@@ -9,7 +9,7 @@ import jax
 from etils import epath
 
 from nextllm_jax.checkpoint import orbax_errors, scratch, step_files
-from nextllm_jax.checkpoint.leaves import leaves_of, mismatch
+from nextllm_jax.checkpoint.leaves import compile_checksums, leaves_of, mismatch
 from nextllm_jax.checkpoint.manifest import MANIFEST, DamagedFile, UnknownManifest, read_manifest
 from nextllm_jax.checkpoint.verified_read import DamagedItem, UnreadableItem, read_item
 from nextllm_jax.errors import InputError
@@ -159,6 +159,7 @@ class SavedSteps:
             path = f"checkpoint {self.path(step)}"
             raise InputError(f"{path} does not fit ({name}: {difference}); use the config that it was saved with")
         orbax_errors.silence_tracebacks()
+        compile_checksums(abstract)
         try:
             yield from read_item(self.path(step), manifest, name, parts)
         except DamagedItem as damage:

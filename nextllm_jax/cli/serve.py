@@ -47,7 +47,7 @@ class ServeArguments:
     max_length: int = 2048
     """Number of tokens of a slot, prompt and new tokens together; at most the model's context."""
     warm_up: bool = False
-    """Compile the programs for all batch sizes before the server listens, so short requests never wait for them."""
+    """Compile the programs for all batch sizes and lengths before the server listens, so no request waits for them."""
     max_waiting: int = 128
     """Number of rows of a model that may wait for a slot. Others get status 429."""
     max_body_bytes: int = 2**20

@@ -3,6 +3,7 @@
 import dataclasses
 import http.client
 import json
+import math
 import os
 import urllib.error
 import urllib.request
@@ -13,6 +14,9 @@ from nextllm_jax.cli.serve import KEY_VARIABLE
 from nextllm_jax.config import SamplingConfig
 from nextllm_jax.errors import InputError, RunFailed
 
+_LEAST_BIAS = -100
+"""OpenAI's bias for a token that must not be generated. JSON has no -inf."""
+
 
 def server_settings(sampling: SamplingConfig) -> dict[str, Any]:
     """The fields of a request for these settings. Raises InputError for those that a server does not have."""
@@ -21,7 +25,9 @@ def server_settings(sampling: SamplingConfig) -> dict[str, Any]:
         if fields.pop(name) is not None:
             raise InputError(f"--{name} does not go with --server; use --json-schema, or leave it out")
     fields["min_tokens"] = fields.pop("min_new_tokens")
-    fields["logit_bias"] = sampling.biases
+    fields["logit_bias"] = {
+        token: _LEAST_BIAS if bias == -math.inf else bias for token, bias in sampling.biases.items()
+    }
     if (text := fields.pop("json_schema")) is not None:
         try:
             schema = {"schema": json.loads(text)}

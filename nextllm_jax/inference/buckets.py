@@ -22,8 +22,8 @@ def powers_of_two(most: int) -> tuple[int, ...]:
 
 
 def cache_lengths(most: int) -> tuple[int, ...]:
-    """Lengths of the part of a cache that a program reads: `most`, and its quarters down to 512."""
+    """Lengths of the part of a cache that a program reads: `most`, its half and so on, down to 256."""
     lengths = [most]
-    while lengths[0] // 4 >= 512:
-        lengths.insert(0, lengths[0] // 4)
+    while lengths[0] // 2 >= 256:
+        lengths.insert(0, lengths[0] // 2)
     return tuple(lengths)

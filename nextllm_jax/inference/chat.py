@@ -7,8 +7,9 @@ from nextllm_jax.config import SamplingConfig
 from nextllm_jax.config.checks import require_integer, require_seed, require_text, stop_strings
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.buckets import bucket
-from nextllm_jax.inference.engine import Engine, Speeds
+from nextllm_jax.inference.engine import Engine
 from nextllm_jax.inference.llm import LLM
+from nextllm_jax.inference.speeds import Speeds
 from nextllm_jax.inference.stream import Sample
 from nextllm_jax.tokenizer.chat import ChatTemplate, Message
 

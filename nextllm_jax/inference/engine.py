@@ -4,9 +4,7 @@ The host keeps the tokens of each slot and what of them is cached; the devices k
 cache, so a request that begins with the same tokens reads only the others, or copies them from another slot.
 """
 
-import dataclasses
 import logging
-import operator
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -18,19 +16,21 @@ from jax.sharding import Mesh
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference import programs
 from nextllm_jax.inference.buckets import bucket, bucket_of, cache_lengths, powers_of_two
-from nextllm_jax.inference.decode import CHUNK_TOKENS, Rows, decode
+from nextllm_jax.inference.decode import CHUNK_TOKENS, Decoded, Rows, decode
 from nextllm_jax.inference.programs import Network
 from nextllm_jax.inference.request import Output, Request, token_logprobs
 from nextllm_jax.inference.slot import IDLE, Slot, stacked
+from nextllm_jax.inference.speeds import Speeds
 from nextllm_jax.model.transformer import Transformer
-from nextllm_jax.progress import phase
+from nextllm_jax.progress import phase, progress_bar
 from nextllm_jax.sharding import on_mesh, padded_size, to_host
 
 PREFILL_ROW_TOKENS = 512
 """Maximum number of tokens of a row in one call of prefill; longer prompts take several."""
 
 PREFILL_TOKENS = 4096
-"""Maximum number of tokens in one call of prefill, summed over its rows; of at least 16 per row if that is more."""
+"""Maximum number of tokens of prompts that are read between two calls of `decode`; of at least 16 per row if rows stay
+together and that is more."""
 
 RING_SLACK = 2 * PREFILL_ROW_TOKENS
 """Positions that layers with a window keep in addition to the window. A call of prefill writes fewer than that before
@@ -40,32 +40,6 @@ _LEAST_SHARED = 16
 """A common beginning of fewer tokens is not worth a copy, which takes about as long as reading it."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Speeds:
-    """Tokens and seconds of prefill and decode, excluding compilation."""
-
-    prefill_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_tokens: int = 0
-    decode_seconds: float = 0.0
-
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        """Prompt tokens per second, summed over rows. Padding, cached tokens and the last of a prompt do not count."""
-        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        """New tokens per second, summed over rows."""
-        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
-
-    def __add__(self, other: "Speeds") -> "Speeds":
-        return Speeds(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
-
-    def __sub__(self, other: "Speeds") -> "Speeds":
-        return Speeds(*map(operator.sub, dataclasses.astuple(self), dataclasses.astuple(other)))
 
 
 class Engine:
@@ -175,6 +149,21 @@ class Engine:
         place.slide(self._context_length)
         place.prompt = list(place.tokens)
 
+    def warm_up(self) -> None:
+        """Compile all programs that requests can need. No slot may be in use."""
+        B = self._row_buckets[0]
+        sizes = dict.fromkeys(min(bucket(size, 16), self._row_tokens) for size in range(1, self._row_tokens + 1))
+        works = [(T, length) for length in self._lengths for T in sizes if length >= T]
+        batches = [(rows, length) for length in self._lengths for rows in self._row_buckets]
+        self._change(0, 0, Slot())
+        with progress_bar(desc="compiling", total=len(works) + len(batches), unit=" programs") as bar:
+            for T, length in works:  # the positions are past the end, where nothing is written
+                self._prefill([], np.zeros((B, T), np.int32), np.full(B, self.max_length, np.int32), length)
+                bar.update()
+            for rows, length in batches:
+                self._run_decode(self._rows([], rows, length, {}), length, 1, stop_early=False)
+                bar.update()
+
     def free(self, slot: int) -> None:
         """End the request in a slot, if there is one."""
         self._slots[slot].request = None
@@ -190,11 +179,13 @@ class Engine:
         """Read prompts, then generate at most `limit` tokens of each row; the new tokens by slot.
 
         While rows are decoded, at most PREFILL_TOKENS of new prompts are read in a call, so they do not wait for long.
-        With `stop_early`, it returns as soon as a row ends, so that another request can take its slot.
+        With `stop_early`, it returns as soon as a row ends, so another request can take its slot.
         """
-        self._read_prompts()
-        while any(slot.reads for slot in self._slots) and not any(slot.decodes for slot in self._slots):
-            self._read_prompts()
+        left = PREFILL_TOKENS
+        while any(slot.reads for slot in self._slots):
+            if left <= 0 and any(slot.decodes for slot in self._slots):
+                break
+            left -= self._read_prompts()
         rows = [index for index, slot in enumerate(self._slots) if slot.decodes]
         slots = {index: self._slots[index] for index in rows}
         allowed = {index: slot.allowed(self._words) for index, slot in slots.items() if slot.constraint is not None}
@@ -204,8 +195,8 @@ class Engine:
         rows = [index for index in rows if index not in ended]
         return ended | (self._decode(rows, allowed, limit, stop_early) if rows else {})
 
-    def _read_prompts(self) -> None:
-        """Read the next tokens of some of the prompts."""
+    def _read_prompts(self) -> int:
+        """Read the next tokens of one prompt, or of all if rows stay together; how many, with padding."""
         waiting = [index for index, slot in enumerate(self._slots) if slot.reads]
         for index in waiting:
             if not self._slots[index].placed:
@@ -213,27 +204,31 @@ class Engine:
         parts = {
             index: self._slots[index].missing[: self._row_tokens] for index in waiting if self._slots[index].placed
         }
-        rows = [index for index, part in parts.items() if part]
+        B = self._row_buckets[0]
+        rows = sorted((index for index, part in parts.items() if part), key=lambda index: self._slots[index].used)[:B]
         if not rows:
-            return
+            return 0
         T = min(bucket(max(len(parts[index]) for index in rows), 16), self._row_tokens)
-        rows = rows[
-            : max(size for size in self._row_buckets if size * T <= PREFILL_TOKENS or size == self._row_buckets[0])
-        ]
-        B = bucket_of(len(rows), self._row_buckets)
         tokens_BT, start_B = np.zeros((B, T), np.int32), np.full(B, self.max_length, np.int32)
         for row, index in zip(self._places(rows, B), rows, strict=True):
             tokens_BT[row, : len(parts[index])] = parts[index]
             start_B[row] = len(self._slots[index].cached)
         length = self._length(len(self._slots[index].cached) + len(parts[index]) for index in rows)
-        self._state, seconds = self._run(
-            f"prefill of {B} x {T} tokens for {length} of {self.max_length}", programs.prefill,
-            self._network, self._draft, self._state, self._slot_numbers(rows, B), tokens_BT, start_B, length=length,
-        )  # fmt: skip
+        seconds = self._prefill(rows, tokens_BT, start_B, length)
         self.speeds += Speeds(sum(len(parts[index]) for index in rows), seconds)
         for row, index in zip(self._places(rows, B), rows, strict=True):
             self._slots[index].cached += parts[index]
             self._slots[index].written = max(self._slots[index].written, int(start_B[row]) + T)
+        return B * T
+
+    def _prefill(self, rows: Sequence[int], tokens_BT: np.ndarray, start_B: np.ndarray, length: int) -> float:
+        """Read tokens of the slots `rows`; the seconds that it takes."""
+        B, T = tokens_BT.shape
+        self._state, seconds = self._run(
+            f"prefill of {B} x {T} tokens for {length} of {self.max_length}", programs.prefill,
+            self._network, self._draft, self._state, self._slot_numbers(rows, B), tokens_BT, start_B, length=length,
+        )  # fmt: skip
+        return seconds
 
     def _place(self, index: int, waiting: Sequence[int]) -> None:
         """Let a slot begin with what is cached of its tokens, here or in another slot.
@@ -252,13 +247,17 @@ class Engine:
                 return
         assert slot.request is not None
         if source != index or slot.request.sampling.adjusts_logits:
-            counts_V, bias_V = slot.adjustments(self._network.model.config.vocab_size)
-            self._state, _ = self._run(
-                f"a request in slots of {self.max_length}", programs.place,
-                self._state, np.int32(index), np.int32(source), counts_V, bias_V,
-            )  # fmt: skip
+            self._change(index, source, slot)
         slot.cached, slot.placed = tokens[:reuse], True
         slot.written = self._slots[source].written if reuse else 0
+
+    def _change(self, index: int, source: int, slot: Slot) -> None:
+        """Copy the cache of slot `source` to slot `index`, with the counts and biases of `slot`."""
+        counts_V, bias_V = slot.adjustments(self._network.model.config.vocab_size)
+        self._state, _ = self._run(
+            f"a request in slots of {self.max_length}", programs.place,
+            self._state, np.int32(index), np.int32(source), counts_V, bias_V,
+        )  # fmt: skip
 
     def _reusable(self, slot: Slot, tokens: Sequence[int]) -> int:
         """How many of the first `tokens` a slot has cached, 0 if a layer with a window has dropped what they need."""
@@ -273,12 +272,8 @@ class Engine:
         slots = [self._slots[index] for index in rows]
         limit = 1 if allowed else min(limit, CHUNK_TOKENS)
         length = self._length(len(slot.tokens) - 1 + min(limit, slot.remaining(self._context_length)) for slot in slots)
-        batch = self._rows(rows, length, allowed)
-        (self._state, decoded), seconds = self._run(
-            f"decoding of {len(batch[0].token_B)} rows for {length} of {self.max_length}", decode,
-            self._network, self._draft, self._state, *batch, np.int32(limit), np.bool_(stop_early),
-            vocab_size=self._vocab_size, length=length, draft_tokens=self._draft_tokens,
-        )  # fmt: skip
+        batch = self._rows(rows, bucket_of(len(rows), self._row_buckets), length, allowed)
+        decoded, seconds = self._run_decode(batch, length, limit, stop_early=stop_early)
         with_logprobs = any(slot.request is not None and slot.request.top_logprobs is not None for slot in slots)
         token_BC, *others = (to_host(x) for x in (decoded if with_logprobs else decoded[:2]))
         outputs = {
@@ -287,6 +282,17 @@ class Engine:
         }
         self.speeds += Speeds(0, 0.0, sum(len(output.tokens) for output in outputs.values()), seconds)
         return outputs
+
+    def _run_decode(
+        self, batch: tuple[Rows, Any, Any], length: int, limit: int, *, stop_early: bool
+    ) -> tuple[Decoded, float]:
+        """The new tokens of a batch, and the seconds that they took."""
+        (self._state, decoded), seconds = self._run(
+            f"decoding of {len(batch[0].token_B)} rows for {length} of {self.max_length}", decode,
+            self._network, self._draft, self._state, *batch, np.int32(limit), np.bool_(stop_early),
+            vocab_size=self._vocab_size, length=length, draft_tokens=self._draft_tokens,
+        )  # fmt: skip
+        return decoded, seconds
 
     def _take(self, slot: Slot, token_C: np.ndarray, accepted: np.ndarray, *logprobs: np.ndarray) -> Output:
         """Add the new tokens of a row to its slot; what they are, and whether the request ends."""
@@ -327,10 +333,9 @@ class Engine:
         return rows if self.num_slots == B else range(len(rows))
 
     def _rows(
-        self, rows: Sequence[int], length: int, allowed: Mapping[int, np.ndarray]
+        self, rows: Sequence[int], B: int, length: int, allowed: Mapping[int, np.ndarray]
     ) -> tuple[Rows, np.ndarray, np.ndarray | None]:
-        """The arguments of `decode` for the slots `rows`: their settings, allowed tokens and history."""
-        B = bucket_of(len(rows), self._row_buckets)
+        """The arguments of `decode` for the slots `rows` in a batch of B: settings, allowed tokens and history."""
         batch = [IDLE] * B
         allowed_BW = np.zeros((B, self._words), np.uint32)
         history_BS = np.full((B, length), -1, np.int32) if self._draft_tokens and self._draft is None else None

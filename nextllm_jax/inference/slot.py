@@ -90,11 +90,10 @@ class Slot:
 
     def adjustments(self, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
         """The rows of `State.counts_NV` and `State.bias_NV`, [V] each."""
-        assert self.request is not None
         counts_V = 2 * np.bincount(np.asarray(self.new_tokens, np.int64), minlength=vocab_size).astype(np.int32)
         counts_V[self.prompt] += 1
         bias_V = np.zeros(vocab_size, np.float32)
-        for token, bias in self.request.sampling.biases.items():
+        for token, bias in self.request.sampling.biases.items() if self.request else ():
             bias_V[token] = bias
         return counts_V, bias_V
 

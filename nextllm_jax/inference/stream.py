@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from nextllm_jax.inference.decode import CHUNK_TOKENS
-from nextllm_jax.inference.engine import Speeds
 from nextllm_jax.inference.request import FinishReason, Output, Request, TokenLogprob
 from nextllm_jax.inference.scheduler import Scheduler
+from nextllm_jax.inference.speeds import Speeds
 from nextllm_jax.tokenizer.tokenizer import IncrementalDecoder, Tokenizer
 
 
@@ -143,8 +143,8 @@ class TextRow:
 class TextStream:
     """The texts of requests, as an iterator over pieces that can be read once. Row i is that of requests[i].
 
-    All rows advance together by at most `chunk_tokens` tokens and then yield their pieces, so the rows alternate. If
-    the iterator is closed early, the requests end.
+    All rows advance together by at most `chunk_tokens` tokens, the first time by one, and then yield their pieces, so
+    the rows alternate. If the iterator is closed early, the requests end.
     """
 
     def __init__(
@@ -168,9 +168,11 @@ class TextStream:
         """The `num_new` of rows that all get their maximum number of tokens."""
 
     def __iter__(self) -> Iterator[Piece]:
+        limit = 1  # so the first text comes at once
         try:
             while not self._scheduler.done:
-                for number, output in self._scheduler.advance(self._chunk_tokens).items():
+                outputs, limit = self._scheduler.advance(limit), self._chunk_tokens
+                for number, output in outputs.items():
                     index = self._numbers[number]
                     row = self._rows[index]
                     text = row.push(output)

@@ -11,8 +11,8 @@ from prometheus_client import (
     generate_latest,
 )
 
-from nextllm_jax.inference.engine import Speeds
 from nextllm_jax.inference.scheduler import Scheduler
+from nextllm_jax.inference.speeds import Speeds
 
 _FIRST_TOKEN_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)

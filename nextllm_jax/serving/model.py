@@ -97,14 +97,18 @@ class ServedModel:
             raise ApiError(
                 400, f"n and the prompts give {count} rows; the server takes at most {self.worker.max_rows}", param="n"
             )
-        requests = self.llm.requests(
-            [tokens for tokens in prompts for _ in range(body.n)],
-            max_new_tokens=max_new_tokens,
-            sampling=body.sampling(),
-            samples=[*range(body.n)] * len(prompts),
-            seed=body.seed,
-            top_logprobs=top_logprobs,
-        )
+        sampling = body.sampling()
+        try:
+            requests = self.llm.requests(
+                [tokens for tokens in prompts for _ in range(body.n)],
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                samples=[*range(body.n)] * len(prompts),
+                seed=body.seed,
+                top_logprobs=top_logprobs,
+            )
+        except InputError as error:  # all other settings are valid by the types of the body
+            raise ApiError(400, str(error), param="response_format") from error
         for request in requests[:: body.n]:
             self.worker.check(request)
         return [Row(index, texts[index // body.n], request) for index, request in enumerate(requests)]

@@ -165,6 +165,12 @@ class ChatMessage(Fields):
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
 
+    @pydantic.model_validator(mode="after")
+    def _has_content(self) -> "ChatMessage":
+        if self.role != "assistant" and "content" not in self.model_fields_set:
+            raise ValueError(f"a message of the role {self.role} needs content")
+        return self
+
     def message(self) -> Message:
         """The message as chat templates read it: a text, and the arguments of calls as objects."""
         parts = self.content
@@ -241,5 +247,5 @@ def parse(kind: type[B], body: bytes) -> B:
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         raise ApiError(400, f"unknown field {where}; remove it", param=where, code="unknown_field")
-    message = first["msg"].removeprefix("Value error, ")
+    message = " ".join(first["msg"].removeprefix("Value error, ").split())
     raise ApiError(400, f"{where}: {message}" if where else message, param=where or None)

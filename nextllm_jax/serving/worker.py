@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from nextllm_jax.config import SamplingConfig
-from nextllm_jax.inference.buckets import powers_of_two
 from nextllm_jax.inference.llm import LLM
 from nextllm_jax.inference.request import FinishReason, Request, TokenLogprob
 from nextllm_jax.inference.scheduler import Scheduler
@@ -69,9 +68,9 @@ class Job:
 class Worker:
     """Runs rows in `num_slots` slots of `max_length` tokens; at most `max_waiting` others wait.
 
-    With `warm_up`, it first compiles what short requests need in all batch sizes; otherwise what one request needs.
-    Rows get slots in the order in which they came. After an exception in a step, the rows in slots end with an error,
-    and those that wait go on in a new engine.
+    With `warm_up`, it first compiles all programs that requests can need; otherwise those of one short request. Rows
+    get slots in the order in which they came. After an exception in a step, the rows in slots end with an error, and
+    those that wait go on in a new engine.
     """
 
     def __init__(
@@ -96,8 +95,9 @@ class Worker:
         self._closing = False
         metrics.slots.set(num_slots)
         self._scheduler: Scheduler | None = self._new_scheduler()
-        for size in powers_of_two(num_slots) if warm_up else (1,):
-            self._warm_up(self._scheduler, size)
+        self._answer_once(self._scheduler)
+        if warm_up:
+            self._scheduler.engine.warm_up()
         self._thread = threading.Thread(target=self._run, name="nextllm worker", daemon=True)
         self._thread.start()
 
@@ -261,10 +261,9 @@ class Worker:
     def _new_scheduler(self) -> Scheduler:
         return Scheduler(self._llm.engine(self._num_slots, self.max_length))
 
-    def _warm_up(self, scheduler: Scheduler, size: int) -> None:
-        """Compile what `size` short requests need. A model that cannot run fails at the start."""
+    def _answer_once(self, scheduler: Scheduler) -> None:
+        """Run a short request, so a model that cannot run fails at the start."""
         prompt = [*self._llm.tokenizer.encode_prompt("")] * 2
-        for _ in range(size):
-            scheduler.submit(Request(tokens=prompt, max_new_tokens=2, sampling=SamplingConfig(temperature=0)))
+        scheduler.submit(Request(tokens=prompt, max_new_tokens=2, sampling=SamplingConfig(temperature=0)))
         while not scheduler.done:
             scheduler.advance(CHUNK_TOKENS)

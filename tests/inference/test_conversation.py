@@ -12,8 +12,8 @@ import pytest
 from nextllm_jax.config import ModelConfig, SamplingConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.chat import ContextFull, Conversation
-from nextllm_jax.inference.engine import Speeds
 from nextllm_jax.inference.llm import LLM
+from nextllm_jax.inference.speeds import Speeds
 from nextllm_jax.inference.stream import Piece, Sample
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.tokenizer.backends import ByteBPE

@@ -271,6 +271,18 @@ def test_a_common_bos_costs_no_slot_its_cache(params):
     assert two.find_slot([*range(1, 19), 50]) == 0
 
 
+def test_a_warm_up_compiles_what_any_request_needs(params):
+    context = dataclasses.replace(CONFIG, context_length=512)
+    warm = engine(params, slots=3, length=512, model=Transformer(context, MODEL.dtype))
+    warm.warm_up()
+    programs, rng = list(warm.programs), np.random.default_rng(0)
+    for count, sampling in zip((1, 3, 2), MIXED, strict=False):
+        prompts = [rng.integers(0, VOCAB, rng.integers(1, 480)).tolist() for _ in range(count)]
+        cold = engine(params, slots=3, length=512, model=Transformer(context, MODEL.dtype))
+        assert run(params, prompts, sampling, within=warm) == run(params, prompts, sampling, within=cold)
+    assert warm.programs == programs
+
+
 def test_the_number_of_programs_is_bounded(params):
     """P x C + D x C + 2 programs, with P prompt, D row and C cache buckets, for any workload and any settings."""
 
@@ -283,7 +295,7 @@ def test_the_number_of_programs_is_bounded(params):
     rng = np.random.default_rng(0)
     for size in (4, 17, 600, 17):
         run(params, [rng.integers(0, VOCAB, size).tolist() for _ in range(size % 4 + 1)], MIXED[size % 7], within=long)
-    prompts, rows, caches = 3 * len({bucket(size, 16) for size in range(1, 513)}), 3, 2
+    prompts, rows, caches = len({bucket(size, 16) for size in range(1, 513)}), 3, 4
     assert len(long.programs) <= prompts * caches + rows * caches + 2
     names = list(long.programs)
     for sampling in MIXED:
