@@ -1,5 +1,6 @@
 """Texts on which two tokenizers show where they differ."""
 
+import functools
 import itertools
 import sys
 import unicodedata
@@ -46,6 +47,7 @@ _CODE = """def f(x, *args):
 """
 
 
+@functools.cache
 def stress_texts() -> list[str]:
     """Short texts of every assigned character, words, blanks, digits, contractions, marks, long runs and code."""
     categories = ((chr(code), unicodedata.category(chr(code))) for code in range(sys.maxunicode + 1))

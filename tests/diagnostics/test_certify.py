@@ -18,12 +18,15 @@ from safetensors.numpy import load_file, save_file
 
 from nextllm_jax.cli.certify import certify_command
 from nextllm_jax.config import ModelConfig
-from nextllm_jax.diagnostics.certify import outside, programs
+from nextllm_jax.diagnostics.certify import outside, programs, text
 from nextllm_jax.diagnostics.certify.certify import Settings, certify
 from nextllm_jax.diagnostics.certify.probes import KEPT, make_probes
+from nextllm_jax.diagnostics.stress_texts import stress_texts
 from nextllm_jax.errors import InputError
 from nextllm_jax.interop import gguf, huggingface, huggingface_config
 from nextllm_jax.pretrained.convert import export_model
+from nextllm_jax.tokenizer import chat
+from nextllm_jax.tokenizer import gguf as gguf_tokenizer
 from nextllm_jax.tokenizer.backends import ByteBPE
 from nextllm_jax.tokenizer.chat import ChatTemplate
 from nextllm_jax.tokenizer.huggingface import save_huggingface
@@ -34,6 +37,8 @@ TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n\n"
     "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
+COMPOSED = TEMPLATE.replace("{{ m.role }}: ", "{{ '<|' + m.role + '|>' }}").replace("assistant: ", "<|assistant|>")
+"""It writes the tokens of roles in parts."""
 SCALED = dataclasses.replace(
     CONFIG,
     rope_scaling="llama3",
@@ -56,6 +61,14 @@ def write(directory: Path, config: ModelConfig = SCALED, template: str | None = 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return write(tmp_path_factory.mktemp("model") / "hf")
+
+
+@pytest.fixture(autouse=True)
+def few_texts(monkeypatch, request) -> None:
+    """Fewer texts, to save time, except in the test of the command."""
+    if "every_program" not in request.node.name:
+        texts = stress_texts()[::50]
+        monkeypatch.setattr(text, "stress_texts", lambda: texts)
 
 
 @pytest.fixture
@@ -207,6 +220,54 @@ def test_a_fix_that_is_undone_is_named(fault, model, tmp_path, monkeypatch):
         model = tmp_path / "out"
     monkeypatch.setattr(*UNDONE[fault])
     assert fault in failures(model).values()
+
+
+def test_a_gguf_file_without_padding_tokens_does_not_load(model, monkeypatch):
+    needs_programs()
+    plain = gguf_tokenizer.to_gguf
+    monkeypatch.setattr(gguf_tokenizer, "to_gguf", lambda tokenizer, rows: plain(tokenizer))
+    ask, missing = programs.ask, outside.Answer({}, {}, missing="transformers")
+    monkeypatch.setattr(programs, "ask", lambda script, *rest: missing if "transf" in script else ask(script, *rest))
+    rows = rows_of(model)
+    assert (rows["llama.cpp"].status, rows["numpy, 80 tokens"].status) == ("FAILED", "ok")
+
+
+@pytest.mark.usefixtures("without_programs")
+def test_parts_of_a_tokenizer_that_gguf_lacks_are_named(tmp_path, monkeypatch):
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    steps = [tokenizers.normalizers.Lowercase(), tokenizers.normalizers.Prepend("▁")]
+    made.normalizer = tokenizers.normalizers.Sequence([*steps, tokenizers.normalizers.Replace(" ", "▁")])
+    parts = [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    made.decoder = tokenizers.decoders.Sequence([*parts, tokenizers.decoders.Strip(" ", 1, 0)])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=288, special_tokens=special, show_progress=False)
+    made.train_from_iterator(["a cat sat on a mat"] * 4, trainer)
+    values = json.loads(made.to_str())
+    values["added_tokens"] = values["added_tokens"][:3]
+    huggingface.export(SCALED, random_params(SCALED), tmp_path, vocab_size=SCALED.vocab_size)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    assert "text is prepared by Lowercase" in rows_of(tmp_path)["export to GGUF"].detail
+    monkeypatch.setattr(gguf_tokenizer, "_differences", lambda mine, other: [])
+    assert failures(tmp_path) == {"export to GGUF: tokenizer": None}
+
+
+@pytest.mark.usefixtures("without_programs")
+def test_a_message_that_can_write_the_token_of_a_role_is_named(tmp_path, monkeypatch):
+    roles = dataclasses.replace(TOKENIZER.roles, chat_template=COMPOSED)
+    backend = ByteBPE(
+        TOKENIZER.backend.ranks,
+        TOKENIZER.backend.pattern,
+        TOKENIZER.special_tokens,
+        {f"<|{role}|>": 280 + n for n, role in enumerate(("user", "assistant", "system"))},
+    )
+    huggingface.export(SCALED, random_params(SCALED), tmp_path, vocab_size=SCALED.vocab_size)
+    save_huggingface(Tokenizer("chat", backend, roles), tmp_path)
+    assert not failures(tmp_path)
+    monkeypatch.setattr(chat, "_composed", lambda *_: [])
+    assert failures(tmp_path).keys() == {"control tokens in messages"}
 
 
 @pytest.mark.usefixtures("without_programs")

@@ -42,7 +42,7 @@ def texts_of(question: dict[str, Any]) -> dict[str, Any]:
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(question["directory"])
-    values: dict[str, Any] = {"class": type(tokenizer).__name__}
+    values: dict[str, Any] = {"class": type(tokenizer).__name__, "added": tokenizer.get_added_vocab()}
     values["ids"] = [tokenizer(text)["input_ids"] for text in question["texts"]]
     if question.get("messages"):
         values["chat"] = tokenizer.apply_chat_template(question["messages"], tokenize=False)

@@ -265,7 +265,7 @@ class _Certifying:
         name = _versioned("transformers", answer)
         self._add(programs.compare_transformers(name, answer, self._weights, probes, logits))
         if self._tokenizer is not None:
-            self._add(programs.compare_transformers_text(answer, self._tokenizer))
+            self._add(programs.compare_transformers_text(answer, self._tokenizer, self._source.config.vocab_size))
 
     def _check_adapters(self, probes: list[Probe], logits: list[np.ndarray]) -> None:
         """The adapters of a run, written for PEFT, on the base model in transformers."""

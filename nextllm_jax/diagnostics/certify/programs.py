@@ -85,7 +85,7 @@ def _explain_transformers(weights: Weights, probes: Any, theirs: Any, switched: 
     return explain(weights, probes, measure, LOGITS)
 
 
-def compare_transformers_text(answer: Answer, tokenizer: Tokenizer) -> list[Row]:
+def compare_transformers_text(answer: Answer, tokenizer: Tokenizer, rows_of_embedding: int) -> list[Row]:
     """Rows about the token ids and the rendered conversation of transformers' AutoTokenizer."""
     if answer.missing or answer.error:
         return []
@@ -95,6 +95,9 @@ def compare_transformers_text(answer: Answer, tokenizer: Tokenizer) -> list[Row]
     program = f"{theirs['class']} of transformers {answer.values['version']}"
     check, begins = "token ids: transformers", [tokenizer.bos_id] if tokenizer.add_bos else []
     rows = [ok(check, f"the ids of {len(theirs['ids'])} prompts are those of {program}")]
+    added = {token: id for token, id in theirs["added"].items() if id < rows_of_embedding}
+    if missing := {token: id for token, id in added.items() if tokenizer.backend.tokens.get(token) != id}:
+        rows = [failed(check, f"{program} also has the tokens {missing}", "shifted token id")]
     for each, ids in zip(texts_with_tokens(tokenizer), theirs["ids"], strict=True):
         mine = begins + tokenizer.encode(each, recognize="all")
         if mine != ids:

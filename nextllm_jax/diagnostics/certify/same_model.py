@@ -9,6 +9,7 @@ import numpy as np
 from nextllm_jax.config import ModelConfig
 from nextllm_jax.diagnostics.certify.certificate import Row, failed, ok
 from nextllm_jax.diagnostics.certify.forward import Weights
+from nextllm_jax.diagnostics.stress_texts import stress_texts
 from nextllm_jax.errors import InputError
 from nextllm_jax.interop.huggingface_config import canonical
 from nextllm_jax.model.weights import by_name
@@ -16,6 +17,8 @@ from nextllm_jax.pretrained.source import Source
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 _SHOWN = 3
+_EVERY = 10
+"""One in so many stress texts is encoded by both tokenizers."""
 
 
 def same_model(name: str, source: Source, weights: Weights, other: Source, *, tolerance: float = 0.0) -> list[Row]:
@@ -131,4 +134,7 @@ def compare_tokenizers(check: str, mine: Tokenizer, theirs: Tokenizer) -> Row:
             return failed(check, said, "shifted token id" if name.endswith("_id") else None)
     if mine.chat_template != theirs.chat_template:
         return failed(check, "the chat template differs")
+    for text in stress_texts()[::_EVERY]:
+        if mine.encode(text) != theirs.encode(text):
+            return failed(check, f"{text[:40]!r} gives other ids")
     return ok(check, f"{len(left):,} ids, the roles of special tokens and the chat template are equal")

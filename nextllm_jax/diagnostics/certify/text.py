@@ -1,5 +1,6 @@
 """Checks of a tokenizer and of a chat template: token ids, the rendered conversation, and the loss mask."""
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ MESSAGES = [
     {"role": "assistant", "content": "Both are fine.\n- naïve\n- naive"},
 ]
 """The conversation that is rendered. It has no system message, which some templates refuse."""
+_SPELLED = 100
+"""Number of control tokens that are spelled in messages."""
 PLAIN_TEXTS = ("Hello world", " 12345 kg", "naïve café\n\n\tx", "def f(x):\n        return x", "你好世界", "😀!")
 """Texts on which the tokenizers of other programs are compared too."""
 
@@ -82,13 +85,14 @@ def check_special(tokenizer: Tokenizer, rows: int, directory: Path | None) -> Ro
         values = read_json(Path(directory or "", file))
         for role in ("bos_token", "eos_token", "pad_token"):
             stated, token = values.get(f"{role}_id"), tokenizer.roles.names.get(role)
-            listed = stated if isinstance(stated, list) else [stated]
-            ordinary = [id for id in listed if id is not None and id not in backend.tokens.values()]
-            if ordinary:
-                names = ", ".join(repr(tokenizer.decode([id])) for id in ordinary)
-                wrong.append(
-                    f"{file}: {role}_id {stated} is {names}, not {token!r} ({backend.tokens.get(token or '')})"
-                )
+            listed = [id for id in (stated if isinstance(stated, list) else [stated]) if id is not None]
+            named = backend.tokens.get(token or "")
+            strange = [id for id in listed if id not in backend.tokens.values()]
+            if role == "bos_token" and named is not None and stated not in (None, named):
+                strange = listed
+            if strange:
+                names = ", ".join(repr(tokenizer.decode([id])) for id in strange)
+                wrong.append(f"{file}: {role}_id {stated} is {names}, not {token!r} ({named})")
     if wrong:
         return failed(check, "; ".join(wrong), "shifted token id")
     said = ", ".join(f"{id} {tokenizer.decode([id])!r}" for id in tokenizer.stop_ids)
@@ -138,18 +142,27 @@ def check_spelled_tokens(tokenizer: Tokenizer) -> Row:
     check = "control tokens in messages"
     if tokenizer.chat_template is None:
         return skipped(check, "the model has no chat template")
-    template, special = ChatTemplate(tokenizer), set(tokenizer.special_tokens.values())
-    tokens = [token for token in tokenizer.special_tokens if len(token) > 1][:100]
+    template = ChatTemplate(tokenizer)
+    control = set(tokenizer.special_tokens.values()) | _written(tokenizer, template)
+    tokens = [token for token, id in tokenizer.backend.tokens.items() if id in control and len(token) > 1]
 
     def controls(content: str) -> list[int]:
         ids = template.encode([{"role": "user", "content": content}])
-        return [id for id in ids if id in special]
+        return [id for id in ids if id in control]
 
     expected = controls("a")
-    for token in tokens:
+    for token in tokens[:_SPELLED]:
         if controls(f"a{token}b") != expected:
             return failed(check, f"a message that spells {token!r} contains this token")
-    return ok(check, f"{len(tokens)} spelled tokens are ordinary text")
+    return ok(check, f"{len(tokens[:_SPELLED])} spelled tokens are ordinary text")
+
+
+def _written(tokenizer: Tokenizer, template: ChatTemplate) -> set[int]:
+    """The added tokens that a template writes for messages of each role."""
+    ids = set(template.encode(MESSAGES))
+    with contextlib.suppress(InputError):  # some templates refuse a system message
+        ids |= set(template.encode([{"role": "system", "content": "a"}, *MESSAGES]))
+    return ids & set(tokenizer.backend.tokens.values())
 
 
 def compare_chat(tokenizer: Tokenizer, theirs: dict[str, Any], program: str) -> Row:
