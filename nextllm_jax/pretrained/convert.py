@@ -217,7 +217,7 @@ def export_model(
                 gguf.export(config, params, file, metadata=metadata, **options)
             return
         from nextllm_jax.interop import huggingface
-        from nextllm_jax.tokenizer.huggingface import save_huggingface
+        from nextllm_jax.tokenizer.huggingface import save_huggingface, splits_as_qwen2
 
         with new_output(output) as directory:
             ids = _token_ids(tokenizer, opened.generation)
@@ -227,6 +227,11 @@ def export_model(
             huggingface.export(config, params, directory, shard_bytes=shard_bytes, **options)
             save_huggingface(tokenizer, directory)
             written_type = huggingface.read_config(directory)[1]
+            if written_type == "qwen2" and not splits_as_qwen2(tokenizer):
+                _log.warning(
+                    "AutoTokenizer of transformers 5 splits text for models of type qwen2 by Qwen's own pattern, not "
+                    "by that of this tokenizer; load it with PreTrainedTokenizerFast.from_pretrained"
+                )
             _write_card(source, output, opened, written, directory, license=license, model_type=written_type)
     except ModuleNotFoundError as error:
         raise missing_package(f"writing {file_format} needs", error, ".[interop]") from error

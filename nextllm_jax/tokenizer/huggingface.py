@@ -25,7 +25,13 @@ from nextllm_jax.tokenizer.backends import (
     missing_bytes,
 )
 from nextllm_jax.tokenizer.huggingface_files import added_token, read_declarations, read_json, write_json
-from nextllm_jax.tokenizer.patterns import DIGITS_PATTERN, IN_BOTH_ENGINES, PLAIN, PLAIN_GPT2_PATTERN
+from nextllm_jax.tokenizer.patterns import (
+    DIGITS_PATTERN,
+    IN_BOTH_ENGINES,
+    PLAIN,
+    PLAIN_GPT2_PATTERN,
+    QWEN2_PATTERN,
+)
 from nextllm_jax.tokenizer.tokenizer import Roles, Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -165,6 +171,14 @@ def save_huggingface(tokenizer: Tokenizer, directory: str | os.PathLike[str]) ->
         config["chat_template"] = roles.chat_template
     write_json(folder / "tokenizer.json", to_description(tokenizer))
     write_json(folder / "tokenizer_config.json", config)
+
+
+def splits_as_qwen2(tokenizer: Tokenizer) -> bool:
+    """Whether text is split by the pattern of Qwen2, which transformers 5 uses for all models of this type."""
+    backend = tokenizer.backend
+    if isinstance(backend, HuggingFaceBPE):
+        return _pattern(json.loads(backend.description)["pre_tokenizer"]) == QWEN2_PATTERN
+    return PLAIN.get(backend.pattern, backend.pattern) == QWEN2_PATTERN
 
 
 def to_description(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from nextllm_jax.pretrained.convert import export_model, import_model
 from nextllm_jax.pretrained.output import new_output
 from nextllm_jax.tokenizer.backends import ByteBPE
 from nextllm_jax.tokenizer.huggingface import save_huggingface
+from nextllm_jax.tokenizer.patterns import QWEN2_PATTERN
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 from tests.interop.models import CONFIG, TOKENIZER, assert_equal_trees, write_huggingface
 
@@ -90,6 +91,16 @@ def test_an_unsupported_key_can_be_ignored(huggingface, tmp_path):
         import_command(command[1:])
     assert import_command([*command[1:], "--ignore-key", "my_notes"]) == 0
     assert (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("is_qwen", [False, True])
+def test_a_warning_says_that_transformers_splits_text_in_another_way(is_qwen, tmp_path, messages):
+    write_huggingface(tmp_path / "hf", dataclasses.replace(CONFIG, attention_bias=True))
+    if is_qwen:
+        ranks, special = TOKENIZER.backend.ranks, TOKENIZER.special_tokens
+        save_huggingface(Tokenizer("qwen", ByteBPE(ranks, QWEN2_PATTERN, special)), tmp_path / "hf")
+    export_model(str(tmp_path / "hf"), str(tmp_path / "out"), file_format="huggingface")
+    assert ("splits text for models of type qwen2 by Qwen's own pattern" in messages.text) == (not is_qwen)
 
 
 def test_a_token_without_a_row_is_left_out_of_a_run_too(huggingface, tmp_path, caplog):
