@@ -12,11 +12,12 @@ from jax.sharding import PartitionSpec
 
 from nextllm_jax import sharding
 from nextllm_jax.config import MeshConfig, ModelConfig, OptimizerConfig
+from nextllm_jax.diagnostics import reference
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.training.optimizers import make_optimizer
 from nextllm_jax.training.state import TrainState, create_state
-from tests import reference
+from tests.parameters import random_params
 
 SMALL = ModelConfig(
     vocab_size=32, num_layers=2, embed_dim=16, mlp_dim=24, num_heads=4, num_kv_heads=2, head_dim=4, qk_norm=True
@@ -202,7 +203,7 @@ def test_a_divided_model_computes_what_one_device_computes(axes: dict[str, int])
     tokens_BT = np.random.default_rng(0).integers(0, 32, (8, 12), np.int32)
     positions_BT = np.broadcast_to(np.arange(12, dtype=np.int32), (8, 12))
     boxed = jax.eval_shape(model.init, jax.random.key(0), tokens_BT, positions_BT)["params"]
-    params = reference.random_params(nn.meta.unbox(boxed))
+    params = random_params(nn.meta.unbox(boxed))
     with jax.set_mesh(mesh):
         divided_params = jax.device_put(params, sharding.tree_shardings(mesh, boxed))
         hidden_BTD = jax.jit(lambda params: model.apply({"params": params}, tokens_BT, positions_BT)[0])(divided_params)

@@ -67,6 +67,10 @@ class ExportArguments:
     """Model family to write, such as llama; none: the one it was imported from, or else the first that fits."""
     shard_gigabytes: float = 5.0
     """Maximum size of one safetensors file in GB."""
+    license: str = "unknown"
+    """License of the model for its card, README.md, such as apache-2.0."""
+    adapter_only: bool = False
+    """Write only the adapters of a run, as a PEFT adapter directory."""
 
 
 def export_command(argv: list[str]) -> int:
@@ -80,9 +84,22 @@ def export_command(argv: list[str]) -> int:
         raise InputError(f"dtype {arguments.dtype} is for --format gguf; huggingface takes float32 and bfloat16")
     if arguments.shard_gigabytes <= 0:
         raise InputError(f"shard_gigabytes is {arguments.shard_gigabytes}; it must be positive")
+    if arguments.adapter_only and file_format == "gguf":
+        raise InputError("--adapter-only writes a PEFT directory, not GGUF; leave out --format gguf")
 
-    from nextllm_jax.pretrained.convert import export_model
+    from nextllm_jax.pretrained.convert import export_adapter, export_model
 
+    if arguments.adapter_only:
+        export_adapter(
+            arguments.checkpoint,
+            arguments.output,
+            dtype=arguments.dtype,
+            step=arguments.step,
+            model_type=arguments.model_type,
+            license=arguments.license,
+        )
+        print(arguments.output)
+        return 0
     export_model(
         arguments.checkpoint,
         arguments.output,
@@ -91,6 +108,7 @@ def export_command(argv: list[str]) -> int:
         step=arguments.step,
         model_type=arguments.model_type,
         shard_bytes=int(arguments.shard_gigabytes * 1e9),
+        license=arguments.license,
     )
     print(arguments.output)
     return 0

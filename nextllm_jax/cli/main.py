@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import tyro
 
 from nextllm_jax import process, standard_streams
+from nextllm_jax.cli.certify import certify_command
 from nextllm_jax.cli.convert import export_command, import_command
 from nextllm_jax.cli.help import parse, parse_with_config
 from nextllm_jax.cli.plan import plan_command
@@ -329,6 +330,7 @@ COMMANDS = {
     "import": import_command,
     "export": export_command,
     "quantize": quantize_command,
+    "certify": certify_command,
     "tokenize": tokenize_command,
     "evaluate": evaluate_command,
     "lm_eval": lm_eval_command,

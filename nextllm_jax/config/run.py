@@ -185,11 +185,21 @@ class LoraConfig:
     """Rank of the adapters; 0: no adapters, all weights are trained."""
     alpha: Annotated[float, _OTHER_ADAPTERS] = 16.0
     """The output of an adapter is multiplied by alpha / rank."""
+    rank_stabilized: Annotated[bool, _OTHER_ADAPTERS] = False
+    """Multiply it by alpha / sqrt(rank) instead (rsLoRA)."""
     targets: Fixed[tuple[str, ...]] = ()
     """Matrices that get adapters, such as q v; empty: all."""
     frozen: Fixed[Literal["unquantized", "int8", "int4"]] = "unquantized"
     """How the frozen base weights are stored. unquantized: in model.param_dtype; int8: matrices in 8 bits, with one
     scale per output channel; int4: matrices in 4 bits, with a scale and a minimum per group of 32 inputs."""
+    adapter: NoEffect[str | None] = None
+    """Directory of a PEFT adapter (adapter_config.json, adapter_model.safetensors) to start from. It determines rank,
+    alpha, rank_stabilized and targets; none: new adapters."""
+
+    @property
+    def scale(self) -> float:
+        """The factor on the output of an adapter."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     def __post_init__(self) -> None:
         _check_types(self, "lora.")
@@ -298,6 +308,10 @@ class Config:
         _require(
             not self.lora.rank or self.init_from is not None,
             f"lora.rank is {self.lora.rank}, but adapters need a base model; set init_from",
+        )
+        _require(
+            self.lora.adapter is None or self.init_from is not None,
+            f"lora.adapter is {self.lora.adapter}, but an adapter needs its base model; set init_from",
         )
         _require(
             not self.lora.rank or self.optimizer.name != "muon",

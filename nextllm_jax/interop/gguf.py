@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import functools
 import logging
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from nextllm_jax.interop.gguf_config import (
     read_gguf_config,
     write_gguf_config,
 )
-from nextllm_jax.interop.names import Part, parts_of, tensor_shapes
+from nextllm_jax.interop.names import Part, all_parts, parts_of, tensor_shapes
 from nextllm_jax.interop.streaming import read_params, require_tensors, tensors_of
 from nextllm_jax.model.quantize import Observer, ignore, is_quantized
 from nextllm_jax.model.weights import by_name
@@ -38,9 +39,13 @@ from nextllm_jax.ops.quantized import QTensor, dequantize
 
 _log = logging.getLogger(__name__)
 
-_READABLE = (
-    Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1,
-    Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K,
+_READABLE = tuple(
+    Type[name]
+    for name in (
+        "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S",
+        "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4",
+    )
+    if name in Type.__members__  # the oldest supported version of the package lacks some
 )  # fmt: skip
 _WRITABLE = {
     "float32": (Type.F32, gguf.LlamaFileType.ALL_F32),
@@ -54,7 +59,7 @@ _FLOAT16_STEPS = {Type.F16: 1, Type.Q8_0: 127, Type.Q4_0: 8, Type.Q4_1: 1}
 
 
 class GGUFFile:
-    """An open file: its metadata, and the model that it describes.
+    """An open file, or several that a model is split into: the metadata, and the model that it describes.
 
     Unsupported keys of the model in `ignore_keys` are ignored. Raises InputError, which names the file, if it is
     incomplete or its model is not supported.
@@ -62,27 +67,21 @@ class GGUFFile:
 
     def __init__(self, path: Path, ignore_keys: Collection[str] = ()) -> None:
         self.where = str(path)
-        try:
-            reader = gguf.GGUFReader(path)
-            self.metadata = {name: field.contents() for name, field in reader.fields.items()}
-        except FileNotFoundError as error:
-            raise InputError(f"{path} does not exist") from error
-        except Exception as error:  # the parser raises many kinds of exceptions for a damaged file
-            raise InputError(
-                f"{path} is not a GGUF file, or is damaged or truncated ({error}); restore an intact copy"
-            ) from error
-        if reader.byte_order != "I":  # the package swaps the bytes of metadata, but not of all types of tensors
-            raise InputError(
-                f"{path} has the byte order of another kind of machine (it is big-endian); convert it with python -m "
-                f"gguf.scripts.gguf_convert_endian {path.name} little"
-            )
-        if self.metadata.get("split.count", 1) > 1:
-            raise InputError(f"{path} is one of {self.metadata['split.count']} parts; join them with gguf-split first")
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        for tensor in reader.tensors:
-            if tensor.tensor_type not in _READABLE:
-                known = ", ".join(kind.name for kind in _READABLE)
-                raise InputError(f"{path}: tensor {tensor.name} has type {tensor.tensor_type.name}; use one of {known}")
+        readers = _open_parts(path)
+        self.metadata = _metadata(*next(iter(readers.items())))
+        self._tensors: dict[str, gguf.ReaderTensor] = {}
+        for file, reader in readers.items():
+            for tensor in reader.tensors:
+                if tensor.tensor_type not in _READABLE:
+                    known = ", ".join(kind.name for kind in _READABLE)
+                    kind = tensor.tensor_type.name
+                    raise InputError(f"{file}: tensor {tensor.name} has type {kind}; use one of {known}")
+                if tensor.name in self._tensors:
+                    raise InputError(f"{file}: tensor {tensor.name} is in another part too; use the parts of one model")
+                self._tensors[tensor.name] = tensor
+        total = self.metadata.get("split.tensors.count", len(self._tensors))
+        if total != len(self._tensors):
+            raise InputError(f"{path}: the parts have {len(self._tensors)} tensors, not {total}; use intact parts")
         self._architecture = ARCHITECTURES[architecture_of(self.metadata, self.where)]
         self.model_type = self._architecture.model_type
         factors = {name: self._whole(name) for name in ROPE_TENSORS if name in self._tensors}
@@ -95,12 +94,12 @@ class GGUFFile:
     def load_params(self, abstract: Any, observe: Observer = ignore) -> Any:
         """The weights as the tree that `abstract` describes, each leaf with its shape, type and sharding.
 
-        `observe` is called for each quantized weight. Raises InputError if weights are missing, do not fit the config,
-        or are not finite.
+        The tree may be a part of the model's. `observe` is called for each quantized weight. Raises InputError if
+        weights are missing, do not fit the config, or are not finite.
         """
-        parts = parts_of(self.config, abstract, "gguf", fused=self._architecture.fused)
-        require_tensors(self, parts, ignore=lambda name: name in ROPE_TENSORS)
-        return read_params(self, parts, abstract, observe)
+        fused = self._architecture.fused
+        require_tensors(self, all_parts(self.config, "gguf", fused=fused), ignore=lambda name: name in ROPE_TENSORS)
+        return read_params(self, parts_of(self.config, abstract, "gguf", fused=fused), abstract, observe)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor in the file."""
@@ -132,6 +131,69 @@ class GGUFFile:
 
     def _whole(self, tensor: str) -> np.ndarray:
         return quants.dequantize(self._tensors[tensor].data, self._tensors[tensor].tensor_type)
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files of a model, in order: the given one, or all parts if it is one part of a model that is split.
+
+    Raises InputError if a part is missing or is not a part of this model.
+    """
+    return [*_open_parts(path)]
+
+
+def _open_parts(path: Path) -> dict[Path, gguf.GGUFReader]:
+    """The readers of `files_of`."""
+    reader = _open(path)
+    count = _number(reader, "split.count")
+    if count <= 1:
+        return {path: reader}
+    named = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", path.name)
+    if named is None or int(named[2]) != count:
+        raise InputError(
+            f"{path} is one of {count} parts, whose names must end with -00001-of-{count:05}.gguf, ...; rename them"
+        )
+    readers = {}
+    for number in range(count):
+        file = path.with_name(f"{named[1]}-{number + 1:05}-of-{count:05}.gguf")
+        if not file.is_file():
+            raise InputError(f"{path} is one of {count} parts, but {file.name} is missing; add it")
+        part = readers[file] = reader if file == path else _open(file)
+        if (_number(part, "split.no"), _number(part, "split.count")) != (number, count):
+            raise InputError(f"{file} is not part {number + 1} of {count}; use the parts of one model")
+    return readers
+
+
+def _number(reader: gguf.GGUFReader, key: str) -> int:
+    """A number in the metadata; 0 if it is missing."""
+    field = reader.get_field(key)
+    return 0 if field is None else int(field.contents())
+
+
+def _open(path: Path) -> gguf.GGUFReader:
+    """The reader of a file. Raises InputError if it is unreadable."""
+    try:
+        reader = gguf.GGUFReader(path)
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist") from error
+    except Exception as error:  # the parser raises many kinds of exceptions for a damaged file
+        raise _damaged(path, error) from error
+    if reader.byte_order != "I":  # the package swaps the bytes of metadata, but not of all types of tensors
+        raise InputError(
+            f"{path} has the byte order of another kind of machine (it is big-endian); convert it with python -m "
+            f"gguf.scripts.gguf_convert_endian {path.name} little"
+        )
+    return reader
+
+
+def _metadata(path: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
+    try:
+        return {name: field.contents() for name, field in reader.fields.items()}
+    except Exception as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} is not a GGUF file, or is damaged or truncated ({error}); restore an intact copy")
 
 
 def _is_permuted(architecture: Architecture, tensor: str) -> bool:

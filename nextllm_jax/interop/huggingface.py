@@ -4,7 +4,7 @@ Weights are only read from safetensors, so nothing is ever unpickled.
 """
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from nextllm_jax.config.model import ModelConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.interop.families import FAMILIES
 from nextllm_jax.interop.huggingface_config import read_model_config, write_model_config
-from nextllm_jax.interop.names import parts_of
+from nextllm_jax.interop.names import all_parts, parts_of
 from nextllm_jax.interop.streaming import read_params, require_tensors, tensors_of
 from nextllm_jax.model.quantize import Observer, ignore
 from nextllm_jax.tokenizer.huggingface_files import read_json, write_json
@@ -49,15 +49,19 @@ def load_params(
 ) -> Any:
     """The weights of a directory as the tree that `abstract` describes, each leaf with its shape, type and sharding.
 
-    `observe` is called for each quantized weight. Raises InputError if weights are missing, do not fit the config, are
-    not finite, or are not safetensors.
+    The tree may be a part of the model's. `observe` is called for each quantized weight. Raises InputError if weights
+    are missing, do not fit the config, are not finite, or are not safetensors.
     """
-    parts = parts_of(config, abstract, "huggingface", fused=FAMILIES[model_type].fused)
     source = SafetensorsSource(directory)
-    require_tensors(source, parts, ignore=lambda name: name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight")
-    if config.tie_embeddings and "lm_head.weight" in source.shapes():
+    fused = FAMILIES[model_type].fused
+    require_tensors(
+        source,
+        all_parts(config, "huggingface", fused=fused),
+        ignore=lambda name: name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight",
+    )
+    if config.tie_embeddings and "embed" in abstract and "lm_head.weight" in source.shapes():
         _require_tied(source)
-    return read_params(source, parts, abstract, observe)
+    return read_params(source, parts_of(config, abstract, "huggingface", fused=fused), abstract, observe)
 
 
 def _require_tied(source: "SafetensorsSource") -> None:
@@ -76,13 +80,13 @@ def _require_tied(source: "SafetensorsSource") -> None:
 
 
 class SafetensorsSource:
-    """The tensors of a directory's safetensors files."""
+    """The tensors of a directory's safetensors files: of a model, or of the given ones."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, files: Iterable[Path] | None = None) -> None:
         self.where = str(directory)
         self._files: dict[str, Any] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        for path in _weight_files(directory):
+        for path in _weight_files(directory) if files is None else files:
             for name, shape, handle in _open(path):
                 if name in self._files:
                     raise InputError(f"{directory}: tensor {name} is in two files; keep the files of only one model")

@@ -8,6 +8,7 @@ separate tensors per layer. Some families fuse matrices with the same input by c
 import math
 from typing import Any, Literal, NamedTuple
 
+import flax.linen as nn
 import numpy as np
 
 from nextllm_jax.config.model import ModelConfig
@@ -99,7 +100,7 @@ class Part(NamedTuple):
 
 
 def parts_of(config: ModelConfig, abstract: Any, file_format: Format, *, fused: bool = False) -> list[Part]:
-    """The parts of a parameter tree of arrays or shapes, layer by layer, in the order of the table.
+    """The parts of a parameter tree of arrays or shapes, or of a part of it, layer by layer, in the order of the table.
 
     The layers may be stacked, or unstacked as by `unstack_layers`.
     """
@@ -125,6 +126,11 @@ def parts_of(config: ModelConfig, abstract: Any, file_format: Format, *, fused: 
     if unnamed:
         raise InputError(f"interop/names.py lacks a name for {', '.join(sorted(unnamed))}; add a row to its table")
     return parts
+
+
+def all_parts(config: ModelConfig, file_format: Format, *, fused: bool = False) -> list[Part]:
+    """The parts of a whole model."""
+    return parts_of(config, nn.meta.unbox(abstract_params(config)), file_format, fused=fused)
 
 
 def tensor_shapes(parts: list[Part]) -> dict[str, tuple[int, ...]]:

@@ -4,8 +4,10 @@ Each writes to a temporary path and renames or uploads it at the end, so the out
 """
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -23,6 +25,8 @@ from nextllm_jax.model.quantize import Observer, abstract_quantized, ignore, is_
 from nextllm_jax.model.transformer import abstract_params
 from nextllm_jax.model.weights import stack_layers
 from nextllm_jax.ops.quantized import pack
+from nextllm_jax.pretrained.model_card import FILE as CARD
+from nextllm_jax.pretrained.model_card import model_card
 from nextllm_jax.pretrained.output import new_output, require_new
 from nextllm_jax.pretrained.source import ORIGIN, QUANTIZED, Source, open_path
 from nextllm_jax.published_models import resolve
@@ -33,6 +37,7 @@ from nextllm_jax.tokenizer.tokenizer import Tokenizer
 _log = logging.getLogger(__name__)
 
 Format = Literal["huggingface", "gguf"]
+UNKNOWN_LICENSE = "unknown"
 
 LAYOUT = 1
 """Increase it when `import_model` changes its output; cached imports are then rebuilt."""
@@ -178,8 +183,9 @@ def export_model(
     step: str | int | None = None,
     model_type: str | None = None,
     shard_bytes: int = 5_000_000_000,
+    license: str = UNKNOWN_LICENSE,
 ) -> None:
-    """Write the model at `source` as a Hugging Face directory or a GGUF file.
+    """Write the model at `source` as a Hugging Face directory, with a model card that states `license`, or a GGUF file.
 
     Embedding and head have one row per id of the tokenizer; for an imported model, as many rows as its files had.
     `dtype` is the type of the matrices; None: that of the source, bfloat16 or float32. `model_type` is the Hugging Face
@@ -220,8 +226,74 @@ def export_model(
             _log.info(f"writing {readable_bytes(parameter_bytes(written))} of weights in {dtype} to {output}")
             huggingface.export(config, params, directory, shard_bytes=shard_bytes, **options)
             save_huggingface(tokenizer, directory)
+            written_type = huggingface.read_config(directory)[1]
+            _write_card(source, output, opened, written, directory, license=license, model_type=written_type)
     except ModuleNotFoundError as error:
         raise missing_package(f"writing {file_format} needs", error, ".[interop]") from error
+
+
+def _write_card(
+    source: str,
+    output: str,
+    opened: Source,
+    model: ModelConfig,
+    directory: Path,
+    *,
+    license: str,
+    model_type: str,
+    base: str | None = None,
+) -> None:
+    """Write a model card into the directory of an export; `base` is the base model of adapters."""
+    card = model_card(
+        Path(output).name,
+        model,
+        opened.load_tokenizer(),
+        license=license,
+        model_type=model_type,
+        run=RunDir(resolve(source)) if opened.is_run else None,
+        step=opened.step,
+        base=base,
+        library="transformers" if base is None else "peft",
+    )
+    (directory / CARD).write_text(card, encoding="utf-8")
+
+
+def export_adapter(
+    source: str,
+    output: str,
+    *,
+    dtype: str | None = None,
+    step: str | int | None = None,
+    model_type: str | None = None,
+    license: str = UNKNOWN_LICENSE,
+) -> None:
+    """Write the adapters of the run `source` as a PEFT adapter directory, without the base model.
+
+    The other arguments are those of `export_model`. Raises InputError if the run has no adapters, if the format cannot
+    represent them, and if the output exists.
+    """
+    require_new(output)
+    opened = open_path(resolve(source), step=step)
+    if opened.adapters is None:
+        raise InputError(f"{source} has no adapters; leave out --adapter-only")
+    try:
+        from nextllm_jax.interop import peft
+    except ModuleNotFoundError as error:
+        raise missing_package("writing adapters needs", error, ".[interop]") from error
+    adapters = opened.adapters
+    params = adapters.load(functools.partial(on_device, device=jax.local_devices(backend="cpu")[0]))
+    with new_output(output) as directory:
+        written_type = peft.export_adapters(
+            opened.config,
+            adapters.config,
+            params,
+            directory,
+            dtype=dtype or "float32",
+            model_type=model_type or opened.model_type,
+            base=adapters.base,
+        )
+        options = {"license": license, "model_type": written_type, "base": adapters.base}
+        _write_card(source, output, opened, opened.config, directory, **options)
 
 
 def _on_cpu(config: ModelConfig, quantization: Quantization | None = None, *, scan_layers: bool = True) -> Any:

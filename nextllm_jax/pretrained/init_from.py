@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from nextllm_jax.checkpoint.run_dir import RunDir
-from nextllm_jax.config import Config, DataConfig, ModelConfig
+from nextllm_jax.config import Config, DataConfig, LoraConfig, ModelConfig
 from nextllm_jax.config.files import workdir_of
 from nextllm_jax.config.model import EXECUTION_FIELDS
 from nextllm_jax.data.shards import DataPath, Dataset
-from nextllm_jax.errors import InputError
+from nextllm_jax.errors import InputError, missing_package
 from nextllm_jax.model import lora
 from nextllm_jax.model.transformer import abstract_params
 from nextllm_jax.pretrained.source import Source, open_path
@@ -28,6 +30,8 @@ _OURS = ("param_dtype", *EXECUTION_FIELDS)
 def with_source(config: Config, file: Config, *, overwrite: bool = False) -> tuple[Config, Source | None]:
     """The config with the model and the tokenizer of `init_from`, and the source; (config, None) without `init_from`.
 
+    A `lora.adapter` determines the rank, the scale and the targets of the adapters.
+
     `file` is the config without the changes of the command line. An existing run knows its model, so the source is not
     opened and may no longer exist. The source's model replaces that of `file`; a message lists the differences. Raises
     InputError if the command line sets a field to another value than the source has.
@@ -39,12 +43,16 @@ def with_source(config: Config, file: Config, *, overwrite: bool = False) -> tup
     existing = None if overwrite else _existing_run(config)
     if existing:
         source, model, tokenizer = None, existing.model, existing.data.tokenizer
+        adapters = existing.lora
     else:
         source, tokenizer = open_path(resolve(config.init_from)), config.init_from
         model = source.config
-        _require_trainable(config, source)
+        adapters = _adapters_of(config.lora, model)
+    lora_config = _lora(config.lora, file.lora, adapters)
+    if source is not None:
+        _require_trainable(config, source, lora_config)
     data = _data(config, file, tokenizer)
-    new = dataclasses.replace(config, model=_model(config, file.model, model), data=data)
+    new = dataclasses.replace(config, model=_model(config, file.model, model), data=data, lora=lora_config)
     new.check_fit()
     if new.lora.rank:
         lora.adapted(new.lora, abstract_params(new.model))  # raises InputError for a target that the model lacks
@@ -70,9 +78,50 @@ def initial_params(config: Config, source: Source | None, place: Callable[[Any],
     )
 
 
-def _require_trainable(config: Config, source: Source) -> None:
+def initial_adapters(config: Config, place: Callable[[Any], Any]) -> Any:
+    """The adapters of `lora.adapter`, sharded by `place`; None if the run starts with new adapters or has none.
+
+    Raises InputError if they cannot be read or do not fit.
+    """
+    if config.lora.adapter is None:
+        return None
+    from nextllm_jax.interop import peft
+
+    boxed = abstract_params(config.model)
+    abstract = place(jax.eval_shape(lambda: lora.create(config.lora, boxed, jax.random.key(0))))
+    return peft.load_adapters(Path(config.lora.adapter), config.model, abstract)
+
+
+def _adapters_of(asked: LoraConfig, model: ModelConfig) -> LoraConfig:
+    """The LoraConfig with the fields that `lora.adapter` determines, if there is one."""
+    if asked.adapter is None:
+        return asked
+    try:
+        from nextllm_jax.interop import peft
+    except ModuleNotFoundError as error:
+        raise missing_package(f"reading {asked.adapter} needs", error, ".[interop]") from error
+    return dataclasses.replace(asked, **peft.read_adapter_config(Path(asked.adapter), model))
+
+
+def _lora(asked: LoraConfig, file: LoraConfig, adapters: LoraConfig) -> LoraConfig:
+    """`asked` with the shape of `adapters`, which replaces that of `file`.
+
+    Raises InputError if the command line sets a field to another value than the adapters have.
+    """
+    if asked.adapter is None:
+        return asked
+    shape = {name: getattr(adapters, name) for name in ("rank", "alpha", "rank_stabilized", "targets")}
+    for name, value in shape.items():
+        if getattr(asked, name) not in (value, getattr(file, name)):
+            raise InputError(
+                f"lora.{name} is {getattr(asked, name)}, but the adapter {asked.adapter} has {value}; leave it out"
+            )
+    return dataclasses.replace(asked, **shape)
+
+
+def _require_trainable(config: Config, source: Source, adapters: LoraConfig) -> None:
     """Raise InputError if all weights are trained but those of the source are quantized."""
-    if source.quantization is not None and not config.lora.rank:
+    if source.quantization is not None and not adapters.rank:
         raise InputError(
             f"init_from {config.init_from} holds quantized weights ({source.quantization}), which cannot be trained; "
             "train adapters on them (--lora.rank 16), or name the model that they were made from"

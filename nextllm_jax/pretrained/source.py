@@ -14,7 +14,7 @@ from nextllm_jax.checkpoint.base import base_parts
 from nextllm_jax.checkpoint.leaves import PLACEHOLDER
 from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.checkpoint.saved_steps import SavedSteps
-from nextllm_jax.config import Config
+from nextllm_jax.config import Config, LoraConfig
 from nextllm_jax.config.files import from_dict
 from nextllm_jax.config.model import ModelConfig
 from nextllm_jax.config.quantization import Quantization
@@ -55,6 +55,10 @@ class Source:
     """The quantization of a run's weights; None for floats. Also None for GGUF files, which can be read as floats."""
     generation: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The generation_config.json of imported weights."""
+    step: int | None = None
+    """The checkpoint of a run."""
+    adapters: "Adapters | None" = None
+    """The adapters of a run that has them; its `load_params` merges them."""
 
     def require_floats(self, path: str) -> None:
         """Raise InputError, which names `path`, if the weights are already quantized."""
@@ -65,15 +69,27 @@ class Source:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """The adapters of a run."""
+
+    config: LoraConfig
+    base: str
+    """The model that they were trained on."""
+    load: Callable[[Callable[[Any], Any]], Any]
+    """Their tree, placed on devices by a function of boxed abstract arrays."""
+
+
 class LoadParams(Protocol):
     """Reads the parameters of a model."""
 
     def __call__(self, abstract: Any, observe: Observer = ignore) -> Any:
         """The parameters in the shapes, dtypes, shardings and quantization of `abstract`, read one weight at a time.
 
-        `abstract` is a tree of abstract arrays and QTensors, stacked over layers or not. `observe` is called for each
-        weight that is quantized. Raises InputError if the weights are damaged, belong to another config, or are already
-        quantized in another way.
+        `abstract` is a tree of abstract arrays and QTensors, stacked over layers or not. For files of other programs it
+        may be a part of the model's tree. `observe` is called for each weight that is quantized.
+
+        Raises InputError if the weights are damaged, belong to another config, or are already quantized in another way.
         """
         ...
 
@@ -165,7 +181,18 @@ def _open_run(run: RunDir, step: str | int | None) -> Source:
         dtype=config.model.param_dtype,
         quantization=quantization,
         generation=origin.get("generation", {}),
+        step=number,
+        adapters=_adapters(run, number, config) if config.lora.rank else None,
     )
+
+
+def _adapters(run: RunDir, step: int, config: Config) -> Adapters:
+    def load(place: Callable[[Any], Any]) -> Any:
+        boxed = abstract_params(config.model)
+        abstract = place(jax.eval_shape(lambda: lora.create(config.lora, boxed, jax.random.key(0))))
+        return SavedSteps(run.checkpoints).restore(step, "params", abstract)
+
+    return Adapters(config.lora, config.init_from or "", load)
 
 
 def _load_run(
@@ -208,10 +235,9 @@ def _saved_weights(
         saved = abstract_packed(abstract_quantized(boxed, place(boxed), quantization))
         yield from _one_by_one(saved, functools.partial(checkpoints.restore_parts, step, "params"))
         return
-    adapters = place(jax.eval_shape(lambda: lora.create(config.lora, boxed, jax.random.key(0))))
-    adapters = by_name(checkpoints.restore(step, "params", adapters))
+    adapters = by_name(_adapters(run, step, config).load(place))
     frozen, weights = lora.abstract_frozen(config.lora, boxed, place(boxed)), by_name(boxed)
-    scale, dtype = config.lora.alpha / config.lora.rank, jax.numpy.dtype(config.model.param_dtype)
+    scale, dtype = config.lora.scale, jax.numpy.dtype(config.model.param_dtype)
     for name, weight in _one_by_one(frozen, functools.partial(base_parts, checkpoints, step)):
         yield name, lora.merged_weight(name, weights[name], weight, adapters, scale, dtype)
 

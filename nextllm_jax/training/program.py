@@ -39,8 +39,8 @@ class Program:
     abstract_state: TrainState
     create_state: Callable[[], TrainState]
     """The state of step 0 with random parameters."""
-    state_from: Callable[[Any], TrainState]
-    """The state of step 0 with the given parameters, which are donated."""
+    state_from: Callable[..., TrainState]
+    """The state of step 0 with the given parameters, which are donated, and perhaps with the given adapters."""
     restore_state: Callable[[SavedSteps, int], tuple[TrainState, dict[str, Any]]]
     """The state and the record of a checkpoint. Raises as `SavedSteps.restore` and `restore_base` do."""
 
@@ -63,8 +63,8 @@ def build_program(config: Config, mesh: Mesh, objective: Objective = next_token)
     def create() -> TrainState:
         return begin(create_state(model, optimizer, mesh, config.seed, config.optimizer))
 
-    def start_from(params: Any) -> TrainState:
-        return begin(state_from(params, model, optimizer, mesh, config))
+    def start_from(params: Any, trained_adapters: Any = None) -> TrainState:
+        return begin(state_from(params, model, optimizer, mesh, config, trained_adapters))
 
     def restore(checkpoints: SavedSteps, step: int) -> tuple[TrainState, dict[str, Any]]:
         state = TrainState(**checkpoints.restore(step, "rest", _rest(arrays)))

@@ -17,7 +17,7 @@ from nextllm_jax.checkpoint.saved_steps import DamagedCheckpoint
 from nextllm_jax.data.mixture import data_id
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.accounting import save_estimate
-from nextllm_jax.pretrained.init_from import initial_params
+from nextllm_jax.pretrained.init_from import initial_adapters, initial_params
 from nextllm_jax.pretrained.source import Source
 from nextllm_jax.progress import phase
 from nextllm_jax.sharding import placed
@@ -77,7 +77,9 @@ def _begin(start: Start, source: Source | None, run: RunDir) -> TrainState:
     """The state of step 0. Frozen weights, if any, are first saved to base/."""
     if start.config.init_from is None:
         return start.program.create_state()
-    state = start.program.state_from(initial_params(start.config, source, functools.partial(placed, start.mesh)))
+    place = functools.partial(placed, start.mesh)
+    adapters = initial_adapters(start.config, place)
+    state = start.program.state_from(initial_params(start.config, source, place), adapters)
     if state.frozen is not None:
         save_base(run, state.frozen.params)
     return state

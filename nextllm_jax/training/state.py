@@ -129,7 +129,7 @@ def abstract_state(
     else:
         state = jax.eval_shape(lambda: _at_start(optimizer, adapters.create(lora, boxed, jax.random.key(0))))
         frozen = adapters.abstract_frozen(lora, boxed, placed(mesh, boxed))
-        state = dataclasses.replace(placed(mesh, state), frozen=adapters.Frozen(frozen, lora.alpha / lora.rank))
+        state = dataclasses.replace(placed(mesh, state), frozen=adapters.Frozen(frozen, lora.scale))
     return state if placement is None else _place_moments(state, placement)
 
 
@@ -169,12 +169,17 @@ def create_state(
 
 
 def state_from(
-    params: Any, model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh, config: Config
+    params: Any,
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    config: Config,
+    trained_adapters: Any = None,
 ) -> TrainState:
     """The state of step 0 with these parameters, which are donated.
 
-    With a LoRA rank they become the frozen base weights of new adapters, and must have the form of
-    `lora.abstract_frozen`.
+    With a LoRA rank they become the frozen base weights of `trained_adapters`, or else of new adapters, and must have
+    the form of `lora.abstract_frozen`.
     """
     lora, seed = config.lora, config.seed
     shardings = shardings_of(abstract_state(model, optimizer, mesh, config.optimizer, lora))
@@ -182,10 +187,11 @@ def state_from(
         return jax.jit(lambda params: _at_start(optimizer, params), out_shardings=shardings, donate_argnums=0)(params)
     boxed = abstract_params(model.config)
 
-    def start() -> TrainState:
-        return nn.meta.unbox(_at_start(optimizer, adapters.create(lora, boxed, jax.random.key(seed))))
+    def start(trained: Any) -> TrainState:
+        new = adapters.create(lora, boxed, jax.random.key(seed)) if trained is None else trained
+        return nn.meta.unbox(_at_start(optimizer, new))
 
-    state = jax.jit(start, out_shardings=dataclasses.replace(shardings, frozen=None))()
+    state = jax.jit(start, out_shardings=dataclasses.replace(shardings, frozen=None))(trained_adapters)
     frozen = jax.device_put(dataclasses.replace(shardings.frozen, params=params), shardings.frozen)
     return dataclasses.replace(state, frozen=frozen)
 

@@ -13,7 +13,7 @@ from nextllm_jax.model.transformer import abstract_params
 from nextllm_jax.sharding import on_device
 from nextllm_jax.tokenizer.bpe import train_tokenizer
 from nextllm_jax.tokenizer.huggingface import save_huggingface
-from tests import reference
+from tests import parameters
 
 TOKENIZER = train_tokenizer(["a cat sat on a mat, and 12 other cats sat on other mats.\n" * 20], 280)
 CONFIG = ModelConfig(
@@ -36,7 +36,7 @@ def on_one_device(config: ModelConfig, *, scan_layers: bool = True) -> Any:
 
 def random_params(config: ModelConfig) -> Any:
     """Parameters with nothing zero or one."""
-    return reference.random_params(nn.meta.unbox(abstract_params(config)))
+    return parameters.random_params(nn.meta.unbox(abstract_params(config)))
 
 
 def write_huggingface(directory: Path, config: ModelConfig = CONFIG, **options: Any) -> Any:

@@ -208,7 +208,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "missing file": (lambda file: file.unlink(), "does not exist"),
     "unknown key": (lambda file: rewrite(file, **{"llama.attention.clamp_kqv": 8.0}), r"clamp_kqv is 8\.0"),
     "experts": (lambda file: rewrite(file, **{"llama.expert_count": 8}), "expert_count is 8"),
-    "parts": (lambda file: rewrite(file, **{"split.count": 3}), "one of 3 parts"),
+    "parts": (lambda file: rewrite(file, **{"split.count": 3}), "one of 3 parts, whose names must end"),
     "rope scaling": (
         lambda file: rewrite(file, **{"llama.rope.scaling.type": "longrope"}),
         r"scaling\.type is 'longrope'",

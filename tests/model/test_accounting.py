@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from nextllm_jax.config import ModelConfig, OptimizerConfig
+from nextllm_jax.diagnostics import reference
 from nextllm_jax.model.accounting import flops_per_token, parameter_count, update_flops
 from nextllm_jax.model.transformer import Transformer
-from tests import reference
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 40,

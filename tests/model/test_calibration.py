@@ -13,7 +13,7 @@ from nextllm_jax.model.quantize import abstract_quantized, convert
 from nextllm_jax.model.transformer import Transformer, abstract_params
 from nextllm_jax.model.weights import by_name, stack_layers, unstack_layers
 from nextllm_jax.sharding import on_device
-from tests import reference
+from tests.parameters import random_params
 
 CONFIG = ModelConfig(
     vocab_size=64, num_layers=3, embed_dim=32, mlp_dim=64, num_heads=4, num_kv_heads=2, head_dim=16,
@@ -24,7 +24,7 @@ CONFIG = ModelConfig(
 
 @pytest.mark.parametrize("quantization", [Quantization(scheme="int4"), Quantization(scheme="int4", embeddings="int4")])
 def test_calibration_reduces_the_output_error(quantization):
-    params = unstack_layers(CONFIG, reference.random_params(nn.meta.unbox(abstract_params(CONFIG))))
+    params = unstack_layers(CONFIG, random_params(nn.meta.unbox(abstract_params(CONFIG))))
     boxed = abstract_params(CONFIG, scan_layers=False)
     like = abstract_quantized(boxed, on_device(boxed, jax.devices()[0]), quantization)
     windows_BT = np.random.default_rng(0).integers(0, 64, (20, 16)).astype(np.int32)
@@ -49,7 +49,7 @@ def test_calibration_reduces_the_output_error(quantization):
 
 
 def test_stacking_is_the_inverse_of_unstacking():
-    params = reference.random_params(nn.meta.unbox(abstract_params(CONFIG)))
+    params = random_params(nn.meta.unbox(abstract_params(CONFIG)))
     again = stack_layers(CONFIG, unstack_layers(CONFIG, params))
     assert jax.tree.structure(again) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, again, params)

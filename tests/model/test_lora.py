@@ -21,7 +21,7 @@ from nextllm_jax.training.optimizers import make_optimizer
 from nextllm_jax.training.schedule import schedule
 from nextllm_jax.training.state import TrainState, abstract_state, shardings_of, state_from, whole_params
 from nextllm_jax.training.step import make_train_step, mean_gradient
-from tests import reference
+from tests.parameters import random_params
 from tests.training.test_step import make_batch
 
 CONFIG = ModelConfig(
@@ -36,7 +36,7 @@ EQUATIONS = {"o": "NHR,RD->NHD", "q": "DR,RNH->DNH", "k": "DR,RNH->DNH", "v": "D
 
 
 def base_params():
-    return reference.random_params(nn.meta.unbox(abstract_params(CONFIG)))
+    return random_params(nn.meta.unbox(abstract_params(CONFIG)))
 
 
 def random_adapters(config):

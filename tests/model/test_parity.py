@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from nextllm_jax.config import ModelConfig
+from nextllm_jax.diagnostics import reference
 from nextllm_jax.model.transformer import Transformer
-from tests import reference
+from tests import parameters
 
 TIME = 512
 TOLERANCE = 1e-4  # logits have standard deviation 1
@@ -85,7 +86,7 @@ def make_config(case: str) -> ModelConfig:
 def random_params(config: ModelConfig) -> Any:
     tokens_BT = jnp.zeros((1, 1), jnp.int32)
     init = functools.partial(Transformer(config).init, jax.random.key(0), tokens_BT, tokens_BT)
-    return reference.random_params(nn.meta.unbox(jax.eval_shape(init))["params"])
+    return parameters.random_params(nn.meta.unbox(jax.eval_shape(init))["params"])
 
 
 def random_tokens(config: ModelConfig, batch: int, time: int, seed: int = 1) -> np.ndarray:

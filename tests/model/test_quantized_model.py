@@ -9,13 +9,14 @@ from jax.sharding import PartitionSpec
 
 from nextllm_jax.config import MeshConfig, ModelConfig
 from nextllm_jax.config.quantization import Quantization
+from nextllm_jax.diagnostics import reference
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.quantize import abstract_packed, abstract_quantized, convert, is_quantized
 from nextllm_jax.model.transformer import Transformer, abstract_params
 from nextllm_jax.model.weights import by_name, unstack_layers
 from nextllm_jax.ops.quantized import dequantize
 from nextllm_jax.sharding import make_mesh, on_device, placed
-from tests import reference
+from tests.parameters import random_params
 
 CONFIG = ModelConfig(
     vocab_size=64, num_layers=3, embed_dim=32, mlp_dim=64, num_heads=4, num_kv_heads=2, head_dim=16,
@@ -31,7 +32,7 @@ def wanted(quantization, place=None):
 
 
 def quantized(quantization, place=None):
-    params = reference.random_params(nn.meta.unbox(BOXED))
+    params = random_params(nn.meta.unbox(BOXED))
     return jax.tree.map(convert, params, wanted(quantization, place))
 
 
@@ -96,7 +97,7 @@ def test_the_kernel_for_tpus_runs_on_each_device_of_a_mesh(as_on_tpu, axes, grou
     wanted, sharded = (
         abstract_quantized(boxed, place, form) for place in (on_device(boxed, jax.devices()[0]), placed(mesh, boxed))
     )
-    params = jax.tree.map(convert, reference.random_params(nn.meta.unbox(boxed)), wanted)
+    params = jax.tree.map(convert, random_params(nn.meta.unbox(boxed)), wanted)
     tokens = np.random.default_rng(0).integers(0, 64, (4, 4))
     positions = np.broadcast_to(np.arange(4), (4, 4))
 

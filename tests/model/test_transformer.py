@@ -17,7 +17,7 @@ from nextllm_jax.model.layers import RMSNorm
 from nextllm_jax.model.transformer import Transformer, resolve_dtype
 from nextllm_jax.model.weights import by_name, unstack_layers
 from nextllm_jax.sharding import RULES
-from tests import reference
+from tests import parameters
 
 TOLERANCE = 2e-5  # hidden states are of order 1
 
@@ -62,7 +62,7 @@ def boxed_params(config: ModelConfig, dtype: Any = jnp.float32) -> Any:
 
 
 def random_params(config: ModelConfig) -> Any:
-    return jax.tree.map(jnp.asarray, reference.random_params(nn.meta.unbox(boxed_params(config))))
+    return jax.tree.map(jnp.asarray, parameters.random_params(nn.meta.unbox(boxed_params(config))))
 
 
 def call(model: Transformer, params: Any, *inputs: Any, method: str | None = None) -> Any:

@@ -27,7 +27,7 @@ from nextllm_jax.training.optimizers.parts import decay_mask
 from nextllm_jax.training.schedule import schedule
 from nextllm_jax.training.state import abstract_state, shardings_of, state_from
 from nextllm_jax.training.step import make_train_step
-from tests import reference
+from tests.parameters import random_params
 from tests.training.test_step import make_batch
 
 CONFIG = ModelConfig(
@@ -109,7 +109,7 @@ def test_adapters_train_on_quantized_weights() -> None:
     whole = Config(model=CONFIG, optimizer=settings, lora=config, data=data, init_from="x")
     boxed = abstract_params(CONFIG)
     wanted = lora.abstract_frozen(config, boxed, placed(mesh, boxed))
-    params = jax.tree.map(convert, reference.random_params(nn.meta.unbox(boxed)), wanted)
+    params = jax.tree.map(convert, random_params(nn.meta.unbox(boxed)), wanted)
     with jax.set_mesh(mesh):
         abstract = abstract_state(model, optimizer, mesh, lora=config)
         state = state_from(params, model, optimizer, mesh, whole)
@@ -153,7 +153,7 @@ def test_only_the_table_of_names_lacks_it(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_layers_are_found_stacked_or_not() -> None:
     assert layer_paths(CONFIG) == [("layers/block_0", 0), ("layers/block_1", 0), ("remainder_0", None)]
-    params = reference.random_params(nn.meta.unbox(abstract_params(CONFIG)))
+    params = random_params(nn.meta.unbox(abstract_params(CONFIG)))
     unstacked = unstack_layers(CONFIG, params)
     alone = abstract_params(CONFIG, scan_layers=False)
     assert {name: leaf.shape for name, leaf in by_name(unstacked).items()} == {

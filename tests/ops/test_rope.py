@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from nextllm_jax.config import ModelConfig
+from nextllm_jax.diagnostics import reference
 from nextllm_jax.model.transformer import rope_cos_sin
 from nextllm_jax.ops import rope
-from tests import reference
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "llama3_8b": {"head_dim": 128, "rope_theta": 500_000.0},

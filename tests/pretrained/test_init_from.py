@@ -1,6 +1,7 @@
 """Training from other models' weights, at the user's door and inside it."""
 
 import dataclasses
+import importlib.util
 import json
 import re
 import shutil
@@ -121,6 +122,19 @@ def test_adapters_resume_bit_for_bit_and_are_merged_at_every_door(place, trained
     merged = nextllm_jax.load(str(place.directory / "merged.gguf"), dtype="float32")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), llm.params, merged.params)
 
+    # The adapters alone are where another run goes on.
+    place.run("nextllm_jax.cli", "export", "--checkpoint", "whole", "--output", "adapter", "--adapter-only")
+    base = ("--init-from", trained.directory / "model.gguf", "--data.path", data)
+    more = (*base, "--lora.adapter", "adapter", "--workdir", "more", *SHORT)
+    place.run("train.py", "--config", "config.py", *more, "--training.steps", "1", "--training.sample-tokens", "0")
+    start, *_ = metrics(place.directory / "more", "validation")
+    assert (start["step"], start["loss"]) == (0, pytest.approx(after["loss"], rel=1e-5))
+    lora = read_config(place.directory / "more" / "config.json").lora
+    assert (lora.rank, lora.alpha, lora.targets, lora.adapter) == (4, 32.0, (), "adapter")
+    asked = LoraConfig(rank=8, adapter=str(place.directory / "adapter"))
+    with pytest.raises(InputError, match=r"lora\.rank is 8, but the adapter .* has 4; leave it out"):
+        resolve(init_from=str(place.directory / "hf"), lora=asked)
+
     manifest = whole / "base" / "0" / "manifest.json"
     manifest.write_text(manifest.read_text() + " ")
     with pytest.raises(InputError, match="holds other base weights"):
@@ -138,6 +152,18 @@ def test_adapters_are_tuned_again_on_merged_and_quantized_weights(place):
     before, *_, better = metrics(place.directory / "again", "validation")
     assert before["loss"] == pytest.approx(after["loss"], rel=0.01)
     assert better["loss"] < before["loss"]
+
+
+@pytest.mark.slow
+def test_adapters_that_were_trained_here_are_certified(place):
+    """Merged, and alone in peft where it is installed."""
+    adapted = ("--init-from", "hf", "--lora.rank", "4", "--lora.alpha", "6", "--lora.rank-stabilized", *SHORT)
+    place.run("train.py", "--config", "config.py", *adapted, "--lora.targets", "q", "down", "--workdir", "whole")
+    out = place.run("nextllm_jax.cli", "certify", "whole", "--json")
+    rows = {row["check"]: row for row in json.loads(out.stdout)["checks"]}
+    assert not any(row["status"] == "FAILED" for row in rows.values()), rows
+    compared = [row["status"] for check, row in rows.items() if check.startswith("peft")]
+    assert compared == (["skipped"] if importlib.util.find_spec("peft") is None else ["ok", "ok"])
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from nextllm_jax.diagnostics.stress_texts import stress_texts, token_texts
 from nextllm_jax.errors import InputError
 from nextllm_jax.tokenizer.backends import ByteBPE
 from nextllm_jax.tokenizer.bpe import train_tokenizer
@@ -13,7 +14,6 @@ from nextllm_jax.tokenizer.gguf import from_gguf, to_gguf
 from nextllm_jax.tokenizer.huggingface import load_huggingface
 from nextllm_jax.tokenizer.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
-from tests.tokenizer.stress import stress_texts, token_texts
 
 hf = pytest.importorskip("tokenizers", reason="pip install '.[interop]'")
 from tests.tokenizer.vocabularies import CUTS, TEXT, save, trained  # noqa: E402

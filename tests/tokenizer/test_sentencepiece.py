@@ -5,11 +5,11 @@ import random
 
 import pytest
 
+from nextllm_jax.diagnostics.stress_texts import stress_texts
 from nextllm_jax.errors import InputError
 from nextllm_jax.tokenizer.backends import HuggingFaceBPE
 from nextllm_jax.tokenizer.huggingface import load_huggingface, save_huggingface
 from nextllm_jax.tokenizer.tokenizer import IncrementalDecoder, Tokenizer
-from tests.tokenizer.stress import stress_texts
 
 spm = pytest.importorskip("sentencepiece", reason="pip install '.[interop]'")
 pytest.importorskip("tokenizers", reason="pip install '.[interop]'")

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from nextllm_jax.diagnostics.stress_texts import stress_texts, token_texts
 from nextllm_jax.tokenizer.backends import ByteBPE
 from nextllm_jax.tokenizer.chat import ChatTemplate
 from nextllm_jax.tokenizer.gguf import from_gguf, read_metadata
 from nextllm_jax.tokenizer.huggingface import save_huggingface
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
-from tests.tokenizer.stress import stress_texts, token_texts
 
 pytestmark = pytest.mark.slow
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from nextllm_jax.diagnostics.stress_texts import stress_texts, token_texts
 from nextllm_jax.errors import InputError
 from nextllm_jax.tokenizer import huggingface
 from nextllm_jax.tokenizer.backends import ByteBPE, HuggingFaceBPE
@@ -12,7 +13,6 @@ from nextllm_jax.tokenizer.huggingface import load_huggingface, save_huggingface
 from nextllm_jax.tokenizer.patterns import LLAMA3_PATTERN
 from nextllm_jax.tokenizer.published import load_tokenizer
 from nextllm_jax.tokenizer.tokenizer import IncrementalDecoder, Tokenizer
-from tests.tokenizer.stress import stress_texts, token_texts
 
 hf = pytest.importorskip("tokenizers", reason="pip install '.[interop]'")
 from tests.tokenizer.vocabularies import ADDED, CUTS, SPECIAL, TEXT, save, trained  # noqa: E402

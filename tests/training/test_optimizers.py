@@ -16,11 +16,11 @@ from nextllm_jax.model.lora import create
 from nextllm_jax.model.transformer import abstract_params
 from nextllm_jax.training.optimizers import make_optimizer
 from nextllm_jax.training.optimizers.parts import decay_mask
-from tests import reference
+from tests.parameters import random_params
 
 MODEL = ModelConfig(vocab_size=8, num_layers=1, embed_dim=4, mlp_dim=6, num_heads=2, num_kv_heads=1, head_dim=2,
                     attention_bias=True, qk_norm=True)  # fmt: skip
-PARAMS = reference.random_params(nn.meta.unbox(abstract_params(MODEL)))
+PARAMS = random_params(nn.meta.unbox(abstract_params(MODEL)))
 
 
 @pytest.mark.parametrize("decay_embeddings", [False, True])
@@ -55,7 +55,7 @@ def test_updates_equal_optax_adamw_with_clipping():
 
 MUON = OptimizerConfig(name="muon", learning_rate=0.02, adamw_learning_rate=0.005, weight_decay=0.3, clip_norm=0.5)
 STACKED = dataclasses.replace(MODEL, num_layers=3, layer_pattern=("global", "local"))  # a stack of 1 and a remainder
-STACKED_PARAMS = reference.random_params(nn.meta.unbox(abstract_params(STACKED)))
+STACKED_PARAMS = random_params(nn.meta.unbox(abstract_params(STACKED)))
 
 
 def newton_schulz(matrix):
@@ -106,7 +106,7 @@ def kernel(tree, layer, name):
 
 def test_a_stack_is_orthogonalized_layer_by_layer():
     deep = dataclasses.replace(MODEL, num_layers=3)
-    params = reference.random_params(nn.meta.unbox(abstract_params(deep)))
+    params = random_params(nn.meta.unbox(abstract_params(deep)))
     ((gradients, direction, _),) = steps_of(dataclasses.replace(MUON, weight_decay=0.0), 1, deep, params)
     for name, (_, shape) in MATRICES.items():
         part = "attention" if name in "qkvo" else "mlp"

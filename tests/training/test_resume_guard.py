@@ -84,6 +84,7 @@ OTHER = {
 # Another value of these needs another field too.
 NOT_ALONE = {
     *("model.rope_short_factors", "model.rope_long_factors", "model.remat_offload", "lora.rank"),
+    "lora.adapter",
     *("optimizer.adamw_learning_rate", "data.mixture_paths"),
 }
 FREE = {

@@ -1,7 +1,7 @@
-"""A Llama in plain numpy, float64, written from the papers: the oracle of the equivalence tests.
+"""A Llama in plain numpy, float64, written from the papers: what `certify` and the equivalence tests compare with.
 
-One loop over layers, one over heads, whole attention matrices, no cache, nothing shared with the package but the
-parameter tree and the config's field names.
+One loop over layers, one over heads, whole attention matrices, no cache. It shares nothing with the rest of the package
+but the parameter tree and the config's field names.
 """
 
 from typing import Any
@@ -10,12 +10,12 @@ import numpy as np
 
 
 def rms_norm(x: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:
-    """x over its root mean square on the last axis, times scale (Zhang and Sennrich, 2019)."""
+    """X over its root mean square on the last axis, times scale (Zhang and Sennrich, 2019)."""
     return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * scale
 
 
 def silu(x: np.ndarray) -> np.ndarray:
-    """x times its logistic sigmoid."""
+    """X times its logistic sigmoid."""
     return x / (1 + np.exp(-x))
 
 
@@ -25,7 +25,7 @@ def gelu_tanh(x: np.ndarray) -> np.ndarray:
 
 
 def bounded(x: np.ndarray, cap: float | None) -> np.ndarray:
-    """x softly bounded by cap (Gemma 2, 2024), or x itself."""
+    """X softly bounded by cap (Gemma 2, 2024), or x itself."""
     return x if cap is None else cap * np.tanh(x / cap)
 
 
@@ -74,7 +74,7 @@ def rope_frequencies(config: Any, kind: str = "global") -> tuple[np.ndarray, flo
 
 
 def rotate(x_BTNH: np.ndarray, kind: str, positions_BT: np.ndarray, config: Any) -> np.ndarray:
-    """x with the pairs (i, i + R/2) of the first R dimensions of each head turned by position times frequency."""
+    """X with the pairs (i, i + R/2) of the first R dimensions of each head turned by position times frequency."""
     frequency, attention_factor = rope_frequencies(config, kind)
     x_BTNH, rest = np.split(x_BTNH, [2 * len(frequency)], axis=-1)
     angle_BTNH = positions_BT[:, :, None, None] * frequency
@@ -132,32 +132,51 @@ def unstack(params: Any, config: Any) -> list[Any]:
 
 def forward(params: Any, config: Any, tokens_BT: Any, segment_ids_BT: Any = None, positions_BT: Any = None):
     """Logits, float64 [B, T, V]; positions default to 0..T-1, segment ids to one document."""
-    params = to_float64(params)
-    tokens_BT = np.asarray(tokens_BT)
-    segments = np.ones_like(tokens_BT) if segment_ids_BT is None else np.asarray(segment_ids_BT)
-    indices = np.broadcast_to(np.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    positions = indices if positions_BT is None else np.asarray(positions_BT)
-    embedding = params["embed"]["embedding"]
-    x_BTD = embedding[tokens_BT] * config.embedding_scale
-
-    def norm(block: Any, name: str, x_BTD: np.ndarray) -> np.ndarray:
-        if name not in block:
-            return x_BTD
-        return rms_norm(x_BTD, block[name]["scale"] + config.norm_scale_offset, config.norm_eps)
-
-    activation = {"silu": silu, "gelu_tanh": gelu_tanh}[config.activation]
+    x_BTD = embedded(params["embed"], config, tokens_BT)
     for layer, block in enumerate(unstack(params, config)):
-        kind = config.layer_pattern[layer % len(config.layer_pattern)]
-        mask_BTT, h_BTD = visible(kind, segments, config), norm(block, "attention_norm", x_BTD)
-        out_BTD = attention(block["attention"], h_BTD, kind, positions, mask_BTT, config)
-        x_BTD = x_BTD + norm(block, "attention_post_norm", out_BTD) * config.residual_scale
-        h_BTD = norm(block, "mlp_norm", x_BTD)
-        mlp = {name: projection["kernel"] for name, projection in block["mlp"].items()}
-        out_BTD = (activation(h_BTD @ mlp["gate"]) * (h_BTD @ mlp["up"])) @ mlp["down"]
-        x_BTD = x_BTD + norm(block, "mlp_post_norm", out_BTD) * config.residual_scale
-    x_BTD = norm(params, "final_norm", x_BTD)
-    head = embedding if config.tie_embeddings else params["lm_head"]["embedding"]
-    return bounded(x_BTD @ head.T / config.logit_divisor, config.logit_soft_cap)
+        x_BTD = block_forward(block, config, layer, x_BTD, segment_ids_BT, positions_BT)
+    head = params["embed" if config.tie_embeddings else "lm_head"]
+    return logits(params["final_norm"], head, config, x_BTD)
+
+
+def embedded(embed: Any, config: Any, tokens_BT: Any) -> np.ndarray:
+    """The residual stream before the first layer, float64 [B, T, D]."""
+    return to_float64(np.asarray(embed["embedding"])[np.asarray(tokens_BT)]) * config.embedding_scale
+
+
+def block_forward(
+    block: Any, config: Any, layer: int, x_BTD: np.ndarray, segment_ids_BT: Any = None, positions_BT: Any = None
+) -> np.ndarray:
+    """The residual stream after a layer, which is number `layer` from 0."""
+    block = to_float64(block)
+    ones_BT = np.ones(x_BTD.shape[:2], int)
+    segments = ones_BT if segment_ids_BT is None else np.asarray(segment_ids_BT)
+    indices = np.broadcast_to(np.arange(x_BTD.shape[1]), x_BTD.shape[:2])
+    positions = indices if positions_BT is None else np.asarray(positions_BT)
+    activation = {"silu": silu, "gelu_tanh": gelu_tanh}[config.activation]
+    kind = config.layer_pattern[layer % len(config.layer_pattern)]
+    mask_BTT, h_BTD = visible(kind, segments, config), norm(block, "attention_norm", x_BTD, config)
+    out_BTD = attention(block["attention"], h_BTD, kind, positions, mask_BTT, config)
+    x_BTD = x_BTD + norm(block, "attention_post_norm", out_BTD, config) * config.residual_scale
+    h_BTD = norm(block, "mlp_norm", x_BTD, config)
+    mlp = {name: projection["kernel"] for name, projection in block["mlp"].items()}
+    out_BTD = (activation(h_BTD @ mlp["gate"]) * (h_BTD @ mlp["up"])) @ mlp["down"]
+    return x_BTD + norm(block, "mlp_post_norm", out_BTD, config) * config.residual_scale
+
+
+def norm(block: Any, name: str, x_BTD: np.ndarray, config: Any) -> np.ndarray:
+    """X after the norm of this name, or x itself if the block has none."""
+    if name not in block:
+        return x_BTD
+    return rms_norm(x_BTD, block[name]["scale"] + config.norm_scale_offset, config.norm_eps)
+
+
+def logits(final_norm: Any, head: Any, config: Any, x_BTD: np.ndarray) -> np.ndarray:
+    """Logits, float64 [B, T, V], from the residual stream after the last layer."""
+    x_BTD = norm({"final_norm": to_float64(final_norm)}, "final_norm", x_BTD, config)
+    head_VD, rows = head["embedding"], 4096  # a whole head in float64 may take gigabytes
+    blocks = [x_BTD @ to_float64(head_VD[start : start + rows]).T for start in range(0, head_VD.shape[0], rows)]
+    return bounded(np.concatenate(blocks, axis=-1) / config.logit_divisor, config.logit_soft_cap)
 
 
 def to_float64(tree: Any) -> Any:
@@ -165,27 +184,3 @@ def to_float64(tree: Any) -> Any:
     if hasattr(tree, "items"):
         return {name: to_float64(leaf) for name, leaf in tree.items()}
     return np.asarray(tree, np.float64)
-
-
-def random_params(shapes: Any, seed: int = 0) -> Any:
-    """Float32 parameters of these shapes with nothing zero or one, scaled so that activations and logits are near 1.
-
-    Initial weights would not do: at their size a wrong attention or norm hardly shows in the logits.
-    """
-    rng = np.random.default_rng(seed)
-    embed_dim = shapes["embed"]["embedding"].shape[-1]
-
-    def draw(tree: Any, path: tuple[str, ...]) -> Any:
-        if hasattr(tree, "items"):
-            return {name: draw(leaf, (*path, name)) for name, leaf in tree.items()}
-        values = rng.standard_normal(tree.shape)
-        if path[-1] == "kernel":
-            axes = tree.shape[1:] if "layers" in path else tree.shape
-            values /= np.sqrt(np.prod(axes[:2]) if path[-2] == "o" else axes[0])
-        elif path[-1] == "embedding":
-            values /= np.sqrt(embed_dim)
-        else:
-            values = 0.2 * values + (1 if path[-1] == "scale" else 0)
-        return values.astype(np.float32)
-
-    return draw(shapes, ())

@@ -1,0 +1,1 @@
+"""`nextllm certify`: compares a model with other implementations, and with its own exports."""
