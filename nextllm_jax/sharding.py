@@ -23,22 +23,25 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from nextllm_jax.config import MeshConfig
 from nextllm_jax.errors import InputError
 
-MESH_AXES = ("data", "fsdp", "sequence", "tensor")
+MESH_AXES = ("data", "fsdp", "sequence", "tensor", "expert")
 
 RULES: dict[str, tuple[str, ...]] = {
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "lookup_batch": ("data",),  # during the embedding lookup
     "seq": ("sequence",),
     "residual_seq": ("sequence", "tensor"),  # between sublayers, in training
     "activation_embed": (),
     # parameters; heads, kv_heads, mlp and vocab also shard activations
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "expert"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
+    "experts": ("expert",),
+    "expert_embed": ("fsdp",),  # embed of expert weights
+    "router_experts": (),  # the outputs of the router
     "norm": (),
     "rank": (),
     "layers": (),
@@ -56,7 +59,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     found = num_slices(devices)
     if config.slices == found > 1:
         in_a_slice = (sizes[0] // found, *sizes[1:])
-        order = create_hybrid_device_mesh(in_a_slice, (found, 1, 1, 1), devices, allow_split_physical_axes=True)
+        order = create_hybrid_device_mesh(in_a_slice, (found, 1, 1, 1, 1), devices, allow_split_physical_axes=True)
     elif config.slices == 1 and (found == 1 or devices[0].platform != "tpu"):
         # GPU nodes count as slices too, but any axis may span several nodes.
         order = create_device_mesh(sizes, devices, allow_split_physical_axes=True)

@@ -21,10 +21,14 @@ import numpy as np
 from nextllm_jax.config.model import ModelConfig
 from nextllm_jax.ops.quantized import QTensor
 
-Kind = Literal["matrix", "embedding", "norm", "bias", "adapter"]
+Kind = Literal["matrix", "router", "embedding", "norm", "bias", "selection_bias", "adapter"]
+"""matrix: of a product in the layers; router: the matrix of a router, used in float32; selection_bias: added to the
+scores by which experts are chosen, and not trained by gradients."""
 
 STACK = "layers"
 """Name of the subtree of stacked layers, and the logical axis that they are stacked along."""
+EXPERTS = "experts"
+"""The logical axis along which the matrices of a layer's experts are stacked."""
 _REMAINDER = "remainder_"
 
 
@@ -33,12 +37,12 @@ class Weight(nn.LogicallyPartitioned):
 
     kind: Kind = flax.struct.field(default="matrix", pytree_node=False)
     num_inputs: int = flax.struct.field(default=0, pytree_node=False)
-    """Leading axes, after the stacking axis, that a matrix contracts; 0 for other kinds."""
+    """Leading axes, after the stacking axes, that a matrix contracts; 0 for other kinds."""
 
     @property
     def num_stacked(self) -> int:
-        """Number of stacking axes: 1 for weights that are stacked over layers, else 0."""
-        return int(self.names[:1] == (STACK,))
+        """Number of stacking axes, which come first: layers, experts, both or none."""
+        return sum(name in (STACK, EXPERTS) for name in self.names[:2])
 
     @property
     def contracted_axes(self) -> tuple[int, ...]:

@@ -79,6 +79,14 @@ def test_parameter_counts_of_llama_3(name: str, published: int) -> None:
             {"rope_low_freq_factor": 4.0, "rope_high_freq_factor": 1.0},
             ["model.rope_low_freq_factor 4.0", "model.rope_high_freq_factor 1.0"],
         ),
+        (ModelConfig, {"num_experts": 4, "experts_per_token": 5}, ["experts_per_token 5", "model.num_experts 4"]),
+        (ModelConfig, {"num_experts": -1}, ["model.num_experts is -1"]),
+        (ModelConfig, {"num_experts": 4, "experts_per_token": 0}, ["model.experts_per_token is 0"]),
+        (ModelConfig, {"num_experts": 4, "mlp_pattern": ("dense",)}, ["model.mlp_pattern", "no sparse layer", "4"]),
+        (ModelConfig, {"num_experts": 4, "mlp_pattern": ()}, ["model.mlp_pattern is empty"]),
+        (ModelConfig, {"expert_mlp_dim": 8}, ["model.expert_mlp_dim is 8", "set model.num_experts"]),
+        (ModelConfig, {"num_experts": 4, "shared_expert_gate": True}, ["set model.shared_expert_mlp_dim"]),
+        (ModelConfig, {"num_experts": 4, "capacity_factor": -1.0}, ["model.capacity_factor is -1.0"]),
         (DataConfig, {"sequence_length": 0}, ["data.sequence_length is 0"]),
         (DataConfig, {"validation_fraction": 1.0}, ["data.validation_fraction is 1.0"]),
         (OptimizerConfig, {"learning_rate": 0.0}, ["optimizer.learning_rate is 0.0"]),
@@ -155,6 +163,19 @@ def test_values_of_the_wrong_type_are_refused_by_name(cls: type[Any], values: An
         cls(**values)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_the_period_of_a_model_combines_its_patterns() -> None:
+    plain = ModelConfig(layer_pattern=("local", "global"))
+    assert plain.period == (("local", "dense"), ("global", "dense"))
+    assert plain.sparse_layers == ()
+    mixed = ModelConfig(
+        num_layers=7, num_experts=4, layer_pattern=("local", "global"), mlp_pattern=("dense", "sparse", "sparse")
+    )
+    attention, mlps = zip(*mixed.period, strict=True)
+    assert attention == ("local", "global") * 3
+    assert mlps == ("dense", "sparse", "sparse") * 2
+    assert mixed.sparse_layers == (1, 2, 4, 5)
 
 
 def test_json_keeps_every_field() -> None:
