@@ -128,7 +128,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 def per_shard(
     f: Callable[..., Any],
-    in_names: Sequence[Sequence[str]],
+    in_names: Sequence[Sequence[str | None]],
     out_names: Sequence[str],
     summed_names: Sequence[str] = (),
 ) -> Callable[..., Any]:
@@ -187,10 +187,16 @@ def _as_tuple(entry: Any) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
-def is_divisible(shape: Sequence[int], names: Sequence[str]) -> bool:
-    """Whether the current mesh can shard an array of this shape evenly by its logical axes. True without a mesh."""
+def is_divisible(shape: Sequence[int], names: Sequence[str | None]) -> bool:
+    """Whether the current mesh can shard an array of this shape evenly by its logical axes. True without a mesh.
+
+    Inside `jax.shard_map`, manual axes do not count, as in `spec`.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh.empty or all(size % num_parts(mesh, name) == 0 for size, name in zip(shape, names, strict=True))
+    return mesh.empty or all(
+        size % math.prod(mesh.shape[axis] for axis in _as_tuple(entry)) == 0
+        for size, entry in zip(shape, spec(names), strict=True)
+    )
 
 
 def sum_over_data(f: Callable[[Any, Any], Any], whole: Any, batch: Any) -> Any:

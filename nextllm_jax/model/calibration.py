@@ -58,7 +58,7 @@ def calibrate(
     starts = range(0, len(windows_BT), _BATCH_SIZE)
     batches = [embed(embedding, windows_BT[start : start + _BATCH_SIZE]) for start in starts]
     for i, path in enumerate(paths):
-        block = Block(model.config, config.layer_pattern[i % len(config.layer_pattern)], model.dtype, AttentionKernel())
+        block = Block(model.config, *config.period[i % len(config.period)], model.dtype, AttentionKernel())
         layer = jax.device_put(params[path], device)
         sums = (_sums_of_squares(block, layer, x_BTD) for x_BTD in batches)
         hessians = functools.reduce(functools.partial(jax.tree.map, jnp.add), sums)

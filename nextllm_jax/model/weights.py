@@ -108,7 +108,7 @@ def map_weights(change: Callable[..., Any], boxed: Any, *trees: Any) -> Any:
 
 def layer_paths(config: ModelConfig, *, stacked: bool = True) -> list[tuple[str, int | None]]:
     """(name of the subtree, index in the stack) of each layer; the index is None for a layer that is not stacked."""
-    size = len(config.layer_pattern)
+    size = len(config.period)
     num_scanned = config.num_layers // size * size if stacked else 0
     return [
         (f"{STACK}/block_{layer % size}", layer // size)
@@ -175,7 +175,7 @@ def in_layer_order(config: ModelConfig, tree: Any, value: Callable[[Any, int], j
 
     `value(subtree, n)` reduces all but the first n axes of its leaves: 1 for a stack of layers, 0 for a single layer.
     """
-    size = len(config.layer_pattern)
+    size = len(config.period)
     num_periods, num_rest = divmod(config.num_layers, size) if STACK in tree else (0, config.num_layers)
     parts = [value(tree.get(f"{_REMAINDER}{i}", {}), 0)[None] for i in range(num_rest)]
     if num_periods:

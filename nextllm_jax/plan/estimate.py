@@ -130,7 +130,7 @@ def update_flops_of_a_device(config: Config, mesh: Mapping[str, int]) -> float:
     All layers count as stacked.
     """
     parts = mesh["fsdp"] * mesh["tensor"] * (mesh["data"] if config.optimizer.shard_over_data else 1)
-    periods = max(config.model.num_layers // len(config.model.layer_pattern), 1)
+    periods = max(config.model.num_layers // len(config.model.period), 1)
     return update_flops(config.model, config.optimizer) * math.ceil(periods / parts) / periods
 
 
