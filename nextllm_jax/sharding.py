@@ -217,6 +217,12 @@ def sum_over_data(f: Callable[[Any, Any], Any], whole: Any, batch: Any) -> Any:
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), part(whole, batch))
 
 
+def sum_over_manual_axes(tree: Any) -> Any:
+    """A pytree of arrays, each summed over the mesh axes that are manual here, as "data" is inside `sum_over_data`."""
+    axes = tuple(jax.sharding.get_abstract_mesh().manual_axes)
+    return jax.lax.psum(tree, axes) if axes else tree
+
+
 def sharding(mesh: Mesh | AbstractMesh, *names: str | None) -> NamedSharding:
     """The NamedSharding of an array with these logical axes on `mesh`."""
     return NamedSharding(mesh, spec(names))

@@ -182,8 +182,12 @@ class ModelConfig:
         return tuple(layer for layer in range(self.num_layers) if period[layer % len(period)][1] == "sparse")
 
     def without_remat(self) -> "ModelConfig":
-        """The config for inference: the same model without recomputation and offloading."""
+        """The same model without recomputation and offloading."""
         return dataclasses.replace(self, remat="none", remat_offload=False)
+
+    def for_inference(self) -> "ModelConfig":
+        """The config for inference: without recomputation, offloading and limits on the tokens of an expert."""
+        return dataclasses.replace(self.without_remat(), capacity_factor=None)
 
     def _check_experts(self) -> None:
         experts, chosen = self.num_experts, self.experts_per_token

@@ -52,7 +52,7 @@ def calibrate(
     device = jax.local_devices()[0]
     paths = [path for path, _ in layer_paths(config, stacked=False)]
     new = {name: _quantized(name, params[name], like[name], {}, observe) for name in params if name not in paths}
-    model = Transformer(config.without_remat(), jnp.float32, scan_layers=False)
+    model = Transformer(config.for_inference(), jnp.float32, scan_layers=False)
     embed = jax.jit(functools.partial(model.apply, method="embedded"))
     embedding = {"params": jax.device_put({"embed": new["embed"]}, device)}
     starts = range(0, len(windows_BT), _BATCH_SIZE)

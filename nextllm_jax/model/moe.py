@@ -131,12 +131,14 @@ class ExpertMatrix(nn.Module):
     init_std: float
 
     @nn.compact
-    def __call__(self) -> list[tuple[jax.Array | QTensor, Names]]:
+    def __call__(self) -> list[tuple[Any, Names]]:
         """Return the matrices and, if the collection "adapters" is given, their two factors, with logical axes."""
         config, init = self.config, nn.initializers.normal(self.init_std)
         (inputs, outputs), dtype = self.axes, jnp.dtype(config.param_dtype)
         shape, axes = (config.num_experts, *self.shape), (EXPERTS, inputs, outputs)
-        parts = [(declare(self, "kernel", "matrix", init, axes, shape, dtype, num_inputs=1), axes)]
+        parts: list[tuple[Any, Names]] = [
+            (declare(self, "kernel", "matrix", init, axes, shape, dtype, num_inputs=1), axes)
+        ]
         if self.has_variable("adapters", "a"):
             parts += [(self.get_variable("adapters", "a"), (EXPERTS, inputs, "rank"))]
             parts += [(self.get_variable("adapters", "b"), (EXPERTS, "rank", outputs))]
@@ -245,7 +247,8 @@ def _apply(
     x_PD = spread(x_BTD.reshape(B * T, D), groups)
     weight_P1 = spread(weight_BTK.reshape(-1, 1), groups)
     inner_PF = weighted(product(x_PD, gate), product(x_PD, up), weight_P1)
-    return collect(product(inner_PF, down), groups, B * T).reshape(B, T, D)
+    y_MD: jax.Array = collect(product(inner_PF, down), groups, B * T)  # pyright: ignore[reportAssignmentType]
+    return y_MD.reshape(B, T, D)
 
 
 class MixtureOfExperts(nn.Module):

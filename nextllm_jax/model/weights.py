@@ -3,7 +3,7 @@
 A module declares a weight once, with `declare`. Everything else (accounting, weight decay, adapters, quantization,
 norms per layer, names in other formats) reads the `Weight` boxes of `transformer.abstract_params`.
 
-Layers of a period of the layer pattern are stacked: the tree has `layers/block_<i>/...` with one leading axis per
+Layers of a period of the layer patterns are stacked: the tree has `layers/block_<i>/...` with one leading axis per
 period, then `remainder_<i>/...` for each layer after the last whole period. `transformer.py` creates this
 layout; other modules use the helpers here.
 """
@@ -192,13 +192,13 @@ def subtree(tree: Any, name: str) -> Any:
 
 
 def cast_matrices(boxed: Any, params: Any, dtype: np.dtype) -> Any:
-    """The parameters (or abstract arrays) in `dtype`, except for the norms' scales, as the model would cast them.
+    """The parameters (or abstract arrays) in `dtype`, as the model would cast them: not those of norms and routers.
 
     `boxed` is the `abstract_params` of the same tree.
     """
 
     def cast(weight: Weight, leaf: Any) -> Any:
-        if weight.kind == "norm":
+        if weight.kind in ("norm", "router", "selection_bias"):
             return leaf
         return leaf.astype(dtype) if isinstance(leaf, jax.Array) else leaf.update(dtype=dtype)
 
