@@ -50,6 +50,8 @@ class RouterSums(NamedTuple):
     """Entropies of the probabilities, in nats."""
     dropped: jax.Array
     """Choices of an expert that has no room left."""
+    counted: jax.Array
+    """Tokens."""
 
 
 class Router(nn.Module):
@@ -119,6 +121,7 @@ def _sums(
         z=jnp.sum(z_BT * counted_BT),
         entropy=jax.lax.stop_gradient(jnp.sum(entropy_BT * counted_BT)),
         dropped=jnp.sum(dropped_BT * counted_BT),
+        counted=jnp.sum(counted_BT),
     )
 
 

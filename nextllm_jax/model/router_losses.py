@@ -19,14 +19,14 @@ def router_sums(config: ModelConfig, intermediates: Any) -> RouterSums | None:
 
     def flat(block: Any, num_stacked: int) -> jax.Array:
         if "mlp" not in block:  # a dense layer records nothing there
-            return jnp.zeros((len(block["before_mlp"][0]), 2 * E + 3) if num_stacked else 2 * E + 3)
+            return jnp.zeros((len(block["before_mlp"][0]), 2 * E + 4) if num_stacked else 2 * E + 4)
         found: RouterSums = block["mlp"]["router"][ROUTING][0]
-        scalars = jnp.stack([found.z, found.entropy, found.dropped], axis=-1)
+        scalars = jnp.stack([found.z, found.entropy, found.dropped, found.counted], axis=-1)
         return jnp.concatenate([found.tokens_E, found.probability_E, scalars], axis=-1)
 
     sums_SX = in_layer_order(config, intermediates, flat)[jnp.array(config.sparse_layers)]
-    tokens_SE, probability_SE, scalars_S3 = jnp.split(sums_SX, (E, 2 * E), axis=1)
-    return RouterSums(tokens_SE, probability_SE, *scalars_S3.T)
+    tokens_SE, probability_SE, scalars_S4 = jnp.split(sums_SX, (E, 2 * E), axis=1)
+    return RouterSums(tokens_SE, probability_SE, *scalars_S4.T)
 
 
 def router_loss(config: ModelConfig, sums: RouterSums, num_tokens: jax.Array) -> jax.Array:
@@ -37,9 +37,9 @@ def router_loss(config: ModelConfig, sums: RouterSums, num_tokens: jax.Array) ->
     Both are those of a microbatch, of all devices together. `num_tokens` is the number of its tokens in the loss mask
     on this device, by which the summed loss is divided later.
     """
-    tokens_SE, num_tokens = sum_over_manual_axes((jax.lax.stop_gradient(sums.tokens_E), num_tokens))
-    choices_S = jnp.maximum(jnp.sum(tokens_SE, axis=1), 1)
-    counted_S = choices_S / config.experts_per_token
+    tokens_SE, counted_S, num_tokens = sum_over_manual_axes((sums.tokens_E, sums.counted, num_tokens))
+    counted_S = jnp.maximum(counted_S, 1)
+    choices_S = counted_S * config.experts_per_token
     balance_S = config.num_experts * jnp.sum(tokens_SE / choices_S[:, None] * sums.probability_E, axis=1) / counted_S
     losses_S = config.load_balance_weight * balance_S + config.router_z_weight * sums.z / counted_S
     return jnp.mean(losses_S) * num_tokens

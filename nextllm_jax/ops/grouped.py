@@ -47,11 +47,18 @@ def tile_rows(num_assignments: int, num_experts: int) -> int:
     return max(block_rows(num_assignments, num_experts), _FEW_TILE_ROWS if num_assignments < _TILE_ROWS else _TILE_ROWS)
 
 
+def num_rows(num_assignments: int, num_experts: int) -> int:
+    """P, for any load."""
+    most = num_assignments + min(num_assignments, num_experts) * (block_rows(num_assignments, num_experts) - 1)
+    tile = tile_rows(num_assignments, num_experts)
+    return -(-most // tile) * tile
+
+
 def arrange(expert_A: jax.Array, num_experts: int) -> Groups:
     """The rows of assignments to the experts `expert_A`, int32; the number of experts stands for no expert."""
     A, E = len(expert_A), num_experts
     R = block_rows(A, E)
-    P = _round_up(A + min(A, E) * (R - 1), tile_rows(A, E))
+    P = num_rows(A, E)
     order_A = jnp.argsort(expert_A, stable=True)
     count_E = jnp.sum(expert_A[:, None] == jnp.arange(E)[None], axis=0, dtype=jnp.int32)
     rows_E = (count_E + R - 1) // R * R
@@ -66,10 +73,6 @@ def arrange(expert_A: jax.Array, num_experts: int) -> Groups:
     within_P = row_P - first_E[expert_P]
     found_P = order_A[jnp.clip(begin_E[expert_P] + within_P, 0, A - 1)]
     return Groups(row_A, jnp.where(within_P < count_E[expert_P], found_P, A).astype(jnp.int32), rows_E)
-
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
 
 
 @jax.custom_vjp

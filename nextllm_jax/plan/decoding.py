@@ -141,8 +141,8 @@ def _check(config: Config, request: Request, mesh: Mesh) -> None:
     parts = num_parts(mesh, "batch")
     if request.batch_size % parts:
         raise InputError(
-            f"batch_size {request.batch_size} is not divisible by mesh.data x mesh.fsdp = {parts}; give more rows, or "
-            f"another mesh such as --mesh.data 1 --mesh.fsdp 1 --mesh.tensor {mesh.devices.size}"
+            f"batch_size {request.batch_size} is not divisible by mesh.data x fsdp x expert = {parts}; give more rows, "
+            f"or another mesh such as --mesh.data 1 --mesh.fsdp 1 --mesh.tensor {mesh.devices.size}"
         )
     if request.cache_length > config.model.context_length:
         raise InputError(

@@ -8,7 +8,7 @@ import optax
 
 from nextllm_jax.config import ModelConfig, OptimizerConfig
 from nextllm_jax.model.transformer import abstract_params
-from nextllm_jax.model.weights import of_kind, path_name
+from nextllm_jax.model.weights import Kind, of_kind, path_name
 
 
 def decay_mask(config: OptimizerConfig, model: ModelConfig, params: Any) -> Any:
@@ -17,7 +17,8 @@ def decay_mask(config: OptimizerConfig, model: ModelConfig, params: Any) -> Any:
     `params` may be boxed, a part of the model's parameters (stacked over layers), or adapters, which are not decayed.
     """
     boxed = abstract_params(model)
-    names = of_kind(boxed, "matrix", "router", *(["embedding"] if config.decay_embeddings else []))
+    decayed: tuple[Kind, ...] = ("matrix", "router", "embedding") if config.decay_embeddings else ("matrix", "router")
+    names = of_kind(boxed, *decayed)
     return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path) in names, params)
 
 
