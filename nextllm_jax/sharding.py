@@ -23,22 +23,25 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from nextllm_jax.config import MeshConfig
 from nextllm_jax.errors import InputError
 
-MESH_AXES = ("data", "fsdp", "sequence", "tensor")
+MESH_AXES = ("data", "fsdp", "sequence", "tensor", "expert")
 
 RULES: dict[str, tuple[str, ...]] = {
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "lookup_batch": ("data",),  # during the embedding lookup
     "seq": ("sequence",),
     "residual_seq": ("sequence", "tensor"),  # between sublayers, in training
     "activation_embed": (),
     # parameters; heads, kv_heads, mlp and vocab also shard activations
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "expert"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
+    "experts": ("expert",),
+    "expert_embed": ("fsdp",),  # embed of expert weights
+    "router_experts": (),  # the outputs of the router
     "norm": (),
     "rank": (),
     "layers": (),
@@ -56,7 +59,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     found = num_slices(devices)
     if config.slices == found > 1:
         in_a_slice = (sizes[0] // found, *sizes[1:])
-        order = create_hybrid_device_mesh(in_a_slice, (found, 1, 1, 1), devices, allow_split_physical_axes=True)
+        order = create_hybrid_device_mesh(in_a_slice, (found, 1, 1, 1, 1), devices, allow_split_physical_axes=True)
     elif config.slices == 1 and (found == 1 or devices[0].platform != "tpu"):
         # GPU nodes count as slices too, but any axis may span several nodes.
         order = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
@@ -125,7 +128,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 def per_shard(
     f: Callable[..., Any],
-    in_names: Sequence[Sequence[str]],
+    in_names: Sequence[Sequence[str | None]],
     out_names: Sequence[str],
     summed_names: Sequence[str] = (),
 ) -> Callable[..., Any]:
@@ -184,10 +187,16 @@ def _as_tuple(entry: Any) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
-def is_divisible(shape: Sequence[int], names: Sequence[str]) -> bool:
-    """Whether the current mesh can shard an array of this shape evenly by its logical axes. True without a mesh."""
+def is_divisible(shape: Sequence[int], names: Sequence[str | None]) -> bool:
+    """Whether the current mesh can shard an array of this shape evenly by its logical axes. True without a mesh.
+
+    Inside `jax.shard_map`, manual axes do not count, as in `spec`.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh.empty or all(size % num_parts(mesh, name) == 0 for size, name in zip(shape, names, strict=True))
+    return mesh.empty or all(
+        size % math.prod(mesh.shape[axis] for axis in _as_tuple(entry)) == 0
+        for size, entry in zip(shape, spec(names), strict=True)
+    )
 
 
 def sum_over_data(f: Callable[[Any, Any], Any], whole: Any, batch: Any) -> Any:
@@ -206,6 +215,12 @@ def sum_over_data(f: Callable[[Any, Any], Any], whole: Any, batch: Any) -> Any:
         check_vma=False,
     )
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), part(whole, batch))
+
+
+def sum_over_manual_axes(tree: Any) -> Any:
+    """A pytree of arrays, each summed over the mesh axes that are manual here, as "data" is inside `sum_over_data`."""
+    axes = tuple(jax.sharding.get_abstract_mesh().manual_axes)
+    return jax.lax.psum(tree, axes) if axes else tree
 
 
 def sharding(mesh: Mesh | AbstractMesh, *names: str | None) -> NamedSharding:

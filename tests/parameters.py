@@ -19,6 +19,7 @@ def random_params(shapes: Any, seed: int = 0) -> Any:
         values = rng.standard_normal(tree.shape)
         if path[-1] == "kernel":
             axes = tree.shape[1:] if "layers" in path else tree.shape
+            axes = axes[1:] if "experts" in path else axes
             values /= np.sqrt(np.prod(axes[:2]) if path[-2] == "o" else axes[0])
         elif path[-1] == "embedding":
             values /= np.sqrt(embed_dim)

@@ -27,24 +27,25 @@ SMALL = ModelConfig(
 @pytest.mark.parametrize(
     ("axes", "expected"),
     [
-        ({}, (8, 1, 1, 1)),
-        ({"fsdp": 2, "tensor": 2}, (2, 2, 1, 2)),
-        ({"data": 1, "fsdp": -1, "tensor": 2}, (1, 4, 1, 2)),
-        ({"data": 2, "fsdp": 2, "sequence": 2, "tensor": 1}, (2, 2, 2, 1)),
+        ({}, (8, 1, 1, 1, 1)),
+        ({"fsdp": 2, "tensor": 2}, (2, 2, 1, 2, 1)),
+        ({"data": 1, "fsdp": -1, "tensor": 2}, (1, 4, 1, 2, 1)),
+        ({"data": 2, "fsdp": 2, "sequence": 2, "tensor": 1}, (2, 2, 2, 1, 1)),
+        ({"fsdp": 2, "expert": 2}, (2, 2, 1, 1, 2)),
     ],
 )
 def test_mesh_uses_all_devices(axes: dict[str, int], expected: tuple[int, ...]) -> None:
     mesh = sharding.make_mesh(MeshConfig(**axes))
     assert tuple(mesh.shape.values()) == expected
-    assert mesh.axis_names == ("data", "fsdp", "sequence", "tensor")
+    assert mesh.axis_names == ("data", "fsdp", "sequence", "tensor", "expert")
     assert set(mesh.devices.flat) == set(jax.devices())
 
 
 def test_mesh_of_some_devices() -> None:
-    assert sharding.make_mesh(MeshConfig(tensor=2), jax.devices()[:4]).devices.shape == (2, 1, 1, 2)
+    assert sharding.make_mesh(MeshConfig(tensor=2), jax.devices()[:4]).devices.shape == (2, 1, 1, 2, 1)
 
 
-@pytest.mark.parametrize("axes", [{"fsdp": 3}, {"data": 2}, {"data": 4, "tensor": 4}])
+@pytest.mark.parametrize("axes", [{"fsdp": 3}, {"data": 2}, {"data": 4, "tensor": 4}, {"expert": 3}])
 def test_mesh_that_does_not_fit_the_devices_is_refused(axes: dict[str, int]) -> None:
     with pytest.raises(InputError, match="does not use 8 devices") as caught:
         sharding.make_mesh(MeshConfig(**axes))
@@ -106,9 +107,9 @@ def test_slices_that_do_not_fit_are_refused(
 
 def test_spec_translates_logical_axes() -> None:
     assert sharding.spec(("batch", "seq", "heads", "head_dim")) == PartitionSpec(
-        ("data", "fsdp"), "sequence", "tensor", None
+        ("data", "fsdp", "expert"), "sequence", "tensor", None
     )
-    assert sharding.spec(("layers", "embed", "mlp")) == PartitionSpec(None, "fsdp", "tensor")
+    assert sharding.spec(("layers", "embed", "mlp")) == PartitionSpec(None, ("fsdp", "expert"), "tensor")
     assert sharding.spec((None, "vocab")) == PartitionSpec(None, "tensor")
 
 

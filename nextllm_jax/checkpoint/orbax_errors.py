@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import http
 import logging
 import os
 import re
@@ -30,6 +31,9 @@ def cause(error: BaseException) -> str:
     refused = re.search(r"([A-Z]+(?:_[A-Z]+)*): Error (\w+) .*gs://", str(error))  # tensorstore, too
     if refused:
         return f"the bucket answered {refused[1].lower().replace('_', ' ')} while {refused[2]}"
+    answered = re.match(r"(\d{3}) [A-Z]+ https?://", str(error))  # google-cloud-storage
+    if answered:
+        return f"the bucket answered {http.HTTPStatus(int(answered[1])).phrase.lower()}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = str(error).strip().splitlines()

@@ -19,8 +19,8 @@ from nextllm_jax.errors import InputError
 from nextllm_jax.storage.interface import Storage
 from nextllm_jax.storage.open_storage import as_path, open_storage
 
-CONFIG, METRICS, LOSS, LAYERS, SAMPLES, TRACKERS = FILES = (
-    "config.json", "metrics.jsonl", "loss.png", "layers.png", "samples.txt", "trackers.json",
+CONFIG, METRICS, LOSS, LAYERS, EXPERTS, SAMPLES, TRACKERS = FILES = (
+    "config.json", "metrics.jsonl", "loss.png", "layers.png", "experts.png", "samples.txt", "trackers.json",
 )  # fmt: skip
 CHECKPOINTS, FLIGHT, BASE, TOKENIZER, PROFILE, TENSORBOARD = DIRECTORIES = (
     "checkpoints", "flight", "base", "tokenizer", "profile", "tensorboard",

@@ -1,12 +1,14 @@
 """Every setting of a model. Importing this module does not import jax."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from nextllm_jax.config.checks import check_types, require, require_positive
 from nextllm_jax.config.fields import Fixed, Free, NoEffect, marks
 
 LayerKind = Literal["global", "local", "global_nope"]
+MLPKind = Literal["dense", "sparse"]
 DType = Literal["float32", "bfloat16"]
 
 
@@ -112,6 +114,36 @@ class ModelConfig:
     """The logits are divided by this, before their soft cap."""
     logit_soft_cap: float | None = None
     """Bounds the logits: cap * tanh(logit / cap); none: no bound."""
+    num_experts: Fixed[int] = 0
+    """Experts in each sparse layer, of which a router chooses some for each token; 0: all layers are dense."""
+    experts_per_token: int = 2
+    """Number of experts that the router chooses for each token."""
+    expert_mlp_dim: Fixed[int | None] = None
+    """Width inside each expert; none: mlp_dim."""
+    mlp_pattern: Fixed[tuple[MLPKind, ...]] = ("sparse",)
+    """Kinds of MLPs, repeated over the depth: sparse (experts), dense (one SwiGLU of mlp_dim)."""
+    shared_expert_mlp_dim: Fixed[int] = 0
+    """Width inside the shared expert, which processes all tokens; 0: none. Several shared experts are one that is as
+    wide as all of them."""
+    shared_expert_gate: Fixed[bool] = False
+    """Multiply the output of the shared expert by a learned sigmoid of its input."""
+    router_scores: Literal["softmax", "sigmoid"] = "softmax"
+    """Scores from the router's logits. softmax: over all experts; sigmoid: of each expert by itself."""
+    normalize_expert_weights: bool = True
+    """Divide the scores of the chosen experts by their sum; softmax is then a softmax over the chosen experts alone."""
+    expert_weight_scale: float = 1.0
+    """Factor on the weights of the chosen experts."""
+    selection_bias: Fixed[bool] = False
+    """Choose experts by score plus a bias. After each step it rises for experts with fewer tokens than the mean."""
+    selection_bias_rate: float = 0.001
+    """Change of the selection bias in a step."""
+    load_balance_weight: float = 0.01
+    """Weight of the load-balancing loss, which is 1 if all experts get equally many tokens."""
+    router_z_weight: float = 0.001
+    """Weight of the mean squared log-sum-exp of the router's logits, which keeps them small."""
+    capacity_factor: float | None = None
+    """In training, an expert takes at most this factor times the mean number of tokens per expert from a sequence; the
+    others skip it. none: no limit."""
 
     def __post_init__(self) -> None:
         check_types(self, "model.")
@@ -134,10 +166,50 @@ class ModelConfig:
             f"model.attention_blocks is {blocks}; give two positive block sizes, of queries and of keys, or none",
         )
         self._check_rope()
+        self._check_experts()
+
+    @property
+    def period(self) -> tuple[tuple[LayerKind, MLPKind], ...]:
+        """The kinds of attention and MLP of each layer in a period, which repeats over the depth."""
+        mlps: tuple[MLPKind, ...] = self.mlp_pattern if self.num_experts else ("dense",)
+        length = math.lcm(len(self.layer_pattern), len(mlps))
+        return tuple((self.layer_pattern[i % len(self.layer_pattern)], mlps[i % len(mlps)]) for i in range(length))
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The indices of the layers that have experts."""
+        period = self.period
+        return tuple(layer for layer in range(self.num_layers) if period[layer % len(period)][1] == "sparse")
 
     def without_remat(self) -> "ModelConfig":
-        """The config for inference: the same model without recomputation and offloading."""
+        """The same model without recomputation and offloading."""
         return dataclasses.replace(self, remat="none", remat_offload=False)
+
+    def for_inference(self) -> "ModelConfig":
+        """The config for inference: without recomputation, offloading and limits on the tokens of an expert."""
+        return dataclasses.replace(self.without_remat(), capacity_factor=None)
+
+    def _check_experts(self) -> None:
+        experts, chosen = self.num_experts, self.experts_per_token
+        require(experts >= 0, f"model.num_experts is {experts}; it cannot be negative")
+        require(len(self.mlp_pattern) > 0, "model.mlp_pattern is empty; use ('sparse',) for experts in all layers")
+        for name in ("expert_mlp_dim", "shared_expert_mlp_dim", "selection_bias", "capacity_factor"):
+            value = getattr(self, name)
+            require(
+                experts > 0 or not value, f"model.{name} is {value}, but there are no experts; set model.num_experts"
+            )
+        gated = self.shared_expert_mlp_dim > 0 or not self.shared_expert_gate
+        require(gated, "model.shared_expert_gate needs a shared expert; set model.shared_expert_mlp_dim")
+        require_positive(
+            self, "model.", "experts_per_token", "expert_mlp_dim", "expert_weight_scale", "capacity_factor"
+        )
+        for name in ("shared_expert_mlp_dim", "selection_bias_rate", "load_balance_weight", "router_z_weight"):
+            value = getattr(self, name)
+            require(value >= 0, f"model.{name} is {value}; it cannot be negative")
+        if experts:
+            require(chosen <= experts, f"model.experts_per_token {chosen} exceeds model.num_experts {experts}")
+            message = f"model.mlp_pattern {self.mlp_pattern} has no sparse layer for model.num_experts {experts}"
+            require(len(self.sparse_layers) > 0, f"{message}; add 'sparse'")
 
     def _check_rope(self) -> None:
         for name in ("rope_theta", "rope_local_theta"):

@@ -247,14 +247,17 @@ class MeshConfig:
     """Context parallelism: sequences are sharded, and each device gathers all keys and values."""
     tensor: int = 1
     """Tensor parallelism: heads, mlp and vocabulary are sharded."""
+    expert: int = 1
+    """Expert parallelism: experts are sharded. For everything else, these devices are further ones along fsdp."""
     slices: int = 1
     """TPU slices, or other groups of devices, that are connected by a slower network. It must divide data, which is
     split over the slices first; the other axes stay within a slice."""
 
-    def sizes(self, num_devices: int) -> tuple[int, int, int, int]:
-        """(data, fsdp, sequence, tensor) with -1 resolved; their product is num_devices."""
-        sizes = [self.data, self.fsdp, self.sequence, self.tensor]
+    def sizes(self, num_devices: int) -> tuple[int, int, int, int, int]:
+        """(data, fsdp, sequence, tensor, expert) with -1 resolved; their product is num_devices."""
+        sizes = [self.data, self.fsdp, self.sequence, self.tensor, self.expert]
         named = f"mesh data {self.data}, fsdp {self.fsdp}, sequence {self.sequence}, tensor {self.tensor}"
+        named += f", expert {self.expert}" if self.expert != 1 else ""
         fixed = math.prod(size for size in sizes if size != -1)
         if -1 in sizes and num_devices % fixed == 0:
             sizes[sizes.index(-1)] = num_devices // fixed
@@ -266,11 +269,11 @@ class MeshConfig:
             sizes[0] % self.slices == 0,
             f"mesh.slices {self.slices} does not divide mesh.data {sizes[0]}; no other axis may cross slices",
         )
-        return (sizes[0], sizes[1], sizes[2], sizes[3])
+        return (sizes[0], sizes[1], sizes[2], sizes[3], sizes[4])
 
     def __post_init__(self) -> None:
         _check_types(self, "mesh.")
-        sizes = {name: getattr(self, name) for name in ("data", "fsdp", "sequence", "tensor")}
+        sizes = {name: getattr(self, name) for name in ("data", "fsdp", "sequence", "tensor", "expert")}
         for name, size in sizes.items():
             message = f"mesh.{name} is {size}; it must be positive, or -1 for the remaining devices"
             _require(size == -1 or size > 0, message)

@@ -18,6 +18,7 @@ import optax
 from nextllm_jax.config import Config, ModelConfig
 from nextllm_jax.model.layers import Embed, Linear, RMSNorm
 from nextllm_jax.model.lora import Frozen
+from nextllm_jax.model.moe import ExpertMatrix, Experts, Router
 from nextllm_jax.model.objective import Batch, Objective, next_token, token_scores
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.model.weights import layer_paths, subtree, unstack_layers
@@ -38,7 +39,7 @@ class _Seen:
 
     name: str = flax.struct.field(pytree_node=False)
     finite: jax.Array
-    """bool: all values are finite."""
+    """bool: all values are finite; for the matrices of experts, by expert."""
     squares_finite: jax.Array
     """bool: the squares of the values are finite too, if the model computes them."""
 
@@ -81,6 +82,12 @@ def _all_finite(*arrays: jax.Array) -> jax.Array:
 
 def _seen(name: str, *arrays: jax.Array, squares: jax.Array | float = 0.0) -> _Seen:
     return _Seen(name=name, finite=_all_finite(*arrays), squares_finite=_all_finite(jnp.asarray(squares)))
+
+
+def _seen_experts(name: str, parts: list[jax.Array]) -> _Seen:
+    """The check of the matrices of a layer's experts and of their adapters, or of the gradients of these."""
+    finite = [jnp.all(jnp.isfinite(part.reshape(len(part), -1)), axis=1) for part in parts]
+    return _Seen(name=name, finite=jnp.all(jnp.stack(finite), axis=0), squares_finite=jnp.asarray(True))
 
 
 def _seen_input(config: ModelConfig, module: nn.Module, x: jax.Array) -> _Seen:
@@ -135,7 +142,19 @@ def _passes(
         def look(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
             result = call(*args, **kwargs)
             module = context.module
-            if context.method_name == "__call__" and isinstance(module, Embed | Linear | RMSNorm):
+            if context.method_name != "__call__":
+                return result
+            if isinstance(module, ExpertMatrix):
+                leaves = [leaf for part, _ in result for leaf in jax.tree.leaves(part)]
+                arrays = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+                seen.append(_seen_experts(_name(module.path), arrays))
+                paths.append(module.path)
+            elif isinstance(module, Router):
+                seen.append(_seen(_name(module.path), result.weight_BTK))
+                paths.append(module.path)
+            elif isinstance(module, Experts):
+                seen.append(_seen(_name(module.path), result))
+            elif isinstance(module, Embed | Linear | RMSNorm):
                 if not isinstance(module, Embed):
                     seen.append(_seen_input(config, module, args[0]))
                 seen.append(_seen(_name(module.path), result))
@@ -156,15 +175,21 @@ def _passes(
     (_, forward), (gradients, d_hidden_BTD) = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, zeros_BTD)
     backward = [_seen(HEAD_AND_LOSS, d_hidden_BTD, *_at(gradients, ("lm_head",)))]
     trained = [path for path in reversed(paths) if _at(gradients, path)]
-    backward += [_seen(_name(path), *_at(gradients, path)) for path in trained]
+    for path in trained:
+        check = _seen_experts if "experts" in path else lambda name, leaves: _seen(name, *leaves)
+        backward.append(check(_name(path), _at(gradients, path)))
     logprobs_BT, _ = token_scores(model, params, batch, frozen)
     return forward, backward, -jnp.sum(jnp.where(batch.loss_mask_BT, logprobs_BT, 0), axis=1)
 
 
 def _first(seen: list[_Seen]) -> tuple[str, bool] | None:
     """The first module that is not finite or overflows when squared, and whether it only overflows when squared."""
-    bad = (each for each in seen if not (each.finite and each.squares_finite))
-    return next(((each.name, bool(each.finite)) for each in bad), None)
+    for each in seen:
+        if np.ndim(each.finite) and not np.all(each.finite):
+            return f"{each.name} of expert {int(np.argmin(each.finite))}", False
+        if not (np.all(each.finite) and each.squares_finite):
+            return each.name, bool(each.finite)
+    return None
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -4,6 +4,7 @@ Each function returns a message and its status.
 """
 
 import importlib.metadata
+import math
 import os
 import platform
 import time
@@ -57,7 +58,8 @@ def memory(config: Config, mesh: Mesh) -> tuple[str, Status]:
 
     Activations are not counted, so this is a lower bound on the memory that training needs.
     """
-    device, parts, optimizer = mesh.devices.flat[0], mesh.shape["fsdp"] * mesh.shape["tensor"], config.optimizer
+    device, optimizer = mesh.devices.flat[0], config.optimizer
+    parts = math.prod(mesh.shape[axis] for axis in ("fsdp", "tensor", "expert"))
     moments = moment_bytes(config.model, optimizer, config.lora)
     if optimizer.shard_over_data:
         moments /= mesh.shape["data"]

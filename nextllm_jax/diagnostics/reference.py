@@ -118,9 +118,41 @@ def attention(block: Any, x_BTD: np.ndarray, kind: str, positions_BT: np.ndarray
     return out_BTD + (block["o"]["bias"] if config.attention_output_bias else 0)
 
 
+def experts(block: Any, x_BTD: np.ndarray, activation: Any, config: Any) -> np.ndarray:
+    """A sparse layer, one token at a time and one of its experts after the other: [B, T, D].
+
+    Scores as in Shazeer et al. 2017 (softmax) or DeepSeek-V3 (2024: sigmoid, and a bias for the choice alone).
+    """
+    out_BTD, (B, T, _) = np.zeros_like(x_BTD), x_BTD.shape
+    bias = block["router"].get("selection_bias", 0.0)
+    for b in range(B):
+        load = np.zeros(config.num_experts)
+        for t in range(T):
+            x = x_BTD[b, t]
+            logits = x @ block["router"]["kernel"]
+            scores = softmax(logits) if config.router_scores == "softmax" else 1 / (1 + np.exp(-logits))
+            chosen = np.argsort(-(scores + bias), kind="stable")[: config.experts_per_token]
+            weights = scores[chosen]
+            if config.normalize_expert_weights:
+                weights = weights / weights.sum()
+            for expert, weight in zip(chosen, weights * config.expert_weight_scale, strict=True):
+                load[expert] += 1
+                if config.capacity_factor and load[expert] > max(
+                    1, config.capacity_factor * T * config.experts_per_token // config.num_experts
+                ):
+                    continue
+                gate, up, down = (block["experts"][name]["kernel"][expert] for name in ("gate", "up", "down"))
+                out_BTD[b, t] += weight * ((activation(x @ gate) * (x @ up)) @ down)
+            if "shared" in block:
+                gate, up, down = (block["shared"][name]["kernel"] for name in ("gate", "up", "down"))
+                factor = 1 / (1 + np.exp(-x @ block["shared_gate"]["kernel"])) if "shared_gate" in block else 1
+                out_BTD[b, t] += factor * ((activation(x @ gate) * (x @ up)) @ down)
+    return out_BTD
+
+
 def unstack(params: Any, config: Any) -> list[Any]:
     """The blocks' parameters, one tree a layer, in order of depth, from the stack over periods of the pattern."""
-    size = len(config.layer_pattern)
+    size = len(config.period)
 
     def pick(tree: Any, period: int) -> Any:
         return {name: pick(leaf, period) for name, leaf in tree.items()} if isinstance(tree, dict) else tree[period]
@@ -159,8 +191,11 @@ def block_forward(
     out_BTD = attention(block["attention"], h_BTD, kind, positions, mask_BTT, config)
     x_BTD = x_BTD + norm(block, "attention_post_norm", out_BTD, config) * config.residual_scale
     h_BTD = norm(block, "mlp_norm", x_BTD, config)
-    mlp = {name: projection["kernel"] for name, projection in block["mlp"].items()}
-    out_BTD = (activation(h_BTD @ mlp["gate"]) * (h_BTD @ mlp["up"])) @ mlp["down"]
+    if "experts" in block["mlp"]:
+        out_BTD = experts(block["mlp"], h_BTD, activation, config)
+    else:
+        mlp = {name: projection["kernel"] for name, projection in block["mlp"].items()}
+        out_BTD = (activation(h_BTD @ mlp["gate"]) * (h_BTD @ mlp["up"])) @ mlp["down"]
     return x_BTD + norm(block, "mlp_post_norm", out_BTD, config) * config.residual_scale
 
 

@@ -39,7 +39,7 @@ def score_data(
         )
     check_windows(window, batch_size, llm.config.context_length)
     training_dtype = resolve_dtype(dtype or llm.config.dtype, jax.default_backend(), training=True)
-    model = Transformer(llm.config.without_remat(), training_dtype, llm.scan_layers)
+    model = Transformer(llm.config.for_inference(), training_dtype, llm.scan_layers)
     split = dataset.split("validation")
     if llm.mesh is None:
         batch_sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -90,7 +90,7 @@ class LLM:
     @functools.cached_property
     def model(self) -> Transformer:
         """The Flax module of the parameters."""
-        return Transformer(self.config.without_remat(), self.dtype, self.scan_layers)
+        return Transformer(self.config.for_inference(), self.dtype, self.scan_layers)
 
     def logits(self, tokens: Any) -> jax.Array:
         """Logits, float32 [B, T, V], for tokens, int [B, T]: a causal forward pass without a cache.

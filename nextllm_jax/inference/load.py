@@ -98,6 +98,6 @@ def decoding_model(
     config: ModelConfig, dtype: np.dtype, place: Callable[[Any], Any], quantization: Quantization | None = None
 ) -> tuple[Transformer, Any]:
     """The module for decoding, and its abstract parameters, sharded as `place` shards boxed arrays."""
-    model = Transformer(config.without_remat(), dtype, config.num_layers > MAX_UNROLLED_LAYERS)
+    model = Transformer(config.for_inference(), dtype, config.num_layers > MAX_UNROLLED_LAYERS)
     boxed = abstract_params(config, scan_layers=model.scan_layers)
     return model, abstract_quantized(boxed, cast_matrices(boxed, place(boxed), dtype), quantization)

@@ -9,7 +9,7 @@ from nextllm_jax.config import Config, LoraConfig, ModelConfig, OptimizerConfig
 from nextllm_jax.hardware import readable_bytes
 from nextllm_jax.model.lora import create
 from nextllm_jax.model.transformer import abstract_params
-from nextllm_jax.model.weights import by_name, of_kind
+from nextllm_jax.model.weights import EXPERTS, Weight, by_name, of_kind
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -17,15 +17,36 @@ def parameter_count(config: ModelConfig) -> int:
     return sum(weight.value.size for weight in by_name(abstract_params(config)).values())
 
 
+def active_parameter_count(config: ModelConfig) -> int:
+    """Number of parameters that process a token: of the experts in a layer, those of experts_per_token."""
+    return sum(active_size(config, weight) for weight in by_name(abstract_params(config)).values())
+
+
+def active_size(config: ModelConfig, weight: Weight) -> int:
+    """The part of a weight's size that processes a token."""
+    size = weight.value.size
+    return size * config.experts_per_token // config.num_experts if EXPERTS in weight.names else size
+
+
 def matrix_size(config: ModelConfig) -> int:
-    """Number of parameters in the matrices of all layers, without embedding and head."""
+    """Number of parameters in the matrices of all layers, without embedding, head and routers."""
     return sum(weight.value.size for weight in of_kind(abstract_params(config), "matrix").values())
+
+
+def active_matrix_size(config: ModelConfig) -> int:
+    """Number of parameters in the matrices of all layers, routers included, that multiply a token."""
+    matrices = of_kind(abstract_params(config), "matrix", "router")
+    return sum(active_size(config, weight) for weight in matrices.values())
 
 
 def adapter_count(config: ModelConfig, lora: LoraConfig) -> int:
     """Number of parameters in the adapters. Raises InputError as `lora.create` does."""
+    return sum(weight.value.size for weight in _adapters(config, lora))
+
+
+def _adapters(config: ModelConfig, lora: LoraConfig) -> list[Weight]:
     shapes = jax.eval_shape(lambda: create(lora, abstract_params(config), jax.random.key(0)))
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    return list(by_name(shapes).values())
 
 
 def parameter_bytes(config: ModelConfig, lora: LoraConfig | None = None) -> int:
@@ -107,18 +128,19 @@ def save_estimate(config: Config, num_hosts: int) -> SaveEstimate:
 def flops_per_token(config: ModelConfig, sequence_length: int, lora: LoraConfig | None = None) -> float:
     """Training FLOPs per token: 6 per weight of a matrix or head (2 forward, 4 backward), plus attention.
 
-    A frozen weight counts 4, since it needs no gradient, and an adapter's weight counts 6. The embedding lookup counts
-    nothing. Attention counts the causal half of the logits: 12 N H S / 2 per layer and token (2 products, forward and
-    backward), and less in local layers. Source: Chowdhery et al. 2022 (PaLM, appendix B), with causality.
+    Of the experts, only the chosen ones count. A frozen weight counts 4, since it needs no gradient, and an adapter's
+    weight counts 6. The embedding lookup counts nothing. Attention counts the causal half of the logits:
+    12 N H S / 2 per layer and token (2 products, forward and backward), and less in local layers. Source: Chowdhery
+    et al. 2022 (PaLM, appendix B), with causality.
     """
-    weights = matrix_size(config) + config.vocab_size * config.embed_dim
+    weights = active_matrix_size(config) + config.vocab_size * config.embed_dim
     pattern = config.layer_pattern
     visible = 0.0
     for layer in range(config.num_layers):
         local = pattern[layer % len(pattern)] == "local"
         visible += _mean_visible(sequence_length, config.sliding_window if local else sequence_length)
     if lora is not None and lora.rank:
-        weights = (4 * weights + 6 * adapter_count(config, lora)) / 6
+        weights = (4 * weights + 6 * sum(active_size(config, weight) for weight in _adapters(config, lora))) / 6
     return 6.0 * weights + 12.0 * config.num_heads * config.head_dim * visible
 
 

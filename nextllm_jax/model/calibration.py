@@ -52,13 +52,13 @@ def calibrate(
     device = jax.local_devices()[0]
     paths = [path for path, _ in layer_paths(config, stacked=False)]
     new = {name: _quantized(name, params[name], like[name], {}, observe) for name in params if name not in paths}
-    model = Transformer(config.without_remat(), jnp.float32, scan_layers=False)
+    model = Transformer(config.for_inference(), jnp.float32, scan_layers=False)
     embed = jax.jit(functools.partial(model.apply, method="embedded"))
     embedding = {"params": jax.device_put({"embed": new["embed"]}, device)}
     starts = range(0, len(windows_BT), _BATCH_SIZE)
     batches = [embed(embedding, windows_BT[start : start + _BATCH_SIZE]) for start in starts]
     for i, path in enumerate(paths):
-        block = Block(model.config, config.layer_pattern[i % len(config.layer_pattern)], model.dtype, AttentionKernel())
+        block = Block(model.config, *config.period[i % len(config.period)], model.dtype, AttentionKernel())
         layer = jax.device_put(params[path], device)
         sums = (_sums_of_squares(block, layer, x_BTD) for x_BTD in batches)
         hessians = functools.reduce(functools.partial(jax.tree.map, jnp.add), sums)

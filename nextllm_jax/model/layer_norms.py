@@ -40,7 +40,7 @@ def gradient_norms(config: ModelConfig, gradients: Any) -> jax.Array:
         named = [[tree for name, tree in block.items() if name.startswith(part)] for part in _PARTS]
         return jnp.stack([squares(trees, num_stacked) for trees in named], axis=-1)
 
-    num_periods = config.num_layers // len(config.layer_pattern)
+    num_periods = config.num_layers // len(config.period)
     layers = in_layer_order(config, gradients, parts).reshape(-1)
     after = ["final_norm", *([] if config.tie_embeddings else ["lm_head"])]
     embedding, *others = (squares(gradients.get(name, {}))[None] for name in ("embed", *after))

@@ -144,16 +144,17 @@ class SwiGLU(nn.Module):
     """down(activation(gate(x)) * up(x)), silu in SwiGLU and gelu in GeGLU (Shazeer 2020, arXiv:2002.05202)."""
 
     config: ModelConfig
+    mlp_dim: int
     dtype: Any
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Return [B, T, D]."""
         config = self.config
-        embed, mlp = config.embed_dim, config.mlp_dim
+        embed, mlp = config.embed_dim, self.mlp_dim
         types = {"dtype": self.dtype, "param_dtype": jnp.dtype(config.param_dtype)}
         into = {"kernel_shape": (embed, mlp), "kernel_axes": ("embed", "mlp"), "init_std": config.init_std, **types}
-        activation = nn.silu if config.activation == "silu" else nn.gelu  # the tanh approximation
+        activation = activation_of(config)
         gate_BTF = Linear("BTD,DF->BTF", **into, name="gate")(x_BTD)
         up_BTF = Linear("BTD,DF->BTF", **into, name="up")(x_BTD)
         # The backward pass recomputes the intermediate values from the two inputs instead of saving them.
@@ -167,6 +168,11 @@ class SwiGLU(nn.Module):
 def make_norm(config: ModelConfig, name: str | None = None) -> RMSNorm:
     """The RMSNorm that a config asks for."""
     return RMSNorm(config.norm_eps, jnp.dtype(config.param_dtype), config.norm_scale_offset, name=name)
+
+
+def activation_of(config: ModelConfig) -> Callable[[jax.Array], jax.Array]:
+    """The activation of the MLP gate."""
+    return nn.silu if config.activation == "silu" else nn.gelu  # the tanh approximation
 
 
 def residual_init_std(config: ModelConfig) -> float:

@@ -128,12 +128,14 @@ def merged_weight(
     dense = dequantize(leaf, jnp.float32) if is_quantized(leaf) else leaf
     module = name.rpartition("/")[0]
     if f"{module}/a" in adapters:
-        delta = _product(adapters[f"{module}/a"], adapters[f"{module}/b"], stacked=bool(weight.num_stacked))
+        delta = _product(adapters[f"{module}/a"], adapters[f"{module}/b"], weight.num_stacked)
         dense = dense.astype(jnp.float32) + scale * delta
     return dense.astype(dtype)
 
 
-def _product(a: jax.Array, b: jax.Array, *, stacked: bool) -> jax.Array:
+def _product(a: jax.Array, b: jax.Array, num_stacked: int) -> jax.Array:
     """A @ B, in full float32 precision on every platform."""
     multiply = functools.partial(jnp.tensordot, axes=1, precision=jax.lax.Precision.HIGHEST)
-    return (jax.vmap(multiply) if stacked else multiply)(a, b)
+    for _ in range(num_stacked):
+        multiply = jax.vmap(multiply)
+    return multiply(a, b)

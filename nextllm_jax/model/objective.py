@@ -10,6 +10,8 @@ import numpy as np
 
 from nextllm_jax.model.layer_norms import mean_squares
 from nextllm_jax.model.lora import Frozen, variables, weights
+from nextllm_jax.model.moe import RouterSums
+from nextllm_jax.model.router_losses import router_loss, router_sums
 from nextllm_jax.model.transformer import Transformer, head_embedding
 from nextllm_jax.ops.cross_entropy import Layout, cross_entropy
 from nextllm_jax.ops.quantized import dequantize
@@ -44,6 +46,8 @@ class Metrics(NamedTuple):
     """float32: negative log likelihood in nats of the tokens in the loss mask, without auxiliary terms."""
     mean_squares: jax.Array
     """float32 [M]: mean square of a row's residual stream, see `layer_norms.mean_squares`."""
+    routing: RouterSums | None = None
+    """What the routers recorded, see `router_losses.router_sums`; None for a model without experts."""
 
 
 Objective = Callable[[Transformer, Any, Batch, Frozen | None], tuple[jax.Array, jax.Array, Metrics]]
@@ -57,7 +61,7 @@ Objective = Callable[[Transformer, Any, Batch, Frozen | None], tuple[jax.Array, 
 def next_token(
     model: Transformer, params: Any, batch: Batch, frozen: Frozen | None = None
 ) -> tuple[jax.Array, jax.Array, Metrics]:
-    """The objective of language models: the negative log likelihood of each next token."""
+    """The objective of language models: the negative log likelihood of each next token, plus the routers' losses."""
     hidden_BTD, recorded = _hidden(model, params, batch, frozen)
     head_VD = dequantize(head_embedding(model.config, weights(params, frozen)), model.dtype)
     with jax.named_scope("loss"):
@@ -72,7 +76,9 @@ def next_token(
         )
     squares = len(batch.tokens_BT) * mean_squares(model.config, recorded)
     num_tokens = jnp.sum(batch.loss_mask_BT, dtype=jnp.int32)
-    return nll, num_tokens, jax.lax.stop_gradient(Metrics(nll, squares))
+    routing = router_sums(model.config, recorded)
+    loss = nll if routing is None else nll + router_loss(model.config, routing, num_tokens)
+    return loss, num_tokens, jax.lax.stop_gradient(Metrics(nll, squares, routing))
 
 
 def _hidden(model: Transformer, params: Any, batch: Batch, frozen: Frozen | None) -> tuple[jax.Array, Any]:

@@ -1,6 +1,6 @@
 """The decoder: embedding, layers, final norm, and a separate head.
 
-The layers are a scan over periods of the layer pattern, so only one period is compiled for any depth. The layers that
+The layers are a scan over periods of the layer patterns, so only one period is compiled for any depth. The layers that
 do not fill a period follow one by one. Generation uses no scan (`scan_layers=False`), since a scan over stacked
 parameters copies each matrix out of the stack before a decode step can multiply with it.
 
@@ -20,12 +20,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nextllm_jax import hardware
 from nextllm_jax.config.checks import require
-from nextllm_jax.config.model import EXECUTION_FIELDS, LayerKind, ModelConfig
+from nextllm_jax.config.model import EXECUTION_FIELDS, LayerKind, MLPKind, ModelConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.model.attention import Attention
 from nextllm_jax.model.attention_kernel import AttentionKernel
 from nextllm_jax.model.kv_cache import KVCache
 from nextllm_jax.model.layers import Embed, SwiGLU, make_norm, record_mean_square
+from nextllm_jax.model.moe import MixtureOfExperts
 from nextllm_jax.model.weights import STACK, unstack_layers
 from nextllm_jax.ops import rope
 from nextllm_jax.ops.cross_entropy import finish_logits
@@ -42,10 +43,11 @@ Rope = dict[LayerKind, tuple[jax.Array, jax.Array]]
 
 
 class Block(nn.Module):
-    """One decoder layer: attention and SwiGLU, each added to the residual stream, with norms before or after them."""
+    """One decoder layer: attention and MLP, each added to the residual stream, with norms before or after them."""
 
     config: ModelConfig
     kind: LayerKind
+    mlp_kind: MLPKind
     dtype: Any
     kernel: AttentionKernel
 
@@ -72,9 +74,15 @@ class Block(nn.Module):
         x_BTD = constrain(x_BTD + self._after("attention_post_norm", attended), "batch", seq, "activation_embed")
         record_mean_square(self, "before_mlp", x_BTD)
         with jax.named_scope("mlp"):
-            out_BTD = SwiGLU(config, self.dtype, name="mlp")(self._before("mlp_norm", x_BTD))
+            out_BTD = self._mlp(self._before("mlp_norm", x_BTD), segment_ids_BT)
             x_BTD = x_BTD + self._after("mlp_post_norm", out_BTD)
         return constrain(x_BTD, "batch", seq, "activation_embed"), cache
+
+    def _mlp(self, x_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
+        config = self.config
+        if self.mlp_kind == "dense":
+            return SwiGLU(config, config.mlp_dim, self.dtype, name="mlp")(x_BTD)
+        return MixtureOfExperts(config, self.dtype, name="mlp")(x_BTD, segment_ids_BT)
 
     def _before(self, name: str, x_BTD: jax.Array) -> jax.Array:
         """The input of a sublayer, gathered along time once for all of its matrices."""
@@ -93,7 +101,7 @@ _traced_once = nn.jit(lambda block, *args: block(*args))
 
 
 class Period(nn.Module):
-    """One period of the layer pattern, the body of the scan over depth."""
+    """One period of the layer patterns, the body of the scan over depth."""
 
     config: ModelConfig
     dtype: Any
@@ -110,12 +118,12 @@ class Period(nn.Module):
     ) -> tuple[tuple[jax.Array, KVCache | None], None]:
         """Return the carry (residual stream, cache) after this period's layers."""
         x_BTD, cache = carry
-        pattern = self.config.layer_pattern
+        kinds = self.config.period
         # A scan already prevents common subexpression elimination across its iterations.
         block = _remat(self.config, prevent_cse=False)
-        for i, kind in enumerate(pattern):
-            layer = period * len(pattern) + i
-            x_BTD, cache = block(self.config, kind, self.dtype, self.kernel, name=f"block_{i}")(
+        for i, (kind, mlp_kind) in enumerate(kinds):
+            layer = period * len(kinds) + i
+            x_BTD, cache = block(self.config, kind, mlp_kind, self.dtype, self.kernel, name=f"block_{i}")(
                 x_BTD, ropes, positions_BT, segment_ids_BT, cache, layer
             )
         return (x_BTD, cache), None
@@ -147,9 +155,9 @@ class Transformer(nn.Module):
                 metadata_params={nn.PARTITION_NAME: STACK},
             )(config, self.dtype, self.kernel)
         block = _remat(config, prevent_cse=True)
-        pattern = config.layer_pattern
-        num_rest = config.num_layers - num_periods * len(pattern)
-        self.remainder = [block(config, pattern[i % len(pattern)], self.dtype, self.kernel) for i in range(num_rest)]
+        kinds = config.period
+        num_rest = config.num_layers - num_periods * len(kinds)
+        self.remainder = [block(config, *kinds[i % len(kinds)], self.dtype, self.kernel) for i in range(num_rest)]
         self.final_norm = make_norm(config)
         if not config.tie_embeddings:
             self.lm_head = Embed(*embed)
@@ -178,7 +186,7 @@ class Transformer(nn.Module):
             (x_BTD, cache), _ = self.layers((x_BTD, cache), jnp.arange(num_periods), *context)
         if self.scan_layers or cache is None:
             for i, block in enumerate(self.remainder):
-                x_BTD, cache = block(x_BTD, *context, cache, num_periods * len(config.layer_pattern) + i)
+                x_BTD, cache = block(x_BTD, *context, cache, num_periods * len(config.period) + i)
         else:
             parts = []
             for block, part in zip(self.remainder, cache.split(), strict=True):
@@ -202,7 +210,7 @@ class Transformer(nn.Module):
         return finish_logits(head.attend(hidden_BTD), self.config.logit_divisor, self.config.logit_soft_cap)
 
     def _num_periods(self) -> int:
-        return self.config.num_layers // len(self.config.layer_pattern) if self.scan_layers else 0
+        return self.config.num_layers // len(self.config.period) if self.scan_layers else 0
 
 
 @functools.lru_cache(maxsize=256)

@@ -3,7 +3,7 @@
 A module declares a weight once, with `declare`. Everything else (accounting, weight decay, adapters, quantization,
 norms per layer, names in other formats) reads the `Weight` boxes of `transformer.abstract_params`.
 
-Layers of a period of the layer pattern are stacked: the tree has `layers/block_<i>/...` with one leading axis per
+Layers of a period of the layer patterns are stacked: the tree has `layers/block_<i>/...` with one leading axis per
 period, then `remainder_<i>/...` for each layer after the last whole period. `transformer.py` creates this
 layout; other modules use the helpers here.
 """
@@ -21,10 +21,14 @@ import numpy as np
 from nextllm_jax.config.model import ModelConfig
 from nextllm_jax.ops.quantized import QTensor
 
-Kind = Literal["matrix", "embedding", "norm", "bias", "adapter"]
+Kind = Literal["matrix", "router", "embedding", "norm", "bias", "selection_bias", "adapter"]
+"""matrix: of a product in the layers; router: the matrix of a router, used in float32; selection_bias: added to the
+scores by which experts are chosen, and not trained by gradients."""
 
 STACK = "layers"
 """Name of the subtree of stacked layers, and the logical axis that they are stacked along."""
+EXPERTS = "experts"
+"""The logical axis along which the matrices of a layer's experts are stacked."""
 _REMAINDER = "remainder_"
 
 
@@ -33,12 +37,12 @@ class Weight(nn.LogicallyPartitioned):
 
     kind: Kind = flax.struct.field(default="matrix", pytree_node=False)
     num_inputs: int = flax.struct.field(default=0, pytree_node=False)
-    """Leading axes, after the stacking axis, that a matrix contracts; 0 for other kinds."""
+    """Leading axes, after the stacking axes, that a matrix contracts; 0 for other kinds."""
 
     @property
     def num_stacked(self) -> int:
-        """Number of stacking axes: 1 for weights that are stacked over layers, else 0."""
-        return int(self.names[:1] == (STACK,))
+        """Number of stacking axes, which come first: layers, experts, both or none."""
+        return sum(name in (STACK, EXPERTS) for name in self.names[:2])
 
     @property
     def contracted_axes(self) -> tuple[int, ...]:
@@ -104,7 +108,7 @@ def map_weights(change: Callable[..., Any], boxed: Any, *trees: Any) -> Any:
 
 def layer_paths(config: ModelConfig, *, stacked: bool = True) -> list[tuple[str, int | None]]:
     """(name of the subtree, index in the stack) of each layer; the index is None for a layer that is not stacked."""
-    size = len(config.layer_pattern)
+    size = len(config.period)
     num_scanned = config.num_layers // size * size if stacked else 0
     return [
         (f"{STACK}/block_{layer % size}", layer // size)
@@ -171,7 +175,7 @@ def in_layer_order(config: ModelConfig, tree: Any, value: Callable[[Any, int], j
 
     `value(subtree, n)` reduces all but the first n axes of its leaves: 1 for a stack of layers, 0 for a single layer.
     """
-    size = len(config.layer_pattern)
+    size = len(config.period)
     num_periods, num_rest = divmod(config.num_layers, size) if STACK in tree else (0, config.num_layers)
     parts = [value(tree.get(f"{_REMAINDER}{i}", {}), 0)[None] for i in range(num_rest)]
     if num_periods:
@@ -188,13 +192,13 @@ def subtree(tree: Any, name: str) -> Any:
 
 
 def cast_matrices(boxed: Any, params: Any, dtype: np.dtype) -> Any:
-    """The parameters (or abstract arrays) in `dtype`, except for the norms' scales, as the model would cast them.
+    """The parameters (or abstract arrays) in `dtype`, as the model would cast them: not those of norms and routers.
 
     `boxed` is the `abstract_params` of the same tree.
     """
 
     def cast(weight: Weight, leaf: Any) -> Any:
-        if weight.kind == "norm":
+        if weight.kind in ("norm", "router", "selection_bias"):
             return leaf
         return leaf.astype(dtype) if isinstance(leaf, jax.Array) else leaf.update(dtype=dtype)
 

@@ -57,7 +57,8 @@ def _fsdp(config: Config, mesh: Mapping[str, int]) -> _Proposal:
 
 def _smaller_microbatch(config: Config, mesh: Mapping[str, int]) -> _Proposal:
     training = config.training
-    rows = training.global_batch_size // (training.accumulation_steps * mesh["data"] * mesh["fsdp"])
+    devices = mesh["data"] * mesh["fsdp"] * mesh["expert"]
+    rows = training.global_batch_size // (training.accumulation_steps * devices)
     if rows <= 1:
         return None
     steps = {"accumulation_steps": training.accumulation_steps * rows}

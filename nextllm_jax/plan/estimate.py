@@ -10,9 +10,16 @@ from jax.sharding import AbstractMesh, Mesh
 
 from nextllm_jax.config import Config, OptimizerConfig
 from nextllm_jax.config.model import ModelConfig
-from nextllm_jax.model.accounting import flops_per_token, matrix_size, parameter_bytes, update_flops
+from nextllm_jax.model.accounting import (
+    active_matrix_size,
+    flops_per_token,
+    matrix_size,
+    parameter_bytes,
+    update_flops,
+)
 from nextllm_jax.model.transformer import Transformer, abstract_params
-from nextllm_jax.model.weights import Weight, of_kind
+from nextllm_jax.model.weights import EXPERTS, STACK, Weight, of_kind
+from nextllm_jax.ops.grouped import num_rows
 from nextllm_jax.plan.collectives import Collective, Traffic
 from nextllm_jax.training.optimizers import make_optimizer
 from nextllm_jax.training.state import abstract_state
@@ -27,7 +34,7 @@ def argument_bytes(config: Config, mesh: Mesh | AbstractMesh) -> int:
     tokens = tokens_per_device(config, mesh.shape) * mesh.shape["tensor"]
     state = _state_bytes(plain, config.optimizer, mesh)
     if config.training.ema_decay:
-        state += parameter_bytes(plain) // (mesh.shape["fsdp"] * mesh.shape["tensor"])
+        state += parameter_bytes(plain) // _shards(mesh.shape)
     return state + int(tokens * _BATCH_BYTES_PER_TOKEN)
 
 
@@ -47,11 +54,11 @@ def peak_bytes(config: Config, mesh: Mapping[str, int], arguments: int) -> int:
     - the gradients of the layers' matrices and the backward pass of one layer.
     """
     model, steps = config.model, config.training.accumulation_steps
-    shards = mesh["fsdp"] * mesh["tensor"]
+    shards = _shards(mesh)
     matrices = matrix_size(model) / shards
     tables = matrix_parameters(model) / shards - matrices
     tokens = tokens_per_device(config, mesh) * mesh["tensor"] / steps
-    saved = 0 if model.remat_offload else model.num_layers * tokens * _saved_bytes_per_token(model, mesh["tensor"])
+    saved = 0 if model.remat_offload else model.num_layers * tokens * _saved_bytes_per_token(model, mesh)
     # Gradients are accumulated over microbatches in float32.
     sums = 0 if steps == 1 else matrices * _FLOAT32
     # Offloaded moments of embedding and head are fetched as a whole.
@@ -61,18 +68,33 @@ def peak_bytes(config: Config, mesh: Mapping[str, int], arguments: int) -> int:
     return int(always + max(backward, _loss_bytes(model, mesh, tokens)))
 
 
-def _saved_bytes_per_token(model: ModelConfig, tensor: int) -> float:
-    """Bytes per token that one layer saves for its backward pass, in bfloat16."""
+def _shards(mesh: Mapping[str, int]) -> int:
+    """The number of devices that a matrix is sharded over, an expert's too."""
+    return mesh["fsdp"] * mesh["tensor"] * mesh["expert"]
+
+
+def _saved_bytes_per_token(model: ModelConfig, mesh: Mapping[str, int]) -> float:
+    """Bytes per token that one layer saves for its backward pass, in bfloat16; the mean over the layers."""
     # The residual stream is sharded over tensor; the outputs of norms are not.
-    embed, residual, mlp = model.embed_dim, model.embed_dim / tensor, model.mlp_dim / tensor
+    tensor = mesh["tensor"]
+    embed, residual, mlp = model.embed_dim, model.embed_dim / tensor, _dense_width(model) / tensor
     q, kv = (model.head_dim * heads / tensor for heads in (model.num_heads, 2 * model.num_kv_heads))
+    # Each token has a row for each of its experts, on all devices along expert. No policy but none saves these rows.
+    sparse = len(model.sparse_layers) / model.num_layers * model.experts_per_token * mesh["expert"]
+    rows = sparse * (embed + 3 * (model.expert_mlp_dim or model.mlp_dim) / tensor)
     widths = {
         "full": residual,
         "save_attention": residual + q,
         "dots": 2 * residual + q + kv + 2 * mlp,
-        "none": 2 * embed + 2 * residual + 3 * q + kv + 3 * mlp,
+        "none": 2 * embed + 2 * residual + 3 * q + kv + 3 * mlp + rows,
     }
     return _BF16 * widths[model.remat]
+
+
+def _dense_width(model: ModelConfig) -> float:
+    """The mean width of the MLPs that process all tokens: dense ones and shared experts."""
+    sparse = len(model.sparse_layers) / model.num_layers
+    return (1 - sparse) * model.mlp_dim + sparse * model.shared_expert_mlp_dim
 
 
 def _layer_bytes(model: ModelConfig, mesh: Mapping[str, int], tokens: float) -> float:
@@ -80,9 +102,22 @@ def _layer_bytes(model: ModelConfig, mesh: Mapping[str, int], tokens: float) -> 
 
     The number of copies of each is fitted to compiled programs; see tests/plan/test_estimate.py.
     """
-    gathered = matrix_size(model) / model.num_layers / mesh["tensor"] / 3 if mesh["fsdp"] > 1 else 0
-    sharded = model.head_dim * (model.num_heads + 2 * model.num_kv_heads) + model.mlp_dim
-    return _BF16 * (gathered + tokens * (4 * model.embed_dim + 5 * sharded / mesh["tensor"]))
+    dense = (matrix_size(model) - expert_matrix_size(model)) / model.num_layers
+    gathered = dense / mesh["tensor"] / 3 if mesh["fsdp"] * mesh["expert"] > 1 else 0
+    sharded = model.head_dim * (model.num_heads + 2 * model.num_kv_heads)
+    sharded += model.shared_expert_mlp_dim if model.num_experts else model.mlp_dim
+    activations = tokens * (4 * model.embed_dim + 5 * sharded / mesh["tensor"])
+    return _BF16 * (gathered + activations) + _expert_bytes(model, mesh, tokens)
+
+
+def _expert_bytes(model: ModelConfig, mesh: Mapping[str, int], tokens: float) -> float:
+    """Bytes for the backward pass of the experts of one layer: gathered matrices, rows and their gradients."""
+    if not model.num_experts:
+        return 0.0
+    expert, tensor, width = mesh["expert"], mesh["tensor"], model.expert_mlp_dim or model.mlp_dim
+    rows = num_rows(int(tokens * expert * model.experts_per_token), model.num_experts // expert)
+    matrices = expert_matrix_size(model) / len(model.sparse_layers) / expert / tensor
+    return _BF16 * (2 * matrices + rows * (3 * model.embed_dim + 4 * width / tensor))
 
 
 def _loss_bytes(model: ModelConfig, mesh: Mapping[str, int], tokens: float) -> float:
@@ -91,7 +126,7 @@ def _loss_bytes(model: ModelConfig, mesh: Mapping[str, int], tokens: float) -> f
     If the devices along fsdp have fewer tokens than the vocabulary has rows, each keeps its shard of the head.
     Otherwise each gathers the head, and with several chunks it sums the head's gradient in float32.
     """
-    vocabulary, fsdp = model.vocab_size / mesh["tensor"], mesh["fsdp"]
+    vocabulary, fsdp = model.vocab_size / mesh["tensor"], mesh["fsdp"] * mesh["expert"]
     if fsdp > 1 and tokens * fsdp <= model.vocab_size and model.vocab_size % (fsdp * mesh["tensor"]) == 0:
         return min(tokens * fsdp, _LOSS_CHUNK_TOKENS) * vocabulary / fsdp * (_FLOAT32 + _BF16)
     gradient = _FLOAT32 if tokens > _LOSS_CHUNK_TOKENS else _BF16
@@ -109,10 +144,16 @@ def matrix_parameters(config: ModelConfig) -> int:
     return sum(weight.value.size for weight in sharded_weights(config))
 
 
+def expert_matrix_size(config: ModelConfig) -> int:
+    """Number of parameters in the matrices of all experts."""
+    matrices = of_kind(abstract_params(config), "matrix").values()
+    return sum(weight.value.size for weight in matrices if EXPERTS in weight.names)
+
+
 def layer_forward_flops(config: ModelConfig, sequence_length: int) -> tuple[float, float]:
     """Forward FLOPs per token of all layers: (matrix products, attention)."""
     head = 6.0 * config.vocab_size * config.embed_dim
-    weights = matrix_size(config)
+    weights = active_matrix_size(config)
     attention = flops_per_token(config, sequence_length) - head - 6.0 * weights
     return 2.0 * weights, attention / 3
 
@@ -120,8 +161,10 @@ def layer_forward_flops(config: ModelConfig, sequence_length: int) -> tuple[floa
 def recomputed_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """FLOPs per token that remat adds. The last product of a layer is never recomputed."""
     products, attention = layer_forward_flops(config, sequence_length)
-    products -= 2.0 * config.num_layers * config.embed_dim * config.mlp_dim
-    return {"none": 0.0, "dots": attention, "save_attention": products}.get(config.remat, products + attention)
+    routed = len(config.sparse_layers) * config.experts_per_token * (config.expert_mlp_dim or config.mlp_dim)
+    products -= 2.0 * config.embed_dim * (config.num_layers * _dense_width(config) + routed)
+    dots = attention + 4.0 * config.embed_dim * routed  # the experts' products are not saved as dots
+    return {"none": 0.0, "dots": dots, "save_attention": products}.get(config.remat, products + attention)
 
 
 def update_flops_of_a_device(config: Config, mesh: Mapping[str, int]) -> float:
@@ -129,16 +172,18 @@ def update_flops_of_a_device(config: Config, mesh: Mapping[str, int]) -> float:
 
     All layers count as stacked.
     """
-    parts = mesh["fsdp"] * mesh["tensor"] * (mesh["data"] if config.optimizer.shard_over_data else 1)
-    periods = max(config.model.num_layers // len(config.model.layer_pattern), 1)
+    parts = _shards(mesh) * (mesh["data"] if config.optimizer.shard_over_data else 1)
+    periods = max(config.model.num_layers // len(config.model.period), 1)
     return update_flops(config.model, config.optimizer) * math.ceil(periods / parts) / periods
 
 
 def minimum_traffic(config: Config, mesh: Mapping[str, int]) -> dict[Collective, Traffic]:
-    """A lower bound on what a device sends in a step, if every matrix is sharded over fsdp and tensor.
+    """A lower bound on what a device sends in a step, if every matrix is sharded over fsdp, expert and tensor.
 
     - fsdp: each microbatch all-gathers the weights twice, for the forward and the backward pass, and reduce-scatters
-      their gradients once, all in bfloat16.
+      their gradients once, all in bfloat16. For all but the experts, the devices along expert take part in this.
+    - expert: each sparse layer all-gathers its tokens and reduce-scatters its results in bfloat16, and the backward
+      pass does so with the gradients.
     - data and slices: the gradients' shards are all-reduced in float32, within a slice and then between slices.
     - tensor: the outputs of attention and MLP are all-reduced in bfloat16, forward and backward. The model instead
       reduce-scatters them and all-gathers after the norm, which sends the same number of bytes.
@@ -146,29 +191,41 @@ def minimum_traffic(config: Config, mesh: Mapping[str, int]) -> dict[Collective,
     """
     model, steps = config.model, config.training.accumulation_steps
     traffic: dict[Collective, Traffic] = {}
-    weights = matrix_parameters(model) / mesh["tensor"]
+    weights, experts = matrix_parameters(model) / mesh["tensor"], expert_matrix_size(model) / mesh["tensor"]
     slices = config.mesh.slices
     sizes = {**mesh, "data": mesh["data"] // slices, "slices": slices}
 
-    def add(kind: str, axis: str, dtype: str, count: float, full_bytes: float) -> None:
-        members = sizes[axis]
+    def add(kind: str, axes: tuple[str, ...], dtype: str, count: float, full_bytes: float) -> None:
+        members, label = math.prod(sizes[axis] for axis in axes), "+".join(axis for axis in axes if sizes[axis] > 1)
         if members > 1:
             factor = (2 if kind == "all-reduce" else 1) * (members - 1) / members
-            traffic[Collective(kind, axis, dtype)] = Traffic(count, full_bytes * factor)
+            key, old = Collective(kind, label, dtype), traffic.get(Collective(kind, label, dtype), Traffic(0, 0))
+            traffic[key] = Traffic(old.count + count, old.sent_bytes + full_bytes * factor)
 
-    matrices = sum(math.prod(weight.value.shape[: weight.num_stacked]) for weight in sharded_weights(model))
-    add("all-gather", "fsdp", "bf16", 2 * matrices * steps, 2 * steps * _BF16 * weights)
-    add("reduce-scatter", "fsdp", "bf16", matrices * steps, steps * _BF16 * weights)
-    add("all-reduce", "data", "f32", matrices, _FLOAT32 * weights / mesh["fsdp"])
-    add("all-reduce", "slices", "f32", matrices, _FLOAT32 * weights / mesh["fsdp"] / sizes["data"])
+    sharded = sharded_weights(model)
+    layers = [math.prod(weight.value.shape[: int(weight.names[0] == STACK)]) for weight in sharded]
+    matrices = sum(layers)
+    of_experts = sum(n for n, weight in zip(layers, sharded, strict=True) if EXPERTS in weight.names)
+    groups = [(("fsdp", "expert"), matrices - of_experts, weights - experts)]
+    groups += [(("fsdp",), of_experts, experts / mesh["expert"])] if of_experts else []
+    for axes, count, size in groups:
+        add("all-gather", axes, "bf16", 2 * count * steps, 2 * steps * _BF16 * size)
+        add("reduce-scatter", axes, "bf16", count * steps, steps * _BF16 * size)
+    on_a_device = _FLOAT32 * weights / mesh["fsdp"] / mesh["expert"]
+    add("all-reduce", ("data",), "f32", matrices, on_a_device)
+    add("all-reduce", ("slices",), "f32", matrices, on_a_device / sizes["data"])
     if config.optimizer.name == "muon":
         kernels = 2 * len(of_kind(abstract_params(model), "matrix"))
-        exchanged = 2 * _FLOAT32 * matrix_size(model) / mesh["fsdp"] / mesh["tensor"]
-        add("all-to-all", "fsdp", "f32", kernels, exchanged)
-        add("all-to-all", "tensor", "f32", kernels, exchanged)
+        exchanged = 2 * _FLOAT32 * matrix_size(model) / _shards(mesh)
+        for axis in ("fsdp", "tensor", "expert"):
+            add("all-to-all", (axis,), "f32", kernels, exchanged)
     tokens = tokens_per_device(config, mesh) * mesh["tensor"]
     sums = 4 * model.num_layers
-    add("all-reduce", "tensor", "bf16", sums * steps, sums * _BF16 * tokens * model.embed_dim)
+    add("all-reduce", ("tensor",), "bf16", sums * steps, sums * _BF16 * tokens * model.embed_dim)
+    exchanges = 2 * len(model.sparse_layers)
+    for kind in ("all-gather", "reduce-scatter"):
+        whole = exchanges * _BF16 * tokens * mesh["expert"] * model.embed_dim
+        add(kind, ("expert",), "bf16", exchanges * steps, whole)
     return traffic
 
 
@@ -186,12 +243,16 @@ def memory_traffic_bytes(config: Config, mesh: Mapping[str, int], state_bytes: f
     Each of Muon's five iterations reads its matrices twice and writes them once in float32.
     """
     model, steps = config.model, config.training.accumulation_steps
-    shards = mesh["fsdp"] * mesh["tensor"]
+    shards = _shards(mesh)
     gradients = 2 * _FLOAT32 * matrix_parameters(model) / shards
     passes = 3 if model.remat == "none" else 4
     gathered = 2 if mesh["fsdp"] > 1 else 1  # written by the gather, then read
-    weights = passes * steps * gathered * _BF16 * matrix_parameters(model) / mesh["tensor"]
-    widths = 2 * model.head_dim * (model.num_heads + model.num_kv_heads) + 3 * model.embed_dim + 3 * model.mlp_dim
+    experts = expert_matrix_size(model)
+    weights = passes * steps * gathered * _BF16 / mesh["tensor"]
+    weights *= matrix_parameters(model) - experts + experts / mesh["expert"]
+    widths = 2 * model.head_dim * (model.num_heads + model.num_kv_heads) + 3 * model.embed_dim + 3 * _dense_width(model)
+    routed = model.experts_per_token * (2 * model.embed_dim + 3 * (model.expert_mlp_dim or model.mlp_dim))
+    widths += len(model.sparse_layers) / model.num_layers * routed
     tokens = tokens_per_device(config, mesh)
     activations = passes * model.num_layers * 2 * _BF16 * widths * tokens
     update = 5 * 3 * _FLOAT32 * matrix_size(model) / shards if config.optimizer.name == "muon" else 0

@@ -5,7 +5,7 @@ import time
 import typing
 from collections.abc import Iterator
 
-from nextllm_jax.config import Config
+from nextllm_jax.config import Config, MeshConfig
 from nextllm_jax.config.model import ModelConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.hardware import unknown_chip
@@ -67,17 +67,11 @@ def variants(config: Config, num_devices: int) -> Iterator[Config]:
     policies = typing.get_args(typing.get_type_hints(ModelConfig)["remat"])
     policies = [policy for policy in policies if policy != "none" or not config.model.remat_offload]
     batch = config.training.global_batch_size
-    sequence = max(config.mesh.sequence, 1)
-    for tensor in _powers(min(8, num_devices // sequence)):
-        for data in _powers(num_devices // (sequence * tensor)):
-            fsdp, left = divmod(num_devices, data * sequence * tensor)
-            if left or batch % (data * fsdp) or config.model.num_kv_heads % tensor:
-                continue
-            mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, sequence=sequence, tensor=tensor)
-            for rows in _powers(batch // (data * fsdp)):
-                steps, left = divmod(batch, data * fsdp * rows)
-                if left:
-                    continue
+    for mesh in _meshes(config, num_devices):
+        parallel = mesh.data * mesh.fsdp * mesh.expert
+        for rows in _powers(batch // parallel):
+            steps, left = divmod(batch, parallel * rows)
+            if not left:
                 for policy in policies:
                     yield dataclasses.replace(
                         config,
@@ -85,6 +79,19 @@ def variants(config: Config, num_devices: int) -> Iterator[Config]:
                         model=dataclasses.replace(config.model, remat=policy),
                         training=dataclasses.replace(config.training, accumulation_steps=steps),
                     )
+
+
+def _meshes(config: Config, num_devices: int) -> Iterator[MeshConfig]:
+    """The meshes of all devices that can shard the batch, the heads and the experts. Sequences stay as configured."""
+    sequence, experts = max(config.mesh.sequence, 1), config.model.num_experts
+    for tensor in _powers(min(8, num_devices // sequence)):
+        for expert in _powers(min(max(experts, 1), num_devices // (sequence * tensor))):
+            for data in _powers(num_devices // (sequence * tensor * expert)):
+                fsdp, left = divmod(num_devices, data * sequence * tensor * expert)
+                uneven = left or experts % expert or config.model.num_kv_heads % tensor
+                if not uneven and config.training.global_batch_size % (data * fsdp * expert) == 0:
+                    sizes = {"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor, "expert": expert}
+                    yield dataclasses.replace(config.mesh, **sizes)
 
 
 def _powers(most: int) -> Iterator[int]:

@@ -236,7 +236,8 @@ class Bucket:
                 if token is None:
                     return
 
-        self._at_once(copy, found)
+        # The service's console and some libraries mark a directory by an empty object, whose name ends with a slash.
+        self._at_once(copy, [blob for blob in found if not blob.name.endswith("/")])
 
     def _at_once(self, function: Callable[[Any], None], blobs: Iterable[Any]) -> None:
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:

@@ -6,9 +6,28 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
+from nextllm_jax.model.moe import RouterSums
 from nextllm_jax.model.objective import Batch, perplexity
 from nextllm_jax.training.step import StepMetrics
+
+
+def expert_record(sums: RouterSums) -> dict[str, Any]:
+    """The fields of `metrics.jsonl` about experts: a list with a value, or a list by expert, for each sparse layer.
+
+    `expert_share`: share of an expert in the choices of all tokens. `expert_load`: that of the most loaded expert over
+    the mean. `router_entropy`: mean entropy of the router's probabilities in nats. `dropped_share`: share of the
+    choices that model.capacity_factor drops.
+    """
+    choices_S = np.maximum(np.sum(sums.tokens_E, axis=1), 1)
+    share_SE = sums.tokens_E / choices_S[:, None]
+    return {
+        "expert_share": share_SE.tolist(),
+        "expert_load": (np.max(share_SE, axis=1) * share_SE.shape[1]).tolist(),
+        "router_entropy": (sums.entropy / np.maximum(sums.counted, 1)).tolist(),
+        "dropped_share": (sums.dropped / choices_S).tolist(),
+    }
 
 
 class TrainMeter:
@@ -114,7 +133,8 @@ class TrainMeter:
 
         `loss` is the mean over the tokens in the loss mask of steps that were not skipped, or NaN if all were.
         `learning_rate` and `grad_norm` are those of the last step. `gradient_norms` and `activation_rms` are lists, see
-        `StepMetrics`, of the last step that was skipped, or else of the last step. `input_wait_fraction` is the
+        `StepMetrics`, of the last step that was skipped, or else of the last step, as are the fields of
+        `expert_record`, if the model has experts. `input_wait_fraction` is the
         fraction of the timed seconds in which the host waited for data. `tokens_per_second` counts the tokens in the
         loss mask, and `processed_tokens_per_second` all tokens. These three are None if no step was timed.
         """
@@ -145,6 +165,7 @@ class TrainMeter:
             "mfu": mfu,
             "input_wait_fraction": self._waited_seconds / self._timed_seconds if timed else None,
             **self.totals(),
+            **(expert_record(shown.routing) if shown and shown.routing else {}),
         }
         self._start_window()
         return record

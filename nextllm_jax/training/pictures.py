@@ -1,4 +1,4 @@
-"""loss.png and layers.png: what metrics.jsonl says about the loss and the layers of a run, drawn over the steps."""
+"""loss.png, layers.png and experts.png: what metrics.jsonl says about a run and its layers, drawn over the steps."""
 
 import contextlib
 import io
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nextllm_jax.checkpoint.run_dir import LAYERS, LOSS, METRICS, RunDir
+from nextllm_jax.checkpoint.run_dir import EXPERTS, LAYERS, LOSS, METRICS, RunDir
 from nextllm_jax.config import ModelConfig
 from nextllm_jax.model import layer_norms
 from nextllm_jax.training.hooks import Hook, OptionalOutput
@@ -36,7 +36,8 @@ class Pictures(Hook):
         self._run, self._places, self._enabled = run, layer_norms.places(model), enabled
         self._trackers, self._step = trackers, 0
         self._is_current, self._drawn_at = True, time.monotonic()
-        self._loss, self._layers = OptionalOutput(LOSS), OptionalOutput(LAYERS)
+        self._sparse_layers = model.sparse_layers
+        self._loss, self._layers, self._experts = (OptionalOutput(name) for name in (LOSS, LAYERS, EXPERTS))
 
     def after_step(self, step: int, metrics: StepMetrics) -> None:
         """Note that the pictures lack a step."""
@@ -58,6 +59,8 @@ class Pictures(Hook):
         if self._enabled:
             self._loss.write(lambda: self._write(LOSS, draw_losses(self._records())))
             self._layers.write(lambda: self._write(LAYERS, draw_layers(self._records(), self._places)))
+            if self._sparse_layers:
+                self._experts.write(lambda: self._write(EXPERTS, draw_experts(self._records(), self._sparse_layers)))
 
     def _write(self, name: str, png: bytes) -> None:
         self._run.write(name, png)
@@ -114,6 +117,31 @@ def draw_layers(records: Iterable[dict[str, Any]], places: Sequence[str]) -> byt
     colors = {"not finite": _NOT_FINITE, "zero": _ZERO}
     handles = [Patch(color=color, label=label) for label, color in colors.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    return _png(figure)
+
+
+def draw_experts(records: Iterable[dict[str, Any]], layers: Sequence[int]) -> bytes:
+    """A PNG with a heat map over the step: the share of each expert in a layer's choices over the mean share.
+
+    The rows are the experts of the first of `layers`, the indices of the sparse layers, then those of the next.
+    """
+    train = [record for record in records if record.get("expert_share")]
+    figure = _figure(10, min(max(3.5, 1.6 + 0.8 * len(layers)), 16))
+    axes = figure.add_subplot()
+    num_experts = len(train[0]["expert_share"][0]) if train else 1
+    loads = [
+        [None if share is None else num_experts * share for layer in record["expert_share"] for share in layer]
+        for record in train
+    ]
+    _draw_heat_map(axes, [record["step"] for record in train], loads)
+    axes.set_title("tokens of each expert over the mean")
+    axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    every = -(-len(layers) // _MOST_LABELS)
+    axes.set_yticks(
+        [num_experts * i for i in range(0, len(layers), every)], [f"layer {layer}" for layer in layers[::every]]
+    )
+    axes.set_ylim(num_experts * len(layers) - 0.5, -0.5)
     return _png(figure)
 
 

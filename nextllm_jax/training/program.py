@@ -91,7 +91,9 @@ def build_program(config: Config, mesh: Mesh, objective: Objective = next_token)
         model=model,
         objective=objective,
         train_step=train_step,
-        eval_step=make_eval_step(objective, model),
+        eval_step=make_eval_step(
+            objective, model.clone(config=dataclasses.replace(config.model, capacity_factor=None))
+        ),
         abstract_state=abstract,
         create_state=create,
         state_from=start_from,

@@ -10,7 +10,9 @@ from jax.sharding import NamedSharding
 
 from nextllm_jax.model import layer_norms
 from nextllm_jax.model.lora import Frozen
+from nextllm_jax.model.moe import RouterSums
 from nextllm_jax.model.objective import Batch, Metrics, Objective
+from nextllm_jax.model.router_losses import with_moved_biases
 from nextllm_jax.model.transformer import Transformer, abstract_params
 from nextllm_jax.model.weights import of_kind, path_name
 from nextllm_jax.sharding import also_over_data, constrain, is_over_data, sum_over_data
@@ -45,6 +47,8 @@ class StepMetrics(NamedTuple):
     """float32 [P]: norm of the accumulated gradient of each of `layer_norms.places`, before clipping."""
     activation_rms: jax.Array
     """float32 [M]: root mean square of the residual stream after each of the first M of these places."""
+    routing: RouterSums | None = None
+    """What the routers recorded of the global batch, a row for each sparse layer; None without experts."""
 
 
 class MeanGradient(NamedTuple):
@@ -60,6 +64,8 @@ class MeanGradient(NamedTuple):
     """Gradients of the mean loss over these tokens."""
     mean_squares: jax.Array
     """float32 [M]: mean squares of the residual stream, see `layer_norms.mean_squares`."""
+    routing: RouterSums | None = None
+    """What the routers recorded, see `router_losses.router_sums`."""
 
 
 def _cast_matrices(model: Transformer, params: Any) -> Any:
@@ -148,7 +154,8 @@ def mean_gradient(
     )
     scale = 1.0 / jnp.maximum(num_tokens, 1).astype(jnp.float32)
     gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, gradients)
-    return MeanGradient(loss, metrics.nll, num_tokens, gradients, metrics.mean_squares / len(batch.tokens_BT))
+    squares = metrics.mean_squares / len(batch.tokens_BT)
+    return MeanGradient(loss, metrics.nll, num_tokens, gradients, squares, metrics.routing)
 
 
 def _averaged(state: TrainState, params: Any, applied: jax.Array, ema_decay: float) -> Any:
@@ -193,7 +200,7 @@ def make_train_step(
         return jax.lax.with_sharding_constraint(x, also_over_data(of_param, x.shape) if over_data else of_param)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        total_loss, total_nll, num_tokens, gradients, mean_squares = mean_gradient(
+        total_loss, total_nll, num_tokens, gradients, mean_squares, routing = mean_gradient(
             objective,
             model,
             state.params,
@@ -215,6 +222,8 @@ def make_train_step(
         reason = _skip_reason(~jnp.isfinite(total_loss), ~jnp.isfinite(grad_norm), ~update.is_finite(state), spikes)
         applied = reason == 0
         params, opt_state = update.apply_if(applied, state)
+        if model.config.selection_bias and routing is not None and state.frozen is None:
+            params = with_moved_biases(model.config, params, routing, applied)
         if losses is not None:
             losses = jnp.where(jnp.isfinite(loss), jnp.append(losses[1:], loss), losses)
         skipped_in_a_row = jnp.where(applied, 0, state.skipped_in_a_row + 1)
@@ -240,6 +249,7 @@ def make_train_step(
             # Replicated: each process reads them.
             gradient_norms=constrain(layer_norms.gradient_norms(model.config, gradients), None),
             activation_rms=constrain(jnp.sqrt(mean_squares), None),
+            routing=jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), routing),
         )
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, None))

@@ -20,6 +20,8 @@ _LAYER_FIELDS = ("gradient_norms", "activation_rms")
 _FIELDS = ("step", "split", "loss", "perplexity", "bits_per_byte", "learning_rate", "grad_norm", "tokens_per_second",
            "processed_tokens_per_second", "mfu", "input_wait_fraction", "tokens_seen", "elapsed_seconds",
            *_LAYER_FIELDS)  # fmt: skip
+_EXPERT_FIELDS = ("expert_share", "expert_load", "router_entropy", "dropped_share")
+"""Fields that a training record has after the others, if the model has experts; see `metrics.expert_record`."""
 _NAMED = ("loss", "bits_per_byte", "lm_eval")
 """In a validation record, a slash and the name of a source, text or task may follow, such as in loss/web."""
 _ONLY_IN = {"bits_per_byte": "validation"} | dict.fromkeys(_LAYER_FIELDS, "train")
@@ -45,6 +47,7 @@ class MetricsWriter:
         trackers: Sequence[Tracker] = (),
     ) -> None:
         self._run, self._places, self._enabled = run, layer_norms.places(model), enabled
+        self._sparse = [f"layer {layer}" for layer in model.sparse_layers]
         self._trackers = trackers
         self._output = OptionalOutput("TensorBoard")
         self._tensorboard: _TensorBoard | None = None
@@ -67,6 +70,7 @@ class MetricsWriter:
     def _write(self, split: str, record: dict[str, Any]) -> None:
         """Append a line with all fields of the split; null for fields that the record lacks."""
         named = [name for name in record if name.partition("/")[0] in _NAMED and name not in _FIELDS]
+        named += [name for name in _EXPERT_FIELDS if name in record]
         unknown = set(record) - {*_FIELDS, *named}
         if unknown:
             raise ValueError(f"metrics.jsonl has no fields {sorted(unknown)}")
@@ -86,7 +90,8 @@ class MetricsWriter:
         scalars = {}
         for name, value in line.items():
             if isinstance(value, list):
-                scalars |= {f"{name}/{place}": each for place, each in zip(self._places, value, strict=False)}
+                places = self._sparse if name in _EXPERT_FIELDS else self._places
+                scalars |= _by_place(name, places, value)
             elif name != "step":
                 scalars[name] = value
         return {f"{split}/{name}": value for name, value in scalars.items() if isinstance(value, (int, float))}
@@ -94,6 +99,18 @@ class MetricsWriter:
     def close(self) -> None:
         """Stop writing to the event file."""
         self._tensorboard = None
+
+
+def _by_place(name: str, places: Sequence[str], values: list[Any]) -> dict[str, Any]:
+    """The values of a list by tag, such as gradient_norms/layer 0 mlp or, in a list by expert, expert_share/layer 0/3.
+
+    TensorBoard shows the tags up to the last slash as one group.
+    """
+    scalars = {}
+    for place, value in zip(places, values, strict=False):
+        parts = {f"/{expert}": each for expert, each in enumerate(value)} if isinstance(value, list) else {"": value}
+        scalars |= {f"{name}/{place}{part}": each for part, each in parts.items()}
+    return scalars
 
 
 class _TensorBoard:
@@ -127,7 +144,7 @@ class _TensorBoard:
 def _json_value(value: Any) -> Any:
     """A JSON value; None for NaN and infinity, which JSON cannot represent. Numbers in lists have 4 digits."""
     if isinstance(value, list):
-        return [None if each is None else float(f"{each:.4g}") for each in map(_json_value, value)]
+        return [float(f"{each:.4g}") if isinstance(each, float) else each for each in map(_json_value, value)]
     if value is None or isinstance(value, (int, str)):
         return value
     number = float(value)

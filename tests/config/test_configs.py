@@ -25,7 +25,7 @@ from nextllm_jax.config import (
 )
 from nextllm_jax.config import files as config_files
 from nextllm_jax.errors import InputError
-from nextllm_jax.model.accounting import parameter_count
+from nextllm_jax.model.accounting import active_parameter_count, parameter_count
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.training.schedule import schedule
 
@@ -55,15 +55,31 @@ def test_all_promised_configs_are_shipped() -> None:
         ("llama3_8b", 8_030_261_248),
         ("llama3_70b", 70_553_706_496),
         ("llama3_405b", 405_853_388_800),
+        ("mixtral_8x7b", 46_702_792_704),
+        ("olmoe_1b_7b", 6_919_161_856),
+        ("qwen3_30b_a3b", 30_532_122_624),
     ],
 )
-def test_parameter_counts_of_llama_3(name: str, published: int) -> None:
-    """Meta's published shapes; these numbers never change."""
+def test_parameter_counts_of_published_shapes(name: str, published: int) -> None:
+    """These numbers never change."""
     model = config_files.load_config_file(str(SHIPPED[NAMES.index(name)])).model
     tokens_BT = jnp.zeros((1, 1), jnp.int32)
     params = jax.eval_shape(functools.partial(Transformer(model).init, jax.random.key(0), tokens_BT, tokens_BT))
     assert sum(leaf.size for leaf in jax.tree.leaves(nn.meta.unbox(params))) == published
     assert parameter_count(model) == published
+
+
+@pytest.mark.parametrize(
+    ("name", "active"),
+    [("mixtral_8x7b", 12_879_925_248), ("olmoe_1b_7b", 1_282_017_280), ("qwen3_30b_a3b", 3_353_032_704)],
+)
+def test_active_parameters_of_published_shapes(name: str, active: int) -> None:
+    """Embedding and head, attention, norms and routers, and the chosen experts of each layer."""
+    model = config_files.load_config_file(str(SHIPPED[NAMES.index(name)])).model
+    assert active_parameter_count(model) == active
+    unused = model.num_experts - model.experts_per_token
+    expert = 3 * model.embed_dim * (model.expert_mlp_dim or model.mlp_dim)
+    assert parameter_count(model) - active == model.num_layers * unused * expert
 
 
 @pytest.mark.parametrize(
@@ -79,6 +95,14 @@ def test_parameter_counts_of_llama_3(name: str, published: int) -> None:
             {"rope_low_freq_factor": 4.0, "rope_high_freq_factor": 1.0},
             ["model.rope_low_freq_factor 4.0", "model.rope_high_freq_factor 1.0"],
         ),
+        (ModelConfig, {"num_experts": 4, "experts_per_token": 5}, ["experts_per_token 5", "model.num_experts 4"]),
+        (ModelConfig, {"num_experts": -1}, ["model.num_experts is -1"]),
+        (ModelConfig, {"num_experts": 4, "experts_per_token": 0}, ["model.experts_per_token is 0"]),
+        (ModelConfig, {"num_experts": 4, "mlp_pattern": ("dense",)}, ["model.mlp_pattern", "no sparse layer", "4"]),
+        (ModelConfig, {"num_experts": 4, "mlp_pattern": ()}, ["model.mlp_pattern is empty"]),
+        (ModelConfig, {"expert_mlp_dim": 8}, ["model.expert_mlp_dim is 8", "set model.num_experts"]),
+        (ModelConfig, {"num_experts": 4, "shared_expert_gate": True}, ["set model.shared_expert_mlp_dim"]),
+        (ModelConfig, {"num_experts": 4, "capacity_factor": -1.0}, ["model.capacity_factor is -1.0"]),
         (DataConfig, {"sequence_length": 0}, ["data.sequence_length is 0"]),
         (DataConfig, {"validation_fraction": 1.0}, ["data.validation_fraction is 1.0"]),
         (OptimizerConfig, {"learning_rate": 0.0}, ["optimizer.learning_rate is 0.0"]),
@@ -155,6 +179,19 @@ def test_values_of_the_wrong_type_are_refused_by_name(cls: type[Any], values: An
         cls(**values)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_the_period_of_a_model_combines_its_patterns() -> None:
+    plain = ModelConfig(layer_pattern=("local", "global"))
+    assert plain.period == (("local", "dense"), ("global", "dense"))
+    assert plain.sparse_layers == ()
+    mixed = ModelConfig(
+        num_layers=7, num_experts=4, layer_pattern=("local", "global"), mlp_pattern=("dense", "sparse", "sparse")
+    )
+    attention, mlps = zip(*mixed.period, strict=True)
+    assert attention == ("local", "global") * 3
+    assert mlps == ("dense", "sparse", "sparse") * 2
+    assert mixed.sparse_layers == (1, 2, 4, 5)
 
 
 def test_json_keeps_every_field() -> None:

@@ -100,6 +100,19 @@ def test_the_backward_pass_names_the_last_layer_whose_gradient_overflows(mesh, s
     assert np.isfinite(found.window_losses).all()
 
 
+def test_an_expert_that_is_not_finite_is_named(mesh):
+    model = dataclasses.replace(CONFIG.model, num_layers=2, layer_pattern=("global",), num_experts=4, remat="none")
+    config = dataclasses.replace(CONFIG, model=model)
+    state = jax.device_get(build_program(config, mesh).create_state())
+    found = diagnosed(mesh, state, config=config)
+    assert (found.direction, found.place) == (None, None), str(found)
+    kernel = ("layers", "block_0", "mlp", "experts", "up", "kernel")
+    factors = np.ones((2, 4, 1, 1))
+    factors[1, 2] = np.inf  # as many layers, as many experts
+    spoilt = diagnosed(mesh, state, [(kernel, factors)], config=config)
+    assert (spoilt.direction, spoilt.place, spoilt.layer) == ("forward", "layer 1 mlp experts up of expert 2", 1)
+
+
 @pytest.mark.parametrize("offload_state", [False, True])
 def test_an_update_that_overflows_is_named(mesh, state, offload_state):
     settings = {"learning_rate": 3e38, "weight_decay": 1e4, "offload_state": offload_state}

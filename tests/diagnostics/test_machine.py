@@ -67,7 +67,9 @@ class Accelerator:
 
 def accelerators(stats, **shape):
     devices = np.array([Accelerator(stats) for _ in range(math.prod(shape.values()))])
-    return SimpleNamespace(shape={"data": 1, "fsdp": 1, "tensor": 1} | shape, devices=devices, local_devices=devices)
+    return SimpleNamespace(
+        shape={"data": 1, "fsdp": 1, "tensor": 1, "expert": 1} | shape, devices=devices, local_devices=devices
+    )
 
 
 @pytest.mark.parametrize(

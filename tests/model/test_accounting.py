@@ -12,8 +12,9 @@ import pytest
 
 from nextllm_jax.config import ModelConfig, OptimizerConfig
 from nextllm_jax.diagnostics import reference
-from nextllm_jax.model.accounting import flops_per_token, parameter_count, update_flops
+from nextllm_jax.model.accounting import active_parameter_count, flops_per_token, parameter_count, update_flops
 from nextllm_jax.model.transformer import Transformer
+from nextllm_jax.model.weights import path_name
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 40,
@@ -31,6 +32,16 @@ CASES: dict[str, dict[str, Any]] = {
     "sandwich_norms": {"norm_placement": "sandwich", "attention_bias": True, "attention_output_bias": True},
     "post_norms": {"norm_placement": "post", "qk_norm": True, "qk_norm_over": "projection"},
     "pattern": {"num_layers": 5, "layer_pattern": ("local", "local", "global_nope"), "sliding_window": 6},
+    "experts": {
+        "num_layers": 3,
+        "mlp_pattern": ("dense", "sparse"),
+        "num_experts": 6,
+        "experts_per_token": 3,
+        "expert_mlp_dim": 10,
+        "shared_expert_mlp_dim": 7,
+        "shared_expert_gate": True,
+        "selection_bias": True,
+    },
 }
 
 
@@ -56,12 +67,20 @@ def test_flops_are_six_per_multiplying_weight_and_twelve_per_visible_score(case:
     params = abstract_params(config)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     kernels = sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel")
+    experts = sum(leaf.size for path, leaf in leaves if "experts/" in path_name(path))
+    kernels -= experts / 2  # of six experts three
     head = math.prod(params["embed" if config.tie_embeddings else "lm_head"]["embedding"].shape)
     pattern = [config.layer_pattern[layer % len(config.layer_pattern)] for layer in range(config.num_layers)]
     one_document = np.ones((1, time), np.int32)
     visible = sum(reference.visible(kind, one_document, config).sum() / time for kind in pattern)
     expected = 6 * (kernels + head) + 12 * config.num_heads * config.head_dim * visible
     assert flops_per_token(config, time) == pytest.approx(expected, rel=1e-12)
+
+
+def test_active_parameters_are_those_of_the_chosen_experts() -> None:
+    config = make_config("experts")
+    assert active_parameter_count(config) == parameter_count(config) - 1 * 3 * (3 * 12 * 10)  # a layer, three experts
+    assert active_parameter_count(make_config("plain")) == parameter_count(make_config("plain"))
 
 
 def test_the_products_of_an_update() -> None:

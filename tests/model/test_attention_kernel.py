@@ -22,7 +22,7 @@ KERNELS = {
     "gathered blockwise": AttentionKernel("blockwise", (16, 20)),
     "gathered splash": AttentionKernel("splash", (128, 128), interpret=True),
 }
-AXES = ("data", "fsdp", "sequence", "tensor")
+AXES = ("data", "fsdp", "sequence", "tensor")  # and one device along expert
 ALL_MESHES = [m for m in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(m) == 8 and m[3] <= 2]
 SOME_MESHES = [(1, 1, 8, 1), (2, 1, 2, 2), (1, 2, 4, 1)]
 slow = pytest.mark.slow

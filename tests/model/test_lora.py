@@ -16,7 +16,7 @@ from nextllm_jax.model.accounting import adapter_count, frozen_bytes
 from nextllm_jax.model.objective import make_eval_step, next_token
 from nextllm_jax.model.quantize import convert
 from nextllm_jax.model.transformer import Transformer, abstract_params
-from nextllm_jax.sharding import make_mesh, on_device, placed, sharding
+from nextllm_jax.sharding import MESH_AXES, make_mesh, on_device, placed, sharding
 from nextllm_jax.training.optimizers import make_optimizer
 from nextllm_jax.training.schedule import schedule
 from nextllm_jax.training.state import TrainState, abstract_state, shardings_of, state_from, whole_params
@@ -115,7 +115,7 @@ def test_new_adapters_change_nothing_and_alone_have_gradients():
 @functools.cache
 def train(mesh_config, config, *, steps=3):
     """Losses, state and validation loss after a few steps on a mesh; 8 devices or 1."""
-    sizes = [getattr(mesh_config, name) for name in ("data", "fsdp", "sequence", "tensor")]
+    sizes = [getattr(mesh_config, name) for name in MESH_AXES]
     mesh = make_mesh(mesh_config, jax.devices()[: int(np.prod(sizes))])
     model, optimizer = Transformer(CONFIG), make_optimizer(OPTIMIZER, CONFIG)
     boxed = abstract_params(CONFIG)

@@ -70,13 +70,13 @@ def test_scales_are_sharded_as_their_matrices_where_their_groups_can_be():
     tree = by_name(wanted(Quantization(scheme="int4", group_size=16), lambda boxed: placed(mesh, boxed)))
     up, down = tree["remainder_0/mlp/up/kernel"], tree["remainder_0/mlp/down/kernel"]
     assert (up.q.sharding.spec, down.q.sharding.spec) == (
-        PartitionSpec("fsdp", "tensor"),
-        PartitionSpec("tensor", "fsdp"),
+        PartitionSpec(("fsdp", "expert"), "tensor"),
+        PartitionSpec("tensor", ("fsdp", "expert")),
     )
     assert up.scale.shape == (2, 64)  # two groups on four devices
     assert (up.scale.sharding.spec, down.scale.sharding.spec) == (
         PartitionSpec(None, "tensor"),
-        PartitionSpec("tensor", "fsdp"),
+        PartitionSpec("tensor", ("fsdp", "expert")),
     )
     alone = quantized(Quantization(scheme="int4", group_size=16))
     sharded = quantized(Quantization(scheme="int4", group_size=16), lambda boxed: placed(mesh, boxed))

@@ -41,11 +41,12 @@ class Mixed(nn.Module):
     """An MLP with a matrix that contracts two axes, and a bias."""
 
     config: ModelConfig
+    mlp_dim: int
     dtype: Any
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        embed, mlp = self.config.embed_dim, self.config.mlp_dim
+        embed, mlp = self.config.embed_dim, self.mlp_dim
         types = (self.config.init_std, self.dtype, jnp.float32)
         parts = Linear("BTD,DcF->BTcF", (embed, 2, mlp), ("embed", "head_dim", "mlp"), *types, name="spread")(x_BTD)
         mix = Linear("BTcF,cFD->BTD", (2, mlp, embed), ("head_dim", "mlp", "embed"), *types, ("embed",), name="mix")
@@ -81,8 +82,8 @@ def test_weight_decay() -> None:
 
 def test_sharding() -> None:
     shardings = by_name(tree_shardings(make_mesh(MeshConfig(data=1, fsdp=4, tensor=2)), abstract_params(CONFIG)))
-    assert shardings["layers/block_1/mlp/spread/kernel"].spec == PartitionSpec(None, "fsdp", None, "tensor")
-    assert shardings["remainder_0/mlp/mix/kernel"].spec == PartitionSpec(None, "tensor", "fsdp")
+    assert shardings["layers/block_1/mlp/spread/kernel"].spec == PartitionSpec(None, ("fsdp", "expert"), None, "tensor")
+    assert shardings["remainder_0/mlp/mix/kernel"].spec == PartitionSpec(None, "tensor", ("fsdp", "expert"))
 
 
 def test_norms_per_layer() -> None:

@@ -36,7 +36,7 @@ def test_bad_input_is_one_sentence(door, arguments, sentence) -> None:
 def test_an_estimate_for_gpus(door) -> None:
     arguments = ("--fast", "--chip", "NVIDIA H100 80GB HBM3", "--devices", "4", "--mesh.tensor", "2", "--days", "1")
     values = json.loads(door.run(*COMMAND, *arguments, "--json").stdout)
-    assert values["mesh"] == {"data": 2, "fsdp": 1, "sequence": 1, "tensor": 2}
+    assert values["mesh"] == {"data": 2, "fsdp": 1, "sequence": 1, "tensor": 2, "expert": 1}
     assert values["estimated"]
     assert values["fits"]
     assert values["memory"]["peak_bytes"] > values["memory"]["argument_bytes"]

@@ -79,6 +79,6 @@ def test_what_remat_repeats() -> None:
 
 
 def test_memory_traffic_of_the_state() -> None:
-    mesh = {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}
+    mesh = {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1, "expert": 1}
     more = memory_traffic_bytes(CONFIG, mesh, 1000.0) - memory_traffic_bytes(CONFIG, mesh, 0.0)
     assert more == 2000

@@ -120,7 +120,7 @@ def test_what_to_change_comes_in_order_and_helps() -> None:
 
 
 def test_the_least_that_must_be_sent() -> None:
-    mesh = {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
+    mesh = {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2, "expert": 1}
     found = minimum_traffic(CONFIG, mesh)
     layer = 64 * 16 * (2 * 4 + 2 * 2) + 3 * 64 * 128
     weights = (4 * layer + 2 * 512 * 64) / 2
@@ -156,7 +156,7 @@ def test_what_the_compiler_says_of_a_lack_of_memory(message, needed, temporaries
 def test_devices_that_are_only_counted() -> None:
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(fsdp=2, tensor=2))
     plan = estimate_training(config, devices_of_kind("NVIDIA H100 80GB HBM3", 8))
-    assert plan.mesh == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
+    assert plan.mesh == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2, "expert": 1}
     assert plan.chip == chip("NVIDIA H100 80GB HBM3")
     assert plan.fits
     assert plan.roofline.network > 0

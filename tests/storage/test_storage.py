@@ -47,6 +47,9 @@ def test_files(where):
     assert storage.exists("empty")
     assert storage.names("empty") == []
     assert list(storage.files()) == ["ab"]
+    storage.write("empty/file", b"")
+    storage.move("empty", "moved")
+    assert list(storage.files()) == ["ab", "moved/file"]
     with storage.local_directory("traced") as directory:
         (as_path(directory) / "inner").mkdir(parents=True)
         (as_path(directory) / "inner" / "file").write_text("trace")

@@ -60,6 +60,9 @@ OTHER = {
     "optimizer.first_moment_dtype": "bfloat16",
     "training.sample_prompts": ("the ",),
     "model.activation": "gelu_tanh",
+    "model.num_experts": 4,
+    "model.mlp_pattern": ("dense", "sparse"),
+    "model.router_scores": "sigmoid",
     "model.rope_local_theta": 5e3,
     "model.rotary_dim": 4,
     "model.norm_scale_offset": 1.0,
@@ -86,6 +89,8 @@ NOT_ALONE = {
     *("model.rope_short_factors", "model.rope_long_factors", "model.remat_offload", "lora.rank"),
     "lora.adapter",
     *("optimizer.adamw_learning_rate", "data.mixture_paths"),
+    *("model.expert_mlp_dim", "model.shared_expert_mlp_dim", "model.shared_expert_gate", "model.selection_bias"),
+    "model.capacity_factor",
 }
 FREE = {
     *("model.remat_offload", "optimizer.shard_over_data", "optimizer.offload_state"),
@@ -94,7 +99,8 @@ FREE = {
     *("training.evaluation_batch_size", "training.max_skipped_steps", "training.sample_prompts"),
     *("training.sample_tokens", "checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_every_steps"),
     *("checkpoint.scratch", "checkpoint.strict", "checkpoint.megabytes_per_second", "training.preemption_seconds"),
-    *("mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor", "mesh.slices", "data.cache_dir", "data.cache_bytes"),
+    *("mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor", "mesh.expert", "mesh.slices"),
+    *("data.cache_dir", "data.cache_bytes"),
     *("model.attention", "model.attention_blocks", "logging.trackers", "logging.project"),
     *("evaluation.texts", "evaluation.lm_eval_tasks", "evaluation.every_steps"),
 }
@@ -103,6 +109,8 @@ NEVER = {
     *("model.num_kv_heads", "model.head_dim", "model.layer_pattern", "model.qk_norm", "model.attention_bias"),
     *("model.tie_embeddings", "model.param_dtype", "model.norm_placement", "model.qk_norm_over"),
     *("model.attention_output_bias", "optimizer.name", "optimizer.first_moment_dtype"),
+    *("model.num_experts", "model.expert_mlp_dim", "model.mlp_pattern", "model.shared_expert_mlp_dim"),
+    *("model.shared_expert_gate", "model.selection_bias"),
     "training.ema_decay",
     *("lora.rank", "lora.targets", "lora.frozen"),
 }

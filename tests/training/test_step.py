@@ -14,7 +14,7 @@ from nextllm_jax.model.attention_kernel import AttentionKernel
 from nextllm_jax.model.objective import Batch, make_eval_step, next_token
 from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.plan.collectives import collectives
-from nextllm_jax.sharding import make_mesh, sharding
+from nextllm_jax.sharding import MESH_AXES, make_mesh, sharding
 from nextllm_jax.training.optimizers import make_optimizer
 from nextllm_jax.training.schedule import schedule
 from nextllm_jax.training.state import abstract_state, create_state, shardings_of
@@ -47,10 +47,10 @@ def make_batch(seed=0):
 
 def run(mesh_config, *, steps=3, accumulation_steps=1, batches=None, config=CONFIG, dtype="float32", **kernel):
     """Losses, last gradient norm and final parameters of a few steps on a mesh of simulated devices."""
-    sizes = [getattr(mesh_config, name) for name in ("data", "fsdp", "sequence", "tensor")]
+    sizes = [getattr(mesh_config, name) for name in MESH_AXES]
     mesh = make_mesh(mesh_config, jax.devices()[: int(np.prod(sizes))])
     model = Transformer(config, jnp.dtype(dtype), **kernel)
-    optimizer = make_optimizer(OPTIMIZER, CONFIG)
+    optimizer = make_optimizer(OPTIMIZER, config)
     with jax.set_mesh(mesh):
         state = create_state(model, optimizer, mesh, seed=0)
         step = make_train_step(

@@ -91,23 +91,24 @@ def numpy_states(weights: Weights, probes: Sequence[Probe], change: Change | Non
 
 def our_states(weights: Weights, probes: Sequence[Probe]) -> Iterator[States]:
     """As `numpy_states`, by the modules of this package in float32."""
-    config = weights.config.without_remat()
+    config = weights.config.for_inference()
     model = Transformer(config, jnp.dtype("float32"), scan_layers=False)
     arrays = [[jnp.array([part], jnp.int32) for part in (probe.tokens, probe.positions)] for probe in probes]
     embed = {"params": {"embed": weights.read("embed")}}
     states: States = [model.apply(embed, tokens, method="embedded") for tokens, _ in arrays]
     yield states
     for layer, block in weights.layers():
-        kind = config.layer_pattern[layer % len(config.layer_pattern)]
-        states = [_block(config, kind, block, x, positions) for x, (_, positions) in zip(states, arrays, strict=True)]
+        kinds = config.period[layer % len(config.period)]
+        states = [_block(config, kinds, block, x, positions) for x, (_, positions) in zip(states, arrays, strict=True)]
         yield states
     last = {name: weights.read(name) for name in ("final_norm", "embed" if config.tie_embeddings else "lm_head")}
     yield [_logits(model, last, x_1TD[:, -KEPT:])[0] for x_1TD in states]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _block(config: ModelConfig, kind: Any, params: Any, x_1TD: jax.Array, positions_1T: jax.Array) -> Any:
-    block = Block(config, kind, jnp.dtype("float32"), AttentionKernel())
+def _block(config: ModelConfig, kinds: Any, params: Any, x_1TD: jax.Array, positions_1T: jax.Array) -> Any:
+    kind, mlp_kind = kinds
+    block = Block(config, kind, mlp_kind, jnp.dtype("float32"), AttentionKernel())
     return block.apply({"params": params}, x_1TD, ropes(config, positions_1T), positions_1T, None, None, 0)[0]
 
 

@@ -8,16 +8,17 @@ import optax
 
 from nextllm_jax.config import ModelConfig, OptimizerConfig
 from nextllm_jax.model.transformer import abstract_params
-from nextllm_jax.model.weights import of_kind, path_name
+from nextllm_jax.model.weights import Kind, of_kind, path_name
 
 
 def decay_mask(config: OptimizerConfig, model: ModelConfig, params: Any) -> Any:
-    """True for each parameter with weight decay: matrices, and embeddings if `decay_embeddings` is set.
+    """True for each parameter with weight decay: matrices, routers, and embeddings if `decay_embeddings` is set.
 
     `params` may be boxed, a part of the model's parameters (stacked over layers), or adapters, which are not decayed.
     """
     boxed = abstract_params(model)
-    names = of_kind(boxed, "matrix", "embedding") if config.decay_embeddings else of_kind(boxed, "matrix")
+    decayed: tuple[Kind, ...] = ("matrix", "router", "embedding") if config.decay_embeddings else ("matrix", "router")
+    names = of_kind(boxed, *decayed)
     return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path) in names, params)
 
 
