@@ -41,7 +41,8 @@ def measured(layer: nn.Module, *inputs: Any) -> Measured:
     params = nn.meta.unbox(layer.init(jax.random.key(0), *inputs)["params"])
 
     def loss(params: Any, *inputs: Any) -> jax.Array:
-        return jnp.sum(jnp.square(layer.apply({"params": params}, *inputs)))
+        output: Any = layer.apply({"params": params}, *inputs)
+        return jnp.sum(jnp.square(output))
 
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, *inputs).compile()
     memory = compiled.memory_analysis()

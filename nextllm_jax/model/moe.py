@@ -219,8 +219,13 @@ def _gathered(part: Any, axes: Names, axis: str) -> Any:
     """A matrix with the shards of all devices along a mesh axis."""
     if "expert_embed" not in axes:
         return part
-    gather = functools.partial(jax.lax.all_gather, axis_name=axis, axis=axes.index("expert_embed"), tiled=True)
-    return checkpoint_name(jax.tree.map(gather, part), _GATHERED)
+    dim = axes.index("expert_embed")
+
+    def gathered(x: jax.Array) -> jax.Array:
+        # XLA for TPUs does not scatter a gradient along its last axis, but sums all of it on each device.
+        return jnp.moveaxis(jax.lax.all_gather(jnp.moveaxis(x, dim, 1), axis, axis=1, tiled=True), 1, dim)
+
+    return checkpoint_name(jax.tree.map(gathered, part), _GATHERED)
 
 
 def _apply(

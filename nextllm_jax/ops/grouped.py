@@ -34,7 +34,11 @@ class Groups(NamedTuple):
 
 
 def block_rows(num_assignments: int, num_experts: int) -> int:
-    """R, a power of two. With equal loads, at most half of an expert's last block is padding."""
+    """R, a power of two: half of an expert's mean load up to 128 rows, and a quarter beyond that.
+
+    Half of an expert's last block is padding on average. On a CPU, smaller blocks take longer, since each copies the
+    matrix of its expert.
+    """
     load = num_assignments // num_experts
     rows = 1
     while 2 * rows <= min(load // 2 if rows < _TILE_ROWS else load // 4, _MOST_ROWS):

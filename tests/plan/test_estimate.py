@@ -18,10 +18,11 @@ CONFIGS = Path(__file__).parent.parent.parent / "configs"
 GIB = 2**30
 
 
-def variant(name, batch, length, remat, offload_state=False):
+def variant(name, batch, length, remat, offload_state=False, **mesh):
     config = load_config_file(str(CONFIGS / f"{name}.py"))
     return dataclasses.replace(
         config,
+        mesh=dataclasses.replace(config.mesh, **mesh),
         model=dataclasses.replace(config.model, remat=remat),
         data=dataclasses.replace(config.data, sequence_length=length),
         training=dataclasses.replace(config.training, global_batch_size=batch),
@@ -45,6 +46,13 @@ def variant(name, batch, length, remat, offload_state=False):
 )
 def test_peak_is_within_15_percent(name, kind, devices, batch, length, remat, arguments, peak) -> None:
     plan = estimate_training(variant(name, batch, length, remat), devices_of_kind(kind, devices))
+    assert plan.argument_bytes / GIB == pytest.approx(arguments, abs=0.05)
+    assert plan.estimated_peak_bytes / GIB == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.parametrize(("name", "expert", "arguments", "peak"), [("qwen3_30b_a3b", 4, 5.33, 11.72)])
+def test_the_peak_with_experts_is_within_15_percent(name, expert, arguments, peak) -> None:
+    plan = estimate_training(variant(name, 64, 4096, "full", expert=expert), devices_of_kind("TPU v5p", 64))
     assert plan.argument_bytes / GIB == pytest.approx(arguments, abs=0.05)
     assert plan.estimated_peak_bytes / GIB == pytest.approx(peak, rel=0.15)
 
