@@ -42,12 +42,13 @@ def first_that_fits(
     and names the fields in which the closest candidate differs.
     """
     differences: dict[str, list[str]] = {}
+    refusals: dict[str, list[str]] = {}
     wanted = canonical(config)
     for candidate in candidates:
         try:
             found = canonical(read(candidate))
         except InputError as error:
-            differences[candidate] = [str(error)]
+            refusals[candidate] = [str(error)]
             continue
         differences[candidate] = [
             f"model.{field.name} {getattr(config, field.name)}"
@@ -56,6 +57,7 @@ def first_that_fits(
         ]
         if not differences[candidate]:
             return candidate
+    differences = differences or refusals
     nearest = min(differences, key=lambda candidate: len(differences[candidate]))
     raise InputError(f"{failure}; the closest is {nearest}, which differs in {', '.join(differences[nearest])}")
 

@@ -159,7 +159,10 @@ def _of_architecture(keys: Keys, name: str, fields: Mapping[str, Any]) -> dict[s
     if name in ("qwen3", "qwen3moe"):
         return {"qk_norm": True}
     if name in ("olmoe", "qwen2moe"):
-        return _of_first_sparse(keys, name, fields)
+        heads = fields["num_heads"]  # llama.cpp reads only files with such heads, and with a separate output matrix
+        sizes = {"head_dim": embed // heads, "tie_embeddings": False}
+        olmoe = {"qk_norm": True, "qk_norm_over": "projection", "num_kv_heads": heads}
+        return sizes | (olmoe if name == "olmoe" else {})
     if name == "olmo2":
         # llama.cpp reads no file of this architecture without a separate head.
         return {"norm_placement": "post", "qk_norm": True, "qk_norm_over": "projection", "tie_embeddings": False}
@@ -191,18 +194,6 @@ def _of_architecture(keys: Keys, name: str, fields: Mapping[str, Any]) -> dict[s
     if name == "gemma2":
         return gemma | {"attention_soft_cap": keys.optional("attn_logit_softcapping")}
     return gemma | {"qk_norm": True, "rope_local_theta": 10_000.0}
-
-
-def _of_first_sparse(keys: Keys, name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The config fields that olmoe or qwen2moe determines; llama.cpp reads only files with such sizes and a head."""
-    heads, head_dim = fields["num_heads"], fields["head_dim"]
-    if heads * head_dim != fields["embed_dim"]:
-        raise keys.refusal("attention.key_length", f"it must be the embedding length / the head count {heads}")
-    if name == "qwen2moe":
-        return {"tie_embeddings": False}
-    if fields["num_kv_heads"] != heads:
-        raise keys.refusal("attention.head_count_kv", f"it must equal the head count {heads}")
-    return {"qk_norm": True, "qk_norm_over": "projection", "tie_embeddings": False}
 
 
 def _rope(keys: Keys, name: str, fields: Mapping[str, Any], factors: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """GGUF files: against transformers' own reader, round trips in every type, and files that must be refused."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -17,10 +18,14 @@ import gguf
 from gguf import quants
 
 from nextllm_jax.config.model import ModelConfig
+from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError
 from nextllm_jax.interop import huggingface
 from nextllm_jax.interop.canonical import canonical
 from nextllm_jax.interop.gguf import GGUFFile, export
+from nextllm_jax.model.quantize import abstract_quantized
+from nextllm_jax.model.transformer import abstract_params
+from nextllm_jax.ops.quantized import dequantize
 from nextllm_jax.tokenizer.gguf import from_gguf, to_gguf
 from tests.interop.families import TIME, save_model
 from tests.interop.models import CONFIG, TOKENIZER, assert_equal_trees, on_one_device, random_params
@@ -112,6 +117,24 @@ def test_smaller_types_round_the_matrices_alone(tmp_path, dtype, tolerance):
             np.testing.assert_array_equal(left, right)
         else:
             assert 0 < np.abs(left - right).max() <= tolerance * np.abs(left).max()
+
+
+def test_quantized_experts_are_kept_bit_for_bit(tmp_path):
+    config = dataclasses.replace(make_config("qwen3moe"), head_dim=32, num_layers=2)
+    write(config, tmp_path / "floats.gguf")
+    quantization = Quantization(scheme="int4")
+    abstract = abstract_quantized(abstract_params(config), on_one_device(config), quantization)
+    params = GGUFFile(tmp_path / "floats.gguf").load_params(abstract)
+    export(config, params, tmp_path / "model.gguf", vocab_size=288, dtype="float32", metadata={})
+    kept = []
+    again = GGUFFile(tmp_path / "model.gguf").load_params(abstract, lambda name, before, after: kept.append(before))
+    assert_equal_trees(again, params)
+    assert set(kept) == {None}
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    tensor = tensors["blk.1.ffn_down_exps.weight"]
+    ours = dequantize(params["layers"]["block_0"]["mlp"]["experts"]["down"]["kernel"], np.float32)[1]
+    np.testing.assert_array_equal(quants.dequantize(tensor.data, tensor.tensor_type).swapaxes(1, 2), ours)
+    assert tensors["blk.1.ffn_gate_inp.weight"].tensor_type == gguf.GGMLQuantizationType.F32
 
 
 def test_padded_rows_are_left_out_and_the_tokenizer_comes_back(tmp_path):
@@ -286,7 +309,7 @@ def load(file: Path) -> Any:
         ({**MODELS["llama with experts"], "selection_bias": True}, r"differs in model\.selection_bias True"),
         ({**MODELS["llama with experts"], "router_scores": "sigmoid"}, r"differs in model\.router_scores sigmoid"),
         ({**MODELS["llama with experts"], "expert_weight_scale": 2.0}, r"differs in model\.expert_weight_scale 2\.0"),
-        ({**MODELS["olmoe"], "num_kv_heads": 2}, r"olmoe: .*head_count_kv is 2; it must equal the head count 4"),
+        ({**MODELS["olmoe"], "num_kv_heads": 2}, r"olmoe, which differs in model\.num_kv_heads 2"),
         ({**MODELS["qwen2moe"], "tie_embeddings": True}, r"qwen2moe, which differs in model\.tie_embeddings True"),
     ],
 )

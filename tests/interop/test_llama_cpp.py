@@ -75,7 +75,7 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("gguf")
 
 
-OFTEN = ("llama 3.1", "qwen2", "olmo2", "gemma3")
+OFTEN = ("llama 3.1", "qwen2", "olmo2", "gemma3", "qwen2moe", "granitemoe with a shared expert")
 FAMILIES = [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
 
 
