@@ -116,8 +116,8 @@ def _sums(
     dropped_BT = jnp.sum(taken_BTK == E, axis=-1, dtype=jnp.float32)
     z_BT = jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1))
     return RouterSums(
-        tokens_E=jnp.einsum("BTE,BT->E", chosen_BTE, counted_BT),
-        probability_E=jnp.einsum("BTE,BT->E", probability_BTE, counted_BT),
+        tokens_E=jnp.sum(chosen_BTE * counted_BT[..., None], axis=(0, 1)),
+        probability_E=jnp.sum(probability_BTE * counted_BT[..., None], axis=(0, 1)),
         z=jnp.sum(z_BT * counted_BT),
         entropy=jax.lax.stop_gradient(jnp.sum(entropy_BT * counted_BT)),
         dropped=jnp.sum(dropped_BT * counted_BT),

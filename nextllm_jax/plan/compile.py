@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
 
-from nextllm_jax.config import Config, MeshConfig, OptimizerConfig
+from nextllm_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig
 from nextllm_jax.errors import RunFailed
 from nextllm_jax.model.accounting import flops_per_token
 from nextllm_jax.model.objective import Batch
@@ -86,20 +86,21 @@ def compile_train_step(config: Config, mesh: Mesh) -> Compiled:
 
 
 def flops_of_two_layers(config: Config) -> tuple[float, float]:
-    """FLOPs of a train step with two layers of the model (or one period of the layer pattern): (formula, compiler).
+    """FLOPs of a train step with two layers of the model (or one period of its patterns): (formula, compiler).
 
     The compiler counts the body of a loop once. Therefore this step has a single period of layers, a single chunk in
-    the loss, attention without blocks, no recomputation, and AdamW, whose update has no products. It is compiled for
-    the CPU, which does the same products.
+    the loss, attention without blocks, no recomputation, and AdamW, whose update has no products. In place of experts,
+    it has an MLP as wide as those of a token together. It is compiled for the CPU, which does the same products.
     """
-    pattern = config.model.layer_pattern
-    pattern = pattern * 2 if len(pattern) == 1 else pattern
+    kinds = config.model.period
+    kinds = kinds * 2 if len(kinds) == 1 else kinds
     length = min(config.data.sequence_length, 2048)
     plain = {"remat": "none", "remat_offload": False, "attention": "xla", "dtype": "float32"}
+    pattern = tuple(kind for kind, _ in kinds)
     model = dataclasses.replace(config.model, num_layers=len(pattern), layer_pattern=pattern, **plain)
     small = dataclasses.replace(
         config,
-        model=model,
+        model=_without_experts(model),
         optimizer=OptimizerConfig(),
         data=dataclasses.replace(config.data, sequence_length=length),
         training=dataclasses.replace(config.training, global_batch_size=1, accumulation_steps=1),
@@ -107,6 +108,21 @@ def flops_of_two_layers(config: Config) -> tuple[float, float]:
     mesh = make_mesh(MeshConfig(), jax.devices("cpu")[:1])
     counted = _lower_train_step(small, mesh).compile().cost_analysis()["flops"]
     return flops_per_token(model, length) * length, counted
+
+
+def _without_experts(model: ModelConfig) -> ModelConfig:
+    """The model with dense MLPs, whose products of a token have the same size as those of the experts in sum."""
+    if not model.num_experts:
+        return model
+    sparse = len(model.sparse_layers)
+    width = model.experts_per_token * (model.expert_mlp_dim or model.mlp_dim) + model.shared_expert_mlp_dim
+    widths = (model.num_layers - sparse) * model.mlp_dim + sparse * width
+    defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+    of_experts = ("num_experts", "expert_mlp_dim", "mlp_pattern", "shared_expert_mlp_dim", "shared_expert_gate",
+                  "selection_bias", "capacity_factor")  # fmt: skip
+    return dataclasses.replace(
+        model, mlp_dim=round(widths / model.num_layers), **{name: defaults[name] for name in of_experts}
+    )
 
 
 def _lower_train_step(config: Config, mesh: Mesh) -> Any:

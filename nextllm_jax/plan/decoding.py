@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from nextllm_jax.config import Config
+from nextllm_jax.config import Config, ModelConfig
 from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError
 from nextllm_jax.hardware import Chip
@@ -22,6 +22,7 @@ from nextllm_jax.inference.programs import Network, create, prefill
 from nextllm_jax.inference.slot import IDLE, stacked
 from nextllm_jax.model.accounting import flops_per_token
 from nextllm_jax.model.transformer import Transformer, resolve_dtype
+from nextllm_jax.model.weights import path_name
 from nextllm_jax.plan.collectives import Collective, Traffic, collectives
 from nextllm_jax.plan.compile import Compiled, compile_lowered
 from nextllm_jax.plan.roofline import Roofline, roofline
@@ -93,6 +94,7 @@ def plan_decoding(
     parameter_bytes = bytes_on_device(params)
     # Only the rows of the tokens are read from the embedding, unless it is tied to the head.
     read_bytes = parameter_bytes - (0 if config.model.tie_embeddings else bytes_on_device(params["embed"]))
+    experts = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params) if "/experts/" in path_name(path)]
 
     def phase(compiled: Compiled, tokens_per_row: int) -> Phase:
         """The phase of a program that processes `tokens_per_row` tokens and reads the matrices and the cache once."""
@@ -101,7 +103,8 @@ def plan_decoding(
             return Phase(compiled=compiled, traffic=None, roofline=None, tokens=tokens)
         traffic = collectives(compiled.hlo, mesh.shape, config.mesh.slices).traffic
         flops = tokens * flops_per_token(config.model, tokens_per_row) / 3
-        limit = roofline(flops, read_bytes + cache_bytes / mesh.size, traffic, mesh, chip)
+        unread = bytes_on_device(experts) * unused_experts(config.model, tokens)
+        limit = roofline(flops, read_bytes - unread + cache_bytes / mesh.size, traffic, mesh, chip)
         return Phase(compiled=compiled, traffic=traffic, roofline=limit, tokens=tokens)
 
     with jax.set_mesh(mesh):
@@ -121,6 +124,11 @@ def plan_decoding(
         prefill=phase(first, request.prompt_tokens),
         decode=phase(second, 1) if second else None,
     )
+
+
+def unused_experts(config: ModelConfig, num_tokens: int) -> float:
+    """The expected fraction of a layer's experts that none of so many tokens chooses, if all are equally likely."""
+    return (1 - config.experts_per_token / config.num_experts) ** num_tokens if config.num_experts else 0.0
 
 
 def bytes_on_device(abstract: Any) -> int:

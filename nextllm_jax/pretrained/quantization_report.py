@@ -49,7 +49,7 @@ class QuantizationReport:
             kind.errors.append(0.0)
         else:
             errors = _relative_errors(before, after, axes=weight.value.ndim - weight.num_stacked)
-            kind.errors += np.atleast_1d(errors).tolist()
+            kind.errors += np.ravel(errors).tolist()
         in_files = jax.tree.leaves(jax.eval_shape(pack, after))
         kind.bytes += sum(part.size * part.dtype.itemsize for part in in_files)
         kind.weights += after.q.size
@@ -71,7 +71,7 @@ class QuantizationReport:
 
 @functools.partial(jax.jit, static_argnames="axes")
 def _relative_errors(before: jax.Array, after: QTensor, *, axes: int) -> jax.Array:
-    """The norm of the difference / the norm of the matrix; per layer if there is an axis before the last `axes`."""
+    """The norm of the difference / the norm of the matrix, for each matrix if there are axes before the last `axes`."""
     whole = before.astype(jnp.float32)
     norm = functools.partial(jnp.linalg.norm, axis=-1)
     flat = (*before.shape[: before.ndim - axes], -1)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nextllm_jax.ops import megablox
-from nextllm_jax.ops.grouped import arrange, block_rows, collect, grouped_product, spread, tile_rows
+from nextllm_jax.ops.grouped import arrange, block_rows, collect, grouped_product, num_rows, spread, tile_rows
 from nextllm_jax.ops.quantized import QTensor, dequantize, quantize
 from nextllm_jax.ops.routing import Choice, choose, probabilities, within_capacity
 
@@ -135,3 +135,24 @@ def test_an_expert_takes_the_first_tokens_of_a_sequence_up_to_its_capacity():
     experts = jnp.asarray([[[0, 1], [0, 2], [0, 1], [2, 1]], [[3, 0], [3, 0], [1, 0], [1, 0]]])
     limited = within_capacity(Choice(experts, jnp.ones(experts.shape)), 4, 1.0)  # 2 tokens of each sequence
     assert limited.expert_BTK.tolist() == [[[0, 1], [0, 2], [4, 1], [2, 4]], [[3, 0], [3, 0], [1, 4], [1, 4]]]
+
+
+@pytest.mark.tpu
+def test_tpus_multiply_by_megablox_with_little_memory(four_tpus):
+    """Both gradients of the product are kernels, and need no copy of the matrices."""
+    E, I, O, tokens = 8, 256, 384, 1024  # noqa: E741
+    experts = RNG.integers(0, E, (tokens, 2))
+    place = jax.sharding.SingleDeviceSharding(four_tpus[0])
+    shapes = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+        for shape, dtype in (((tokens, I), jnp.bfloat16), ((E, I, O), jnp.bfloat16), ((tokens, O), jnp.float32))
+    ]
+    found = functools.partial(summed, experts=experts, num_experts=E)
+    with jax.default_matmul_precision("default"):
+        compiled = jax.jit(jax.value_and_grad(found, argnums=(0, 1))).lower(*shapes).compile()
+    text = compiled.as_text() or ""
+    assert text.count('custom_call_target="tpu_custom_call"') == 3
+    memory = compiled.memory_analysis()
+    rows = num_rows(2 * tokens, E)
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 4 * 2 * rows * (I + O)

@@ -1,0 +1,111 @@
+"""Sampling from models with experts: tokens of full forwards, and a decode step that reads the chosen experts only."""
+
+import dataclasses
+import functools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nextllm_jax.config import ModelConfig
+from nextllm_jax.config.quantization import Quantization
+from nextllm_jax.inference.decode import decode
+from nextllm_jax.inference.engine import Engine
+from nextllm_jax.inference.load import decoding_model
+from nextllm_jax.inference.programs import Network, create
+from nextllm_jax.inference.slot import IDLE, stacked
+from nextllm_jax.model.quantize import convert
+from nextllm_jax.model.transformer import Transformer, abstract_params
+from nextllm_jax.model.weights import unstack_layers
+from nextllm_jax.sharding import on_device
+from tests import reference
+from tests.inference.test_engine import GREEDY, PROMPTS, TOKENS, VOCAB, run
+
+CONFIG = ModelConfig(
+    vocab_size=96, num_layers=3, embed_dim=32, mlp_dim=64, num_heads=4, num_kv_heads=2, head_dim=8, context_length=160,
+    num_experts=16, experts_per_token=2, expert_mlp_dim=24, mlp_pattern=("dense", "sparse"), shared_expert_mlp_dim=8,
+    dtype="float32", capacity_factor=1.0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def params():
+    return reference.random_params(nn.meta.unbox(abstract_params(CONFIG)))
+
+
+def engine(params, scan_layers=True):
+    model = Transformer(CONFIG.for_inference(), jnp.dtype("float32"), scan_layers=scan_layers)
+    return Engine(model, params, num_slots=4, max_length=48, vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_tokens_are_those_of_full_forwards_without_a_limit_on_experts(params, scan_layers):
+    weights = params if scan_layers else unstack_layers(CONFIG, params)
+    found = run(weights, PROMPTS, GREEDY, within=engine(weights, scan_layers))
+    config = dataclasses.replace(CONFIG, capacity_factor=None)
+    for prompt, row in zip(PROMPTS, found, strict=True):
+        logits_TV = reference.forward(params, config, np.array([[*prompt, *row]]))[0, :, :VOCAB]
+        expected = np.argmax(logits_TV, axis=1)[len(prompt) - 1 : -1]
+        assert row == expected.tolist()
+        assert len(row) == TOKENS
+
+
+def lowered_decode(rows, quantization=None):
+    place = functools.partial(on_device, device=jax.devices()[0])
+    model, params = decoding_model(CONFIG, np.dtype("float32"), place, quantization)
+    state = jax.eval_shape(functools.partial(create, model, None, num_slots=rows, length=32))
+    arguments = stacked([IDLE] * rows), np.zeros((rows, 3), np.uint32), None, np.int32(1), np.bool_(False)
+    return decode.lower(Network(model, params), None, state, *arguments, vocab_size=VOCAB, length=32)
+
+
+@pytest.mark.parametrize("quantization", [None, Quantization(scheme="int8")])
+def test_a_decode_step_reads_the_matrices_of_chosen_experts_only(quantization):
+    """Each product is in a loop over the experts in use, at most rows x experts_per_token, and takes one matrix."""
+    text = lowered_decode(2, quantization).compile().as_text() or ""
+    E, D, F = CONFIG.num_experts, CONFIG.embed_dim, CONFIG.expert_mlp_dim
+    whole = rf"\w+\[{E},(?:{D},{F}|{F},{D})\]"
+    results = re.findall(rf"= ({whole})\S* (\w[\w-]*)\(", text)
+    assert {opcode for _, opcode in results} <= {"parameter", "get-tuple-element", "bitcast"}
+    taken = re.findall(rf"= \w+\[1,(?:{D},{F}|{F},{D})\]\S* dynamic-slice\(", text)
+    assert len(taken) >= 3
+
+
+def test_experts_that_no_token_chose_do_not_matter(params):
+    """Their matrices are not numbers, and the tokens stay the same."""
+    expected = run(params, PROMPTS[:1], GREEDY, within=engine(params))
+    chosen = chosen_experts(params, [*PROMPTS[0], *expected[0]])
+    assert 2 <= len(chosen) < CONFIG.num_experts
+    spoilt = jax.tree.map(np.copy, params)
+    for matrix in spoilt["layers"]["block_1"]["mlp"]["experts"].values():
+        unused = [expert for expert in range(CONFIG.num_experts) if expert not in chosen]
+        matrix["kernel"][0, unused] = np.nan
+    # The slots without a request decode token 0, which chooses experts too.
+    one = Engine(Transformer(CONFIG.for_inference()), spoilt, num_slots=1, max_length=48, vocab_size=VOCAB)
+    assert run(spoilt, PROMPTS[:1], GREEDY, within=one) == expected
+
+
+def chosen_experts(params, tokens):
+    """The experts that these tokens choose in the one sparse layer."""
+    model = Transformer(CONFIG.for_inference())
+    tokens_BT = np.array([tokens])
+    positions_BT = np.arange(len(tokens), dtype=np.int32)[None]
+    _, recorded = jax.jit(functools.partial(model.apply, mutable=["intermediates"]))(
+        {"params": params}, tokens_BT, positions_BT
+    )
+    sums = recorded["intermediates"]["layers"]["block_1"]["mlp"]["router"]["routing"][0]
+    return set(np.flatnonzero(sums.tokens_E[0]).tolist())
+
+
+def test_int8_experts_give_nearly_the_same_logits(params):
+    place = functools.partial(on_device, device=jax.devices()[0])
+    model, wanted = decoding_model(CONFIG, np.dtype("float32"), place, Quantization(scheme="int8"))
+    weights = unstack_layers(CONFIG, params)
+    rounded = jax.tree.map(convert, weights, wanted)
+    tokens_BT = np.random.default_rng(0).integers(0, VOCAB, (2, 16))
+    positions_BT = np.broadcast_to(np.arange(16, dtype=np.int32), (2, 16))
+    apply = jax.jit(lambda params: model.apply({"params": params}, tokens_BT, positions_BT)[0])
+    exact, found = apply(weights), apply(rounded)
+    assert 0 < np.abs(found - exact).mean() < 0.05 * np.abs(exact).mean()
