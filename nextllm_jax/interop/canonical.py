@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from nextllm_jax.config.model import EXECUTION_FIELDS, LayerKind, ModelConfig
+from nextllm_jax.config.model import EXECUTION_FIELDS, ROUTER_TRAINING_FIELDS, LayerKind, ModelConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.interop.huggingface_rope import scaling_fields
 from nextllm_jax.ops import rope
@@ -18,7 +18,8 @@ _OF_EXPERTS = (
     "router_scores", "normalize_expert_weights", "expert_weight_scale", "selection_bias",
 )  # fmt: skip
 """Fields that have no effect without experts."""
-_OF_TRAINING = ("selection_bias_rate", "load_balance_weight", "router_z_weight", "capacity_factor", "zero_init_outputs")
+_WITHOUT_EFFECT = ("param_dtype", "zero_init_outputs", *ROUTER_TRAINING_FIELDS, *EXECUTION_FIELDS)
+"""Fields that have no effect on logits, up to rounding."""
 
 
 def shortest_pattern(kinds: list[Kind]) -> tuple[Kind, ...]:
@@ -71,8 +72,8 @@ def layer_kinds(config: ModelConfig) -> list[LayerKind]:
 def canonical(config: ModelConfig) -> ModelConfig:
     """The config in a canonical form: two configs of the same model become equal.
 
-    Fields that have no effect on logits get their defaults, and so do EXECUTION_FIELDS. None is replaced by the value
-    that it stands for where that is a number.
+    Fields that have no effect on logits get their defaults. None is replaced by the value that it stands for where that
+    is a number.
     """
     kinds, plain = layer_kinds(config), ModelConfig()
     scale = config.attention_scale or 1 / math.sqrt(config.head_dim)
@@ -86,7 +87,7 @@ def canonical(config: ModelConfig) -> ModelConfig:
         "embedding_scale": float(f"{config.embedding_scale:.9g}"),
         "rope_attention_factor": float(f"{attention_factor:.9g}"),
         "rotary_dim": None if config.rotary_dim == config.head_dim else config.rotary_dim,
-        **{name: getattr(plain, name) for name in ("param_dtype", *_OF_TRAINING, *EXECUTION_FIELDS)},
+        **{name: getattr(plain, name) for name in _WITHOUT_EFFECT},
     }
     ignored = [] if "local" in kinds else ["sliding_window", "rope_local_theta"]
     ignored += [] if config.qk_norm else ["qk_norm_over"]

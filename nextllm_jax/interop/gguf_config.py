@@ -156,13 +156,17 @@ def _single(value: float) -> float:
 def _of_architecture(keys: Keys, name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The config fields that the architecture itself determines."""
     num_layers, embed = fields["num_layers"], fields["embed_dim"]
-    if name in ("qwen3", "qwen3moe"):
+    if name == "qwen3":
         return {"qk_norm": True}
+    if name == "qwen3moe":
+        return {"qk_norm": True, "attention_output_bias": False}
     if name in ("olmoe", "qwen2moe"):
-        heads = fields["num_heads"]  # llama.cpp reads only files with such heads, and with a separate output matrix
-        sizes = {"head_dim": embed // heads, "tie_embeddings": False}
-        olmoe = {"qk_norm": True, "qk_norm_over": "projection", "num_kv_heads": heads}
-        return sizes | (olmoe if name == "olmoe" else {})
+        # llama.cpp reads no others of these architectures.
+        heads = fields["num_heads"]
+        only = {"head_dim": embed // heads, "tie_embeddings": False, "attention_output_bias": False}
+        if name == "qwen2moe":
+            return only
+        return only | {"num_kv_heads": heads, "attention_bias": False, "qk_norm": True, "qk_norm_over": "projection"}
     if name == "olmo2":
         # llama.cpp reads no file of this architecture without a separate head.
         return {"norm_placement": "post", "qk_norm": True, "qk_norm_over": "projection", "tie_embeddings": False}

@@ -310,6 +310,11 @@ def load(file: Path) -> Any:
         ({**MODELS["llama with experts"], "router_scores": "sigmoid"}, r"differs in model\.router_scores sigmoid"),
         ({**MODELS["llama with experts"], "expert_weight_scale": 2.0}, r"differs in model\.expert_weight_scale 2\.0"),
         ({**MODELS["olmoe"], "num_kv_heads": 2}, r"olmoe, which differs in model\.num_kv_heads 2"),
+        ({**MODELS["olmoe"], "attention_bias": True}, r"olmoe, which differs in model\.attention_bias True"),
+        (
+            {**MODELS["qwen3moe"], "attention_bias": True, "attention_output_bias": True},
+            "no GGUF architecture can represent",
+        ),
         ({**MODELS["qwen2moe"], "tie_embeddings": True}, r"qwen2moe, which differs in model\.tie_embeddings True"),
     ],
 )
