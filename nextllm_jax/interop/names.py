@@ -111,8 +111,7 @@ class Part(NamedTuple):
     tensor: str
     """Name in the file."""
     first_row: int = 0
-    """First row in the tensor. Greater than 0 only if the tensor is fused or holds several experts, whose rows count
-    on."""
+    """First row in the tensor, whose experts' rows count on. It is 0 if the tensor is neither fused nor of experts."""
 
     kind: Kind = "matrix"
     inputs: int = 0
