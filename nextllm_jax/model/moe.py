@@ -182,9 +182,11 @@ class Experts(nn.Module):
         is_split = is_divisible(x_BTD.shape, ("batch", "residual_seq", "activation_embed"))
         out = ("batch", "residual_seq" if is_split else "seq", "activation_embed")
         on_shard = functools.partial(_apply_on_shard, apply, names, is_split)
-        # The backward pass gathers the matrices again instead of saving them whole.
-        policy = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
-        return per_shard(jax.checkpoint(on_shard, prevent_cse=False, policy=policy), names, out)(*arrays)
+        if config.remat == "none":
+            # The backward pass gathers the matrices again instead of saving them whole, as it does with remat anyway.
+            policy = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
+            on_shard = jax.checkpoint(on_shard, prevent_cse=False, policy=policy)
+        return per_shard(on_shard, names, out)(*arrays)
 
     def _cast(self, part: jax.Array | QTensor) -> jax.Array | QTensor:
         """A float matrix in the type of the products, a quantized one as it is."""

@@ -34,8 +34,8 @@ class Budget(NamedTuple):
 
 
 _FIELDS = (
-    *("parameters", "compile_seconds", "fits", "estimated_peak_bytes", "flops_per_step", "unknown_loops"),
-    *("tokens_per_second", "mfu_bound"),
+    *("parameters", "active_parameters", "compile_seconds", "fits", "estimated_peak_bytes", "flops_per_step"),
+    *("unknown_loops", "tokens_per_second", "mfu_bound"),
 )
 
 
@@ -137,7 +137,8 @@ def _training_head(plan: TrainingPlan) -> Iterator[str]:
     steps = training.accumulation_steps
     microbatches = f" in {steps} microbatches" if steps > 1 else ""
     yield _target_line(plan)
-    yield f"{plan.parameters:,} parameters, remat {plan.config.model.remat}"
+    active = f", {plan.active_parameters:,} of them active" if plan.config.model.num_experts else ""
+    yield f"{plan.parameters:,} parameters{active}, remat {plan.config.model.remat}"
     yield f"{training.global_batch_size:,} sequences of {length:,} tokens per step{microbatches}"
 
 

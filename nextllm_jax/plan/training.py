@@ -11,7 +11,13 @@ from jax.sharding import AbstractMesh, Mesh
 from nextllm_jax.config import Config
 from nextllm_jax.errors import InputError
 from nextllm_jax.hardware import Chip
-from nextllm_jax.model.accounting import SaveEstimate, flops_per_token, parameter_count, save_estimate
+from nextllm_jax.model.accounting import (
+    SaveEstimate,
+    active_parameter_count,
+    flops_per_token,
+    parameter_count,
+    save_estimate,
+)
 from nextllm_jax.plan.advice import advice
 from nextllm_jax.plan.collectives import Collective, Traffic, collectives
 from nextllm_jax.plan.compile import Memory, OutOfMemory, compile_train_step, flops_of_two_layers
@@ -108,6 +114,11 @@ class TrainingPlan:
     def parameters(self) -> int:
         """Number of parameters of the model."""
         return parameter_count(self.config.model)
+
+    @property
+    def active_parameters(self) -> int:
+        """Number of parameters that process a token."""
+        return active_parameter_count(self.config.model)
 
     @property
     def tokens_per_step(self) -> int:
