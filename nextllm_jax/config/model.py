@@ -238,3 +238,5 @@ class ModelConfig:
 
 EXECUTION_FIELDS = tuple(name for name, mark in marks(ModelConfig).items() if mark.change == "free")
 """The fields of a ModelConfig that change how the model is computed but not what it computes."""
+ROUTER_TRAINING_FIELDS = ("load_balance_weight", "router_z_weight", "selection_bias_rate", "capacity_factor")
+"""The fields of a ModelConfig that change how routers are trained, but not what the model computes."""

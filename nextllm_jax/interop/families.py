@@ -1,7 +1,10 @@
 """The supported Hugging Face model types, with the defaults and the supported values of their config.json keys."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
+
+from nextllm_jax.interop.names import GRANITE_MOE, MIXTRAL, PHI3
 
 SIZES = {
     "vocab_size": "vocab_size",
@@ -33,13 +36,21 @@ class Family:
     architecture: str
     defaults: dict[str, Any]
     keys: tuple[str, ...] = ()
-    fused: bool = False
-    """Whether files store q, k and v as one matrix, and gate and up as one."""
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Names of tensors that differ from those of most families, by ours."""
     activation_key: str = "hidden_act"
+    experts_key: str | None = None
+    """The key of the number of experts; None: the layers are dense."""
 
 
 _LAYERED = ("layer_types", "sliding_window")
 _QWEN = (*_LAYERED, "use_sliding_window", "max_window_layers")
+_MULTIPLIERS = ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")
+_QWEN_MOE = (
+    "use_sliding_window", "sliding_window", "max_window_layers", "num_experts", "num_experts_per_tok",
+    "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers",
+)  # fmt: skip
+_GRANITE_EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", {}),
     "mistral": Family(
@@ -64,13 +75,13 @@ FAMILIES = {
     "granite": Family(
         "GraniteForCausalLM",
         {},
-        ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier"),
+        _MULTIPLIERS,
     ),
     "phi3": Family(
         "Phi3ForCausalLM",
         {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
         ("sliding_window",),
-        fused=True,
+        names=PHI3,
     ),
     "gemma": Family(
         "GemmaForCausalLM",
@@ -110,7 +121,58 @@ FAMILIES = {
         ),
         activation_key="hidden_activation",
     ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        {
+            "num_key_value_heads": 8, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
+            "num_local_experts": 8, "num_experts_per_tok": 2,
+        },
+        ("sliding_window", "num_experts", "num_local_experts", "num_experts_per_tok"),
+        names=MIXTRAL,
+        experts_key="num_local_experts",
+    ),
+    "olmoe": Family(
+        "OlmoeForCausalLM",
+        {
+            "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+        },
+        ("num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob"),
+        experts_key="num_experts",
+    ),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM",
+        {
+            **_WINDOWED, "num_key_value_heads": 16, "qkv_bias": True, "num_experts": 60, "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "norm_topk_prob": False,
+            "decoder_sparse_step": 1,
+        },
+        (*_QWEN_MOE, "layer_types", "qkv_bias", "shared_expert_intermediate_size"),
+        experts_key="num_experts",
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        {
+            **_WINDOWED, "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768, "norm_topk_prob": False, "decoder_sparse_step": 1,
+        },
+        (*_QWEN_MOE, "num_local_experts"),
+        experts_key="num_experts",
+    ),
+    "granitemoe": Family(
+        "GraniteMoeForCausalLM", _GRANITE_EXPERTS, (*_MULTIPLIERS, *_GRANITE_EXPERTS), names=GRANITE_MOE,
+        experts_key="num_local_experts",
+    ),
+    "granitemoeshared": Family(
+        "GraniteMoeSharedForCausalLM",
+        {**_GRANITE_EXPERTS, "shared_intermediate_size": 0},
+        (*_MULTIPLIERS, *_GRANITE_EXPERTS, "shared_intermediate_size"),
+        names=GRANITE_MOE,
+        experts_key="num_local_experts",
+    ),
 }  # fmt: skip
+UNSUPPORTED = {"gpt_oss": "attention sinks, biases of experts and MXFP4 weights are not supported"}
+"""Why the models of well-known model types are refused."""
 
 # Keys that every family supports.
 COMMON = {
@@ -133,6 +195,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "sliding_window": (None,),
     "layer_types": (None,),
     "hidden_activation": (None,),
+    "clip_qkv": (None,),
 }
 # Keys that do not affect the logits: bookkeeping, training, generation.
 HARMLESS = {
@@ -151,7 +214,8 @@ HARMLESS = {
     "unsloth_fixed", "max_sequence_length", "neftune_noise_alpha", "gradient_checkpointing_kwargs",
     "initializer_factor", "hidden_dropout_prob", "attention_probs_dropout_prob", "attn_pdrop", "dropout", "ffn_dropout",
     "embedding_dropout", "residual_dropout", "classifier_bias", "label_smoothing", "loss_type", "ignore_index",
-    "model_max_length", "padding_side", "use_flash_attention", "use_flash_attention_2", "use_flash_attn",
+    "output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "model_max_length",
+    "padding_side", "use_flash_attention", "use_flash_attention_2", "use_flash_attn",
     "_flash_attn_2_enabled", "flash_attn", "use_sdpa", "model_name", "license",
 }  # fmt: skip
 HARMLESS_PREFIXES = ("lora_",)

@@ -28,6 +28,7 @@ from nextllm_jax.interop.gguf_config import (
     ROPE_TENSORS,
     Architecture,
     architecture_of,
+    model_type_of,
     read_gguf_config,
     write_gguf_config,
 )
@@ -56,6 +57,9 @@ _WRITABLE = {
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 _FLOAT16_STEPS = {Type.F16: 1, Type.Q8_0: 127, Type.Q4_0: 8, Type.Q4_1: 1}
 """The greatest magnitude that a type holds, in units of its float16 numbers."""
+_ONE_ROW = ".ffn_gate_inp_shexp.weight"
+_ROUTERS = (".ffn_gate_inp.weight", _ONE_ROW)
+"""Ends of the names of matrices that are written as F32, since models use them in float32."""
 
 
 class GGUFFile:
@@ -82,14 +86,16 @@ class GGUFFile:
         total = self.metadata.get("split.tensors.count", len(self._tensors))
         if total != len(self._tensors):
             raise InputError(f"{path}: the parts have {len(self._tensors)} tensors, not {total}; use intact parts")
-        self._architecture = ARCHITECTURES[architecture_of(self.metadata, self.where)]
-        self.model_type = self._architecture.model_type
+        self._shapes = {name: _shape_of(tensor) for name, tensor in self._tensors.items()}
+        name = architecture_of(self.metadata, self.where)
+        self._architecture = ARCHITECTURES[name]
         factors = {name: self._whole(name) for name in ROPE_TENSORS if name in self._tensors}
         if "token_embd.weight" not in self._tensors:
             raise InputError(f"{path} lacks the tensor token_embd.weight; use the file of a complete model")
         self.config = read_gguf_config(
-            self.metadata, self._tensors, factors, self.shapes()["token_embd.weight"][0], self.where, ignore_keys
+            self.metadata, self._tensors, factors, self._shapes["token_embd.weight"][0], self.where, ignore_keys
         )
+        self.model_type = model_type_of(name, self.config)
 
     def load_params(self, abstract: Any, observe: Observer = ignore) -> Any:
         """The weights as the tree that `abstract` describes, each leaf with its shape, type and sharding.
@@ -97,13 +103,13 @@ class GGUFFile:
         The tree may be a part of the model's. `observe` is called for each quantized weight. Raises InputError if
         weights are missing, do not fit the config, or are not finite.
         """
-        fused = self._architecture.fused
-        require_tensors(self, all_parts(self.config, "gguf", fused=fused), ignore=lambda name: name in ROPE_TENSORS)
-        return read_params(self, parts_of(self.config, abstract, "gguf", fused=fused), abstract, observe)
+        names = self._architecture.names
+        require_tensors(self, all_parts(self.config, "gguf", special=names), ignore=lambda name: name in ROPE_TENSORS)
+        return read_params(self, parts_of(self.config, abstract, "gguf", special=names), abstract, observe)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor in the file."""
-        return {name: tuple(map(int, reversed(tensor.shape))) for name, tensor in self._tensors.items()}
+        return self._shapes
 
     def read(self, tensor: str, rows: slice, columns: slice) -> np.ndarray:
         """Part of a tensor, dequantized, in the layout of Hugging Face files."""
@@ -127,7 +133,8 @@ class GGUFFile:
         order = np.arange(rows.start, rows.stop)
         if _is_permuted(self._architecture, tensor):
             order = _permuted_rows(order, self.config.head_dim)
-        return self._tensors[tensor].data[order]
+        data = self._tensors[tensor].data
+        return data[order] if len(self._shapes[tensor]) == 1 else data.reshape(-1, data.shape[-1])[order]
 
     def _whole(self, tensor: str) -> np.ndarray:
         return quants.dequantize(self._tensors[tensor].data, self._tensors[tensor].tensor_type)
@@ -196,6 +203,12 @@ def _damaged(path: Path, error: Exception) -> InputError:
     return InputError(f"{path} is not a GGUF file, or is damaged or truncated ({error}); restore an intact copy")
 
 
+def _shape_of(tensor: Any) -> tuple[int, ...]:
+    """The shape of a tensor in a file; that of a matrix of one row, which may be written as a vector, as a matrix."""
+    shape = tuple(map(int, reversed(tensor.shape)))
+    return (1, *shape) if tensor.name.endswith(_ONE_ROW) and len(shape) == 1 else shape
+
+
 def _is_permuted(architecture: Architecture, tensor: str) -> bool:
     return architecture.permuted and tensor.endswith(
         (".attn_q.weight", ".attn_k.weight", ".attn_q.bias", ".attn_k.bias")
@@ -222,7 +235,8 @@ def export(
     """Write a model as a GGUF file, with the tokenizer's `metadata`.
 
     Matrices are written in `dtype`: float32, float16, bfloat16 or q8_0. With q8_0, matrices whose row length is not a
-    multiple of 32 are written as float16. Quantized matrices keep their own block type, and vectors are written as F32.
+    multiple of 32 are written as float16. Quantized matrices keep their own block type. Vectors and the matrices of
+    routers are written as F32.
     Only the first `vocab_size` rows of the embedding and the head are written. Raises InputError if no architecture
     (or not the one of `model_type`) can represent this model.
     """
@@ -230,7 +244,7 @@ def export(
     names = tensor_shapes(parts_of(config, params, "gguf"))
     name, values, factors = write_gguf_config(config, names, model_type)
     architecture, (matrix_type, file_type) = ARCHITECTURES[name], _WRITABLE[dtype]
-    parts = parts_of(config, params, "gguf", fused=architecture.fused)
+    parts = parts_of(config, params, "gguf", special=architecture.names)
     block_types = _block_types(parts, params)
     if block_types:
         ((most_common, _),) = collections.Counter(block_types.values()).most_common(1)
@@ -246,7 +260,8 @@ def export(
                 _add(writer, key, value)
         writer.add_file_type(file_type)
         for tensor, shape in {**{tensor: array.shape for tensor, array in factors.items()}, **shapes}.items():
-            kind = _type_of(shape, block_types.get(tensor, matrix_type))
+            kind = _type_of(tensor, shape, block_types.get(tensor, matrix_type))
+            shape = shape[1:] if tensor.endswith(_ONE_ROW) else shape
             nbytes = int(np.prod(quants.quant_shape_to_byte_shape(shape, kind)))
             total += nbytes
             writer.add_tensor_info(tensor, shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
@@ -260,7 +275,7 @@ def export(
         for tensor, array in tensors_of(parts, params, rows=vocab_size):
             in_order = functools.partial(_in_order, tensor, architecture=architecture, head_dim=config.head_dim)
             array = jax.tree.map(in_order, array)
-            kind = _type_of(array.shape, block_types.get(tensor, matrix_type))
+            kind = _type_of(tensor, array.shape, block_types.get(tensor, matrix_type))
             dense = _dense(tensor, array, kind)
             in_blocks = isinstance(array, QTensor) and kind in gguf_blocks.FILE_TYPES
             data = gguf_blocks.encode(array) if in_blocks else None
@@ -296,9 +311,9 @@ def _is_table(tensor: str) -> bool:
     return tensor in ("token_embd.weight", "output.weight")
 
 
-def _type_of(shape: tuple[int, ...], matrix_type: Type) -> Type:
+def _type_of(tensor: str, shape: tuple[int, ...], matrix_type: Type) -> Type:
     """The type in which a tensor is written."""
-    if len(shape) == 1:
+    if len(shape) == 1 or tensor.endswith(_ROUTERS):
         return Type.F32
     return Type.F16 if matrix_type in gguf_blocks.FILE_TYPES and shape[-1] % gguf_blocks.COLUMNS else matrix_type
 

@@ -13,8 +13,11 @@ import numpy as np
 
 from nextllm_jax.config.model import LayerKind, ModelConfig
 from nextllm_jax.errors import InputError
-from nextllm_jax.interop.huggingface_config import first_that_fits, layer_kinds, shortest_pattern
+from nextllm_jax.interop.canonical import first_that_fits, layer_kinds, shortest_pattern
+from nextllm_jax.interop.families import UNSUPPORTED
+from nextllm_jax.interop.gguf_experts import EXPERTS, SHARED_WIDTH, WIDTH, read_experts, write_experts
 from nextllm_jax.interop.keys import Keys
+from nextllm_jax.interop.names import PHI3_GGUF
 from nextllm_jax.ops import rope
 
 ROPE_FREQS, LONG_FACTORS, SHORT_FACTORS = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
@@ -30,12 +33,14 @@ class Architecture:
     """The corresponding Hugging Face model_type."""
     permuted: bool = False
     """Whether the rows of q and k are permuted for RoPE that rotates adjacent dimensions."""
-    fused: bool = False
-    """Whether q, k and v are one tensor, and gate and up are one."""
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Names of tensors that differ from those of most architectures, by ours."""
     norm_offset: float = 0.0
     """Offset that the file adds to the norm scales."""
     keys: tuple[str, ...] = ()
     """Keys that not all architectures have."""
+    sparse: bool = False
+    """Whether all layers have experts. Those of llama may have some."""
 
 
 _WINDOW, _FINAL_CAP, _SCALE = "attention.sliding_window", "final_logit_softcapping", "attention.scale"
@@ -46,17 +51,25 @@ _MULTIPLIERS = {
     "attention_scale": _SCALE,
 }
 ARCHITECTURES = {
-    "llama": Architecture("llama", permuted=True),
+    "llama": Architecture("llama", permuted=True, keys=EXPERTS),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
     "olmo2": Architecture("olmo2"),
     "smollm3": Architecture("smollm3", permuted=True),
     "granite": Architecture("granite", permuted=True, keys=tuple(_MULTIPLIERS.values())),
-    "phi3": Architecture("phi3", fused=True, keys=(_WINDOW,)),
+    "phi3": Architecture("phi3", names=PHI3_GGUF, keys=(_WINDOW,)),
     "gemma": Architecture("gemma", norm_offset=1.0),
     "gemma2": Architecture("gemma2", norm_offset=1.0, keys=(_WINDOW, "attn_logit_softcapping", _FINAL_CAP)),
     "gemma3": Architecture("gemma3_text", norm_offset=1.0, keys=(_WINDOW, _FINAL_CAP)),
+    "olmoe": Architecture("olmoe", keys=EXPERTS, sparse=True),
+    "qwen2moe": Architecture("qwen2_moe", keys=(*EXPERTS, WIDTH, SHARED_WIDTH), sparse=True),
+    "qwen3moe": Architecture("qwen3_moe", keys=(*EXPERTS, WIDTH), sparse=True),
+    "granitemoe": Architecture(
+        "granitemoe", permuted=True, keys=(*_MULTIPLIERS.values(), *EXPERTS, SHARED_WIDTH), sparse=True
+    ),
 }
+_WRITTEN_AS = {"mistral": "llama", "mixtral": "llama", "granitemoeshared": "granitemoe"}
+"""The model_type of the architecture of other model types."""
 _SIZES = {
     "embedding_length": "embed_dim",
     "feed_forward_length": "mlp_dim",
@@ -83,7 +96,19 @@ _LARGEST_GEMMAS = {"gemma2": 46, "gemma3": 62}
 
 def architecture_of(metadata: Mapping[str, Any], where: str) -> str:
     """The file's architecture. Raises InputError if it is not supported."""
-    return Keys(dict(metadata), {}, where).choice("general.architecture", ARCHITECTURES)
+    keys = Keys(dict(metadata), {}, where)
+    if keys.get("general.architecture") == "gpt-oss":
+        raise keys.refusal("general.architecture", UNSUPPORTED["gpt_oss"])
+    return keys.choice("general.architecture", ARCHITECTURES)
+
+
+def model_type_of(name: str, config: ModelConfig) -> str:
+    """The Hugging Face model_type of a model in an architecture."""
+    if name == "llama" and config.num_experts:
+        return "mixtral"
+    if name == "granitemoe" and config.shared_expert_mlp_dim:
+        return "granitemoeshared"
+    return ARCHITECTURES[name].model_type
 
 
 def read_gguf_config(
@@ -117,6 +142,7 @@ def read_gguf_config(
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "attention_output_bias": "blk.0.attn_output.bias" in tensors,
     }
+    fields |= read_experts(keys, name, ARCHITECTURES[name].keys, fields["mlp_dim"])
     fields |= _of_architecture(keys, name, fields)
     fields |= _rope(keys, name, fields, factors)
     return ModelConfig(**fields)
@@ -132,6 +158,15 @@ def _of_architecture(keys: Keys, name: str, fields: Mapping[str, Any]) -> dict[s
     num_layers, embed = fields["num_layers"], fields["embed_dim"]
     if name == "qwen3":
         return {"qk_norm": True}
+    if name == "qwen3moe":
+        return {"qk_norm": True, "attention_output_bias": False}
+    if name in ("olmoe", "qwen2moe"):
+        # llama.cpp reads no others of these architectures.
+        heads = fields["num_heads"]
+        only = {"head_dim": embed // heads, "tie_embeddings": False, "attention_output_bias": False}
+        if name == "qwen2moe":
+            return only
+        return only | {"num_kv_heads": heads, "attention_bias": False, "qk_norm": True, "qk_norm_over": "projection"}
     if name == "olmo2":
         # llama.cpp reads no file of this architecture without a separate head.
         return {"norm_placement": "post", "qk_norm": True, "qk_norm_over": "projection", "tie_embeddings": False}
@@ -139,7 +174,7 @@ def _of_architecture(keys: Keys, name: str, fields: Mapping[str, Any]) -> dict[s
         return {
             "layer_pattern": shortest_pattern(["global_nope" if i % 4 == 3 else "global" for i in range(num_layers)])
         }
-    if name == "granite":
+    if name in ("granite", "granitemoe"):
         scales = {ours: keys.optional(key) for ours, key in _MULTIPLIERS.items()}
         return {ours: _single(value) for ours, value in scales.items() if value is not None}
     if name == "phi3":
@@ -230,7 +265,7 @@ def write_gguf_config(
 
     Raises InputError, which names the fields, if no architecture can represent the model.
     """
-    model_type = {"mistral": "llama"}.get(model_type or "", model_type)  # the same architecture, without a window
+    model_type = _WRITTEN_AS.get(model_type or "", model_type)
     names = [
         name
         for name, architecture in ARCHITECTURES.items()
@@ -254,6 +289,8 @@ def _is_unusual(config: ModelConfig, name: str) -> bool:
 
     llama.cpp ignores phi3's window. transformers supports llama's biases only on all projections or on none.
     """
+    if ARCHITECTURES[name].sparse and not config.num_experts:
+        return True
     return name == "phi3" or (name == "llama" and config.attention_bias != config.attention_output_bias)
 
 
@@ -296,7 +333,8 @@ def _metadata(config: ModelConfig, name: str) -> dict[str, Any]:
     keys = ARCHITECTURES[name].keys
     if _WINDOW in keys:
         values[_WINDOW] = config.sliding_window if "local" in kinds else 0
-    if name == "granite":
+    values |= write_experts(config, keys)
+    if name in ("granite", "granitemoe"):
         values |= {key: float(getattr(config, ours) or config.head_dim**-0.5) for ours, key in _MULTIPLIERS.items()}
     caps = {_FINAL_CAP: config.logit_soft_cap, "attn_logit_softcapping": config.attention_soft_cap}
     values |= {key: cap for key, cap in caps.items() if key in keys and cap is not None}

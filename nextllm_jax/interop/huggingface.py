@@ -17,7 +17,7 @@ from nextllm_jax.config.model import ModelConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.interop.families import FAMILIES
 from nextllm_jax.interop.huggingface_config import read_model_config, write_model_config
-from nextllm_jax.interop.names import all_parts, parts_of
+from nextllm_jax.interop.names import all_parts, parts_of, tensor_shapes
 from nextllm_jax.interop.streaming import read_params, require_tensors, tensors_of
 from nextllm_jax.model.quantize import Observer, ignore
 from nextllm_jax.tokenizer.huggingface_files import read_json, write_json
@@ -53,15 +53,15 @@ def load_params(
     are missing, do not fit the config, are not finite, or are not safetensors.
     """
     source = SafetensorsSource(directory)
-    fused = FAMILIES[model_type].fused
+    names = FAMILIES[model_type].names
     require_tensors(
         source,
-        all_parts(config, "huggingface", fused=fused),
+        all_parts(config, "huggingface", special=names),
         ignore=lambda name: name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight",
     )
     if config.tie_embeddings and "embed" in abstract and "lm_head.weight" in source.shapes():
         _require_tied(source)
-    return read_params(source, parts_of(config, abstract, "huggingface", fused=fused), abstract, observe)
+    return read_params(source, parts_of(config, abstract, "huggingface", special=names), abstract, observe)
 
 
 def _require_tied(source: "SafetensorsSource") -> None:
@@ -98,8 +98,13 @@ class SafetensorsSource:
 
     def read(self, tensor: str, rows: slice, columns: slice) -> np.ndarray:
         """Part of a tensor, in the type of the file."""
-        part = self._files[tensor].get_slice(tensor)
-        return part[rows] if len(self._shapes[tensor]) == 1 else part[rows, columns]
+        part, shape = self._files[tensor].get_slice(tensor), self._shapes[tensor]
+        if len(shape) == 1:
+            return part[rows]
+        if len(shape) == 2:
+            return part[rows, columns]
+        expert, first = divmod(rows.start, shape[1])
+        return part[expert, first : first + rows.stop - rows.start, columns]
 
     def read_quantized(self, tensor: str, rows: slice) -> None:
         """None, since safetensors files with quantized weights are not supported."""
@@ -163,12 +168,12 @@ def export(
     generation_config.json. Raises InputError if no Hugging Face family (or not `model_type`) can represent this model.
     """
     values = write_model_config(dataclasses.replace(config, vocab_size=vocab_size), model_type=model_type)
-    family = FAMILIES[values["model_type"]]
     directory.mkdir(parents=True, exist_ok=True)
-    parts = parts_of(config, params, "huggingface", fused=family.fused)
-    shards = _Shards(directory, shard_bytes)
+    parts = parts_of(config, params, "huggingface", special=FAMILIES[values["model_type"]].names)
+    shards, shapes = _Shards(directory, shard_bytes), tensor_shapes(parts)
     for name, array in tensors_of(parts, params, rows=vocab_size):
-        shards.add(name, np.ascontiguousarray(array.astype(DTYPES[dtype], copy=False)))
+        array = np.ascontiguousarray(array.astype(DTYPES[dtype], copy=False))
+        shards.add(name, array.reshape(-1, *shapes[name][1:]))
     shards.finish()
     token_ids = token_ids or {}
     write_json(directory / CONFIG, {**values, **token_ids, "torch_dtype": dtype})

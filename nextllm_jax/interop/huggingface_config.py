@@ -6,15 +6,14 @@ transformers. Writing is verified by reading: a family fits a ModelConfig if rea
 model.
 """
 
-import dataclasses
 import json
 import math
-import operator
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from nextllm_jax.config.model import EXECUTION_FIELDS, LayerKind, ModelConfig
+from nextllm_jax.config.model import LayerKind, ModelConfig
 from nextllm_jax.errors import InputError
+from nextllm_jax.interop.canonical import first_that_fits, layer_kinds, shortest_pattern
 from nextllm_jax.interop.families import (
     ACTIVATIONS,
     COMMON,
@@ -24,11 +23,21 @@ from nextllm_jax.interop.families import (
     HARMLESS,
     HARMLESS_PREFIXES,
     SIZES,
+    UNSUPPORTED,
     Family,
 )
-from nextllm_jax.interop.huggingface_rope import read_rope, scaling_fields, write_rope
+from nextllm_jax.interop.huggingface_experts import read_experts, write_experts
+from nextllm_jax.interop.huggingface_rope import read_rope, write_rope
 from nextllm_jax.interop.keys import Keys, agreed
-from nextllm_jax.ops import rope
+
+_MULTIPLIERS = {
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "attention_scale": "attention_multiplier",
+    "logit_divisor": "logits_scaling",
+}
+_WITHOUT_ATTENTION_BIAS = ("qwen2", "qwen2_moe", "mistral", "mixtral", "phi3")
+"""Families without a choice in the key attention_bias."""
 
 
 def read_model_config(values: dict[str, Any], where: str, ignore_keys: Collection[str] = ()) -> ModelConfig:
@@ -37,7 +46,10 @@ def read_model_config(values: dict[str, Any], where: str, ignore_keys: Collectio
     Unsupported keys in `ignore_keys` are ignored. Raises InputError, which names the key, for all others, for
     unsupported values, and for keys that contradict each other.
     """
-    model_type = Keys(values, {}, where).choice("model_type", FAMILIES)
+    keys = Keys(values, {}, where)
+    if reason := UNSUPPORTED.get(str(keys.get("model_type"))):
+        raise keys.refusal("model_type", reason)
+    model_type = keys.choice("model_type", FAMILIES)
     family = FAMILIES[model_type]
     if model_type == "gemma":  # early releases meant the tanh approximation by gelu
         tanh = {name: "gelu_pytorch_tanh" for name in ("hidden_act", "hidden_activation") if values.get(name) == "gelu"}
@@ -58,7 +70,8 @@ def read_model_config(values: dict[str, Any], where: str, ignore_keys: Collectio
         "activation": _activation(keys, model_type, family),
     }
     fields |= _layers(keys, model_type, fields["num_layers"])
-    fields |= _special(keys, model_type, fields["embed_dim"])
+    fields |= read_experts(keys, family, fields["num_layers"])
+    fields |= _special(keys, model_type, fields)
     fields |= read_rope(keys, model_type, fields["head_dim"], fields["context_length"])
     return ModelConfig(**fields)
 
@@ -80,20 +93,14 @@ def _activation(keys: Keys, model_type: str, family: Family) -> str:
     return ACTIVATIONS[keys.choice(name, ACTIVATIONS)]
 
 
-def shortest_pattern(kinds: list[LayerKind]) -> tuple[LayerKind, ...]:
-    """The shortest prefix of the layers' kinds that gives all of them when it is repeated."""
-    for size in range(1, len(kinds)):
-        if all(kind == kinds[i % size] for i, kind in enumerate(kinds)):
-            return tuple(kinds[:size])
-    return tuple(kinds)
-
-
 def _layers(keys: Keys, model_type: str, num_layers: int) -> dict[str, Any]:
     """The fields layer_pattern and sliding_window."""
     window = keys.get("sliding_window")
-    if model_type in ("mistral", "phi3"):
+    if model_type in ("mistral", "mixtral", "phi3"):
         local = [window is not None] * num_layers
-    elif model_type in ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text"):
+    elif model_type == "qwen3_moe":
+        local = [_has_window_everywhere(keys)] * num_layers
+    elif model_type in ("qwen2", "qwen2_moe", "qwen3", "smollm3", "gemma2", "gemma3_text"):
         local = _local_layers(keys, model_type, num_layers)
     else:
         local = [False] * num_layers
@@ -105,6 +112,15 @@ def _layers(keys: Keys, model_type: str, num_layers: int) -> dict[str, Any]:
             kinds[layer] = kinds[layer] if has_rope else "global_nope"
     fields: dict[str, Any] = {"layer_pattern": shortest_pattern(kinds)}
     return fields | ({"sliding_window": keys.size("sliding_window")} if "local" in kinds else {})
+
+
+def _has_window_everywhere(keys: Keys) -> bool:
+    """Whether use_sliding_window is set, for a family that has windows in all layers or in none."""
+    if not keys.flag("use_sliding_window") or keys.get("sliding_window") is None:
+        return False
+    if keys.get("max_window_layers") not in (None, 0):
+        raise keys.refusal("max_window_layers", "transformers ignores it in this family; set it to 0")
+    return True
 
 
 def _local_layers(keys: Keys, model_type: str, num_layers: int) -> list[bool]:
@@ -137,6 +153,8 @@ def _local_layers_by_pattern(keys: Keys, model_type: str, num_layers: int) -> tu
         return [not has_rope for has_rope in _rope_layers(keys, num_layers)], None
     is_stated = keys.get("max_window_layers") is not None
     first = keys.number("max_window_layers") if is_stated else 28
+    if model_type == "qwen2_moe":  # every second layer, up to the first without a window
+        return [layer % 2 == 0 and layer < first for layer in range(num_layers)], None
     return [layer >= first for layer in range(num_layers)], "max_window_layers" if is_stated else None
 
 
@@ -155,24 +173,25 @@ def _rope_layers(keys: Keys, num_layers: int) -> list[bool]:
     return layers
 
 
-def _special(keys: Keys, model_type: str, embed_dim: int) -> dict[str, Any]:
+def _special(keys: Keys, model_type: str, sizes: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that only some families set."""
+    embed_dim = sizes["embed_dim"]
     if model_type == "qwen2":
         return {"attention_bias": True, "attention_output_bias": False}
-    if model_type == "qwen3":
+    if model_type == "qwen2_moe":
+        return {"attention_bias": keys.flag("qkv_bias"), "attention_output_bias": False}
+    if model_type in ("qwen3", "qwen3_moe"):
         return {"qk_norm": True}
+    if model_type == "olmoe":
+        if sizes["head_dim"] * sizes["num_heads"] != embed_dim:
+            raise keys.refusal("head_dim", f"it must be hidden_size / num_attention_heads in {model_type}")
+        return {"qk_norm": True, "qk_norm_over": "projection"}
     if model_type == "olmo2":
         return {"norm_placement": "post", "qk_norm": True, "qk_norm_over": "projection"}
-    if model_type in ("mistral", "phi3") and keys.flag("attention_bias"):
+    if model_type in ("mistral", "mixtral", "phi3") and keys.flag("attention_bias"):
         raise keys.refusal("attention_bias", "only False is supported for this model_type")
-    if model_type == "granite":
-        multipliers = {
-            "embedding_scale": "embedding_multiplier",
-            "residual_scale": "residual_multiplier",
-            "attention_scale": "attention_multiplier",
-            "logit_divisor": "logits_scaling",
-        }
-        return {ours: float(keys.number(name)) if name in keys else 1.0 for ours, name in multipliers.items()}
+    if model_type.startswith("granite"):
+        return {ours: float(keys.number(name)) if name in keys else 1.0 for ours, name in _MULTIPLIERS.items()}
     if not model_type.startswith("gemma"):
         return {}
     fields: dict[str, Any] = {"norm_scale_offset": 1.0, "embedding_scale": math.sqrt(embed_dim)}
@@ -192,75 +211,12 @@ def write_model_config(config: ModelConfig, *, model_type: str | None = None) ->
 
     Raises InputError, which names the fields, if no family can represent the model.
     """
-    candidates = [model_type] if model_type else [*FAMILIES]
+    sparse = config.num_experts > 0
+    candidates = [name for name, family in FAMILIES.items() if sparse == (family.experts_key is not None)]
+    candidates = [model_type] if model_type else candidates
     read = lambda candidate: read_model_config(_values(config, candidate), "its config.json")  # noqa: E731
     failure = "no Hugging Face model_type can represent this model"
     return _values(config, first_that_fits(config, candidates, read, failure))
-
-
-def first_that_fits(
-    config: ModelConfig,
-    candidates: Sequence[str],
-    read: Callable[[str], ModelConfig],
-    failure: str,
-    same: Callable[[Any, Any], bool] = operator.eq,
-) -> str:
-    """The first candidate for which `read` returns the config of the same model.
-
-    `read` reads back what would be written for a candidate. If none fits, raises InputError that begins with `failure`
-    and names the fields in which the closest candidate differs.
-    """
-    differences: dict[str, list[str]] = {}
-    wanted = canonical(config)
-    for candidate in candidates:
-        try:
-            found = canonical(read(candidate))
-        except InputError as error:
-            differences[candidate] = [str(error)]
-            continue
-        differences[candidate] = [
-            f"model.{field.name} {getattr(config, field.name)}"
-            for field in dataclasses.fields(ModelConfig)
-            if not same(getattr(found, field.name), getattr(wanted, field.name))
-        ]
-        if not differences[candidate]:
-            return candidate
-    nearest = min(differences, key=lambda candidate: len(differences[candidate]))
-    raise InputError(f"{failure}; the closest is {nearest}, which differs in {', '.join(differences[nearest])}")
-
-
-def layer_kinds(config: ModelConfig) -> list[LayerKind]:
-    """The kind of each layer."""
-    pattern = config.layer_pattern
-    return [pattern[layer % len(pattern)] for layer in range(config.num_layers)]
-
-
-def canonical(config: ModelConfig) -> ModelConfig:
-    """The config in a canonical form: two configs of the same model become equal.
-
-    Fields that have no effect get their defaults, and so do EXECUTION_FIELDS. None is replaced by the value that it
-    stands for where that is a number.
-    """
-    kinds, plain = layer_kinds(config), ModelConfig()
-    scale = config.attention_scale or 1 / math.sqrt(config.head_dim)
-    attention_factor = config.rope_attention_factor or {
-        "yarn": rope.yarn_attention_factor(config.rope_scaling_factor),
-        "longrope": rope.longrope_attention_factor(config.rope_scaling_factor, config.rope_original_context_length),
-    }.get(config.rope_scaling, 1.0)
-    fields: dict[str, Any] = {
-        "layer_pattern": shortest_pattern(kinds),
-        "attention_scale": float(f"{scale:.9g}"),
-        "embedding_scale": float(f"{config.embedding_scale:.9g}"),
-        "rope_attention_factor": float(f"{attention_factor:.9g}"),
-        "rotary_dim": None if config.rotary_dim == config.head_dim else config.rotary_dim,
-        **{name: getattr(plain, name) for name in ("param_dtype", "zero_init_outputs", *EXECUTION_FIELDS)},
-    }
-    ignored = [] if "local" in kinds else ["sliding_window", "rope_local_theta"]
-    ignored += [] if config.qk_norm else ["qk_norm_over"]
-    scaling = {name for field in dataclasses.fields(ModelConfig) if (name := field.name).startswith("rope_")}
-    used = scaling_fields(config.rope_scaling).values()
-    ignored += scaling - {"rope_theta", "rope_local_theta", "rope_scaling", *used}
-    return dataclasses.replace(config, **fields | {name: getattr(plain, name) for name in ignored})
 
 
 def _values(config: ModelConfig, model_type: str) -> dict[str, Any]:
@@ -280,8 +236,9 @@ def _values(config: ModelConfig, model_type: str) -> dict[str, Any]:
         "initializer_range": config.init_std,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": config.attention_bias and model_type not in ("qwen2", "mistral", "phi3"),
+        "attention_bias": config.attention_bias and model_type not in _WITHOUT_ATTENTION_BIAS,
         **write_rope(config, model_type),
+        **write_experts(config, family),
     }
     if family.activation_key != "hidden_act":
         values[family.activation_key] = activation
@@ -302,11 +259,8 @@ def _values(config: ModelConfig, model_type: str) -> dict[str, Any]:
         values["query_pre_attn_scalar"] = round(scalar) if math.isclose(scalar, round(scalar)) else scalar
         values["final_logit_softcapping"] = config.logit_soft_cap
         values["attn_logit_softcapping"] = config.attention_soft_cap if model_type == "gemma2" else None
-    if model_type == "granite":
-        values |= {
-            "embedding_multiplier": config.embedding_scale,
-            "residual_multiplier": config.residual_scale,
-            "attention_multiplier": config.attention_scale or config.head_dim**-0.5,
-            "logits_scaling": config.logit_divisor,
-        }
+    if "qkv_bias" in family.keys:
+        values["qkv_bias"] = config.attention_bias
+    if model_type.startswith("granite"):
+        values |= {name: getattr(config, ours) or config.head_dim**-0.5 for ours, name in _MULTIPLIERS.items()}
     return values

@@ -12,10 +12,10 @@ from nextllm_jax.interop.families import FAMILIES
 from nextllm_jax.interop.huggingface import DTYPES, SafetensorsSource
 from nextllm_jax.interop.huggingface_config import write_model_config
 from nextllm_jax.interop.keys import Keys
-from nextllm_jax.interop.names import Part, all_parts
+from nextllm_jax.interop.names import PHI3, Part, all_parts
 from nextllm_jax.interop.streaming import read_params, require_tensors, tensors_of
 from nextllm_jax.model.transformer import abstract_params
-from nextllm_jax.model.weights import by_name
+from nextllm_jax.model.weights import EXPERTS, by_name
 from nextllm_jax.tokenizer.huggingface_files import read_json, write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -92,7 +92,9 @@ def export_adapters(
     """
     family = write_model_config(config, model_type=model_type)["model_type"]
     parts = _parts(config, params)
-    if FAMILIES[family].fused and {part.leaf.split("/")[-2] for part in parts} & _FUSED:
+    if any(f"/{EXPERTS}/" in part.leaf for part in parts):
+        raise InputError("PEFT has no adapters for the matrices of experts; export the merged model instead")
+    if FAMILIES[family].names is PHI3 and {part.leaf.split("/")[-2] for part in parts} & _FUSED:
         raise InputError(f"files of {family} store q, k and v as one matrix; export the merged model instead")
     tensors = {
         name: np.ascontiguousarray(array.astype(DTYPES[dtype])) for name, array in tensors_of(parts, params, rows=0)

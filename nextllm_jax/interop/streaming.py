@@ -1,10 +1,11 @@
 """Streams tensors from files into a sharded parameter tree, and back, one at a time.
 
 Importing never needs a second copy of the model. For each shard of each leaf it reads the required rows and columns of
-every layer into one buffer, and transfers that buffer to its device.
+every layer and expert into one buffer, and transfers that buffer to its device.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -36,7 +37,10 @@ class Source(Protocol):
         ...
 
     def read(self, tensor: str, rows: slice, columns: slice) -> np.ndarray:
-        """Part of a tensor as floating-point values; `columns` is ignored for a vector."""
+        """Part of a tensor as floating-point values; `columns` is ignored for a vector.
+
+        The rows of a tensor of several experts count on; those that are read belong to one expert.
+        """
         ...
 
     def read_quantized(self, tensor: str, rows: slice) -> QTensor | None:
@@ -83,15 +87,16 @@ def read_params(source: Source, parts: list[Part], abstract: Any, observe: Obser
 
 
 def _read_stack(source: Source, parts: list[Part], leaf: QTensor, observe: Observer) -> QTensor:
-    """A quantized weight, read and quantized one layer at a time."""
-    if parts[0].index is None:
+    """A quantized weight, read and quantized one matrix at a time."""
+    if not parts[0].index:
         return _read_quantized(source, parts[0], leaf, observe)
-    layer = jax.tree.map(_without_stack, leaf)
-    layers = [_read_quantized(source, part._replace(index=None), layer, observe) for part in parts]
+    inner = jax.tree.map(_without_stack, leaf)
+    stack = [
+        _read_stack(source, [part._replace(index=part.index[1:]) for part in same], inner, observe)
+        for _, same in itertools.groupby(parts, lambda part: part.index[0])
+    ]
     shardings = jax.tree.map(lambda part: part.sharding, leaf)
-    return jax.jit(lambda layers: jax.tree.map(lambda *parts: jnp.stack(parts), *layers), out_shardings=shardings)(
-        layers
-    )
+    return jax.jit(lambda stack: jax.tree.map(lambda *parts: jnp.stack(parts), *stack), out_shardings=shardings)(stack)
 
 
 def _without_stack(leaf: Any) -> Any:
@@ -102,7 +107,7 @@ def _without_stack(leaf: Any) -> Any:
 
 
 def _read_quantized(source: Source, part: Part, like: QTensor, observe: Observer) -> QTensor:
-    """The quantized matrix of one layer."""
+    """The quantized matrix of one part."""
     found = source.read_quantized(part.tensor, slice(part.first_row, part.first_row + part.file_shape[0]))
     kept = None if found is None else _in_our_layout(part, found, like)
     if kept is not None:
@@ -156,11 +161,10 @@ def _read_leaf(source: Source, parts: list[Part], leaf: jax.ShapeDtypeStruct) ->
 
 def _read_shard(source: Source, parts: list[Part], spans: tuple[slice, ...], dtype: Any) -> np.ndarray:
     shard = _aligned_empty([span.stop - span.start for span in spans], np.dtype(dtype))
-    if parts[0].index is None:
-        _fill(shard, source, parts[0], spans)
-    else:
-        for layer, part in zip(shard, parts[spans[0]], strict=True):
-            _fill(layer, source, part, spans[1:])
+    depth, by_index = len(parts[0].index), {part.index: part for part in parts}
+    for place in np.ndindex(*shard.shape[:depth]):
+        part = by_index[tuple(span.start + i for span, i in zip(spans, place, strict=False))]
+        _fill(shard[place], source, part, spans[depth:])
     return shard
 
 
@@ -172,18 +176,18 @@ def _aligned_empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
     return buffer[start : start + size].view(dtype).reshape(shape)
 
 
-def _fill(layer: np.ndarray, source: Source, part: Part, spans: tuple[slice, ...]) -> None:
-    """Read the spans of one layer of a leaf into `layer`, in our layout, a few rows of the file at a time."""
-    inputs, dtype = part.inputs, layer.dtype
+def _fill(matrix: np.ndarray, source: Source, part: Part, spans: tuple[slice, ...]) -> None:
+    """Read the spans of one part into `matrix`, in our layout, a few rows of the file at a time."""
+    inputs, dtype = part.inputs, matrix.dtype
     # As plain integers, which numpy transposes several times faster than bfloat16.
-    layer = layer.view(f"u{dtype.itemsize}")
+    matrix = matrix.view(f"u{dtype.itemsize}")
     if inputs:
         columns, rows = _flat(spans[:inputs], part.shape[:inputs]), _flat(spans[inputs:], part.shape[inputs:])
-        target = layer.reshape(columns.stop - columns.start, -1).T
+        target = matrix.reshape(columns.stop - columns.start, -1).T
     elif part.kind == "embedding":
-        (rows, columns), target = spans, layer
+        (rows, columns), target = spans, matrix
     else:
-        rows, columns, target = _flat(spans, part.shape), slice(0, 1), layer.reshape(-1)
+        rows, columns, target = _flat(spans, part.shape), slice(0, 1), matrix.reshape(-1)
     step = max(1, _BLOCK_NUMBERS // (columns.stop - columns.start))
     for start in range(rows.start, rows.stop, step):
         stop = min(start + step, rows.stop)
@@ -192,7 +196,7 @@ def _fill(layer: np.ndarray, source: Source, part: Part, spans: tuple[slice, ...
             raise InputError(
                 f"{source.where}: tensor {part.tensor} holds values that are not finite; restore intact weights"
             )
-        target[start - rows.start : stop - rows.start] = block.astype(dtype, copy=False).view(layer.dtype)
+        target[start - rows.start : stop - rows.start] = block.astype(dtype, copy=False).view(matrix.dtype)
 
 
 def _flat(spans: tuple[slice, ...], shape: tuple[int, ...]) -> slice:
@@ -208,7 +212,7 @@ def _flat(spans: tuple[slice, ...], shape: tuple[int, ...]) -> slice:
 def tensors_of(parts: list[Part], params: Any, *, rows: int) -> Iterator[tuple[str, Any]]:
     """(name, array) of every tensor of a file, one at a time; only the first `rows` rows of embedding and head.
 
-    A quantized tensor is a QTensor of arrays in the layout of the file.
+    The rows of several experts follow each other. A quantized tensor is a QTensor of arrays in the layout of the file.
     """
     leaves = by_name(params)
     pending: list[Any] = []
@@ -220,5 +224,5 @@ def tensors_of(parts: list[Part], params: Any, *, rows: int) -> Iterator[tuple[s
 
 
 def _rows_of(part: Part, rows: int, leaf: Any) -> np.ndarray:
-    array = part.to_file(np.asarray(leaf if part.index is None else leaf[part.index]))
+    array = part.to_file(np.asarray(leaf[part.index]))
     return array[:rows] if part.kind == "embedding" else array

@@ -25,7 +25,7 @@ from nextllm_jax.config.model import EXECUTION_FIELDS
 from nextllm_jax.errors import InputError
 from nextllm_jax.inference.llm import LLM
 from nextllm_jax.inference.load import decoding_model
-from nextllm_jax.interop.huggingface_config import canonical
+from nextllm_jax.interop.canonical import canonical
 from nextllm_jax.model.transformer import Transformer, abstract_params
 from nextllm_jax.model.weights import cast_matrices, unstack_layers
 from nextllm_jax.sharding import make_mesh, placed

@@ -33,6 +33,11 @@ GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
+GRANITE: dict[str, Any] = {
+    "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.6, "logits_scaling": 1.7,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "intermediate_size": 40}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_mha": ("Llama", {"num_key_value_heads": 6, "tie_word_embeddings": False}),
     "llama_mqa_head_dim_24": ("Llama", {"num_key_value_heads": 1, "head_dim": 24, "tie_word_embeddings": True}),
@@ -47,13 +52,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 24, "tie_word_embeddings": True}),
     "olmo2": ("Olmo2", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
     "smollm3": ("SmolLM3", {"num_hidden_layers": 5, "no_rope_layer_interval": 2}),
-    "granite": (
-        "Granite",
-        {
-            "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.6, "logits_scaling": 1.7,
-            "tie_word_embeddings": True,
-        },
-    ),
+    "granite": ("Granite", GRANITE),
     "phi3_window": ("Phi3", {**PHI3, "sliding_window": 100}),
     "phi3_longrope_long": (
         "Phi3", {**PHI3, "rope_parameters": {**LONGROPE}, "original_max_position_embeddings": 128},
@@ -80,6 +79,28 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": GEMMA3_ROPE,
         },
     ),
+    "mixtral_window": (
+        "Mixtral", {**EXPERTS, "num_local_experts": 4, "sliding_window": 100, "tie_word_embeddings": True},
+    ),
+    "olmoe": ("Olmoe", {**EXPERTS, "num_experts": 5, "attention_bias": True}),
+    "qwen2_moe_window": (
+        "Qwen2Moe",
+        {
+            **EXPERTS, "num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 56,
+            "mlp_only_layers": [1], "use_sliding_window": True, "sliding_window": 100, "max_window_layers": 2,
+        },
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            **EXPERTS, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 24,
+            "norm_topk_prob": True, "decoder_sparse_step": 2,
+        },
+    ),
+    "granitemoe": ("GraniteMoe", {**EXPERTS, **GRANITE, "num_local_experts": 4}),
+    "granitemoe_shared": (
+        "GraniteMoeShared", {**EXPERTS, **GRANITE, "num_local_experts": 4, "shared_intermediate_size": 56},
+    ),
 }  # fmt: skip
 
 
@@ -99,7 +120,7 @@ def make_model(case: str) -> Any:
         elif name.endswith("bias"):
             values = 0.2 * values
         else:
-            values = values / weight.shape[1] ** 0.5
+            values = values / weight.shape[-1] ** 0.5
         weight.data.copy_(values)
     return model
 

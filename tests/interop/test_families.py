@@ -2,6 +2,8 @@
 
 import functools
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,20 @@ torch = pytest.importorskip("torch", reason="torch is missing; install the extra
 pytest.importorskip("transformers", reason="transformers is missing; install the extra 'parity'")
 pytest.importorskip("safetensors", reason="safetensors is missing; install the extra 'interop'")
 
+from safetensors.numpy import load_file, save_file  # noqa: E402
+
 from nextllm_jax.config.model import ModelConfig  # noqa: E402
 from nextllm_jax.interop import huggingface  # noqa: E402
-from nextllm_jax.interop.huggingface_config import canonical  # noqa: E402
+from nextllm_jax.interop.canonical import canonical  # noqa: E402
 from nextllm_jax.model.kv_cache import KVCache  # noqa: E402
 from nextllm_jax.model.transformer import Transformer  # noqa: E402
-from tests.interop.families import CASES, TIME, save_model  # noqa: E402
+from tests.interop.families import CASES, EXPERTS, TIME, save_model  # noqa: E402
 from tests.interop.models import on_one_device  # noqa: E402
 
 TOLERANCE = 1e-4
 """Of the greatest logit."""
 CONTINUED = 24
+SPARSE = tuple(case for case, (_, changes) in CASES.items() if EXPERTS.items() <= changes.items())
 
 
 def load(directory: Path) -> tuple[ModelConfig, Any]:
@@ -32,18 +37,22 @@ def load(directory: Path) -> tuple[ModelConfig, Any]:
 
 
 def our_logits(config: ModelConfig, params: Any, tokens_BT: np.ndarray, *, cached: bool = False) -> np.ndarray:
+    return np.asarray(logits_function(config, cached)(params, tokens_BT.astype(np.int32)))
+
+
+@functools.cache
+def logits_function(config: ModelConfig, cached: bool) -> Any:
     model = Transformer(config)
-    positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1], dtype=np.int32), tokens_BT.shape)
 
     @jax.jit
-    def logits(params: Any) -> Any:
-        cache = None
-        if cached:
-            cache = KVCache.create(config, batch_size=len(tokens_BT), length=tokens_BT.shape[1], dtype=np.float32)
-        hidden_BTD, _ = model.apply({"params": params}, tokens_BT.astype(np.int32), positions_BT, cache=cache)
+    def logits(params: Any, tokens_BT: Any) -> Any:
+        B, T = tokens_BT.shape
+        positions_BT = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+        cache = KVCache.create(config, batch_size=B, length=T, dtype=np.float32) if cached else None
+        hidden_BTD, _ = model.apply({"params": params}, tokens_BT, positions_BT, cache=cache)
         return model.apply({"params": params}, hidden_BTD, method="logits")
 
-    return np.asarray(logits(params))
+    return logits
 
 
 def their_logits(model: Any, tokens_BT: np.ndarray) -> np.ndarray:
@@ -53,6 +62,10 @@ def their_logits(model: Any, tokens_BT: np.ndarray) -> np.ndarray:
 
 def relative_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def tensors_in(directory: Path) -> dict[str, np.ndarray]:
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 @functools.cache
@@ -86,7 +99,7 @@ def test_logits_and_greedy_continuation_are_those_of_transformers(case, director
     np.testing.assert_array_equal(ours[0, start - 1 : -1].argmax(-1), tokens_BT[0, start:])
 
 
-@pytest.mark.parametrize("case", ["granite", "gemma2", "gemma3", "phi3_longrope_long"])
+@pytest.mark.parametrize("case", ["granite", "gemma2", "gemma3", "phi3_longrope_long", "qwen2_moe_window"])
 def test_logits_through_the_cache_are_the_same(case, directories):
     tokens_BT, theirs, _ = tokens_and_logits(case, directories / case)
     config, params = load(directories / case)
@@ -105,14 +118,16 @@ def test_an_export_is_the_same_files_again(case, directories, tmp_path):
     assert jax.tree.structure(params) == jax.tree.structure(params_again)
     for left, right in zip(jax.tree.leaves(params), jax.tree.leaves(params_again), strict=True):
         np.testing.assert_array_equal(left, right)
-    theirs, ours = (huggingface.SafetensorsSource(path) for path in (directories / case, tmp_path))
-    assert ours.shapes() == theirs.shapes()
-    for name, shape in theirs.shapes().items():
-        rows, columns = slice(0, shape[0]), slice(0, shape[-1])
-        np.testing.assert_array_equal(ours.read(name, rows, columns), theirs.read(name, rows, columns))
+    theirs, ours = tensors_in(directories / case), tensors_in(tmp_path)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(ours[name], tensor, strict=True)
 
 
-@pytest.mark.parametrize("case", ["llama3_tied", "phi3_window", "gemma3", "granite", "qwen2_window", "smollm3"])
+READ = ("llama3_tied", "phi3_window", "gemma3", "granite", "qwen2_window", "smollm3", *SPARSE)
+
+
+@pytest.mark.parametrize("case", READ)
 def test_transformers_reads_an_export(case, directories, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -148,3 +163,46 @@ def test_a_mutation_is_noticed(mutation, directories, tmp_path, monkeypatch):
             load(tmp_path)
         return
     assert relative_difference(our_logits(*load(tmp_path), tokens_BT), theirs) > 100 * TOLERANCE
+
+
+def swap(one: str, other: str) -> Callable[[dict[str, np.ndarray]], None]:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        one_name, other_name = (f"model.layers.2.{name}.weight" for name in (one, other))
+        tensors[one_name], tensors[other_name] = tensors[other_name], tensors[one_name]
+
+    return change
+
+
+def roll(name: str, axis: int, rows: int) -> Callable[[dict[str, np.ndarray]], None]:
+    full = f"model.layers.2.{name}.weight"
+    return lambda tensors: tensors.update({full: np.roll(tensors[full], rows, axis)})
+
+
+EXPERTS_OF_MIXTRAL = "block_sparse_moe.experts.3"
+MUTATIONS = {
+    "gate and up of one expert": ("mixtral_window", swap(f"{EXPERTS_OF_MIXTRAL}.w1", f"{EXPERTS_OF_MIXTRAL}.w3")),
+    "one matrix of two experts": ("olmoe", swap("mlp.experts.2.down_proj", "mlp.experts.4.down_proj")),
+    "rows of the router": ("qwen2_moe_window", roll("mlp.gate", 0, 1)),
+    "gate of the shared expert": ("qwen2_moe_window", roll("mlp.shared_expert_gate", 1, 1)),
+    "gate and up of all experts": ("granitemoe", roll("block_sparse_moe.input_linear", 1, 40)),
+    "gate and up of the shared expert": ("granitemoe_shared", roll("shared_mlp.input_linear", 0, 56)),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_mutation_of_experts_is_noticed(mutation, directories, tmp_path):
+    case, change = MUTATIONS[mutation]
+    tokens_BT, theirs, _ = tokens_and_logits(case, directories / case)
+    tensors = tensors_in(directories / case)
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(directories / case / "config.json", tmp_path)
+    assert relative_difference(our_logits(*load(tmp_path), tokens_BT), theirs) > 30 * TOLERANCE
+
+
+def test_weights_of_experts_that_are_not_normalized_are_noticed(directories, tmp_path):
+    case = "qwen3_moe"
+    tokens_BT, theirs, _ = tokens_and_logits(case, directories / case)
+    shutil.copytree(directories / case, tmp_path, dirs_exist_ok=True)
+    mutate_config(tmp_path, norm_topk_prob=False)
+    assert relative_difference(our_logits(*load(tmp_path), tokens_BT), theirs) > 30 * TOLERANCE

@@ -1,5 +1,6 @@
 """GGUF files: against transformers' own reader, round trips in every type, and files that must be refused."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -17,10 +18,14 @@ import gguf
 from gguf import quants
 
 from nextllm_jax.config.model import ModelConfig
+from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.errors import InputError
 from nextllm_jax.interop import huggingface
+from nextllm_jax.interop.canonical import canonical
 from nextllm_jax.interop.gguf import GGUFFile, export
-from nextllm_jax.interop.huggingface_config import canonical
+from nextllm_jax.model.quantize import abstract_quantized
+from nextllm_jax.model.transformer import abstract_params
+from nextllm_jax.ops.quantized import dequantize
 from nextllm_jax.tokenizer.gguf import from_gguf, to_gguf
 from tests.interop.families import TIME, save_model
 from tests.interop.models import CONFIG, TOKENIZER, assert_equal_trees, on_one_device, random_params
@@ -28,6 +33,9 @@ from tests.interop.models import CONFIG, TOKENIZER, assert_equal_trees, on_one_d
 SCALED: dict[str, Any] = {"num_kv_heads": 4, "tie_embeddings": False, "rope_theta": 5e5}
 GEMMA: dict[str, Any] = {
     "activation": "gelu_tanh", "norm_scale_offset": 1.0, "embedding_scale": 32**0.5, "norm_eps": 1e-6,
+}  # fmt: skip
+GRANITE: dict[str, Any] = {
+    "embedding_scale": 12.0, "residual_scale": 0.22, "attention_scale": 0.0625, "logit_divisor": 8.0,
 }  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -40,12 +48,24 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"qk_norm": True},
     "olmo2": {"norm_placement": "post", "qk_norm": True, "qk_norm_over": "projection", "tie_embeddings": False},
     "smollm3": {"num_layers": 5, "layer_pattern": ("global", "global", "global", "global_nope")},
-    "granite": {"embedding_scale": 12.0, "residual_scale": 0.22, "attention_scale": 0.0625, "logit_divisor": 8.0},
+    "granite": GRANITE,
     "phi3": {
         "layer_pattern": ("local",), "sliding_window": 20, "rope_scaling": "longrope", "rope_scaling_factor": 4.0,
         "rope_original_context_length": 16, "rope_short_factors": (1.0, 1.5, 2.0, 3.0),
         "rope_long_factors": (2.0, 3.0, 4.0, 5.0),
     },
+    "llama with experts": {**SCALED, "num_experts": 4, "expert_mlp_dim": 32},
+    "olmoe": {
+        **SCALED, "qk_norm": True, "qk_norm_over": "projection", "num_experts": 5, "mlp_dim": 32,
+        "normalize_expert_weights": False,
+    },
+    "qwen2moe": {
+        "attention_bias": True, "tie_embeddings": False, "num_experts": 4, "expert_mlp_dim": 32,
+        "shared_expert_mlp_dim": 96, "shared_expert_gate": True, "normalize_expert_weights": False,
+    },
+    "qwen3moe": {"qk_norm": True, "num_experts": 6, "experts_per_token": 3, "expert_mlp_dim": 32},
+    "granitemoe": {**GRANITE, "num_experts": 4},
+    "granitemoe with a shared expert": {**GRANITE, "num_experts": 4, "mlp_dim": 32, "shared_expert_mlp_dim": 96},
     "gemma": {**GEMMA},
     "gemma2": {
         **GEMMA, "norm_placement": "sandwich", "layer_pattern": ("local", "global"), "sliding_window": 20,
@@ -97,6 +117,24 @@ def test_smaller_types_round_the_matrices_alone(tmp_path, dtype, tolerance):
             np.testing.assert_array_equal(left, right)
         else:
             assert 0 < np.abs(left - right).max() <= tolerance * np.abs(left).max()
+
+
+def test_quantized_experts_are_kept_bit_for_bit(tmp_path):
+    config = dataclasses.replace(make_config("qwen3moe"), head_dim=32, num_layers=2)
+    write(config, tmp_path / "floats.gguf")
+    quantization = Quantization(scheme="int4")
+    abstract = abstract_quantized(abstract_params(config), on_one_device(config), quantization)
+    params = GGUFFile(tmp_path / "floats.gguf").load_params(abstract)
+    export(config, params, tmp_path / "model.gguf", vocab_size=288, dtype="float32", metadata={})
+    kept = []
+    again = GGUFFile(tmp_path / "model.gguf").load_params(abstract, lambda name, before, after: kept.append(before))
+    assert_equal_trees(again, params)
+    assert set(kept) == {None}
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    tensor = tensors["blk.1.ffn_down_exps.weight"]
+    ours = dequantize(params["layers"]["block_0"]["mlp"]["experts"]["down"]["kernel"], np.float32)[1]
+    np.testing.assert_array_equal(quants.dequantize(tensor.data, tensor.tensor_type).swapaxes(1, 2), ours)
+    assert tensors["blk.1.ffn_gate_inp.weight"].tensor_type == gguf.GGMLQuantizationType.F32
 
 
 def test_padded_rows_are_left_out_and_the_tokenizer_comes_back(tmp_path):
@@ -207,7 +245,27 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "text": (lambda file: file.write_text("hello " * 100), "not a GGUF file"),
     "missing file": (lambda file: file.unlink(), "does not exist"),
     "unknown key": (lambda file: rewrite(file, **{"llama.attention.clamp_kqv": 8.0}), r"clamp_kqv is 8\.0"),
-    "experts": (lambda file: rewrite(file, **{"llama.expert_count": 8}), "expert_count is 8"),
+    "experts": (lambda file: rewrite(file, make_config("qwen3"), **{"qwen3.expert_count": 8}), "expert_count is 8"),
+    "experts without their number per token": (
+        lambda file: rewrite(file, **{"llama.expert_count": 8}),
+        "expert_used_count is missing",
+    ),
+    "experts without tensors": (
+        lambda file: rewrite(file, **{"llama.expert_count": 8, "llama.expert_used_count": 2}),
+        r"lacks the tensor blk\.0\.ffn_gate_inp\.weight",
+    ),
+    "other scores of experts": (
+        lambda file: rewrite(file, make_config("qwen3moe"), **{"qwen3moe.expert_gating_func": 2}),
+        "expert_gating_func is 2; only 1",
+    ),
+    "weights of experts that are not normalized": (
+        lambda file: rewrite(file, make_config("qwen3moe"), **{"qwen3moe.expert_weights_norm": False}),
+        "expert_weights_norm is False; llama.cpp ignores it",
+    ),
+    "gpt-oss": (
+        lambda file: file.write_bytes(file.read_bytes().replace(b"\5\0\0\0\0\0\0\0llama", b"\7\0\0\0\0\0\0\0gpt-oss")),
+        "attention sinks, biases of experts and MXFP4 weights are not supported",
+    ),
     "parts": (lambda file: rewrite(file, **{"split.count": 3}), "one of 3 parts, whose names must end"),
     "rope scaling": (
         lambda file: rewrite(file, **{"llama.rope.scaling.type": "longrope"}),
@@ -246,6 +304,18 @@ def load(file: Path) -> Any:
         ({"rope_scaling": "llama3", "rope_scaling_factor": 4.0, "rope_low_freq_factor": 2.0}, "no GGUF architecture"),
         ({"norm_placement": "post"}, "no GGUF architecture can represent"),
         ({**MODELS["olmo2"], "tie_embeddings": True}, r"olmo2, which differs in model\.tie_embeddings True"),
+        ({**MODELS["qwen3moe"], "normalize_expert_weights": False}, r"qwen3moe, .* model\.normalize_expert_weights"),
+        ({**MODELS["qwen3moe"], "mlp_pattern": ("dense", "sparse", "sparse")}, r"differs in .*model\.mlp_pattern"),
+        ({**MODELS["llama with experts"], "selection_bias": True}, r"differs in model\.selection_bias True"),
+        ({**MODELS["llama with experts"], "router_scores": "sigmoid"}, r"differs in model\.router_scores sigmoid"),
+        ({**MODELS["llama with experts"], "expert_weight_scale": 2.0}, r"differs in model\.expert_weight_scale 2\.0"),
+        ({**MODELS["olmoe"], "num_kv_heads": 2}, r"olmoe, which differs in model\.num_kv_heads 2"),
+        ({**MODELS["olmoe"], "attention_bias": True}, r"olmoe, which differs in model\.attention_bias True"),
+        (
+            {**MODELS["qwen3moe"], "attention_bias": True, "attention_output_bias": True},
+            "no GGUF architecture can represent",
+        ),
+        ({**MODELS["qwen2moe"], "tie_embeddings": True}, r"qwen2moe, which differs in model\.tie_embeddings True"),
     ],
 )
 def test_what_an_architecture_cannot_say_is_refused(changes, message, tmp_path):

@@ -136,7 +136,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }
 REFUSED: dict[str, dict[str, Any]] = {
-    "model_type": {"model_type": "mixtral"},
+    "model_type": {"model_type": "jamba"},
     "architectures": {"architectures": ["LlamaForSequenceClassification"]},
     "hidden_act": {"hidden_act": "relu"},
     "mlp_bias": {"mlp_bias": True},
@@ -347,20 +347,32 @@ def test_padded_rows_of_the_vocabulary_are_left_out(tmp_path):
     assert config.vocab_size == 270
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=1, fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2)])
-def test_tensors_go_straight_to_their_shards(tmp_path, mesh):
-    params = write_huggingface(tmp_path)
+SPARSE = dataclasses.replace(CONFIG, num_experts=4, mlp_pattern=("dense", "sparse"), qk_norm=True)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "config"),
+    [
+        (MeshConfig(data=1, fsdp=8), CONFIG),
+        (MeshConfig(data=2, fsdp=2, tensor=2), CONFIG),
+        (MeshConfig(data=1, fsdp=2, tensor=2, expert=2), SPARSE),
+    ],
+    ids=["fsdp", "tensor", "expert"],
+)
+def test_tensors_go_straight_to_their_shards(tmp_path, mesh, config):
+    params = write_huggingface(tmp_path, config)
     devices = make_mesh(mesh)
-    boxed = abstract_params(CONFIG)
+    boxed = abstract_params(config)
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         nn.meta.unbox(boxed),
         tree_shardings(devices, boxed),
     )
-    loaded = huggingface.load_params(tmp_path, CONFIG, "llama", abstract)
+    loaded = huggingface.load_params(tmp_path, *huggingface.read_config(tmp_path), abstract)
     assert_equal_trees(loaded, params)
+    for kernel, wanted in zip(jax.tree.leaves(loaded), jax.tree.leaves(abstract), strict=True):
+        assert kernel.sharding == wanted.sharding
     kernel = loaded["layers"]["block_0"]["attention"]["o"]["kernel"]
-    assert kernel.sharding == abstract["layers"]["block_0"]["attention"]["o"]["kernel"].sharding
     assert kernel.addressable_shards[0].data.size < kernel.size
 
 

@@ -14,6 +14,7 @@ pytest.importorskip("gguf", reason="gguf is missing; install the extra 'interop'
 pytest.importorskip("tokenizers", reason="tokenizers is missing; install the extra 'interop'")
 
 import nextllm_jax  # noqa: E402
+from nextllm_jax.interop import names  # noqa: E402
 from nextllm_jax.pretrained.convert import export_model  # noqa: E402
 from tests.interop.models import CONFIG, TOKENIZER, write_huggingface  # noqa: E402
 from tests.interop.test_gguf import MODELS, make_config, write  # noqa: E402
@@ -75,7 +76,7 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("gguf")
 
 
-OFTEN = ("llama 3.1", "qwen2", "olmo2", "gemma3")
+OFTEN = ("llama 3.1", "qwen2", "olmo2", "gemma3", "qwen2moe", "granitemoe with a shared expert")
 FAMILIES = [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
 
 
@@ -94,6 +95,23 @@ def test_llama_cpp_reads_q8_0(folder):
     difference, _ = compare(llm, file, TOKENIZER.encode_prompt(PROMPT))
     print(f"log probabilities differ by {difference:.1e}")
     assert 1e-4 < difference < 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama with experts", "granitemoe with a shared expert"])
+def test_llama_cpp_notices_gate_and_up_of_experts_exchanged(name, folder, tmp_path, monkeypatch):
+    llm, _ = written(name, folder)
+    other = {"gate": "up", "up": "gate"}
+    exchanged = [
+        row._replace(ours=f"mlp/experts/{other[part]}/kernel")
+        if (part := row.ours.split("/")[-2]) in other and "experts" in row.ours
+        else row
+        for row in names.LAYER
+    ]
+    monkeypatch.setattr(names, "LAYER", tuple(exchanged))
+    write(llm.config, tmp_path / "model.gguf")
+    difference, _ = compare(llm, tmp_path / "model.gguf", TOKENIZER.encode_prompt(PROMPT))
+    assert difference > 1e-3
 
 
 def test_llama_cpp_loads_a_model_with_more_rows_than_tokens(tmp_path):

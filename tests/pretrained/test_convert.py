@@ -61,6 +61,25 @@ def test_what_is_imported_and_exported_is_the_same_bit_for_bit(huggingface, tmp_
     assert generation["eos_token_id"] == values["eos_token_id"] == TOKENIZER.eos_id
 
 
+def test_a_sparse_model_is_the_same_bit_for_bit_after_both_formats(tmp_path):
+    """From a Hugging Face directory to a run, a GGUF file, another run and a directory again, by commands."""
+    experts = {"num_experts": 4, "expert_mlp_dim": 32, "shared_expert_mlp_dim": 96, "shared_expert_gate": True}
+    changes = {"attention_bias": True, "tie_embeddings": False, "normalize_expert_weights": False}
+    write_huggingface(tmp_path / "hf", dataclasses.replace(CONFIG, **experts, **changes))
+    source, float32 = tmp_path / "hf", ["--dtype", "float32"]
+    for name in ("run", "model.gguf", "run2", "hf2"):
+        output = ["--output", str(tmp_path / name)]
+        if name.startswith("run"):
+            assert import_command([str(source), *output]) == 0
+        else:
+            assert export_command(["--checkpoint", str(source), *output, *float32]) == 0
+        source = tmp_path / name
+    before, after = (tmp_path / name for name in ("hf", "hf2"))
+    assert (after / "model.safetensors").read_bytes() == (before / "model.safetensors").read_bytes()
+    values, values_after = (json.loads((path / "config.json").read_text()) for path in (before, after))
+    assert values.items() <= values_after.items()
+
+
 def test_generation_settings_and_bos_are_kept(huggingface, tmp_path):
     settings = {"bos_token_id": 7, "do_sample": True, "temperature": 0.6, "top_p": 0.9}
     (huggingface / "generation_config.json").write_text(json.dumps(settings))

@@ -29,6 +29,8 @@ from nextllm_jax.pretrained.open_model import open_model
 from nextllm_jax.sharding import on_device
 from nextllm_jax.training.resume_guard import require_resumable
 from tests.conftest import CONFIG_FILE, Door
+from tests.interop.models import CONFIG as SMALL
+from tests.interop.models import write_huggingface
 from tests.processes import Processes
 from tests.runs import metrics, saved_arrays
 
@@ -237,6 +239,14 @@ def test_the_model_is_the_sources_but_for_how_it_is_computed(sources, messages):
     assert found.workdir == "nowhere"
     assert not messages.messages
     assert resolve().model == ModelConfig()
+
+
+def test_how_routers_are_trained_is_the_configs(tmp_path):
+    write_huggingface(tmp_path / "hf", dataclasses.replace(SMALL, num_experts=4))
+    file = Config(model=ModelConfig(load_balance_weight=0.5), data=DataConfig(sequence_length=64))
+    asked = dataclasses.replace(file, model=dataclasses.replace(file.model, router_z_weight=0.0))
+    model = resolve(asked, file, init_from=str(tmp_path / "hf")).model
+    assert (model.num_experts, model.load_balance_weight, model.router_z_weight) == (4, 0.5, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -166,14 +166,14 @@ def _changes(config: ModelConfig) -> list[Change]:
         Change("shifted token id", tokens=-1),
     ]
     if config.rope_scaling != "none":
-        dropped = functools.partial(dataclasses.replace, rope_scaling="none", rope_short_factors=())
-        changes.append(Change("dropped rope scaling", config=functools.partial(dropped, rope_long_factors=())))
+        unscaled: dict[str, Any] = {"rope_scaling": "none", "rope_short_factors": (), "rope_long_factors": ()}
+        changes.append(Change("dropped rope scaling", lambda config: dataclasses.replace(config, **unscaled)))
     if not config.tie_embeddings:
-        changes.append(Change("untied head", config=functools.partial(dataclasses.replace, tie_embeddings=True)))
+        changes.append(Change("untied head", lambda config: dataclasses.replace(config, tie_embeddings=True)))
     if "local" in config.layer_pattern:
         pattern: Any = tuple("global" if kind == "local" else kind for kind in config.layer_pattern)
         changes.append(
-            Change("ignored sliding window", config=functools.partial(dataclasses.replace, layer_pattern=pattern))
+            Change("ignored sliding window", lambda config: dataclasses.replace(config, layer_pattern=pattern))
         )
     return changes
 

@@ -11,7 +11,7 @@ from nextllm_jax.diagnostics.certify.certificate import Row, failed, ok
 from nextllm_jax.diagnostics.certify.forward import Weights
 from nextllm_jax.diagnostics.stress_texts import stress_texts
 from nextllm_jax.errors import InputError
-from nextllm_jax.interop.huggingface_config import canonical
+from nextllm_jax.interop.canonical import canonical
 from nextllm_jax.model.weights import by_name
 from nextllm_jax.pretrained.source import Source
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
