@@ -143,8 +143,8 @@ def parts_of(
 ) -> list[Part]:
     """The parts of a parameter tree of arrays or shapes, or of a part of it, layer by layer.
 
-    Those of a tensor follow each other. `special` has the names that differ from those of the table, by ours. The layers
-    may be stacked, or unstacked as by `unstack_layers`.
+    Those of a tensor follow each other. `special` has the names that differ from those of the table, by ours.
+    The layers may be stacked, or unstacked as by `unstack_layers`.
     """
     leaves = by_name(abstract)
     stacked = any(leaf.startswith(f"{STACK}/") for leaf in leaves)

@@ -151,7 +151,7 @@ def _parts(config: ModelConfig, adapters: Any) -> list[Part]:
         module = matrix.leaf.rpartition("/")[0]
         for leaf, name in zip((f"{module}/a", f"{module}/b"), _names(matrix), strict=True):
             if leaf in leaves:
-                shape = leaves[leaf].shape[0 if matrix.index is None else 1 :]
+                shape = leaves[leaf].shape[len(matrix.index) :]
                 inputs = weights[matrix.leaf].num_inputs if leaf.endswith("/a") else 1
                 parts.append(Part(leaf, matrix.index, shape, name, inputs=inputs))
     return parts
