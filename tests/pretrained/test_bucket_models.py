@@ -31,10 +31,10 @@ def test_a_hugging_face_directory(huggingface, any_bucket, tmp_path, capsys):
     address = f"{any_bucket}/model"
     export_command(["--checkpoint", huggingface, "--output", address])
     assert capsys.readouterr().out == f"{address}\n"
-    export_model(huggingface, str(tmp_path / "same"), file_format="huggingface")
+    export_model(huggingface, str(tmp_path / "model"), file_format="huggingface")
     written = open_bucket(address)
     assert {name: written.read(name) for name in written.files()} == {
-        path.name: path.read_bytes() for path in (tmp_path / "same").iterdir()
+        path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()
     }
     expected = nextllm_jax.load(huggingface).logits(TOKENS)
     np.testing.assert_array_equal(nextllm_jax.load(address).logits(TOKENS), expected)
