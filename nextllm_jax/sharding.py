@@ -173,8 +173,10 @@ def per_layer(
             x = jax.lax.all_to_all(x, axis, 0, dim, tiled=True) if dim else x
         x = f(x)
         for axis, dim in reversed(axes):
-            gather = axis not in kept
-            x = jax.lax.all_gather(x, axis, tiled=True) if gather else jax.lax.all_to_all(x, axis, dim, 0, tiled=True)
+            if axis not in kept:
+                x = jax.lax.all_gather(x, axis, tiled=True)
+            elif dim:
+                x = jax.lax.all_to_all(x, axis, dim, 0, tiled=True)
         return x
 
     padding = -num_layers % math.prod(mesh.shape[axis] for axis, _ in axes)

@@ -81,6 +81,16 @@ def test_muon_orthogonalizes_the_matrices_of_each_expert():
             np.testing.assert_allclose(direction(one, matrix), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["layers/block_0/mlp/experts/down/kernel", "remainder_0/mlp/experts/up/kernel"])
+def test_muon_on_a_mesh_exchanges_experts_as_it_does_layers(name):
+    weight = by_name(abstract_params(MODEL))[name]
+    momentum = jnp.asarray(np.random.default_rng(0).normal(size=weight.value.shape), jnp.float32)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2, expert=2))
+    with jax.set_mesh(mesh):
+        found = jax.jit(lambda x: direction(weight, x))(jax.device_put(momentum, sharding(mesh, *weight.names)))
+    np.testing.assert_allclose(found, direction(weight, momentum), atol=1e-4)
+
+
 def test_routers_decay_and_selection_biases_do_not():
     mask = by_name(decay_mask(OptimizerConfig(), MODEL, nn.meta.unbox(abstract_params(MODEL))))
     assert mask["layers/block_0/mlp/router/kernel"]
