@@ -5,7 +5,8 @@ Depth and width grow together. Everything else follows from them and from the re
 - The ratio of width to depth, the width of a head, the query heads per kv head, and the ratio of mlp_dim to embed_dim
   stay those of the config, up to rounding.
 - Tokens are proportional to parameters.
-- The batch grows with tokens^0.4 (Bergsma et al. 2025, arXiv:2505.13738: 0.38 to 0.46), rounded to a power of two.
+- The batch grows with tokens^0.4 (Bergsma et al. 2025, arXiv:2505.13738: 0.38 to 0.46), and is rounded to three binary
+  digits, so that meshes divide it.
 - Learning rates are proportional to sqrt(batch / (width x depth)). The square root of the batch is that of Malladi et
   al. 2022 (arXiv:2205.10287). The square roots of width and depth keep the sizes of the changes of activations with
   directions that have a fixed root mean square, as those of Muon here.
@@ -14,6 +15,7 @@ Depth and width grow together. Everything else follows from them and from the re
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from typing import NamedTuple
@@ -47,60 +49,73 @@ def size_of(config: Config) -> Size:
     return Size(parameter_count(config.model), tokens, tokens * per_token)
 
 
-def member(base: Config, flops: float, tokens_per_parameter: float) -> Config:
-    """The config of the family of `base` whose training takes about `flops`.
+def member(base: Config, flops: float, tokens_per_parameter: float, *, batch_multiple: int = 1) -> Config:
+    """The config of the family of `base` whose training takes about `flops`, with a multiple of a number as its batch.
 
     Raises InputError if that is too little for `FEWEST_STEPS` steps, or less than the smallest model takes.
     """
     model = _model(base, flops, tokens_per_parameter)
     tokens = flops / flops_per_token(model, base.data.sequence_length)
-    return _with_recipe(base, model, tokens)
+    return _with_recipe(base, model, tokens, batch_multiple)
 
 
 def _model(base: Config, flops: float, tokens_per_parameter: float) -> ModelConfig:
     """The model of the family whose training with that many tokens per parameter comes closest to `flops`.
 
-    Of the depths around the one that the ratio of width to depth asks for, each with the best width, it is the one that
-    is closest in FLOPs and in that ratio.
+    Of the widths around the one of the family's dial, each with every depth, it is the one that is closest in FLOPs and
+    in the ratio of width to depth.
     """
-    length = base.data.sequence_length
-
-    def relative(width: int, depth: int) -> float:
-        model = _shaped(base.model, width, depth)
-        return tokens_per_parameter * parameter_count(model) * flops_per_token(model, length) / flops
-
-    scale = 1.0  # of width and depth; FLOPs grow with its sixth power if the layers dominate, else more slowly
-    for _ in range(5):
-        depth, width = _depth(base.model, scale), _width(base.model, scale * base.model.embed_dim)
-        scale *= relative(width, depth) ** (-1 / 6)
     period = len(base.model.layer_pattern)
-    depths = sorted({max(period, depth + period * more) for more in (-1, 0, 1)})
-    found: list[tuple[float, int, int]] = []
-    for depth in depths:
-        width = scale * base.model.embed_dim
-        for _ in range(3):
-            width *= relative(_width(base.model, width), depth) ** (-1 / 5)
-        widths = {_width(base.model, width * factor) for factor in (0.9, 1, 1.1)}
-        for width in widths:
-            aspect = width / depth / (base.model.embed_dim / base.model.num_layers)
-            found.append((abs(math.log(relative(width, depth))) + abs(math.log(aspect)) / 4, depth, width))
-    _, depth, width = min(found)
-    if not 1 / 2 < relative(width, depth) < 2:
+
+    @functools.cache
+    def costs(width: int) -> tuple[_Cost, _Cost]:
+        """Of a model with that width: what it costs without layers, and what each period of layers adds."""
+        one, two = (_cost(base, _shaped(base.model, width, depth)) for depth in (period, 2 * period))
+        return _Cost(2 * one.parameters - two.parameters, 2 * one.flops - two.flops), two.minus(one)
+
+    def relative(width: int, periods: int) -> float:
+        """FLOPs of the training in relation to those that are wanted."""
+        fixed, layer = costs(width)
+        parameters = fixed.parameters + periods * layer.parameters
+        return tokens_per_parameter * parameters * (fixed.flops + periods * layer.flops) / flops
+
+    dial = 1.0  # width and depth in relation to the config; FLOPs grow with at most its sixth power
+    for _ in range(6):
+        periods = max(1, round(dial * base.model.num_layers / period))
+        dial *= relative(_width(base.model, dial), periods) ** (-1 / 6)
+    aspect = period * base.model.embed_dim / base.model.num_layers
+    scores = [
+        (abs(math.log(relative(width, periods))) + abs(math.log(width / periods / aspect)) / 4, width, periods)
+        for width in sorted({_width(base.model, dial * factor) for factor in (0.88, 1.0, 1.12)})
+        for periods in range(1, 2 * max(1, round(dial * base.model.num_layers / period)) + 2)
+    ]
+    _, width, periods = min(scores)
+    if not 1 / 2 < relative(width, periods) < 2:
         raise InputError(
             f"no model of this family takes about {flops:.2g} FLOPs with {tokens_per_parameter:g} tokens per "
             "parameter; give a longer --ladder-minutes or a smaller --data.vocab-size"
         )
-    return _shaped(base.model, width, depth)
+    return _shaped(base.model, width, period * periods)
 
 
-def _depth(base: ModelConfig, scale: float) -> int:
-    period = len(base.layer_pattern)
-    return max(1, round(scale * base.num_layers / period)) * period
+class _Cost(NamedTuple):
+    """Parameters of a model, and FLOPs of training it on a token."""
+
+    parameters: float
+    flops: float
+
+    def minus(self, other: "_Cost") -> "_Cost":
+        return _Cost(self.parameters - other.parameters, self.flops - other.flops)
 
 
-def _width(base: ModelConfig, width: float) -> int:
-    """A width near `width`: a multiple of a power of two that is at most an eighth, or of the width per kv head."""
-    step = 2 ** int(math.log2(max(width, 1) / 8)) if width > 8 * _SMALLEST_STEP else _SMALLEST_STEP
+def _cost(base: Config, model: ModelConfig) -> _Cost:
+    return _Cost(parameter_count(model), flops_per_token(model, base.data.sequence_length))
+
+
+def _width(base: ModelConfig, dial: float) -> int:
+    """The width at `dial`: a multiple of a power of two of at most an eighth of it, or of the width per kv head."""
+    width = dial * base.embed_dim
+    step = 2 ** int(math.log2(width / 8)) if width > 8 * _SMALLEST_STEP else _SMALLEST_STEP
     if base.embed_dim % base.num_kv_heads == 0:
         step = min(step, base.embed_dim // base.num_kv_heads)
     return max(1, round(width / step)) * step
@@ -121,11 +136,12 @@ def _shaped(base: ModelConfig, width: int, depth: int) -> ModelConfig:
     )
 
 
-def _with_recipe(base: Config, model: ModelConfig, tokens: float) -> Config:
+def _with_recipe(base: Config, model: ModelConfig, tokens: float, batch_multiple: int) -> Config:
     """The config with another model and number of tokens, with the recipe scaled as this module says."""
     before, training, optimizer = size_of(base), base.training, base.optimizer
     batch = training.global_batch_size * (tokens / before.tokens) ** _BATCH_EXPONENT
-    batch = 2 ** max(0, round(math.log2(batch)))
+    unit = math.lcm(2 ** max(0, math.floor(math.log2(batch)) - 2), batch_multiple)
+    batch = max(1, round(batch / unit)) * unit
     steps = round(tokens / (batch * base.data.sequence_length))
     if steps < FEWEST_STEPS:
         raise InputError(

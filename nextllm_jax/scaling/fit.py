@@ -7,7 +7,7 @@ it. The priors are:
 - E, the loss that no compute removes, is anywhere between none and all of the loss of the largest run.
 - alpha is between 0.03 and 0.5, uniformly in its logarithm. Published exponents are 0.05 (Kaplan et al. 2020) to 0.18
   (Hoffmann et al. 2022, from the exponents of parameters and tokens).
-- The noise of a run, such as that of its seed, is about 0.006 bits per byte, within a factor of four.
+- The noise of a run, such as that of its seed, is about 0.008 bits per byte, within a factor of four.
 """
 
 import itertools
@@ -20,10 +20,10 @@ from nextllm_jax.errors import InputError
 
 FEWEST_POINTS = 3
 INTERVAL = 0.9
-_ALPHAS = np.geomspace(0.03, 0.5, 60)
-_SHARES = np.linspace(0, 1, 61)[:-1]
-_NOISES = np.geomspace(0.001, 0.05, 16)
-_USUAL_NOISE, _NOISE_FACTOR = 0.006, 2.0
+_ALPHAS = np.geomspace(0.03, 0.5, 240)
+_SHARES = np.linspace(0, 1, 151)[:-1]
+_NOISES = np.geomspace(0.001, 0.05, 12)
+_USUAL_NOISE, _NOISE_FACTOR = 0.008, 2.0
 """Median of the prior of the noise, and the factor of one standard deviation."""
 _NUM_SAMPLES = 4000
 
@@ -91,19 +91,21 @@ def fit(flops: Sequence[float], losses: Sequence[float]) -> Fit:
             )
     reference = max(flops)
     compute, measured = np.asarray(flops) / reference, np.asarray(losses)
-    share, alpha, noise = (grid.ravel() for grid in np.meshgrid(_SHARES, _ALPHAS, _NOISES, indexing="ij"))
+    share, alpha = (grid.ravel() for grid in np.meshgrid(_SHARES, _ALPHAS, indexing="ij"))
     shape = _relative_loss(share[:, None], alpha[:, None], compute)
     # The loss is linear in its level at the reference, whose prior is flat, so the level is integrated exactly.
     squared = np.square(shape).sum(1)
     level = shape @ measured / squared
     misfit = np.square(measured - level[:, None] * shape).sum(1)
-    log_weight = -misfit / (2 * noise**2) - (len(flops) - 1) * np.log(noise) - np.log(squared) / 2
-    log_weight -= np.square(np.log(noise / _USUAL_NOISE) / np.log(_NOISE_FACTOR)) / 2
-    weight = np.exp(log_weight - log_weight.max())
+    log_weight = -misfit[:, None] / (2 * _NOISES**2) - np.log(squared)[:, None] / 2
+    log_weight -= (len(flops) - 1) * np.log(_NOISES)
+    log_weight -= np.square(np.log(_NOISES / _USUAL_NOISE) / np.log(_NOISE_FACTOR)) / 2
+    weight = np.exp(log_weight - log_weight.max()).ravel()
     random = np.random.default_rng(0)
-    chosen = random.choice(len(weight), _NUM_SAMPLES, p=weight / weight.sum())
-    spread = (noise / np.sqrt(squared))[chosen] * random.standard_normal(_NUM_SAMPLES)
-    return Fit(reference, level[chosen] + spread, share[chosen], alpha[chosen], noise[chosen])
+    chosen, of_noise = np.divmod(random.choice(len(weight), _NUM_SAMPLES, p=weight / weight.sum()), len(_NOISES))
+    noise = _NOISES[of_noise]
+    spread = noise / np.sqrt(squared[chosen]) * random.standard_normal(_NUM_SAMPLES)
+    return Fit(reference, level[chosen] + spread, share[chosen], alpha[chosen], noise)
 
 
 def _relative_loss(share: np.ndarray, alpha: np.ndarray, compute: float | np.ndarray) -> np.ndarray:

@@ -44,6 +44,15 @@ class LadderSettings:
     """Compute of all rungs; None: what the devices do in `ladder_minutes`."""
 
 
+class _Devices(NamedTuple):
+    """What a new ladder finds out about the devices, and records."""
+
+    count: int
+    """The batch of each rung is a multiple of it."""
+    total_flops: float
+    """Compute of all rungs."""
+
+
 class Rung(NamedTuple):
     """A small run and, if it has finished, its loss in bits per byte."""
 
@@ -63,12 +72,12 @@ class Ladder:
 
         Raises InputError if the directory has something else, or a ladder with other settings.
         """
-        total = self._read()
-        if total is None:
-            total, seconds = self._measured()
-            self._write(total)
-            _log.info(_sentence(self._rungs(total), seconds))
-        return self._rungs(total)
+        devices = self._read()
+        if devices is None:
+            devices, seconds = self._measured()
+            self._write(devices)
+            _log.info(_sentence(self._rungs(devices), seconds))
+        return self._rungs(devices)
 
     def climb(self, rungs: Sequence[Rung]) -> list[Rung]:
         """Train the rungs that have not finished; returns all of them with their losses.
@@ -93,37 +102,54 @@ class Ladder:
         self._trainer.train(rung.config, lambda step: bar.update(max(0.0, done + step * per_step - bar.n)))
         bar.update(max(0.0, done + rung.size.flops - bar.n))
 
-    def _rungs(self, total_flops: float) -> list[Rung]:
+    def _rungs(self, devices: _Devices) -> list[Rung]:
         found = []
-        for number, flops in enumerate(spread(total_flops, self._settings.rungs, SPACING), 1):
-            config = _small(self._member(flops), self._directory / f"rung_{number}")
+        for number, flops in enumerate(spread(devices.total_flops, self._settings.rungs, SPACING), 1):
+            config = self._small(flops, devices.count, f"rung_{number}")
             found.append(Rung(config, size_of(config), finished_loss(config)))
         return found
 
-    def _member(self, flops: float) -> Config:
-        return member(self._base, flops, self._settings.tokens_per_parameter)
+    def _small(self, flops: float, num_devices: int, name: str) -> Config:
+        """A small run of the family: it evaluates once, at the end, and writes only what the ladder needs."""
+        ratio = self._settings.tokens_per_parameter
+        config = member(self._base, flops, ratio, batch_multiple=num_devices)
+        steps = config.training.steps
+        return dataclasses.replace(
+            config,
+            workdir=str(self._directory / name),
+            model=config.model.without_remat(),
+            mesh=MeshConfig(),
+            training=dataclasses.replace(
+                config.training, log_every_steps=max(1, steps // 100), evaluate_every_steps=steps, sample_tokens=0
+            ),
+            checkpoint=dataclasses.replace(
+                config.checkpoint, every_steps=max(1, steps // 5), keep_last=1, keep_every_steps=0, scratch=None
+            ),
+            evaluation=EvaluationConfig(),
+            logging=LoggingConfig(),
+        )
 
-    def _measured(self) -> tuple[float, float]:
-        """(FLOPs of all rungs, seconds that they take), from the speed of the largest rung."""
-        settings = self._settings
+    def _measured(self) -> tuple[_Devices, float]:
+        """What to record about the devices, and the seconds that all rungs take, from the speed of the largest one."""
+        settings, count = self._settings, self._trainer.num_devices()
         total = settings.ladder_flops or _FIRST_GUESS_FLOPS
         overhead = settings.rungs * _START_SECONDS
         while True:
-            largest = _small(self._member(spread(total, settings.rungs, SPACING)[-1]), self._directory / "probe")
+            largest = self._small(spread(total, settings.rungs, SPACING)[-1], count, "probe")
             training = dataclasses.replace(largest.training, log_every_steps=1)
             _log.info(f"measuring the speed of a rung with {size_of(largest).parameters:,} parameters")
             tokens = self._trainer.measure(dataclasses.replace(largest, training=training))
             speed = _EFFICIENCY * tokens * flops_per_token(largest.model, largest.data.sequence_length)
             if settings.ladder_flops:
-                return total, total / speed + overhead
-            # The overhead is a part of short ladders only, such as those of tests.
+                return _Devices(count, total), total / speed + overhead
+            # Of a short ladder, the overhead may take at most half of the time.
             seconds = max(60 * settings.ladder_minutes - overhead, 30 * settings.ladder_minutes)
             before, total = total, speed * seconds
             if 1 / 2 < total / before < 2:
-                return total, total / speed + overhead
+                return _Devices(count, total), total / speed + overhead
 
-    def _read(self) -> float | None:
-        """The FLOPs of all rungs that the directory records; None for a new ladder."""
+    def _read(self) -> _Devices | None:
+        """What the directory records about the devices; None for a new ladder."""
         file = self._directory / FILE
         open_storage(self._directory).require_writable("", is_directory=True)
         if not file.exists():
@@ -134,11 +160,11 @@ class Ladder:
         try:
             record = json.loads(file.read_text())
             before = config_of_values(record["config"], str(file))
-            old, total = LadderSettings(**record["settings"]), float(record["total_flops"])
+            old, devices = LadderSettings(**record["settings"]), _Devices(**record["devices"])
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{file} is damaged ({error!r}); choose another --workdir") from error
         self._require_same(before, old)
-        return total
+        return devices
 
     def _require_same(self, config: Config, settings: LadderSettings) -> None:
         """Raise InputError, with a line for each field, if the ladder has other settings."""
@@ -152,13 +178,14 @@ class Ladder:
                 "restore the old values, or start a new ladder: another --workdir"
             )
 
-    def _write(self, total_flops: float) -> None:
+    def _write(self, devices: _Devices) -> None:
         record = {
             "format": FORMAT,
             "settings": dataclasses.asdict(self._settings),
-            "total_flops": total_flops,
+            "devices": devices._asdict(),
             "config": json.loads(self._base.to_json()),
         }
+        self._directory.mkdir(parents=True, exist_ok=True)
         RunDir(self._directory).write(FILE, (json.dumps(record, indent=2) + "\n").encode())
 
 
@@ -167,25 +194,6 @@ def _sentence(rungs: Sequence[Rung], seconds: float) -> str:
     speed = sum(rung.size.flops for rung in rungs) / seconds
     duration = datetime.timedelta(seconds=round(seconds))
     return f"{len(rungs)} rungs of {smallest:.2g} to {largest:.2g} FLOPs take about {duration}, at {speed:.2g} FLOP/s"
-
-
-def _small(config: Config, workdir: Path) -> Config:
-    """The config of a rung: it evaluates once, at the end, and writes nothing that the ladder does not need."""
-    steps = config.training.steps
-    return dataclasses.replace(
-        config,
-        workdir=str(workdir),
-        model=config.model.without_remat(),
-        mesh=MeshConfig(),
-        training=dataclasses.replace(
-            config.training, log_every_steps=max(1, steps // 100), evaluate_every_steps=steps, sample_tokens=0
-        ),
-        checkpoint=dataclasses.replace(
-            config.checkpoint, every_steps=max(1, steps // 5), keep_last=1, keep_every_steps=0, scratch=None
-        ),
-        evaluation=EvaluationConfig(),
-        logging=LoggingConfig(),
-    )
 
 
 def directory_of(base: Config) -> Path:

@@ -40,6 +40,14 @@ class Trainer(NamedTuple):
     environment: Mapping[str, str]
     """Environment variables of the training processes."""
 
+    def num_devices(self) -> int:
+        """The number of devices on which runs are trained. Raises RunFailed if jax does not start."""
+        program = [sys.executable, "-c", "import jax; print(jax.device_count())"]
+        done = subprocess.run(program, env=self.environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RunFailed(f"jax finds no devices: {(done.stderr.splitlines() or ['no message'])[-1]}")
+        return int(done.stdout)
+
     def train(self, config: Config, show: Callable[[int], None]) -> None:
         """Train a run to its end, or continue it. `show` gets the last step whenever metrics.jsonl grows.
 
