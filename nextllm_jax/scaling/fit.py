@@ -5,7 +5,7 @@ posterior distribution of the parameters, on a grid, and every result is a media
 it. The priors are:
 
 - E, the loss that no compute removes, is anywhere between none and all of the loss of the largest run.
-- alpha is between 0.03 and 0.5, uniformly in its logarithm. Published exponents are 0.05 (Kaplan et al. 2020) to 0.18
+- alpha is between 0.03 and 0.5, uniformly in its logarithm. Published exponents are 0.05 (Kaplan et al. 2020) and 0.15
   (Hoffmann et al. 2022, from the exponents of parameters and tokens).
 - The noise of a run, such as that of its seed, is about 0.008 bits per byte, within a factor of four.
 """

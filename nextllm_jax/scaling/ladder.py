@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 FORMAT, FILE, FEWEST_RUNGS = "nextllm_jax ladder 1", "ladder.json", 4
 SPACING = 3.0
 """The compute of each rung in relation to that of the one before."""
-_FIRST_GUESS_FLOPS = 1e14
+_FIRST_GUESS_FLOPS, _MOST_MEASUREMENTS = 1e14, 5
 _EFFICIENCY, _START_SECONDS = 0.8, 15.0
 """The mean speed of all rungs in relation to that of the largest, and the time in which a rung starts and evaluates."""
 
@@ -134,19 +134,22 @@ class Ladder:
         settings, count = self._settings, self._trainer.num_devices()
         total = settings.ladder_flops or _FIRST_GUESS_FLOPS
         overhead = settings.rungs * _START_SECONDS
-        while True:
+        seconds = 0.0
+        for _ in range(_MOST_MEASUREMENTS):
             largest = self._small(spread(total, settings.rungs, SPACING)[-1], count, "probe")
             training = dataclasses.replace(largest.training, log_every_steps=1)
             _log.info(f"measuring the speed of a rung with {size_of(largest).parameters:,} parameters")
             tokens = self._trainer.measure(dataclasses.replace(largest, training=training))
             speed = _EFFICIENCY * tokens * flops_per_token(largest.model, largest.data.sequence_length)
-            if settings.ladder_flops:
-                return _Devices(count, total), total / speed + overhead
-            # Of a short ladder, the overhead may take at most half of the time.
-            seconds = max(60 * settings.ladder_minutes - overhead, 30 * settings.ladder_minutes)
-            before, total = total, speed * seconds
-            if 1 / 2 < total / before < 2:
-                return _Devices(count, total), total / speed + overhead
+            if settings.ladder_flops is None:
+                # Of a short ladder, the overhead may take at most half of the time.
+                seconds = max(60 * settings.ladder_minutes - overhead, 30 * settings.ladder_minutes)
+                before, total = total, speed * seconds
+            else:
+                before, seconds = total, total / speed
+            if 1 / 2 < total / before < 2:  # the measured rung was about as large as the final one
+                break
+        return _Devices(count, total), seconds + overhead
 
     def _read(self) -> _Devices | None:
         """What the directory records about the devices; None for a new ladder."""
@@ -159,6 +162,8 @@ class Ladder:
             return None
         try:
             record = json.loads(file.read_text())
+            if record["format"] != FORMAT:
+                raise InputError(f"{file} has format '{record['format']}'; use the version that wrote it")
             before = config_of_values(record["config"], str(file))
             old, devices = LadderSettings(**record["settings"]), _Devices(**record["devices"])
         except (ValueError, KeyError, TypeError) as error:

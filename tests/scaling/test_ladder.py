@@ -113,7 +113,9 @@ def test_a_directory_with_something_else_is_refused(tmp_path, trainer):
     assert trainer.measured == []
 
 
-@pytest.mark.parametrize("content", ["{", "{}", '{"config": {}, "settings": {}, "devices": {}}'])
+@pytest.mark.parametrize(
+    "content", ["{", "{}", '{"format": "other"}', '{"format": "nextllm_jax ladder 1", "config": {}}']
+)
 def test_a_damaged_record_is_refused(tmp_path, trainer, content):
     (tmp_path / "ladder.json").write_text(content)
     with pytest.raises(InputError, match=r"ladder\.json"):
