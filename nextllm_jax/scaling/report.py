@@ -89,11 +89,18 @@ def _plan_lines(forecast: Forecast) -> Iterable[str]:
     yield _line("memory per device", f"{readable_bytes(peak)} of {limit}, {how}")
     yield _line("least time", f"{_duration(forecast.least_days)}, MFU {plan.mfu_bound:.0%}")
     if forecast.least_cost is not None:
-        yield _line("least cost", f"{forecast.least_cost:,.2f} at {forecast.price:g} per device and hour")
+        yield _line("least cost", f"{_amount(forecast.least_cost)} at {forecast.price:g} per device and hour")
 
 
 def _duration(days: float) -> str:
-    return f"{days:,.2f} days" if days >= 1 else f"{24 * days:,.2f} hours"
+    for unit, of_day in (("days", 1), ("hours", 24), ("minutes", 24 * 60)):
+        if days * of_day >= 1:
+            return f"{days * of_day:,.1f} {unit}"
+    return f"{days * 86_400:,.1f} seconds"
+
+
+def _amount(cost: float) -> str:
+    return f"{cost:,.0f}" if cost >= 100 else f"{cost:.3g}"
 
 
 def _line(name: str, value: str) -> str:
