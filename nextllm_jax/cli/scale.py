@@ -49,7 +49,7 @@ class ScaleArguments:
     price: float | None = None
     """Price of a device and hour, in any currency."""
     tokens_per_parameter: float = 8.0
-    """Training tokens per parameter of all runs."""
+    """Training tokens per parameter, in all runs. Of experts, only the chosen ones count."""
     rungs: int = 4
     """Number of small runs, at least 4. Each takes three times the compute of the one before."""
     ladder_minutes: float = 25.0

@@ -2,9 +2,9 @@
 
 Depth and width grow together. Everything else follows from them and from the recipe of the config:
 
-- The ratio of width to depth, the width of a head, the query heads per kv head, and the ratio of mlp_dim to embed_dim
-  stay those of the config, up to rounding.
-- Tokens are proportional to parameters.
+- The ratio of width to depth, the width of a head, the query heads per kv head, the ratio of mlp_dim to embed_dim, and
+  the number of experts stay those of the config, up to rounding.
+- Tokens are proportional to the parameters that process a token: of the experts, only the chosen ones count.
 - The batch grows with tokens^0.4 (Bergsma et al. 2025, arXiv:2505.13738: 0.38 to 0.46), and is rounded to three binary
   digits, so that meshes divide it.
 - Learning rates are proportional to sqrt(batch / (width x depth)). The square root of the batch is that of Malladi et
@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from nextllm_jax.config import Config, ModelConfig
 from nextllm_jax.errors import InputError
-from nextllm_jax.model.accounting import flops_per_token, parameter_count
+from nextllm_jax.model.accounting import active_parameter_count, flops_per_token, parameter_count
 
 FEWEST_STEPS = 20
 _BATCH_EXPONENT = 0.4
@@ -33,20 +33,23 @@ class Size(NamedTuple):
     """What a member of a family costs."""
 
     parameters: int
+    active_parameters: int
+    """Those that process a token."""
     tokens: int
     flops: float
 
     @property
     def tokens_per_parameter(self) -> float:
-        """The ratio that the family keeps, up to rounding."""
-        return self.tokens / self.parameters
+        """Tokens per active parameter, the ratio that the family keeps, up to rounding."""
+        return self.tokens / self.active_parameters
 
 
 def size_of(config: Config) -> Size:
     """The size of a run. The model must state its vocabulary."""
     tokens = config.training.steps * _tokens_per_step(config)
     per_token = flops_per_token(config.model, config.data.sequence_length)
-    return Size(parameter_count(config.model), tokens, tokens * per_token)
+    model = config.model
+    return Size(parameter_count(model), active_parameter_count(model), tokens, tokens * per_token)
 
 
 def member(base: Config, flops: float, tokens_per_parameter: float, *, batch_multiple: int = 1) -> Config:
@@ -65,7 +68,7 @@ def _model(base: Config, flops: float, tokens_per_parameter: float) -> ModelConf
     Of the widths around the one of the family's dial, each with every depth, it is the one that is closest in FLOPs and
     in the ratio of width to depth.
     """
-    period = len(base.model.layer_pattern)
+    period = len(base.model.period)
 
     @functools.cache
     def costs(width: int) -> tuple[_Cost, _Cost]:
@@ -99,7 +102,7 @@ def _model(base: Config, flops: float, tokens_per_parameter: float) -> ModelConf
 
 
 class _Cost(NamedTuple):
-    """Parameters of a model, and FLOPs of training it on a token."""
+    """Active parameters of a model, and FLOPs of training it on a token."""
 
     parameters: float
     flops: float
@@ -109,7 +112,7 @@ class _Cost(NamedTuple):
 
 
 def _cost(base: Config, model: ModelConfig) -> _Cost:
-    return _Cost(parameter_count(model), flops_per_token(model, base.data.sequence_length))
+    return _Cost(active_parameter_count(model), flops_per_token(model, base.data.sequence_length))
 
 
 def _width(base: ModelConfig, dial: float) -> int:
@@ -126,11 +129,17 @@ def _shaped(base: ModelConfig, width: int, depth: int) -> ModelConfig:
     ratio = width / base.embed_dim
     kv_heads = max(1, round(ratio * base.num_kv_heads))
     step = _SMALLEST_STEP if width < 1024 else 128
+
+    def scaled(dim: int) -> int:
+        return max(1, round(ratio * dim / step)) * step if dim else 0
+
     return dataclasses.replace(
         base,
         num_layers=depth,
         embed_dim=width,
-        mlp_dim=max(1, round(ratio * base.mlp_dim / step)) * step,
+        mlp_dim=scaled(base.mlp_dim),
+        expert_mlp_dim=None if base.expert_mlp_dim is None else scaled(base.expert_mlp_dim),
+        shared_expert_mlp_dim=scaled(base.shared_expert_mlp_dim),
         num_kv_heads=kv_heads,
         num_heads=kv_heads * (base.num_heads // base.num_kv_heads),
     )
@@ -151,7 +160,7 @@ def _with_recipe(base: Config, model: ModelConfig, tokens: float, batch_multiple
         )
     area = model.embed_dim * model.num_layers / (base.model.embed_dim * base.model.num_layers)
     rate = math.sqrt(batch / training.global_batch_size / area)
-    ratio = tokens / parameter_count(model) / before.tokens_per_parameter
+    ratio = tokens / active_parameter_count(model) / before.tokens_per_parameter
     decay = math.sqrt(ratio) * training.steps / (rate * steps)
     adamw = optimizer.adamw_learning_rate
     return dataclasses.replace(

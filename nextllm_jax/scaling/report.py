@@ -63,7 +63,8 @@ def _run_lines(run: LargeRun, loss: Interval) -> Iterator[str]:
     yield _line("FLOPs", f"{run.size.flops:.3g}")
     yield _line("shape", f"{model.num_layers} layers, {model.embed_dim} wide, {model.mlp_dim} in the MLP")
     yield _line("heads", f"{model.num_heads} of {model.head_dim}, {model.num_kv_heads} of keys and values")
-    yield _line("parameters", f"{run.size.parameters:,}")
+    active = "" if not model.num_experts else f", {run.size.active_parameters:,} for each token"
+    yield _line("parameters", f"{run.size.parameters:,}{active}")
     ratio = f"{run.size.tokens_per_parameter:.1f} per parameter, {run.epochs:,.1f} epochs of the data"
     yield _line("tokens", f"{run.size.tokens:.3g}, {ratio}")
     yield _line("batch", f"{training.global_batch_size:,} sequences of {length:,} tokens, {training.steps:,} steps")

@@ -126,7 +126,7 @@ def draw_experts(records: Iterable[dict[str, Any]], layers: Sequence[int]) -> by
     The rows are the experts of the first of `layers`, the indices of the sparse layers, then those of the next.
     """
     train = [record for record in records if record.get("expert_share")]
-    figure = _figure(10, min(max(3.5, 1.6 + 0.8 * len(layers)), 16))
+    figure = new_figure(10, min(max(3.5, 1.6 + 0.8 * len(layers)), 16))
     axes = figure.add_subplot()
     num_experts = len(train[0]["expert_share"][0]) if train else 1
     loads = [
@@ -142,7 +142,7 @@ def draw_experts(records: Iterable[dict[str, Any]], layers: Sequence[int]) -> by
         [num_experts * i for i in range(0, len(layers), every)], [f"layer {layer}" for layer in layers[::every]]
     )
     axes.set_ylim(num_experts * len(layers) - 0.5, -0.5)
-    return _png(figure)
+    return to_png(figure)
 
 
 def _draw_heat_map(axes: Any, steps: list[int], rows: list[list[float | None]]) -> None:

@@ -21,7 +21,7 @@ def config(name: str) -> Config:
     return dataclasses.replace(found, model=dataclasses.replace(found.model, vocab_size=rows))
 
 
-@pytest.mark.parametrize("name", ["tiny", "small", "llama2_7b", "llama3_8b"])
+@pytest.mark.parametrize("name", ["tiny", "small", "llama2_7b", "llama3_8b", "tiny_moe"])
 def test_the_config_is_the_member_of_its_own_compute(name):
     base = config(name)
     size = size_of(base)
