@@ -175,7 +175,7 @@ def test_commands_parse(page: str, line: str, monkeypatch) -> None:
         run(arguments)
 
 
-WITH_CONFIG = [COMMANDS[name] for name in ("train", "doctor", "plan")]
+WITH_CONFIG = [COMMANDS[name] for name in ("train", "doctor", "plan", "scale")]
 """Commands whose --help alone is an overview."""
 
 

@@ -27,6 +27,7 @@ from nextllm_jax.cli.help import parse, parse_with_config
 from nextllm_jax.cli.plan import plan_command
 from nextllm_jax.cli.quantize import quantize_command
 from nextllm_jax.cli.sample import chat_command, sample_command
+from nextllm_jax.cli.scale import scale_command
 from nextllm_jax.cli.serve import serve_command
 from nextllm_jax.cli.text import evaluate_command, lm_eval_command, tokenize_command
 from nextllm_jax.config import Config, DataConfig
@@ -327,6 +328,7 @@ COMMANDS = {
     "doctor": doctor_command,
     "replay": replay_command,
     "plan": plan_command,
+    "scale": scale_command,
     "import": import_command,
     "export": export_command,
     "quantize": quantize_command,

@@ -55,3 +55,18 @@ def fields_of(config: Any, section: str = "", default: OnResume = _UNMARKED) -> 
         else:
             found[section + name] = Field(value, mark)
     return found
+
+
+def command_line_options(config: Any, file: Any) -> list[str]:
+    """The command-line options that turn the config `file` into `config`, such as --training.steps and its value."""
+    before, found = fields_of(file), []
+    for name, (value, _) in fields_of(config).items():
+        if value == before[name].value:
+            continue
+        section, _, field = name.rpartition(".")
+        option = f"--{section and section + '.'}{'no_' if value is False else ''}{field}".replace("_", "-")
+        if isinstance(value, bool):
+            found.append(option)
+        else:
+            found += [option, *map(str, value if isinstance(value, tuple) else [value])]
+    return found

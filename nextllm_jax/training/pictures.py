@@ -78,7 +78,7 @@ def draw_losses(records: Iterable[dict[str, Any]]) -> bytes:
         if record["loss"] is not None:
             curves[record["split"]].append((record["step"], record["loss"]))
     train, validation = curves["train"], curves["validation"]
-    figure = _figure(8, 5)
+    figure = new_figure(8, 5)
     axes = figure.add_subplot()
     if train:
         axes.plot(*zip(*train, strict=True), color="#7aa6d6", linewidth=1.2, label="train")
@@ -91,7 +91,7 @@ def draw_losses(records: Iterable[dict[str, Any]]) -> bytes:
     axes.grid(alpha=0.3)
     if train or validation:
         axes.legend()
-    return _png(figure)
+    return to_png(figure)
 
 
 def draw_layers(records: Iterable[dict[str, Any]], places: Sequence[str]) -> bytes:
@@ -103,7 +103,7 @@ def draw_layers(records: Iterable[dict[str, Any]], places: Sequence[str]) -> byt
     from matplotlib.patches import Patch
 
     train = [record for record in records if record.get("gradient_norms")]
-    figure = _figure(14, min(max(3.5, 1.6 + 0.16 * len(places)), 16))
+    figure = new_figure(14, min(max(3.5, 1.6 + 0.16 * len(places)), 16))
     panels = figure.subplots(1, 2, sharey=True)
     titles = {"activation_rms": "activations: root mean square", "gradient_norms": "gradients: norm before clipping"}
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
@@ -117,7 +117,7 @@ def draw_layers(records: Iterable[dict[str, Any]], places: Sequence[str]) -> byt
     colors = {"not finite": _NOT_FINITE, "zero": _ZERO}
     handles = [Patch(color=color, label=label) for label, color in colors.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    return _png(figure)
+    return to_png(figure)
 
 
 def draw_experts(records: Iterable[dict[str, Any]], layers: Sequence[int]) -> bytes:
@@ -126,7 +126,7 @@ def draw_experts(records: Iterable[dict[str, Any]], layers: Sequence[int]) -> by
     The rows are the experts of the first of `layers`, the indices of the sparse layers, then those of the next.
     """
     train = [record for record in records if record.get("expert_share")]
-    figure = _figure(10, min(max(3.5, 1.6 + 0.8 * len(layers)), 16))
+    figure = new_figure(10, min(max(3.5, 1.6 + 0.8 * len(layers)), 16))
     axes = figure.add_subplot()
     num_experts = len(train[0]["expert_share"][0]) if train else 1
     loads = [
@@ -142,7 +142,7 @@ def draw_experts(records: Iterable[dict[str, Any]], layers: Sequence[int]) -> by
         [num_experts * i for i in range(0, len(layers), every)], [f"layer {layer}" for layer in layers[::every]]
     )
     axes.set_ylim(num_experts * len(layers) - 0.5, -0.5)
-    return _png(figure)
+    return to_png(figure)
 
 
 def _draw_heat_map(axes: Any, steps: list[int], rows: list[list[float | None]]) -> None:
@@ -179,7 +179,7 @@ def _without_environment(name: str) -> Iterator[None]:
             os.environ[name] = value
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     """An empty figure of this size in inches, apart from pyplot and its backend."""
     with _without_environment("MPLBACKEND"):  # for example a notebook's: matplotlib fails on an unknown backend
         from matplotlib.figure import Figure
@@ -187,7 +187,8 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
-def _png(figure: Any) -> bytes:
+def to_png(figure: Any) -> bytes:
+    """The figure as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     png = io.BytesIO()

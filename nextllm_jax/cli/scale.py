@@ -1,0 +1,182 @@
+"""The command `nextllm scale`."""
+
+import dataclasses
+import json
+import logging
+import os
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from nextllm_jax import process
+from nextllm_jax.cli.help import parse_with_config
+from nextllm_jax.config import Config
+from nextllm_jax.config.files import config_of_arguments
+from nextllm_jax.errors import EXIT_INTERRUPTED, InputError
+from nextllm_jax.hardware import unknown_chip
+
+if TYPE_CHECKING:
+    from nextllm_jax.data.mixture import Source
+    from nextllm_jax.plan.topology import Target
+    from nextllm_jax.scaling.processes import Trainer
+
+_log = logging.getLogger(__name__)
+
+PICTURE = "scaling.png"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScaleArguments:
+    """Train a ladder of small models, fit their losses, and predict and plan a large run of the same family.
+
+    The same command continues an interrupted ladder.
+    """
+
+    config: str
+    """Python file that defines get_config() -> Config, as for train. All runs have its ratios and its recipe."""
+    budget: float | None = None
+    """FLOPs of the large run, such as 1e18."""
+    days: float | None = None
+    """Instead of --budget: days that the large run may take on the devices of --topology or --chip."""
+    mfu: float = 0.4
+    """With --days: model FLOPs utilization that the large run is expected to reach."""
+    topology: str | None = None
+    """TPU generation and shape of a slice for the large run, such as v5e:4x4; see nextllm plan."""
+    chip: str | None = None
+    """Instead of --topology: JAX's name of the devices, such as "NVIDIA H100 80GB HBM3". Nothing is compiled."""
+    devices: int | None = None
+    """With --chip: number of devices; none: 1."""
+    price: float | None = None
+    """Price of a device and hour, in any currency."""
+    tokens_per_parameter: float = 8.0
+    """Training tokens per parameter, in all runs. Of experts, only the chosen ones count."""
+    rungs: int = 4
+    """Number of small runs, at least 4. Each takes three times the compute of the one before."""
+    ladder_minutes: float = 25.0
+    """Minutes that all small runs together may take on the devices here."""
+    ladder_flops: float | None = None
+    """FLOPs of all small runs together, instead of --ladder-minutes."""
+    search_minutes: float = 10.0
+    """Minutes after which no further compilation of a plan starts. 0: estimate instead of compiling."""
+    extrapolate: bool = False
+    """Accept a large run beyond 100 times the compute of the largest small run, or beyond 4 epochs of the data."""
+    json: bool = False
+    """Print one JSON object."""
+    run: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
+
+
+def scale_command(argv: list[str]) -> int:
+    """Predict a large run from small ones.
+
+    Returns the exit code.
+    """
+    file = config_of_arguments(argv)
+    arguments = parse_with_config(argv, ScaleArguments(config=tyro.MISSING, run=file), prog="nextllm scale")
+    _check(arguments)
+    environment = dict(os.environ)
+    process.use_planning_settings()
+
+    from nextllm_jax.scaling.processes import Interrupted, Trainer
+
+    try:
+        return _scale(arguments, file, Trainer(arguments.config, file, environment))
+    except Interrupted:
+        _log.info("interrupted; the same command continues")
+        return EXIT_INTERRUPTED
+
+
+def _check(arguments: ScaleArguments) -> None:
+    has_devices = arguments.topology is not None or arguments.chip is not None
+    if (arguments.budget is None) == (arguments.days is None):
+        raise InputError("the size of the large run is not given once; give either --budget, or --days with --topology")
+    if arguments.topology is not None and arguments.chip is not None:
+        raise InputError("there must be one target; give either --topology or --chip")
+    for option in ("days", "price"):
+        if getattr(arguments, option) is not None and not has_devices:
+            raise InputError(f"--{option} needs the devices of the large run; add --topology or --chip")
+    if arguments.devices is not None and arguments.chip is None:
+        raise InputError("--devices is for --chip; a topology has a fixed number of devices")
+    if arguments.rungs < 4:
+        raise InputError(f"--rungs is {arguments.rungs}; it must be at least 4, for a fit with an error band")
+    names = ("budget", "days", "price", "tokens_per_parameter", "ladder_minutes", "ladder_flops")
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise InputError(f"--{name.replace('_', '-')} is {value}; it must be positive")
+    if arguments.search_minutes < 0:
+        raise InputError(f"--search-minutes is {arguments.search_minutes}; it cannot be negative")
+    if not 0 < arguments.mfu <= 1:
+        raise InputError(f"--mfu is {arguments.mfu}; it must be a fraction above 0 and up to 1")
+    if arguments.run.init_from is not None:
+        raise InputError(f"init_from is {arguments.run.init_from}, but all runs start from new weights; leave it out")
+
+
+def _scale(arguments: ScaleArguments, file: Config, trainer: "Trainer") -> int:
+    from nextllm_jax.checkpoint.run_dir import RunDir
+    from nextllm_jax.scaling import report
+    from nextllm_jax.scaling.ladder import Ladder, LadderSettings, directory_of
+    from nextllm_jax.scaling.large_run import forecast, large_run, planned
+
+    base, sources = _with_data(arguments.run, file)
+    directory, target = directory_of(base), _target(arguments)
+    settings = LadderSettings(**{name: getattr(arguments, name) for name in LadderSettings.__dataclass_fields__})
+    ladder = Ladder(directory, base, settings, trainer)
+    rungs = ladder.prepare()
+    flops = _large_flops(arguments, target)
+    run = large_run(base, flops, arguments.tokens_per_parameter, rungs[-1].size.flops, sources)
+    for warning in run.warnings():
+        _log.warning(warning)
+    rungs = ladder.climb(rungs)
+    found = forecast(rungs, run, arguments.price)
+    RunDir(directory).write(PICTURE, report.draw(rungs, found))
+    refused = bool(run.warnings()) and not arguments.extrapolate
+    if target is not None and not refused:
+        found = found._replace(plan=planned(run, target, arguments.search_minutes))
+    if arguments.json:
+        print(json.dumps(report.forecast_json(rungs, found)))
+    else:
+        # The command trains on the data that the config names, in a directory of its own.
+        shown = dataclasses.replace(arguments.run, workdir=f"{file.workdir}_large")
+        print(report.rungs_table(rungs, found))
+        print(f"\n{report.large_run_table(found, arguments.config, file, shown)}")
+        print(f"\n{directory / PICTURE} shows the curve")
+    if refused:
+        raise InputError(f"{'; '.join(run.warnings())}; to accept that, and to plan the large run, add --extrapolate")
+    return 0
+
+
+def _with_data(config: Config, file: Config) -> "tuple[Config, tuple[Source, ...]]":
+    """The config with its prepared data, its vocabulary and the ladder's directory; and the sources of the data."""
+    from nextllm_jax.data.prepare import ensure_prepared
+    from nextllm_jax.data.sources import open_sources, source_paths, with_source_paths
+    from nextllm_jax.training.vocabulary import with_vocab_size
+
+    if config.workdir == file.workdir:
+        config = dataclasses.replace(config, workdir=f"{file.workdir}_ladder")
+    paths = source_paths(config.data, ensure_prepared)
+    config = dataclasses.replace(config, data=with_source_paths(config.data, [str(path) for path in paths]))
+    return with_vocab_size(config, paths[0], overwrite=True), open_sources(config.data, paths)
+
+
+def _target(arguments: ScaleArguments) -> "Target | None":
+    """The devices of the large run, if the arguments name them."""
+    from nextllm_jax.plan.topology import devices_of_kind, tpu_slices
+
+    if arguments.topology is not None:
+        return tpu_slices(arguments.topology, arguments.run.mesh.slices)
+    if arguments.chip is None:
+        return None
+    target = devices_of_kind(arguments.chip, 1 if arguments.devices is None else arguments.devices)
+    if target.chip is None:
+        raise InputError(unknown_chip(arguments.chip))
+    return target
+
+
+def _large_flops(arguments: ScaleArguments, target: "Target | None") -> float:
+    """The compute of the large run: the budget, or what the devices do in the given days."""
+    if arguments.budget is not None:
+        return arguments.budget
+    assert arguments.days is not None  # see _check
+    assert target is not None
+    assert target.chip is not None
+    return arguments.days * 86_400 * target.num_devices * target.chip.peak_flops_bf16 * arguments.mfu
