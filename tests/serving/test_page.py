@@ -113,8 +113,8 @@ def test_leaving_a_conversation_stops_its_answer(tab, backend):
         tab.until("document.querySelector('.assistant .content')?.innerText.includes('Hello.')")
         tab.run(leave)
         assert backend.left.wait(60)
-        tab.until("document.readyState === 'complete'")
-        tab.until("document.querySelector('#stop').hidden && !document.querySelector('#send').hidden")
+        tab.until("document.readyState === 'complete'")  # of the page before, if it is not gone yet
+        tab.until("document.querySelector('#stop')?.hidden && document.querySelector('#send')?.hidden === false")
     conversations = tab.run(STORED)
     assert [each["messages"][1]["note"] for each in conversations] == ["Stopped."] * 2
     assert all(each["messages"][1]["content"].startswith("Hello.") for each in conversations)
