@@ -11,7 +11,7 @@ from nextllm_jax.config.files import load_config_file
 
 
 def get_config() -> Config:
-    """46,702,792,704 parameters, of which a token uses 12,879,925,248, with a tokenizer trained on the corpus."""
+    """46,702,792,704 parameters; a token uses 12,879,925,248 of them. The tokenizer is trained on the corpus."""
     base = load_config_file(str(Path(__file__).with_name("llama3_8b.py")))
     model = dataclasses.replace(
         base.model,

@@ -11,7 +11,7 @@ from nextllm_jax.config.files import load_config_file
 
 
 def get_config() -> Config:
-    """6,919,161,856 parameters, of which a token uses 1,282,017,280, with a tokenizer trained on the corpus."""
+    """6,919,161,856 parameters; a token uses 1,282,017,280 of them. The tokenizer is trained on the corpus."""
     base = load_config_file(str(Path(__file__).with_name("llama3_8b.py")))
     model = dataclasses.replace(
         base.model,

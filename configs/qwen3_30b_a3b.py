@@ -11,7 +11,7 @@ from nextllm_jax.config.files import load_config_file
 
 
 def get_config() -> Config:
-    """30,532,122,624 parameters, of which a token uses 3,353,032,704, with a tokenizer trained on the corpus."""
+    """30,532,122,624 parameters; a token uses 3,353,032,704 of them. The tokenizer is trained on the corpus."""
     base = load_config_file(str(Path(__file__).with_name("llama3_8b.py")))
     model = dataclasses.replace(
         base.model,

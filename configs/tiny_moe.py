@@ -12,7 +12,7 @@ from nextllm_jax.config.files import load_config_file
 
 
 def get_config() -> Config:
-    """Eight experts per layer, each half as wide as the MLP of configs/tiny.py, of which a token gets two."""
+    """Eight experts per layer, each half as wide as the MLP of configs/tiny.py. A token gets two of them."""
     base = load_config_file(str(Path(__file__).with_name("tiny.py")))
     model = dataclasses.replace(base.model, num_experts=8, experts_per_token=2, expert_mlp_dim=192)
     return dataclasses.replace(base, workdir=None, model=model)

@@ -115,7 +115,7 @@ class ModelConfig:
     logit_soft_cap: float | None = None
     """Bounds the logits: cap * tanh(logit / cap); none: no bound."""
     num_experts: Fixed[int] = 0
-    """Experts in each sparse layer, of which a router chooses some for each token; 0: all layers are dense."""
+    """Experts in each sparse layer. A router chooses some of them for each token; 0: all layers are dense."""
     experts_per_token: int = 2
     """Number of experts that the router chooses for each token."""
     expert_mlp_dim: Fixed[int | None] = None
