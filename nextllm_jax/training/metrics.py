@@ -12,6 +12,9 @@ from nextllm_jax.model.moe import RouterSums
 from nextllm_jax.model.objective import Batch, perplexity
 from nextllm_jax.training.step import StepMetrics
 
+EXPERT_FIELDS = ("expert_share", "expert_load", "router_entropy", "dropped_share")
+"""The fields of `expert_record`, which a training record has after the others."""
+
 
 def expert_record(sums: RouterSums) -> dict[str, Any]:
     """The fields of `metrics.jsonl` about experts: a list with a value, or a list by expert, for each sparse layer.
@@ -22,12 +25,13 @@ def expert_record(sums: RouterSums) -> dict[str, Any]:
     """
     choices_S = np.maximum(np.sum(sums.tokens_E, axis=1), 1)
     share_SE = sums.tokens_E / choices_S[:, None]
-    return {
-        "expert_share": share_SE.tolist(),
-        "expert_load": (np.max(share_SE, axis=1) * share_SE.shape[1]).tolist(),
-        "router_entropy": (sums.entropy / np.maximum(sums.counted, 1)).tolist(),
-        "dropped_share": (sums.dropped / choices_S).tolist(),
-    }
+    values = (
+        share_SE,
+        np.max(share_SE, axis=1) * share_SE.shape[1],
+        sums.entropy / np.maximum(sums.counted, 1),
+        sums.dropped / choices_S,
+    )
+    return {name: value.tolist() for name, value in zip(EXPERT_FIELDS, values, strict=True)}
 
 
 class TrainMeter:

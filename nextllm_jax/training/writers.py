@@ -13,6 +13,7 @@ from nextllm_jax.checkpoint.run_dir import METRICS, TENSORBOARD, RunDir
 from nextllm_jax.config import ModelConfig
 from nextllm_jax.model import layer_norms
 from nextllm_jax.training.hooks import OptionalOutput
+from nextllm_jax.training.metrics import EXPERT_FIELDS
 from nextllm_jax.training.trackers import Tracker
 
 _LAYER_FIELDS = ("gradient_norms", "activation_rms")
@@ -20,8 +21,6 @@ _LAYER_FIELDS = ("gradient_norms", "activation_rms")
 _FIELDS = ("step", "split", "loss", "perplexity", "bits_per_byte", "learning_rate", "grad_norm", "tokens_per_second",
            "processed_tokens_per_second", "mfu", "input_wait_fraction", "tokens_seen", "elapsed_seconds",
            *_LAYER_FIELDS)  # fmt: skip
-_EXPERT_FIELDS = ("expert_share", "expert_load", "router_entropy", "dropped_share")
-"""Fields that a training record has after the others, if the model has experts; see `metrics.expert_record`."""
 _NAMED = ("loss", "bits_per_byte", "lm_eval")
 """In a validation record, a slash and the name of a source, text or task may follow, such as in loss/web."""
 _ONLY_IN = {"bits_per_byte": "validation"} | dict.fromkeys(_LAYER_FIELDS, "train")
@@ -70,7 +69,7 @@ class MetricsWriter:
     def _write(self, split: str, record: dict[str, Any]) -> None:
         """Append a line with all fields of the split; null for fields that the record lacks."""
         named = [name for name in record if name.partition("/")[0] in _NAMED and name not in _FIELDS]
-        named += [name for name in _EXPERT_FIELDS if name in record]
+        named += [name for name in EXPERT_FIELDS if name in record]
         unknown = set(record) - {*_FIELDS, *named}
         if unknown:
             raise ValueError(f"metrics.jsonl has no fields {sorted(unknown)}")
@@ -90,7 +89,7 @@ class MetricsWriter:
         scalars = {}
         for name, value in line.items():
             if isinstance(value, list):
-                places = self._sparse if name in _EXPERT_FIELDS else self._places
+                places = self._sparse if name in EXPERT_FIELDS else self._places
                 scalars |= _by_place(name, places, value)
             elif name != "step":
                 scalars[name] = value
