@@ -120,6 +120,7 @@ def test_bfloat16_trains_on_a_mesh(one_device, mesh):
         (MeshConfig(data=1), 2),
         (MeshConfig(data=2, fsdp=2), 2),
         (MeshConfig(data=2, sequence=2, tensor=2), 4),
+        (MeshConfig(data=2, fsdp=2, tensor=2), 2),
         pytest.param(MeshConfig(data=4), 2, marks=pytest.mark.slow),
         pytest.param(MeshConfig(data=2, sequence=4), 2, marks=pytest.mark.slow),
     ],
