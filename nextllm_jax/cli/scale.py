@@ -59,7 +59,8 @@ class ScaleArguments:
     search_minutes: float = 10.0
     """Minutes after which no further compilation of a plan starts. 0: estimate instead of compiling."""
     extrapolate: bool = False
-    """Accept a large run beyond 100 times the compute of the largest small run, or beyond 4 epochs of the data."""
+    """Accept a large run beyond 100 times the compute of the largest small run, beyond 4 epochs of the data, or with
+    small runs that do not follow the curve."""
     json: bool = False
     """Print one JSON object."""
     run: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
@@ -129,7 +130,10 @@ def _scale(arguments: ScaleArguments, file: Config, trainer: "Trainer") -> int:
     rungs = ladder.climb(rungs)
     found = forecast(rungs, run, arguments.price)
     RunDir(directory).write(PICTURE, report.draw(rungs, found))
-    refused = bool(run.warnings()) and not arguments.extrapolate
+    warnings = found.warnings()
+    for warning in warnings[len(run.warnings()) :]:
+        _log.warning(warning)
+    refused = bool(warnings) and not arguments.extrapolate
     if target is not None and not refused:
         found = found._replace(plan=planned(run, target, arguments.search_minutes))
     if arguments.json:
@@ -141,7 +145,7 @@ def _scale(arguments: ScaleArguments, file: Config, trainer: "Trainer") -> int:
         print(f"\n{report.large_run_table(found, arguments.config, file, shown)}")
         print(f"\n{directory / PICTURE} shows the curve")
     if refused:
-        raise InputError(f"{'; '.join(run.warnings())}; to accept that, and to plan the large run, add --extrapolate")
+        raise InputError(f"{'; '.join(warnings)}; to accept that, and to plan the large run, add --extrapolate")
     return 0
 
 

@@ -18,6 +18,8 @@ from nextllm_jax.scaling.ladder import Rung
 MOST_DECADES, MOST_EPOCHS = 2.0, 4.0
 """How far the fit is trusted: powers of ten in compute beyond the largest rung, and passes over the training data.
 Repeating data up to four times is about as good as new data (Muennighoff et al. 2023)."""
+MOST_ERROR = 0.02
+"""Bits per byte by which the prediction of the largest rung may miss, where the interval does not hold the truth."""
 
 
 class LargeRun(NamedTuple):
@@ -31,7 +33,7 @@ class LargeRun(NamedTuple):
     """Passes over the training data; of a mixture, over the source that repeats most."""
 
     def warnings(self) -> list[str]:
-        """Sentences on why the predicted loss may be wrong; empty if the fit is trusted."""
+        """Sentences on why the predicted loss may be wrong, as known before the ladder; empty if there are none."""
         found = []
         if self.decades > MOST_DECADES:
             found.append(
@@ -87,6 +89,17 @@ class Forecast(NamedTuple):
     price: float | None
     """Price of a device and hour."""
     plan: TrainingPlan | None = None
+
+    def warnings(self) -> list[str]:
+        """Sentences on why the predicted loss may be wrong; empty if the fit is trusted."""
+        found, low, high = self.run.warnings(), self.check.low, self.check.high
+        measured = self.check.median - self.check_error
+        if abs(self.check_error) > MOST_ERROR and not low <= measured <= high:
+            found.append(
+                f"the largest rung reached {measured:.3f} bits per byte, where the others predict {low:.3f} to "
+                f"{high:.3f}, so no curve of compute describes these runs; give more --ladder-minutes or --rungs"
+            )
+        return found
 
     @property
     def least_days(self) -> float | None:

@@ -131,7 +131,7 @@ def _large_run_json(forecast: Forecast) -> dict[str, Any]:
         "bits_per_byte": forecast.loss._asdict(),
         "decades": run.decades,
         "epochs": run.epochs,
-        "warnings": run.warnings(),
+        "warnings": forecast.warnings(),
         "plan": plan and training_json(plan, Budget(days=1.0, tokens=None)),
         "least_days": forecast.least_days,
         "least_cost": forecast.least_cost,
