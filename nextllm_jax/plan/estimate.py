@@ -25,7 +25,7 @@ from nextllm_jax.training.optimizers import make_optimizer
 from nextllm_jax.training.state import abstract_state
 
 _BF16, _FLOAT32, _BATCH_BYTES_PER_TOKEN = 2, 4, 17
-_LOSS_CHUNK_TOKENS = 2048
+_LOSS_CHUNK_TOKENS, _LANES = 2048, 128
 
 
 def argument_bytes(config: Config, mesh: Mesh | AbstractMesh) -> int:
@@ -48,10 +48,10 @@ def _state_bytes(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh | Ab
 def peak_bytes(config: Config, mesh: Mapping[str, int], arguments: int) -> int:
     """The peak memory of a device during a step in bytes, arguments included, close to what the TPU compiler reports.
 
-    The peak is the sum of the arguments, the layers' matrices in bfloat16, the gradients of embedding and head in
-    float32, the activations that remat saves, and the greater of
+    The peak is the sum of the arguments, the layers' matrices in bfloat16, the head's gradient in float32, the
+    activations that remat saves, and the greater of
     - one chunk of the loss;
-    - the gradients of the layers' matrices and the backward pass of one layer.
+    - the gradients of the embedding and of the layers' matrices, and the backward pass of one layer.
     """
     model, steps = config.model, config.training.accumulation_steps
     shards = _shards(mesh)
@@ -63,8 +63,9 @@ def peak_bytes(config: Config, mesh: Mapping[str, int], arguments: int) -> int:
     sums = 0 if steps == 1 else matrices * _FLOAT32
     # Offloaded moments of embedding and head are fetched as a whole.
     fetched = 2 * _FLOAT32 * tables if config.optimizer.offload_state else 0
-    always = arguments + _BF16 * matrices + _FLOAT32 * tables + saved + sums + fetched
-    backward = _BF16 * matrices + _layer_bytes(model, mesh, tokens)
+    embedding = 0 if model.tie_embeddings else tables / 2
+    always = arguments + _BF16 * matrices + _FLOAT32 * (tables - embedding) + saved + sums + fetched
+    backward = _FLOAT32 * embedding + _BF16 * matrices + _layer_bytes(model, mesh, tokens)
     return int(always + max(backward, _loss_bytes(model, mesh, tokens)))
 
 
@@ -78,7 +79,7 @@ def _saved_bytes_per_token(model: ModelConfig, mesh: Mapping[str, int]) -> float
     # The residual stream is sharded over tensor; the outputs of norms are not.
     tensor = mesh["tensor"]
     embed, residual, mlp = model.embed_dim, model.embed_dim / tensor, _dense_width(model) / tensor
-    q, kv = (model.head_dim * heads / tensor for heads in (model.num_heads, 2 * model.num_kv_heads))
+    q, kv = _head_widths(model, tensor)
     # Each token has a row for each of its experts, on all devices along expert. No policy but none saves these rows.
     sparse = len(model.sparse_layers) / model.num_layers * model.experts_per_token * mesh["expert"]
     rows = sparse * (embed + 3 * (model.expert_mlp_dim or model.mlp_dim) / tensor)
@@ -86,9 +87,15 @@ def _saved_bytes_per_token(model: ModelConfig, mesh: Mapping[str, int]) -> float
         "full": residual,
         "save_attention": residual + q,
         "dots": 2 * residual + q + kv + 2 * mlp,
-        "none": 2 * embed + 2 * residual + 3 * q + kv + 3 * mlp + rows,
+        "none": 2 * embed + 2 * residual + 2 * q + model.head_dim * model.num_heads / tensor + kv + 3 * mlp + rows,
     }
     return _BF16 * widths[model.remat]
+
+
+def _head_widths(model: ModelConfig, tensor: int) -> tuple[int, int]:
+    """Width of queries, and of keys and values together, on a device. The attention kernel pads head_dim to lanes."""
+    head_dim = -(-model.head_dim // _LANES) * _LANES
+    return head_dim * model.num_heads // tensor, 2 * head_dim * model.num_kv_heads // tensor
 
 
 def _dense_width(model: ModelConfig) -> float:
@@ -104,9 +111,9 @@ def _layer_bytes(model: ModelConfig, mesh: Mapping[str, int], tokens: float) -> 
     """
     dense = (matrix_size(model) - expert_matrix_size(model)) / model.num_layers
     gathered = dense / mesh["tensor"] / 3 if mesh["fsdp"] * mesh["expert"] > 1 else 0
-    sharded = model.head_dim * (model.num_heads + 2 * model.num_kv_heads)
-    sharded += model.shared_expert_mlp_dim if model.num_experts else model.mlp_dim
-    activations = tokens * (4 * model.embed_dim + 5 * sharded / mesh["tensor"])
+    mlp = (model.shared_expert_mlp_dim if model.num_experts else model.mlp_dim) / mesh["tensor"]
+    # The MLP's backward pass has finished when that of attention begins.
+    activations = tokens * (6 * model.embed_dim + max(5 * mlp, 3.5 * sum(_head_widths(model, mesh["tensor"]))))
     return _BF16 * (gathered + activations) + _expert_bytes(model, mesh, tokens)
 
 

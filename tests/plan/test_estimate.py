@@ -50,6 +50,33 @@ def test_peak_is_within_15_percent(name, kind, devices, batch, length, remat, ar
     assert plan.estimated_peak_bytes / GIB == pytest.approx(peak, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    ("embed", "heads", "kv_heads", "head_dim", "mlp", "vocab", "length", "batch", "remat", "tied", "layers", "peak"),
+    [
+        (2048, 64, 64, 64, 5632, 32_000, 1024, 32, "full", False, 8, 4.324),
+        (2048, 64, 64, 64, 5632, 32_000, 1024, 16, "none", False, 8, 6.934),
+        (2048, 64, 64, 64, 5632, 32_000, 1024, 16, "dots", False, 8, 5.693),
+        (2048, 64, 64, 64, 5632, 32_000, 1024, 32, "save_attention", False, 8, 5.521),
+        (1024, 64, 64, 64, 2816, 32_000, 1024, 16, "none", False, 8, 4.613),
+        (2048, 32, 8, 128, 5632, 32_000, 1024, 16, "none", False, 8, 4.766),
+        (1024, 8, 2, 128, 2816, 256_000, 2048, 16, "full", True, 6, 1.953),
+        (1024, 8, 2, 128, 2816, 256_000, 2048, 16, "full", False, 6, 2.686),
+        (1024, 8, 2, 128, 2816, 256_000, 2048, 64, "full", True, 6, 2.716),
+        (2048, 16, 8, 128, 5632, 32_000, 8192, 16, "full", False, 16, 7.718),
+        (1024, 8, 8, 128, 2816, 32_000, 8192, 16, "full", False, 16, 3.175),
+    ],
+)
+def test_the_peak_of_odd_shapes_is_within_15_percent(
+    embed, heads, kv_heads, head_dim, mlp, vocab, length, batch, remat, tied, layers, peak
+) -> None:
+    """Many narrow heads, a large vocabulary, long sequences; on v5e:2x2, with fsdp 4."""
+    config = variant("llama3_8b", batch, length, remat, fsdp=4)
+    shape = {"embed_dim": embed, "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim, "mlp_dim": mlp}
+    model = dataclasses.replace(config.model, vocab_size=vocab, tie_embeddings=tied, num_layers=layers, **shape)
+    plan = estimate_training(dataclasses.replace(config, model=model), devices_of_kind("TPU v5e", 4))
+    assert plan.estimated_peak_bytes / GIB == pytest.approx(peak, rel=0.15)
+
+
 @pytest.mark.parametrize(("name", "arguments", "peak"), [("mixtral_8x7b", 8.16, 17.23), ("qwen3_30b_a3b", 5.33, 11.72)])
 def test_the_peak_with_experts_is_within_15_percent(name, arguments, peak) -> None:
     plan = estimate_training(variant(name, 64, 4096, "full", expert=4), devices_of_kind("TPU v5p", 64))
