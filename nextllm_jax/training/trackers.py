@@ -103,6 +103,8 @@ class Tracker:
                 step, values = item
                 run.log(values(package), step=step)
             run.finish()
+        except SystemExit:  # which would end a thread silently
+            raise RuntimeError("it calls sys.exit") from None
         except Exception:
             if not self._is_abandoned:
                 raise

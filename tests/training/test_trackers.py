@@ -186,6 +186,12 @@ def test_a_tracker_that_fails_is_reported_once(step, messages):
     assert messages.messages == ["wandb is disabled for this training (No space left on device)"]
 
 
+def test_a_tracker_that_exits_is_reported(messages):
+    tracker = Tracker("wandb", mock.Mock(side_effect=SystemExit(1)))
+    tracker.wait(time.monotonic() + 10)
+    assert messages.messages == ["wandb is disabled for this training (RuntimeError: it calls sys.exit)"]
+
+
 def _png():
     from PIL import Image
 
