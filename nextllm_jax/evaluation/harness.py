@@ -258,7 +258,7 @@ class Tasks:
                 self._loaded[name] = manager.load([name])
             except Exception as error:
                 reason = str(error.args[0] if error.args else error).strip().partition("\n")[0]
-                raise InputError(f"the task {name} cannot be loaded ({reason}); give a .yaml file or a name") from error
+                raise InputError(f"the task {name} cannot be loaded ({reason}); correct the file or name") from error
             for task in self._loaded[name]["tasks"]:
                 if (owner := owners.setdefault(task, name)) != name:
                     raise InputError(f"{owner} and {name} both have the task {task}; leave one out, or rename its task")
