@@ -13,6 +13,8 @@ MAX_CYCLE = 100_000
 """The maximum sum of the weights as integers: the number of windows after which the order of the sources repeats."""
 _NUMBER = r"(\d+\.?\d*|\.\d+)"
 _ENTRY = re.compile(rf"(?P<address>.+?):(?P<weight>{_NUMBER})(:(?P<epochs>{_NUMBER}))?")
+_UNUSABLE = re.compile(r"(:[-+]?(nan|inf|[\d.]+(e[-+]?\d+)?))*$", re.IGNORECASE)
+"""Numbers at the end of an entry that are no weight, such as :-1 and :1e-3."""
 
 
 class MixtureSource(NamedTuple):
@@ -30,14 +32,20 @@ class MixtureSource(NamedTuple):
 
 def parse_mixture(entries: Sequence[str]) -> list[MixtureSource]:
     """The sources of a mixture. Raises InputError, which names the entry and the fix."""
-    require(len(entries) > 1, f"data.mixture is only {entries}; give at least two sources, or set data.path or corpus")
+    require(
+        len(entries) > 1, f"data.mixture is only {entries[0]}; give at least two sources, or set data.path or corpus"
+    )
     addresses: list[str] = []
     weights: list[Fraction] = []
     limits: list[Fraction | None] = []
     for entry in entries:
         found = _ENTRY.fullmatch(entry)
         if found is None:
-            raise InputError(f"data.mixture {entry} has no weight; write {entry}:0.3, or {entry}:0.3:2 for 2 epochs")
+            source = _UNUSABLE.sub("", entry, count=1)
+            raise InputError(
+                f"data.mixture {entry} has no weight, a positive decimal number; write {source}:0.3, or "
+                f"{source}:0.3:2 for at most 2 epochs"
+            )
         addresses.append(found["address"])
         weights.append(Fraction(found["weight"]))
         limits.append(Fraction(found["epochs"]) if found["epochs"] else None)

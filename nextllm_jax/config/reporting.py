@@ -48,7 +48,9 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         check_types(self, "evaluation.")
         require_positive(self, "evaluation.", "every_steps")
-        require(all(self.lm_eval_tasks), "evaluation.lm_eval_tasks has an empty name; leave it out")
+        for task in self.lm_eval_tasks:
+            require(bool(task), "evaluation.lm_eval_tasks has an empty name; leave it out")
+            require(self.lm_eval_tasks.count(task) == 1, f"evaluation.lm_eval_tasks has {task} twice; leave one out")
         names = [text.name for text in parse_texts(self.texts)]
         twice = next((name for name in names if names.count(name) > 1), None)
         require(twice is None, f"evaluation.texts has two texts named {twice}; write NAME:PATH with another name")

@@ -235,6 +235,10 @@ def check_unchanged(config: DataConfig, path: DataPath, allow_change: Collection
     if not differing:
         return None
     dataset, settings = Dataset.open(path, verify="sizes"), read_settings(path)
+    # Data with the tokenizer of other data records no vocab_size of its own.
+    differing = [each for each in differing if (each.field, each.value) != ("vocab_size", dataset.vocab_size)]
+    if not differing:
+        return None
     corpus, tokenizer = (settings.get(name, "unknown") for name in ("corpus", "tokenizer"))
     others = ", ".join(f"{each.field} {each.value}" for each in differing if not each.is_changed)
     told = [f"the config says {others}"] if others else []

@@ -92,24 +92,24 @@ def open_sources(config: DataConfig, paths: Sequence[DataPath] | None = None) ->
     paths = source_paths(config) if paths is None else paths
     datasets = [open_dataset(config, path) for path in paths]
     first = datasets[0]
-    for number, dataset in enumerate(datasets[1:], 1):
-        if dataset.tokenizer_hash != first.tokenizer_hash:
-            raise InputError(
-                f"data.mixture: {dataset.path} has another tokenizer ({dataset.tokenizer_hash}) than {first.path} "
-                f"({first.tokenizer_hash}); prepare it again with --tokenizer {first.path}"
-            )
-        for other in datasets[:number]:
-            if dataset.data_id == other.data_id:
-                raise InputError(
-                    f"data.mixture: {dataset.path} and {other.path} hold the same data; name it once and add up the "
-                    "weights"
-                )
     if not config.mixture:
         return (Source(first),)
     entries = parse_mixture(config.mixture)
     if len(entries) != len(datasets):
         raise InputError(f"{len(datasets)} directories are given for {len(entries)} sources of data.mixture")
-    pairs = zip(datasets, entries, strict=True)
+    pairs = [*zip(datasets, entries, strict=True)]
+    for number, (dataset, entry) in enumerate(pairs):
+        if dataset.tokenizer_hash != first.tokenizer_hash:
+            raise InputError(
+                f"data.mixture: {dataset.path} has another tokenizer ({dataset.tokenizer_hash}) than {first.path} "
+                f"({first.tokenizer_hash}); prepare it again with --tokenizer {first.path}"
+            )
+        for other, earlier in pairs[:number]:
+            if dataset.data_id == other.data_id:
+                raise InputError(
+                    f"data.mixture: {entry.address} and {earlier.address} hold the same data; name it once and add up "
+                    "the weights"
+                )
     return tuple(Source(dataset, entry.name, entry.weight, entry.epochs) for dataset, entry in pairs)
 
 

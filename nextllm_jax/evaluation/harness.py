@@ -5,6 +5,7 @@
 """
 
 import functools
+import random
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +27,7 @@ from nextllm_jax.tokenizer.chat import ChatTemplate
 try:
     from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
     from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
-    from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval.evaluator import evaluate  # pyright: ignore[reportMissingImports]
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
     from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
         get_rolling_token_windows,
@@ -35,6 +36,8 @@ try:
 except ImportError as error:
     raise InputError(f"the harness is not installed ({error}); pip install 'nextllm_jax[lm-eval]'") from error
 
+_SEED = 1234
+"""The harness's default for numpy and for few-shot examples."""
 _token_scores = jax.jit(token_scores, static_argnames=("model", "vocab_size"))
 
 
@@ -238,35 +241,50 @@ def _settings(arguments: dict[str, Any], max_gen_toks: int) -> tuple[tuple[str, 
 
 
 class Tasks:
-    """Tasks of the harness: `names` are paths of .yaml files, or names of the harness's own tasks.
+    """Tasks of the harness, loaded once: `names` are paths of .yaml files, or names of the harness's own tasks.
 
-    Raises InputError for a task that is not there, or whose data cannot be read.
+    Raises InputError for a task that is not there, whose data cannot be read, or that two names have.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
         # Reading the list of the harness's own tasks takes ten seconds.
-        own = not all(name.endswith(".yaml") for name in names)
-        self._manager = TaskManager(include_defaults=own)
+        manager = TaskManager(include_defaults=not all(name.endswith(".yaml") for name in names))
+        self._loaded: dict[str, Any] = {}
+        owners: dict[str, str] = {}
         for name in names:
+            _seed()
             try:
-                self._manager.load([name])
+                self._loaded[name] = manager.load([name])
             except Exception as error:
                 reason = str(error.args[0] if error.args else error).strip().partition("\n")[0]
-                raise InputError(f"the task {name} cannot be loaded ({reason}); give a .yaml file or a name") from error
+                raise InputError(f"the task {name} cannot be loaded ({reason}); correct the file or name") from error
+            for task in self._loaded[name]["tasks"]:
+                if (owner := owners.setdefault(task, name)) != name:
+                    raise InputError(f"{owner} and {name} both have the task {task}; leave one out, or rename its task")
 
     def run(self, name: str, llm: LLM, batch_size: int) -> dict[str, float]:
         """The metrics of one of the tasks, such as {"arc_easy/acc": 0.3}; of a group, also those of its tasks."""
         model = HarnessModel(llm=llm, batch_size=batch_size)  # pyright: ignore[reportCallIssue]
-        found: Any = simple_evaluate(
-            model, tasks=[name], task_manager=self._manager, bootstrap_iters=0, log_samples=False
-        )
+        # What the harness's simple_evaluate does, without loading the tasks again and describing the machine.
+        _seed()
+        for task in self._loaded[name]["tasks"].values():
+            if task.get_config("num_fewshot") is None:
+                task.set_config("num_fewshot", 0)
+            task.set_fewshot_seed(_SEED)
+        found: Any = evaluate(model, self._loaded[name], bootstrap_iters=0, log_samples=False)
         return {
             f"{task}/{metric.removesuffix(',none')}": float(value)
             for task, metrics in found["results"].items()
             for metric, value in metrics.items()
             if "," in metric and "_stderr," not in metric and isinstance(value, int | float)
         }
+
+
+def _seed() -> None:
+    """Seed what tasks draw from, as the harness does."""
+    random.seed(0)
+    np.random.seed(_SEED)  # noqa: NPY002
 
 
 def run_harness(argv: list[str]) -> None:

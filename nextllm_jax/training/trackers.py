@@ -11,6 +11,7 @@ import importlib
 import io
 import json
 import logging
+import os
 import queue
 import secrets
 import sys
@@ -101,8 +102,9 @@ class Tracker:
             while (item := self._queue.get()) is not None:
                 step, values = item
                 run.log(values(package), step=step)
-            with _without_stdout():
-                run.finish()
+            run.finish()
+        except SystemExit:  # which would end a thread silently
+            raise RuntimeError("it calls sys.exit") from None
         except Exception:
             if not self._is_abandoned:
                 raise
@@ -110,45 +112,66 @@ class Tracker:
 
 @contextlib.contextmanager
 def open_trackers(run: RunDir, config: Config, *, enabled: bool) -> Iterator[Sequence[Tracker]]:
-    """The trackers of a run, which end with the context. None if not `enabled` (in all processes except process 0).
-
-    trackers.json of the run has the id of its run in the trackers, so a continued training continues that.
-    """
-    trackers = []
-    if enabled and config.logging.trackers:
-        if not run.read(TRACKERS):
-            run.write(TRACKERS, json.dumps({"id": secrets.token_hex(4)}).encode())
-        run_id = json.loads(run.read(TRACKERS))["id"]
-        name = PurePath(str(run.path)).name
+    """The trackers of a run, which end with the context. None if not `enabled` (in all processes except process 0)."""
+    if not (enabled and config.logging.trackers):
+        yield []
+        return
+    name, run_id = _identity(run)
+    # trackio prints, and a training writes nothing to standard output. A redirection is one for all threads.
+    with contextlib.redirect_stdout(sys.stderr):
         trackers = [
             Tracker(tracker, functools.partial(_OPEN[tracker], config, name, run_id))
             for tracker in config.logging.trackers
         ]
+        try:
+            yield trackers
+        finally:
+            deadline = time.monotonic() + _FINISH_SECONDS
+            for tracker in trackers:
+                tracker.finish(deadline)
+            for tracker in trackers:
+                tracker.wait(deadline)
+
+
+def _identity(run: RunDir) -> tuple[str, str]:
+    """The name and the id of a run in its trackers. They are in trackers.json, so they stay if the run is moved."""
+    name = PurePath(os.path.abspath(run.path) if run.is_local else str(run.path)).name
+    if not run.read(TRACKERS):
+        run.write(TRACKERS, json.dumps({"name": name, "id": secrets.token_hex(4)}).encode())
     try:
-        yield trackers
-    finally:
-        deadline = time.monotonic() + _FINISH_SECONDS
-        for tracker in trackers:
-            tracker.finish(deadline)
-        for tracker in trackers:
-            tracker.wait(deadline)
+        found = {"name": name, **json.loads(run.read(TRACKERS))}  # earlier versions did not store the name
+        return str(found["name"]), str(found["id"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{run.path / TRACKERS} is damaged; delete it to begin a new run in the trackers, or restore it"
+        ) from error
 
 
 def require_usable(trackers: Sequence[str]) -> None:
-    """Raise InputError if the package of a tracker is missing, or if Weights & Biases is online without a login."""
+    """Raise InputError if a tracker's package is missing or fails, or if Weights & Biases is online without a login."""
     for name in trackers:
         try:
-            importlib.import_module(name)
+            package = importlib.import_module(name)
+            if getattr(package, "__file__", None) is None:  # a directory of this name, such as wandb's own output
+                raise ModuleNotFoundError(name=name)
+            usable = name != "wandb" or _may_log_in(package)
         except ModuleNotFoundError as error:
             raise missing_package(f"logging.trackers {name} needs", error, f"nextllm_jax[{name}]") from error
-    if "wandb" in trackers:
-        import wandb  # pyright: ignore[reportMissingImports]
-
-        # wandb.init would ask for a key on a terminal, in the middle of the training.
-        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"logging.trackers {name} cannot be used ({type(error).__name__}: {reason}); correct its environment "
+                "variables or its installation, or leave it out"
+            ) from error
+        if not usable:
             raise InputError(
                 "logging.trackers has wandb, which is not logged in; run wandb login, or set WANDB_MODE=offline"
             )
+
+
+def _may_log_in(wandb: Any) -> bool:
+    """Whether wandb.init will not ask for a key on a terminal, in the middle of the training."""
+    return wandb.setup().settings.mode != "online" or wandb.login(prompt=False, verify=False)
 
 
 def _open_wandb(config: Config, name: str, run_id: str) -> tuple[Any, Any]:
@@ -168,25 +191,17 @@ def _open_wandb(config: Config, name: str, run_id: str) -> tuple[Any, Any]:
 def _open_trackio(config: Config, name: str, run_id: str) -> tuple[Any, Any]:
     import trackio  # pyright: ignore[reportMissingImports]
 
-    with _without_stdout():
-        run = trackio.init(
-            project=config.logging.project,
-            name=f"{name}-{run_id}",  # trackio finds the run by its name
-            resume="allow",
-            config=dataclasses.asdict(config),
-            embed=False,
-        )
+    run = trackio.init(
+        project=config.logging.project,
+        name=f"{name}-{run_id}",  # trackio finds the run by its name
+        resume="allow",
+        config=dataclasses.asdict(config),
+        embed=False,
+    )
     return trackio, run
 
 
 _OPEN = {"wandb": _open_wandb, "trackio": _open_trackio}
-
-
-@contextlib.contextmanager
-def _without_stdout() -> Iterator[None]:
-    """A context in which prints go to standard error, as all messages of a training do. trackio prints its own."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
 
 
 def _abandon(name: str) -> None:

@@ -82,7 +82,9 @@ def test_entries_are_parsed_from_the_right():
     ("entries", "words"),
     [
         (("web:1",), "give at least two sources"),
-        (("web", "b:1"), r"data.mixture web has no weight; write web:0.3"),
+        (("web", "b:1"), r"data.mixture web has no weight, .*; write web:0.3"),
+        (("gs://b:1/web:-1", "b:1"), "web:-1 has no weight, a positive decimal number; write gs://b:1/web:0.3"),
+        (("web:1e-3", "b:1"), "write web:0.3"),
         (("web:0", "b:1"), "web:0 has weight 0"),
         (("web:1:0", "b:1"), "limit of 0 epochs"),
         (("web:1", "web:2"), "has web twice"),
@@ -258,7 +260,7 @@ def test_sources_have_one_tokenizer_and_different_data(directories, tmp_path):
     with pytest.raises(InputError, match=r"/odd has another tokenizer .* than .*/a .*; prepare it again with"):
         open_sources(config("a", "odd"))
     (tmp_path / "a").symlink_to(directories / "a")
-    with pytest.raises(InputError, match="hold the same data; name it once"):
+    with pytest.raises(InputError, match=f"{tmp_path}/a and {directories}/a hold the same data; name it"):
         open_sources(DataConfig(mixture=(f"{directories / 'a'}:1", f"{tmp_path / 'a'}:2")))
     with pytest.raises(InputError, match=r"data.mixture nowhere is read as a corpus, .*: data.corpus nowhere holds no"):
         open_sources(DataConfig(mixture=(f"{directories / 'a'}:1", "nowhere:2")))

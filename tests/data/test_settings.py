@@ -239,6 +239,10 @@ def test_data_that_the_user_names_is_used_as_it_is_and_described(config, message
         assert not messages.messages
     assert ensure_prepared(DataConfig(path="out")) == Path("out")
     assert not messages.messages  # nothing is stated
+    prepare(DataConfig(corpus="texts", tokenizer="out", num_processes=1), Path("shared"))
+    messages.clear()
+    assert ensure_prepared(dataclasses.replace(config, path="shared")) == Path("shared")
+    assert not messages.messages, "it has as many tokens as the config says"
     other = dataclasses.replace(named, corpus="hf:name", tokenizer="gpt2", deduplicate="exact")
     assert ensure_prepared(other) == Path("out")
     (line,) = messages.messages

@@ -5,6 +5,7 @@ import functools
 import json
 import operator
 import os
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def config(door, monkeypatch):
     return dataclasses.replace(config, workdir="run", data=data)
 
 
-def test_live_weights_on_a_mesh_have_the_results_of_the_model_on_one_device(config, door, messages):
+def test_live_weights_on_a_mesh_have_the_results_of_the_model_on_one_device(config, door, messages, monkeypatch):
     pytest.importorskip("lm_eval", reason="pip install '.[lm-eval]'")
     rows = [{"question": f"the cat {i}", "choices": ["sees", "likes", "has"], "answer": i % 3} for i in range(7)]
     (door.directory / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -64,6 +65,10 @@ def test_live_weights_on_a_mesh_have_the_results_of_the_model_on_one_device(conf
         state = dataclasses.replace(state, params=jax.tree.map(jnp.zeros_like, state.params))
         assert [*evaluations(start, 20, state)] == []
         *texts, choice = evaluations(start, 40, state)
+        (door.directory / "questions.jsonl").unlink()
+        (door.directory / "cache").rename(door.directory / "moved")
+        (door.directory / "choice.yaml").unlink()
+        assert [*evaluations(start, 40, state)] == [*texts, choice], "a task is loaded once"
     average = jax.device_get(state.average)
     llm = LLM(config.model, average, lambda: start.tokenizer, np.dtype("float32"))
     expected = {
@@ -78,8 +83,8 @@ def test_live_weights_on_a_mesh_have_the_results_of_the_model_on_one_device(conf
         right += totals.index(max(totals)) == row["answer"]
     assert choice == {"lm_eval/local_choice/acc": pytest.approx(right / len(rows))}
 
-    (door.directory / "questions.jsonl").unlink()
-    (door.directory / "cache").rename(door.directory / "moved")
+    assert start.tasks is not None
+    monkeypatch.setattr(start.tasks, "run", mock.Mock(side_effect=FileNotFoundError("questions.jsonl")))
     with jax.set_mesh(start.mesh):
         assert [*evaluations(start, 40, state)] == texts, "a task that fails ends no training"
     assert messages.messages[-1].startswith("step 40: the task choice.yaml failed (FileNotFoundError: ")
@@ -112,3 +117,8 @@ def test_tasks_that_cannot_be_loaded_are_refused(door, monkeypatch):
     (door.directory / "choice.yaml").write_text(TASK.replace("local_choice", "other_choice"))
     with pytest.raises(InputError, match=r"the task choice.yaml cannot be loaded \(Unable to find .*questions.jsonl"):
         Tasks(["choice.yaml"])
+    (door.directory / "questions.jsonl").write_text(json.dumps({"question": "q", "choices": ["a"], "answer": 0}))
+    for name in ("one.yaml", "two.yaml"):
+        (door.directory / name).write_text(TASK.replace("local_choice", "same_choice"))
+    with pytest.raises(InputError, match=r"one.yaml and two.yaml both have the task same_choice; leave one out"):
+        Tasks(["one.yaml", "two.yaml"])

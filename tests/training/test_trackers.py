@@ -7,6 +7,7 @@ import struct
 import sys
 import threading
 import time
+import types
 from unittest import mock
 
 import pytest
@@ -130,6 +131,27 @@ def test_a_run_in_a_bucket_keeps_its_id(bucket, monkeypatch):
     assert (len(ids), ids[0][0]) == (2, "small")
 
 
+def test_a_moved_run_keeps_its_name_and_a_damaged_file_is_named(tmp_path, monkeypatch):
+    found, run = [], RunDir(tmp_path / "small")
+    monkeypatch.setitem(trackers._OPEN, "trackio", lambda config, *identity: found.append(identity))
+
+    def begin(run):
+        with open_trackers(run, config_of("trackio"), enabled=True):
+            pass
+
+    run.path.mkdir()
+    begin(run)
+    moved = RunDir(run.path.rename(tmp_path / "moved"))
+    begin(moved)
+    moved.write("trackers.json", b'{"id": "0123abcd"}')  # of an earlier version
+    begin(moved)
+    assert found == [("small", found[0][1]), ("small", found[0][1]), ("moved", "0123abcd")]
+    for content in (b"{", b"[]", b"{}"):
+        moved.write("trackers.json", content)
+        with pytest.raises(InputError, match=r"moved/trackers.json is damaged; delete it to begin a new run"):
+            begin(moved)
+
+
 def test_a_tracker_that_hangs_delays_no_step_and_only_shortly_the_end(tmp_path, monkeypatch, messages):
     released = threading.Event()
     monkeypatch.setattr(trackers, "_FINISH_SECONDS", 0.2)
@@ -164,12 +186,40 @@ def test_a_tracker_that_fails_is_reported_once(step, messages):
     assert messages.messages == ["wandb is disabled for this training (No space left on device)"]
 
 
+def test_a_tracker_that_exits_is_reported(messages):
+    tracker = Tracker("wandb", mock.Mock(side_effect=SystemExit(1)))
+    tracker.wait(time.monotonic() + 10)
+    assert messages.messages == ["wandb is disabled for this training (RuntimeError: it calls sys.exit)"]
+
+
 def _png():
     from PIL import Image
 
     content = io.BytesIO()
     Image.new("RGB", (2, 2)).save(content, "PNG")
     return content.getvalue()
+
+
+def test_standard_output_is_restored_after_a_tracker_that_does_not_finish(tmp_path, monkeypatch):
+    released, stdout = threading.Event(), sys.stdout
+    run = mock.Mock(finish=lambda: released.wait())
+    monkeypatch.setattr(trackers, "_FINISH_SECONDS", 0.2)
+    monkeypatch.setitem(trackers._OPEN, "trackio", lambda *_: (mock.Mock(), run))
+    with open_trackers(RunDir(tmp_path), config_of("trackio"), enabled=True):
+        pass
+    assert sys.stdout is stdout
+    released.set()
+
+
+def test_a_package_that_fails_is_an_error_of_one_line(monkeypatch):
+    package = types.ModuleType("wandb")  # as that of a directory, such as wandb's own output
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    with pytest.raises(InputError, match=r"trackers wandb needs the package wandb; "):
+        require_usable(["wandb"])
+    package.__file__ = "wandb.py"
+    package.setup = mock.Mock(side_effect=ValueError("mode:\n  should be online"))
+    with pytest.raises(InputError, match=r"wandb cannot be used \(ValueError: mode: should be online\); correct its"):
+        require_usable(["wandb"])
 
 
 def test_a_package_or_a_login_that_is_missing_is_an_error(monkeypatch, tmp_path):
