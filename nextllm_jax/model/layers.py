@@ -132,32 +132,38 @@ class Embed(nn.Module):
         # Devices that share the table along D all look up each other's tokens in their own shard, then exchange the
         # results. This communicates tokens instead of the table, and the table's gradient is created sharded.
         tokens_BT = constrain(tokens_BT, "lookup_batch", "seq")
-        look_up = take_rows if isinstance(self.embedding, QTensor) else _take_rows_of_shards
-        x_BTD = look_up(self.embedding, tokens_BT, self.dtype)
-        return constrain(constrain(x_BTD, "lookup_batch", "seq", "embed"), "batch", "seq", "activation_embed")
+        if isinstance(self.embedding, QTensor):
+            x_BTD, seq = take_rows(self.embedding, tokens_BT, self.dtype), "seq"
+        else:
+            x_BTD, seq = _take_rows_of_shards(self.embedding, tokens_BT, self.dtype)
+        return constrain(constrain(x_BTD, "lookup_batch", seq, "embed"), "batch", seq, "activation_embed")
 
     def attend(self, hidden_BTD: jax.Array) -> jax.Array:
         """Return logits, float32 [B, T, V]."""
         return product("BTD,VD->BTV", hidden_BTD.astype(self.dtype), self.embedding, jnp.float32)
 
 
-def _take_rows_of_shards(table_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
-    """`take_rows` of a table that may be sharded, whose devices along V each look up the tokens that they have.
+def _take_rows_of_shards(table_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> tuple[jax.Array, str]:
+    """`take_rows` of a table that may be sharded, and the logical axis that its result is sharded over along T.
 
-    XLA would shard the lookup alike, but aborts inside `sharding.sum_over_data` (a failed check in
-    spmd_partitioner_util.cc, jax 0.11 to 0.12).
+    The devices along V each look up the tokens that they have, then add up and scatter the results. XLA would shard the
+    lookup alike, but aborts inside `sharding.sum_over_data` (a failed check in spmd_partitioner_util.cc, jax 0.12).
     """
     (axis,), table, tokens = RULES["vocab"], ("vocab", "embed"), ("lookup_batch", "seq")
     is_sharded = jax.sharding.get_abstract_mesh().shape.get(axis, 1) > 1
     if not (is_sharded and is_divisible(table_VD.shape, table) and is_divisible(tokens_BT.shape, tokens)):
-        return take_rows(table_VD, tokens_BT, dtype)
+        return take_rows(table_VD, tokens_BT, dtype), "seq"
+    is_split = is_divisible(tokens_BT.shape, ("lookup_batch", "residual_seq"))
 
     def on_shard(rows_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         row_BT = tokens_BT - jax.lax.axis_index(axis) * len(rows_VD)
         is_here_BT = (row_BT >= 0) & (row_BT < len(rows_VD))
-        return jnp.where(is_here_BT[..., None], take_rows(rows_VD, jnp.where(is_here_BT, row_BT, 0), dtype), 0)
+        x_BTD = jnp.where(is_here_BT[..., None], take_rows(rows_VD, jnp.where(is_here_BT, row_BT, 0), dtype), 0)
+        scatter = functools.partial(jax.lax.psum_scatter, scatter_dimension=1, tiled=True)
+        return (scatter if is_split else jax.lax.psum)(x_BTD, axis)
 
-    return per_shard(on_shard, [table, tokens], (*tokens, "embed"), ["vocab"])(table_VD, tokens_BT)
+    seq = "residual_seq" if is_split else "seq"
+    return per_shard(on_shard, [table, tokens], ("lookup_batch", seq, "embed"))(table_VD, tokens_BT), seq
 
 
 class SwiGLU(nn.Module):
