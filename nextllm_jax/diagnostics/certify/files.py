@@ -43,6 +43,8 @@ def check_huggingface(directory: Path, config: ModelConfig) -> Row:
         tensors = _tensors(directory)
     except (SafetensorError, OSError) as error:
         return failed(CHECK, f"the safetensors files cannot be read ({error})")
+    if _EMBEDDING not in tensors:
+        return failed(CHECK, f"the directory has no safetensors file with {_EMBEDDING}")
     if _HEAD in tensors and config.tie_embeddings and not _equal(tensors[_HEAD], tensors[_EMBEDDING]):
         return failed(CHECK, f"{_HEAD} differs from the embedding, but the head is tied", "untied head")
     if _HEAD not in tensors and not config.tie_embeddings:

@@ -85,9 +85,8 @@ def check_special(tokenizer: Tokenizer, rows: int, directory: Path | None) -> Ro
     check = "special tokens"
     if tokenizer.vocab_size > rows:
         return failed(check, f"ids up to {tokenizer.vocab_size - 1:,}, but the embedding has {rows:,} rows")
-    unknown = tokenizer.roles.names.get("unk_token")
-    for token, id in tokenizer.special_tokens.items():
-        if len(token) > 1 and token != unknown and id in tokenizer.encode(f"a {token} b"):
+    for token, id in _known(tokenizer, tokenizer.special_tokens).items():
+        if len(token) > 1 and id in tokenizer.encode(f"a {token} b"):
             return failed(check, f"a text that spells {token!r} contains this token")
     backend, wrong = tokenizer.backend, []
     for file in ("config.json", "generation_config.json") if directory else ():
@@ -106,6 +105,11 @@ def check_special(tokenizer: Tokenizer, rows: int, directory: Path | None) -> Ro
         return failed(check, "; ".join(wrong), "shifted token id")
     said = ", ".join(f"{id} {tokenizer.decode([id])!r}" for id in tokenizer.stop_ids)
     return ok(check, f"{tokenizer.vocab_size:,} ids for {rows:,} rows; text ends with {said}")
+
+
+def _known(tokenizer: Tokenizer, tokens: dict[str, int]) -> dict[str, int]:
+    """The tokens without the one that stands for any unknown character."""
+    return {token: id for token, id in tokens.items() if token != tokenizer.roles.names.get("unk_token")}
 
 
 def check_end_rows(tokenizer: Tokenizer, weights: Weights) -> Row:
@@ -152,10 +156,10 @@ def check_spelled_tokens(tokenizer: Tokenizer) -> Row:
     if tokenizer.chat_template is None:
         return skipped(check, "the model has no chat template")
     template = ChatTemplate(tokenizer)
-    control = set(tokenizer.special_tokens.values()) | _written(tokenizer, template)
+    control = {*_known(tokenizer, tokenizer.special_tokens).values(), *_written(tokenizer, template)}
     tokens = [token for token, id in tokenizer.backend.tokens.items() if id in control and len(token) > 1]
 
-    others = [token for token, id in tokenizer.backend.tokens.items() if id not in control]
+    others = [token for token, id in tokenizer.backend.added_tokens.items() if id not in control]
 
     def parts(content: str) -> tuple[list[int], str]:
         ids = template.encode([{"role": "user", "content": "".join([content, *others[:_OTHERS]])}])
@@ -176,7 +180,7 @@ def _written(tokenizer: Tokenizer, template: ChatTemplate) -> set[int]:
     ids = set(template.encode(MESSAGES))
     with contextlib.suppress(InputError):  # some templates refuse a system message
         ids |= set(template.encode([{"role": "system", "content": "a"}, *MESSAGES]))
-    return ids & set(tokenizer.backend.tokens.values())
+    return ids & {*_known(tokenizer, tokenizer.backend.tokens).values()}
 
 
 def compare_chat(tokenizer: Tokenizer, theirs: dict[str, Any], program: str) -> Row:
