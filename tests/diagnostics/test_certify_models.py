@@ -18,6 +18,7 @@ from nextllm_jax.cli.certify import certify_command
 from nextllm_jax.config.files import load_config_file
 from nextllm_jax.tokenizer.huggingface import save_huggingface
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
+from tests.conftest import ROOT
 from tests.diagnostics.test_certify import TEMPLATE
 from tests.interop import families
 from tests.interop.models import TOKENIZER
@@ -78,10 +79,13 @@ def test_experts_are_certified_in_both_formats(name, tmp_path, capsys):
     assert rows["files: experts"]["status"] == "ok"
 
 
-def test_a_run_with_experts_is_certified(tmp_path, capsys):
-    (tmp_path / "corpus.txt").write_text("a cat sat on a mat, and 12 other cats sat on other mats.\n" * 2000)
-    config = load_config_file("configs/tiny_moe.py")
-    data = dataclasses.replace(config.data, corpus=str(tmp_path / "corpus.txt"), vocab_size=300)
+def test_a_run_with_experts_is_certified(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    for n in range(8):
+        (tmp_path / "texts" / f"{n}.txt").write_text(f"{n} cats sat on a mat, and 12 others sat on other mats.\n" * 300)
+    config = load_config_file(str(ROOT / "configs" / "tiny_moe.py"))
+    data = dataclasses.replace(config.data, corpus="texts", validation_fraction=0.2, vocab_size=300)
     training = dataclasses.replace(config.training, steps=4)
     nextllm_jax.train(dataclasses.replace(config, data=data, training=training, workdir=str(tmp_path / "run")))
     rows = certified(tmp_path / "run", capsys)
