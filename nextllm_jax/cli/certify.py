@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -79,7 +78,7 @@ def _check(arguments: CertifyArguments) -> None:
     if arguments.memory_gigabytes is not None and arguments.memory_gigabytes <= 0:
         raise InputError(f"--memory-gigabytes is {arguments.memory_gigabytes}; it must be positive")
     python = arguments.python
-    if python is not None and shutil.which(python) is None and not Path(python).is_file():
+    if python is not None and shutil.which(python) is None:
         raise InputError(
             f"--python {python} is not a program; give the path of an interpreter, such as .venv/bin/python"
         )

@@ -4,6 +4,7 @@ One loop over layers, one over heads, whole attention matrices, no cache. It sha
 but the parameter tree and the config's field names.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -118,36 +119,50 @@ def attention(block: Any, x_BTD: np.ndarray, kind: str, positions_BT: np.ndarray
     return out_BTD + (block["o"]["bias"] if config.attention_output_bias else 0)
 
 
-def experts(block: Any, x_BTD: np.ndarray, activation: Any, config: Any) -> np.ndarray:
-    """A sparse layer, one token at a time and one of its experts after the other: [B, T, D].
+Observer = Callable[[np.ndarray], None]
+"""Called with the scores by which a router chooses experts, float32 [B, T, E]."""
 
-    Scores as in Shazeer et al. 2017 (softmax) or DeepSeek-V3 (2024: sigmoid, and a bias for the choice alone).
+
+def routed(router: Any, x_BTD: np.ndarray, config: Any, observe: Observer = lambda _: None) -> np.ndarray:
+    """The weight of each expert for each token, [B, T, E]; 0 if the token does not reach it.
+
+    Scores as in Shazeer et al. 2017 (softmax) or DeepSeek-V3 (2024: sigmoid, and a bias for the choice alone). They are
+    float32, as routers define them: float64 would choose other experts where these scores are equal.
     """
-    out_BTD, (B, T, _) = np.zeros_like(x_BTD), x_BTD.shape
-    bias = block["router"].get("selection_bias", 0.0)
-    for b in range(B):
-        load = np.zeros(config.num_experts)
-        for t in range(T):
-            x = x_BTD[b, t]
-            logits = x @ block["router"]["kernel"]
-            scores = softmax(logits) if config.router_scores == "softmax" else 1 / (1 + np.exp(-logits))
-            chosen = np.argsort(-(scores + bias), kind="stable")[: config.experts_per_token]
-            weights = scores[chosen]
-            if config.normalize_expert_weights:
-                weights = weights / weights.sum()
-            for expert, weight in zip(chosen, weights * config.expert_weight_scale, strict=True):
-                load[expert] += 1
-                if config.capacity_factor and load[expert] > max(
-                    1, config.capacity_factor * T * config.experts_per_token // config.num_experts
-                ):
-                    continue
-                gate, up, down = (block["experts"][name]["kernel"][expert] for name in ("gate", "up", "down"))
-                out_BTD[b, t] += weight * ((activation(x @ gate) * (x @ up)) @ down)
-            if "shared" in block:
-                gate, up, down = (block["shared"][name]["kernel"] for name in ("gate", "up", "down"))
-                factor = 1 / (1 + np.exp(-x @ block["shared_gate"]["kernel"])) if "shared_gate" in block else 1
-                out_BTD[b, t] += factor * ((activation(x @ gate) * (x @ up)) @ down)
+    logits_BTE = x_BTD.astype(np.float32) @ np.asarray(router["kernel"], np.float32)
+    scores_BTE = softmax(logits_BTE) if config.router_scores == "softmax" else 1 / (1 + np.exp(-logits_BTE))
+    by_BTE = scores_BTE + np.asarray(router.get("selection_bias", 0), np.float32)
+    observe(by_BTE)
+    order_BTE = np.argsort(-by_BTE, axis=-1, kind="stable")
+    chosen_BTE = np.argsort(order_BTE, axis=-1) < config.experts_per_token
+    weights_BTE = scores_BTE.astype(np.float64) * chosen_BTE
+    if config.normalize_expert_weights:
+        weights_BTE /= weights_BTE.sum(axis=-1, keepdims=True)
+    if config.capacity_factor:  # the first tokens of a sequence have precedence
+        room = config.capacity_factor * x_BTD.shape[1] * config.experts_per_token // config.num_experts
+        weights_BTE[chosen_BTE.cumsum(axis=1) > max(1, room)] = 0
+    return weights_BTE * config.expert_weight_scale
+
+
+def experts(block: Any, x_BTD: np.ndarray, activation: Any, config: Any, observe: Observer) -> np.ndarray:
+    """A sparse layer, one expert after the other: [B, T, D]."""
+    weights_BTE, out_BTD = routed(block["router"], x_BTD, config, observe), np.zeros_like(x_BTD)
+    for expert in range(config.num_experts):
+        b, t = weights_BTE[..., expert].nonzero()
+        matrices = {name: {"kernel": matrix["kernel"][expert]} for name, matrix in block["experts"].items()}
+        out_BTD[b, t] += weights_BTE[b, t, expert, None] * swiglu(matrices, x_BTD[b, t], activation)
+    if "shared" in block:
+        shared_BTD = swiglu(block["shared"], x_BTD, activation)
+        if "shared_gate" in block:
+            shared_BTD = shared_BTD / (1 + np.exp(-x_BTD @ to_float64(block["shared_gate"]["kernel"])))
+        out_BTD += shared_BTD
     return out_BTD
+
+
+def swiglu(block: Any, x: np.ndarray, activation: Any) -> np.ndarray:
+    """The gated MLP (Shazeer 2020) of each row of x."""
+    gate, up, down = (to_float64(block[name]["kernel"]) for name in ("gate", "up", "down"))
+    return (activation(x @ gate) * (x @ up)) @ down
 
 
 def unstack(params: Any, config: Any) -> list[Any]:
@@ -177,10 +192,16 @@ def embedded(embed: Any, config: Any, tokens_BT: Any) -> np.ndarray:
 
 
 def block_forward(
-    block: Any, config: Any, layer: int, x_BTD: np.ndarray, segment_ids_BT: Any = None, positions_BT: Any = None
+    block: Any,
+    config: Any,
+    layer: int,
+    x_BTD: np.ndarray,
+    segment_ids_BT: Any = None,
+    positions_BT: Any = None,
+    observe: Observer = lambda _: None,
 ) -> np.ndarray:
     """The residual stream after a layer, which is number `layer` from 0."""
-    block = to_float64(block)
+    block = {name: part if name == "mlp" else to_float64(part) for name, part in block.items()}
     ones_BT = np.ones(x_BTD.shape[:2], int)
     segments = ones_BT if segment_ids_BT is None else np.asarray(segment_ids_BT)
     indices = np.broadcast_to(np.arange(x_BTD.shape[1]), x_BTD.shape[:2])
@@ -192,10 +213,9 @@ def block_forward(
     x_BTD = x_BTD + norm(block, "attention_post_norm", out_BTD, config) * config.residual_scale
     h_BTD = norm(block, "mlp_norm", x_BTD, config)
     if "experts" in block["mlp"]:
-        out_BTD = experts(block["mlp"], h_BTD, activation, config)
+        out_BTD = experts(block["mlp"], h_BTD, activation, config, observe)
     else:
-        mlp = {name: projection["kernel"] for name, projection in block["mlp"].items()}
-        out_BTD = (activation(h_BTD @ mlp["gate"]) * (h_BTD @ mlp["up"])) @ mlp["down"]
+        out_BTD = swiglu(block["mlp"], h_BTD, activation)
     return x_BTD + norm(block, "mlp_post_norm", out_BTD, config) * config.residual_scale
 
 

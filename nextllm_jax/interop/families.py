@@ -42,6 +42,12 @@ class Family:
     experts_key: str | None = None
     """The key of the number of experts; None: the layers are dense."""
 
+    @property
+    def fused(self) -> set[str]:
+        """The modules, such as q, whose matrices files store in one tensor with others."""
+        shared = [name for name in self.names.values() if [*self.names.values()].count(name) > 1]
+        return {ours.split("/")[-2] for ours, name in self.names.items() if name in shared}
+
 
 _LAYERED = ("layer_types", "sliding_window")
 _QWEN = (*_LAYERED, "use_sliding_window", "max_window_layers")

@@ -32,7 +32,7 @@ from nextllm_jax.interop.gguf_config import (
     read_gguf_config,
     write_gguf_config,
 )
-from nextllm_jax.interop.names import Part, all_parts, parts_of, tensor_shapes
+from nextllm_jax.interop.names import EARLY_MIXTRAL_GGUF, Part, all_parts, parts_of, tensor_shapes
 from nextllm_jax.interop.streaming import read_params, require_tensors, tensors_of
 from nextllm_jax.model.quantize import Observer, ignore, is_quantized
 from nextllm_jax.model.weights import by_name
@@ -89,6 +89,9 @@ class GGUFFile:
         self._shapes = {name: _shape_of(tensor) for name, tensor in self._tensors.items()}
         name = architecture_of(self.metadata, self.where)
         self._architecture = ARCHITECTURES[name]
+        self._names = dict(self._architecture.names)
+        if "blk.0.ffn_gate.0.weight" in self._tensors:
+            self._names |= EARLY_MIXTRAL_GGUF
         factors = {name: self._whole(name) for name in ROPE_TENSORS if name in self._tensors}
         if "token_embd.weight" not in self._tensors:
             raise InputError(f"{path} lacks the tensor token_embd.weight; use the file of a complete model")
@@ -103,9 +106,9 @@ class GGUFFile:
         The tree may be a part of the model's. `observe` is called for each quantized weight. Raises InputError if
         weights are missing, do not fit the config, or are not finite.
         """
-        names = self._architecture.names
-        require_tensors(self, all_parts(self.config, "gguf", special=names), ignore=lambda name: name in ROPE_TENSORS)
-        return read_params(self, parts_of(self.config, abstract, "gguf", special=names), abstract, observe)
+        parts = all_parts(self.config, "gguf", special=self._names)
+        require_tensors(self, parts, ignore=lambda name: name in ROPE_TENSORS)
+        return read_params(self, parts_of(self.config, abstract, "gguf", special=self._names), abstract, observe)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor in the file."""

@@ -97,6 +97,8 @@ GRANITE_MOE = {
     "mlp/shared/up/kernel": "shared_mlp.input_linear.weight",
     "mlp/shared/down/kernel": "shared_mlp.output_linear.weight",
 }
+EARLY_MIXTRAL_GGUF = {f"mlp/experts/{name}/kernel": f"ffn_{name}.{{}}.weight" for name in ("gate", "up", "down")}
+"""Names in early GGUF files of Mixtral, which have one tensor per expert."""
 LAYER_PREFIX = {"huggingface": "model.layers.{}.", "gguf": "blk.{}."}
 
 

@@ -12,7 +12,7 @@ from nextllm_jax.interop.families import FAMILIES
 from nextllm_jax.interop.huggingface import DTYPES, SafetensorsSource
 from nextllm_jax.interop.huggingface_config import write_model_config
 from nextllm_jax.interop.keys import Keys
-from nextllm_jax.interop.names import PHI3, Part, all_parts
+from nextllm_jax.interop.names import Part, all_parts
 from nextllm_jax.interop.streaming import read_params, require_tensors, tensors_of
 from nextllm_jax.model.transformer import abstract_params
 from nextllm_jax.model.weights import EXPERTS, by_name
@@ -25,8 +25,6 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian"),  # others change the base weights
 }
-_FUSED = {"q", "k", "v", "gate", "up"}
-"""Modules that some families store in one matrix with others."""
 _USED = ("r", "lora_alpha", "use_rslora")
 _WITHOUT_EFFECT = (
     "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "target_modules",
@@ -94,8 +92,9 @@ def export_adapters(
     parts = _parts(config, params)
     if any(f"/{EXPERTS}/" in part.leaf for part in parts):
         raise InputError("PEFT has no adapters for the matrices of experts; export the merged model instead")
-    if FAMILIES[family].names is PHI3 and {part.leaf.split("/")[-2] for part in parts} & _FUSED:
-        raise InputError(f"files of {family} store q, k and v as one matrix; export the merged model instead")
+    if fused := {_module(part) for part in parts} & FAMILIES[family].fused:
+        names = ", ".join(sorted(fused))
+        raise InputError(f"files of {family} store {names} in one matrix with others; export the merged model instead")
     tensors = {
         name: np.ascontiguousarray(array.astype(DTYPES[dtype])) for name, array in tensors_of(parts, params, rows=0)
     }

@@ -310,14 +310,16 @@ def _on_cpu(config: ModelConfig, quantization: Quantization | None = None, *, sc
 def _token_ids(tokenizer: Tokenizer, generation: dict[str, Any]) -> dict[str, Any]:
     """bos_token_id, eos_token_id and pad_token_id for Hugging Face configs; null for a token that does not exist.
 
-    A bos_token_id in the imported `generation` config is kept. The tokenizer's bos_id is not BOS without `add_bos`.
+    Those in the imported `generation` config are kept, except for eos_token_id, which lists all ids that end text. The
+    tokenizer's bos_id is not BOS without `add_bos`.
     """
     bos_id = tokenizer.bos_id if tokenizer.add_bos else None
     if bos_id is None:
         bos_id = tokenizer.backend.tokens.get(tokenizer.roles.names.get("bos_token", ""))
+    pad_id = generation.get("pad_token_id")
     stops = list(tokenizer.stop_ids)
     return {
         "bos_token_id": generation.get("bos_token_id", bos_id),
         "eos_token_id": stops[0] if len(stops) == 1 else stops,
-        "pad_token_id": tokenizer.pad_id,
+        "pad_token_id": tokenizer.pad_id if pad_id is None else pad_id,
     }

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from nextllm_jax.checkpoint.run_dir import METRICS, RunDir
@@ -78,6 +79,7 @@ def _model_rows(model: ModelConfig, model_type: str) -> dict[str, Any]:
         "family": model_type,
         "parameters": f"{parameter_count(model):,}",
         "layers": f"{model.num_layers} ({', '.join(model.layer_pattern)})",
+        **({"experts": f"{model.num_experts}, {model.experts_per_token} per token"} if model.num_experts else {}),
         "width": f"{model.embed_dim}, MLP {model.mlp_dim}",
         "heads": f"{model.num_heads}, {model.num_kv_heads} for keys and values, of width {model.head_dim}",
         "vocabulary": f"{model.vocab_size:,} rows, {'tied' if model.tie_embeddings else 'with a separate head'}",
@@ -100,7 +102,7 @@ def _tokenizer_rows(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _data_rows(config: Config) -> dict[str, Any]:
     data, training = config.data, config.training
-    corpus = ", ".join(data.mixture) or data.corpus
+    corpus = ", ".join(data.mixture) or _without_folder(data.corpus)
     tokens = training.steps * training.global_batch_size * data.sequence_length
     rows = {
         "corpus": corpus,
@@ -108,10 +110,11 @@ def _data_rows(config: Config) -> dict[str, Any]:
         "windows": f"{data.sequence_length} tokens, {training.global_batch_size} a step",
         "trained on": f"{training.steps:,} steps, up to {tokens:,} tokens",
     }
+    base = _without_folder(config.init_from)
     if config.lora.rank:
-        rows["adapters"] = f"rank {config.lora.rank}, alpha {config.lora.alpha:g}, on {config.init_from}"
-    elif config.init_from is not None:
-        rows["initial weights"] = config.init_from
+        rows["adapters"] = f"rank {config.lora.rank}, alpha {config.lora.alpha:g}, on {base}"
+    elif base is not None:
+        rows["initial weights"] = base
     return rows
 
 
@@ -127,9 +130,14 @@ def _last_validation(run: RunDir, step: int | None) -> dict[str, Any]:
 
 
 def _public(values: dict[str, Any]) -> dict[str, Any]:
-    """The values of a config without private ones."""
+    """The values of a config without private ones, and with the last part of absolute paths only."""
     return {
-        name: _public(value) if isinstance(value, dict) else value
+        name: _public(value) if isinstance(value, dict) else _without_folder(value)
         for name, value in values.items()
         if name not in _PRIVATE
     }
+
+
+def _without_folder(value: Any) -> Any:
+    """The name of the file or directory if the value is an absolute path, or else the value."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,12 +21,14 @@ from safetensors.numpy import load_file, save_file
 
 from nextllm_jax.cli.certify import certify_command
 from nextllm_jax.config import ModelConfig
+from nextllm_jax.diagnostics import reference
 from nextllm_jax.diagnostics.certify import outside, programs, text
 from nextllm_jax.diagnostics.certify.certify import Settings, certify
 from nextllm_jax.diagnostics.certify.probes import KEPT, make_probes
 from nextllm_jax.diagnostics.stress_texts import stress_texts
 from nextllm_jax.errors import InputError
 from nextllm_jax.interop import gguf, huggingface, huggingface_config
+from nextllm_jax.ops.routing import choose, probabilities
 from nextllm_jax.pretrained.convert import export_model
 from nextllm_jax.tokenizer import chat
 from nextllm_jax.tokenizer import gguf as gguf_tokenizer
@@ -48,6 +53,7 @@ SCALED = dataclasses.replace(
     tie_embeddings=False,
 )
 """Its longer probe is beyond the original context."""
+SPARSE = dataclasses.replace(CONFIG, num_experts=4, expert_mlp_dim=32, tie_embeddings=False)
 
 
 def write(directory: Path, config: ModelConfig = SCALED, template: str | None = TEMPLATE) -> Path:
@@ -123,6 +129,10 @@ def test_another_environment_without_the_programs_is_named(model, tmp_path):
     assert rows["llama.cpp"].detail == "the package xllamacpp is not installed"
     with pytest.raises(InputError, match="--python nowhere/python is not a program"):
         certify_command([str(model), "--python", "nowhere/python"])
+    other = shutil.which("true")
+    assert outside.ask("ask_transformers.py", {}, other).error == (
+        f"{other} did not run ask_transformers.py; give a Python interpreter"
+    )
 
 
 @pytest.mark.usefixtures("without_programs")
@@ -193,6 +203,56 @@ def test_files_alone_show_some_faults(model, tmp_path):
     export_model(str(model), str(tmp_path / "zero"), file_format="huggingface")
     save_file(tensors, tmp_path / "zero" / "model.safetensors")
     assert failures(tmp_path / "zero") == {"rows of end tokens": "untrained end token"}
+
+
+def exchange(directory: Path, *pairs: tuple[str, str]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    swapped = {new: tensors[old] for pair in pairs for old, new in (pair, pair[::-1])}
+    save_file(tensors | swapped, directory / "model.safetensors")
+
+
+def swap_experts(directory: Path) -> None:
+    prefix = "model.layers.1.block_sparse_moe.experts"
+    exchange(directory, *((f"{prefix}.0.{name}.weight", f"{prefix}.2.{name}.weight") for name in ("w1", "w2", "w3")))
+
+
+def permute_router(directory: Path) -> None:
+    tensors, name = load_file(directory / "model.safetensors"), "model.layers.1.block_sparse_moe.gate.weight"
+    save_file(tensors | {name: tensors[name][[0, 2, 1, 3]]}, directory / "model.safetensors")
+
+
+@pytest.mark.usefixtures("without_programs")
+def test_faults_of_experts_are_named(tmp_path, monkeypatch):
+    model = write(tmp_path / "model", SPARSE)
+    export_model(str(model), str(tmp_path / "model.gguf"), file_format="gguf")
+    for path in (model, tmp_path / "model.gguf"):
+        rows = rows_of(path)
+        assert {row.status for row in rows.values()} <= {"ok", "skipped"}, rows
+        assert rows["files: experts"].status == rows["choice of experts"].status == "ok"
+    for fault, damage in {"swapped experts": swap_experts, "permuted router": permute_router}.items():
+        damage(write(tmp_path / fault, SPARSE))
+        assert failures(tmp_path / fault, against=str(model), memory_bytes=1000) == {"as model: weights": fault}
+    read = huggingface.SafetensorsSource.read
+
+    def of_another_expert(self: Any, tensor: str, *where: Any) -> Any:
+        return read(self, re.sub(r"experts\.(\d)", lambda found: f"experts.{3 - int(found[1])}", tensor), *where)
+
+    def rolled_router(self: Any, tensor: str, *where: Any) -> Any:
+        return np.roll(read(self, tensor, *where), 1, axis=0) if ".gate." in tensor else read(self, tensor, *where)
+
+    for fault, wrong in {"swapped experts": of_another_expert, "permuted router": rolled_router}.items():
+        monkeypatch.setattr(huggingface.SafetensorsSource, "read", wrong)
+        assert failures(model, memory_bytes=1000) == {"files: experts": fault}
+
+
+def test_equal_scores_of_experts_are_equal_in_float32():
+    """In float64 they differ, and the numpy model would choose another expert than all programs do."""
+    config = dataclasses.replace(SPARSE, num_experts=2, experts_per_token=1, router_scores="sigmoid")
+    x_BTD, kernel_DE = np.ones((1, 1, 1)), np.array([[20.0, 30.0]])
+    assert reference.routed({"kernel": kernel_DE}, x_BTD, config).tolist() == [[[1.0, 0.0]]]
+    assert "2 of 3 choices" in programs.margins_row([1e-6, 0.0, 0.1]).detail
+    score_BTE = probabilities(jnp.asarray(x_BTD @ kernel_DE, jnp.float32), "sigmoid")
+    assert choose(score_BTE, None, 1, normalize=True, scale=1).expert_BTK.tolist() == [[[0]]]
 
 
 def without_scaling(*args: Any) -> dict[str, Any]:

@@ -67,9 +67,12 @@ def dequantized(blocks: np.ndarray, kind: str, shape: tuple[int, ...]) -> np.nda
 
 
 def rewrite(
-    source: Path, target: Path, change: Any = lambda tensor: (tensor.data, tensor.tensor_type), **split: int
+    source: Path,
+    target: Path,
+    change: Any = lambda tensor: [(tensor.name, tensor.data, tensor.tensor_type)],
+    **split: int,
 ) -> None:
-    """Write a GGUF file again, with each tensor as `change` makes it, perhaps in several parts."""
+    """Write a GGUF file again, perhaps in several parts. `change` makes the tensors in place of each."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, "llama", **split)
     for name, field in reader.fields.items():
@@ -77,8 +80,8 @@ def rewrite(
             inner = field.types[1] if len(field.types) > 1 else None
             writer.add_key_value(name, field.contents(), field.types[0], inner)
     for tensor in reader.tensors:
-        data, kind = change(tensor)
-        writer.add_tensor(tensor.name, data, raw_dtype=kind)
+        for name, data, kind in change(tensor):
+            writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -103,12 +106,12 @@ def test_llama_cpp_computes_with_the_same_weights(kind, plain, tmp_path):
         pytest.skip(f"this version of gguf has no {kind}")
     worth: dict[str, np.ndarray] = {}
 
-    def change(tensor: Any) -> tuple[np.ndarray, Any]:
+    def change(tensor: Any) -> list[tuple[str, np.ndarray, Any]]:
         if tensor.data.ndim == 1 or tensor.name == "token_embd.weight":
-            return np.array(tensor.data), tensor.tensor_type
+            return [(tensor.name, np.array(tensor.data), tensor.tensor_type)]
         blocks = blocks_of(tensor.data, kind)
         worth[tensor.name] = dequantized(blocks, kind, tensor.data.shape)
-        return blocks, gguf.GGMLQuantizationType[kind]
+        return [(tensor.name, blocks, gguf.GGMLQuantizationType[kind])]
 
     file = tmp_path / "model.gguf"
     rewrite(plain, file, change)
@@ -153,3 +156,22 @@ def test_parts_that_are_not_of_one_model_are_refused(plain, tmp_path):
     second.unlink()
     with pytest.raises(InputError, match=rf"is one of 3 parts, but {re.escape(second.name)} is missing"):
         GGUFFile(first)
+
+
+def test_a_file_with_one_tensor_per_expert_is_read(tmp_path):
+    """As early versions of llama.cpp wrote Mixtral."""
+    config = dataclasses.replace(CONFIG, vocab_size=TOKENIZER.vocab_size, num_experts=3, experts_per_token=2)
+    params, file = random_params(config), tmp_path / "model.gguf"
+    export(config, params, file, vocab_size=config.vocab_size, dtype="float32", metadata=to_gguf(TOKENIZER))
+
+    def change(tensor: Any) -> list[tuple[str, np.ndarray, Any]]:
+        if "_exps." not in tensor.name:
+            return [(tensor.name, tensor.data, tensor.tensor_type)]
+        names = [tensor.name.replace("_exps.", f".{expert}.") for expert in range(3)]
+        return [(name, data, tensor.tensor_type) for name, data in zip(names, tensor.data, strict=True)]
+
+    rewrite(file, tmp_path / "early.gguf", change)
+    early = GGUFFile(tmp_path / "early.gguf")
+    assert "blk.2.ffn_down.1.weight" in early.shapes()
+    assert early.config == GGUFFile(file).config
+    assert_equal_trees(early.load_params(on_one_device(early.config)), params)

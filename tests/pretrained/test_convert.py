@@ -81,14 +81,14 @@ def test_a_sparse_model_is_the_same_bit_for_bit_after_both_formats(tmp_path):
 
 
 def test_generation_settings_and_bos_are_kept(huggingface, tmp_path):
-    settings = {"bos_token_id": 7, "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    settings = {"bos_token_id": 7, "pad_token_id": 0, "do_sample": True, "temperature": 0.6, "top_p": 0.9}
     (huggingface / "generation_config.json").write_text(json.dumps(settings))
     import_model(str(huggingface), str(tmp_path / "run"))
     for source in (huggingface, tmp_path / "run"):
         output = tmp_path / f"from {source.name}"
         export_model(str(source), str(output), file_format="huggingface", dtype="float32")
         written = json.loads((output / "generation_config.json").read_text())
-        assert written == {**settings, "eos_token_id": TOKENIZER.eos_id, "pad_token_id": None}
+        assert written == {**settings, "eos_token_id": TOKENIZER.eos_id}
         assert json.loads((output / "config.json").read_text())["bos_token_id"] == 7
 
 

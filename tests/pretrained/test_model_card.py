@@ -8,6 +8,7 @@ pytest.importorskip("safetensors", reason="safetensors is missing; install the e
 from nextllm_jax.diagnostics.certify.certificate import Certificate, failed, ok  # noqa: E402
 from nextllm_jax.diagnostics.certify.certify import write_certificate  # noqa: E402
 from nextllm_jax.pretrained.convert import export_model, import_model  # noqa: E402
+from nextllm_jax.pretrained.model_card import _public  # noqa: E402
 from tests.runs import metrics  # noqa: E402
 
 
@@ -30,6 +31,7 @@ def test_the_card_of_a_run_states_what_it_is_and_how_good(trained, tmp_path):
         assert f"\n{row}\n" in card.text, row
     assert '"learning_rate": 0.005' in card.text
     assert str(trained.directory) not in card.content
+    assert _public({"data": {"corpus": "/home/me/texts", "path": "data"}}) == {"data": {"corpus": "texts"}}
 
 
 def test_a_certificate_is_added_to_the_card(trained, tmp_path):
@@ -44,9 +46,10 @@ def test_a_certificate_is_added_to_the_card(trained, tmp_path):
         assert card.count("NOT CERTIFIED") == card.count("\n| files | FAILED | untied head |\n") == len(rows) * (n == 1)
         assert card.count("\n| numpy, 64 tokens | ok | <\\|eos\\|> |\n") == (n == 0)
     assert card.partition("## Certificate")[0] == before.partition("## Certificate")[0]
-    (out / "README.md").write_text("mine\n")
-    write_certificate(str(out), Certificate("out", ()))
-    assert (out / "README.md").read_text() == "mine\n"
+    for others in (b"mine\n", b"\xff"):  # the second is no UTF-8
+        (out / "README.md").write_bytes(others)
+        assert write_certificate(str(out), Certificate("out", ())) == out / "certificate.json"
+        assert (out / "README.md").read_bytes() == others
 
 
 def test_the_card_of_an_imported_model_has_no_training(trained, tmp_path):

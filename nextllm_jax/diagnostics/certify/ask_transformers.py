@@ -43,6 +43,7 @@ def texts_of(question: dict[str, Any]) -> dict[str, Any]:
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(question["directory"])
     values: dict[str, Any] = {"class": type(tokenizer).__name__, "added": tokenizer.get_added_vocab()}
+    values["special"] = tokenizer.all_special_tokens
     values["ids"] = [tokenizer(text)["input_ids"] for text in question["texts"]]
     if question.get("messages"):
         values["chat"] = tokenizer.apply_chat_template(question["messages"], tokenize=False)

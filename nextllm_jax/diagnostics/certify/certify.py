@@ -72,15 +72,26 @@ def write_certificate(path: str, found: Certificate) -> Path | None:
         return None
     file = directory / certificate.FILE
     values = {**found.to_json(), "files": certificate.hashes(directory)}
-    partial = file.with_suffix(".partial")
     try:
-        partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(file)
-        _update_card(directory, found)
+        _replace(file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         _log.warning("%s cannot be written (%s)", file, error.strerror or error)
         return None
+    try:
+        _update_card(directory, found)
+    except (OSError, UnicodeDecodeError) as error:
+        _log.warning("the model card in %s cannot be updated (%s)", directory, error)
     return file
+
+
+def _replace(file: Path, text: str) -> None:
+    """Replace a file atomically."""
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _update_card(directory: Path, found: Certificate) -> None:
@@ -91,7 +102,7 @@ def _update_card(directory: Path, found: Certificate) -> None:
         verdict = f"{found.verdict[0].upper()}{found.verdict[1:]}. {certificate.FILE} has the details."
         card = model_card.with_certificate(file.read_text(encoding="utf-8"), verdict, rows)
         if card is not None:
-            file.write_text(card, encoding="utf-8")
+            _replace(file, card)
 
 
 def _is_huggingface(directory: Path) -> bool:
@@ -123,6 +134,10 @@ class _Certifying:
         try:
             if self._tokenizer is not None:
                 self._add([text.check_end_rows(self._tokenizer, self._weights)])
+            if self._format is not None and self._source.config.num_experts:
+                from nextllm_jax.diagnostics.certify import files
+
+                self._add([files.check_experts(self._file, self._weights)])
             exports = {each: self._export(each) for each in FORMATS}
             self._check_logits(exports)
         except InputError as error:
@@ -221,6 +236,8 @@ class _Certifying:
         remark = f"; it begins at {compared.first}"
         for probe, difference in zip(probes, compared.differences, strict=True):
             self._add([programs.logits_row(f"numpy, {probe}", difference, remark=remark)])
+        if compared.margins:
+            self._add([programs.margins_row(compared.margins)])
         self._check_loaded(probes, compared.logits)
         if exports["huggingface"] is not None:
             self._check_transformers(exports["huggingface"], probes, compared.logits)

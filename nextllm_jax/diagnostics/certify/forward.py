@@ -16,6 +16,7 @@ import numpy as np
 from nextllm_jax.config import ModelConfig
 from nextllm_jax.diagnostics import reference
 from nextllm_jax.diagnostics.certify.probes import KEPT, Probe
+from nextllm_jax.diagnostics.reference import Observer
 from nextllm_jax.model.attention_kernel import AttentionKernel
 from nextllm_jax.model.transformer import Block, Transformer, abstract_params, ropes
 from nextllm_jax.pretrained.source import Source
@@ -67,7 +68,9 @@ class Change(NamedTuple):
     """Added to each token id."""
 
 
-def numpy_states(weights: Weights, probes: Sequence[Probe], change: Change | None = None) -> Iterator[States]:
+def numpy_states(
+    weights: Weights, probes: Sequence[Probe], change: Change | None = None, observe: Observer = lambda _: None
+) -> Iterator[States]:
     """The residual streams in float64 before the first layer and after each, and finally the last logits."""
     change = change or Change("none")
     config = change.config(weights.config)
@@ -80,7 +83,9 @@ def numpy_states(weights: Weights, probes: Sequence[Probe], change: Change | Non
     for layer, block in weights.layers():
         block = change.block(jax.device_get(block), config)
         states = [
-            reference.block_forward(block, config, layer, x_1TD, positions_BT=np.array([probe.positions]))
+            reference.block_forward(
+                block, config, layer, x_1TD, positions_BT=np.array([probe.positions]), observe=observe
+            )
             for x_1TD, probe in zip(states, probes, strict=True)
         ]
         yield states
@@ -125,16 +130,28 @@ class Comparison(NamedTuple):
     differences: list[float]
     first: str | None
     """The first layer whose output differs; None if none does."""
+    margins: list[float]
+    """By how much each token's last chosen expert has a greater score than the first that is not chosen, relative to
+    it, in all layers with experts."""
 
 
 def compare_layers(weights: Weights, probes: Sequence[Probe], tolerance: float) -> Comparison:
     """Compare the package's layers with the numpy model, layer by layer."""
     first, mine, theirs = None, [], []
+    margins: list[float] = []
+
+    def observe(scores_BTE: np.ndarray) -> None:
+        ascending_EBT, K = np.moveaxis(np.sort(scores_BTE), -1, 0), weights.config.experts_per_token
+        if len(ascending_EBT) > K:
+            last_BT, next_BT = ascending_EBT[-K], ascending_EBT[-K - 1]
+            margins.extend(((last_BT - next_BT) / (np.abs(last_BT) + 1e-30)).ravel().tolist())
+
+    states = our_states(weights, probes), numpy_states(weights, probes, observe=observe)
     places = ["the embedding", *(f"layer {layer}" for layer in range(weights.config.num_layers)), "the logits"]
-    for place, mine, theirs in zip(places, our_states(weights, probes), numpy_states(weights, probes), strict=True):
+    for place, mine, theirs in zip(places, *states, strict=True):
         if first is None and max(map(relative_difference, mine, theirs)) > tolerance:
             first = place
-    return Comparison(theirs, [*map(relative_difference, mine, theirs)], first)
+    return Comparison(theirs, [*map(relative_difference, mine, theirs)], first, margins)
 
 
 def relative_difference(ours: Any, theirs: Any) -> float:
@@ -164,12 +181,16 @@ def _changes(config: ModelConfig) -> list[Change]:
         Change("permuted projection", block=functools.partial(_with_permuted, to_pairs=False)),
         Change("shifted token id", tokens=1),
         Change("shifted token id", tokens=-1),
+        Change("swapped gate and up", block=_with_swapped),
     ]
     if config.rope_scaling != "none":
         unscaled: dict[str, Any] = {"rope_scaling": "none", "rope_short_factors": (), "rope_long_factors": ()}
         changes.append(Change("dropped rope scaling", lambda config: dataclasses.replace(config, **unscaled)))
     if not config.tie_embeddings:
         changes.append(Change("untied head", lambda config: dataclasses.replace(config, tie_embeddings=True)))
+    if config.num_experts:
+        other: dict[str, Any] = {"normalize_expert_weights": not config.normalize_expert_weights}
+        changes.append(Change("other expert weights", lambda config: dataclasses.replace(config, **other)))
     if "local" in config.layer_pattern:
         pattern: Any = tuple("global" if kind == "local" else kind for kind in config.layer_pattern)
         changes.append(
@@ -186,3 +207,11 @@ def _with_permuted(block: Any, config: ModelConfig, *, to_pairs: bool) -> Any:
     for name in "qk":
         attention[name] = {leaf: np.asarray(values)[..., order] for leaf, values in attention[name].items()}
     return {**block, "attention": attention}
+
+
+def _with_swapped(block: Any, config: ModelConfig) -> Any:
+    """The layer with the gate and up of its MLP, or of its experts, exchanged."""
+    mlp = block["mlp"]
+    if "experts" in mlp:
+        return {**block, "mlp": {**mlp, "experts": _with_swapped({"mlp": mlp["experts"]}, config)["mlp"]}}
+    return {**block, "mlp": {**mlp, "gate": mlp["up"], "up": mlp["gate"]}}

@@ -36,13 +36,18 @@ def ask(script: str, question: dict[str, Any], python: str | None) -> Answer:
         if python is not None:
             environment.pop("PYTHONPATH", None)
         command = [python or sys.executable, str(Path(__file__).with_name(script)), str(folder / "question.json")]
-        with phase(f"running {script.removesuffix('.py')}"):
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        try:
+            with phase(f"running {script.removesuffix('.py')}"):
+                done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        except OSError as error:
+            return Answer({}, {}, error=f"{command[0]} cannot be run ({error.strerror or error})")
         if done.returncode == EXIT_MISSING:
             return Answer({}, {}, missing=done.stdout.strip())
         if done.returncode != 0:
             lines = (done.stderr or done.stdout).strip().splitlines()
             return Answer({}, {}, error=lines[-1] if lines else f"exit code {done.returncode}")
+        if not (folder / "answer.json").exists():
+            return Answer({}, {}, error=f"{command[0]} did not run {script}; give a Python interpreter")
         arrays = {}
         if (folder / "answer.npz").exists():
             with np.load(folder / "answer.npz") as found:

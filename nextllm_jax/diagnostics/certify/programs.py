@@ -18,6 +18,8 @@ from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
 LOGITS = 1e-4
 """Greatest difference of logits that are computed in float32, relative to the greatest logit."""
+MARGIN = 1e-5
+"""Choices between experts whose scores are nearer than this, relative to the greater, may differ between programs."""
 LOG_PROBABILITIES = {"silu": 2e-3, "gelu_tanh": 5e-2}
 """Greatest difference of a log probability in llama.cpp. Its GELU is a table of float16."""
 _SPECIAL = 20
@@ -98,6 +100,8 @@ def compare_transformers_text(answer: Answer, tokenizer: Tokenizer, rows_of_embe
     added = {token: id for token, id in theirs["added"].items() if id < rows_of_embedding}
     if missing := {token: id for token, id in added.items() if tokenizer.backend.tokens.get(token) != id}:
         rows = [failed(check, f"{program} also has the tokens {missing}", "shifted token id")]
+    elif plain := {token for token in theirs["special"] if token in tokenizer.backend.added_tokens}:
+        rows = [failed(check, f"{program} treats {sorted(plain)} as special tokens, so no text contains them")]
     for each, ids in zip(texts_with_tokens(tokenizer), theirs["ids"], strict=True):
         mine = begins + tokenizer.encode(each, recognize="all")
         if mine != ids:
@@ -202,6 +206,15 @@ def _unanswered(check: str, answer: Answer) -> Row:
 def logits_row(check: str, difference: float, *, remark: str = "") -> Row:
     """A row about logits whose greatest difference, relative to the greatest logit, is given."""
     return _row(check, difference, LOGITS, "logits differ by {} of the greatest", remark)
+
+
+def margins_row(margins: list[float]) -> Row:
+    """A row about how clearly experts are chosen, from the margins of `forward.Comparison`."""
+    check, close = "choice of experts", sum(margin < MARGIN for margin in margins)
+    if not close:
+        return ok(check, f"{len(margins):,} choices, by at least {min(margins):.1e} of a score")
+    detail = f"{close} of {len(margins):,} choices are made by less than {MARGIN:g} of a score"
+    return skipped(check, f"{detail}; other programs may choose other experts, and logits then differ")
 
 
 def _row(check: str, difference: float, tolerance: float, what: str, remark: str = "") -> Row:

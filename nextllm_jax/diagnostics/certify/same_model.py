@@ -27,13 +27,14 @@ def same_model(name: str, source: Source, weights: Weights, other: Source, *, to
     Weights may differ by `tolerance` of the greatest of an array. Padding rows of the embedding are not compared.
     """
     return [
-        _same_settings(f"{name}: settings", source.config, other.config),
+        _same_settings(f"{name}: settings", source, other),
         _same_weights(f"{name}: weights", weights, other, tolerance),
         _same_tokenizer(f"{name}: tokenizer", source, other),
     ]
 
 
-def _same_settings(check: str, config: ModelConfig, other: ModelConfig) -> Row:
+def _same_settings(check: str, source: Source, another: Source) -> Row:
+    config, other = source.config, another.config
     left, right = canonical(config), canonical(other)
     names = [
         field.name
@@ -42,7 +43,7 @@ def _same_settings(check: str, config: ModelConfig, other: ModelConfig) -> Row:
         and not _same(getattr(left, field.name), getattr(right, field.name))
     ]
     if not names:
-        return ok(check, "all that affect the logits are equal")
+        return _same_generation(check, source.generation, another.generation)
     said = ", ".join(f"{name} {getattr(config, name)} became {getattr(other, name)}" for name in names)
     fault = None
     if "tie_embeddings" in names:
@@ -50,6 +51,17 @@ def _same_settings(check: str, config: ModelConfig, other: ModelConfig) -> Row:
     elif any(name.startswith("rope_scaling") for name in names):
         fault = "dropped rope scaling"
     return failed(check, said, fault)
+
+
+def _same_generation(check: str, settings: dict[str, Any], other: dict[str, Any]) -> Row:
+    """Whether the other model, if it has generation settings, has the same. Its end tokens may be more."""
+    stated = {name: value for name, value in settings.items() if value is not None and name != "eos_token_id"}
+    lost = [name for name, value in stated.items() if other.get(name) != value]
+    if not other or not lost:
+        return ok(check, "all that affect the logits are equal")
+    said = ", ".join(f"{name} {settings[name]} became {other.get(name)}" for name in lost)
+    is_id = any(name.endswith("_token_id") for name in lost)
+    return failed(check, f"generation_config.json: {said}", "shifted token id" if is_id else None)
 
 
 def _same(left: Any, right: Any) -> bool:
@@ -72,8 +84,8 @@ def _same_weights(check: str, weights: Weights, other: Source, tolerance: float)
                 return failed(check, f"{part} has other weights: {', '.join(sorted(left.keys() ^ right.keys()))}")
             for leaf, values in left.items():
                 if (found := _difference(values, right[leaf], tolerance)) is not None:
-                    what, fault = found
-                    return failed(check, f"{part}/{leaf} {what}", fault)
+                    what, is_permuted = found
+                    return failed(check, f"{part}/{leaf} {what}", _permutation(leaf) if is_permuted else None)
                 compared += 1
     except InputError as error:
         return failed(check, str(error), fault_of(error))
@@ -88,18 +100,25 @@ def fault_of(error: InputError) -> str | None:
     return "untied head" if "lm_head.weight" in text or "output.weight" in text else None
 
 
-def _difference(left: np.ndarray, right: np.ndarray, tolerance: float) -> tuple[str, str | None] | None:
-    """How an array differs from another, and the fault; None if it does not."""
+def _permutation(leaf: str) -> str:
+    """The name of the fault that an array holds the same values in another order."""
+    if "router/" in leaf:
+        return "permuted router"
+    return "swapped experts" if "experts/" in leaf else "permuted projection"
+
+
+def _difference(left: np.ndarray, right: np.ndarray, tolerance: float) -> tuple[str, bool] | None:
+    """How an array differs from another, and whether only its order does; None if it does not."""
     rows = min(len(left), len(right))
     if left.shape[1:] != right.shape[1:] or (left.shape != right.shape and left.ndim != 2):
-        return f"has shape {list(right.shape)}, not {list(left.shape)}", None
+        return f"has shape {list(right.shape)}, not {list(left.shape)}", False
     left, right = left[:rows], right[:rows]
     if np.abs(left - right).max() <= tolerance * np.abs(left).max():
         return None
     if left.ndim > 1 and any(_permuted(left, right, axis) for axis in (-1, 0)):
-        return "holds the same values in another order", "permuted projection"
+        return "holds the same values in another order", True
     where = np.unravel_index(np.abs(left - right).argmax(), left.shape)
-    return f"differs by {np.abs(left - right).max():.2g} at {[int(index) for index in where]}", None
+    return f"differs by {np.abs(left - right).max():.2g} at {[int(index) for index in where]}", False
 
 
 def _permuted(left: np.ndarray, right: np.ndarray, axis: int) -> bool:
