@@ -3,55 +3,121 @@
     python benchmarks/transfer.py [--widths 64 128 256] [--depths 4] [--rates 0.25 0.5 1 2 4] [--steps 150]
 
 A rate is a factor on both learning rates of the config, whose shape is the base of completep: there, both
-parametrizations are the same, and are trained once. Each run is `train.py` in a process of its own, on the default
-corpus. Results are appended to the output file, and runs that it already has are not repeated, so the same command
-continues. It prints a table and draws the picture at the end.
+parametrizations are the same, and are trained once. All runs are on the default corpus. Results are appended to the
+output file, and runs that it already has are not repeated, so the same command continues. It prints a table and draws
+the picture at the end.
 """
 
 import argparse
+import dataclasses
+import functools
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipe import ROOT, metrics_of
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
-sys.path.insert(0, str(ROOT))  # to draw the picture
+from nextllm_jax.config import Config  # noqa: E402
+from nextllm_jax.config.files import load_config_file  # noqa: E402
+from nextllm_jax.process import restart_with_settings  # noqa: E402
 
-BASE_WIDTH, BASE_DEPTH, STEPS = 128, 4, 700
-"""Of `configs/tiny.py`."""
+BASE = load_config_file(str(ROOT / "configs/tiny.py"))
 PARAMETRIZATIONS = ("standard", "completep")
 
 
 class Run(NamedTuple):
-    """What decides a run, in the order of the table."""
+    """What decides a run."""
 
     parametrization: str
     depth: int
     width: int
-    rate: float
-    seed: int
     steps: int
+    seed: int
+    rate: float
 
 
-def bits_per_byte(run: Run) -> float:
-    """The validation loss at the end of a run."""
-    values: dict[str, Any] = {
-        "model.num-layers": run.depth,
-        "model.embed-dim": run.width,
-        "model.mlp-dim": 3 * run.width,
-        "model.num-heads": run.width // 32,
-        "model.num-kv-heads": run.width // 64,
-        "optimizer.learning-rate": run.rate * 0.004,
-        "optimizer.adamw-learning-rate": run.rate * 0.01,
-        "optimizer.warmup-steps": 50 * run.steps // STEPS,
-        "seed": run.seed,
-    }
+def config_of(run: Run) -> Config:
+    """The config of a run, without its factor on the learning rates."""
+    base, width = BASE.model, run.width / BASE.model.embed_dim
+    model = dataclasses.replace(
+        base,
+        num_layers=run.depth,
+        embed_dim=run.width,
+        mlp_dim=round(width * base.mlp_dim),
+        num_heads=round(width * base.num_heads),
+        num_kv_heads=round(width * base.num_kv_heads),
+    )
     if run.parametrization == "completep":
-        values |= {"model.parametrization": "completep", "model.base-width": BASE_WIDTH, "model.base-depth": BASE_DEPTH}
-    options = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-    return metrics_of("configs/tiny.py", options, run.steps, run.steps)[-1]["bits_per_byte"]
+        shape = {"base_width": base.embed_dim, "base_depth": base.num_layers}
+        model = dataclasses.replace(model, parametrization="completep", **shape)
+    training = dataclasses.replace(BASE.training, steps=run.steps)
+    warmup = round(BASE.optimizer.warmup_steps * run.steps / BASE.training.steps)
+    optimizer = dataclasses.replace(BASE.optimizer, warmup_steps=warmup)
+    return dataclasses.replace(BASE, model=model, training=training, optimizer=optimizer, seed=run.seed)
+
+
+@functools.lru_cache(maxsize=1)
+def trainer(run: Run) -> Callable[[float], float]:
+    """A function that trains with a factor on both learning rates, and returns the validation loss in bits per byte.
+
+    The factor is part of the optimizer's state, so one compiled program serves all rates.
+    """
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from nextllm_jax.data.loader import TrainLoader, validation_batches
+    from nextllm_jax.data.prepare import ensure_prepared
+    from nextllm_jax.data.sources import open_sources, source_paths
+    from nextllm_jax.evaluation.evaluate import evaluate
+    from nextllm_jax.model.attention_kernel import choose_kernel
+    from nextllm_jax.model.objective import make_eval_step, next_token
+    from nextllm_jax.model.transformer import Transformer, resolve_dtype
+    from nextllm_jax.sharding import make_mesh, sharding
+    from nextllm_jax.training.optimizers import make_optimizer
+    from nextllm_jax.training.schedule import schedule
+    from nextllm_jax.training.state import create_state, shardings_of
+    from nextllm_jax.training.step import make_train_step
+    from nextllm_jax.training.vocabulary import with_vocab_size
+
+    config = config_of(run)
+    paths = source_paths(config.data, ensure_prepared)
+    sources = open_sources(config.data, paths)
+    config = with_vocab_size(config, paths[0], overwrite=True)
+    mesh = make_mesh(config.mesh)
+    jax.set_mesh(mesh)
+    dtype = resolve_dtype(config.model.dtype, jax.default_backend(), training=True)
+    model = Transformer(config.model, dtype, kernel=choose_kernel(config, mesh, dtype))
+
+    def scaled(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return jax.tree.map(lambda u: state * u, updates), state
+
+    scale = optax.GradientTransformation(lambda params: jnp.ones(()), scaled)
+    optimizer = optax.chain(make_optimizer(config.optimizer, config.model), scale)
+    length, batch, rows = config.data.sequence_length, config.training.global_batch_size, sharding(mesh, "batch", "seq")
+    loader = TrainLoader(sources, sequence_length=length, global_batch_size=batch, seed=config.seed, sharding=rows)
+    state = create_state(model, optimizer, mesh, config.seed)
+    rates = schedule(config.optimizer, run.steps)
+    step = make_train_step(next_token, model, optimizer, rates, shardings_of(state))
+    score = make_eval_step(next_token, model)
+
+    def train(rate: float) -> float:
+        state = create_state(model, optimizer, mesh, config.seed)
+        factor = jax.device_put(jnp.float32(rate), state.opt_state[1].sharding)
+        state = dataclasses.replace(state, opt_state=(state.opt_state[0], factor))
+        for _, batch in zip(range(run.steps), loader.batches(0), strict=False):
+            state, _ = step(state, batch)
+        held_out = sources[0].dataset.split("validation")
+        batches = validation_batches(held_out, sequence_length=length, batch_size=32, sharding=rows)
+        found = evaluate(score, state.params, batches, held_out.num_bytes).bits_per_byte
+        assert found is not None
+        return found
+
+    return train
 
 
 def table(done: dict[Run, float], rates: list[float]) -> str:
@@ -99,8 +165,8 @@ def draw(done: dict[Run, float]) -> bytes:
 def main() -> None:
     """Train what is missing, print the table and draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256], help="multiples of 64")
-    parser.add_argument("--depths", type=int, nargs="+", default=[BASE_DEPTH])
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--depths", type=int, nargs="+", default=[BASE.model.num_layers])
     parser.add_argument("--rates", type=float, nargs="+", default=[0.25, 0.5, 1.0, 2.0, 4.0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=150)
@@ -113,10 +179,14 @@ def main() -> None:
     done: dict[Run, float] = {}
     seeds, depths, widths, rates = arguments.seeds, arguments.depths, arguments.widths, sorted(arguments.rates)
     for seed, name, depth, width, rate in itertools.product(seeds, PARAMETRIZATIONS, depths, widths, rates):
-        run = Run(name, depth, width, rate, seed, arguments.steps)
-        trained = run._replace(parametrization="standard") if (width, depth) == (BASE_WIDTH, BASE_DEPTH) else run
+        run = Run(name, depth, width, arguments.steps, seed, rate)
+        trained = (
+            run._replace(parametrization="standard")
+            if (width, depth) == (BASE.model.embed_dim, BASE.model.num_layers)
+            else run
+        )
         if trained not in found:
-            found[trained] = bits_per_byte(trained)
+            found[trained] = trainer(trained._replace(rate=1.0))(rate)
             with open(arguments.output, "a") as output:
                 output.write(json.dumps({**trained._asdict(), "bits_per_byte": found[trained]}) + "\n")
         done[run] = found[trained]
@@ -125,4 +195,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    restart_with_settings()
     main()
