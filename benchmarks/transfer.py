@@ -1,11 +1,11 @@
 """The best learning rate over widths and depths: `configs/tiny.py` at other shapes, with and without completep.
 
-    python benchmarks/transfer.py [--widths 64 128 256] [--depths 4] [--rates 0.25 0.5 1 2 4] [--steps 150]
+    python benchmarks/transfer.py [--widths 64 128 256] [--depths 4] [--rates 0.5 1 2 4 8] [--steps 150]
 
 A rate is a factor on both learning rates of the config, whose shape is the base of completep: there, both
 parametrizations are the same, and are trained once. All runs are on the default corpus. Results are appended to the
-output file, and runs that it already has are not repeated, so the same command continues. It prints a table and draws
-the picture at the end.
+output file, and runs that it already has are not repeated, so the same command continues. At the end, it prints a table
+and draws a picture of all runs in the file.
 """
 
 import argparse
@@ -13,10 +13,13 @@ import dataclasses
 import functools
 import itertools
 import json
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -38,6 +41,11 @@ class Run(NamedTuple):
     steps: int
     seed: int
     rate: float
+
+
+def is_base(run: Run) -> bool:
+    """Whether it has the shape at which both parametrizations are the same."""
+    return (run.width, run.depth) == (BASE.model.embed_dim, BASE.model.num_layers)
 
 
 def config_of(run: Run) -> Config:
@@ -120,38 +128,57 @@ def trainer(run: Run) -> Callable[[float], float]:
     return train
 
 
-def table(done: dict[Run, float], rates: list[float]) -> str:
-    """A row of losses for each parametrization and shape; the best rate of a row is bold."""
-    lines = [
-        f"| parametrization | layers | width | {' | '.join(f'{rate:g}' for rate in rates)} |",
-        "|---" * (3 + len(rates)) + "|",
-    ]
-    for (name, depth, width), runs in curves(done).items():
-        best = min(runs.values())
-        cells = [f"**{loss:.3f}**" if loss == best else f"{loss:.3f}" for loss in map(runs.__getitem__, rates)]
-        lines.append(f"| {name} | {depth} | {width} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+Curves = dict[tuple[str, int, int], dict[float, float]]
+"""The loss by rate, for each parametrization, depth and width; the mean over seeds."""
 
 
-def curves(done: dict[Run, float]) -> dict[tuple[str, int, int], dict[float, float]]:
-    """The loss by rate, for each parametrization, depth and width; the mean over seeds."""
-    found: dict[tuple[str, int, int], dict[float, list[float]]] = {}
-    for run, loss in done.items():
-        found.setdefault(run[:3], {}).setdefault(run.rate, []).append(loss)
+def curves(found: dict[Run, float], steps: int) -> Curves:
+    """The curves of all runs with that many steps."""
+    losses: dict[tuple[str, int, int], dict[float, list[float]]] = {}
+    for run, loss in sorted(found.items()):
+        names = PARAMETRIZATIONS if is_base(run) else (run.parametrization,)
+        for name in names if run.steps == steps else ():
+            losses.setdefault((name, run.depth, run.width), {}).setdefault(run.rate, []).append(loss)
     return {
-        key: {rate: sum(losses) / len(losses) for rate, losses in sorted(runs.items())} for key, runs in found.items()
+        key: {rate: statistics.mean(runs[rate]) for rate in sorted(runs)}
+        for key, runs in sorted(losses.items(), key=lambda item: (PARAMETRIZATIONS.index(item[0][0]), item[0]))
     }
 
 
-def draw(done: dict[Run, float]) -> bytes:
+def best_rate(runs: dict[float, float]) -> float:
+    """The lowest point of the parabola through the best run and its neighbors; that run's rate if it has only one."""
+    rates = list(runs)
+    best = rates.index(min(runs, key=runs.__getitem__))
+    if not 0 < best < len(rates) - 1:
+        return rates[best]
+    around = rates[best - 1 : best + 2]
+    a, b, _ = np.polyfit(np.log2(around), [runs[rate] for rate in around], 2)
+    return float(2 ** (-b / (2 * a)))
+
+
+def table(found: Curves) -> str:
+    """A row of losses for each parametrization and shape."""
+    rates = sorted({rate for runs in found.values() for rate in runs})
+    lines = [
+        f"| | layers | width | {' | '.join(f'{rate:g}' for rate in rates)} | best |",
+        "|---" * (4 + len(rates)) + "|",
+    ]
+    for (name, depth, width), runs in found.items():
+        cells = [f"{runs[rate]:.3f}" if rate in runs else "" for rate in rates]
+        lines.append(f"| {name} | {depth} | {width} | {' | '.join(cells)} | {best_rate(runs):.1f} |")
+    return "\n".join(lines)
+
+
+def draw(found: Curves) -> bytes:
     """A PNG with a panel for each parametrization and a curve for each shape."""
     from nextllm_jax.training.pictures import new_figure, to_png
 
     figure = new_figure(9, 4.5)
     panels = figure.subplots(1, len(PARAMETRIZATIONS), sharey=True)
-    for (name, depth, width), runs in curves(done).items():
+    for (name, depth, width), runs in found.items():
         axes = panels[PARAMETRIZATIONS.index(name)]
-        axes.plot(runs.keys(), runs.values(), "o-", label=f"{depth} layers, {width} wide")
+        (line,) = axes.plot(runs.keys(), runs.values(), "o-", label=f"{depth} layers, {width} wide")
+        axes.axvline(best_rate(runs), color=line.get_color(), linestyle=":")
     for axes, name in zip(panels, PARAMETRIZATIONS, strict=True):
         axes.set_title(name)
         axes.set_xscale("log", base=2)
@@ -167,7 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--depths", type=int, nargs="+", default=[BASE.model.num_layers])
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.25, 0.5, 1.0, 2.0, 4.0])
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1.0, 2.0, 4.0, 8.0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--output", type=Path, default=Path("transfer.jsonl"))
@@ -176,22 +203,17 @@ def main() -> None:
     text = arguments.output.read_text() if arguments.output.exists() else ""
     lines = list(map(json.loads, text.splitlines()))
     found = {Run(**{name: line[name] for name in Run._fields}): line["bits_per_byte"] for line in lines}
-    done: dict[Run, float] = {}
-    seeds, depths, widths, rates = arguments.seeds, arguments.depths, arguments.widths, sorted(arguments.rates)
+    seeds, depths, widths, rates = arguments.seeds, arguments.depths, arguments.widths, arguments.rates
     for seed, name, depth, width, rate in itertools.product(seeds, PARAMETRIZATIONS, depths, widths, rates):
         run = Run(name, depth, width, arguments.steps, seed, rate)
-        trained = (
-            run._replace(parametrization="standard")
-            if (width, depth) == (BASE.model.embed_dim, BASE.model.num_layers)
-            else run
-        )
-        if trained not in found:
-            found[trained] = trainer(trained._replace(rate=1.0))(rate)
+        run = run._replace(parametrization="standard") if is_base(run) else run
+        if run not in found:
+            found[run] = trainer(run._replace(rate=1.0))(rate)
             with open(arguments.output, "a") as output:
-                output.write(json.dumps({**trained._asdict(), "bits_per_byte": found[trained]}) + "\n")
-        done[run] = found[trained]
-    print(table(done, rates))
-    arguments.picture.write_bytes(draw(done))
+                output.write(json.dumps({**run._asdict(), "bits_per_byte": found[run]}) + "\n")
+    measured = curves(found, arguments.steps)
+    print(table(measured))
+    arguments.picture.write_bytes(draw(measured))
 
 
 if __name__ == "__main__":

@@ -34,8 +34,7 @@ def scale_rates(config: OptimizerConfig, model: ModelConfig) -> tuple[optax.Grad
 
     def scale(path: Any, direction: jax.Array) -> jax.Array:
         name = path_name(path)
-        # Adapters are not among the weights.
-        return direction * rate_factor(config, model, name, weights[name]) if name in weights else direction
+        return direction * rate_factor(config, model, name, weights[name])
 
     return (optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates)),)
 
