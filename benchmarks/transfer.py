@@ -5,7 +5,7 @@
 A rate is a factor on both learning rates of the config, whose shape is the base of completep: there, both
 parametrizations are the same, and are trained once. All runs are on the default corpus. Results are appended to the
 output file, and runs that it already has are not repeated, so the same command continues. At the end, it prints a table
-and draws a picture of all runs in the file.
+and draws a picture of all runs in the file that have these rates and steps.
 """
 
 import argparse
@@ -132,12 +132,12 @@ Curves = dict[tuple[str, int, int], dict[float, float]]
 """The loss by rate, for each parametrization, depth and width; the mean over seeds."""
 
 
-def curves(found: dict[Run, float], steps: int) -> Curves:
-    """The curves of all runs with that many steps."""
+def curves(found: dict[Run, float], steps: int, rates: list[float]) -> Curves:
+    """The curves of all runs with these rates and that many steps."""
     losses: dict[tuple[str, int, int], dict[float, list[float]]] = {}
     for run, loss in sorted(found.items()):
         names = PARAMETRIZATIONS if is_base(run) else (run.parametrization,)
-        for name in names if run.steps == steps else ():
+        for name in names if run.steps == steps and run.rate in rates else ():
             losses.setdefault((name, run.depth, run.width), {}).setdefault(run.rate, []).append(loss)
     return {
         key: {rate: statistics.mean(runs[rate]) for rate in sorted(runs)}
@@ -211,7 +211,7 @@ def main() -> None:
             found[run] = trainer(run._replace(rate=1.0))(rate)
             with open(arguments.output, "a") as output:
                 output.write(json.dumps({**run._asdict(), "bits_per_byte": found[run]}) + "\n")
-    measured = curves(found, arguments.steps)
+    measured = curves(found, arguments.steps, rates)
     print(table(measured))
     arguments.picture.write_bytes(draw(measured))
 
