@@ -42,6 +42,13 @@ class ModelConfig:
     init_std / sqrt(2 num_layers)."""
     zero_init_outputs: NoEffect[bool] = False
     """Initialize the output projections of attention and MLP with zeros, so each layer starts as the identity."""
+    parametrization: Literal["standard", "completep"] = "standard"
+    """How learning rates and initial weights depend on the shape. standard: they are as stated; completep: those of a
+    model of base_width and base_depth, from which the ones of each weight are derived."""
+    base_width: int | None = None
+    """With completep: embed_dim of the model that the learning rates were chosen for."""
+    base_depth: int | None = None
+    """With completep: num_layers of the model that the learning rates were chosen for."""
     dtype: Free[Literal["auto", "float32", "bfloat16"]] = "auto"
     """Type of the matmuls; auto: bfloat16, but float32 on a CPU without bfloat16 units."""
     attention: Free[Literal["auto", "xla", "blockwise", "splash", "cudnn"]] = "auto"
@@ -151,7 +158,7 @@ class ModelConfig:
             self, "model.", "num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim",
             "context_length", "sliding_window", "rope_original_context_length", "norm_eps", "init_std",
             "rope_attention_factor", "attention_scale", "attention_soft_cap", "embedding_scale", "residual_scale",
-            "logit_divisor", "logit_soft_cap",
+            "logit_divisor", "logit_soft_cap", "base_width", "base_depth",
         )  # fmt: skip
         require(self.vocab_size >= 0, f"model.vocab_size is {self.vocab_size}; it cannot be negative")
         heads, kv_heads = self.num_heads, self.num_kv_heads
@@ -167,6 +174,7 @@ class ModelConfig:
         )
         self._check_rope()
         self._check_experts()
+        self._check_parametrization()
 
     @property
     def period(self) -> tuple[tuple[LayerKind, MLPKind], ...]:
@@ -181,6 +189,16 @@ class ModelConfig:
         period = self.period
         return tuple(layer for layer in range(self.num_layers) if period[layer % len(period)][1] == "sparse")
 
+    @property
+    def width_ratio(self) -> float:
+        """base_width / embed_dim; 1 with the standard parametrization."""
+        return 1.0 if self.base_width is None else self.base_width / self.embed_dim
+
+    @property
+    def depth_ratio(self) -> float:
+        """base_depth / num_layers; 1 with the standard parametrization."""
+        return 1.0 if self.base_depth is None else self.base_depth / self.num_layers
+
     def without_remat(self) -> "ModelConfig":
         """The same model without recomputation and offloading."""
         return dataclasses.replace(self, remat="none", remat_offload=False)
@@ -188,6 +206,21 @@ class ModelConfig:
     def for_inference(self) -> "ModelConfig":
         """The config for inference: without recomputation, offloading and limits on the tokens of an expert."""
         return dataclasses.replace(self.without_remat(), capacity_factor=None)
+
+    def _check_parametrization(self) -> None:
+        scaled = self.parametrization == "completep"
+        for name in ("base_width", "base_depth"):
+            message = "needs" if scaled else "has no"
+            require(
+                (getattr(self, name) is not None) == scaled,
+                f"model.parametrization {self.parametrization} {message} model.{name}, the shape that the learning "
+                f"rates were chosen for; {'set it' if scaled else 'leave it out, or set completep'}",
+            )
+        require(
+            not scaled or self.norm_placement == "pre",
+            f"model.parametrization completep scales the outputs of attention and MLP, and norms after them "
+            f"(model.norm_placement {self.norm_placement}) would undo it; use standard",
+        )
 
     def _check_experts(self) -> None:
         experts, chosen = self.num_experts, self.experts_per_token
@@ -238,5 +271,8 @@ class ModelConfig:
 
 EXECUTION_FIELDS = tuple(name for name, mark in marks(ModelConfig).items() if mark.change == "free")
 """The fields of a ModelConfig that change how the model is computed but not what it computes."""
-ROUTER_TRAINING_FIELDS = ("load_balance_weight", "router_z_weight", "selection_bias_rate", "capacity_factor")
-"""The fields of a ModelConfig that change how routers are trained, but not what the model computes."""
+TRAINING_FIELDS = (
+    "load_balance_weight", "router_z_weight", "selection_bias_rate", "capacity_factor",
+    "parametrization", "base_width", "base_depth",
+)  # fmt: skip
+"""The fields of a ModelConfig that change how a model is trained, but not what it computes."""

@@ -320,6 +320,10 @@ class Config:
             not self.lora.rank or self.optimizer.name != "muon",
             f"lora.rank is {self.lora.rank}, but muon trains whole matrices, not adapters; set optimizer.name to adamw",
         )
+        _require(
+            not self.lora.rank or self.model.parametrization == "standard",
+            f"lora.rank is {self.lora.rank}, but completep has no rates for adapters; leave model.parametrization out",
+        )
         self._check_evaluation()
         if self.init_from is None:  # else the model is not known yet
             self.check_fit()

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from nextllm_jax.config.model import EXECUTION_FIELDS, ROUTER_TRAINING_FIELDS, LayerKind, ModelConfig
+from nextllm_jax.config.model import EXECUTION_FIELDS, TRAINING_FIELDS, LayerKind, ModelConfig
 from nextllm_jax.errors import InputError
 from nextllm_jax.interop.huggingface_rope import scaling_fields
 from nextllm_jax.ops import rope
@@ -18,7 +18,7 @@ _OF_EXPERTS = (
     "router_scores", "normalize_expert_weights", "expert_weight_scale", "selection_bias",
 )  # fmt: skip
 """Fields that have no effect without experts."""
-_WITHOUT_EFFECT = ("param_dtype", "zero_init_outputs", *ROUTER_TRAINING_FIELDS, *EXECUTION_FIELDS)
+_WITHOUT_EFFECT = ("param_dtype", "zero_init_outputs", *TRAINING_FIELDS, *EXECUTION_FIELDS)
 """Fields that have no effect on logits, up to rounding."""
 
 

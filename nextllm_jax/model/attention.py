@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from nextllm_jax.config.model import LayerKind, ModelConfig
 from nextllm_jax.model.attention_kernel import AttentionKernel, attend
 from nextllm_jax.model.kv_cache import KVCache
-from nextllm_jax.model.layers import Linear, make_norm, residual_init_std
+from nextllm_jax.model.layers import Linear, hidden_init_std, make_norm, residual_init_std
 from nextllm_jax.ops.attention import cached_attention
 from nextllm_jax.ops.rope import apply_rope
 from nextllm_jax.sharding import constrain
@@ -86,7 +86,7 @@ class Attention(nn.Module):
             "BTD,DNH->BTNH",
             (config.embed_dim, num_heads, config.head_dim),
             ("embed", axis, "head_dim"),
-            config.init_std,
+            hidden_init_std(config),
             self.dtype,
             jnp.dtype(config.param_dtype),
             bias_axes=(axis, "head_dim") if config.attention_bias else (),

@@ -37,11 +37,13 @@ class RMSNorm(nn.Module):
     eps: float
     param_dtype: Any
     scale_offset: float = 0.0
+    initial_scale: float = 1.0
+    """Of scale + scale_offset."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return the normalized array in the dtype of `x`; computed in float32."""
-        init = nn.initializers.constant(1.0 - self.scale_offset)
+        init = nn.initializers.constant(self.initial_scale - self.scale_offset)
         scale = declare(self, "scale", "norm", init, ("norm",), (x.shape[-1],), self.param_dtype)
         scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,)) + self.scale_offset
         return _rms_norm(x, scale, self.eps)
@@ -179,7 +181,8 @@ class SwiGLU(nn.Module):
         config = self.config
         embed, mlp = config.embed_dim, self.mlp_dim
         types = {"dtype": self.dtype, "param_dtype": jnp.dtype(config.param_dtype)}
-        into = {"kernel_shape": (embed, mlp), "kernel_axes": ("embed", "mlp"), "init_std": config.init_std, **types}
+        std = hidden_init_std(config)
+        into = {"kernel_shape": (embed, mlp), "kernel_axes": ("embed", "mlp"), "init_std": std, **types}
         activation = activation_of(config)
         gate_BTF = Linear("BTD,DF->BTF", **into, name="gate")(x_BTD)
         up_BTF = Linear("BTD,DF->BTF", **into, name="up")(x_BTD)
@@ -191,9 +194,10 @@ class SwiGLU(nn.Module):
         )
 
 
-def make_norm(config: ModelConfig, name: str | None = None) -> RMSNorm:
+def make_norm(config: ModelConfig, name: str | None = None, initial_scale: float = 1.0) -> RMSNorm:
     """The RMSNorm that a config asks for."""
-    return RMSNorm(config.norm_eps, jnp.dtype(config.param_dtype), config.norm_scale_offset, name=name)
+    param_dtype = jnp.dtype(config.param_dtype)
+    return RMSNorm(config.norm_eps, param_dtype, config.norm_scale_offset, initial_scale, name=name)
 
 
 def activation_of(config: ModelConfig) -> Callable[[jax.Array], jax.Array]:
@@ -201,9 +205,16 @@ def activation_of(config: ModelConfig) -> Callable[[jax.Array], jax.Array]:
     return nn.silu if config.activation == "silu" else nn.gelu  # the tanh approximation
 
 
+def hidden_init_std(config: ModelConfig) -> float:
+    """The initial standard deviation of the matrices of attention and MLP, except for their output projections."""
+    return config.init_std * math.sqrt(config.width_ratio)
+
+
 def residual_init_std(config: ModelConfig) -> float:
     """The initial standard deviation of projections into the residual stream (Radford et al. 2019, GPT-2).
 
-    It keeps the variance of the residual stream independent of depth. It is 0 with `zero_init_outputs`.
+    It keeps the variance of the residual stream independent of depth. With completep, it is that of the base depth
+    times base_depth / num_layers, so that the sum over the layers is bounded. It is 0 with `zero_init_outputs`.
     """
-    return 0.0 if config.zero_init_outputs else config.init_std / math.sqrt(2 * config.num_layers)
+    std = 0.0 if config.zero_init_outputs else hidden_init_std(config) / math.sqrt(2 * config.num_layers)
+    return std * math.sqrt(config.depth_ratio)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from nextllm_jax.config import ModelConfig
-from nextllm_jax.model.layers import SwiGLU, activation_of, residual_init_std
+from nextllm_jax.model.layers import SwiGLU, activation_of, hidden_init_std, residual_init_std
 from nextllm_jax.model.weights import EXPERTS, declare
 from nextllm_jax.ops.grouped import arrange, collect, grouped_product, spread
 from nextllm_jax.ops.quantized import QTensor
@@ -89,7 +89,7 @@ class Router(nn.Module):
 
 
 def _router_matrix(module: nn.Module, config: ModelConfig, num_outputs: int) -> jax.Array:
-    shape, init = (config.embed_dim, num_outputs), nn.initializers.normal(config.init_std)
+    shape, init = (config.embed_dim, num_outputs), nn.initializers.normal(config.init_std * config.width_ratio)
     axes = ("embed", "router_experts")
     return declare(module, "kernel", "router", init, axes, shape, jnp.dtype(config.param_dtype), num_inputs=1)
 
@@ -163,8 +163,8 @@ class Experts(nn.Module):
     def __call__(self, x_BTD: jax.Array, choice: Choice) -> jax.Array:
         """Return the weighted sum of the outputs of each token's experts, [B, T, D]."""
         config = self.config
-        width = config.expert_mlp_dim or config.mlp_dim
-        into = {"shape": (config.embed_dim, width), "axes": ("expert_embed", "mlp"), "init_std": config.init_std}
+        width, std = config.expert_mlp_dim or config.mlp_dim, hidden_init_std(config)
+        into = {"shape": (config.embed_dim, width), "axes": ("expert_embed", "mlp"), "init_std": std}
         gate, up = (ExpertMatrix(config, **into, name=name)() for name in ("gate", "up"))
         down = ExpertMatrix(
             config, (width, config.embed_dim), ("mlp", "expert_embed"), residual_init_std(config), name="down"

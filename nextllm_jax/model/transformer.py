@@ -158,7 +158,7 @@ class Transformer(nn.Module):
         kinds = config.period
         num_rest = config.num_layers - num_periods * len(kinds)
         self.remainder = [block(config, *kinds[i % len(kinds)], self.dtype, self.kernel) for i in range(num_rest)]
-        self.final_norm = make_norm(config)
+        self.final_norm = make_norm(config, initial_scale=config.width_ratio)
         if not config.tie_embeddings:
             self.lm_head = Embed(*embed)
 

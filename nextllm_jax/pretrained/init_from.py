@@ -11,7 +11,7 @@ import jax
 from nextllm_jax.checkpoint.run_dir import RunDir
 from nextllm_jax.config import Config, DataConfig, LoraConfig, ModelConfig
 from nextllm_jax.config.files import workdir_of
-from nextllm_jax.config.model import EXECUTION_FIELDS, ROUTER_TRAINING_FIELDS
+from nextllm_jax.config.model import EXECUTION_FIELDS, TRAINING_FIELDS
 from nextllm_jax.data.shards import DataPath, Dataset
 from nextllm_jax.errors import InputError, missing_package
 from nextllm_jax.model import lora
@@ -23,7 +23,7 @@ from nextllm_jax.tokenizer.published import load_tokenizer
 
 _log = logging.getLogger(__name__)
 
-_OURS = ("param_dtype", *EXECUTION_FIELDS, *ROUTER_TRAINING_FIELDS)
+_OURS = ("param_dtype", *EXECUTION_FIELDS, *TRAINING_FIELDS)
 """Fields of the model that come from the config, since they determine how it is computed and trained, not what it
 computes."""
 

@@ -9,7 +9,8 @@ Depth and width grow together. Everything else follows from them and from the re
   digits, so that meshes divide it.
 - Learning rates are proportional to sqrt(batch / (width x depth)). The square root of the batch is that of Malladi et
   al. 2022 (arXiv:2205.10287). The square roots of width and depth keep the sizes of the changes of activations with
-  directions that have a fixed root mean square, as those of Muon here.
+  directions that have a fixed root mean square, as those of Muon here. With `model.parametrization` completep, they are
+  those of its base shape, which does not change, so they follow the batch alone.
 - learning_rate x weight_decay x steps is proportional to sqrt(tokens per parameter) (Bergsma et al. 2025).
 - The warmup takes the same fraction of the steps.
 """
@@ -159,6 +160,8 @@ def _with_recipe(base: Config, model: ModelConfig, tokens: float, batch_multiple
             "--ladder-minutes, a smaller --training.global-batch-size or a shorter --data.sequence-length"
         )
     area = model.embed_dim * model.num_layers / (base.model.embed_dim * base.model.num_layers)
+    if model.parametrization == "completep":
+        area = 1.0
     rate = math.sqrt(batch / training.global_batch_size / area)
     ratio = tokens / active_parameter_count(model) / before.tokens_per_parameter
     decay = math.sqrt(ratio) * training.steps / (rate * steps)

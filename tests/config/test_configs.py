@@ -30,6 +30,7 @@ from nextllm_jax.model.transformer import Transformer
 from nextllm_jax.training.schedule import schedule
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
+COMPLETEP: dict[str, Any] = {"parametrization": "completep", "base_width": 64, "base_depth": 2}
 NAMES = [file.stem for file in SHIPPED]
 
 
@@ -103,6 +104,15 @@ def test_active_parameters_of_published_shapes(name: str, active: int) -> None:
         (ModelConfig, {"expert_mlp_dim": 8}, ["model.expert_mlp_dim is 8", "set model.num_experts"]),
         (ModelConfig, {"num_experts": 4, "shared_expert_gate": True}, ["set model.shared_expert_mlp_dim"]),
         (ModelConfig, {"num_experts": 4, "capacity_factor": -1.0}, ["model.capacity_factor is -1.0"]),
+        (ModelConfig, {"parametrization": "completep", "base_width": 64}, ["completep needs model.base_depth"]),
+        (ModelConfig, {"base_width": 64}, ["standard has no model.base_width", "completep"]),
+        (ModelConfig, COMPLETEP | {"norm_placement": "post"}, ["model.norm_placement post", "use standard"]),
+        (ModelConfig, COMPLETEP | {"base_depth": 0}, ["model.base_depth is 0"]),
+        (
+            Config,
+            {"init_from": "run", "lora": LoraConfig(rank=2), "model": ModelConfig(**COMPLETEP)},
+            ["lora.rank is 2", "leave model.parametrization out"],
+        ),
         (DataConfig, {"sequence_length": 0}, ["data.sequence_length is 0"]),
         (DataConfig, {"validation_fraction": 1.0}, ["data.validation_fraction is 1.0"]),
         (OptimizerConfig, {"learning_rate": 0.0}, ["optimizer.learning_rate is 0.0"]),

@@ -322,8 +322,9 @@ def test_a_model_that_no_family_has_is_refused_with_its_fields():
 def test_a_plain_model_can_be_written_as_any_family_that_says_the_same(model_type):
     assert write_model_config(CONFIG)["model_type"] == "llama"
     assert write_model_config(CONFIG, model_type=model_type)["model_type"] == model_type
-    zero = dataclasses.replace(CONFIG, zero_init_outputs=True)  # which no file says, and no trained model needs
-    assert write_model_config(zero, model_type=model_type) == write_model_config(CONFIG, model_type=model_type)
+    scaled = {"parametrization": "completep", "base_width": 8, "base_depth": 1}
+    trained = dataclasses.replace(CONFIG, zero_init_outputs=True, **scaled)  # which no file says, or needs
+    assert write_model_config(trained, model_type=model_type) == write_model_config(CONFIG, model_type=model_type)
 
 
 def test_a_round_trip_in_one_file_in_many_and_in_bfloat16(tmp_path):

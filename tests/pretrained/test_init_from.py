@@ -241,12 +241,14 @@ def test_the_model_is_the_sources_but_for_how_it_is_computed(sources, messages):
     assert resolve().model == ModelConfig()
 
 
-def test_how_routers_are_trained_is_the_configs(tmp_path):
+def test_how_it_is_trained_is_the_configs(tmp_path):
     write_huggingface(tmp_path / "hf", dataclasses.replace(SMALL, num_experts=4))
     file = Config(model=ModelConfig(load_balance_weight=0.5), data=DataConfig(sequence_length=64))
-    asked = dataclasses.replace(file, model=dataclasses.replace(file.model, router_z_weight=0.0))
+    scaled = {"parametrization": "completep", "base_width": 8, "base_depth": 1}
+    asked = dataclasses.replace(file, model=dataclasses.replace(file.model, router_z_weight=0.0, **scaled))
     model = resolve(asked, file, init_from=str(tmp_path / "hf")).model
     assert (model.num_experts, model.load_balance_weight, model.router_z_weight) == (4, 0.5, 0.0)
+    assert (model.parametrization, model.base_width, model.base_depth) == ("completep", 8, 1)
 
 
 @pytest.mark.parametrize(

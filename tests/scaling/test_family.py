@@ -51,14 +51,18 @@ def test_members_keep_the_ratios_and_spend_the_compute(name, budgets):
             assert getattr(model, field) / model.embed_dim == pytest.approx(wanted, abs=tolerance * wanted / 2 + unit)
 
 
-def test_the_recipe_follows_the_size():
+@pytest.mark.parametrize("parametrization", ["standard", "completep"])
+def test_the_recipe_follows_the_size(parametrization):
     base = config("tiny")
+    if parametrization == "completep":
+        scaled = {"parametrization": "completep", "base_width": 128, "base_depth": 4}
+        base = dataclasses.replace(base, model=dataclasses.replace(base.model, **scaled))
     small, large = member(base, 1e13, 8), member(base, 1e17, 8)
     area = [each.model.embed_dim * each.model.num_layers for each in (small, large)]
     tokens = [size_of(each).tokens for each in (small, large)]
     batch = [each.training.global_batch_size for each in (small, large)]
     assert batch[1] / batch[0] == pytest.approx((tokens[1] / tokens[0]) ** 0.4, rel=0.25)
-    factor = math.sqrt(batch[1] / batch[0] * area[0] / area[1])
+    factor = math.sqrt(batch[1] / batch[0] * (1 if parametrization == "completep" else area[0] / area[1]))
     assert large.optimizer.learning_rate / small.optimizer.learning_rate == pytest.approx(factor, rel=0.01)
     assert large.optimizer.adamw_learning_rate == pytest.approx(2.5 * large.optimizer.learning_rate, rel=0.01)
     averaged = [

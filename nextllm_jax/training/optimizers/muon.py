@@ -18,6 +18,7 @@ from nextllm_jax.model.transformer import abstract_params
 from nextllm_jax.model.weights import Weight, is_weight, of_kind, path_name
 from nextllm_jax.sharding import constrain, per_layer
 from nextllm_jax.training.optimizers.adamw import adamw
+from nextllm_jax.training.optimizers.parts import scale_rates
 
 _MOMENTUM, _DIRECTION_RMS = 0.95, 0.2
 _NUM_ITERATIONS, _COEFFICIENTS, _EPS = 5, (3.4445, -4.7750, 2.0315), 1e-8
@@ -44,6 +45,7 @@ def muon(config: OptimizerConfig, model: ModelConfig) -> tuple[optax.GradientTra
         "matrix": optax.chain(
             optax.trace(_MOMENTUM, nesterov=True, accumulator_dtype=jnp.dtype(config.first_moment_dtype)),
             optax.stateless(orthogonalize),
+            *scale_rates(config, model),
             optax.add_decayed_weights(config.weight_decay),
         ),
         "rest": optax.chain(*adamw(config, model), optax.scale(config.adamw_rate_ratio)),
