@@ -123,7 +123,9 @@ def _check(arguments: ScaleArguments) -> None:
     if not 0 < arguments.mfu <= 1:
         raise InputError(f"--mfu is {arguments.mfu}; it must be a fraction above 0 and up to 1")
     if arguments.run.init_from is not None:
-        raise InputError(f"init_from is {arguments.run.init_from}, but all runs start from new weights; leave it out")
+        raise InputError(
+            f"init_from is {arguments.run.init_from}, but all runs start from new weights; leave out init_from and lora"
+        )
 
 
 def _scale(arguments: ScaleArguments, file: Config, trainer: "Trainer") -> int:
@@ -156,6 +158,11 @@ def _scale(arguments: ScaleArguments, file: Config, trainer: "Trainer") -> int:
             found = found._replace(plan=planned(run, target, arguments.search_minutes))
         except InputError as error:  # raised after the forecast was printed
             problem = str(error)
+    if arguments.days is not None and found.least_days is not None and found.least_days > arguments.days:
+        _log.warning(
+            f"the plan takes at least {found.least_days:.3g} days, more than --days {arguments.days:g}; give an --mfu "
+            f"below {arguments.mfu:g}"
+        )
     if arguments.json:
         print(json.dumps(report.forecast_json(rungs, found)))
     else:

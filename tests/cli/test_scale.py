@@ -99,6 +99,7 @@ def test_a_small_ladder_from_start_to_end(here, messages, capsys):
     shown = capsys.readouterr().out
     assert f"{1e-8 * 86400 * 8 * 989e12 * 0.5:.3g}" in shown
     assert re.search(r"memory per device +.* of 80\.0 GiB, estimated", shown)
+    assert re.search(r"at least .* days, more than --days 1e-08; give an --mfu below 0\.5", messages.text)
     command = shown.split("python train.py ")[1].splitlines()[0]
     assert "--workdir runs/config_large" in command
     assert "--data.path" not in command
