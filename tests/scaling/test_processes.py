@@ -88,7 +88,7 @@ def test_a_run_stops_when_its_ladder_is_killed(small):
             run.require_unlocked()
             break
         time.sleep(0.1)
-    assert "interrupted" in Path("ladder/rung_1.log").read_text()
+    assert "SIGTERM: saved step" in Path("ladder/rung_1.log").read_text()
 
 
 def test_an_ignored_hangup_stays_ignored():
