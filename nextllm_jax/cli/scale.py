@@ -23,13 +23,24 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 PICTURE = "scaling.png"
+_MOST_RUNGS = 20
+_BOUNDS = {
+    "budget": (1, 1e30),
+    "days": (1e-9, 1e6),
+    "price": (1e-9, 1e9),
+    "tokens_per_parameter": (1e-3, 1e6),
+    "ladder_minutes": (1e-3, 1e6),
+    "ladder_flops": (1, 1e30),
+}
+"""Of the options that are numbers. Far outside, the models would have more layers than can be counted."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScaleArguments:
     """Train a ladder of small models, fit their losses, and predict and plan a large run of the same family.
 
-    The same command continues an interrupted ladder.
+    The same command continues an interrupted ladder. Its directory is --workdir, or runs/<name of the config
+    file>_ladder.
     """
 
     config: str
@@ -77,10 +88,11 @@ def scale_command(argv: list[str]) -> int:
     environment = dict(os.environ)
     process.use_planning_settings()
 
-    from nextllm_jax.scaling.processes import Interrupted, Trainer
+    from nextllm_jax.scaling.processes import Interrupted, Trainer, interruptible
 
     try:
-        return _scale(arguments, file, Trainer(arguments.config, file, environment))
+        with interruptible():
+            return _scale(arguments, file, Trainer(arguments.config, file, environment))
     except Interrupted:
         _log.info("interrupted; the same command continues")
         return EXIT_INTERRUPTED
@@ -97,19 +109,23 @@ def _check(arguments: ScaleArguments) -> None:
             raise InputError(f"--{option} needs the devices of the large run; add --topology or --chip")
     if arguments.devices is not None and arguments.chip is None:
         raise InputError("--devices is for --chip; a topology has a fixed number of devices")
-    if arguments.rungs < 4:
-        raise InputError(f"--rungs is {arguments.rungs}; it must be at least 4, for a fit with an error band")
-    names = ("budget", "days", "price", "tokens_per_parameter", "ladder_minutes", "ladder_flops")
-    for name in names:
+    if not 4 <= arguments.rungs <= _MOST_RUNGS:
+        raise InputError(
+            f"--rungs is {arguments.rungs}; it must be at least 4, for a fit with an error band, and at most "
+            f"{_MOST_RUNGS}"
+        )
+    for name, (least, most) in _BOUNDS.items():
         value = getattr(arguments, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise InputError(f"--{name.replace('_', '-')} is {value}; it must be positive")
-    if arguments.search_minutes < 0:
-        raise InputError(f"--search-minutes is {arguments.search_minutes}; it cannot be negative")
+        if value is not None and not least <= value <= most:
+            raise InputError(f"--{name.replace('_', '-')} is {value}; it must be from {least:g} to {most:g}")
+    if not arguments.search_minutes >= 0:
+        raise InputError(f"--search-minutes is {arguments.search_minutes}; it must be at least 0")
     if not 0 < arguments.mfu <= 1:
         raise InputError(f"--mfu is {arguments.mfu}; it must be a fraction above 0 and up to 1")
     if arguments.run.init_from is not None:
-        raise InputError(f"init_from is {arguments.run.init_from}, but all runs start from new weights; leave it out")
+        raise InputError(
+            f"init_from is {arguments.run.init_from}, but all runs start from new weights; leave out init_from and lora"
+        )
 
 
 def _scale(arguments: ScaleArguments, file: Config, trainer: "Trainer") -> int:
@@ -122,20 +138,31 @@ def _scale(arguments: ScaleArguments, file: Config, trainer: "Trainer") -> int:
     directory, target = directory_of(base), _target(arguments)
     settings = LadderSettings(**{name: getattr(arguments, name) for name in LadderSettings.__dataclass_fields__})
     ladder = Ladder(directory, base, settings, trainer)
-    rungs = ladder.prepare()
-    flops = _large_flops(arguments, target)
-    run = large_run(base, flops, arguments.tokens_per_parameter, rungs[-1].size.flops, sources)
-    for warning in run.warnings():
-        _log.warning(warning)
-    rungs = ladder.climb(rungs)
+    with ladder.lock():
+        rungs = ladder.prepare()
+        flops = _large_flops(arguments, target)
+        run = large_run(base, flops, arguments.tokens_per_parameter, rungs[-1].size.flops, sources)
+        for warning in run.warnings():
+            _log.warning(warning)
+        rungs = ladder.climb(rungs)
     found = forecast(rungs, run, arguments.price)
     RunDir(directory).write(PICTURE, report.draw(rungs, found))
     warnings = found.warnings()
     for warning in warnings[len(run.warnings()) :]:
         _log.warning(warning)
-    refused = bool(warnings) and not arguments.extrapolate
-    if target is not None and not refused:
-        found = found._replace(plan=planned(run, target, arguments.search_minutes))
+    problem = ""
+    if warnings and not arguments.extrapolate:
+        problem = f"{'; '.join(warnings)}; to accept that, and to plan the large run, add --extrapolate"
+    elif target is not None:
+        try:
+            found = found._replace(plan=planned(run, target, arguments.search_minutes))
+        except InputError as error:  # raised after the forecast was printed
+            problem = str(error)
+    if arguments.days is not None and found.least_days is not None and found.least_days > arguments.days:
+        _log.warning(
+            f"the plan takes at least {found.least_days:.3g} days, more than --days {arguments.days:g}; give an --mfu "
+            f"below {arguments.mfu:g}"
+        )
     if arguments.json:
         print(json.dumps(report.forecast_json(rungs, found)))
     else:
@@ -144,8 +171,8 @@ def _scale(arguments: ScaleArguments, file: Config, trainer: "Trainer") -> int:
         print(report.rungs_table(rungs, found))
         print(f"\n{report.large_run_table(found, arguments.config, file, shown)}")
         print(f"\n{directory / PICTURE} shows the curve")
-    if refused:
-        raise InputError(f"{'; '.join(warnings)}; to accept that, and to plan the large run, add --extrapolate")
+    if problem:
+        raise InputError(problem)
     return 0
 
 

@@ -46,8 +46,8 @@ def tpu_slices(topology: str, num_slices: int = 1) -> Target:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(
-            "compiling for TPUs needs libtpu, which is not installed; pip install '.[tpu]', or estimate with --fast, "
-            "--chip and --devices"
+            "compiling for TPUs needs libtpu, which is not installed; pip install '.[tpu]', or estimate with --chip "
+            "and --devices, and --fast for nextllm plan"
         )
     if not re.fullmatch(r"\w+:\d+(x\d+){1,2}", topology):
         raise InputError(

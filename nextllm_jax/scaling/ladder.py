@@ -4,11 +4,13 @@ Its directory has `ladder.json`, which records the settings, a run directory for
 rung's training in a log file.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import json
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +27,8 @@ from nextllm_jax.training.resume_guard import Change, changes
 
 _log = logging.getLogger(__name__)
 
-FORMAT, FILE, FEWEST_RUNGS = "nextllm_jax ladder 1", "ladder.json", 4
+FORMAT, FILE = "nextllm_jax ladder 1", "ladder.json"
+_LOCK, _PROBE = ".lock", ".speed_probe"
 SPACING = 3.0
 """The compute of each rung in relation to that of the one before."""
 _FIRST_GUESS_FLOPS, _MOST_MEASUREMENTS = 1e14, 5
@@ -52,6 +55,9 @@ class _Devices(NamedTuple):
     total_flops: float
     """Compute of all rungs."""
 
+    def are_valid(self) -> bool:
+        return type(self.count) is int and self.count > 0 and 0 < self.total_flops < math.inf
+
 
 class Rung(NamedTuple):
     """A small run and, if it has finished, its loss in bits per byte."""
@@ -67,10 +73,24 @@ class Ladder:
     def __init__(self, directory: Path, base: Config, settings: LadderSettings, trainer: Trainer) -> None:
         self._directory, self._base, self._settings, self._trainer = directory, base, settings, trainer
 
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """A context in which no other process uses the directory.
+
+        Entering it raises InputError if another one does, or if the directory has something else.
+        """
+        storage = open_storage(self._directory)
+        storage.require_writable("", is_directory=True)
+        if not storage.exists(FILE) and set(storage.names()) - {_LOCK, _PROBE, f"{_PROBE}.log"}:
+            raise InputError(f"{self._directory} is not empty and has no ladder; choose another --workdir")
+        storage.require_writable(FILE, is_directory=False)
+        with storage.lock(_LOCK):
+            yield
+
     def prepare(self) -> list[Rung]:
         """The rungs. In a new directory, they are decided by the speed of the devices, and recorded.
 
-        Raises InputError if the directory has something else, or a ladder with other settings.
+        Raises InputError if the directory has a ladder with other settings.
         """
         devices = self._read()
         if devices is None:
@@ -92,6 +112,12 @@ class Ladder:
                     bar.set_postfix_str(f"rung {number} of {len(rungs)}")
                     self._train(rung, bar, done)
                     rung = rung._replace(loss=finished_loss(rung.config))
+                    if rung.loss is None:
+                        run = workdir_of(rung.config)
+                        raise InputError(
+                            f"{run} has finished, but its metrics have no validation loss of its last step; delete "
+                            f"{run} to train it again"
+                        )
                     done += rung.size.flops
                     _log.info(f"rung {number} of {len(rungs)}: {rung.loss:.4f} bits per byte")
                 finished.append(rung)
@@ -136,7 +162,7 @@ class Ladder:
         overhead = settings.rungs * _START_SECONDS
         seconds = 0.0
         for _ in range(_MOST_MEASUREMENTS):
-            largest = self._small(spread(total, settings.rungs, SPACING)[-1], count, "probe")
+            largest = self._small(spread(total, settings.rungs, SPACING)[-1], count, _PROBE)
             training = dataclasses.replace(largest.training, log_every_steps=1)
             _log.info(f"measuring the speed of a rung with {size_of(largest).parameters:,} parameters")
             tokens = self._trainer.measure(dataclasses.replace(largest, training=training))
@@ -154,11 +180,7 @@ class Ladder:
     def _read(self) -> _Devices | None:
         """What the directory records about the devices; None for a new ladder."""
         file = self._directory / FILE
-        open_storage(self._directory).require_writable("", is_directory=True)
         if not file.exists():
-            others = sorted(path.name for path in self._directory.glob("*") if not path.name.startswith("probe"))
-            if others:
-                raise InputError(f"{self._directory} is not empty and has no ladder; choose another --workdir")
             return None
         try:
             record = json.loads(file.read_text())
@@ -166,6 +188,8 @@ class Ladder:
                 raise InputError(f"{file} has format '{record['format']}'; use the version that wrote it")
             before = config_of_values(record["config"], str(file))
             old, devices = LadderSettings(**record["settings"]), _Devices(**record["devices"])
+            if not devices.are_valid():
+                raise ValueError(record["devices"])
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{file} is damaged ({error!r}); choose another --workdir") from error
         self._require_same(before, old)
@@ -190,7 +214,6 @@ class Ladder:
             "devices": devices._asdict(),
             "config": json.loads(self._base.to_json()),
         }
-        self._directory.mkdir(parents=True, exist_ok=True)
         RunDir(self._directory).write(FILE, (json.dumps(record, indent=2) + "\n").encode())
 
 

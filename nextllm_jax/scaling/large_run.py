@@ -55,7 +55,7 @@ def large_run(
     if flops <= largest_rung:
         raise InputError(
             f"the large run has {flops:.2g} FLOPs, which is not more than the {largest_rung:.2g} of the largest rung; "
-            "give a larger --budget, or a smaller --ladder-flops with another --workdir"
+            "give a larger --budget or --days, or a smaller --ladder-flops with another --workdir"
         )
     config = member(base, flops, tokens_per_parameter)
     training = config.training

@@ -23,11 +23,19 @@ from nextllm_jax.config.files import workdir_of
 from nextllm_jax.errors import EXIT_BAD_INPUT, InputError, RunFailed
 
 _POLL_SECONDS = 0.5
+_EXEC_UNTIL_PARENT_DIES = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+"""A program that becomes another one, to which the kernel sends SIGTERM when its parent dies. So no run trains on after
+its ladder was killed."""
 _MEASURED_SECONDS, _MEASURED_STEPS = 8.0, 30
 
 
 class Interrupted(Exception):
-    """A signal arrived, and the run has saved what it needs to continue."""
+    """A signal arrived, and a run that was being trained has saved what it needs to continue."""
 
 
 class Trainer(NamedTuple):
@@ -83,11 +91,19 @@ class Trainer(NamedTuple):
         run.parent.mkdir(parents=True, exist_ok=True)
         options = command_line_options(config, self.file)
         program = [sys.executable, "-m", "nextllm_jax.cli", "train", "--config", self.file_name, *options]
+        if sys.platform == "linux":
+            program = [sys.executable, "-c", _EXEC_UNTIL_PARENT_DIES, *program]
         with open(_log_of(run), "a") as log, contextlib.ExitStack() as stack:
             process = subprocess.Popen(
                 program, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-            stopped = stack.enter_context(_forwarded_signals(process))
+            stopped: list[int] = []
+
+            def forward(number: int, _: Any) -> None:
+                stopped.append(number)
+                process.send_signal(number)
+
+            stack.enter_context(_handled_signals(forward))
             try:
                 yield process
             except BaseException:
@@ -118,42 +134,61 @@ def _has_ended(process: subprocess.Popen) -> bool:
 
 
 @contextlib.contextmanager
-def _forwarded_signals(process: subprocess.Popen) -> Iterator[list[int]]:
-    """A context in which signals that ask to stop are sent on to a process; it yields the list of those that came."""
-    received: list[int] = []
-
-    def forward(number: int, _: Any) -> None:
-        received.append(number)
-        process.send_signal(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    previous = {number: signal.signal(number, forward) for number in stops}
+def _handled_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """A context with a handler of the signals that ask to stop. SIGHUP stays ignored if it is, as under nohup."""
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                previous[number] = signal.signal(number, handler)
     try:
-        yield received
+        yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+def interruptible() -> contextlib.AbstractContextManager[None]:
+    """A context in which signals that ask to stop raise Interrupted, except while a run is trained."""
+
+    def interrupt(*_: Any) -> None:
+        raise Interrupted
+
+    return _handled_signals(interrupt)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The complete lines of a run's metrics.jsonl; none if the run has not started."""
-    with contextlib.suppress(FileNotFoundError):
-        text = (run / METRICS).read_text()
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-    return []
+    """The complete lines of a run's metrics.jsonl; none if the run has not started. Raises InputError for a damaged
+    file."""
+    file = run / METRICS
+    try:
+        text = file.read_text()
+        records = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        damage = next((str(record) for record in records if not {"split", "step"} <= set(record)), None)
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError) as error:
+        records, damage = [], str(error)
+    if damage is not None:
+        raise InputError(f"{file} is damaged ({damage}); delete {run} to train this run again")
+    return records
 
 
 def finished_loss(config: Config) -> float | None:
     """The bits per byte of a run at its last step; None if it has not finished.
 
-    Raises InputError if the validation set has none, as one without text.
+    Raises InputError if it is not a number, or if the validation set has none, as one without text.
     """
-    for record in reversed(read_metrics(Path(workdir_of(config)))):
+    run = Path(workdir_of(config))
+    for record in reversed(read_metrics(run)):
         if record["split"] == "validation" and record["step"] == config.training.steps:
-            if record["bits_per_byte"] is None:
+            loss = record.get("bits_per_byte")
+            if loss is None and record.get("loss") is None:
+                raise InputError(
+                    f"the validation loss of the run in {run} is not finite; give a lower --optimizer.learning-rate, "
+                    "and another --workdir"
+                )
+            if loss is None:
                 raise InputError(f"the validation set of {config.data.path} has no bits per byte; give text as data")
-            return record["bits_per_byte"]
+            return loss
     return None

@@ -1,7 +1,9 @@
 """`nextllm scale` as a user types it, and on the default corpus."""
 
 import json
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -27,8 +29,11 @@ LADDER = ("--config", "config.py", "--ladder-flops", "4e10", "--tokens-per-param
         (["--budget", "1e15", "--topology", "v5e:2x2", "--chip", "NVIDIA L4"], "give either --topology or --chip"),
         (["--budget", "1e15", "--topology", "v5e:2x2", "--devices", "4"], "--devices is for --chip"),
         (["--budget", "1e15", "--rungs", "3"], "--rungs is 3; it must be at least 4"),
-        (["--budget", "-1"], "--budget is -1.0; it must be positive"),
-        (["--budget", "nan"], "--budget is nan; it must be positive"),
+        (["--budget", "-1"], "--budget is -1.0; it must be from 1 to 1e+30"),
+        (["--budget", "nan"], "--budget is nan; it must be from 1 to 1e+30"),
+        (["--budget", "1e300"], "--budget is 1e+300; it must be from 1 to 1e+30"),
+        (["--budget", "1e15", "--rungs", "1000000000"], "and at most 20"),
+        (["--budget", "1e15", "--search-minutes", "nan"], "--search-minutes is nan; it must be at least 0"),
         (["--budget", "1e15", "--mfu", "40"], "--mfu is 40.0; it must be a fraction"),
         (["--budget", "1e15", "--init-from", "smollm2"], "init_from is smollm2, but all runs start from new weights"),
     ],
@@ -94,14 +99,27 @@ def test_a_small_ladder_from_start_to_end(here, messages, capsys):
     shown = capsys.readouterr().out
     assert f"{1e-8 * 86400 * 8 * 989e12 * 0.5:.3g}" in shown
     assert re.search(r"memory per device +.* of 80\.0 GiB, estimated", shown)
+    assert re.search(r"at least .* days, more than --days 1e-08; give an --mfu below 0\.5", messages.text)
     command = shown.split("python train.py ")[1].splitlines()[0]
     assert "--workdir runs/config_large" in command
     assert "--data.path" not in command
+
+    with pytest.raises(InputError, match="no mesh, remat policy"):  # none divides the batch
+        scale_command([*LADDER, "--budget", "1e12", *GPUS, "--devices", "7", "--extrapolate"])
+    assert "the large run" in capsys.readouterr().out
 
     with pytest.raises(InputError, match=r"not more than the .* of the largest rung"):
         scale_command([*LADDER, "--budget", "1e10"])
     with pytest.raises(InputError, match=r"holds a ladder with other settings.*\n  ladder_flops 4"):
         scale_command([*LADDER, "--ladder-flops", "5e10", "--budget", "1e12"])
+
+
+@pytest.mark.parametrize("phase", ["num_devices", "measure"])
+def test_a_signal_between_the_runs(here, monkeypatch, messages, phase):
+    monkeypatch.setattr(Trainer, phase, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert scale_command([*LADDER, "--budget", "1e12"]) == 75
+    assert "interrupted; the same command continues" in messages.text
+    assert here == []
 
 
 @pytest.mark.slow
@@ -114,7 +132,7 @@ def test_a_ladder_of_processes(door):
             process.terminate()
             break
     out, err = process.communicate(timeout=120)
-    assert process.returncode in (75, -15), out + err  # -15: between two rungs
+    assert process.returncode == 75, out + err
     done = door.run(*command)
     assert "rung 1 of 4" not in done.stderr
     assert "rung 4 of 4" in done.stderr

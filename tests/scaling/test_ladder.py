@@ -51,7 +51,8 @@ def trainer():
 
 def climb(directory, trainer, base=None, **settings):
     ladder = Ladder(directory, base or config("tiny"), dataclasses.replace(SETTINGS, **settings), trainer)
-    return ladder.climb(ladder.prepare())
+    with ladder.lock():
+        return ladder.climb(ladder.prepare())
 
 
 def test_four_rungs_of_growing_compute(tmp_path, trainer, messages):
@@ -107,16 +108,64 @@ def test_other_settings_are_refused_with_their_differences(tmp_path, trainer):
 
 
 def test_a_directory_with_something_else_is_refused(tmp_path, trainer):
-    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "probe_notes.txt").write_text("mine")
     with pytest.raises(InputError, match="is not empty and has no ladder; choose another --workdir"):
         climb(tmp_path, trainer)
     assert trainer.measured == []
+    assert [file.name for file in tmp_path.iterdir()] == ["probe_notes.txt"]
+
+
+def test_two_commands_do_not_share_a_directory(tmp_path, trainer):
+    one, other = (Ladder(tmp_path, config("tiny"), SETTINGS, trainer) for _ in range(2))
+    with one.lock(), pytest.raises(InputError, match="is in use by process"), other.lock():
+        pass
+    with other.lock():
+        pass
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "{}", '{"format": "other"}', '{"format": "nextllm_jax ladder 1", "config": {}}']
+    "content", ["{", "{}", "[]", '{"format": "other"}', '{"format": "nextllm_jax ladder 1", "config": {}}']
 )
 def test_a_damaged_record_is_refused(tmp_path, trainer, content):
     (tmp_path / "ladder.json").write_text(content)
     with pytest.raises(InputError, match=r"ladder\.json"):
+        climb(tmp_path, trainer)
+
+
+@pytest.mark.parametrize(
+    "devices", [{"count": 0}, {"count": "4"}, {"total_flops": float("nan")}, {"total_flops": None}]
+)
+def test_damaged_devices_are_refused(tmp_path, trainer, devices):
+    climb(tmp_path, trainer)
+    record = json.loads((tmp_path / "ladder.json").read_text())
+    record["devices"].update(devices)
+    (tmp_path / "ladder.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"ladder\.json is damaged"):
+        climb(tmp_path, trainer)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ("{\n", r"rung_2/metrics\.jsonl is damaged .*; delete .*rung_2 to train this run again"),
+        ("[]\n", r"rung_2/metrics\.jsonl is damaged"),
+        ('{"step": 1}\n', r"rung_2/metrics\.jsonl is damaged"),
+        ('{"split": "validation", "step": STEPS, "loss": null, "bits_per_byte": null}\n', "rung_2 is not finite"),
+        ('{"split": "validation", "step": STEPS, "loss": 2.0, "bits_per_byte": null}\n', "give text as data"),
+    ],
+)
+def test_metrics_without_a_loss_are_named(tmp_path, trainer, metrics, message):
+    rungs = climb(tmp_path, trainer)
+    steps = str(rungs[1].config.training.steps)
+    (tmp_path / "rung_2" / "metrics.jsonl").write_text(metrics.replace("STEPS", steps))
+    with pytest.raises(InputError, match=message):
+        climb(tmp_path, trainer)
+    assert len(trainer.trained) == 4
+
+
+def test_a_finished_run_without_its_metrics_is_named(tmp_path, trainer, monkeypatch):
+    climb(tmp_path, trainer)
+    (tmp_path / "rung_2" / "metrics.jsonl").unlink()
+    monkeypatch.setattr(FakeTrainer, "train", lambda *_: None)  # as of a run that is at its last step
+    with pytest.raises(InputError, match=r"no validation loss of its last step; delete .*rung_2 to train it again"):
         climb(tmp_path, trainer)
