@@ -53,7 +53,7 @@ SHAPES = {
         num_experts=8,
         experts_per_token=2,
         expert_mlp_dim=256,
-    ),  # fmt: skip
+    ),
     "1b": ModelConfig(
         vocab_size=128256, num_layers=16, embed_dim=2048, mlp_dim=8192, num_heads=32, num_kv_heads=8, head_dim=64
     ),

@@ -16,7 +16,7 @@ import pytest
 import nextllm_jax
 from nextllm_jax.checkpoint.manager import Checkpoints
 from nextllm_jax.cli.sample import sample_command
-from nextllm_jax.config import Config, DataConfig, ModelConfig
+from nextllm_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.diagnostics import reference
 from nextllm_jax.inference.decode import decode
@@ -27,7 +27,7 @@ from nextllm_jax.inference.slot import IDLE, stacked
 from nextllm_jax.model.quantize import convert
 from nextllm_jax.model.transformer import Transformer, abstract_params
 from nextllm_jax.model.weights import unstack_layers
-from nextllm_jax.sharding import on_device
+from nextllm_jax.sharding import make_mesh, on_device, on_mesh, placed
 from tests.inference.test_engine import GREEDY, PROMPTS, TOKENS, VOCAB, run
 from tests.inference.test_llm import TOKENIZER
 from tests.parameters import random_params
@@ -61,12 +61,20 @@ def test_tokens_are_those_of_full_forwards_without_a_limit_on_experts(params, sc
         assert len(row) == TOKENS
 
 
-def lowered_decode(rows, quantization=None):
-    place = functools.partial(on_device, device=jax.devices()[0])
+def lowered_decode(rows, quantization=None, mesh=None):
+    place = functools.partial(placed, mesh) if mesh else functools.partial(on_device, device=jax.devices()[0])
     model, params = decoding_model(CONFIG, np.dtype("float32"), place, quantization)
-    state = jax.eval_shape(functools.partial(create, model, None, num_slots=rows, length=32))
-    arguments = stacked([IDLE] * rows), np.zeros((rows, 3), np.uint32), None, np.int32(1), np.bool_(False)
-    return decode.lower(Network(model, params), None, state, *arguments, vocab_size=VOCAB, length=32)
+    with on_mesh(mesh):
+        state = jax.eval_shape(functools.partial(create, model, None, num_slots=rows, length=32))
+        arguments = stacked([IDLE] * rows), np.zeros((rows, 3), np.uint32), None, np.int32(1), np.bool_(False)
+        return decode.lower(Network(model, params), None, state, *arguments, vocab_size=VOCAB, length=32)
+
+
+def test_no_device_of_a_mesh_has_the_int8_matrices_of_all_experts():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2, expert=2))
+    text = lowered_decode(8, Quantization(scheme="int8"), mesh).compile().as_text() or ""
+    assert f"s8[{CONFIG.num_experts // 2}," in text
+    assert f"s8[{CONFIG.num_experts}," not in text
 
 
 @pytest.mark.parametrize("quantization", [None, Quantization(scheme="int8")])
