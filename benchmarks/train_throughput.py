@@ -110,7 +110,8 @@ def make_transformers_model(shape: ModelConfig, experts: str = "eager") -> Any:
     if not shape.num_experts:
         return LlamaForCausalLM(LlamaConfig(**common)).train()
     common |= {"num_local_experts": shape.num_experts, "num_experts_per_tok": shape.experts_per_token}
-    return MixtralForCausalLM(MixtralConfig(**common, experts_implementation=experts)).train()
+    common["experts_implementation"] = experts
+    return MixtralForCausalLM(MixtralConfig(**common)).train()
 
 
 def make_transformers_step(
