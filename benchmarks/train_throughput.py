@@ -1,6 +1,7 @@
 """Training throughput of our train step, compared with the Llamas of transformers and litgpt in torch, on CPU or GPU.
 
     python benchmarks/train_throughput.py [--rounds 5] [--steps 5]
+    python benchmarks/train_throughput.py --shape moe --batch-size 8
     python benchmarks/train_throughput.py --platform cuda --shape 114m --batch-size 32 --sequence-length 1024
 
 All sides train the same model on the same shapes: float32 parameters, AdamW, clipping at 1, matmuls in float32 or
@@ -10,6 +11,8 @@ bfloat16 (torch: autocast).
   round, and ratios are taken within a round.
 - Ours runs with the process settings of train.py. On a CPU, transformers runs both with torch's defaults and with these
   settings. On a GPU, it runs both eagerly and with torch.compile.
+- The shape moe is that of a Mixtral. transformers runs it with two of its implementations of experts, and with our
+  settings; it has no router losses there, and ours has both. Its third one, batched_mm, copies a matrix per token.
 - Needs `pip install 'nextllm_jax[parity]'`. litgpt is included if it is installed (`pip install litgpt`).
 """
 
@@ -40,6 +43,17 @@ SHAPES = {
     "114m": ModelConfig(
         vocab_size=50304, num_layers=12, embed_dim=768, mlp_dim=2048, num_heads=12, num_kv_heads=4, head_dim=64
     ),
+    "moe": ModelConfig(
+        vocab_size=8192,
+        num_layers=4,
+        embed_dim=256,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=32,
+        num_experts=8,
+        experts_per_token=2,
+        expert_mlp_dim=256,
+    ),
     "1b": ModelConfig(
         vocab_size=128256, num_layers=16, embed_dim=2048, mlp_dim=8192, num_heads=32, num_kv_heads=8, head_dim=64
     ),
@@ -50,6 +64,7 @@ SIDES = {
     "cpu": ("ours", "torch", "torch with our settings", "litgpt"),
     "cuda": ("ours", "torch", "torch compiled"),
 }
+SPARSE_SIDES = ("ours", "torch eager", "torch grouped_mm")
 
 
 def make_our_step(shape: ModelConfig, dtype: str, batch_size: int, length: int) -> Callable[[], float]:
@@ -83,25 +98,29 @@ def make_our_step(shape: ModelConfig, dtype: str, batch_size: int, length: int) 
     return step
 
 
-def make_transformers_model(shape: ModelConfig) -> Any:
-    """The Llama of transformers with this shape."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def make_transformers_model(shape: ModelConfig, experts: str = "eager") -> Any:
+    """The Llama of transformers with this shape, or the Mixtral with this implementation of experts."""
+    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=shape.vocab_size, hidden_size=shape.embed_dim, intermediate_size=shape.mlp_dim,
-        num_hidden_layers=shape.num_layers, num_attention_heads=shape.num_heads, head_dim=shape.head_dim,
-        num_key_value_heads=shape.num_kv_heads, tie_word_embeddings=True, use_cache=False,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).train()
+    common: dict[str, Any] = {
+        "vocab_size": shape.vocab_size, "hidden_size": shape.embed_dim, "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads, "num_key_value_heads": shape.num_kv_heads, "head_dim": shape.head_dim,
+        "intermediate_size": shape.expert_mlp_dim or shape.mlp_dim, "tie_word_embeddings": True, "use_cache": False,
+    }  # fmt: skip
+    if not shape.num_experts:
+        return LlamaForCausalLM(LlamaConfig(**common)).train()
+    common |= {"num_local_experts": shape.num_experts, "num_experts_per_tok": shape.experts_per_token}
+    common["experts_implementation"] = experts
+    return MixtralForCausalLM(MixtralConfig(**common)).train()
 
 
 def make_transformers_step(
-    shape: ModelConfig, dtype: str, batch_size: int, length: int, compiled: bool = False
+    shape: ModelConfig, dtype: str, batch_size: int, length: int, compiled: bool = False, experts: str = "eager"
 ) -> Callable[[], float]:
-    """A function that runs one train step of transformers' Llama (SDPA attention, fused AdamW) and returns the loss."""
+    """A function that runs one train step of transformers' model (SDPA attention, fused AdamW) and returns the loss."""
     import torch
 
-    model = make_transformers_model(shape)
+    model = make_transformers_model(shape, experts)
     forward = torch.compile(model, dynamic=False) if compiled else model
     return make_torch_step(model, lambda tokens: forward(input_ids=tokens).logits, shape, dtype, batch_size, length)
 
@@ -174,6 +193,7 @@ def measure(side: str, dtype: str, arguments: argparse.Namespace) -> tuple[float
         "ours": make_our_step,
         "litgpt": make_litgpt_step,
         "torch compiled": functools.partial(make_transformers_step, compiled=True),
+        "torch grouped_mm": functools.partial(make_transformers_step, experts="grouped_mm"),
     }
     make_step = makers.get(side, make_transformers_step)
     step = make_step(SHAPES[arguments.shape], dtype, arguments.batch_size, arguments.sequence_length)
@@ -193,7 +213,7 @@ def measure(side: str, dtype: str, arguments: argparse.Namespace) -> tuple[float
 
 def measure_in_new_process(side: str, dtype: str, platform: str) -> tuple[float, float]:
     """`measure` in a new process with the side's settings."""
-    settings = TRAINING_ENVIRONMENT if side in ("ours", "torch with our settings") else {}
+    settings = TRAINING_ENVIRONMENT if side in (*SPARSE_SIDES, "torch with our settings") else {}
     environment = {name: value for name, value in os.environ.items() if name not in TRAINING_ENVIRONMENT}
     environment |= {"JAX_PLATFORMS": platform, "TRANSFORMERS_VERBOSITY": "error", **settings}
     command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--dtype", dtype]
@@ -238,7 +258,7 @@ def main() -> None:
     parser.add_argument(
         "--shape", choices=list(SHAPES), default="8m", help="model, named by its approximate number of parameters"
     )
-    every_side = sorted({side for sides in SIDES.values() for side in sides})
+    every_side = sorted({side for sides in (*SIDES.values(), SPARSE_SIDES) for side in sides})
     parser.add_argument("--sides", nargs="+", choices=every_side, help="measure only these sides")
     parser.add_argument("--side", choices=every_side, help="measure this side in this process and print one JSON line")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="for --side")
@@ -248,16 +268,18 @@ def main() -> None:
         print(json.dumps({"tokens_per_second": speed, "tokens_per_processor_second": processor_speed}))
         return
     sides = []
-    for side in SIDES[arguments.platform]:
+    for side in SPARSE_SIDES if SHAPES[arguments.shape].num_experts else SIDES[arguments.platform]:
         missing = [name for name in NEEDS.get(side, ("torch", "transformers")) if not importlib.util.find_spec(name)]
         if missing:
             print(f"skipping {side}: {' and '.join(missing)} is not installed (see --help)")
         elif side in (arguments.sides or every_side):
             sides.append(side)
     shape = SHAPES[arguments.shape]
+    experts = f"{shape.num_experts} experts of {shape.expert_mlp_dim}, {shape.experts_per_token} chosen"
+    mlp = experts if shape.num_experts else f"SwiGLU {shape.mlp_dim}"
     print(
         f"{shape.num_layers} layers, width {shape.embed_dim}, {shape.num_heads}/{shape.num_kv_heads} heads of "
-        f"{shape.head_dim}, SwiGLU {shape.mlp_dim}, vocabulary {shape.vocab_size}, "
+        f"{shape.head_dim}, {mlp}, vocabulary {shape.vocab_size}, "
         f"{arguments.batch_size} x {arguments.sequence_length} tokens per step, {len(os.sched_getaffinity(0))} cores\n"
         f"our settings: {', '.join(f'{name}={value}' for name, value in TRAINING_ENVIRONMENT.items())}"
     )

@@ -14,7 +14,7 @@ import tyro
 from nextllm_jax.cli.help import parse
 from nextllm_jax.cli.server_chat import ServerConversation, server_settings
 from nextllm_jax.cli.text import read_text
-from nextllm_jax.config import SamplingConfig
+from nextllm_jax.config import MeshConfig, SamplingConfig
 from nextllm_jax.config.checks import require_integer, require_seed, stop_strings
 from nextllm_jax.config.sampling import require_top_logprobs
 from nextllm_jax.errors import EXIT_FAILED, InputError
@@ -78,6 +78,8 @@ class SampleArguments:
     """Quantize the weights while loading. `nextllm quantize` writes quantized weights, and has more options."""
     quantize_cache: bool = False
     """Keep the keys and values of earlier tokens in int8, which halves their memory. The text changes slightly."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    """Shards the model over all devices. Without any of its options, it is on one device."""
     draft_tokens: int = 0
     """Verify this many guesses of the next tokens in each step (speculative decoding), which is faster where the text
     repeats itself or its prompt. The text stays the same. 0: none, or 4 with --draft."""
@@ -193,6 +195,7 @@ def load_model(arguments: SampleArguments, prompts: Mapping[str, str]) -> tuple[
         for name, length in lengths.items():
             require_length(name, length, max_new_tokens, context)
     how: Any = {name: getattr(arguments, name) for name in ("dtype", "quantize", "quantize_cache")}
+    how["mesh"] = None if arguments.mesh == MeshConfig() else arguments.mesh
     llm = load_source(source, arguments.checkpoint, **how)
     if arguments.draft is not None or arguments.draft_tokens:
         draft = arguments.draft and load(arguments.draft, **how)
@@ -285,9 +288,9 @@ def chat(arguments: SampleArguments) -> int:
 def chat_with_server(arguments: ChatArguments, server: str) -> int:
     """Answer each prompt with a model of a server, or hold a conversation; the exit code as for `chat`."""
     used = {"server", "model", "prompt", "system", "max_new_tokens", "sampling", "seed", "stop"}
+    defaults = ChatArguments(server=server)
     for field in dataclasses.fields(ChatArguments):
-        is_default = getattr(arguments, field.name) in (field.default, getattr(SampleArguments, field.name, None))
-        if field.name not in used and not is_default:
+        if field.name not in used and getattr(arguments, field.name) != getattr(defaults, field.name):
             raise InputError(f"--{field.name.replace('_', '-')} does not go with --server; leave it out")
     settings = {
         **server_settings(arguments.sampling),

@@ -175,13 +175,15 @@ class Experts(nn.Module):
             (choice.weight_BTK, ("batch", "seq", None)),
             *((self._cast(part), axes) for matrix in (gate, up, down) for part, axes in matrix),
         ]
-        arrays, names = zip(*arguments, strict=True)
+        leaves = [leaf for array, axes in arguments for leaf in _leaves(array, axes)]
+        arrays, names = zip(*leaves, strict=True)
+        whole = [array for array, _ in arguments]
         apply = functools.partial(_apply, activation_of(config))
-        if not all(is_divisible(leaf.shape, axes) for array, axes in arguments for leaf in jax.tree.leaves(array)):
-            return apply(*arrays)  # XLA shards it in some way
+        if not all(is_divisible(leaf.shape, axes) for leaf, axes in leaves):
+            return apply(*whole)  # XLA shards it in some way
         is_split = is_divisible(x_BTD.shape, ("batch", "residual_seq", "activation_embed"))
         out = ("batch", "residual_seq" if is_split else "seq", "activation_embed")
-        on_shard = functools.partial(_apply_on_shard, apply, names, is_split)
+        on_shard = functools.partial(_apply_on_shard, apply, jax.tree.structure(whole), names, is_split)
         if config.remat == "none":
             # The backward pass gathers the matrices again instead of saving them whole, as it does with remat anyway.
             policy = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
@@ -193,8 +195,22 @@ class Experts(nn.Module):
         return part if isinstance(part, QTensor) else part.astype(self.dtype)
 
 
-def _apply_on_shard(apply: Callable[..., jax.Array], names: Sequence[Names], is_split: bool, *arrays: Any) -> jax.Array:
-    """`apply` on the shards of one device, or of the mesh without axes; see `Experts`."""
+def _leaves(array: jax.Array | QTensor, axes: Names) -> list[tuple[jax.Array, Names]]:
+    """The parts of an argument with their logical axes. A scale that all inputs share is not sharded along them."""
+    found: list[tuple[jax.Array, Names]] = []
+    for leaf in jax.tree.leaves(array):
+        sizes = zip(leaf.shape, array.shape, axes, strict=True)
+        found.append((leaf, tuple(None if part == 1 < whole else name for part, whole, name in sizes)))
+    return found
+
+
+def _apply_on_shard(
+    apply: Callable[..., jax.Array], structure: Any, names: Sequence[Names], is_split: bool, *arrays: jax.Array
+) -> jax.Array:
+    """`apply` on the shards of one device, or of the mesh without axes; see `Experts`.
+
+    `arrays` are the leaves of the arguments of `apply`, which have this structure.
+    """
     present = [axis for axis, size in jax.sharding.get_abstract_mesh().shape.items() if size > 1]
     tokens, matrices = list(arrays[:3]), list(arrays[3:])
     for axis in RULES["expert_embed"]:
@@ -203,10 +219,10 @@ def _apply_on_shard(apply: Callable[..., jax.Array], names: Sequence[Names], is_
     (axis,), (tensor,) = RULES[EXPERTS], RULES["mlp"]
     if axis in present:
         tokens = [jax.lax.all_gather(x, axis, axis=0, tiled=True) for x in tokens]
-        num_local = len(jax.tree.leaves(matrices[0])[0])
+        num_local = len(matrices[0])
         local = tokens[1] - jax.lax.axis_index(axis) * num_local
         tokens[1] = jnp.where((local >= 0) & (local < num_local), local, num_local)
-    y_BTD = apply(*tokens, *matrices)
+    y_BTD = apply(*jax.tree.unflatten(structure, [*tokens, *matrices]))
     if axis in present:
         y_BTD = jax.lax.psum_scatter(y_BTD, axis, scatter_dimension=0, tiled=True)
     if tensor in present:
@@ -215,17 +231,14 @@ def _apply_on_shard(apply: Callable[..., jax.Array], names: Sequence[Names], is_
     return y_BTD
 
 
-def _gathered(part: Any, axes: Names, axis: str) -> Any:
+def _gathered(x: jax.Array, axes: Names, axis: str) -> jax.Array:
     """A matrix with the shards of all devices along a mesh axis."""
     if "expert_embed" not in axes:
-        return part
+        return x
     dim = axes.index("expert_embed")
-
-    def gathered(x: jax.Array) -> jax.Array:
-        # XLA for TPUs does not scatter a gradient along its last axis, but sums all of it on each device.
-        return jnp.moveaxis(jax.lax.all_gather(jnp.moveaxis(x, dim, 1), axis, axis=1, tiled=True), 1, dim)
-
-    return checkpoint_name(jax.tree.map(gathered, part), _GATHERED)
+    # XLA for TPUs does not scatter a gradient along its last axis, but sums all of it on each device.
+    whole = jnp.moveaxis(jax.lax.all_gather(jnp.moveaxis(x, dim, 1), axis, axis=1, tiled=True), 1, dim)
+    return checkpoint_name(whole, _GATHERED)
 
 
 def _apply(

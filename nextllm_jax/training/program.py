@@ -91,9 +91,7 @@ def build_program(config: Config, mesh: Mesh, objective: Objective = next_token)
         model=model,
         objective=objective,
         train_step=train_step,
-        eval_step=make_eval_step(
-            objective, model.clone(config=dataclasses.replace(config.model, capacity_factor=None))
-        ),
+        eval_step=make_eval_step(objective, model.clone(config=config.model.for_inference())),
         abstract_state=abstract,
         create_state=create,
         state_from=start_from,

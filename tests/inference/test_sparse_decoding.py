@@ -2,7 +2,11 @@
 
 import dataclasses
 import functools
+import itertools
+import json
+import math
 import re
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,7 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nextllm_jax.config import ModelConfig
+import nextllm_jax
+from nextllm_jax.checkpoint.manager import Checkpoints
+from nextllm_jax.cli.sample import sample_command
+from nextllm_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from nextllm_jax.config.quantization import Quantization
 from nextllm_jax.diagnostics import reference
 from nextllm_jax.inference.decode import decode
@@ -21,8 +28,9 @@ from nextllm_jax.inference.slot import IDLE, stacked
 from nextllm_jax.model.quantize import convert
 from nextllm_jax.model.transformer import Transformer, abstract_params
 from nextllm_jax.model.weights import unstack_layers
-from nextllm_jax.sharding import on_device
+from nextllm_jax.sharding import make_mesh, on_device, on_mesh, placed
 from tests.inference.test_engine import GREEDY, PROMPTS, TOKENS, VOCAB, run
+from tests.inference.test_llm import TOKENIZER
 from tests.parameters import random_params
 
 CONFIG = ModelConfig(
@@ -54,12 +62,21 @@ def test_tokens_are_those_of_full_forwards_without_a_limit_on_experts(params, sc
         assert len(row) == TOKENS
 
 
-def lowered_decode(rows, quantization=None):
-    place = functools.partial(on_device, device=jax.devices()[0])
+def lowered_decode(rows, quantization=None, mesh=None):
+    place = functools.partial(placed, mesh) if mesh else functools.partial(on_device, device=jax.devices()[0])
     model, params = decoding_model(CONFIG, np.dtype("float32"), place, quantization)
-    state = jax.eval_shape(functools.partial(create, model, None, num_slots=rows, length=32))
-    arguments = stacked([IDLE] * rows), np.zeros((rows, 3), np.uint32), None, np.int32(1), np.bool_(False)
-    return decode.lower(Network(model, params), None, state, *arguments, vocab_size=VOCAB, length=32)
+    with on_mesh(mesh):
+        state = jax.eval_shape(functools.partial(create, model, None, num_slots=rows, length=32))
+        arguments = stacked([IDLE] * rows), np.zeros((rows, 3), np.uint32), None, np.int32(1), np.bool_(False)
+        return decode.lower(Network(model, params), None, state, *arguments, vocab_size=VOCAB, length=32)
+
+
+def test_no_device_of_a_mesh_has_the_int8_matrices_of_all_experts():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2, expert=2))
+    text = lowered_decode(8, Quantization(scheme="int8"), mesh).compile().as_text() or ""
+    sizes = r"(?:12|16|24|32)"  # width and inner width of an expert, whole or one of two shards
+    assert re.search(rf"s8\[{CONFIG.num_experts // 2},{sizes},{sizes}\]", text)
+    assert not re.search(rf"s8\[{CONFIG.num_experts},{sizes},{sizes}\]", text)
 
 
 @pytest.mark.parametrize("quantization", [None, Quantization(scheme="int8")])
@@ -110,3 +127,49 @@ def test_int8_experts_give_nearly_the_same_logits(params):
     apply = jax.jit(lambda params: model.apply({"params": params}, tokens_BT, positions_BT)[0])
     exact, found = apply(weights), apply(rounded)
     assert 0 < np.abs(found - exact).mean() < 0.05 * np.abs(exact).mean()
+
+
+@pytest.fixture(scope="module")
+def run_directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("run")
+    config = Config(
+        model=dataclasses.replace(CONFIG, vocab_size=264, num_experts=8),
+        data=DataConfig(sequence_length=32, tokenizer="gpt2"),
+    )
+    (directory / "config.json").write_text(config.to_json())
+    TOKENIZER.save(directory / "tokenizer")
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        params = random_params(nn.meta.unbox(abstract_params(config.model)))
+        checkpoints.save(1, {"params": jax.tree.map(jnp.asarray, params)}, {}, validation_loss=2.0)
+    return str(directory)
+
+
+@functools.cache
+def on_one_device(run_directory, quantize):
+    llm = nextllm_jax.load(run_directory, quantize=quantize)
+    return [llm.generate(MESH_PROMPTS, max_new_tokens=12, **settings) for settings in SAMPLINGS]
+
+
+MESH_PROMPTS = ["ab", "c", "defg"]  # a number that most meshes do not divide
+SAMPLINGS: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1.0, "seed": 3}]
+AXES = ("data", "fsdp", "tensor", "expert")
+MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), (1, 2, 4), (1, 2), (2, 4, 8)) if math.prod(sizes) == 8]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "quantize"),
+    [
+        pytest.param(sizes, quantize, marks=() if (sizes, quantize) == ((1, 2, 2, 2), "int8") else pytest.mark.slow)
+        for sizes, quantize in itertools.product(MESHES, ("none", "int8"))
+    ],
+    ids=str,
+)
+def test_on_a_mesh_the_tokens_are_those_of_one_device(run_directory, sizes, quantize, capsys):
+    command = ["--checkpoint", run_directory, "--quantize", quantize, "--max-new-tokens", "12", "--json"]
+    command += [option for prompt in MESH_PROMPTS for option in ("--prompt", prompt)]
+    command += [option for axis, size in zip(AXES, sizes, strict=True) for option in (f"--mesh.{axis}", str(size))]
+    for settings, expected in zip(SAMPLINGS, on_one_device(run_directory, quantize), strict=True):
+        options = [option for name, value in settings.items() for option in (f"--{name}", str(value))]
+        assert sample_command([*command, *options]) == 0
+        *found, _ = map(json.loads, capsys.readouterr().out.splitlines())
+        assert found == [sample.as_dict() for sample in expected]
