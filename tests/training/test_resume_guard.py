@@ -90,7 +90,7 @@ NOT_ALONE = {
     "lora.adapter",
     *("optimizer.adamw_learning_rate", "data.mixture_paths"),
     *("model.expert_mlp_dim", "model.shared_expert_mlp_dim", "model.shared_expert_gate", "model.selection_bias"),
-    "model.capacity_factor",
+    *("model.capacity_factor", "model.parametrization", "model.base_width", "model.base_depth"),
 }
 FREE = {
     *("model.remat_offload", "optimizer.shard_over_data", "optimizer.offload_state"),
