@@ -328,6 +328,11 @@ class Config:
         if self.init_from is None:  # else the model is not known yet
             self.check_fit()
 
+    @property
+    def steps_between_evaluations(self) -> int:
+        """Steps between evaluations of `evaluation.texts` and `evaluation.lm_eval_tasks`."""
+        return self.evaluation.every_steps or self.training.evaluate_every_steps
+
     def _check_evaluation(self) -> None:
         every, validation = self.evaluation.every_steps, self.training.evaluate_every_steps
         _require(

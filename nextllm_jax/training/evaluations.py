@@ -19,8 +19,7 @@ def evaluations(start: Start, step: int, state: TrainState) -> Iterator[dict[str
     is reported and has no result.
     """
     config = start.config
-    every = config.evaluation.every_steps or config.training.evaluate_every_steps
-    if not ((start.texts or start.tasks) and is_due(config, every, step)):
+    if not ((start.texts or start.tasks) and is_due(config, config.steps_between_evaluations, step)):
         return
     llm = live_model(start, state)
     batch_size = padded_size(config.training.evaluation_batch_size, "batch")

@@ -255,9 +255,8 @@ def _check_evaluation(start: Start) -> Iterator[Remark]:
     for name, text in start.texts.items():
         with _naming(f"evaluation.texts {name}"):
             encode(start.tokenizer, text, "")
-    every = config.evaluation.every_steps or config.training.evaluate_every_steps
     named = ", ".join([*start.texts, *config.evaluation.lm_eval_tasks])
-    yield Remark(f"also evaluates {named}, every {every:,} steps and at the end")
+    yield Remark(f"also evaluates {named}, every {config.steps_between_evaluations:,} steps and at the end")
 
 
 def resume_data(start: Start, record: dict[str, Any]) -> list[Remark]:

@@ -28,6 +28,7 @@ from nextllm_jax.pretrained.source import Source, open_path
 from nextllm_jax.progress import phase
 from nextllm_jax.published_models import resolve
 from nextllm_jax.storage.downloads import local_copy
+from nextllm_jax.storage.open_storage import open_storage
 from nextllm_jax.tokenizer.huggingface import save_huggingface
 from nextllm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -73,7 +74,8 @@ def write_certificate(path: str, found: Certificate) -> Path | None:
     file = directory / certificate.FILE
     values = {**found.to_json(), "files": certificate.hashes(directory)}
     try:
-        _replace(file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        content = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+        open_storage(directory).write(certificate.FILE, content.encode())
     except OSError as error:
         _log.warning("%s cannot be written (%s)", file, error.strerror or error)
         return None
@@ -84,16 +86,6 @@ def write_certificate(path: str, found: Certificate) -> Path | None:
     return file
 
 
-def _replace(file: Path, text: str) -> None:
-    """Replace a file atomically."""
-    partial = file.with_name(f"{file.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _update_card(directory: Path, found: Certificate) -> None:
     """Write the result into the model card of an export, if it has one."""
     file = directory / model_card.FILE
@@ -102,7 +94,7 @@ def _update_card(directory: Path, found: Certificate) -> None:
         verdict = f"{found.verdict[0].upper()}{found.verdict[1:]}. {certificate.FILE} has the details."
         card = model_card.with_certificate(file.read_text(encoding="utf-8"), verdict, rows)
         if card is not None:
-            _replace(file, card)
+            open_storage(directory).write(model_card.FILE, card.encode())
 
 
 def _is_huggingface(directory: Path) -> bool:
