@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from nextllm_jax.config import ModelConfig
 from nextllm_jax.model.layers import SwiGLU, activation_of, hidden_init_std, residual_init_std
 from nextllm_jax.model.weights import EXPERTS, declare
-from nextllm_jax.ops.grouped import arrange, collect, grouped_product, spread
+from nextllm_jax.ops.grouped import Matrix, Product, apply_experts, arrange
 from nextllm_jax.ops.quantized import QTensor
 from nextllm_jax.ops.routing import Choice, choose, probabilities, within_capacity
 from nextllm_jax.sharding import RULES, is_divisible, per_shard
@@ -246,31 +246,29 @@ def _apply(
     x_BTD: jax.Array,
     expert_BTK: jax.Array,
     weight_BTK: jax.Array,
-    *parts: jax.Array | QTensor,
+    *parts: Matrix,
 ) -> jax.Array:
     """The experts' weighted outputs [B, T, D]. The number of experts stands for no expert.
 
     `parts` are the matrices of gate, up and down, each perhaps with two adapters.
     """
-    (B, T, D), count = x_BTD.shape, len(parts) // 3
-    gate, up, down = (parts[i * count : (i + 1) * count] for i in range(3))
+    (B, T, D), K, count = x_BTD.shape, expert_BTK.shape[-1], len(parts) // 3
     groups = arrange(expert_BTK.reshape(-1), parts[0].shape[0])
 
-    def product(x: jax.Array, matrix: Sequence[jax.Array | QTensor]) -> jax.Array:
-        kernel, *adapters = matrix
-        y = grouped_product(x, kernel, groups)
-        return (
-            y + functools.reduce(lambda x, factor: grouped_product(x, factor, groups), adapters, x) if adapters else y
-        )
+    def mlp(product: Product, x_RD: jax.Array, weight_R1: jax.Array, parts: list[Matrix]) -> jax.Array:
+        def adapted(x: jax.Array, kernel: Matrix, *adapters: Matrix) -> jax.Array:
+            y = product(x, kernel)
+            return y + functools.reduce(product, adapters, x) if adapters else y
+
+        gate, up, down = (parts[i * count : (i + 1) * count] for i in range(3))
+        return adapted(weighted(adapted(x_RD, *gate), adapted(x_RD, *up), weight_R1), *down)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def weighted(gate_PF: jax.Array, up_PF: jax.Array, weight_P1: jax.Array) -> jax.Array:
-        return (activation(gate_PF) * up_PF * weight_P1).astype(gate_PF.dtype)
+    def weighted(gate_RF: jax.Array, up_RF: jax.Array, weight_R1: jax.Array) -> jax.Array:
+        return (activation(gate_RF) * up_RF * weight_R1).astype(gate_RF.dtype)
 
-    x_PD = spread(x_BTD.reshape(B * T, D), groups)
-    weight_P1 = spread(weight_BTK.reshape(-1, 1), groups)
-    inner_PF = weighted(product(x_PD, gate), product(x_PD, up), weight_P1)
-    y_MD: jax.Array = collect(product(inner_PF, down), groups, B * T)  # pyright: ignore[reportAssignmentType]
+    rows = x_BTD.reshape(B * T, D), weight_BTK.reshape(B * T * K, 1)
+    y_MD: jax.Array = apply_experts(mlp, *rows, list(parts), groups)  # pyright: ignore[reportAssignmentType]
     return y_MD.reshape(B, T, D)
 
 

@@ -122,7 +122,7 @@ def _expert_bytes(model: ModelConfig, mesh: Mapping[str, int], tokens: float) ->
     if not model.num_experts:
         return 0.0
     expert, tensor, width = mesh["expert"], mesh["tensor"], model.expert_mlp_dim or model.mlp_dim
-    rows = num_rows(int(tokens * expert * model.experts_per_token), model.num_experts // expert)
+    rows = num_rows(int(tokens * expert * model.experts_per_token))
     matrices = expert_matrix_size(model) / len(model.sparse_layers) / expert / tensor
     return _BF16 * (2 * matrices + rows * (3 * model.embed_dim + 4 * width / tensor))
 

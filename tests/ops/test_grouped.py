@@ -1,4 +1,4 @@
-"""Grouped products against a loop over assignments in float64, values and gradients, and their FLOPs."""
+"""Functions of an expert's rows against a loop over assignments in float64, values and gradients, and their FLOPs."""
 
 import functools
 import re
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nextllm_jax.ops import megablox
-from nextllm_jax.ops.grouped import arrange, block_rows, collect, grouped_product, num_rows, spread, tile_rows
+from nextllm_jax.ops.grouped import apply_experts, arrange, block_rows, num_rows, tile_rows
 from nextllm_jax.ops.quantized import QTensor, dequantize, quantize
 from nextllm_jax.ops.routing import Choice, choose, probabilities, within_capacity
 
@@ -25,101 +25,122 @@ LOADS = {  # the experts of each token; E stands for none
 }
 
 
-def loop(x, kernel, weights, experts):
-    """sum of `weights` times the outputs of each token, and its gradients: (value, d x, d kernel)."""
-    value, d_x, d_kernel = 0.0, np.zeros_like(x), np.zeros_like(kernel)
-    for token, chosen in enumerate(experts):
-        for expert in chosen[chosen < len(kernel)]:
-            value += weights[token] @ (x[token] @ kernel[expert])
-            d_x[token] += kernel[expert] @ weights[token]
-            d_kernel[expert] += np.outer(x[token], weights[token])
-    return value, d_x, d_kernel
+def mlp(product, x, weight, matrices):
+    a, b = matrices
+    return product((jnp.tanh(product(x, a)) * weight).astype(x.dtype), b)
 
 
-def summed(x, kernel, weights, experts, num_experts, product=grouped_product):
-    groups = arrange(jnp.asarray(experts.reshape(-1), jnp.int32), num_experts)
-    return jnp.sum(collect(product(spread(x, groups), kernel, groups), groups, len(x)) * weights)
+def summed(x, weight, a, b, d_y, experts, function=mlp):
+    groups = arrange(jnp.asarray(experts.reshape(-1), jnp.int32), a.shape[0])
+    return jnp.sum(apply_experts(function, x, weight.reshape(-1, 1), [a, b], groups) * d_y)
+
+
+def loop(x, weight, a, b, d_y, experts):
+    """The same in numpy, and the gradients of the first four arguments."""
+    value, gradients = 0.0, [np.zeros_like(each) for each in (x, weight, a, b)]
+    d_x, d_weight, d_a, d_b = gradients
+    for token, k in np.argwhere(experts < len(a)):
+        expert = experts[token, k]
+        inner = np.tanh(x[token] @ a[expert])
+        value += d_y[token] @ (inner * weight[token, k] @ b[expert])
+        d_inner = b[expert] @ d_y[token]
+        d_weight[token, k] = d_inner @ inner
+        d_b[expert] += np.outer(inner * weight[token, k], d_y[token])
+        d_before = d_inner * weight[token, k] * (1 - inner**2)
+        d_x[token] += a[expert] @ d_before
+        d_a[expert] += np.outer(x[token], d_before)
+    return value, gradients
+
+
+def drawn(E, experts, D=6, I=5):  # noqa: E741
+    shapes = (len(experts), D), experts.shape, (E, D, I), (E, I, D), (len(experts), D)
+    return [RNG.normal(size=shape) for shape in shapes]
 
 
 @pytest.mark.parametrize("name", LOADS)
 def test_values_and_gradients_equal_a_loop_over_assignments(name):
     E, experts = LOADS[name]
-    x, kernel, weights = (RNG.normal(size=shape) for shape in ((len(experts), 6), (E, 6, 5), (len(experts), 5)))
-    wanted = loop(x, kernel, weights, experts)
-    found = functools.partial(summed, experts=experts, num_experts=E)
-    arguments = (np.float32(each) for each in (x, kernel, weights))
-    value, gradients = jax.jit(jax.value_and_grad(found, argnums=(0, 1)))(*arguments)
-    for mine, other in zip((value, *gradients), wanted, strict=True):
+    arguments = drawn(E, experts)
+    wanted, wanted_gradients = loop(*arguments, experts)
+    found = jax.jit(jax.value_and_grad(functools.partial(summed, experts=experts), argnums=(0, 1, 2, 3)))
+    value, gradients = found(*(np.float32(each) for each in arguments))
+    for mine, other in zip((value, *gradients), (wanted, *wanted_gradients), strict=True):
         np.testing.assert_allclose(mine, other, atol=1e-4 * max(1, np.abs(other).max()))
 
 
-def test_rows_of_an_expert_are_whole_blocks_and_no_assignment_is_lost():
-    E, experts = LOADS["uneven"]
+@pytest.mark.parametrize("name", LOADS)
+def test_the_rows_of_an_expert_follow_each_other_and_no_assignment_is_lost(name):
+    E, experts = LOADS[name]
     groups = arrange(jnp.asarray(experts.reshape(-1), jnp.int32), E)
-    R = block_rows(experts.size, E)
-    assert R == 16
-    assert (np.asarray(groups.rows_E) % R == 0).all()
-    np.testing.assert_array_equal(groups.assignment_P[groups.row_A], np.arange(experts.size))
-    first_E = np.cumsum(groups.rows_E) - groups.rows_E
-    expert_P = np.repeat(np.arange(E), groups.rows_E)
-    np.testing.assert_array_equal(expert_P[groups.row_A], experts.reshape(-1))
-    assert first_E[0] == 0
+    to_expert = experts.reshape(-1) < E
+    rows = np.asarray(groups.row_A)[to_expert]
+    assert sorted(rows) == list(range(to_expert.sum())) == list(range(int(groups.rows_E.sum())))
+    np.testing.assert_array_equal(groups.assignment_P[rows], np.flatnonzero(to_expert))
+    np.testing.assert_array_equal(np.repeat(np.arange(E), groups.rows_E)[rows], experts.reshape(-1)[to_expert])
+    assert len(groups.assignment_P) % tile_rows(experts.size) == 0
 
 
-@pytest.mark.parametrize(("tokens", "chosen", "E"), [(4096, 8, 64), (4096, 2, 8), (32, 8, 128), (1, 8, 128)])
-def test_blocks_are_padded_by_at_most_a_quarter_of_equal_loads(tokens, chosen, E):
-    A = tokens * chosen
-    R = block_rows(A, E)
-    assert min(A, E) * R / 2 <= (A / 4 if A >= 2 * E else A)  # half a block is padding, on average
-    assert tile_rows(A, E) % R == 0
-    assert arrange(jnp.zeros(A, jnp.int32), E).assignment_P.shape[0] % tile_rows(A, E) == 0
+@pytest.mark.parametrize(("tokens", "chosen", "E"), [(1024, 8, 64), (2048, 2, 8), (32, 8, 128), (1, 8, 128)])
+def test_blocks_have_few_rows_beyond_those_of_their_expert(tokens, chosen, E):
+    experts = np.argsort(RNG.random((tokens, E)), axis=1)[:, :chosen]
+    multiplied = []
+
+    def counting(product, x, weight, matrices):
+        jax.debug.callback(lambda: multiplied.append(len(x)))
+        return mlp(product, x, weight, matrices)
+
+    arguments = [np.float32(each) for each in drawn(E, experts, D=2, I=2)]
+    jax.block_until_ready(jax.jit(functools.partial(summed, experts=experts, function=counting))(*arguments))
+    jax.effects_barrier()
+    assert experts.size <= sum(multiplied) <= 1.25 * experts.size
+    assert set(multiplied) <= set(block_rows(experts.size, E))
 
 
 def test_a_program_multiplies_each_row_with_one_matrix_in_both_passes():
-    """`jax.lax.ragged_dot` multiplies with all E matrices on a CPU. The compiler counts the body of a loop once."""
-    E, I, O, tokens = 16, 32, 48, 512  # noqa: E741
+    """`jax.lax.ragged_dot` multiplies with all E matrices on a CPU."""
+    E, I, D, tokens = 16, 32, 48, 512  # noqa: E741
     experts = RNG.integers(0, E, (tokens, 2))
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((tokens, I), (E, I, O), (tokens, O))]
-    found = functools.partial(summed, experts=experts, num_experts=E)
-    compiled = jax.jit(jax.grad(found, argnums=(0, 1))).lower(*shapes).compile()
-    R = block_rows(2 * tokens, E)
+    found = jax.grad(functools.partial(summed, experts=experts), argnums=(0, 1, 2, 3))
+    compiled = jax.jit(found).lower(*(np.float32(each) for each in drawn(E, experts, D, I))).compile()
     dots = re.findall(r"= f32\[([\d,]+)\]\S* dot\(", compiled.as_text() or "")
-    assert sorted(dots) == sorted([f"{R},{I}", f"{I},{O}"])  # the gradients; the value itself is not needed
-    blocks = int(arrange(jnp.asarray(experts.reshape(-1), jnp.int32), E).rows_E.sum()) // R
-    assert blocks * R <= 1.5 * 2 * tokens
-    assert (compiled.cost_analysis() or {})["flops"] < 2 * 2 * R * I * O + 100 * 2 * tokens * max(E, O)
+    # Per size of block: the inner values again, their gradients, and those of rows and matrices.
+    blocks = [f"{R},{width}" for R in block_rows(2 * tokens, E) for width in (I, I, D)]
+    assert sorted(dots) == sorted([*blocks, *2 * [f"{D},{I}", f"{I},{D}"]])
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_quantized_matrices_are_multiplied_as_their_values(scheme):
     E, experts = LOADS["uneven"]
-    x, kernel, weights = (RNG.normal(size=shape) for shape in ((len(experts), 8), (E, 8, 6), (len(experts), 6)))
-    like = QTensor(jnp.zeros((E, 8, 6), scheme), jnp.zeros((E, 1 if scheme == "int8" else 2, 6)))
-    quantized = quantize(jnp.asarray(kernel, jnp.float32), like)
-    wanted = loop(x, np.asarray(dequantize(quantized, jnp.float32), np.float64), weights, experts)
-    found = functools.partial(summed, experts=experts, num_experts=E)
-    arguments = np.float32(x), quantized, np.float32(weights)
-    value, d_x = jax.jit(jax.value_and_grad(found))(*arguments)
-    np.testing.assert_allclose(value, wanted[0], rtol=1e-4)
-    np.testing.assert_allclose(d_x, wanted[1], atol=1e-4)
+    x, weight, *kernels, d_y = drawn(E, experts, 8, 6)
+    quantized = []
+    for kernel in kernels:
+        groups = 1 if scheme == "int8" else 2
+        like = QTensor(jnp.zeros(kernel.shape, scheme), jnp.zeros((E, groups, kernel.shape[2])))
+        quantized.append(quantize(jnp.asarray(kernel, jnp.float32), like))
+    values = (np.asarray(dequantize(kernel, jnp.float32), np.float64) for kernel in quantized)
+    wanted, wanted_gradients = loop(x, weight, *values, d_y, experts)
+    found = jax.jit(jax.value_and_grad(functools.partial(summed, experts=experts), argnums=(0, 1)))
+    value, gradients = found(np.float32(x), np.float32(weight), *quantized, np.float32(d_y))
+    np.testing.assert_allclose(value, wanted, rtol=1e-4)
+    for mine, other in zip(gradients, wanted_gradients, strict=False):
+        np.testing.assert_allclose(mine, other, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["uneven", "some choices are dropped", "large blocks"])
-def test_megablox_equals_the_loop_in_its_interpreter(name):
+def test_megablox_equals_a_loop_over_experts_in_its_interpreter(name):
     E, experts = LOADS[name]
-    groups = arrange(jnp.asarray(experts.reshape(-1), jnp.int32), E)
-    P, I, O = len(groups.assignment_P), 24, 40  # noqa: E741
-    x, kernel, d_y = (jnp.asarray(RNG.normal(size=shape), jnp.float32) for shape in ((P, I), (E, I, O), (P, O)))
-    wanted, pull = jax.vjp(lambda x, kernel: grouped_product(x, kernel, groups), x, kernel)
-    used = int(groups.rows_E.sum())
-    d_y = d_y.at[used:].set(0)
+    rows_E = np.bincount(experts.reshape(-1), minlength=E)[:E]
+    P, I, O = num_rows(experts.size), 24, 40  # noqa: E741
+    x, kernel, d_y = (np.float32(RNG.normal(size=shape)) for shape in ((P, I), (E, I, O), (P, O)))
+    tile = tile_rows(experts.size)
+    found, pull = jax.vjp(lambda x, kernel: megablox.product(x, kernel, jnp.asarray(rows_E), tile, True), x, kernel)
     d_x, d_kernel = pull(d_y)
-    arguments = {"rows_E": groups.rows_E, "tile_rows": tile_rows(experts.size, E), "interpret": True}
-    found = megablox.product(x, kernel, **arguments, transposed=False)
-    np.testing.assert_allclose(found[:used], wanted[:used], atol=1e-4)
-    found = megablox.product(d_y, kernel, **arguments, transposed=True)
-    np.testing.assert_allclose(found[:used], d_x[:used], atol=1e-4)
-    np.testing.assert_allclose(megablox.kernel_gradient(x, d_y, **arguments), d_kernel, atol=1e-3)
+    end_E = np.cumsum(rows_E)
+    for expert, end in enumerate(end_E):
+        rows = slice(end - rows_E[expert], end)
+        np.testing.assert_allclose(found[rows], x[rows] @ kernel[expert], atol=1e-4)
+        np.testing.assert_allclose(d_x[rows], d_y[rows] @ kernel[expert].T, atol=1e-4)
+        np.testing.assert_allclose(d_kernel[expert], x[rows].T @ d_y[rows], atol=1e-3)
 
 
 def test_a_bias_changes_the_choice_but_not_the_weights():
@@ -139,20 +160,20 @@ def test_an_expert_takes_the_first_tokens_of_a_sequence_up_to_its_capacity():
 
 @pytest.mark.tpu
 def test_tpus_multiply_by_megablox_with_little_memory(four_tpus):
-    """Both gradients of the product are kernels, and need no copy of the matrices."""
-    E, I, O, tokens = 8, 256, 384, 1024  # noqa: E741
+    """All products and their gradients are kernels, and need no copy of the matrices."""
+    E, I, D, tokens = 8, 256, 384, 1024  # noqa: E741
     experts = RNG.integers(0, E, (tokens, 2))
     place = jax.sharding.SingleDeviceSharding(four_tpus[0])
+    types = jnp.bfloat16, jnp.float32, jnp.bfloat16, jnp.bfloat16, jnp.float32
     shapes = [
-        jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-        for shape, dtype in (((tokens, I), jnp.bfloat16), ((E, I, O), jnp.bfloat16), ((tokens, O), jnp.float32))
+        jax.ShapeDtypeStruct(each.shape, dtype, sharding=place)
+        for each, dtype in zip(drawn(E, experts, D, I), types, strict=True)
     ]
-    found = functools.partial(summed, experts=experts, num_experts=E)
+    found = jax.value_and_grad(functools.partial(summed, experts=experts), argnums=(0, 1, 2, 3))
     with jax.default_matmul_precision("default"):
-        compiled = jax.jit(jax.value_and_grad(found, argnums=(0, 1))).lower(*shapes).compile()
+        compiled = jax.jit(found).lower(*shapes).compile()
     text = compiled.as_text() or ""
-    assert text.count('custom_call_target="tpu_custom_call"') == 3
+    assert text.count('custom_call_target="tpu_custom_call"') == 2 + 5  # the inner values are computed twice
     memory = compiled.memory_analysis()
-    rows = num_rows(2 * tokens, E)
     assert memory is not None
-    assert memory.temp_size_in_bytes < 4 * 2 * rows * (I + O)
+    assert memory.temp_size_in_bytes < 4 * 2 * num_rows(2 * tokens) * (I + D)
