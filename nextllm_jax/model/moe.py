@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from nextllm_jax.config import ModelConfig
 from nextllm_jax.model.layers import SwiGLU, activation_of, hidden_init_std, residual_init_std
@@ -30,8 +29,6 @@ from nextllm_jax.sharding import RULES, is_divisible, per_shard
 
 Names = tuple[str | None, ...]
 """The logical axes of an array."""
-
-_GATHERED = "gathered_experts"
 
 ROUTING = "routing"
 """The name under which a router records its `RouterSums`, among the intermediates."""
@@ -184,11 +181,8 @@ class Experts(nn.Module):
         is_split = is_divisible(x_BTD.shape, ("batch", "residual_seq", "activation_embed"))
         out = ("batch", "residual_seq" if is_split else "seq", "activation_embed")
         on_shard = functools.partial(_apply_on_shard, apply, jax.tree.structure(whole), names, is_split)
-        if config.remat == "none":
-            # The backward pass gathers the matrices again instead of saving them whole, as it does with remat anyway.
-            policy = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
-            on_shard = jax.checkpoint(on_shard, prevent_cse=False, policy=policy)
-        return per_shard(on_shard, names, out)(*arrays)
+        # The backward pass gathers matrices and tokens again, whatever `remat` is; see also `apply_experts`.
+        return per_shard(jax.checkpoint(on_shard, prevent_cse=False), names, out)(*arrays)
 
     def _cast(self, part: jax.Array | QTensor) -> jax.Array | QTensor:
         """A float matrix in the type of the products, a quantized one as it is."""
@@ -237,8 +231,7 @@ def _gathered(x: jax.Array, axes: Names, axis: str) -> jax.Array:
         return x
     dim = axes.index("expert_embed")
     # XLA for TPUs does not scatter a gradient along its last axis, but sums all of it on each device.
-    whole = jnp.moveaxis(jax.lax.all_gather(jnp.moveaxis(x, dim, 1), axis, axis=1, tiled=True), 1, dim)
-    return checkpoint_name(whole, _GATHERED)
+    return jnp.moveaxis(jax.lax.all_gather(jnp.moveaxis(x, dim, 1), axis, axis=1, tiled=True), 1, dim)
 
 
 def _apply(

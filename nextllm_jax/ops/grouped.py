@@ -1,4 +1,4 @@
-"""Functions of rows whose matrices are those of one of several experts: the heart of a sparse layer.
+"""The sum of several experts' outputs for each token: the heart of a sparse layer.
 
 Dimension letters: M tokens, A assignments of a token to an expert, E experts, P rows sorted by expert, R rows of a
 block, D width of a token, I inputs, O outputs. Each token has the same number A / M of assignments, which are next to

@@ -80,14 +80,11 @@ def _saved_bytes_per_token(model: ModelConfig, mesh: Mapping[str, int]) -> float
     tensor = mesh["tensor"]
     embed, residual, mlp = model.embed_dim, model.embed_dim / tensor, _dense_width(model) / tensor
     q, kv = _head_widths(model, tensor)
-    # Each token has a row for each of its experts, on all devices along expert. No policy but none saves these rows.
-    sparse = len(model.sparse_layers) / model.num_layers * model.experts_per_token * mesh["expert"]
-    rows = sparse * (embed + 3 * (model.expert_mlp_dim or model.mlp_dim) / tensor)
     widths = {
         "full": residual,
         "save_attention": residual + q,
         "dots": 2 * residual + q + kv + 2 * mlp,
-        "none": 2 * embed + 2 * residual + 2 * q + model.head_dim * model.num_heads / tensor + kv + 3 * mlp + rows,
+        "none": 2 * embed + 2 * residual + 2 * q + model.head_dim * model.num_heads / tensor + kv + 3 * mlp,
     }
     return _BF16 * widths[model.remat]
 
@@ -170,8 +167,9 @@ def recomputed_flops_per_token(config: ModelConfig, sequence_length: int) -> flo
     products, attention = layer_forward_flops(config, sequence_length)
     routed = len(config.sparse_layers) * config.experts_per_token * (config.expert_mlp_dim or config.mlp_dim)
     products -= 2.0 * config.embed_dim * (config.num_layers * _dense_width(config) + routed)
-    dots = attention + 4.0 * config.embed_dim * routed  # the experts' products are not saved as dots
-    return {"none": 0.0, "dots": dots, "save_attention": products}.get(config.remat, products + attention)
+    in_experts = 4.0 * config.embed_dim * routed  # their inner values are never saved
+    added = {"none": in_experts, "dots": attention + in_experts, "save_attention": products}
+    return added.get(config.remat, products + attention)
 
 
 def update_flops_of_a_device(config: Config, mesh: Mapping[str, int]) -> float:
