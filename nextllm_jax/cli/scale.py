@@ -49,8 +49,8 @@ class ScaleArguments:
     """FLOPs of the large run, such as 1e18."""
     days: float | None = None
     """Instead of --budget: days that the large run may take on the devices of --topology or --chip."""
-    mfu: float = 0.4
-    """With --days: model FLOPs utilization that the large run is expected to reach."""
+    mfu: float | None = None
+    """With --days: model FLOPs utilization that the large run is expected to reach; none: 0.4."""
     topology: str | None = None
     """TPU generation and shape of a slice for the large run, such as v5e:4x4; see nextllm plan."""
     chip: str | None = None
@@ -120,7 +120,9 @@ def _check(arguments: ScaleArguments) -> None:
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must be from {least:g} to {most:g}")
     if not arguments.search_minutes >= 0:
         raise InputError(f"--search-minutes is {arguments.search_minutes}; it must be at least 0")
-    if not 0 < arguments.mfu <= 1:
+    if arguments.mfu is not None and arguments.days is None:
+        raise InputError("--mfu is for --days; --budget is given in FLOPs")
+    if arguments.mfu is not None and not 0 < arguments.mfu <= 1:
         raise InputError(f"--mfu is {arguments.mfu}; it must be a fraction above 0 and up to 1")
     if arguments.run.init_from is not None:
         raise InputError(
@@ -148,8 +150,9 @@ def _scale(arguments: ScaleArguments, file: Config, trainer: "Trainer") -> int:
     found = forecast(rungs, run, arguments.price)
     RunDir(directory).write(PICTURE, report.draw(rungs, found))
     warnings = found.warnings()
-    for warning in warnings[len(run.warnings()) :]:
-        _log.warning(warning)
+    for warning in warnings:
+        if warning not in run.warnings():
+            _log.warning(warning)
     problem = ""
     if warnings and not arguments.extrapolate:
         problem = f"{'; '.join(warnings)}; to accept that, and to plan the large run, add --extrapolate"
@@ -161,7 +164,7 @@ def _scale(arguments: ScaleArguments, file: Config, trainer: "Trainer") -> int:
     if arguments.days is not None and found.least_days is not None and found.least_days > arguments.days:
         _log.warning(
             f"the plan takes at least {found.least_days:.3g} days, more than --days {arguments.days:g}; give an --mfu "
-            f"below {arguments.mfu:g}"
+            f"below {_mfu(arguments):g}"
         )
     if arguments.json:
         print(json.dumps(report.forecast_json(rungs, found)))
@@ -210,4 +213,8 @@ def _large_flops(arguments: ScaleArguments, target: "Target | None") -> float:
     assert arguments.days is not None  # see _check
     assert target is not None
     assert target.chip is not None
-    return arguments.days * 86_400 * target.num_devices * target.chip.peak_flops_bf16 * arguments.mfu
+    return arguments.days * 86_400 * target.num_devices * target.chip.peak_flops_bf16 * _mfu(arguments)
+
+
+def _mfu(arguments: ScaleArguments) -> float:
+    return 0.4 if arguments.mfu is None else arguments.mfu

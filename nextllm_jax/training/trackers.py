@@ -37,6 +37,9 @@ _FINISH_SECONDS = 20.0
 _Values = Callable[[Any], dict[str, Any]]
 """What to log, given the tracker's package."""
 
+_End = Callable[[Any], None]
+"""Ends a run of the tracker's package."""
+
 
 class Tracker:
     """A tracker of a run. Its methods return at once.
@@ -47,7 +50,7 @@ class Tracker:
 
     def __init__(self, name: str, open_run: Callable[[], tuple[Any, Any]]) -> None:
         self.name, self._open_run = name, open_run
-        self._queue: queue.Queue[tuple[int, _Values] | None] = queue.Queue(_QUEUE_ITEMS)
+        self._queue: queue.Queue[tuple[int, _Values] | _End] = queue.Queue(_QUEUE_ITEMS)
         self._is_behind = self._is_abandoned = False
         work = functools.partial(OptionalOutput(name).write, self._work)
         self._thread = threading.Thread(target=work, name=name, daemon=True)
@@ -72,11 +75,12 @@ class Tracker:
 
         self._put(step, values)
 
-    def finish(self, deadline: float) -> None:
-        """Ask the tracker to end its run, until a time of time.monotonic()."""
+    def finish(self, deadline: float, *, failed: bool = False) -> None:
+        """Ask the tracker to end its run, until a time of time.monotonic(). trackio does not show whether it failed."""
+        arguments = {"exit_code": 1} if failed and self.name == "wandb" else {}
         if self._thread.is_alive():
             with contextlib.suppress(queue.Full):
-                self._queue.put(None, timeout=max(deadline - time.monotonic(), 0))
+                self._queue.put(lambda run: run.finish(**arguments), timeout=max(deadline - time.monotonic(), 0))
 
     def wait(self, deadline: float) -> None:
         """Wait until the run has ended, until a time of time.monotonic(). Then the thread is left to itself."""
@@ -99,10 +103,10 @@ class Tracker:
     def _work(self) -> None:
         try:
             package, run = self._open_run()
-            while (item := self._queue.get()) is not None:
+            while isinstance(item := self._queue.get(), tuple):
                 step, values = item
                 run.log(values(package), step=step)
-            run.finish()
+            item(run)
         except SystemExit:  # which would end a thread silently
             raise RuntimeError("it calls sys.exit") from None
         except Exception:
@@ -123,12 +127,14 @@ def open_trackers(run: RunDir, config: Config, *, enabled: bool) -> Iterator[Seq
             Tracker(tracker, functools.partial(_OPEN[tracker], config, name, run_id))
             for tracker in config.logging.trackers
         ]
+        failed = True
         try:
             yield trackers
+            failed = False
         finally:
             deadline = time.monotonic() + _FINISH_SECONDS
             for tracker in trackers:
-                tracker.finish(deadline)
+                tracker.finish(deadline, failed=failed)
             for tracker in trackers:
                 tracker.wait(deadline)
 

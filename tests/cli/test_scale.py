@@ -34,7 +34,8 @@ LADDER = ("--config", "config.py", "--ladder-flops", "4e10", "--tokens-per-param
         (["--budget", "1e300"], "--budget is 1e+300; it must be from 1 to 1e+30"),
         (["--budget", "1e15", "--rungs", "1000000000"], "and at most 20"),
         (["--budget", "1e15", "--search-minutes", "nan"], "--search-minutes is nan; it must be at least 0"),
-        (["--budget", "1e15", "--mfu", "40"], "--mfu is 40.0; it must be a fraction"),
+        (["--budget", "1e15", "--mfu", "0.5"], "--mfu is for --days"),
+        (["--days", "1", "--topology", "v5e:2x2", "--mfu", "40"], "--mfu is 40.0; it must be a fraction"),
         (["--budget", "1e15", "--init-from", "smollm2"], "init_from is smollm2, but all runs start from new weights"),
     ],
 )

@@ -1,5 +1,6 @@
 """Trackers: the real packages without a network, and trackers that fail or hang."""
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -184,6 +185,17 @@ def test_a_tracker_that_fails_is_reported_once(step, messages):
     tracker.wait(time.monotonic() + 10)
     tracker.scalars(4, {"loss": 1.0})
     assert messages.messages == ["wandb is disabled for this training (No space left on device)"]
+
+
+@pytest.mark.parametrize(("tracker", "arguments"), [("wandb", {"exit_code": 1}), ("trackio", {})])
+def test_wandb_shows_that_a_training_failed(tracker, arguments, tmp_path, monkeypatch):
+    run = mock.Mock()
+    monkeypatch.setitem(trackers._OPEN, tracker, lambda *_: (mock.Mock(), run))
+    for error in (None, RuntimeError("diverged")):
+        with contextlib.suppress(RuntimeError), open_trackers(RunDir(tmp_path), config_of(tracker), enabled=True):
+            if error:
+                raise error
+    assert run.finish.call_args_list == [mock.call(), mock.call(**arguments)]
 
 
 def test_a_tracker_that_exits_is_reported(messages):
