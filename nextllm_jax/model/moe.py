@@ -166,7 +166,7 @@ class Experts(nn.Module):
         down = ExpertMatrix(
             config, (width, config.embed_dim), ("mlp", "expert_embed"), residual_init_std(config), name="down"
         )()
-        # Tokens that the mesh cannot shard evenly along an axis are whole along it, as in a decode step.
+        # An axis that the mesh cannot shard evenly stays whole, such as the one position of a decode step.
         axes_BT = zip(x_BTD.shape, ("batch", "seq"), strict=False)
         batch, seq = (name if is_divisible((size,), (name,)) else None for size, name in axes_BT)
         arguments: list[tuple[Any, Names]] = [
@@ -206,7 +206,7 @@ def _leaves(array: jax.Array | QTensor, axes: Names) -> list[tuple[jax.Array, Na
 def _apply_on_shard(
     apply: Callable[..., jax.Array], structure: Any, names: Sequence[Names], is_split: bool, *arrays: jax.Array
 ) -> jax.Array:
-    """`apply` on the shards of one device, or of the mesh without axes; see `Experts`.
+    """`apply` on the shards of one device, or on whole arrays if there is no mesh; see `Experts`.
 
     `arrays` are the leaves of the arguments of `apply`, which have this structure.
     """
