@@ -129,7 +129,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 def per_shard(
     f: Callable[..., Any],
     in_names: Sequence[Sequence[str | None]],
-    out_names: Sequence[str],
+    out_names: Sequence[str | None],
     summed_names: Sequence[str] = (),
 ) -> Callable[..., Any]:
     """`f`, mapped over shards of its arguments, for functions that XLA cannot shard, such as Pallas kernels.

@@ -114,8 +114,8 @@ class Part(NamedTuple):
     tensor: str
     """Name in the file."""
     first_row: int = 0
-    """First row in the tensor, whose experts' rows count on. It is 0 if the tensor is neither fused nor of experts."""
-
+    """First row in the tensor, where the rows of an expert follow those of the one before it. It is 0 if the tensor has
+    only one matrix."""
     kind: Kind = "matrix"
     inputs: int = 0
     """Number of leading dimensions of `shape` that are a matrix's inputs; 0 if the leaf is not transposed."""

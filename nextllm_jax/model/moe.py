@@ -23,7 +23,7 @@ from nextllm_jax.config import ModelConfig
 from nextllm_jax.model.layers import SwiGLU, activation_of, hidden_init_std, residual_init_std
 from nextllm_jax.model.weights import EXPERTS, declare
 from nextllm_jax.ops.grouped import Matrix, Product, apply_experts, arrange
-from nextllm_jax.ops.quantized import QTensor
+from nextllm_jax.ops.quantized import QTensor, dequantize
 from nextllm_jax.ops.routing import Choice, choose, probabilities, within_capacity
 from nextllm_jax.sharding import RULES, is_divisible, per_shard
 
@@ -166,27 +166,32 @@ class Experts(nn.Module):
         down = ExpertMatrix(
             config, (width, config.embed_dim), ("mlp", "expert_embed"), residual_init_std(config), name="down"
         )()
+        # An axis that the mesh cannot shard evenly stays whole, such as the one position of a decode step.
+        axes_BT = zip(x_BTD.shape, ("batch", "seq"), strict=False)
+        batch, seq = (name if is_divisible((size,), (name,)) else None for size, name in axes_BT)
         arguments: list[tuple[Any, Names]] = [
-            (x_BTD.astype(self.dtype), ("batch", "seq", "activation_embed")),
-            (choice.expert_BTK, ("batch", "seq", None)),
-            (choice.weight_BTK, ("batch", "seq", None)),
-            *((self._cast(part), axes) for matrix in (gate, up, down) for part, axes in matrix),
+            (x_BTD.astype(self.dtype), (batch, seq, "activation_embed")),
+            (choice.expert_BTK, (batch, seq, None)),
+            (choice.weight_BTK, (batch, seq, None)),
+            *((self._cast(part, axes), axes) for matrix in (gate, up, down) for part, axes in matrix),
         ]
         leaves = [leaf for array, axes in arguments for leaf in _leaves(array, axes)]
         arrays, names = zip(*leaves, strict=True)
         whole = [array for array, _ in arguments]
         apply = functools.partial(_apply, activation_of(config))
         if not all(is_divisible(leaf.shape, axes) for leaf, axes in leaves):
-            return apply(*whole)  # XLA shards it in some way
-        is_split = is_divisible(x_BTD.shape, ("batch", "residual_seq", "activation_embed"))
-        out = ("batch", "residual_seq" if is_split else "seq", "activation_embed")
+            return apply(*whole)  # `sharding.placed` refuses such matrices
+        is_split = is_divisible((x_BTD.shape[1],), ("residual_seq",))
+        out = (batch, "residual_seq" if is_split else seq, "activation_embed")
         on_shard = functools.partial(_apply_on_shard, apply, jax.tree.structure(whole), names, is_split)
         # The backward pass gathers matrices and tokens again, whatever `remat` is; see also `apply_experts`.
         return per_shard(jax.checkpoint(on_shard, prevent_cse=False), names, out)(*arrays)
 
-    def _cast(self, part: jax.Array | QTensor) -> jax.Array | QTensor:
-        """A float matrix in the type of the products, a quantized one as it is."""
-        return part if isinstance(part, QTensor) else part.astype(self.dtype)
+    def _cast(self, part: jax.Array | QTensor, axes: Names) -> jax.Array | QTensor:
+        """A matrix in the type of the products, but a quantized one as it is if its scales can be sharded evenly."""
+        if isinstance(part, QTensor) and all(is_divisible(leaf.shape, names) for leaf, names in _leaves(part, axes)):
+            return part
+        return dequantize(part, self.dtype)
 
 
 def _leaves(array: jax.Array | QTensor, axes: Names) -> list[tuple[jax.Array, Names]]:
@@ -201,7 +206,7 @@ def _leaves(array: jax.Array | QTensor, axes: Names) -> list[tuple[jax.Array, Na
 def _apply_on_shard(
     apply: Callable[..., jax.Array], structure: Any, names: Sequence[Names], is_split: bool, *arrays: jax.Array
 ) -> jax.Array:
-    """`apply` on the shards of one device, or of the mesh without axes; see `Experts`.
+    """`apply` on the shards of one device, or on whole arrays if there is no mesh; see `Experts`.
 
     `arrays` are the leaves of the arguments of `apply`, which have this structure.
     """

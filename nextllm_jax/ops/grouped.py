@@ -1,8 +1,8 @@
 """The sum of several experts' outputs for each token: the heart of a sparse layer.
 
-Dimension letters: M tokens, A assignments of a token to an expert, E experts, P rows sorted by expert, R rows of a
-block, D width of a token, I inputs, O outputs. Each token has the same number A / M of assignments, which are next to
-each other. No assignment is dropped, whatever the load of the experts.
+Dimension letters: M tokens, A assignments of a token to an expert, K = A / M assignments of each token, which are next
+to each other, E experts, P rows sorted by expert, R rows that a function gets at once, D width of a token, I inputs,
+O outputs. No assignment to an expert is dropped, whatever its load.
 """
 
 import functools
@@ -19,7 +19,9 @@ _TILE_ROWS = 128
 _FEW_TILE_ROWS = 16
 """The fewest rows of a bfloat16 tile on a TPU."""
 _MOST_ROWS = 64
+"""The most rows of a small block."""
 _BLOCKS_IN_LARGE = 8
+"""The number of small blocks in a large one."""
 _NO_ROW = jnp.iinfo(jnp.int32).max
 
 Matrix = jax.Array | QTensor
@@ -53,7 +55,7 @@ def num_rows(num_assignments: int) -> int:
 
 
 def arrange(expert_A: jax.Array, num_experts: int) -> Groups:
-    """The rows of assignments to the experts `expert_A`, int32; the number of experts stands for no expert."""
+    """The rows of the assignments, given the expert of each, int32, where `num_experts` stands for no expert."""
     A = len(expert_A)
     order_A = jnp.argsort(expert_A, stable=True)
     place_A = jnp.zeros(A, jnp.int32).at[order_A].set(jnp.arange(A, dtype=jnp.int32), unique_indices=True)
@@ -68,7 +70,7 @@ def arrange(expert_A: jax.Array, num_experts: int) -> Groups:
 
 @jax.custom_vjp
 def spread(x_MI: jax.Array, groups: Groups) -> jax.Array:
-    """The row of each assignment, [P, I]: that of its token; zeros after the last one."""
+    """For each of P rows the values of its assignment's token, [P, I]; zeros after the last assignment."""
     return _rows(x_MI, groups.assignment_P, groups)
 
 
@@ -81,6 +83,7 @@ def collect(x_PI: jax.Array, groups: Groups, num_tokens: int) -> jax.Array:
 
 
 def _rows(x_MI: jax.Array, assignment_R: jax.Array, groups: Groups) -> jax.Array:
+    """The values of the assignments' tokens, [R, I]; zeros for assignment A. `x_MI` may be one row per assignment."""
     return x_MI.at[assignment_R // (len(groups.row_A) // len(x_MI))].get(mode="fill", fill_value=0)
 
 
@@ -149,7 +152,11 @@ def _gradients_by_product(
 
 
 def block_rows(num_assignments: int, num_experts: int) -> tuple[int, int]:
-    """Rows of a small and of a large block: powers of two, up to about an eighth of an expert's mean load, and that."""
+    """Rows of a small and of a large block.
+
+    Those of a small one are the greatest power of two up to an eighth of an expert's mean load, from 1 to 64. A large
+    one has 8 times as many.
+    """
     load, rows = num_assignments // num_experts, 1
     while 2 * rows <= min(load // _BLOCKS_IN_LARGE, _MOST_ROWS):
         rows *= 2
@@ -157,7 +164,7 @@ def block_rows(num_assignments: int, num_experts: int) -> tuple[int, int]:
 
 
 class _Expert(NamedTuple):
-    """An expert with its rows, of which the first is `row`, and its matrices [I, O]."""
+    """An expert with its rows, from `row` to before `end`, and its matrices [I, O]."""
 
     index: jax.Array
     row: jax.Array
@@ -166,7 +173,10 @@ class _Expert(NamedTuple):
 
 
 def _for_experts(groups: Groups, matrices: list[Matrix], step: Callable[[_Expert, Any], Any], carry: Any) -> Any:
-    """`carry` after `carry = step(expert, carry)` for each expert that has rows. Matrices of others are not read."""
+    """`carry` after `carry = step(expert, carry)` for each expert that has rows, in order of their rows.
+
+    Matrices of other experts are not read.
+    """
     end_E = jnp.cumsum(groups.rows_E)
     first_E = jnp.argsort(groups.rows_E == 0, stable=True)  # those that have rows come first
 
@@ -181,8 +191,8 @@ def _for_experts(groups: Groups, matrices: list[Matrix], step: Callable[[_Expert
 def _for_blocks(expert: _Expert, groups: Groups, step: Callable[[jax.Array, jax.Array, Any], Any], carry: Any) -> Any:
     """`carry` after `carry = step(row, assignments, carry)` for each block of an expert's rows.
 
-    `row` is the first of a block. The assignment of a row after the expert's last one is A. Such rows may be written,
-    since they belong to experts that follow.
+    `row` is the first of a block. The assignment of a row after the expert's last one is A. Such rows may be written:
+    experts that follow overwrite theirs, and nothing reads rows after the last assignment.
     """
     A = len(groups.row_A)
     small, large = block_rows(A, len(groups.rows_E))
@@ -205,7 +215,7 @@ def _block_product(x_RI: jax.Array, matrix: Matrix) -> jax.Array:
 
 
 def _zeros(x_MI: jax.Array, groups: Groups) -> jax.Array:
-    """Zeros in float32 for a row of `x_MI` per row of the groups, and room for a block after the last row.
+    """Zeros in float32, as wide as `x_MI`, for the row of each assignment and for a block after the last one.
 
     XLA's CPU backend copies a whole bfloat16 array when it writes a part of it.
     """

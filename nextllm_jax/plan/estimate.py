@@ -251,10 +251,10 @@ def memory_traffic_bytes(config: Config, mesh: Mapping[str, int], state_bytes: f
     shards = _shards(mesh)
     gradients = 2 * _FLOAT32 * matrix_parameters(model) / shards
     passes = 3 if model.remat == "none" else 4
-    gathered = 2 if mesh["fsdp"] > 1 else 1  # written by the gather, then read
-    experts = expert_matrix_size(model)
-    weights = passes * steps * gathered * _BF16 / mesh["tensor"]
-    weights *= matrix_parameters(model) - experts + experts / mesh["expert"]
+    fsdp, expert, experts = mesh["fsdp"], mesh["expert"], expert_matrix_size(model)
+    sizes = (matrix_parameters(model) - experts, fsdp * expert), (experts / expert, fsdp)
+    read = sum(size * (2 if shards > 1 else 1) for size, shards in sizes)  # a gather writes them, too
+    weights = passes * steps * _BF16 / mesh["tensor"] * read
     widths = 2 * model.head_dim * (model.num_heads + model.num_kv_heads) + 3 * model.embed_dim + 3 * _dense_width(model)
     routed = model.experts_per_token * (2 * model.embed_dim + 3 * (model.expert_mlp_dim or model.mlp_dim))
     widths += len(model.sparse_layers) / model.num_layers * routed

@@ -79,6 +79,14 @@ def test_no_device_of_a_mesh_has_the_int8_matrices_of_all_experts():
     assert not re.search(rf"s8\[{CONFIG.num_experts},{sizes},{sizes}\]", text)
 
 
+@pytest.mark.tpu
+def test_a_decode_step_compiles_for_tpus_that_shard_neither_its_tokens_nor_all_scales_evenly(four_tpus):
+    """XLA cannot shard kernels itself. A step has one position, and `down` has scales of three groups of inputs."""
+    mesh = make_mesh(MeshConfig(data=1, sequence=2, tensor=2), four_tpus)
+    text = lowered_decode(4, Quantization(scheme="int4", group_size=8), mesh).compile().as_text() or ""
+    assert text.count('custom_call_target="tpu_custom_call"') == 3  # gate, up and down
+
+
 @pytest.mark.parametrize("quantization", [None, Quantization(scheme="int8")])
 def test_a_decode_step_reads_the_matrices_of_chosen_experts_only(quantization):
     """Each product is in a loop over the experts in use, at most rows x experts_per_token, and takes one matrix."""

@@ -67,16 +67,6 @@ def test_logits_equal_the_loop_over_tokens_and_experts(name: str) -> None:
     np.testing.assert_allclose(logits(params), expected, atol=1e-4)
 
 
-def losses(config: ModelConfig, recorded: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
-    """The load-balancing loss and the z-loss by their definitions, from the logits and choices of each sparse layer."""
-    balance, z = [], []
-    for logits_ME, chosen_MK in recorded:
-        shares_E = np.bincount(chosen_MK.reshape(-1), minlength=config.num_experts) / chosen_MK.size
-        balance.append(config.num_experts * shares_E @ reference.softmax(logits_ME).mean(axis=0))
-        z.append(np.mean(np.log(np.exp(logits_ME).sum(axis=-1)) ** 2))
-    return float(np.mean(balance)), float(np.mean(z))
-
-
 def test_losses_of_the_routers_follow_their_definitions_and_leave_the_reported_loss_alone() -> None:
     config = dataclasses.replace(make_config("every option of softmax"), load_balance_weight=0.3, router_z_weight=0.07)
     batch, params = test_step.make_batch(), make_params(config)
@@ -95,16 +85,17 @@ def test_losses_of_the_routers_follow_their_definitions_and_leave_the_reported_l
     (x_BTD,) = seen["intermediates"]["remainder_1"]["mlp_norm"]["__call__"]
     logits_ME = np.asarray(x_BTD[counted_BT], np.float64) @ layer["mlp"]["router"]["kernel"]
     chosen_MK = np.argsort(-logits_ME, axis=1)[:, : config.experts_per_token]
-    balance, z = losses(config, [(logits_ME, chosen_MK)])
+    tokens_E = np.bincount(chosen_MK.reshape(-1), minlength=config.num_experts)
+    p = reference.softmax(logits_ME)
+    balance = config.num_experts * tokens_E / chosen_MK.size @ p.mean(axis=0)
+    z = np.mean(np.log(np.exp(logits_ME).sum(axis=-1)) ** 2)
     assert config.sparse_layers == (1,)
     assert float(loss - metrics.nll) == pytest.approx((0.3 * balance + 0.07 * z) * int(num_tokens), rel=1e-3)
 
     plain = dataclasses.replace(config, load_balance_weight=0.0, router_z_weight=0.0)
     found = jax.jit(next_token, static_argnums=0)(Transformer(plain), params, batch)[0]
     assert float(found) == pytest.approx(float(metrics.nll), rel=1e-5)
-    tokens_E = np.bincount(chosen_MK.reshape(-1), minlength=config.num_experts)
     np.testing.assert_array_equal(metrics.routing.tokens_E, [tokens_E])
-    p = reference.softmax(logits_ME)
     np.testing.assert_allclose(metrics.routing.entropy, [-(p * np.log(p)).sum()], rtol=1e-4)
 
 

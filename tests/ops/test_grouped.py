@@ -126,7 +126,7 @@ def test_quantized_matrices_are_multiplied_as_their_values(scheme):
         np.testing.assert_allclose(mine, other, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["uneven", "some choices are dropped", "large blocks"])
+@pytest.mark.parametrize("name", ["uneven", "empty experts", "some choices are dropped", "large blocks"])
 def test_megablox_equals_a_loop_over_experts_in_its_interpreter(name):
     E, experts = LOADS[name]
     rows_E = np.bincount(experts.reshape(-1), minlength=E)[:E]

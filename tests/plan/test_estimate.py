@@ -129,3 +129,9 @@ def test_memory_traffic_of_the_state() -> None:
     mesh = {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1, "expert": 1}
     more = memory_traffic_bytes(CONFIG, mesh, 1000.0) - memory_traffic_bytes(CONFIG, mesh, 0.0)
     assert more == 2000
+
+
+def test_devices_along_expert_gather_dense_matrices_as_those_along_fsdp() -> None:
+    mesh = {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1, "expert": 1}
+    along_expert = memory_traffic_bytes(CONFIG, mesh | {"fsdp": 1, "expert": 8}, 0.0)
+    assert along_expert == memory_traffic_bytes(CONFIG, mesh, 0.0)

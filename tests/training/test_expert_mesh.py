@@ -4,22 +4,18 @@ import dataclasses
 import functools
 import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from nextllm_jax.config import MeshConfig, ModelConfig
-from nextllm_jax.model.objective import next_token
-from nextllm_jax.model.transformer import Transformer
+from nextllm_jax.model.moe import MixtureOfExperts
 from nextllm_jax.plan.collectives import Collective, collectives
 from nextllm_jax.sharding import make_mesh, sharding
-from nextllm_jax.training.optimizers import make_optimizer
-from nextllm_jax.training.schedule import schedule
-from nextllm_jax.training.state import abstract_state, shardings_of
-from nextllm_jax.training.step import make_train_step
 from tests.training import test_step
-from tests.training.test_step import OPTIMIZER, B, T, assert_same, make_batch
+from tests.training.test_step import B, T, assert_same
 
 CONFIG = ModelConfig(
     vocab_size=64, num_layers=2, embed_dim=32, mlp_dim=64, num_heads=8, num_kv_heads=8, head_dim=8, context_length=16,
@@ -57,18 +53,31 @@ def test_microbatches_on_a_mesh_have_the_losses_of_all_devices_together(sizes):
     assert_same(test_step.run(mesh_of(sizes), config=recomputed, accumulation_steps=2), on_one_device(2))
 
 
-def test_an_exchange_of_tokens_sends_what_arithmetic_says():
-    """Per sparse layer, the tokens are gathered and the results scattered along expert, forward and backward."""
+def value_and_gradients_of_a_layer(shape):
+    """A jitted function of parameters and tokens [B, T, D], and these."""
+    layer, rng = MixtureOfExperts(CONFIG, jnp.dtype("float32")), np.random.default_rng(0)
+    x_BTD = rng.normal(size=(*shape, CONFIG.embed_dim)).astype(np.float32)
+    shapes = nn.meta.unbox(jax.eval_shape(layer.init, jax.random.key(0), x_BTD, None)["params"])
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), shapes)
+    squares = lambda params, x_BTD: jnp.sum(jnp.square(layer.apply({"params": params}, x_BTD, None)))  # noqa: E731
+    return jax.jit(jax.value_and_grad(squares, argnums=(0, 1))), params, x_BTD
+
+
+def test_tokens_that_a_mesh_does_not_shard_evenly_give_what_one_device_gives():
+    function, *arguments = value_and_gradients_of_a_layer((3, 5))
+    expected = function(*arguments)
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=2, sequence=2, expert=2))):
+        found = function(*arguments)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
+
+
+def test_devices_along_expert_scatter_results_and_gradients_instead_of_sharing_them_whole():
     mesh = make_mesh(MeshConfig(data=2, expert=4))
-    model, optimizer = Transformer(CONFIG, jnp.dtype("float32")), make_optimizer(OPTIMIZER, CONFIG)
+    function, params, x_BTD = value_and_gradients_of_a_layer((B, T))
     with jax.set_mesh(mesh):
-        state = abstract_state(model, optimizer, mesh)
-        step = make_train_step(next_token, model, optimizer, schedule(OPTIMIZER, 10), shardings_of(state))
-        batch = jax.device_put(make_batch(), sharding(mesh, "batch", "seq"))
-        hlo = step.lower(state, batch).compile().as_text() or ""
-    traffic = collectives(hlo, mesh.shape).traffic
-    tokens = B * T // 2 * CONFIG.embed_dim * 4  # of the devices along expert, in float32
-    least = tokens * 3 / 4
-    scattered = traffic[Collective("reduce-scatter", "expert", "f32")].sent_bytes
-    assert 2 * least <= scattered
-    assert Collective("ragged-all-to-all", "expert", "f32") not in traffic
+        x_BTD = jax.device_put(x_BTD, sharding(mesh, "batch", "seq", "activation_embed"))
+        hlo = function.lower(params, x_BTD).compile().as_text() or ""
+    found = collectives(hlo, mesh.shape).traffic[Collective("reduce-scatter", "expert", "f32")]
+    # The results, and the gradients of the tokens and of the weights of their experts.
+    widths = 2 * CONFIG.embed_dim + CONFIG.experts_per_token
+    assert (found.count, found.sent_bytes) == (3, B * T // 2 * widths * 4 * 3 / 4)

@@ -1,6 +1,5 @@
 """Training with experts: exact resuming, Muon by expert, adapters of experts, and what is reported."""
 
-import dataclasses
 import io
 import json
 
@@ -164,9 +163,3 @@ def test_the_picture_shows_experts_without_tokens():
     uneven, even = (image.imread(io.BytesIO(draw_experts(each, (0, 2)))) for each in (records, balanced))
     gray = lambda picture: float((np.abs(picture[..., :3] - 200 / 255) < 0.01).all(-1).mean())  # noqa: E731
     assert gray(uneven) > gray(even) + 0.1  # two of eight rows
-
-
-def test_a_model_without_experts_reports_none():
-    plain = dataclasses.replace(MODEL, num_experts=0, expert_mlp_dim=None, selection_bias=False)
-    assert plain.sparse_layers == ()
-    assert not any("router" in name for name in by_name(abstract_params(plain)))
