@@ -242,7 +242,7 @@ class ModelConfig:
         if experts:
             require(chosen <= experts, f"model.experts_per_token {chosen} exceeds model.num_experts {experts}")
             message = f"model.mlp_pattern {self.mlp_pattern} has no sparse layer for model.num_experts {experts}"
-            require(len(self.sparse_layers) > 0, f"{message}; add 'sparse'")
+            require(len(self.sparse_layers) > 0, f"{message}; put 'sparse' among its first {self.num_layers} entries")
 
     def _check_rope(self) -> None:
         for name in ("rope_theta", "rope_local_theta"):

@@ -39,7 +39,7 @@ def within_capacity(choice: Choice, num_experts: int, factor: float) -> Choice:
     It takes the first ones, so a token does not depend on later ones.
     """
     B, T, K = choice.expert_BTK.shape
-    capacity = max(1, int(factor * T * K / num_experts))
+    capacity = max(1, int(min(factor * T * K / num_experts, T * K)))  # a factor may be infinite
     chosen_BAE = choice.expert_BTK.reshape(B, T * K, 1) == jnp.arange(num_experts)[None, None]
     place_BAE = jnp.cumsum(chosen_BAE, axis=1, dtype=jnp.int32)
     fits_BTK = jnp.any(chosen_BAE & (place_BAE <= capacity), axis=-1).reshape(B, T, K)

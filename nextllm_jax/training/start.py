@@ -149,8 +149,8 @@ def check_divides(config: Config, mesh: Mesh | AbstractMesh) -> None:
     parts = num_parts(mesh, "batch")
     if rows % parts:
         raise InputError(
-            f"training.global_batch_size / accumulation_steps is {rows}; it must be divisible by mesh.data x mesh.fsdp "
-            f"= {parts}"
+            f"training.global_batch_size / accumulation_steps is {rows}; it must be divisible by "
+            f"mesh.data x mesh.fsdp x mesh.expert = {parts}"
         )
     length, parts = config.data.sequence_length, mesh.shape["sequence"]
     if length % parts:

@@ -100,6 +100,11 @@ def test_active_parameters_of_published_shapes(name: str, active: int) -> None:
         (ModelConfig, {"num_experts": -1}, ["model.num_experts is -1"]),
         (ModelConfig, {"num_experts": 4, "experts_per_token": 0}, ["model.experts_per_token is 0"]),
         (ModelConfig, {"num_experts": 4, "mlp_pattern": ("dense",)}, ["model.mlp_pattern", "no sparse layer", "4"]),
+        (
+            ModelConfig,
+            {"num_experts": 4, "num_layers": 2, "mlp_pattern": ("dense", "dense", "sparse")},
+            ["model.mlp_pattern", "no sparse layer", "put 'sparse' among its first 2 entries"],
+        ),
         (ModelConfig, {"num_experts": 4, "mlp_pattern": ()}, ["model.mlp_pattern is empty"]),
         (ModelConfig, {"expert_mlp_dim": 8}, ["model.expert_mlp_dim is 8", "set model.num_experts"]),
         (ModelConfig, {"num_experts": 4, "shared_expert_gate": True}, ["set model.shared_expert_mlp_dim"]),

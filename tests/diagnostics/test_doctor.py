@@ -95,7 +95,7 @@ def test_a_sound_start_is_found_sound_in_the_order_of_train_and_nothing_is_writt
             {"training.sample_tokens": 126, "training.sample_prompts": ("the cat",)},
             "fit: .* must fit model.context_length 128",
         ),
-        ({"training.global_batch_size": 12}, "model: .* must be divisible by mesh.data x mesh.fsdp = 8"),
+        ({"training.global_batch_size": 12}, "model: .* must be divisible by mesh.data x mesh.fsdp x mesh.expert = 8"),
         ({"mesh.data": 1, "mesh.tensor": 8}, "model: .*kernel: its '.*heads' axis of size . cannot be sharded over 8"),
     ],
 )

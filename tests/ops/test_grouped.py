@@ -158,6 +158,14 @@ def test_an_expert_takes_the_first_tokens_of_a_sequence_up_to_its_capacity():
     assert limited.expert_BTK.tolist() == [[[0, 1], [0, 2], [4, 1], [2, 4]], [[3, 0], [3, 0], [1, 4], [1, 4]]]
 
 
+@pytest.mark.parametrize("factor", [1e30, float("inf")])
+def test_a_huge_capacity_drops_nothing(factor):
+    """Such a factor overflowed int32, and an infinite one has no integer."""
+    experts = jnp.asarray([[[0], [0], [1]]])
+    limited = within_capacity(Choice(experts, jnp.ones(experts.shape)), 4, factor)
+    np.testing.assert_array_equal(limited.expert_BTK, experts)
+
+
 @pytest.mark.tpu
 def test_tpus_multiply_by_megablox_with_little_memory(four_tpus):
     """All products and their gradients are kernels, and need no copy of the matrices."""
