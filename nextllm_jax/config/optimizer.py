@@ -58,7 +58,7 @@ class OptimizerConfig:
         require_positive(self, "optimizer.", "learning_rate", "adamw_learning_rate", "clip_norm", "eps")
         require(
             self.adamw_learning_rate is None or self.name != "adamw",
-            "optimizer.adamw_learning_rate is only for optimizer.name muon; set optimizer.learning_rate instead",
+            "optimizer.adamw_learning_rate is only for optimizer.name muon; set it to None, use learning_rate",
         )
         for name in ("warmup_steps", "weight_decay"):
             value = getattr(self, name)
