@@ -89,7 +89,7 @@ class SamplesFile:
     """An output file with one JSON line per sample: `rows` are those that belong in it, `done` those that it holds.
 
     `settings` is what determines the samples besides the prompts, and includes num_samples. It is stored in a second
-    file next to the output, so that samples of different settings are not mixed. Use as a context, which holds a lock.
+    file next to the output, so samples of different settings are not mixed. Use as a context, which holds a lock.
 
     Entering it drops an incomplete last line, which an interrupted write leaves. It raises InputError if the file
     cannot be written, if another process writes it, or if its samples have other prompts or settings.

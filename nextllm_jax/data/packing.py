@@ -16,7 +16,7 @@ _SCAN_TOKENS = 1 << 24
 
 
 def num_windows(num_tokens: int, sequence_length: int, *, partial: bool) -> int:
-    """Number of windows in a stream: T + 1 tokens at stride T, so that each token except the first is a target once.
+    """Number of windows in a stream: T + 1 tokens at stride T, so each token except the first is a target once.
 
     With `partial`, a shorter last window counts too.
     """

@@ -44,7 +44,7 @@ _SETTLED_SECONDS = 2.0
 def named_settings(config: DataConfig) -> dict[str, Any]:
     """The settings that change the prepared data, with paths as they are, and for stdlib the Python version.
 
-    A setting that was added later is absent at its default, so that the directories of earlier data keep their names.
+    A setting that was added later is absent at its default, so the directories of earlier data keep their names.
     """
     settings = dataclasses.asdict(config)
     for name in _LOCATIONS_AND_READING:

@@ -217,7 +217,7 @@ class Split:
 
     @property
     def holds_conversations(self) -> bool:
-        """Whether the documents are conversations, so that only the assistant's tokens are in the loss mask."""
+        """Whether the documents are conversations. Only the assistant's tokens are then in the loss mask."""
         return bool(self._masks)
 
     def loss_mask(self, start: int, stop: int) -> np.ndarray:

@@ -126,7 +126,7 @@ def _train(directory: Path, run: RunDir, *, kill_after: int | None = None) -> st
                 passed = kill_after is not None and _last_step(line) >= kill_after
                 if passed and Checkpoints(run.checkpoints).steps():
                     process.kill()
-        except BaseException:  # also for Ctrl-C, so that no training process is left behind
+        except BaseException:  # also for Ctrl-C, so no training process is left behind
             process.kill()
             raise
     if kill_after is not None and process.returncode == 0:

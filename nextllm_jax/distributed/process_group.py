@@ -191,7 +191,7 @@ class ProcessGroup:
     def report(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         """Send the exception that leaves a context to the others, or raise the error of another process instead.
 
-        For `ExitStack.push`. Push it after contexts that wait for other processes on exit, so that it runs before them.
+        For `ExitStack.push`. Push it after contexts that wait for other processes on exit, so it runs before them.
         """
         if error is None or self.num_processes == 1 or error is self._reported:
             return

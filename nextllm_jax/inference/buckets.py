@@ -1,4 +1,4 @@
-"""Sizes that arrays are padded to, so that few programs are compiled."""
+"""Sizes that arrays are padded to, so few programs are compiled."""
 
 
 def bucket(size: int, least: int) -> int:

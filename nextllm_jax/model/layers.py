@@ -214,7 +214,7 @@ def residual_init_std(config: ModelConfig) -> float:
     """The initial standard deviation of projections into the residual stream (Radford et al. 2019, GPT-2).
 
     It keeps the variance of the residual stream independent of depth. With completep, it is that of the base depth
-    times base_depth / num_layers, so that the sum over the layers is bounded. It is 0 with `zero_init_outputs`.
+    times base_depth / num_layers, so the sum over the layers is bounded. It is 0 with `zero_init_outputs`.
     """
     std = 0.0 if config.zero_init_outputs else hidden_init_std(config) / math.sqrt(2 * config.num_layers)
     return std * math.sqrt(config.depth_ratio)

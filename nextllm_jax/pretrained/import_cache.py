@@ -1,4 +1,4 @@
-"""Imports published models once into the user's cache directory, so that they load fast.
+"""Imports published models once into the user's cache directory, so they load fast.
 
 <cache directory>/models/<name>-<key>/ is the run directory that `nextllm import` writes. The key depends on the content
 of the file and on the version of the importer.

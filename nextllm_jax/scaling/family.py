@@ -6,7 +6,7 @@ Depth and width grow together. Everything else follows from them and from the re
   the number of experts stay those of the config, up to rounding.
 - Tokens are proportional to the parameters that process a token: of the experts, only the chosen ones count.
 - The batch grows with tokens^0.4 (Bergsma et al. 2025, arXiv:2505.13738: 0.38 to 0.46), and is rounded to three binary
-  digits, so that meshes divide it.
+  digits, so meshes divide it.
 - Learning rates are proportional to sqrt(batch / (width x depth)). The square root of the batch is that of Malladi et
   al. 2022 (arXiv:2205.10287). The square roots of width and depth keep the sizes of the changes of activations with
   directions that have a fixed root mean square, as those of Muon here. With `model.parametrization` completep, they are

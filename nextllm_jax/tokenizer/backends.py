@@ -241,7 +241,7 @@ def import_tokenizers() -> Any:
 
 
 def from_json(description: str) -> Any:
-    """A `tokenizers.Tokenizer` without truncation, padding and random splits (dropout), so that ids are a function of
+    """A `tokenizers.Tokenizer` without truncation, padding and random splits (dropout), so ids are a function of
     the text.
 
     Raises InputError if the package is missing, or if the JSON is not a tokenizer.

@@ -1,4 +1,4 @@
-"""Keeps the changes that `--allow-change` accepted, so that a command that does not state them continues the run.
+"""Keeps the changes that `--allow-change` accepted, so a command that does not state them continues the run.
 
 A run's config.json lists, for each such field, the values that were replaced. A command without that field in its
 options takes the field from its config file. If the file still has a replaced value, the run's value applies. Any other

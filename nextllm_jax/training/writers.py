@@ -113,7 +113,7 @@ def _by_place(name: str, places: Sequence[str], values: list[Any]) -> dict[str, 
 
 
 class _TensorBoard:
-    """One event file, to which each event is appended, so that a full disk raises an error here."""
+    """One event file, to which each event is appended, so a full disk raises an error here."""
 
     def __init__(self, run: RunDir, initial_step: int | None) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
